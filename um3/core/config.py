@@ -1,0 +1,118 @@
+"""Configs: a dataclass says what exists, YAML files (with `base:`) and `a.b=c` overrides say what is set.
+
+Unknown keys, wrong types and missing files are one-line errors.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from um3.core.errors import UserError
+from um3.core.files import write_text
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(schema: type[ConfigT], *, path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Build `schema` from its defaults, then the YAML file (and its `base:` files), then `a.b=c` overrides.
+
+    Raises:
+        UserError: missing file, invalid YAML, an unknown key (the nearest known one is named), a wrong
+            type, a mandatory value left unset, or a value that the dataclass's own checks refuse.
+    """
+    config = OmegaConf.structured(schema)
+    layers: list[tuple[str, Any]] = []
+    if path is not None:
+        layers += _yaml_layers(Path(path), seen=())
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override '{override}' has no '='; write it as section.key=value")
+        layers.append((f"override '{override}'", _parse_override(override)))
+    for origin, layer in layers:
+        try:
+            config = OmegaConf.merge(config, layer)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise UserError(f"{origin}: {_explain(error, config=config)}") from None
+    try:
+        return cast(ConfigT, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path or schema.__name__}: {_explain(error, config=config)}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain nested dictionary of a config dataclass (JSON-ready)."""
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved config as YAML; `load_config` reads it back to an equal object."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def config_hash(config: Any) -> str:
+    """Short sha256 of the resolved values: two runs with equal hashes were asked for the same thing."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs between two `to_dict` results."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, prefix=f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, value = override.split("=", 1)
+    config = OmegaConf.create({})
+    try:
+        OmegaConf.update(config, key.strip(), OmegaConf.create(f"value: {value}").value, force_add=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"override '{override}' cannot be read: {_first_line(error)}") from None
+    return config
+
+
+def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its 'base:' files include each other; remove one of the 'base:' lines")
+    try:
+        layer = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist; CONFIG= takes demo, paper or a folder with the phases' YAML files") from None
+    except (YAMLError, OSError) as error:
+        raise UserError(f"{path} is not readable YAML: {_first_line(error)}") from None
+    if not isinstance(layer, DictConfig):
+        raise UserError(f"{path} must hold 'key: value' lines at its top level")
+    base = layer.pop("base", None)
+    layers = [(str(path), layer)]
+    if base is not None:
+        layers = _yaml_layers(path.parent / str(base), seen=(*seen, path.resolve())) + layers
+    return layers
+
+
+def _explain(error: Exception, *, config: Any) -> str:
+    message = _first_line(error)
+    key = str(getattr(error, "full_key", "") or "")
+    if "not in" in message and key:
+        node = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+        known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}"
+    return f"{key}: {message}" if key and key not in message else message
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())

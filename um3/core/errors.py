@@ -1,0 +1,48 @@
+"""One-line errors: what went wrong, where, and what to do about it."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its message is one line and names the remedy; no traceback is shown."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has put everything in order first."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a command's `main` and turn the failures a user can mend into one line and an exit code.
+
+    Exit codes: 0 done (also after a SIGTERM that saved its state), 2 a user's mistake or a full disk,
+    130 Ctrl-C. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        _leave(f"error: {error}", code=EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        _leave("interrupted: nothing half-written was left behind; run the same command to go on", code=EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _leave(f"error: the disk is full{where}; free some space and run the same command to go on", code=EXIT_USER_ERROR)
+
+
+def _leave(message: str, *, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The other ranks may be waiting in a collective: leaving without the usual teardown lets the
+        # launcher see the exit code and stop them, where an orderly exit would wait for them forever.
+        os._exit(code)
+    sys.exit(code)

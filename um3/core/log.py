@@ -1,0 +1,18 @@
+"""Logging: rank 0 speaks at INFO, the others only when something is wrong."""
+
+import logging
+import sys
+
+from um3.core.distributed import rank
+
+
+def setup_logging() -> None:
+    """Send the project's log lines to stderr; third-party packages speak from WARNING on."""
+    handler = logging.StreamHandler(sys.stderr)
+    where = "" if rank() == 0 else f"rank {rank()} "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for room in ("um3", "tokenizer", "data_mix", "eval", "train"):
+        logging.getLogger(room).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    for noisy in ("DeepSpeed", "transformers", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
