@@ -1,0 +1,159 @@
+"""The language of the scenes: which words exist, what a prompt demands of a picture, and the test prompts.
+
+    "a circle"   "three red circles"   "a circle and a blue square"   "a red circle left of a blue square"
+
+The six skills and the way a prompt is judged follow GenEval (arXiv:2310.11513): a number demands exactly that
+many, everything else demands presence and tolerates further objects.
+"""
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from um3.core.seeds import derive_seed
+
+Shape = Literal["circle", "square", "triangle", "cross"]
+Colour = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
+Relation = Literal["left of", "right of", "above", "below"]
+Skill = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+COLOURS: tuple[Colour, ...] = get_args(Colour)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+SKILLS: tuple[Skill, ...] = get_args(Skill)
+MIRRORED: dict[Relation, Relation] = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+NUMBER_WORDS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
+PLURALS: dict[Shape, str] = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "cross": "crosses",
+}
+
+
+@dataclass(frozen=True)
+class ObjectDemand:
+    """`count` objects of this shape, and of this colour unless it is None."""
+
+    shape: Shape
+    colour: Colour | None = None
+    count: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """A number word means exactly that many; the article "a" means at least one."""
+        return self.count > 1
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a picture must show. `relation` says where the first object stands as seen from the second."""
+
+    objects: tuple[ObjectDemand, ...]
+    relation: Relation | None = None
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """One test prompt, the skill it tests, and its demands."""
+
+    skill: Skill
+    prompt: str
+    demands: Demands
+
+
+def noun_phrase(demand: ObjectDemand) -> str:
+    """ "a red circle", "an orange cross", "three circles"."""
+    colour = f"{demand.colour} " if demand.colour else ""
+    if demand.count > 1:
+        return f"{NUMBER_WORDS[demand.count]} {colour}{PLURALS[demand.shape]}"
+    words = f"{colour}{demand.shape}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def prompt_text(demands: Demands) -> str:
+    """The one way to say these demands; `parse_prompt` undoes it."""
+    phrases = [noun_phrase(demand) for demand in demands.objects]
+    return f" {demands.relation or 'and'} ".join(phrases)
+
+
+_COUNTS: dict[str, int] = {"a": 1, "an": 1, "one": 1} | {word: count for count, word in NUMBER_WORDS.items()}
+_PHRASE = re.compile(
+    rf"({'|'.join(_COUNTS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join((*PLURALS.values(), *SHAPES))})"
+)
+_JOINT = re.compile(rf" (and|{'|'.join(RELATIONS)}) ")
+
+
+def parse_prompt(prompt: str) -> Demands:
+    """The demands of a prompt written in the language of the scenes; ValueError for any other text."""
+    text = " ".join(prompt.lower().strip().rstrip(".").split())
+    first, *rest = _JOINT.split(text)
+    if len(rest) not in (0, 2):
+        raise ValueError(f"{prompt!r} joins more than two objects")
+    objects = tuple(_parse_phrase(phrase, prompt=prompt) for phrase in (first, *rest[1:]))
+    relation = next((relation for relation in RELATIONS if rest and rest[0] == relation), None)
+    return Demands(objects=objects, relation=relation)
+
+
+def _parse_phrase(phrase: str, *, prompt: str) -> ObjectDemand:
+    match = _PHRASE.fullmatch(phrase)
+    if match is None:
+        raise ValueError(f"{prompt!r} is no scene prompt: cannot read {phrase!r}")
+    number, colour_word, noun = match.groups()
+    count = _COUNTS[number]
+    if (noun in PLURALS.values()) != (count > 1):
+        raise ValueError(f"{prompt!r} is no scene prompt: {number!r} does not agree with {noun!r}")
+    shape = next(shape for shape in SHAPES if noun in (shape, PLURALS[shape]))
+    colour = next((colour for colour in COLOURS if colour == colour_word), None)
+    return ObjectDemand(shape=shape, colour=colour, count=count)
+
+
+def evaluation_prompts(*, per_skill: int, seed: int) -> list[ScenePrompt]:
+    """`per_skill` prompts of every skill, skills in GenEval's order.
+
+    Distinct prompts are drawn without replacement; a skill with fewer of them than asked for (there are 4 for
+    single_object, 12 for counting and two_object) starts over, so that every skill weighs the same.
+    """
+    if per_skill < 1:
+        raise ValueError(f"per_skill={per_skill}: at least one prompt per skill is needed")
+    chosen: list[ScenePrompt] = []
+    for skill in SKILLS:
+        every = _every_demand(skill)
+        # random() alone is stable across Python versions; shuffle() is not promised to be.
+        draw = random.Random(derive_seed(seed, "evaluation_prompts", skill)).random
+        order = sorted(range(len(every)), key=lambda _: draw())
+        for position in range(per_skill):
+            demands = every[order[position % len(every)]]
+            chosen.append(ScenePrompt(skill=skill, prompt=prompt_text(demands), demands=demands))
+    return chosen
+
+
+def _every_demand(skill: Skill) -> list[Demands]:
+    """All demands that test `skill`, each of them possible in a scene."""
+    pairs = list(itertools.permutations(SHAPES, 2))
+    if skill == "single_object":
+        return [Demands((ObjectDemand(shape),)) for shape in SHAPES]
+    if skill == "two_object":
+        return [Demands((ObjectDemand(first), ObjectDemand(second))) for first, second in pairs]
+    if skill == "counting":
+        return [Demands((ObjectDemand(shape, count=count),)) for shape in SHAPES for count in NUMBER_WORDS]
+    if skill == "colors":
+        return [Demands((ObjectDemand(shape, colour),)) for shape in SHAPES for colour in COLOURS]
+    if skill == "position":
+        return [
+            Demands((ObjectDemand(first), ObjectDemand(second)), relation)
+            for first, second in pairs
+            for relation in RELATIONS
+        ]
+    return [
+        Demands((ObjectDemand(first, first_colour), ObjectDemand(second, second_colour)))
+        for first, second in pairs
+        for first_colour, second_colour in itertools.permutations(COLOURS, 2)
+    ]
