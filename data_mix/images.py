@@ -1,0 +1,140 @@
+"""Batches of images and captions for training the tokenizer: the batch of a step is a function of (seed, step).
+
+Shape legend: B = images of this rank, H, W = height and width in pixels, C = 3 colour channels.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
+from data_mix.samples import BadSample, ImageSource, Sample
+from um3.core.errors import UserError
+from um3.core.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+CaptionChoice = Literal["first", "random"]
+
+
+class ImageBatch(NamedTuple):
+    """One rank's part of a global batch.
+
+    images_BHWC: uint8.
+    captions: the caption chosen for each image; all_captions: everything that may be said of it.
+    sources: name of the source of each image.
+    skipped: how many unusable samples were passed over, by (source, reason).
+    """
+
+    images_BHWC: torch.Tensor  # noqa: N815 (the shape suffix of the house)
+    captions: list[str]
+    all_captions: list[tuple[str, ...]]
+    keys: list[str]
+    sources: list[str]
+    skipped: Mapping[tuple[str, str], int]
+
+
+class ImageReader:
+    """Reads a source in its order; an unusable sample is replaced by the next usable one of the same epoch.
+
+    The replacement also comes up at its own turn, so that the sample of a draw never depends on what was
+    read before it.
+    """
+
+    def __init__(self, source: ImageSource, *, seed: int) -> None:
+        self.source = source
+        self.order = SampleOrder(len(source), seed=seed, name=source.name)
+        self._bad: dict[int, str] = {}
+
+    def read(self, draw: int, *, skipped: Counter[tuple[str, str]]) -> Sample:
+        """The sample of the `draw`-th turn; what is passed over on the way is counted in `skipped`.
+
+        Raises:
+            UserError: nothing in the source can be read.
+        """
+        epoch_start = draw - draw % self.order.length
+        for tries in range(self.order.length):
+            index = self.order.index(epoch_start + (draw + tries) % self.order.length)
+            if index not in self._bad:
+                try:
+                    return self.source[index]
+                except BadSample as error:
+                    self._bad[index] = error.reason
+                    logger.warning("%s: sample %d is left out: %s", self.source.name, index, error)
+            skipped[self.source.name, self._bad[index]] += 1
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
+        raise UserError(
+            f"none of the {self.order.length} samples of image source '{self.source.name}' can be used: {reasons}"
+        )
+
+
+class ImageBatches:
+    """Global batches of `batch_size` images from several sources, cut into equal parts for the ranks last.
+
+    Each source has had its share of the images to within one image after every step (by error diffusion,
+    never by random draws), so every batch can be made anew from (seed, step) on any number of ranks.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ImageSource],
+        *,
+        weights: Sequence[float] | None = None,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        caption: CaptionChoice = "first",
+    ) -> None:
+        """`weights`: relative share of each source; None draws from each in proportion to its length.
+
+        Raises:
+            UserError: no sources, an empty source, two of one name, senseless weights, or a batch that
+                does not divide among the ranks.
+        """
+        names = [source.name for source in sources]
+        if not names:
+            raise UserError("no image sources are given; name at least one in the config's list of images")
+        if len(set(names)) < len(names):
+            raise UserError(f"image sources {names}: each needs a name of its own")
+        shares = fixed_shares([float(len(source)) for source in sources] if weights is None else weights)
+        if len(shares) != len(names):
+            raise UserError(f"{len(shares)} weights for {len(names)} image sources {names}; give one each")
+        self.batch_size, self.seed, self.caption = batch_size, seed, caption
+        self.rows = shared_rows(batch_size, rank=rank, world_size=world_size)
+        self.readers = [ImageReader(source, seed=seed) for source in sources]
+        self.counts = ExactCounts(lambda step: shares, batch_size=batch_size)
+
+    def batch(self, step: int) -> ImageBatch:
+        """This rank's part of the batch of `step`.
+
+        Raises:
+            UserError: a source has nothing that can be read, or yields images of different sizes.
+        """
+        skipped: Counter[tuple[str, str]] = Counter()
+        draws = list(self.counts.before(step))
+        samples, captions, sources = [], [], []
+        for row, i in enumerate(interleave(self.counts.at(step))):
+            if row in self.rows:
+                sample = self.readers[i].read(draws[i], skipped=skipped)
+                samples.append(sample)
+                captions.append(self._choose(sample.captions, step=step, row=row))
+                sources.append(self.readers[i].source.name)
+            draws[i] += 1
+        sizes = {sample.image_HWC.shape for sample in samples}
+        if len(sizes) > 1:
+            raise UserError(
+                f"images of different sizes in one batch: {sorted(sizes)}; open every source at the same size"
+            )
+        images_BHWC = torch.from_numpy(np.stack([sample.image_HWC for sample in samples]))
+        keys, all_captions = [sample.key for sample in samples], [sample.captions for sample in samples]
+        return ImageBatch(images_BHWC, captions, all_captions, keys, sources, dict(skipped))
+
+    def _choose(self, captions: Sequence[str], *, step: int, row: int) -> str:
+        if self.caption == "first" or len(captions) == 1:
+            return captions[0]
+        return captions[derive_seed(self.seed, "caption", step, row) % len(captions)]
