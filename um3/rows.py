@@ -35,7 +35,7 @@ def text_row(tokens: Tokens, *, ids: IdSpace) -> Row:
 
 
 def image_to_text_row(visual_ids: Tokens, caption: Tokens, *, ids: IdSpace, supervision: Supervision = "target") -> Row:
-    """`bos <boi> visual <eoi> caption eos`; under "target" the caption and eos are predicted, under "all" all but bos."""
+    """`bos <boi> visual <eoi> caption eos`; "target" predicts the caption and eos, "all" all but bos."""
     image = _image(visual_ids, ids=ids)
     return _row(
         _given(ids.bos_id, ids.begin_of_image_id, image, ids.end_of_image_id),
@@ -45,7 +45,7 @@ def image_to_text_row(visual_ids: Tokens, caption: Tokens, *, ids: IdSpace, supe
 
 
 def text_to_image_row(caption: Tokens, visual_ids: Tokens, *, ids: IdSpace, supervision: Supervision = "target") -> Row:
-    """`bos caption <boi> visual <eoi> eos`; under "target" all after the caption is predicted, under "all" all but bos."""
+    """`bos caption <boi> visual <eoi> eos`; "target" predicts all after the caption, "all" all but bos."""
     image = _image(visual_ids, ids=ids)
     return _row(
         _given(ids.bos_id, caption),
