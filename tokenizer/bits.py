@@ -1,0 +1,50 @@
+"""Codes, bits and sub-tokens, all in int64 (a float32 sum of 28 bits loses about four codes in five).
+
+Legend: B batch, N patches, L bits of a code, S slots of a code.
+"""
+
+import torch
+
+MAX_BITS = 62
+
+
+def codes_to_bits(codes_BN: torch.Tensor, *, num_bits: int) -> torch.Tensor:
+    """Codes (..., N) int64 -> bits (..., N, L) int64 of 0 and 1, most significant first."""
+    _check_integers(codes_BN, name="codes", limit_bits=num_bits)
+    shifts_L = torch.arange(num_bits - 1, -1, -1, device=codes_BN.device)
+    return (codes_BN.long().unsqueeze(-1) >> shifts_L) & 1
+
+
+def bits_to_codes(bits_BNL: torch.Tensor) -> torch.Tensor:
+    """Bits (..., N, L) of 0 and 1 (or booleans), most significant first -> codes (..., N) int64."""
+    num_bits = bits_BNL.shape[-1]
+    if num_bits > MAX_BITS:
+        raise ValueError(f"{num_bits} bits do not fit an int64 code; the limit is {MAX_BITS}")
+    shifts_L = torch.arange(num_bits - 1, -1, -1, device=bits_BNL.device)
+    return (bits_BNL.long() << shifts_L).sum(-1)
+
+
+def codes_to_subtokens(codes_BN: torch.Tensor, *, slots: int, bits_per_slot: int) -> torch.Tensor:
+    """Cut codes (..., N) into sub-tokens (..., N, S) of `bits_per_slot` bits; slot 0 holds the high bits."""
+    _check_integers(codes_BN, name="codes", limit_bits=slots * bits_per_slot)
+    shifts_S = torch.arange(slots - 1, -1, -1, device=codes_BN.device) * bits_per_slot
+    return (codes_BN.long().unsqueeze(-1) >> shifts_S) & ((1 << bits_per_slot) - 1)
+
+
+def subtokens_to_codes(subtokens_BNS: torch.Tensor, *, bits_per_slot: int) -> torch.Tensor:
+    """Sub-tokens (..., N, S) -> codes (..., N) int64; the inverse of `codes_to_subtokens`."""
+    slots = subtokens_BNS.shape[-1]
+    if slots * bits_per_slot > MAX_BITS:
+        raise ValueError(f"{slots} slots of {bits_per_slot} bits do not fit an int64 code; the limit is {MAX_BITS}")
+    _check_integers(subtokens_BNS, name="sub-tokens", limit_bits=bits_per_slot)
+    shifts_S = torch.arange(slots - 1, -1, -1, device=subtokens_BNS.device) * bits_per_slot
+    return (subtokens_BNS.long() << shifts_S).sum(-1)
+
+
+def _check_integers(values: torch.Tensor, *, name: str, limit_bits: int) -> None:
+    if values.is_floating_point():
+        raise ValueError(f"{name} must be integers, not {values.dtype}")
+    if not 1 <= limit_bits <= MAX_BITS:
+        raise ValueError(f"{limit_bits} bits are not supported; use 1 to {MAX_BITS}")
+    if values.numel() and not values.is_meta and bool(((values < 0) | (values >> limit_bits > 0)).any()):
+        raise ValueError(f"{name} outside 0..2^{limit_bits}-1")

@@ -1,0 +1,414 @@
+"""The QLIP model: visual encoder -> binary spherical quantization -> visual decoder, with a CLIP text tower.
+
+State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width,
+E heads, H head width, L bits, P projection, C channels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
+from um3.core.errors import UserError
+
+TowerConfig = QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig
+ROPE_THETA = 10000.0
+
+
+@dataclass
+class QLIPOutput(ModelOutput):
+    """Result of `QLIPModel.forward`; text fields are None without `input_ids`."""
+
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    reconstructions: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+    quantizer_loss: torch.Tensor | None = None
+    sample_entropy: torch.Tensor | None = None
+    codebook_entropy: torch.Tensor | None = None
+    commitment: torch.Tensor | None = None
+
+
+class RotaryEmbedding2D(nn.Module):
+    """EVA-02's 2-D rotary tables: half of each head turns with the row, half with the column.
+
+    Positions are scaled to a grid of `pretrained_grid` patches a side, so a finer grid interpolates.
+    """
+
+    def __init__(self, *, head_dim: int, grid: int, pretrained_grid: int):
+        super().__init__()
+        frequency = ROPE_THETA ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
+        position = torch.arange(grid).float() / grid * pretrained_grid
+        angle = torch.outer(position, frequency).repeat_interleave(2, dim=-1)
+        rows, columns = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
+        angle_NH = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+        self.register_buffer("freqs_cos", angle_NH.cos())
+        self.register_buffer("freqs_sin", angle_NH.sin())
+
+    def forward(self, x_BETH: torch.Tensor) -> torch.Tensor:
+        """Turn the last N tokens; tokens before them (a class token) stay as they are."""
+        num_prefix = x_BETH.shape[2] - self.freqs_cos.shape[0]
+        prefix, patches = x_BETH[:, :, :num_prefix], x_BETH[:, :, num_prefix:]
+        even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        patches = patches * self.freqs_cos + turned * self.freqs_sin
+        patches = patches.to(x_BETH.dtype)
+        return torch.cat([prefix, patches], dim=2) if num_prefix else patches
+
+
+def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
+    """The rotary tables of a visual tower, or None where the config has none."""
+    if isinstance(config, QLIPTextConfig) or not config.rope:
+        return None
+    return RotaryEmbedding2D(
+        head_dim=config.hidden_size // config.num_attention_heads,
+        grid=config.image_size // config.patch_size,
+        pretrained_grid=config.rope_pretrained_grid,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with optional rotary, sub-LayerNorm and biasless k."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.causal = isinstance(config, QLIPTextConfig)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=getattr(config, "k_bias", True))
+        self.v_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
+        self.out_proj = nn.Linear(width, width)
+        self.rope = build_rope(config)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            projection(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        mixed_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        if self.inner_attn_ln is not None:
+            mixed_BTD = self.inner_attn_ln(mixed_BTD)
+        return self.out_proj(mixed_BTD)
+
+
+class SwiGLU(nn.Module):
+    """silu(w1 x) * (w2 x) -> optional LayerNorm -> w3."""
+
+    def __init__(self, config: QLIPVisionConfig | QLIPDecoderConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
+        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        hidden = F.silu(self.w1(x_BTD)) * self.w2(x_BTD)
+        return self.w3(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+
+
+class MLP(nn.Module):
+    """fc1 -> activation -> optional LayerNorm -> fc2."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.ffn_ln = (
+            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
+        )
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        hidden = self.activation(self.fc1(x_BTD))
+        return self.fc2(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SwiGLU(config) if not isinstance(config, QLIPTextConfig) and config.swiglu else MLP(config)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
+        return x_BTD + self.mlp(self.layer_norm2(x_BTD))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return x_BTD
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus learned position embeddings."""
+
+    def __init__(self, config: QLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.token_embedding(input_ids_BT) + self.position_embedding.weight[: input_ids_BT.shape[1]]
+
+
+class TextModel(nn.Module):
+    """The CLIP text tower, pooled at the end-of-text token."""
+
+    def __init__(self, config: QLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        limit = self.config.max_position_embeddings
+        if input_ids_BT.shape[1] > limit:
+            raise ValueError(f"{input_ids_BT.shape[1]} text tokens exceed the tower's {limit} positions; truncate them")
+        x_BTD = self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
+        if self.config.eos_token_id == 2:
+            end_B = input_ids_BT.argmax(-1)
+        else:
+            end_B = (input_ids_BT == self.config.eos_token_id).int().argmax(-1)
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, a class token in front, learned positions."""
+
+    def __init__(self, config: QLIPVisionConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(num_patches + 1, config.hidden_size)
+
+    def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
+        if pixel_values_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; this model takes {self.image_size}x{self.image_size}: "
+                "resize them with its processor"
+            )
+        patches_BND = self.patch_embedding(pixel_values_BCHW).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
+        return torch.cat([class_B1D, patches_BND], dim=1) + self.position_embedding.weight
+
+
+class QuantizerEmbed(nn.Module):
+    """The bottleneck's two-layer MLP, down to L dims or back up."""
+
+    def __init__(self, width_in: int, width_out: int, *, hidden: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width_in, hidden)
+        self.c_proj = nn.Linear(hidden, width_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class VisionModel(nn.Module):
+    """Visual encoder with the bottleneck's two MLPs around the (parameterless) quantizer."""
+
+    def __init__(self, config: QLIPVisionConfig):
+        super().__init__()
+        if config.quantizer != "bsq" or config.quantizer_embed_type != "mlp":
+            raise UserError(
+                f"quantizer '{config.quantizer}' with '{config.quantizer_embed_type}' embedding is not supported; "
+                "released QLIP checkpoints use 'bsq' with 'mlp'"
+            )
+        width, options = config.hidden_size, dict(config.quantizer_cfg or {})
+        # `input_format` names the released code's tensor layout; ours is always (batch, patches, bits).
+        options.pop("input_format", None)
+        options["l2_norm"] = config.quantizer_l2_norm
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.rope = build_rope(config)
+        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.quantizer = BinarySphericalQuantizer(**options)
+        bits, width_post = self.quantizer.embed_dim, config.hidden_size_post_q or width
+        self.quant_embed = QuantizerEmbed(width, bits, hidden=width)
+        self.quant_embed_post = QuantizerEmbed(bits, width_post, hidden=width_post)
+
+    def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images -> last hidden states (B, 1 + N, D), class token first."""
+        return self.encoder(self.embeddings(pixel_values_BCHW))
+
+    def quantize(self, hidden_BTD: torch.Tensor, *, entropy: bool) -> QuantizerOutput:
+        """Last hidden states -> quantized patches."""
+        return self.quantizer(self.quant_embed(hidden_BTD[:, 1:]), entropy=entropy)
+
+
+class VisionDecoder(nn.Module):
+    """Quantized patches, brought up to the decoder's width -> pixels."""
+
+    def __init__(self, config: QLIPDecoderConfig):
+        super().__init__()
+        self.patch_size, self.grid = config.patch_size, config.image_size // config.patch_size
+        width, inner = config.hidden_size, config.intermediate_size
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.grid**2, width))
+        self.encoder = Encoder(config)
+        self.rope = build_rope(config)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn = nn.Sequential(nn.Linear(width, inner), nn.Tanh())
+        self.conv_out = nn.Linear(inner, config.num_channels * config.patch_size**2)
+
+    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+        x_BND = self.norm(self.encoder(x_BND + self.position_embeddings))
+        patches_BNF = self.conv_out(self.ffn(x_BND))
+        patches = patches_BNF.unflatten(1, (self.grid, self.grid)).unflatten(-1, (-1, self.patch_size, self.patch_size))
+        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class QLIPModel(PreTrainedModel):
+    """QLIP (SPEC section 1). Loads and saves the released checkpoints' layout."""
+
+    config_class = QLIPConfig
+    base_model_prefix = "qlip"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: QLIPConfig):
+        super().__init__(config)
+        text, vision, decoder = config.text_config, config.vision_config, config.decoder_config
+        self.text_model = TextModel(text)
+        self.vision_model = VisionModel(vision)
+        self.vision_decoder = VisionDecoder(decoder)
+        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=config.text_projection_bias)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, VisionEmbeddings):
+            nn.init.normal_(module.class_embedding, std=std)
+        elif isinstance(module, VisionDecoder):
+            nn.init.normal_(module.position_embeddings, std=std)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of one code."""
+        return self.vision_model.quantizer.embed_dim
+
+    @property
+    def num_patches(self) -> int:
+        """Codes per image."""
+        return self.vision_decoder.grid**2
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.vision_model.embeddings.image_size
+
+    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> last hidden states (B, 1 + N, D), class token first."""
+        return self.vision_model(pixel_values)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> l2-normalised (B, P)."""
+        return self._image_embeds(self.vision_model(pixel_values))
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (B, T) -> l2-normalised (B, P). The tower is causal and pools at the end of text, so padding
+        after it changes nothing and `attention_mask` is accepted only for symmetry with CLIP."""
+        return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> codes (B, N) int64."""
+        return self.vision_model.quantize(self.vision_model(pixel_values), entropy=False).codes_BN
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, N) int64 -> images (B, C, H, W) in the processor's normalised space."""
+        return self.decode_quantized(self.vision_model.quantizer.codes_to_quantized(codes).to(self.dtype))
+
+    def decode_quantized(self, quantized_BNL: torch.Tensor) -> torch.Tensor:
+        """Quantized patches (B, N, L) -> images (B, C, H, W)."""
+        return self.vision_decoder(self.vision_model.quant_embed_post(quantized_BNL))
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any) -> QLIPOutput:
+        """Everything at once: embeddings, logits, reconstructions, codes and quantizer terms."""
+        hidden_BTD = self.vision_model(pixel_values)
+        quantizer = self.vision_model.quantize(hidden_BTD, entropy=True)
+        output = QLIPOutput(
+            image_embeds=self._image_embeds(hidden_BTD),
+            reconstructions=self.decode_quantized(quantizer.quantized_BNL.to(hidden_BTD.dtype)),
+            codes=quantizer.codes_BN,
+            quantized=quantizer.quantized_BNL,
+            quantizer_loss=quantizer.loss,
+            sample_entropy=quantizer.sample_entropy,
+            codebook_entropy=quantizer.codebook_entropy,
+            commitment=quantizer.commitment,
+        )
+        if input_ids is not None:
+            output.text_embeds = self.get_text_features(input_ids)
+            output.logits_per_image = self.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
+        return output
+
+    def fingerprint(self) -> str:
+        """sha256 over the names, shapes and bytes of the weights: what a code shard or a UM3 is tied to."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _image_embeds(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        pooled_BD = self.vision_model.post_layernorm(hidden_BTD[:, 0])
+        return F.normalize(self.visual_projection(pooled_BD), dim=-1)
+
+
+def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
+    """`QLIPModel.from_pretrained` with one-line errors.
+
+    Raises:
+        UserError: no such folder or hub id, damaged or missing weights, another kind of model.
+    """
+    try:
+        model, report = QLIPModel.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"the weights in {path} are damaged ({error}); fetch or train them again") from None
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{path} lacks {len(report['missing_keys'])} of QLIP's tensors ({some}, ...); it is incomplete")
+    return model

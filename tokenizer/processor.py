@@ -1,0 +1,134 @@
+"""QLIPProcessor: pictures and captions -> tensors for QLIP, and back to pictures.
+
+Legend: B batch, C channels, H height, W width.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from um3.core.errors import UserError
+from um3.core.files import read_json, write_json
+from um3.core.images import to_square
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedTokenizerBase
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class QLIPProcessor:
+    """Turns pictures into normalised pixels and back, captions into token ids.
+
+    Normalisation is that of preprocessor_config.json beside the weights; without the file CLIP's is used.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer: "PreTrainedTokenizerBase | None",
+        *,
+        image_size: int,
+        max_text_tokens: int,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+    ):
+        self._text_tokenizer = text_tokenizer
+        self.image_size, self.max_text_tokens = image_size, max_text_tokens
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+
+    @property
+    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the text tower.
+
+        Raises:
+            UserError: the folder holds none.
+        """
+        if self._text_tokenizer is None:
+            raise UserError("this QLIP folder has no text tokenizer files; add CLIP's vocab.json and merges.txt to it")
+        return self._text_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "QLIPProcessor":
+        """Load from a QLIP folder or hub id."""
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        from tokenizer.configuration import QLIPConfig
+
+        config = QLIPConfig.from_pretrained(path)
+        found = cached_file(
+            str(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        values = read_json(found) if found else {}
+        try:
+            # The folder's model type says nothing about its text tokenizer: the tokenizer files do.
+            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_config)
+        except (OSError, ValueError, KeyError, AttributeError):
+            text_tokenizer = None
+        return cls(
+            text_tokenizer,
+            image_size=config.vision_config.image_size,
+            max_text_tokens=config.text_config.max_position_embeddings,
+            image_mean=values.get("image_mean", CLIP_MEAN),
+            image_std=values.get("image_std", CLIP_STD),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json and the text tokenizer's files."""
+        size = {"height": self.image_size, "width": self.image_size}
+        values = {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "QLIPProcessor",
+            "size": size,
+            "crop_size": size,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
+        if self._text_tokenizer is not None:
+            self._text_tokenizer.save_pretrained(folder)
+        write_json(Path(folder) / "preprocessor_config.json", values)
+
+    def pixels(self, images: "np.ndarray | torch.Tensor | Sequence[Image.Image]") -> torch.Tensor:
+        """Pictures -> normalised float32 (B, C, H, W).
+
+        `images` is uint8 (B, H, W, 3) already at the model's size, or a sequence of PIL images of any size
+        (centre-cropped and resized).
+        """
+        if not isinstance(images, np.ndarray | torch.Tensor):
+            images = np.stack([to_square(image, size=self.image_size) for image in images])
+        images_BHWC = torch.as_tensor(images)
+        if images_BHWC.dtype != torch.uint8 or images_BHWC.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
+            )
+        pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
+        return (pixels_BCHW - self._per_channel(self.image_mean, pixels_BCHW)) / self._per_channel(self.image_std, pixels_BCHW)
+
+    def images(self, pixel_values_BCHW: torch.Tensor) -> np.ndarray:
+        """Normalised pixels (B, C, H, W) -> uint8 (B, H, W, 3), clipped and rounded."""
+        unit_BCHW = self.unit_range(pixel_values_BCHW.detach().float()).clamp(0, 1)
+        return (unit_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def unit_range(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels -> the same pictures with black 0 and white 1, unclipped, with gradient."""
+        x_BCHW = pixel_values_BCHW
+        return x_BCHW * self._per_channel(self.image_std, x_BCHW) + self._per_channel(self.image_mean, x_BCHW)
+
+    def text(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, truncated to the tower's positions."""
+        encoded = self.text_tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
+        )
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    @staticmethod
+    def _per_channel(values: Sequence[float], like_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=like_BCHW.dtype, device=like_BCHW.device).view(1, -1, 1, 1)

@@ -1,0 +1,110 @@
+"""Binary spherical quantization (BSQ): l2-normalise, take signs, pass the gradient straight through.
+
+Legend: B batch, N patches, L bits, G groups of g bits (L = G * g), K = 2^g states of a group.
+The implicit codebook has 2^L corners; nothing here ever has that size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer.bits import bits_to_codes, codes_to_bits
+
+MAX_GROUP_SIZE = 12
+
+
+class QuantizerOutput(NamedTuple):
+    """What the quantizer says about a batch of patches."""
+
+    quantized_BNL: torch.Tensor
+    """+-1/sqrt(L), with the straight-through gradient."""
+    codes_BN: torch.Tensor
+    """One int64 code per patch, most significant bit first."""
+    loss: torch.Tensor
+    """Entropy penalty (gamma0 * E[H] - gamma1 * H[E]) / inv_temperature; scalar, nats."""
+    sample_entropy: torch.Tensor
+    """E[H(Q)]: mean entropy of a patch's soft code, nats."""
+    codebook_entropy: torch.Tensor
+    """H(E[Q]), summed over groups, nats."""
+    commitment: torch.Tensor
+    """Mean over patches of ||sg(zhat) - z||^2 (SPEC stage 1, weight a_z)."""
+
+
+class BinarySphericalQuantizer(nn.Module):
+    """z -> sign(z / |z|) / sqrt(L) (QLIP section 3; BSQ-ViT's entropy approximation, factorised over groups)."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 28,
+        group_size: int = 1,
+        inv_temperature: float = 1.0,
+        l2_norm: bool = True,
+        gamma0: float = 1.0,
+        gamma1: float = 1.0,
+    ):
+        super().__init__()
+        if embed_dim % group_size:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of group_size {group_size}")
+        if group_size > MAX_GROUP_SIZE:
+            raise ValueError(f"group_size {group_size} would need 2^{group_size} states per group; the limit is {MAX_GROUP_SIZE}")
+        self.embed_dim, self.group_size, self.inv_temperature = embed_dim, group_size, inv_temperature
+        self.l2_norm, self.gamma0, self.gamma1 = l2_norm, gamma0, gamma1
+        self.scale = embed_dim**-0.5
+
+    def extra_repr(self) -> str:
+        return f"bits={self.embed_dim}, group_size={self.group_size}, inv_temperature={self.inv_temperature}"
+
+    def forward(self, z_BNL: torch.Tensor, *, entropy: bool = True) -> QuantizerOutput:
+        """Quantize; math in float32 also under autocast. `entropy=False` skips the loss terms (they are zero)."""
+        with torch.autocast(z_BNL.device.type, enabled=False):
+            z_BNL = z_BNL.float()
+            if self.l2_norm:
+                z_BNL = F.normalize(z_BNL, dim=-1)
+            positive_BNL = z_BNL > 0
+            hard_BNL = torch.where(positive_BNL, self.scale, -self.scale)
+            # The released model passes the gradient through sign() and then scales by 1/sqrt(L), so the gradient
+            # carries that factor too (checked against its pixel gradient); the value is hard_BNL exactly.
+            quantized_BNL = hard_BNL + (z_BNL - z_BNL.detach()) * self.scale
+            zero = z_BNL.new_zeros(())
+            sample, codebook, commitment = zero, zero, zero
+            if entropy:
+                sample, codebook = self.entropies(z_BNL)
+                commitment = (hard_BNL.detach() - z_BNL).square().sum(-1).mean()
+            loss = (self.gamma0 * sample - self.gamma1 * codebook) / self.inv_temperature
+        return QuantizerOutput(quantized_BNL, bits_to_codes(positive_BNL), loss, sample, codebook, commitment)
+
+    def entropies(self, z_BNL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E[H(Q)], H(E[Q])) in nats, of normalised z.
+
+        The soft code of a group is a softmax over its corners of 2 * inv_temperature * <z, corner>. That
+        factorises into independent bits with logit 4 * inv_temperature * z / sqrt(L), so the sample entropy is
+        a sum over bits; only the batch average of a group needs its 2^g states.
+        """
+        logit_ML = z_BNL.reshape(-1, self.embed_dim) * (4.0 * self.inv_temperature * self.scale)
+        probability_ML = torch.sigmoid(logit_ML)
+        # H(p) = softplus(logit) - p * logit, exact and finite where p log p is not.
+        sample = (F.softplus(logit_ML) - probability_ML * logit_ML).sum(-1).mean()
+        if self.group_size == 1:
+            mean_L = probability_ML.mean(0)
+            codebook = -(torch.xlogy(mean_L, mean_L) + torch.xlogy(1 - mean_L, 1 - mean_L)).sum()
+            return sample, codebook
+        grouped_MGg = probability_ML.unflatten(-1, (-1, self.group_size))
+        states_MGK = torch.ones_like(grouped_MGg[..., :1])
+        for bit in range(self.group_size):
+            p_MG1 = grouped_MGg[..., bit : bit + 1]
+            states_MGK = torch.cat([states_MGK * (1 - p_MG1), states_MGK * p_MG1], dim=-1)
+        mean_GK = states_MGK.mean(0)
+        return sample, -torch.xlogy(mean_GK, mean_GK).sum()
+
+    def codes_to_quantized(self, codes_BN: torch.Tensor) -> torch.Tensor:
+        """Codes (B, N) -> float32 (B, N, L) of +-1/sqrt(L)."""
+        bits_BNL = codes_to_bits(codes_BN, num_bits=self.embed_dim)
+        return (2 * bits_BNL - 1).float() * self.scale
+
+    def group_indices(self, codes_BN: torch.Tensor) -> torch.Tensor:
+        """Codes (B, N) -> index of each group's state (B, N, G), most significant bit first."""
+        bits_BNL = codes_to_bits(codes_BN, num_bits=self.embed_dim)
+        return bits_to_codes(bits_BNL.unflatten(-1, (-1, self.group_size)))
