@@ -1,0 +1,78 @@
+"""Calm-down: how the share of text-only rows falls at the start of UM3's training (paper, section 4, Eq 7)."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from data_mix.order import ExactCounts, fixed_shares
+
+Task = Literal["text", "i2t", "t2i"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+@dataclass
+class MixConfig:
+    """Rows of text only : image-to-text : text-to-image, at step 0 and from `calm_down_steps` on.
+
+    mode says what is linear in between: the "proportion" of each task (Eq 7 as the paper words it: text goes
+    from 60/64 = 0.9375 to 12/16 = 0.75), or its "weight" (text goes from 60 to 12, then all are normalised).
+    """
+
+    start: list[float] = field(default_factory=lambda: [60.0, 1.0, 3.0])
+    end: list[float] = field(default_factory=lambda: [12.0, 1.0, 3.0])
+    calm_down_steps: int = 10_000
+    mode: Literal["proportion", "weight"] = "proportion"
+
+    def __post_init__(self) -> None:
+        for name, ratios in (("start", self.start), ("end", self.end)):
+            if len(ratios) != len(TASKS) or not all(0 <= r < math.inf for r in ratios) or sum(ratios) <= 0:
+                raise ValueError(
+                    f"mix.{name}={list(ratios)}: give three ratios [text, i2t, t2i], none negative, one above 0"
+                )
+        if self.calm_down_steps < 0:
+            raise ValueError(f"mix.calm_down_steps={self.calm_down_steps}: must be at least 0 (0: no calm-down)")
+        if self.mode not in ("proportion", "weight"):
+            raise ValueError(f"mix.mode={self.mode!r}: use 'proportion' or 'weight'")
+
+
+class Schedule:
+    """The mix of every step: as real proportions, and as the exact row counts of every global batch."""
+
+    def __init__(self, config: MixConfig) -> None:
+        self.config = config
+        self._exact = functools.cache(self._make_counts)
+
+    def proportions(self, step: int) -> dict[Task, float]:
+        """Scheduled share of each task at `step`; they sum to 1."""
+        return dict(zip(TASKS, self._proportions(step), strict=True))
+
+    def counts(self, step: int, *, batch_size: int) -> dict[Task, int]:
+        """Rows of each task in the batch of `step`; they sum to `batch_size`.
+
+        Summed over all steps up to any one, they differ by less than one row from the proportions' sum.
+        """
+        return dict(zip(TASKS, self._exact(batch_size).at(step), strict=True))
+
+    def counts_before(self, step: int, *, batch_size: int) -> dict[Task, int]:
+        """Rows of each task in all batches before `step`."""
+        return dict(zip(TASKS, self._exact(batch_size).before(step), strict=True))
+
+    def _make_counts(self, batch_size: int) -> ExactCounts:
+        end = fixed_shares(self.config.end)
+
+        def shares(step: int) -> tuple[int, ...]:
+            return end if step >= self.config.calm_down_steps else fixed_shares(self._proportions(step))
+
+        return ExactCounts(shares, batch_size=batch_size)
+
+    def _proportions(self, step: int) -> list[float]:
+        start, end, total = self.config.start, self.config.end, self.config.calm_down_steps
+        if self.config.mode == "proportion":
+            start, end = _normalised(start), _normalised(end)
+        done = min(step / total, 1.0) if total else 1.0
+        return _normalised([r0 + (rT - r0) * done for r0, rT in zip(start, end, strict=True)])
+
+
+def _normalised(ratios: list[float]) -> list[float]:
+    return [ratio / sum(ratios) for ratio in ratios]
