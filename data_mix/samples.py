@@ -15,11 +15,11 @@ class Sample(NamedTuple):
     """
 
     key: str
-    image_HWC: np.ndarray
+    image_HWC: np.ndarray  # noqa: N815 (the shape suffix of the house)
     captions: tuple[str, ...]
 
 
-class BadSample(Exception):
+class BadSample(Exception):  # noqa: N818 (an everyday event to be counted, not a failure)
     """This index holds nothing usable. The reader skips it and counts `reason`, a short fixed phrase."""
 
     def __init__(self, reason: str, *, detail: str = "") -> None:

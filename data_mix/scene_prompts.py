@@ -85,9 +85,7 @@ def prompt_text(demands: Demands) -> str:
 
 
 _COUNTS: dict[str, int] = {"a": 1, "an": 1, "one": 1} | {word: count for count, word in NUMBER_WORDS.items()}
-_PHRASE = re.compile(
-    rf"({'|'.join(_COUNTS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join((*PLURALS.values(), *SHAPES))})"
-)
+_PHRASE = re.compile(rf"({'|'.join(_COUNTS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join((*PLURALS.values(), *SHAPES))})")
 _JOINT = re.compile(rf" (and|{'|'.join(RELATIONS)}) ")
 
 

@@ -45,7 +45,7 @@ __all__ = [
     "shape_mask",
 ]
 
-# Well apart from each other and from the ground in RGB (nearest pair: red-orange, 111), so that a
+# Well apart from each other and from the ground in RGB (nearest pair: orange and yellow, 87), so that a
 # reconstruction at 25 dB (an error of about 14 per channel) still shows the right colour.
 PALETTE: dict[Colour, tuple[int, int, int]] = {
     "red": (215, 30, 35),
@@ -94,9 +94,7 @@ class ScenesSource:
 
     name = "scenes"
 
-    def __init__(
-        self, *, size: int = 32, length: int = 50_000, seed: int = 0, split: Split = "train"
-    ) -> None:
+    def __init__(self, *, size: int = 32, length: int = 50_000, seed: int = 0, split: Split = "train") -> None:
         if size < MIN_SIZE:
             raise ValueError(f"size={size}: scenes need at least {MIN_SIZE} pixels to show their shapes")
         if length < 1:
@@ -141,7 +139,7 @@ Option = TypeVar("Option")
 
 
 class Draw:
-    """Random choices built on random() alone: only that is promised to stay the same across Python versions."""
+    """Random choices from random() alone: only that is promised to stay the same across Python versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
