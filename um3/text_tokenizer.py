@@ -110,7 +110,7 @@ def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) ->
     encoded = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )
-    return encoded["input_ids"]  # type: ignore[no-any-return]
+    return encoded["input_ids"]
 
 
 def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -120,4 +120,4 @@ def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBa
 
 def decode(token_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of token ids without special entries, trimmed."""
-    return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
