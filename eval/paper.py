@@ -1,0 +1,90 @@
+"""The paper's numbers (arXiv 2502.05178) as data: shares are fractions, where the paper prints them times 100.
+
+They belong to ImageNet-1k, MS-COCO and models of 1.5B parameters. Beside a value measured on other data or at another
+scale they show what the method reached, not what the value should be.
+"""
+
+from typing import NamedTuple
+
+
+class Reference(NamedTuple):
+    """Where a paper value was measured."""
+
+    system: str
+    data: str
+    table: str
+
+
+# Metrics of the five language tasks. The paper does not say whether it normalises by length. HellaSwag's 48.7 for
+# Llama-3.2-1B can only be `acc` (its `acc_norm` lies above 60); `acc_norm` for ARC and `acc` for PIQA is a choice.
+LANGUAGE_METRICS: dict[str, str] = {
+    "arc_challenge": "acc_norm",
+    "hellaswag": "acc",
+    "piqa": "acc",
+    "social_iqa": "acc",
+    "winogrande": "acc",
+}
+
+# Table 5: the unified models. LlamaGen uses the same image tokens as UM3.
+SYSTEMS: dict[str, dict[str, float]] = {
+    "Llama-3.2 1B": {
+        "arc_challenge": 0.3490,
+        "hellaswag": 0.4870,
+        "piqa": 0.7595,
+        "social_iqa": 0.4350,
+        "winogrande": 0.6148,
+    },
+    "ZeroCap 0.5B": {"bleu_4": 0.026, "meteor": 0.115, "cider": 0.146},
+    "LlamaGen 0.8B": {"fid": 33.4, "clipscore": 0.257},
+    "UM3 1.5B": {
+        "arc_challenge": 0.3430,
+        "hellaswag": 0.4535,
+        "piqa": 0.7465,
+        "social_iqa": 0.4309,
+        "winogrande": 0.5422,
+        "bleu_4": 0.086,
+        "meteor": 0.202,
+        "cider": 0.173,
+        "fid": 44.1,
+        "clipscore": 0.250,
+    },
+}
+
+# ImageNet-1k val: zero-shot accuracy, reconstruction after stage 2.
+TOKENIZERS: dict[str, dict[str, float]] = {
+    "QLIP-B-16-256": {"zero_shot": 0.743, "rfid": 3.21, "psnr": 23.16, "ssim": 0.6286},
+    "QLIP-B-8-256": {"zero_shot": 0.756, "rfid": 0.70, "psnr": 26.79, "ssim": 0.7905},
+    "QLIP-L-14-392": {"zero_shot": 0.791, "rfid": 1.46, "psnr": 25.36, "ssim": 0.6903},
+    "BSQViT-B-16": {"rfid": 3.81, "psnr": 24.12, "ssim": 0.6638},
+}
+
+# Ablation of the weights, stage 1 only; the fourth row is the recipe that was kept.
+STAGE_1: dict[str, float] = {"zero_shot": 0.743, "rfid": 35.3, "psnr": 24.5}
+
+# Linear probe on ImageNet-1k.
+LINEAR_PROBE: dict[str, dict[str, float]] = {
+    "QLIP-B": {"cls": 0.818, "mean": 0.777, "cls_mean": 0.821},
+    "QLIP-L": {"cls": 0.852},
+    "BSQViT": {"cls": 0.293, "mean": 0.254},
+}
+
+# GenEval of LlamaGen-XL trained on QLIP-B/16: the paper gives none for UM3.
+GENEVAL_LLAMAGEN_QLIP: dict[str, float] = {
+    "single_object": 0.91,
+    "two_object": 0.59,
+    "counting": 0.22,
+    "colors": 0.80,
+    "position": 0.17,
+    "color_attr": 0.24,
+    "mean": 0.48,
+}
+
+UM3 = SYSTEMS["UM3 1.5B"]
+QLIP_B_16 = TOKENIZERS["QLIP-B-16-256"]
+REFERENCES: dict[str, Reference] = {
+    "language": Reference("UM3 1.5B", "the task's scored split", "Table 5"),
+    "captions": Reference("UM3 1.5B", "COCO-Karpathy test", "Table 5"),
+    "generation": Reference("UM3 1.5B", "COCO-30k", "Table 5"),
+    "skills": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
+    "tokenizer": Reference("QLIP-B-16-256", "ImageNet-1k val", "main results"),
+}

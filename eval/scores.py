@@ -1,0 +1,140 @@
+"""A number that leaves `eval/` is a `Score`: value, sample count, seed, protocol, commit, and the paper's value.
+
+A measurement that could not be made is a row as well, without a value and with a note that says why, so that a
+report never looks complete because something is missing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from um3.core import provenance
+from um3.core.errors import UserError
+from um3.core.files import read_json, write_json
+
+Unit = Literal["%", "dB", ""]
+
+
+@functools.cache
+def _commit() -> str:
+    return provenance.commit()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One measured value. Shares (accuracies, BLEU, CIDEr, ...) are fractions; `unit` "%" only says how to show them.
+
+    `n` counts what was scored and `skipped` what was asked for and could not be scored; `protocol` holds every setting
+    that two values must share to be comparable.
+
+    Raises:
+        ValueError: a value that is not finite, or no value and no note that says why.
+    """
+
+    task: str
+    metric: str
+    value: float | None
+    n: int
+    seed: int
+    protocol: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    unit: Unit = ""
+    higher_is_better: bool = True
+    paper: float | None = None
+    note: str = ""
+    version: str = "1"
+    commit: str = field(default_factory=_commit)
+
+    def __post_init__(self) -> None:
+        if self.value is None and not self.note:
+            raise ValueError(f"{self.key} has no value and no note that says why")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"{self.key} = {self.value} is no number to report; give None and a note")
+
+    @property
+    def key(self) -> str:
+        """The flat name: task/metric."""
+        return f"{self.task}/{self.metric}"
+
+    @property
+    def protocol_hash(self) -> str:
+        """Short sha256 of the protocol and the version: equal hashes were measured the same way."""
+        text = json.dumps([self.version, self.protocol], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def shown(self, value: float | None = None) -> str:
+        """`value` (the row's own by default) as it is printed; a dash where there is none."""
+        value = self.value if value is None else value
+        if value is None:
+            return "–"
+        if self.unit == "%":
+            return f"{100 * value:.1f} %"
+        return f"{value:.2f} {self.unit}".rstrip() if abs(value) >= 10 or self.unit else f"{value:.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON."""
+        return dataclasses.asdict(self) | {"protocol_hash": self.protocol_hash}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Score":
+        """Inverse of `to_dict`."""
+        return cls(**{key: value for key, value in row.items() if key != "protocol_hash"})
+
+
+def missing(
+    task: str,
+    *,
+    metrics: Sequence[str],
+    seed: int,
+    note: str,
+    paper: dict[str, float] | None = None,
+    higher_is_better: bool = True,
+    unit: Unit = "",
+) -> list[Score]:
+    """A row without a value for each of `metrics`, all for the same reason."""
+    return [
+        Score(
+            task=task,
+            metric=metric,
+            value=None,
+            n=0,
+            seed=seed,
+            note=note,
+            unit=unit,
+            higher_is_better=higher_is_better,
+            paper=(paper or {}).get(metric),
+        )
+        for metric in metrics
+    ]
+
+
+def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:
+    """Write `{"scores": [...], "samples": ..., **more}`.
+
+    Raises:
+        ValueError: two rows with the same key.
+    """
+    rows = list(scores)
+    keys = [score.key for score in rows]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{path}: two rows are named {twice[0]}; a key belongs to one value")
+    write_json(path, {"scores": [score.to_dict() for score in rows], "samples": samples, **more})
+
+
+def read_scores(path: str | Path) -> list[Score]:
+    """The rows of a file written by `write_scores`.
+
+    Raises:
+        UserError: no such file, or not one of ours.
+    """
+    content = read_json(path)
+    try:
+        return [Score.from_dict(row) for row in content["scores"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no scores ({error}); delete it and run the evaluation again") from None

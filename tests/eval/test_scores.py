@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from eval.scores import Score, missing, read_scores, write_scores
+from um3.core.errors import UserError
+
+
+def score(**changes):
+    given = {"task": "t", "metric": "acc", "value": 0.25, "n": 8, "seed": 1, "protocol": {"batch": 4}}
+    return Score(**(given | changes))
+
+
+def test_round_trip_keeps_every_field(tmp_path):
+    rows = [score(), score(metric="psnr", value=24.5, unit="dB", paper=23.16, skipped=2, note="why", version="2")]
+    write_scores(tmp_path / "a.json", rows, samples=[{"x": 1}], seconds=2.5)
+    assert read_scores(tmp_path / "a.json") == rows
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["samples"] == [{"x": 1}] and content["seconds"] == 2.5
+    assert content["scores"][0]["commit"] and content["scores"][0]["protocol_hash"] == rows[0].protocol_hash
+
+
+def test_protocol_hash_changes_with_protocol_and_version_only():
+    assert score().protocol_hash == score(value=0.5, n=9, seed=2).protocol_hash
+    assert score().protocol_hash != score(protocol={"batch": 5}).protocol_hash
+    assert score().protocol_hash != score(version="2").protocol_hash
+    assert score(protocol={"a": 1, "b": 2}).protocol_hash == score(protocol={"b": 2, "a": 1}).protocol_hash
+
+
+def test_a_row_without_value_must_say_why():
+    with pytest.raises(ValueError, match="no note"):
+        score(value=None)
+    (row,) = missing("t", metrics=["fid"], seed=0, note="no weights", paper={"fid": 44.1})
+    assert row.value is None and row.paper == 44.1 and row.shown() == "–"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(value):
+    with pytest.raises(ValueError, match="no number to report"):
+        score(value=value)
+
+
+def test_two_rows_with_one_key_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two rows are named t/acc"):
+        write_scores(tmp_path / "a.json", [score(), score(value=0.3)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_shown_follows_the_unit():
+    assert score(unit="%").shown() == "25.0 %"
+    assert score(value=24.456, unit="dB").shown() == "24.46 dB"
+    assert score(value=0.31249).shown() == "0.312"
+    assert score(value=120.5).shown(44.1) == "44.10"
+
+
+def test_a_file_of_another_kind_is_a_one_line_error(tmp_path):
+    (tmp_path / "a.json").write_text('{"scores": [{"task": 1}]}')
+    with pytest.raises(UserError, match="holds no scores"):
+        read_scores(tmp_path / "a.json")
