@@ -1,0 +1,65 @@
+"""How well a tokenizer keeps an image: PSNR and SSIM, per image, on images rounded to uint8.
+
+Shapes: B images, H height, W width, C = 3 channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+WINDOW = 11  # Wang et al. 2004: gaussian window of 11 pixels, sigma 1.5, k1 = 0.01, k2 = 0.03
+SIGMA = 1.5
+PEAK = 255.0
+MAX_PSNR = 100.0  # an identical image has no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
+
+
+def psnr(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of every image in dB, float64 (B,), at most MAX_PSNR.
+
+    Raises:
+        ValueError: images that are not uint8, or shapes that differ.
+    """
+    images, originals = _pair(images_BHWC, originals_BHWC)
+    error_B = (images - originals).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(PEAK**2 / error_B)).clamp(max=MAX_PSNR)
+
+
+def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> Tensor:
+    """Structural similarity of every image, float64 (B,): mean over the valid windows and the channels.
+
+    Raises:
+        ValueError: images that are not uint8, shapes that differ, or a side shorter than the window of 11.
+    """
+    images, originals = _pair(images_BHWC, originals_BHWC)
+    if min(images.shape[1:3]) < WINDOW:
+        height, width = images.shape[1:3]
+        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {height} x {width}")
+    x, y = images.permute(0, 3, 1, 2), originals.permute(0, 3, 1, 2)
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x = _blur(x * x) - mean_x**2
+    variance_y = _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:
+    first, second = torch.as_tensor(images), torch.as_tensor(originals)
+    if first.dtype != torch.uint8 or second.dtype != torch.uint8:
+        raise ValueError(f"images are compared as uint8, got {first.dtype} and {second.dtype}")
+    if first.shape != second.shape or first.ndim != 4 or first.shape[-1] != 3:
+        raise ValueError(f"two batches (B, H, W, 3) are needed, got {tuple(first.shape)} and {tuple(second.shape)}")
+    return first.double(), second.double()
+
+
+def _blur(x_BCHW: Tensor) -> Tensor:
+    """Gaussian mean over every window that lies whole inside the image."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = (weights / weights.sum()).to(x_BCHW.device)
+    channels = x_BCHW.shape[1]
+    rows = F.conv2d(x_BCHW, weights.reshape(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(rows, weights.reshape(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
