@@ -1,0 +1,183 @@
+"""Caption quality: exact match, BLEU, ROUGE-L and CIDEr, and METEOR where Java is there and it is asked for.
+
+The scorers are pycocoevalcap's, called one by one: its own `COCOEvalCap` builds SPICE first and fails offline before
+any score exists. Values are fractions (the paper prints them times 100). CIDEr takes its document frequencies from the
+references it is given, so it compares only over the same set of images; the package's `Cider` is CIDEr-D.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.caption_tokens import TOKENIZER, normalise, tokenize
+from eval.paper import UM3
+from eval.scores import Score, missing
+from um3.core.errors import UserError
+
+METEOR_TIMEOUT_S = 600.0
+# The package starts its METEOR in a way that waits for ever at exit after any error (a lock held for good), and that
+# fails where the system writes decimals with a comma. So: own process, fixed locale, a time limit.
+METEOR_COMMAND = ("java", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", "meteor-1.5.jar")
+METEOR_ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
+
+
+def caption_scores(
+    candidates: Sequence[str],
+    *,
+    references: Sequence[Sequence[str]],
+    task: str,
+    seed: int,
+    skipped: int = 0,
+    meteor: bool = False,
+    protocol: dict[str, Any] | None = None,
+) -> list[Score]:
+    """All caption metrics of `candidates` against the references of each.
+
+    The order of the captions and any white space inside them do not matter. An empty caption counts: it scores zero.
+
+    Raises:
+        UserError: not one candidate and at least one reference per image.
+    """
+    _check(candidates, references)
+    settings = {"tokenizer": TOKENIZER, "references": sorted({len(given) for given in references})} | (protocol or {})
+    settings["references_sha256"] = _fingerprint(references)
+    values: dict[str, float] = {
+        "exact_match": _share(_same(c, given[:1]) for c, given in zip(candidates, references, strict=True)),
+        "exact_match_any": _share(_same(c, given) for c, given in zip(candidates, references, strict=True)),
+    }
+    values |= corpus_scores(candidates, references=references)
+    common: dict[str, Any] = {"task": task, "seed": seed, "protocol": settings, "unit": "%", "version": "1"}
+    notes = {
+        "exact_match": "equal to the full caption (captions[0]) after white space is normalised",
+        "exact_match_any": "equal to any of the references",
+    }
+    scores = [
+        Score(
+            metric=name,
+            value=value,
+            n=len(candidates),
+            skipped=skipped,
+            paper=UM3.get(name),
+            note=notes.get(name, ""),
+            **common,
+        )
+        for name, value in values.items()
+    ]
+    return scores + _meteor_rows(candidates, references=references, asked=meteor, skipped=skipped, common=common)
+
+
+def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """bleu_1 .. bleu_4, rouge_l and cider of the whole set, tokenized without Java."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    _check(candidates, references)
+    truth = {index: [tokenize(text) for text in given] for index, given in enumerate(references)}
+    result = {index: [tokenize(text)] for index, text in enumerate(candidates)}
+    bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
+    rouge, _ = Rouge().compute_score(truth, result)
+    cider, _ = Cider().compute_score(truth, result)
+    values = {f"bleu_{order}": float(value) for order, value in enumerate(bleu, start=1)}
+    return values | {"rouge_l": float(rouge), "cider": float(cider)}
+
+
+def meteor_score(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> float:
+    """METEOR 1.5 of the whole set, by the package's jar.
+
+    Raises:
+        UserError: no Java, or METEOR failed or took more than 10 minutes.
+    """
+    import pycocoevalcap.meteor
+
+    _check(candidates, references)
+    if shutil.which("java") is None:
+        raise UserError("METEOR needs Java; install a JRE or set captions.meteor=false")
+    folder = Path(next(iter(pycocoevalcap.meteor.__path__)))
+    try:
+        with subprocess.Popen(
+            [*METEOR_COMMAND, *METEOR_ARGUMENTS],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"LC_ALL": "C.UTF-8"},
+        ) as process:
+            try:
+                return _ask_meteor(process, candidates, references=references)
+            finally:
+                process.kill()
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"METEOR failed ({type(error).__name__}: {error}); set captions.meteor=false") from None
+
+
+def _ask_meteor(
+    process: subprocess.Popen[str], candidates: Sequence[str], *, references: Sequence[Sequence[str]]
+) -> float:
+    """One SCORE line per caption gives its statistics; one EVAL line over all of them every score, then the mean."""
+    watchdog = threading.Timer(METEOR_TIMEOUT_S, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdin is not None and process.stdout is not None
+        statistics = []
+        for candidate, given in zip(candidates, references, strict=True):
+            fields = [*map(tokenize, given), tokenize(candidate).replace("|||", "")]
+            process.stdin.write(" ||| ".join(["SCORE", *fields]) + "\n")
+            process.stdin.flush()
+            statistics.append(process.stdout.readline().strip())
+        process.stdin.write(" ||| ".join(["EVAL", *statistics]) + "\n")
+        process.stdin.flush()
+        lines = [process.stdout.readline().strip() for _ in range(len(candidates) + 1)]
+        return float(lines[-1])
+    finally:
+        watchdog.cancel()
+
+
+def _meteor_rows(
+    candidates: Sequence[str],
+    *,
+    references: Sequence[Sequence[str]],
+    asked: bool,
+    skipped: int,
+    common: dict[str, Any],
+) -> list[Score]:
+    if not asked:
+        note = "not asked for; set captions.meteor=true (needs Java, starts in about 20 s)"
+    elif shutil.which("java") is None:
+        note = "needs Java, which is not installed"
+    else:
+        value = meteor_score(candidates, references=references)
+        return [Score(metric="meteor", value=value, n=len(candidates), skipped=skipped, paper=UM3["meteor"], **common)]
+    return missing(common["task"], metrics=["meteor"], seed=common["seed"], note=note, paper=UM3, unit="%")
+
+
+def _same(candidate: str, references: Sequence[str]) -> bool:
+    return normalise(candidate) in {normalise(text) for text in references}
+
+
+def _share(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return sum(values) / len(values)
+
+
+def _fingerprint(references: Sequence[Sequence[str]]) -> str:
+    """The same set of references in any order has the same fingerprint."""
+    lines = sorted("\t".join(map(normalise, given)) for given in references)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if not candidates:
+        raise UserError("no captions to score; is the validation split empty?")
+    if len(candidates) != len(references):
+        raise UserError(f"{len(candidates)} captions but references for {len(references)} images; give one per image")
+    for index, given in enumerate(references):
+        if not given:
+            raise UserError(f"image {index} has no reference caption; leave it out")
