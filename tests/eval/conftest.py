@@ -7,6 +7,13 @@ from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text import train_caption_tokenizer
+from um3.model import ModelConfig, build_model, save_model
+from um3.pipeline import UM3Pipeline
+from um3.text_tokenizer import make_id_space, train_text_tokenizer
+
+NAMES = ("Anna", "Bela", "Carl", "Dora", "Emil", "Flora", "Georg", "Hanna")
+PLACES = ("the old harbour", "a quiet garden", "the long road", "his uncle's mill", "the upper room")
+DEEDS = ("walked slowly through", "had never seen", "wrote a letter about", "was thinking of", "left early for")
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +44,35 @@ def qlip_folder(tmp_path_factory, scenes):
         text, image_size=32, max_text_tokens=config.text_config.max_position_embeddings
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """Twenty short texts of eight sentences."""
+    generator = np.random.default_rng(0)
+
+    def sentence():
+        return f"{generator.choice(NAMES)} {generator.choice(DEEDS)} {generator.choice(PLACES)}."
+
+    return [" ".join(sentence() for _ in range(8)) for _ in range(20)]
+
+
+@pytest.fixture(scope="session")
+def um3_folder(tmp_path_factory, qlip_folder, scenes, documents):
+    """A tiny UM3 with random weights over the tiny QLIP: 2 slots of 4 bits."""
+    texts = [*documents, *(caption for given in scenes[1] for caption in given)]
+    text_tokenizer = train_text_tokenizer(texts, vocab_size=400)
+    ids = make_id_space(text_tokenizer, slots=2, bits_per_slot=4, num_patches=16)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(intermediate_size=32, max_position_embeddings=256, **sizes), ids=ids)
+    for parameter in model.parameters():  # far from the start's near-uniform distributions
+        parameter.data *= 5
+    folder = tmp_path_factory.mktemp("um3") / "model"
+    save_model(folder, model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=qlip_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(um3_folder):
+    return UM3Pipeline.from_pretrained(um3_folder)

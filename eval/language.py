@@ -1,0 +1,185 @@
+"""Language with lm-eval, offline: a cloze and bits per byte of held-out prose, and the paper's five tasks when at hand.
+
+The tasks are dictionaries over local files (`eval.language_tasks`), scored by `eval.lm.UM3LM` on the text half of the
+softmax alone: visual ids never take probability from a word.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from eval.language_tasks import (
+    CHOICES,
+    CLOZE,
+    HUB_TASKS,
+    PROSE,
+    ClozeItem,
+    cloze_items,
+    cloze_task,
+    find_benchmarks,
+    hub_task,
+    prose_task,
+)
+from eval.paper import LANGUAGE_METRICS, UM3
+from eval.scores import Score, missing
+from um3.core.errors import UserError
+from um3.core.files import write_text
+from um3.pipeline import UM3Pipeline
+
+NUM_SAMPLES = 12
+SCORING = "text half of the softmax, bos before every context"
+
+
+def language_scores(
+    pipeline: UM3Pipeline,
+    *,
+    documents: Sequence[str],
+    folder: str | Path,
+    seed: int,
+    num_items: int = 200,
+    num_documents: int = 50,
+    benchmarks: str | Path = "",
+    limit: int = 0,
+    batch_size: int = 16,
+) -> tuple[list[Score], list[dict[str, Any]]]:
+    """Scores of every language task, and a few cloze items with the model's answers.
+
+    `documents` are held-out texts; the tasks made from them are written to `folder` as JSONL. `benchmarks` is a folder
+    with local copies of the paper's tasks; `limit` above 0 scores only the first so many items of each of those.
+
+    Raises:
+        UserError: too little text, or a benchmark file that cannot be read.
+    """
+    found = find_benchmarks(benchmarks)
+    items = cloze_items(documents, num_items=num_items, seed=seed)
+    texts = [text for text in documents if text.strip()][:num_documents]
+    cloze_file, prose_file = Path(folder) / f"{CLOZE}.jsonl", Path(folder) / f"{PROSE}.jsonl"
+    write_text(cloze_file, "".join(json.dumps(item._asdict()) + "\n" for item in items))
+    write_text(prose_file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with TemporaryDirectory() as temporary:
+        cache = Path(temporary)
+        own = [cloze_task(cloze_file, cache=cache), prose_task(prose_file, cache=cache)]
+        results = run_tasks(pipeline, tasks=own, batch_size=batch_size)
+        rows = _cloze_rows(results, items=items, seed=seed) + _prose_rows(results, texts=texts, seed=seed)
+        for name in HUB_TASKS:
+            path = found.get(name)
+            if path is None:
+                rows.append(_absent_row(name, seed=seed))
+                continue
+            task = hub_task(name, path=path, cache=cache)
+            results_of_task = run_tasks(pipeline, tasks=[task], batch_size=batch_size, limit=limit)
+            rows += _hub_rows(results_of_task, name=name, path=path, limit=limit, seed=seed)
+    return rows, _samples(results, items=items)
+
+
+def run_tasks(
+    pipeline: UM3Pipeline, *, tasks: Sequence[dict[str, Any]], batch_size: int, limit: int = 0
+) -> dict[str, Any]:
+    """lm-eval's results for task dictionaries.
+
+    Raises:
+        UserError: the data of a task cannot be read as that task.
+    """
+    # Only what is wrong, not what is going on: lm-eval says a line per task and step.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from eval.lm import UM3LM
+
+    names = ", ".join(str(task["task"]) for task in tasks)
+    try:
+        results = simple_evaluate(
+            model=UM3LM.of(pipeline, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit or None,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the data of task {names} cannot be read ({type(error).__name__}: {reason})") from error
+    assert results is not None, "lm-eval gives results on the first rank, and there is only one"
+    return dict(results)
+
+
+def _cloze_rows(results: dict[str, Any], *, items: Sequence[ClozeItem], seed: int) -> list[Score]:
+    protocol = {"scored": SCORING, "shots": 0, "items_sha256": _sha256(items)}
+    note = f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"
+    return [
+        Score(
+            task=CLOZE,
+            metric=metric,
+            value=float(results["results"][CLOZE][f"{metric},none"]),
+            n=len(items),
+            seed=seed,
+            protocol=protocol,
+            unit="%",
+            note=note,
+        )
+        for metric in ("acc", "acc_norm")
+    ]
+
+
+def _prose_rows(results: dict[str, Any], *, texts: Sequence[str], seed: int) -> list[Score]:
+    protocol = {"scored": SCORING, "documents_sha256": _sha256(texts)}
+    return [
+        Score(
+            task=PROSE,
+            metric=metric,
+            value=float(results["results"][PROSE][f"{metric},none"]),
+            n=len(texts),
+            seed=seed,
+            protocol=protocol,
+            higher_is_better=False,
+            note="over held-out documents",
+        )
+        for metric in ("bits_per_byte", "word_perplexity")
+    ]
+
+
+def _hub_rows(results: dict[str, Any], *, name: str, path: Path, limit: int, seed: int) -> list[Score]:
+    values, counts = results["results"][name], results["n-samples"][name]
+    skipped = int(counts["original"]) - int(counts["effective"])
+    return [
+        Score(
+            task=name,
+            metric=metric,
+            value=float(values[f"{metric},none"]),
+            n=int(counts["effective"]),
+            skipped=skipped,
+            seed=seed,
+            protocol={"scored": SCORING, "shots": 0, "limit": limit, "data": path.name},
+            version=str(results["versions"].get(name, "")),
+            unit="%",
+            paper=UM3[name] if metric == LANGUAGE_METRICS[name] else None,
+        )
+        for metric in ("acc", "acc_norm")
+        if f"{metric},none" in values
+    ]
+
+
+def _absent_row(name: str, *, seed: int) -> Score:
+    metric, hub = LANGUAGE_METRICS[name], HUB_TASKS[name].hub_name
+    note = f"no local copy; put {hub} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
+    return missing(name, metrics=[metric], seed=seed, note=note, paper={metric: UM3[name]}, unit="%")[0]
+
+
+def _samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:
+    """The first cloze items with what the model chose."""
+    shown = []
+    for sample in sorted(results["samples"][CLOZE], key=lambda sample: sample["doc_id"])[:NUM_SAMPLES]:
+        likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+        chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        item = items[sample["doc_id"]]
+        shown.append({**item._asdict(), "chosen": chosen, "right": chosen == item.label})
+    return shown
+
+
+def _sha256(value: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(value)).encode()).hexdigest()[:12]

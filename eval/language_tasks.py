@@ -1,0 +1,170 @@
+"""The language tasks as lm-eval dictionaries over local files, and the cloze that is built from held-out prose."""
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from um3.core.errors import UserError
+from um3.core.seeds import derive_seed
+
+CLOZE = "um3_prose_cloze"
+PROSE = "um3_prose"
+CHOICES = 4
+CONTEXT_SENTENCES = 3
+MIN_SENTENCE = 25  # characters; shorter ones ("Yes," said he.) could follow anything
+POOL = 40  # the distractors are the nearest in length of so many sentences of other documents
+
+
+class HubTask(NamedTuple):
+    """One of the paper's tasks: lm-eval's YAML, the hub's name for its data, what a local file may begin with."""
+
+    yaml: str
+    hub_name: str
+    stems: tuple[str, ...]
+    split: str
+
+
+HUB_TASKS: dict[str, HubTask] = {
+    "arc_challenge": HubTask("arc/arc_challenge.yaml", "allenai/ai2_arc", ("arc_challenge", "arc-challenge"), "test"),
+    "hellaswag": HubTask("hellaswag/hellaswag.yaml", "Rowan/hellaswag", ("hellaswag",), "validation"),
+    "piqa": HubTask("piqa/piqa.yaml", "baber/piqa", ("piqa",), "validation"),
+    "social_iqa": HubTask("siqa/siqa.yaml", "lighteval/siqa", ("social_iqa", "siqa"), "validation"),
+    "winogrande": HubTask("winogrande/default.yaml", "allenai/winogrande", ("winogrande",), "validation"),
+}
+
+
+class ClozeItem(NamedTuple):
+    """Which sentence comes next? `choices[label]`; the others are sentences of other documents."""
+
+    context: str
+    choices: list[str]
+    label: int
+
+
+def cloze_items(documents: Sequence[str], *, num_items: int, seed: int) -> list[ClozeItem]:
+    """At most `num_items` items, spread evenly over the documents; the same documents and seed give the same items.
+
+    An item shows up to three sentences and asks for the next. Distractors have about its length, so that neither
+    brevity nor a total log-probability gives the answer away.
+
+    Raises:
+        UserError: the documents yield no item.
+    """
+    draw = random.Random(derive_seed(seed, CLOZE))
+    sentences = [split_sentences(document) for document in documents]
+    places = [
+        (index, position)
+        for index, found in enumerate(sentences)
+        for position in range(1, len(found))
+        if len(found[position]) >= MIN_SENTENCE
+    ]
+    usable = [index for index, found in enumerate(sentences) if any(len(text) >= MIN_SENTENCE for text in found)]
+    if not places or len(usable) < CHOICES:
+        raise UserError(
+            f"{len(documents)} held-out text documents are too few or too short for a cloze; "
+            f"it needs {CHOICES} documents with sentences of {MIN_SENTENCE} characters or more"
+        )
+    step = max(1.0, len(places) / num_items)
+    chosen = [places[int(number * step)] for number in range(min(num_items, len(places)))]
+    return [_item(sentences, index=index, position=position, usable=usable, draw=draw) for index, position in chosen]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text: cut after . ! ? (and closing quotes) before a capital or an opening quote."""
+    flat = " ".join(text.split())
+    return [part for part in re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))\s+(?=[\"'“‘]?[A-Z])", flat) if part]
+
+
+def _item(
+    sentences: Sequence[Sequence[str]], *, index: int, position: int, usable: Sequence[int], draw: random.Random
+) -> ClozeItem:
+    answer = sentences[index][position]
+    others = [other for other in usable if other != index]
+    pool = {draw.choice([s for s in sentences[draw.choice(others)] if len(s) >= MIN_SENTENCE]) for _ in range(POOL)}
+    distractors = sorted(pool - {answer}, key=lambda text: (abs(len(text) - len(answer)), text))[: CHOICES - 1]
+    label = draw.randrange(len(distractors) + 1)
+    choices = [*distractors[:label], answer, *distractors[label:]]
+    return ClozeItem(" ".join(sentences[index][max(0, position - CONTEXT_SENTENCES) : position]), choices, label)
+
+
+def cloze_task(path: Path, *, cache: Path) -> dict[str, Any]:
+    """Multiple choice over a JSONL file of `ClozeItem`s."""
+    return {
+        "task": CLOZE,
+        **_json_data(path, split="test", cache=cache),
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [_metric("acc"), _metric("acc_norm")],
+        "metadata": {"version": 1.0},
+    }
+
+
+def prose_task(path: Path, *, cache: Path) -> dict[str, Any]:
+    """Bits per byte and word perplexity of a JSONL file of {"text"}."""
+    return {
+        "task": PROSE,
+        **_json_data(path, split="test", cache=cache),
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
+        "metadata": {"version": 1.0},
+    }
+
+
+def find_benchmarks(folder: str | Path) -> dict[str, Path]:
+    """Local copies of the paper's tasks in `folder`: JSONL files named after them, or folders named as on the hub.
+
+    Raises:
+        UserError: the folder does not exist, or several files could be the same task.
+    """
+    if not str(folder):
+        return {}
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"the folder of language benchmarks, {root}, does not exist; correct or empty LM_EVAL_DATA")
+    found = {}
+    for name, task in HUB_TASKS.items():
+        files = [
+            path
+            for path in sorted(root.glob("*.jsonl"))
+            if path.name.lower().startswith(task.stems) and "train" not in path.stem.lower()
+        ]
+        if len(files) > 1:
+            names = ", ".join(path.name for path in files)
+            raise UserError(f"{root} holds several files for {name} ({names}); keep its {task.split} split only")
+        if files:
+            found[name] = files[0]
+        elif (root / task.hub_name).is_dir():
+            found[name] = root / task.hub_name
+    return found
+
+
+def hub_task(name: str, *, path: Path, cache: Path) -> dict[str, Any]:
+    """lm-eval's own definition of the task, reading `path` in the place of the hub."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    task = HUB_TASKS[name]
+    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / task.yaml))
+    for key in ("training_split", "validation_split", "test_split"):
+        config.pop(key, None)
+    config |= {"test_split" if task.split == "test" else "validation_split": task.split}
+    if path.is_dir():
+        return config | {"dataset_path": str(path.resolve())}
+    return config | {"dataset_name": None, **_json_data(path, split=task.split, cache=cache)}
+
+
+def _json_data(path: Path, *, split: str, cache: Path) -> dict[str, Any]:
+    options = {"data_files": {split: str(path.resolve())}, "cache_dir": str(cache)}
+    return {"dataset_path": "json", "dataset_kwargs": options}
+
+
+def _metric(name: str) -> dict[str, Any]:
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
