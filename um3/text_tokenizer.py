@@ -119,5 +119,5 @@ def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBa
 
 
 def decode(token_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of token ids without special entries, trimmed."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+    """Text of token ids without special entries; spaces stay as the tokens have them."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
