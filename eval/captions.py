@@ -16,7 +16,7 @@ from typing import Any
 
 from eval.caption_tokens import TOKENIZER, normalise, tokenize
 from eval.paper import UM3
-from eval.scores import Score, missing
+from eval.scores import Measurement, Score
 from um3.core.errors import UserError
 
 METEOR_TIMEOUT_S = 600.0
@@ -30,11 +30,9 @@ def caption_scores(
     candidates: Sequence[str],
     *,
     references: Sequence[Sequence[str]],
-    task: str,
-    seed: int,
+    of: Measurement,
     skipped: int = 0,
     meteor: bool = False,
-    protocol: dict[str, Any] | None = None,
 ) -> list[Score]:
     """All caption metrics of `candidates` against the references of each.
 
@@ -44,31 +42,33 @@ def caption_scores(
         UserError: not one candidate and at least one reference per image.
     """
     _check(candidates, references)
-    settings = {"tokenizer": TOKENIZER, "references": sorted({len(given) for given in references})} | (protocol or {})
-    settings["references_sha256"] = _fingerprint(references)
-    values: dict[str, float] = {
-        "exact_match": _share(_same(c, given[:1]) for c, given in zip(candidates, references, strict=True)),
-        "exact_match_any": _share(_same(c, given) for c, given in zip(candidates, references, strict=True)),
-    }
-    values |= corpus_scores(candidates, references=references)
-    common: dict[str, Any] = {"task": task, "seed": seed, "protocol": settings, "unit": "%", "version": "1"}
-    notes = {
-        "exact_match": "equal to the full caption (captions[0]) after white space is normalised",
-        "exact_match_any": "equal to any of the references",
-    }
-    scores = [
-        Score(
-            metric=name,
-            value=value,
-            n=len(candidates),
-            skipped=skipped,
-            paper=UM3.get(name),
-            note=notes.get(name, ""),
+    of = of.with_protocol(
+        tokenizer=TOKENIZER,
+        references=sorted({len(given) for given in references}),
+        references_sha256=_fingerprint(references),
+    )
+    pairs = list(zip(candidates, references, strict=True))
+    common: dict[str, Any] = {"n": len(pairs), "skipped": skipped, "unit": "%"}
+    rows = [
+        of.score(
+            "exact_match",
+            _share(_same(candidate, given[:1]) for candidate, given in pairs),
+            note="equal to the full caption (captions[0]) after white space is normalised",
             **common,
-        )
-        for name, value in values.items()
+        ),
+        of.score(
+            "exact_match_any",
+            _share(_same(candidate, given) for candidate, given in pairs),
+            note="equal to any of the references",
+            **common,
+        ),
     ]
-    return scores + _meteor_rows(candidates, references=references, asked=meteor, skipped=skipped, common=common)
+    values = corpus_scores(candidates, references=references)
+    rows += [of.score(name, value, paper=UM3.get(name), **common) for name, value in values.items()]
+    if note := _no_meteor(asked=meteor):
+        return [*rows, of.missing("meteor", note=note, paper=UM3["meteor"], unit="%")]
+    value = meteor_score(candidates, references=references)
+    return [*rows, of.score("meteor", value, paper=UM3["meteor"], **common)]
 
 
 def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -140,22 +140,11 @@ def _ask_meteor(
         watchdog.cancel()
 
 
-def _meteor_rows(
-    candidates: Sequence[str],
-    *,
-    references: Sequence[Sequence[str]],
-    asked: bool,
-    skipped: int,
-    common: dict[str, Any],
-) -> list[Score]:
+def _no_meteor(*, asked: bool) -> str:
+    """Why there is no METEOR; empty when there is."""
     if not asked:
-        note = "not asked for; set captions.meteor=true (needs Java, starts in about 20 s)"
-    elif shutil.which("java") is None:
-        note = "needs Java, which is not installed"
-    else:
-        value = meteor_score(candidates, references=references)
-        return [Score(metric="meteor", value=value, n=len(candidates), skipped=skipped, paper=UM3["meteor"], **common)]
-    return missing(common["task"], metrics=["meteor"], seed=common["seed"], note=note, paper=UM3, unit="%")
+        return "not asked for; set captions.meteor=true (needs Java, starts in about 20 s)"
+    return "" if shutil.which("java") else "needs Java, which is not installed"
 
 
 def _same(candidate: str, references: Sequence[str]) -> bool:

@@ -37,11 +37,6 @@ class FeatureNetwork(NamedTuple):
     num_features: int
     extract: Callable[[NDArray], Tensor]
 
-    @property
-    def metric(self) -> str:
-        """What a distance over these features is called."""
-        return "fid" if self.name == "inception-2015" else f"frechet_distance[{self.name}]"
-
     def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
         """Mean and covariance of the features of all images."""
         streaming = StreamingMoments(self.num_features)

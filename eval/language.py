@@ -25,7 +25,7 @@ from eval.language_tasks import (
     prose_task,
 )
 from eval.paper import LANGUAGE_METRICS, UM3
-from eval.scores import Score, missing
+from eval.scores import Measurement, Score
 from um3.core.errors import UserError
 from um3.core.files import write_text
 from um3.pipeline import UM3Pipeline
@@ -109,52 +109,28 @@ def run_tasks(
 
 
 def _cloze_rows(results: dict[str, Any], *, items: Sequence[ClozeItem], seed: int) -> list[Score]:
-    protocol = {"scored": SCORING, "shots": 0, "items_sha256": _sha256(items)}
+    of = Measurement(CLOZE, seed, {"scored": SCORING, "shots": 0, "items_sha256": _sha256(items)})
     note = f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"
-    return [
-        Score(
-            task=CLOZE,
-            metric=metric,
-            value=float(results["results"][CLOZE][f"{metric},none"]),
-            n=len(items),
-            seed=seed,
-            protocol=protocol,
-            unit="%",
-            note=note,
-        )
-        for metric in ("acc", "acc_norm")
-    ]
+    values = results["results"][CLOZE]
+    return [of.score(name, values[f"{name},none"], n=len(items), unit="%", note=note) for name in ("acc", "acc_norm")]
 
 
 def _prose_rows(results: dict[str, Any], *, texts: Sequence[str], seed: int) -> list[Score]:
-    protocol = {"scored": SCORING, "documents_sha256": _sha256(texts)}
-    return [
-        Score(
-            task=PROSE,
-            metric=metric,
-            value=float(results["results"][PROSE][f"{metric},none"]),
-            n=len(texts),
-            seed=seed,
-            protocol=protocol,
-            higher_is_better=False,
-            note="over held-out documents",
-        )
-        for metric in ("bits_per_byte", "word_perplexity")
-    ]
+    of = Measurement(PROSE, seed, {"scored": SCORING, "documents_sha256": _sha256(texts)})
+    common: dict[str, Any] = {"n": len(texts), "higher_is_better": False, "note": "over held-out documents"}
+    values = results["results"][PROSE]
+    return [of.score(name, values[f"{name},none"], **common) for name in ("bits_per_byte", "word_perplexity")]
 
 
 def _hub_rows(results: dict[str, Any], *, name: str, path: Path, limit: int, seed: int) -> list[Score]:
     values, counts = results["results"][name], results["n-samples"][name]
-    skipped = int(counts["original"]) - int(counts["effective"])
+    of = Measurement(name, seed, {"scored": SCORING, "shots": 0, "limit": limit, "data": path.name})
     return [
-        Score(
-            task=name,
-            metric=metric,
-            value=float(values[f"{metric},none"]),
+        of.score(
+            metric,
+            values[f"{metric},none"],
             n=int(counts["effective"]),
-            skipped=skipped,
-            seed=seed,
-            protocol={"scored": SCORING, "shots": 0, "limit": limit, "data": path.name},
+            skipped=int(counts["original"]) - int(counts["effective"]),
             version=str(results["versions"].get(name, "")),
             unit="%",
             paper=UM3[name] if metric == LANGUAGE_METRICS[name] else None,
@@ -165,9 +141,8 @@ def _hub_rows(results: dict[str, Any], *, name: str, path: Path, limit: int, see
 
 
 def _absent_row(name: str, *, seed: int) -> Score:
-    metric, hub = LANGUAGE_METRICS[name], HUB_TASKS[name].hub_name
-    note = f"no local copy; put {hub} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
-    return missing(name, metrics=[metric], seed=seed, note=note, paper={metric: UM3[name]}, unit="%")[0]
+    note = f"no local copy; put {HUB_TASKS[name].hub_name} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
+    return Measurement(name, seed).missing(LANGUAGE_METRICS[name], note=note, paper=UM3[name], unit="%")
 
 
 def _samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:

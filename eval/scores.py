@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -87,31 +87,27 @@ class Score:
         return cls(**{key: value for key, value in row.items() if key != "protocol_hash"})
 
 
-def missing(
-    task: str,
-    *,
-    metrics: Sequence[str],
-    seed: int,
-    note: str,
-    paper: dict[str, float] | None = None,
-    higher_is_better: bool = True,
-    unit: Unit = "",
-) -> list[Score]:
-    """A row without a value for each of `metrics`, all for the same reason."""
-    return [
-        Score(
-            task=task,
-            metric=metric,
-            value=None,
-            n=0,
-            seed=seed,
-            note=note,
-            unit=unit,
-            higher_is_better=higher_is_better,
-            paper=(paper or {}).get(metric),
+@dataclass(frozen=True)
+class Measurement:
+    """What the rows of one measurement share: the task's name, the seed, and the settings of its protocol."""
+
+    task: str
+    seed: int
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def with_protocol(self, **settings: Any) -> "Measurement":
+        """The same with further settings."""
+        return dataclasses.replace(self, protocol=self.protocol | settings)
+
+    def score(self, metric: str, value: float | None, *, n: int, **fields: Any) -> Score:
+        """A row of it."""
+        return Score(
+            task=self.task, metric=metric, value=value, n=n, seed=self.seed, protocol=self.protocol, **fields
         )
-        for metric in metrics
-    ]
+
+    def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
+        """A row without a value, for the reason in `note`."""
+        return self.score(metric, None, n=0, note=note, **fields)
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:

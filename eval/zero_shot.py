@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.paper import LINEAR_PROBE, QLIP_B_16
-from eval.scores import Score
+from eval.scores import Measurement, Score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
@@ -55,8 +55,7 @@ def retrieval_scores(
     captions: Sequence[str],
     model: QLIPModel,
     processor: QLIPProcessor,
-    task: str,
-    seed: int,
+    of: Measurement,
     gallery: int = GALLERY,
 ) -> list[Score]:
     """Share of images whose own caption is the nearest of `gallery` distinct ones, and of captions whose image is.
@@ -68,7 +67,8 @@ def retrieval_scores(
     """
     groups = distinct_groups(captions, size=gallery)
     if not groups:
-        raise UserError(f"{task}: {len(set(captions))} distinct captions, retrieval needs {gallery}; use more images")
+        found = len(set(captions))
+        raise UserError(f"{of.task} has {found} distinct captions, retrieval needs {gallery}; use more images")
     right_image, right_text = 0, 0
     for group in groups:
         images_ND = image_embeddings(images_NHWC[group], model=model, processor=processor)
@@ -78,18 +78,11 @@ def retrieval_scores(
         right_image += int((similarity_NT.argmax(dim=1) == own).sum())
         right_text += int((similarity_NT.argmax(dim=0) == own).sum())
     scored = len(groups) * gallery
-    common: dict[str, Any] = {
-        "task": task,
-        "n": scored,
-        "skipped": len(captions) - scored,
-        "seed": seed,
-        "protocol": {"gallery": gallery, "captions": "full, distinct"},
-        "unit": "%",
-        "note": f"chance is 1 in {gallery}",
-    }
+    of = of.with_protocol(gallery=gallery, captions="full, distinct")
+    common: dict[str, Any] = {"n": scored, "skipped": len(captions) - scored, "unit": "%"}
     return [
-        Score(metric="image_to_text", value=right_image / scored, **common),
-        Score(metric="text_to_image", value=right_text / scored, **common),
+        of.score("image_to_text", right_image / scored, note=f"chance is 1 in {gallery}", **common),
+        of.score("text_to_image", right_text / scored, note=f"chance is 1 in {gallery}", **common),
     ]
 
 
@@ -116,8 +109,7 @@ def zero_shot_score(
     templates: Sequence[str],
     model: QLIPModel,
     processor: QLIPProcessor,
-    task: str,
-    seed: int,
+    of: Measurement,
 ) -> Score:
     """Accuracy of the nearest class, a class being the normalised mean of its embedded templates (CLIP's protocol)."""
     classes_KD = torch.stack(
@@ -129,13 +121,10 @@ def zero_shot_score(
         ]
     )
     found_N = (image_embeddings(data.images, model=model, processor=processor) @ classes_KD.T).argmax(dim=1)
-    return Score(
-        task=task,
-        metric="zero_shot",
-        value=float((found_N == torch.as_tensor(data.labels)).float().mean()),
+    return of.with_protocol(templates=list(templates), classes=list(class_names)).score(
+        "zero_shot",
+        float((found_N == torch.as_tensor(data.labels)).float().mean()),
         n=len(data.labels),
-        seed=seed,
-        protocol={"templates": list(templates), "classes": list(class_names)},
         unit="%",
         paper=QLIP_B_16["zero_shot"],
         note=f"chance is 1 in {len(class_names)}",
@@ -149,28 +138,18 @@ def probe_scores(
     num_classes: int,
     model: QLIPModel,
     processor: QLIPProcessor,
-    task: str,
-    seed: int,
+    of: Measurement,
 ) -> list[Score]:
     """Accuracy on `val` of a linear classifier on frozen features: class token, mean of patches, both side by side."""
     inputs_train = probe_inputs(train.images, model=model, processor=processor)
     inputs_val = probe_inputs(val.images, model=model, processor=processor)
+    of = of.with_protocol(classifier="logistic regression, LBFGS, C=1, standardised", train=len(train.labels))
     scores = []
     for name in PROBE_FEATURES:
         found = fit_probe(inputs_train[name], labels=train.labels, num_classes=num_classes).predict(inputs_val[name])
-        scores.append(
-            Score(
-                task=task,
-                metric=name,
-                value=float((found == torch.as_tensor(val.labels)).float().mean()),
-                n=len(val.labels),
-                seed=seed,
-                protocol={"classifier": "logistic regression, LBFGS, C=1, standardised", "train": len(train.labels)},
-                unit="%",
-                paper=LINEAR_PROBE["QLIP-B"][name],
-                note=f"chance is 1 in {num_classes}",
-            )
-        )
+        right = float((found == torch.as_tensor(val.labels)).float().mean())
+        paper, note = LINEAR_PROBE["QLIP-B"][name], f"chance is 1 in {num_classes}"
+        scores.append(of.score(name, right, n=len(val.labels), unit="%", paper=paper, note=note))
     return scores
 
 

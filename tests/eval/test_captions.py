@@ -9,16 +9,18 @@ import pytest
 
 from eval.caption_tokens import tokenize
 from eval.captions import caption_scores, corpus_scores
+from eval.scores import Measurement
 from um3.core.errors import UserError
 
 COCO_DEMO = Path(__file__).parents[3] / "shared/data/bench/coco_caption_demo.json.gz"
 
+T = Measurement("t", 0)
 CANDIDATES = ["a red circle", "two blue squares on a plain ground", "a black cross above a green circle"]
 REFERENCES = [["a red circle", "a circle"], ["two blue squares", "two squares"], ["a green circle below a black cross"]]
 
 
 def values(candidates, references, **options):
-    return {s.metric: s.value for s in caption_scores(candidates, references=references, task="t", seed=0, **options)}
+    return {s.metric: s.value for s in caption_scores(candidates, references=references, of=T, **options)}
 
 
 @pytest.mark.parametrize(
@@ -72,9 +74,9 @@ def test_perfect_captions_and_exact_match_of_both_kinds():
 
 def test_order_does_not_matter():
     order = [2, 0, 1]
-    first = caption_scores(CANDIDATES, references=REFERENCES, task="t", seed=0)
+    first = caption_scores(CANDIDATES, references=REFERENCES, of=T)
     second = caption_scores(
-        [CANDIDATES[i] for i in order], references=[REFERENCES[i] for i in order], task="t", seed=0
+        [CANDIDATES[i] for i in order], references=[REFERENCES[i] for i in order], of=T
     )
     for a, b in zip(first, second, strict=True):
         assert a.protocol_hash == b.protocol_hash
@@ -94,14 +96,15 @@ def test_an_empty_caption_counts_as_wrong():
 
 
 def test_meteor_is_a_row_with_a_note_unless_asked_for():
-    (row,) = [s for s in caption_scores(CANDIDATES, references=REFERENCES, task="t", seed=0) if s.metric == "meteor"]
+    (row,) = [s for s in caption_scores(CANDIDATES, references=REFERENCES, of=T) if s.metric == "meteor"]
     assert row.value is None and "captions.meteor=true" in row.note and row.paper == 0.202
 
 
 def test_meteor_without_java_is_a_note_and_the_process_ends(tmp_path):
     program = (
         "from eval.captions import caption_scores;"
-        "rows = caption_scores(['a cat'], references=[['a cat']], task='t', seed=0, meteor=True);"
+        "from eval.scores import Measurement;"
+        "rows = caption_scores(['a cat'], references=[['a cat']], of=Measurement('t', 0), meteor=True);"
         "print([r.note for r in rows if r.metric == 'meteor'])"
     )
     done = subprocess.run(
@@ -122,4 +125,4 @@ def test_meteor_without_java_is_a_note_and_the_process_ends(tmp_path):
 )
 def test_bad_input_is_a_one_line_error(candidates, references, message):
     with pytest.raises(UserError, match=message):
-        caption_scores(candidates, references=references, task="t", seed=0)
+        caption_scores(candidates, references=references, of=T)

@@ -18,7 +18,6 @@ def test_random_features_are_the_same_every_time_and_tell_images_apart():
     assert first.extract(images).shape == (12, first.num_features)
     assert torch.equal(first.extract(images), second.extract(images))
     assert not torch.equal(random_features(seed=1).extract(images), first.extract(images))
-    assert first.metric == "frechet_distance[random-features]"
     same = frechet_distance(first.moments(images), first.moments(images, batch_size=5))
     other = frechet_distance(first.moments(images), first.moments(images // 2))
     assert same == pytest.approx(0, abs=1e-6) and other > 1e-3
@@ -34,13 +33,13 @@ def test_inception_has_the_published_layout():
     assert shapes["fc.weight"] == (1008, 2048)
 
 
-def test_inception_loads_its_weights_and_gives_the_metric_its_name(tmp_path):
+def test_inception_loads_its_weights(tmp_path):
     torch.manual_seed(0)
     torch.save(Inception2015().state_dict(), tmp_path / "weights.pth")
     network = inception_features(str(tmp_path / "weights.pth"))
     features = network.extract(pictures(count=2))
     assert features.shape == (2, 2048) and torch.isfinite(features).all()
-    assert network.metric == "fid"
+    assert network.name == "inception-2015"
 
 
 def test_missing_or_foreign_weights_are_one_line_errors(tmp_path):

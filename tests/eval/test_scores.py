@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from eval.scores import Score, missing, read_scores, write_scores
+from eval.scores import Measurement, Score, read_scores, write_scores
 from um3.core.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_protocol_hash_changes_with_protocol_and_version_only():
 def test_a_row_without_value_must_say_why():
     with pytest.raises(ValueError, match="no note"):
         score(value=None)
-    (row,) = missing("t", metrics=["fid"], seed=0, note="no weights", paper={"fid": 44.1})
+    row = Measurement("t", 0).missing("fid", note="no weights", paper=44.1)
     assert row.value is None and row.paper == 44.1 and row.shown() == "–"
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 import tokenizer
+from eval.scores import Measurement
 from eval.zero_shot import (
     LabelledImages,
     distinct_groups,
@@ -18,6 +19,7 @@ from eval.zero_shot import (
 )
 from um3.core.errors import UserError
 
+T = Measurement("t", 0)
 WORDS = [f"w{i}" for i in range(10)]
 
 
@@ -46,7 +48,7 @@ def filled(numbers):
 def by_hand(*, numbers, captions, gallery):
     tower = PixelTower()
     rows = retrieval_scores(
-        filled(numbers), captions=captions, model=tower, processor=tower, task="t", seed=0, gallery=gallery
+        filled(numbers), captions=captions, model=tower, processor=tower, of=T, gallery=gallery
     )
     return {row.metric: row.value for row in rows}, rows[0]
 
@@ -72,7 +74,7 @@ def test_zero_shot_by_hand():
     tower = PixelTower()
     data = LabelledImages(filled([3, 4, 5, 5]), [3, 4, 5, 6])
     score = zero_shot_score(
-        data, class_names=WORDS, templates=["a {}", "the {}"], model=tower, processor=tower, task="t", seed=0
+        data, class_names=WORDS, templates=["a {}", "the {}"], model=tower, processor=tower, of=T
     )
     assert score.value == 0.75 and score.n == 4
 
@@ -107,8 +109,8 @@ def test_a_real_tokenizer_runs_through_all_three(qlip_folder, scenes):
     # Colour of the ground is the same everywhere: a random tower still tells dark pictures from light ones.
     dark = (images.mean((1, 2, 3)) < np.median(images.mean((1, 2, 3)))).astype(int).tolist()
     data = LabelledImages(images, dark)
-    rows = probe_scores(data, val=data, num_classes=2, task="t", seed=0, **vars(parts))
+    rows = probe_scores(data, val=data, num_classes=2, of=T, **vars(parts))
     assert [row.metric for row in rows] == ["cls", "mean", "cls_mean"] and rows[1].value > 0.7
     full = [given[0] for given in captions]
-    (first, _) = retrieval_scores(images, captions=full, task="t", seed=0, gallery=10, **vars(parts))
+    (first, _) = retrieval_scores(images, captions=full, of=T, gallery=10, **vars(parts))
     assert 0 <= first.value <= 1 and first.n + first.skipped == 40

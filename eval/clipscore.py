@@ -1,0 +1,87 @@
+"""How well images fit their prompts: the mean cosine of image and text embedding, raw, as the paper reports it.
+
+`clipscore_qlip` uses the towers of the tokenizer itself; `clipscore`, the number of the literature, needs an OpenAI
+CLIP. No prompt prefix, no clipping at zero, no factor: torchmetrics would print 100 x, Hessel et al. 2.5 x this value.
+
+Shapes: N images with one text each, D embedding dimensions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from eval.paper import UM3
+from eval.scores import Measurement, Score
+from eval.zero_shot import image_embeddings, text_embeddings
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.core.errors import UserError
+from um3.pipeline import UM3Pipeline
+
+BATCH = 64
+
+
+def qlip_cosines(
+    images_NHWC: NDArray, *, texts: Sequence[str], model: QLIPModel, processor: QLIPProcessor
+) -> Tensor:
+    """Cosine (N,) of every image with its text, by the tokenizer's own towers."""
+    images_ND = image_embeddings(images_NHWC, model=model, processor=processor)
+    texts_ND = text_embeddings(texts, model=model, processor=processor)
+    return (images_ND * texts_ND).sum(dim=1)
+
+
+@torch.no_grad()
+def clip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], clip: str) -> Tensor:
+    """Cosine (N,) of every image with its text, by the CLIP in the folder (or of the hub name) `clip`.
+
+    Raises:
+        UserError: no CLIP there.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.models.clip import CLIPImageProcessorPil
+
+    try:
+        model = CLIPModel.from_pretrained(clip).eval()
+        text_tokenizer, processor = AutoTokenizer.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"no CLIP at '{clip}' ({reason}); give the folder of openai/clip-vit-base-patch32") from None
+    limit = model.config.text_config.max_position_embeddings
+    cosines = []
+    for start in range(0, len(texts), BATCH):
+        pictures = [Image.fromarray(image) for image in images_NHWC[start : start + BATCH]]
+        words = text_tokenizer(
+            list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        output = model(**words, pixel_values=processor(pictures, return_tensors="pt")["pixel_values"])
+        cosines.append((F.normalize(output.image_embeds, dim=1) * F.normalize(output.text_embeds, dim=1)).sum(dim=1))
+    return torch.cat(cosines)
+
+
+def clipscore_rows(
+    images_NHWC: NDArray,
+    *,
+    texts: Sequence[str],
+    originals_NHWC: NDArray,
+    pipeline: UM3Pipeline,
+    clip: str,
+    of: Measurement,
+) -> list[Score]:
+    """CLIPScores of drawn images; those of the real images with the same captions stand beside, as what to aim at."""
+    drawn = qlip_cosines(images_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
+    real = qlip_cosines(originals_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
+    own = of.with_protocol(towers="qlip", fingerprint=pipeline.qlip.fingerprint()[:12])
+    n, paper = len(texts), UM3["clipscore"]
+    rows = [
+        own.score("clipscore_qlip", float(drawn.mean()), n=n, note="by the tokenizer's own towers, not CLIP's"),
+        own.score("clipscore_qlip_real", float(real.mean()), n=n, note="the real images with these captions"),
+    ]
+    if not clip:
+        note = "needs an OpenAI CLIP; set generation.clip to its folder"
+        return [*rows, of.missing("clipscore", note=note, paper=paper)]
+    value = float(clip_cosines(images_NHWC, texts=texts, clip=clip).mean())
+    return [*rows, of.with_protocol(towers=clip, prefix="").score("clipscore", value, n=n, paper=paper)]
