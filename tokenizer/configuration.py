@@ -15,7 +15,9 @@ class _TowerChecks:
     def validate_architecture(self) -> None:
         """Refuse head counts that do not divide the width."""
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
 
 
 @strict

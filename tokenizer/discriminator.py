@@ -19,7 +19,11 @@ class PatchDiscriminator(nn.Module):
         width = channels
         for index in range(1, num_layers + 1):
             wider, stride = min(channels * 2**index, channels * 8), 2 if index < num_layers else 1
-            layers += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), nn.GroupNorm(8, wider), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(8, wider),
+                nn.LeakyReLU(0.2),
+            ]
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)

@@ -18,7 +18,9 @@ class ContrastiveLoss(NamedTuple):
     accuracy: torch.Tensor
 
 
-def info_nce(image_embeds_BP: torch.Tensor, text_embeds_BP: torch.Tensor, *, logit_scale: torch.Tensor) -> ContrastiveLoss:
+def info_nce(
+    image_embeds_BP: torch.Tensor, text_embeds_BP: torch.Tensor, *, logit_scale: torch.Tensor
+) -> ContrastiveLoss:
     """Symmetric InfoNCE of the local rows against the global batch (paper, L_align).
 
     The embeddings are l2-normalised; `logit_scale` is the multiplier itself (exp of CLIP's parameter). The

@@ -129,7 +129,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.ffn_ln = (
-            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
+            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+            if getattr(config, "subln", False)
+            else None
         )
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -159,10 +161,14 @@ class Encoder(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x_BTD = layer(x_BTD)
+            if self.gradient_checkpointing and self.training:
+                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD)
+            else:
+                x_BTD = layer(x_BTD)
         return x_BTD
 
 
@@ -295,6 +301,7 @@ class QLIPModel(PreTrainedModel):
     config_class = QLIPConfig
     base_model_prefix = "qlip"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: QLIPConfig):
         super().__init__(config)
@@ -302,14 +309,22 @@ class QLIPModel(PreTrainedModel):
         self.text_model = TextModel(text)
         self.vision_model = VisionModel(vision)
         self.vision_decoder = VisionDecoder(decoder)
-        self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias)
+        self.visual_projection = nn.Linear(
+            vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias
+        )
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=config.text_projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        if isinstance(module, QuantizerEmbed):
+            # With a fixed small std the code's signal would reach the decoder at a tenth of its position embedding.
+            for linear in (module.c_fc, module.c_proj):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                nn.init.zeros_(linear.bias)
+                linear._is_hf_initialized = True
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)

@@ -93,7 +93,9 @@ def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
                 position += 1
             distance.heads[index].data.copy_(linear[f"lin{index}.model.1.weight"].flatten())
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error}); see docs on stage 2") from None
+        raise UserError(
+            f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error}); see docs on stage 2"
+        ) from None
     return distance.requires_grad_(False).eval()
 
 
@@ -111,6 +113,8 @@ def _load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the published weights file, or leave it empty for random features") from None
+        raise UserError(
+            f"{path} does not exist; give the published weights file, or leave it empty for random features"
+        ) from None
     except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
         raise UserError(f"{path} cannot be read as tensors only: {' '.join(str(error).split())[:120]}") from None

@@ -12,7 +12,6 @@ import torch
 
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
-from um3.core.images import to_square
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,6 +102,8 @@ class QLIPProcessor:
         (centre-cropped and resized).
         """
         if not isinstance(images, np.ndarray | torch.Tensor):
+            from um3.core.images import to_square
+
             images = np.stack([to_square(image, size=self.image_size) for image in images])
         images_BHWC = torch.as_tensor(images)
         if images_BHWC.dtype != torch.uint8 or images_BHWC.shape[1:] != (self.image_size, self.image_size, 3):
@@ -110,7 +111,9 @@ class QLIPProcessor:
                 f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
             )
         pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
-        return (pixels_BCHW - self._per_channel(self.image_mean, pixels_BCHW)) / self._per_channel(self.image_std, pixels_BCHW)
+        return (pixels_BCHW - self._per_channel(self.image_mean, pixels_BCHW)) / self._per_channel(
+            self.image_std, pixels_BCHW
+        )
 
     def images(self, pixel_values_BCHW: torch.Tensor) -> np.ndarray:
         """Normalised pixels (B, C, H, W) -> uint8 (B, H, W, 3), clipped and rounded."""

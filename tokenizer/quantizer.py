@@ -49,7 +49,9 @@ class BinarySphericalQuantizer(nn.Module):
         if embed_dim % group_size:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of group_size {group_size}")
         if group_size > MAX_GROUP_SIZE:
-            raise ValueError(f"group_size {group_size} would need 2^{group_size} states per group; the limit is {MAX_GROUP_SIZE}")
+            raise ValueError(
+                f"group_size {group_size} would need 2^{group_size} states per group; the limit is {MAX_GROUP_SIZE}"
+            )
         self.embed_dim, self.group_size, self.inv_temperature = embed_dim, group_size, inv_temperature
         self.l2_norm, self.gamma0, self.gamma1 = l2_norm, gamma0, gamma1
         self.scale = embed_dim**-0.5

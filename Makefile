@@ -1,0 +1,90 @@
+# UM3: every phase is a target; `make help` lists them. Nothing that is up to date is done again.
+
+CONFIG ?= demo
+RUN ?= runs/$(notdir $(CONFIG))
+PYTHON ?= python3
+NPROC ?= 1
+DATA ?=
+TEXT ?=
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+CONFIGS := $(if $(wildcard configs/$(CONFIG)/.),configs/$(CONFIG),$(CONFIG))
+PY := $(VENV)/bin/python
+TRAIN := $(if $(filter 1,$(NPROC)),$(PY) -m train,$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m train)
+# DATA and TEXT put your own images and texts in the place of the config's.
+IMAGES = $(if $(DATA),'[{name: data, path: "$(DATA)"}]')
+TEXTS = $(if $(TEXT),'[{name: text, path: "$(TEXT)"}]')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test stage1 stage2 codes um3 eval report sample mix-preview lint types clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  CONFIG=demo|paper|FOLDER (now $(CONFIG))   RUN=FOLDER (now $(RUN))   NPROC=processes (now $(NPROC))"
+	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" over the config of the one target"
+
+setup: $(READY) ## Create .venv with every pinned dependency
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@# Without a GPU the CPU build of torch saves gigabytes; where its index is out of reach the default one serves.
+	@command -v nvidia-smi >/dev/null 2>&1 || $(PY) -m pip install --quiet --retries 0 --timeout 15 \
+		--index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch 2>/dev/null || true
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: ## The whole pipeline from nothing to a report (about 15 minutes on 2 CPU cores)
+	@$(MAKE) --no-print-directory setup
+	@$(MAKE) --no-print-directory stage1
+	@$(MAKE) --no-print-directory stage2
+	@$(MAKE) --no-print-directory codes
+	@$(MAKE) --no-print-directory um3
+	@$(MAKE) --no-print-directory eval
+	@$(MAKE) --no-print-directory report
+
+stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignment
+	@$(TRAIN) stage1 --config $(CONFIGS)/stage1.yaml loop.folder=$(RUN)/stage1 \
+		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
+
+stage2: $(READY) ## Fine-tune its decoder: perceptual and adversarial terms
+	@$(TRAIN) stage2 --config $(CONFIGS)/stage2.yaml loop.folder=$(RUN)/stage2 tokenizer=$(RUN)/stage1/model \
+		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
+
+codes: $(READY) ## Encode the images to code shards
+	@$(PY) -m data_mix.encode --config $(CONFIGS)/codes.yaml qlip=$(RUN)/stage2/model out=$(RUN)/codes \
+		$(if $(DATA),images=$(IMAGES)) $(ARGS)
+
+um3: $(READY) ## Train the unified model on the scheduled mix
+	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.folder=$(RUN)/um3 qlip=$(RUN)/stage2/model data.codes=$(RUN)/codes \
+		$(if $(TEXT),data.texts=$(TEXTS)) $(if $(DATA),data.image_weights='{data: 1.0}') $(ARGS)
+
+eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
+	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
+		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
+
+report: $(READY) ## Write report.json, report.html and the pictures, and print the table
+	@$(PY) -m eval.report --run $(RUN) $(ARGS)
+
+sample: $(READY) ## Draw a few pictures and read them back
+	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \
+		--model $(RUN)/um3/model --out $(RUN)/samples $(ARGS)
+
+mix-preview: $(READY) ## Draw the scheduled mix before a run starts
+	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png $(ARGS)
+
+test: $(READY) ## Run the tests
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(READY) ## Check style
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+types: $(READY) ## Check types
+	@$(VENV)/bin/mypy
+
+clean: ## Delete what the demo made (runs/demo)
+	rm -rf runs/demo

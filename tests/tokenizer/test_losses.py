@@ -1,0 +1,84 @@
+"""InfoNCE, adversarial and perceptual terms."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenizer.discriminator import PatchDiscriminator
+from tokenizer.losses import discriminator_loss, generator_loss, info_nce
+from tokenizer.perceptual import VGG16_PLAN, build_perceptual_distance, lpips_vgg, random_feature_distance
+from um3.core.errors import UserError
+
+
+def test_info_nce_equals_the_textbook_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for _ in range(2))
+    logits = 10 * image @ text.T
+    expected = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
+    found = info_nce(image, text, logit_scale=torch.tensor(10.0))
+    torch.testing.assert_close(found.loss, expected)
+    assert float(info_nce(image, image, logit_scale=torch.tensor(100.0)).accuracy) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+def test_adversarial_terms_pull_apart_and_together(kind: str) -> None:
+    good, bad = torch.full((4,), 2.0), torch.full((4,), -2.0)
+    assert discriminator_loss(good, bad, kind=kind) < discriminator_loss(bad, good, kind=kind)
+    assert generator_loss(good, kind=kind) < generator_loss(bad, kind=kind)
+
+
+def test_discriminator_learns_to_tell_two_sets_apart() -> None:
+    torch.manual_seed(0)
+    model = PatchDiscriminator(channels=8, num_layers=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    real, fake = torch.rand(8, 3, 32, 32) * 2 - 1, torch.zeros(8, 3, 32, 32)
+    losses = []
+    for _ in range(15):
+        loss = discriminator_loss(model(real), model(fake), kind="hinge")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_random_features_are_seeded_frozen_and_never_called_lpips() -> None:
+    torch.manual_seed(0)
+    first = random_feature_distance()
+    torch.manual_seed(1)
+    second = random_feature_distance()
+    image, noisy = torch.zeros(2, 3, 32, 32), 0.1 * torch.randn(2, 3, 32, 32)
+    assert float(first(image, image)) == 0.0
+    assert torch.equal(first(image, noisy), second(image, noisy)) and float(first(image, noisy)) > 0
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert "lpips" not in first.name
+
+
+def test_lpips_loads_the_published_layout_and_refuses_others(tmp_path: Path) -> None:
+    features, position, width = {}, 0, 3
+    generator = torch.Generator().manual_seed(0)
+    for index, widths in enumerate(VGG16_PLAN):
+        position += index > 0
+        for wider in widths:
+            features[f"features.{position}.weight"] = 0.05 * torch.randn(wider, width, 3, 3, generator=generator)
+            features[f"features.{position}.bias"] = torch.zeros(wider)
+            position, width = position + 2, wider
+    assert max(int(key.split(".")[1]) for key in features) == 28  # torchvision's last VGG-16 convolution
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(VGG16_PLAN)}
+    torch.save(features, tmp_path / "vgg16.pth")
+    torch.save(heads, tmp_path / "heads.pth")
+    distance = lpips_vgg(backbone=tmp_path / "vgg16.pth", heads=tmp_path / "heads.pth")
+    assert distance.name == "lpips_vgg"
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert float(distance(image, -image)) > float(distance(image, image)) == 0.0
+    with pytest.raises(UserError, match="not VGG-16"):
+        lpips_vgg(backbone=tmp_path / "heads.pth", heads=tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match="does not exist"):
+        lpips_vgg(backbone=tmp_path / "absent.pth", heads=tmp_path / "heads.pth")
+    with pytest.raises(UserError, match="both"):
+        build_perceptual_distance(backbone="x", heads="")
+    (tmp_path / "noise.pth").write_bytes(b"not a tensor file")
+    with pytest.raises(UserError, match="cannot be read"):
+        lpips_vgg(backbone=tmp_path / "noise.pth", heads=tmp_path / "heads.pth")

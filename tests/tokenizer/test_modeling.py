@@ -1,0 +1,104 @@
+"""QLIP beyond the golden checkpoint: other layouts, bad input, the paper's sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tokenizer.conftest import tiny_config
+from tokenizer.configuration import QLIPConfig
+from tokenizer.modeling import QLIPModel, load_qlip
+from um3.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swiglu": False},
+        {"rope": False},
+        {"subln": False},
+        {"k_bias": True},
+        {"swiglu": False, "subln": False, "hidden_act": "quick_gelu"},
+        {"quantizer_cfg": {"embed_dim": 12, "group_size": 3}},
+    ],
+)
+def test_every_layout_encodes_decodes_and_reloads(changes: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = QLIPModel(tiny_config(**changes)).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    codes = model.encode(pixels)
+    assert codes.shape == (2, 4) and codes.dtype == torch.int64
+    assert model.decode(codes).shape == (2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    assert load_qlip(tmp_path).fingerprint() == model.fingerprint()
+
+
+def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
+    """eos_token_id == 2 pools at the largest id, any other value at its first occurrence."""
+    ids = torch.tensor([[1, 5, 2, 0], [1, 9, 7, 2]])
+    old = tiny_qlip.get_text_features(ids)
+    config = tiny_config()
+    config.text_config.eos_token_id = 7
+    config.text_config.pad_token_id = 0
+    new = QLIPModel(config).eval()
+    new.load_state_dict(tiny_qlip.state_dict())
+    largest = tiny_qlip.text_model.encoder(tiny_qlip.text_model.embeddings(ids))[1, 1]
+    pooled = tiny_qlip.text_model.final_layer_norm(largest)
+    torch.testing.assert_close(
+        old[1], torch.nn.functional.normalize(tiny_qlip.text_projection(pooled), dim=-1)
+    )
+    assert not torch.allclose(new.get_text_features(ids)[1], old[1])
+
+
+def test_padding_after_the_end_changes_nothing(tiny_qlip: QLIPModel) -> None:
+    short = tiny_qlip.get_text_features(torch.tensor([[1, 5, 299]]))
+    padded = tiny_qlip.get_text_features(torch.tensor([[1, 5, 299, 0, 0]]))
+    torch.testing.assert_close(short, padded)
+
+
+def test_images_of_another_size_are_refused(tiny_qlip: QLIPModel) -> None:
+    with pytest.raises(ValueError, match="16x16"):
+        tiny_qlip.encode(torch.zeros(1, 3, 24, 24))
+
+
+def test_training_reaches_every_parameter(tiny_qlip: QLIPModel) -> None:
+    output = tiny_qlip.train()(torch.randn(3, 3, 16, 16), torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]))
+    total = output.reconstructions.square().mean() + output.logits_per_image.diag().sum() + output.quantizer_loss
+    total.backward()
+    without = [name for name, parameter in tiny_qlip.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny_qlip: QLIPModel) -> None:
+    pixels = torch.randn(2, 3, 16, 16)
+    gradients = []
+    for enabled in (False, True):
+        tiny_qlip.train().zero_grad()
+        if enabled:
+            tiny_qlip.gradient_checkpointing_enable()
+        tiny_qlip(pixels).reconstructions.square().mean().backward()
+        gradients.append(tiny_qlip.vision_model.embeddings.patch_embedding.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_qlip_b_16_has_the_released_size() -> None:
+    with torch.device("meta"):
+        model = QLIPModel(QLIPConfig(vision_config={"quantizer_cfg": {"embed_dim": 28}}))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 239_434_013
+
+
+def test_missing_foreign_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        load_qlip(tmp_path / "nowhere")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="'bert' model"):
+        load_qlip(foreign)
+    damaged = tmp_path / "damaged"
+    tiny_qlip.save_pretrained(damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        load_qlip(damaged)

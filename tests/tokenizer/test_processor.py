@@ -1,0 +1,71 @@
+"""Pictures and captions to tensors and back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tokenizer.conftest import tiny_config
+from tokenizer import load
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from tokenizer.text import load_caption_tokenizer, train_caption_tokenizer
+from um3.core.errors import UserError
+
+CAPTIONS = ["a red circle", "three blue squares", "a green cross above a pink triangle"] * 5
+
+
+@pytest.fixture
+def processor() -> QLIPProcessor:
+    return QLIPProcessor(train_caption_tokenizer(CAPTIONS, vocab_size=300), image_size=16, max_text_tokens=8)
+
+
+def test_pixels_and_images_are_inverse(processor: QLIPProcessor) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pixels = processor.pixels(images)
+    assert pixels.shape == (3, 3, 16, 16)
+    assert np.array_equal(processor.images(pixels), images)
+    assert set(np.unique(processor.images(pixels * 100))) == {0, 255}  # clipped, not wrapped
+
+
+def test_pictures_of_any_size_are_cropped_and_resized(processor: QLIPProcessor) -> None:
+    pixels = processor.pixels([Image.new("RGB", (40, 20), "red"), Image.new("RGB", (9, 31), "red")])
+    assert np.all(processor.images(pixels) == [255, 0, 0])
+
+
+def test_arrays_of_another_size_are_refused(processor: QLIPProcessor) -> None:
+    with pytest.raises(ValueError, match="16, 16"):
+        processor.pixels(np.zeros((1, 8, 8, 3), dtype=np.uint8))
+
+
+def test_captions_are_wrapped_padded_and_truncated(processor: QLIPProcessor) -> None:
+    encoded = processor.text(["A Red Circle", "three blue squares " * 20])
+    tokenizer = processor.text_tokenizer
+    assert encoded["input_ids"].shape == (2, 8)
+    assert (encoded["input_ids"][:, 0] == tokenizer.bos_token_id).all()
+    assert int(encoded["input_ids"][1, -1]) == tokenizer.eos_token_id  # truncation keeps the end
+    assert tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True).strip() == "a red circle"
+
+
+def test_saved_folder_loads_with_model_and_text_tokenizer(processor: QLIPProcessor, tmp_path: Path) -> None:
+    config = tiny_config()
+    config.text_config.max_position_embeddings = 8
+    QLIPModel(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, again = load(tmp_path)
+    assert again.text(CAPTIONS[:2])["input_ids"].tolist() == processor.text(CAPTIONS[:2])["input_ids"].tolist()
+    assert again.image_mean == processor.image_mean and again.image_size == 16
+    assert model.get_text_features(again.text(CAPTIONS)["input_ids"]).shape == (15, 24)
+
+
+def test_a_folder_without_text_tokenizer_says_so_when_asked(tmp_path: Path) -> None:
+    QLIPModel(tiny_config()).save_pretrained(tmp_path)
+    processor = QLIPProcessor.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no text tokenizer"):
+        processor.text(["a red circle"])
+
+
+def test_missing_text_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load a text tokenizer"):
+        load_caption_tokenizer(tmp_path / "absent")

@@ -1,0 +1,317 @@
+"""The configs of the three recipes, and when a phase's folder is up to date.
+
+No torch here: a phase that has nothing to do must end at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_mix.mix import DataConfig
+from data_mix.sources import ImageSourceConfig
+from um3.core.config import differences, load_config, save_config, to_dict
+from um3.core.errors import UserError
+from um3.core.files import read_json, sha256_of
+from um3.model import ModelConfig
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimizer with its schedule (SPEC Tables 8 and 9)."""
+
+    kind: Literal["adamw", "lamb"] = "adamw"
+    lr: float = 5e-4
+    """Peak learning rate of every parameter no entry of `module_lr` names."""
+    module_lr: dict[str, float] = field(default_factory=dict)
+    """Peak learning rate by parameter-name prefix, such as {vision_model.: 2e-4}; the longest match counts."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Applied to weights of two or more dimensions only."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 2000
+    final_lr_ratio: float = 0.0
+    """The cosine ends at this share of the peak."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must be two numbers in [0, 1)")
+        if self.lr <= 0 or self.warmup_steps < 0 or self.grad_clip < 0:
+            raise ValueError("lr must be positive, warmup_steps and grad_clip must not be negative")
+
+
+@dataclass
+class EngineConfig:
+    """How DeepSpeed runs the model; the same on one CPU process and on many nodes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["float32", "bf16", "autocast"] = "float32"
+    """bf16: weights in bf16 with float32 masters. autocast: float32 weights, bf16 matrix products."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (ZeRO 1-3, GPU only)."""
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class LoopConfig:
+    """The run: where, how long, how often it reports and saves."""
+
+    folder: str = ""
+    """Folder of this phase, such as runs/demo/stage1."""
+    seed: int = 0
+    total_steps: int = 1000
+    batch_size: int = 128
+    """Samples per step over all ranks and accumulation steps."""
+    micro_batch_size: int = 0
+    """Samples per forward pass and rank; 0 takes a rank's whole share at once."""
+    log_every_steps: int = 10
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2
+    num_threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice."""
+    track: list[str] = field(default_factory=list)
+    """Further views of metrics.jsonl: tensorboard, wandb."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        unknown = set(self.track) - {"tensorboard", "wandb"}
+        if unknown:
+            raise ValueError(f"track: unknown view '{unknown.pop()}'; use tensorboard or wandb")
+
+
+@dataclass
+class QLIPSizeConfig:
+    """Shape of the tokenizer (SPEC section 1); decoder and encoder have the same width and depth."""
+
+    start: str = ""
+    """QLIP folder or hub id to start from instead of fresh weights; its own shape then counts."""
+    image_size: int = 256
+    patch_size: int = 16
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 2048
+    bits: int = 28
+    group_size: int = 1
+    inv_temperature: float = 1.0
+    projection_dim: int = 512
+    rope_pretrained_grid: int = 16
+    initializer_range: float = 0.02
+
+
+@dataclass
+class TextTowerConfig:
+    """Shape of the text tower; CLIP-B's by default."""
+
+    tokenizer: str = ""
+    """Folder or hub id of the text tokenizer; empty trains a small one on the captions at hand."""
+    vocab_size: int = 49408
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    mlp_width: int = 2048
+    max_tokens: int = 77
+    hidden_act: str = "quick_gelu"
+
+
+@dataclass
+class ImageDataConfig:
+    """Which images and captions the tokenizer sees."""
+
+    sources: list[ImageSourceConfig] = field(default_factory=list)
+    caption: Literal["first", "random"] = "first"
+
+
+@dataclass
+class Stage1LossConfig:
+    """Weights of stage 1's loss (SPEC section 1)."""
+
+    mse: float = 1e3
+    """a_r"""
+    contrastive: float = 1.0
+    """a_a"""
+    entropy: float = 1.0
+    """a_q"""
+    commitment: float = 1.0
+    """a_z"""
+
+
+@dataclass
+class Stage1Config:
+    """Everything stage 1 can be told."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind="lamb", grad_clip=5.0))
+    loss: Stage1LossConfig = field(default_factory=Stage1LossConfig)
+    model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+
+@dataclass
+class Stage2LossConfig:
+    """Weights of stage 2's loss (SPEC section 1)."""
+
+    mse: float = 1.0
+    """a_r"""
+    entropy: float = 1.0
+    """a_q"""
+    perceptual: float = 0.1
+    """a_p"""
+    adversarial: float = 0.1
+    """a_g"""
+    adversarial_kind: Literal["hinge", "non_saturating"] = "hinge"
+    adversarial_start_step: int = 0
+    """The discriminator trains from step 0; the generator listens to it from this step."""
+
+
+@dataclass
+class PerceptualConfig:
+    """Weights of LPIPS-VGG; both empty means the seeded random-feature distance."""
+
+    backbone: str = ""
+    heads: str = ""
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Shape of the PatchGAN discriminator."""
+
+    channels: int = 64
+    num_layers: int = 3
+
+
+@dataclass
+class Stage2Config:
+    """Everything stage 2 can be told."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+    loss: Stage2LossConfig = field(default_factory=Stage2LossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    tokenizer: str = ""
+    """QLIP folder or hub id that stage 1 left, such as runs/demo/stage1/model."""
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+
+@dataclass
+class UM3LossConfig:
+    """The language-model loss (SPEC section 2): split softmax (paper, Eq 6) or joint, for the ablation."""
+
+    mode: Literal["split", "joint"] = "split"
+    z_loss: float = 0.0
+    chunk_tokens: int = 2048
+    """Positions whose logits exist at one time."""
+
+
+@dataclass
+class VocabularyConfig:
+    """Text entries and how a code becomes sub-tokens."""
+
+    tokenizer: str = ""
+    """Folder or hub id; empty takes the base model's, or trains one on the texts and captions at hand."""
+    text_entries: int = 1024
+    """Size of a trained text vocabulary."""
+    slots: int = 2
+    bits_per_slot: int = 14
+
+
+@dataclass
+class UM3Config:
+    """Everything the unified model's training can be told."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.1))
+    loss: UM3LossConfig = field(default_factory=UM3LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    qlip: str = ""
+    """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
+
+
+# What may change between the start of a run and its continuation without making it another run.
+FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_checkpoints", "loop.num_threads", "loop.track")
+FREE_PREFIXES = ("loop.micro_batch_size", "engine.", "loop.folder")
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that make `new` another run than `old`, as `key: old -> new` lines."""
+    lines = differences(old, new)
+    return [line for line in lines if not line.startswith((*FREE_KEYS, *FREE_PREFIXES))]
+
+
+def is_done(config: Any, *, inputs: dict[str, str] | None = None) -> bool:
+    """True if the phase's folder holds the finished result of this very config and these inputs.
+
+    Args:
+        config: the recipe's config, with a `loop` section.
+        inputs: fingerprints of what the phase was made from.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings or other inputs.
+    """
+    folder = Path(config.loop.folder)
+    started = folder / "config.yaml"
+    if started.exists():
+        old = to_dict(load_config(type(config), path=started))
+        changed = changed_settings(old, to_dict(config))
+        if changed:
+            raise UserError(
+                f"{folder} was made with other settings ({'; '.join(changed[:3])}{'; ...' if len(changed) > 3 else ''}); "
+                "use another RUN=, or delete that folder to train anew"
+            )
+    done_path = folder / "done.json"
+    if not done_path.exists():
+        return False
+    old_inputs = read_json(done_path)["inputs"]
+    if inputs is not None and old_inputs != inputs:
+        raise UserError(f"{folder} was made from other inputs ({old_inputs} -> {inputs}); delete that folder to train anew")
+    return True
+
+
+def start_folder(config: Any) -> Path:
+    """Create the phase's folder with its resolved config.yaml."""
+    folder = Path(config.loop.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if dataclasses.is_dataclass(config) and not (folder / "config.yaml").exists():
+        save_config(config, folder / "config.yaml")
+    return folder
+
+
+def inputs_of(config: Any) -> dict[str, str]:
+    """Fingerprints of what the phase is made from; changed inputs make it another run.
+
+    Raises:
+        UserError: an earlier phase has not been run.
+    """
+    if isinstance(config, Stage2Config):
+        return {"tokenizer": folder_digest(config.tokenizer, made_by="stage1")}
+    if isinstance(config, UM3Config):
+        return {"qlip": folder_digest(config.qlip, made_by="stage2")}
+    return {}
+
+
+def folder_digest(path: str, *, made_by: str) -> str:
+    """sha256 of a local model folder's weights file; a hub id stands for itself.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    weights = Path(path) / "model.safetensors"
+    if weights.exists():
+        return sha256_of(weights)[:16]
+    looks_local = path.startswith((".", "/", "runs")) or Path(path).exists() or path.count("/") > 1
+    if not path or looks_local:
+        raise UserError(f"{path or 'the model to start from'} is not there; run `make {made_by}` first, or give a folder or hub id")
+    return path

@@ -1,0 +1,103 @@
+"""The DeepSpeed engine: the same call on one CPU process and on many nodes.
+
+The engine's dictionary is built from `EngineConfig` here and nowhere else.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.optim import build_optimizer
+from um3.core.distributed import prepare_environment, world_size
+from um3.core.errors import UserError
+from um3.core.log import setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def start_runtime(loop: LoopConfig) -> None:
+    """Set threads, start the process group and quiet DeepSpeed. Call once, before any model is built."""
+    if loop.num_threads:
+        torch.set_num_threads(loop.num_threads)
+    prepare_environment()
+    setup_logging()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # Left alone, DeepSpeed's own logger tells every engine setting on stdout.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # With several CPU processes DeepSpeed would compile a shared-memory collective with g++ (minutes);
+    # gloo's collectives are what the CPU runs need, and no config option turns that build off.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    setup_logging()
+
+
+def split_batch(loop: LoopConfig) -> tuple[int, int]:
+    """(micro batch per rank, accumulation steps) that make up the global batch.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    ranks = world_size()
+    if loop.batch_size % ranks:
+        raise UserError(f"batch_size {loop.batch_size} does not divide over {ranks} processes; change one of them")
+    per_rank = loop.batch_size // ranks
+    micro = loop.micro_batch_size or per_rank
+    if per_rank % micro:
+        raise UserError(f"micro_batch_size {micro} does not divide the {per_rank} samples of a process")
+    return micro, per_rank // micro
+
+
+def build_engine(
+    model: nn.Module, *, optimizer: OptimizerConfig, engine: EngineConfig, micro_batch_size: int, accumulation_steps: int = 1
+) -> Any:
+    """Wrap `model` and its optimizer in a DeepSpeed engine.
+
+    Raises:
+        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm).
+    """
+    import deepspeed
+
+    if optimizer.kind == "lamb" and engine.zero_stage > 0:
+        raise UserError(
+            f"LAMB scales each tensor by its own norm, which ZeRO {engine.zero_stage} cuts apart; set engine.zero_stage=0"
+        )
+    if optimizer.kind == "lamb" and engine.precision == "bf16":
+        raise UserError("LAMB needs float32 weights; set engine.precision=autocast for bf16 matrix products")
+    options: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size(),
+        "gradient_clipping": optimizer.grad_clip,
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    if engine.precision == "bf16":
+        options["bf16"] = {"enabled": True}
+    if engine.offload_optimizer:
+        options["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        options["zero_force_ds_cpu_optimizer"] = False
+    wrapped, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model.named_parameters(), config=optimizer), config=options
+    )
+    return wrapped
+
+
+def autocast(engine: EngineConfig) -> torch.autocast:
+    """The autocast context of the config: bf16 matrix products, or nothing."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=engine.precision == "autocast")
+
+
+def grad_norm(engine: Any) -> float:
+    """Global gradient norm of the last step, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else float("nan")

@@ -1,0 +1,183 @@
+"""The one training loop: data -> losses -> step -> log -> save -> stop.
+
+A recipe is a `Task`; the loop knows neither models nor losses.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from train.checkpoint import find_checkpoint, load_optimizer, load_weights, read_meta, remove_old, save_checkpoint
+from train.config import LoopConfig
+from um3.core.config import to_dict
+from um3.core.distributed import any_rank, barrier, is_main, world_size
+from um3.core.errors import Interrupted, UserError
+from um3.core.files import write_json
+from um3.core.metrics import MetricsWriter
+from um3.core.progress import Progress, peak_memory_gib
+from um3.core.provenance import commit, machine, versions
+from um3.core.seeds import seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What a recipe brings to the loop."""
+
+    unit: str
+    """What the rate counts, such as "images"."""
+
+    def modules(self) -> dict[str, Any]:
+        """The trained modules by name, before their engines exist."""
+
+    def build_engines(self) -> dict[str, Any]:
+        """Build and return the DeepSpeed engines, by the same names."""
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on the batch of `step`; returns flat metrics, `train/loss` among them.
+
+        Must raise `NonFiniteLoss` before the optimizer step if the loss is not finite.
+        """
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The data state after `step` steps, equal on every rank (for checkpoints)."""
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose data state does not belong to this config (UserError)."""
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Write the finished model below `folder`; returns its fingerprints and notes for done.json."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss is not finite; carries which terms."""
+
+
+class StopRequest:
+    """Remembers a SIGTERM or Ctrl-C so that the loop can stop between two steps; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT for the duration of the loop."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
+    """Train `task` to its last step, resuming from the newest whole checkpoint in the phase's folder.
+
+    Raises:
+        UserError: a loss that is not finite, or a checkpoint that does not fit.
+        Interrupted: SIGTERM; the state is saved.
+        KeyboardInterrupt: Ctrl-C; the state is saved.
+    """
+    loop: LoopConfig = config.loop
+    folder = Path(loop.folder)
+    engines, start, spent_s = _resume(task, folder=folder / "checkpoints")
+    metrics = MetricsWriter(folder, resume_step=start, views=tuple(loop.track), config=to_dict(config)) if is_main() else None
+    progress = Progress(loop.total_steps, label=folder.name, unit="steps", start=start)
+    began = time.monotonic()
+
+    def save(step: int) -> None:
+        state = {"data": task.state(step), "spent_s": spent_s + time.monotonic() - began, "inputs": inputs}
+        save_checkpoint(folder / "checkpoints", step=step, engines=engines, state=state)
+        remove_old(folder / "checkpoints", keep=loop.keep_checkpoints)
+
+    with stop_requests() as stop:
+        for step in range(start, loop.total_steps):
+            seed_everything(loop.seed, "step", step)
+            values = _guarded_step(task, step=step)
+            done = step + 1
+            progress.advance(note=f"loss {values['train/loss']:.4g}")
+            if metrics is not None and (done % loop.log_every_steps == 0 or done in (1, loop.total_steps)):
+                rate = progress.rate()
+                values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
+                metrics.log(done, values | {"mem/peak_gib": peak_memory_gib()})
+            stopping = any_rank(stop.signal is not None)
+            if done % loop.save_every_steps == 0 or done == loop.total_steps or stopping:
+                save(done)
+            if stopping and done < loop.total_steps:
+                _leave(stop, step=done, folder=folder)
+    if metrics is not None:
+        metrics.close()
+    _finish(task, config=config, inputs=inputs, seconds=spent_s + time.monotonic() - began)
+
+
+def _resume(task: Task, *, folder: Path) -> tuple[dict[str, Any], int, float]:
+    path = find_checkpoint(folder)
+    if path is None:
+        return task.build_engines(), 0, 0.0
+    meta = read_meta(path)
+    task.check_state(meta["state"]["data"])
+    for label, module in task.modules().items():
+        load_weights(path, label=label, module=module)
+    engines = task.build_engines()
+    for label, engine in engines.items():
+        load_optimizer(path, label=label, engine=engine)
+    logger.info("resuming from %s", path)
+    return engines, meta["step"], meta["state"]["spent_s"]
+
+
+def _guarded_step(task: Task, *, step: int) -> dict[str, float]:
+    try:
+        values = task.train_step(step)
+    except NonFiniteLoss as error:
+        raise UserError(
+            f"step {step + 1}: {error}; nothing was changed by this step. Lower the learning rate, or resume with another seed "
+            "from the last checkpoint"
+        ) from None
+    if not math.isfinite(values["train/loss"]):
+        raise UserError(f"step {step + 1}: the loss is {values['train/loss']}; lower the learning rate")
+    return values
+
+
+def check_finite(loss_terms: dict[str, float], *, source: str) -> None:
+    """Stop every rank before the optimizer step if any rank's loss is not finite.
+
+    Raises:
+        NonFiniteLoss: names the terms and the source on the rank where it happened.
+    """
+    bad = {name: value for name, value in loss_terms.items() if not math.isfinite(value)}
+    if any_rank(bool(bad)):
+        here = ", ".join(f"{name} is {value}" for name, value in bad.items())
+        raise NonFiniteLoss(f"{here} ({source})" if here else "the loss of another rank is not finite")
+
+
+def _leave(stop: StopRequest, *, step: int, folder: Path) -> None:
+    name = stop.signal.name if stop.signal is not None else "a signal on another rank"
+    if is_main():
+        logger.info("stopped by %s after step %d; its state is saved in %s: the same command goes on", name, step, folder)
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Interrupted
+
+
+def _finish(task: Task, *, config: Any, inputs: dict[str, str], seconds: float) -> None:
+    folder = Path(config.loop.folder)
+    facts = task.finish(folder)
+    if is_main():
+        record = {"inputs": inputs, "steps": config.loop.total_steps, "seconds": round(seconds, 1)}
+        record |= {"peak_memory_gib": round(peak_memory_gib(), 3), "processes": world_size(), **facts}
+        record |= {"config": to_dict(config), "commit": commit(), "versions": versions(), "machine": machine()}
+        write_json(folder / "done.json", record)
+    barrier()

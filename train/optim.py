@@ -1,0 +1,111 @@
+"""Optimizers, per-module learning rates and schedules (SPEC section 1, Table 8; section 2, Table 9)."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import OptimizerConfig
+from um3.core.errors import UserError
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020): Adam's direction, scaled per tensor by ||w|| / ||update||.
+
+    Parameters without weight decay (biases, norms, scales) take the plain Adam step, as in the reference code.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        max_trust_ratio: float = 10.0,
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_trust_ratio=max_trust_ratio))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        beta1, beta2 = group["betas"]
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(param)
+                state["exp_avg_sq"] = torch.zeros_like(param)
+            state["step"] += 1
+        states = [self.state[param] for param in params]
+        grads = [param.grad for param in params]
+        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        step = float(states[0]["step"])
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), denominators)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
+            ratios = [
+                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)).clamp(max=group["max_trust_ratio"])
+                for w, u in zip(weight_norms, update_norms, strict=True)
+            ]
+            torch._foreach_mul_(updates, ratios)
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Group the trainable parameters by peak rate and weight decay and build the optimizer.
+
+    Each group keeps its peak under "peak_lr"; `set_learning_rate` reads it.
+
+    Raises:
+        UserError: a prefix in `module_lr` names no trainable parameter.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    unused = set(config.module_lr)
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        prefixes = [prefix for prefix in config.module_lr if name.startswith(prefix)]
+        unused -= set(prefixes)
+        peak = config.module_lr[max(prefixes, key=len)] if prefixes else config.lr
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    if unused:
+        raise UserError(f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names")
+    options = [dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
+    kind = Lamb if config.kind == "lamb" else torch.optim.AdamW
+    return kind(options, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def schedule_factor(step: int, *, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate at 0-based `step`: linear warm-up, then cosine or constant."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, *, factor: float) -> None:
+    """Set every group's rate to `factor` times its peak: the schedule is a function of the step, with no state."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,194 @@
+"""UM3: a language model learns QLIP's codes on the scheduled mix of text, image-to-text and text-to-image.
+
+Loss = cross entropy summed over supervised tokens / their count in the global batch, each target under the
+softmax of its own half (paper, Eq 6). Legend: B rows of this rank, T tokens of a row, D width, V entries.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from data_mix.mix import RowBatch, open_rows
+from data_mix.prefetch import Prefetch
+from data_mix.samples import BadSample
+from data_mix.shards import open_code_sources
+from data_mix.text import open_text_source
+from tokenizer.modeling import load_qlip
+from train.checkpoint import full_weights
+from train.config import UM3Config, UM3LossConfig
+from train.engine import autocast, build_engine, grad_norm, split_batch
+from train.loop import check_finite
+from train.optim import schedule_factor, set_learning_rate
+from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
+from um3.core.seeds import seed_everything
+from um3.ids import IdSpace
+from um3.loss import SplitLoss, split_softmax_loss
+from um3.model import build_model, save_model
+from um3.text_tokenizer import add_image_tokens, load_text_tokenizer, make_id_space, train_text_tokenizer
+
+TOKENIZER_DOCUMENTS = 2000
+TOKENIZER_CAPTIONS = 5000
+TASK_NAMES = ("text", "i2t", "t2i")
+
+
+def build_task(config: UM3Config) -> "UM3Task":
+    """The recipe as the loop runs it."""
+    return UM3Task(config)
+
+
+class UM3Objective(nn.Module):
+    """The stock language model with split-softmax sums as output."""
+
+    def __init__(self, model: PreTrainedModel, *, ids: IdSpace, loss: UM3LossConfig):
+        super().__init__()
+        self.model, self.ids, self.loss = model, ids, loss
+
+    def forward(self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor) -> SplitLoss:
+        # Rows are padded on the right, so causal attention alone keeps padding out of every real position.
+        hidden_BTD = self.model.model(input_ids=input_ids_BT[:, :-1], use_cache=False).last_hidden_state
+        return split_softmax_loss(
+            hidden_BTD,
+            lm_head_weight_VD=self.model.lm_head.weight,
+            target_ids_BT=input_ids_BT[:, 1:],
+            supervised_BT=target_mask_BT[:, 1:],
+            text_vocab_size=self.ids.text_vocab_size,
+            mode=self.loss.mode,
+            z_loss=self.loss.z_loss,
+            chunk_tokens=self.loss.chunk_tokens,
+        )
+
+
+class UM3Task:
+    """Rows of the schedule, accumulated to the global batch; every token of it counts the same."""
+
+    unit = "rows"
+
+    def __init__(self, config: UM3Config):
+        self.config = config
+        qlip = load_qlip(config.qlip)
+        self.fingerprint = qlip.fingerprint()
+        self.text_tokenizer = self._build_text_tokenizer()
+        vocabulary = config.vocabulary
+        self.ids = make_id_space(
+            self.text_tokenizer,
+            slots=vocabulary.slots,
+            bits_per_slot=vocabulary.bits_per_slot,
+            num_patches=qlip.num_patches,
+        )
+        self.rows = open_rows(
+            config.data,
+            ids=self.ids,
+            text_tokenizer=self.text_tokenizer,
+            batch_size=config.loop.batch_size,
+            seed=config.loop.seed,
+            cache=Path(config.loop.folder) / "cache",
+            fingerprint=self.fingerprint,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.total_steps)
+        seed_everything(config.loop.seed, "um3 weights")
+        self.model = build_model(config.model, ids=self.ids)
+        if config.engine.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss)
+        self.truncated_captions = 0
+
+    def _build_text_tokenizer(self) -> Any:
+        config = self.config
+        source = config.vocabulary.tokenizer or config.model.base
+        if source:
+            return add_image_tokens(load_text_tokenizer(source))
+        return train_text_tokenizer(self._texts(), vocab_size=config.vocabulary.text_entries)
+
+    def _texts(self) -> Any:
+        """Documents and captions for a vocabulary of our own."""
+        for text in self.config.data.texts:
+            documents = open_text_source(text, split="train")
+            yield from (documents[index] for index in range(min(len(documents), TOKENIZER_DOCUMENTS)))
+        for shards in open_code_sources(self.config.data.codes, split="train").values():
+            for index in range(min(len(shards), TOKENIZER_CAPTIONS)):
+                try:
+                    yield from shards[index].captions
+                except BadSample:
+                    continue
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.objective}
+
+    def build_engines(self) -> dict[str, Any]:
+        config = self.config
+        self.micro_rows, self.accumulation = split_batch(config.loop)
+        self.engine = build_engine(
+            self.objective,
+            optimizer=config.optimizer,
+            engine=config.engine,
+            micro_batch_size=self.micro_rows,
+            accumulation_steps=self.accumulation,
+        )
+        return {"model": self.engine}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config = self.config
+        batch = self.batches.batch(step)
+        factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
+        set_learning_rate(self.engine.optimizer, factor=factor)
+        supervised_BT = batch.target_mask_BT[:, 1:]
+        is_text_BT = batch.input_ids_BT[:, 1:] < self.ids.text_vocab_size
+        counts_2 = torch.stack([(supervised_BT & is_text_BT).sum(), (supervised_BT & ~is_text_BT).sum()])
+        counts_2 = sum_over_ranks(counts_2.to(device()).float())
+        # DeepSpeed averages gradients over ranks and accumulation steps; the loss is a sum over the global count.
+        scale = world_size() * self.accumulation / counts_2.sum().clamp(min=1)
+        sums_4 = torch.zeros(4, device=device())
+        micro_batches = zip(
+            batch.input_ids_BT.split(self.micro_rows), batch.target_mask_BT.split(self.micro_rows), strict=True
+        )
+        for input_ids_BT, target_mask_BT in micro_batches:
+            with autocast(config.engine):
+                loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
+            parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
+            total = parts_4.sum() * scale
+            check_finite({"loss": float(total)}, source="rows of " + ", ".join(sorted(set(batch.sources))))
+            self.engine.backward(total)
+            self.engine.step()
+            sums_4 += parts_4.detach()
+        return self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2, factor=factor)
+
+    def _report(
+        self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor, factor: float
+    ) -> dict[str, float]:
+        values = {"train/loss": float(sums_4.sum() / counts_2.sum().clamp(min=1))}
+        for index, half in enumerate(("text", "visual")):
+            if counts_2[index] > 0:
+                values[f"train/loss_{half}"] = float(sums_4[index] / counts_2[index])
+            values[f"data/targets_{half}"] = float(counts_2[index])
+        for name in TASK_NAMES:
+            rows = sum(count for key, count in batch.counts.items() if key.startswith(name + "/"))
+            values[f"data/rows_{name}"] = float(rows)
+        self.truncated_captions += batch.truncated_captions
+        values |= {"data/truncated_captions": float(self.truncated_captions)}
+        return values | {"optim/lr": self.config.optimizer.lr * factor, "optim/grad_norm": grad_norm(self.engine)}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return self.rows.state(step) | {"fingerprint": self.fingerprint}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        self.rows.check_state(state)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        self.batches.close()
+        weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
+        if is_main():
+            save_model(
+                folder / "model",
+                model=self.model,
+                text_tokenizer=self.text_tokenizer,
+                ids=self.ids,
+                qlip_folder=self.config.qlip,
+                state_dict=weights,
+            )
+        return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}
+
