@@ -1,5 +1,122 @@
 """Image sources by name: one config, one function that opens it."""
 
-from data_mix.samples import BadSample, ImageSource, Sample, Split
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-__all__ = ["BadSample", "ImageSource", "Sample", "Split"]
+from data_mix.digits import DigitsSource
+from data_mix.own_images import FolderImages, TableImages, image_columns
+from data_mix.samples import BadSample, ImageSource, Sample, Split
+from data_mix.scenes import ScenesSource
+from data_mix.splits import check_val_fraction
+from data_mix.tables import looks_like_hub, open_hub, open_parquet, parquet_schema
+from data_mix.webdataset import WebDatasetImages
+from um3.core.errors import UserError
+
+__all__ = ["BadSample", "ImageSource", "ImageSourceConfig", "Sample", "Split", "image_kind", "open_image_source"]
+
+ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "hub"]
+
+
+@dataclass
+class ImageSourceConfig:
+    """One image source.
+
+    path: a folder of images, .parquet or .tar file(s), or owner/name of a hub set; empty for scenes and digits.
+        `auto` tells the kind from it, and scenes or digits from the name.
+    weight: its share of the images, relative to the other sources.
+    length: how many scenes there are in train; other kinds have what they have.
+    image_column, caption_column: of a table; empty to find them by name and type.
+    val_fraction: kept for val where the data does not say itself what is train and what val.
+    """
+
+    name: str = "scenes"
+    kind: ImageKind = "auto"
+    path: str = ""
+    weight: float = 1.0
+    length: int = 50_000
+    image_column: str = ""
+    caption_column: str = ""
+    val_fraction: float = 0.05
+
+
+def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, seed: int) -> ImageSource:
+    """Open `config`'s images of one split as squares of `size` pixels. `seed` draws the scenes.
+
+    Raises:
+        UserError: a missing path, wrong columns or broken containers. A single bad image only raises BadSample
+            when it is asked for.
+    """
+    check_val_fraction(config.val_fraction, name=config.name)
+    kind = image_kind(config)
+    name, path, val_fraction = config.name, config.path, config.val_fraction
+    where = f"source '{name}' ({path})"
+    if kind in ("scenes", "digits"):
+        return _drawn_source(config, kind=kind, split=split, size=size, seed=seed)
+    if kind == "folder":
+        return FolderImages(path, name=name, split=split, size=size, val_fraction=val_fraction)
+    if kind == "webdataset":
+        return WebDatasetImages(path, name=name, split=split, size=size, val_fraction=val_fraction)
+    given = {"image_column": config.image_column, "caption_column": config.caption_column}
+    if kind == "parquet":
+        columns = image_columns(parquet_schema(path, source=name), **given, where=where)
+        part = open_parquet(path, source=name, columns=columns, split=split, val_fraction=val_fraction)
+    else:
+        part = open_hub(path, source=name, split=split, val_fraction=val_fraction)
+        columns = image_columns(part.table.schema, **given, where=where)
+    return TableImages(part, name=name, size=size, image_column=columns[0], caption_column=columns[1])
+
+
+def _drawn_source(config: ImageSourceConfig, *, kind: str, split: Split, size: int, seed: int) -> ImageSource:
+    source: ScenesSource | DigitsSource
+    try:
+        if kind == "digits":
+            source = DigitsSource(size=size, split=split)
+        else:
+            length = config.length if split == "train" else max(1, round(config.length * config.val_fraction))
+            source = ScenesSource(size=size, length=length, seed=seed, split=split)
+    except ValueError as error:
+        raise UserError(f"source '{config.name}': {error}") from None
+    source.name = config.name
+    return source
+
+
+def image_kind(config: ImageSourceConfig) -> ImageKind:
+    """`config.kind`, or for `auto` what the name and the path look like.
+
+    Raises:
+        UserError: it cannot be told, or the path is missing or not wanted.
+    """
+    kind = _guess(config) if config.kind == "auto" else config.kind
+    if kind in ("scenes", "digits") and config.path:
+        raise UserError(f"source '{config.name}': kind={kind} takes no path; drop '{config.path}' or set kind")
+    if kind not in ("scenes", "digits") and not config.path:
+        raise UserError(f"source '{config.name}': kind={kind} needs a path")
+    return kind
+
+
+def _guess(config: ImageSourceConfig) -> ImageKind:
+    path = config.path
+    if not path:
+        if config.name == "scenes":
+            return "scenes"
+        if config.name == "digits":
+            return "digits"
+        raise UserError(f"source '{config.name}' has no path; give one, or set kind to scenes or digits")
+    place = Path(path)
+    has_parquet = path.endswith(".parquet") or (place.is_dir() and any(place.rglob("*.parquet")))
+    has_tar = path.endswith(".tar") or (place.is_dir() and any(place.rglob("*.tar")))
+    if has_parquet and has_tar:
+        raise UserError(f"source '{config.name}': '{path}' holds both .parquet and .tar; set kind")
+    if has_parquet:
+        return "parquet"
+    if has_tar:
+        return "webdataset"
+    if place.is_dir():
+        return "folder"
+    if looks_like_hub(path):
+        return "hub"
+    raise UserError(
+        f"source '{config.name}': '{path}' is no folder, no .parquet or .tar (file, folder or glob) and no hub set "
+        "(owner/name); check the path or set kind"
+    )

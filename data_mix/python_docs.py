@@ -1,0 +1,120 @@
+"""English prose that every Python carries: the language reference and the docstrings of the standard library.
+
+It is the text of the demo, where nothing may be downloaded. The library's modules are read, never imported:
+importing some of them opens a browser or draws a window. What is found depends on the Python version a little,
+so numbers measured on it are to be given with that version. Licence: PSF License Agreement.
+"""
+
+import ast
+import functools
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Tests, tools with windows, tables of code points, and packages that are not part of the library.
+_FOREIGN = {"site-packages", "dist-packages", "ensurepip"}
+_UNFIT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+SKIPPED_FOLDERS = frozenset(_FOREIGN | _UNFIT)
+MIN_WORDS = 5  # shorter paragraphs are headings and labels
+MIN_PROSE = 0.93  # share of letters, spaces and plain punctuation; tables, signatures and grammar have less
+MIN_DOCUMENT_CHARS = 200
+MAX_DOCUMENT_CHARS = 3000  # about 750 tokens
+
+_PROSE = re.compile(r"[A-Za-z ,.;:'’“”\"()!?-]")
+_ROLE = re.compile(r":[a-z:]+:`~?([^`]+)`")
+_LIST_MARK = re.compile(r"^(?:[*\-•]|\(?\d+[.)]|[a-z]\))\s+")
+_CODE_START = (">>>", "...", "$ ", "::=", "|", "+-", "@", "#", "def ", "class ", "import ", "from ")
+
+
+class Document(NamedTuple):
+    """A piece of prose of a few thousand characters; paragraphs are set apart by a blank line."""
+
+    key: str
+    text: str
+
+
+@functools.lru_cache(maxsize=1)
+def python_documents() -> tuple[Document, ...]:
+    """All documents of this Python, in a fixed order, no paragraph twice. Takes about 3 s, once per process."""
+    seen: set[str] = set()
+    documents: list[Document] = []
+    for name, texts in (*_topics(), *_modules()):
+        fresh = []
+        for paragraph in (paragraph for text in texts for paragraph in prose_paragraphs(text)):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                fresh.append(paragraph)
+        for number, text in enumerate(packed(fresh, max_chars=MAX_DOCUMENT_CHARS)):
+            if len(text) >= MIN_DOCUMENT_CHARS:
+                documents.append(Document(f"{name}#{number}", text))
+    return tuple(documents)
+
+
+def _topics() -> Iterator[tuple[str, list[str]]]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic/{name}", [topics[name]]
+
+
+def _modules() -> Iterator[tuple[str, list[str]]]:
+    """(module path, its docstrings in the order of the file) for every module of the standard library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(library.rglob("*.py")):
+        place = file.relative_to(library)
+        if SKIPPED_FOLDERS.isdisjoint(place.parts):
+            try:
+                tree = ast.parse(file.read_bytes())
+            except (SyntaxError, ValueError):  # templates and files kept broken on purpose
+                continue
+            yield f"library/{place.as_posix()}", list(_docstrings(tree))
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Depth first, which is the order of the file."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _docstrings(child)
+
+
+def prose_paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of a documentation text that are English sentences, each on one line.
+
+    Code, grammar, tables, signatures, headings and option lists are left out.
+    """
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line.strip() for line in block.splitlines()]
+        if any(line.startswith(_CODE_START) or "::=" in line for line in lines):
+            continue
+        paragraph = _ROLE.sub(r"\1", " ".join(lines)).replace("``", "").replace("`", "")
+        paragraph = re.sub(r"\s+", " ", _LIST_MARK.sub("", paragraph)).strip()
+        if _is_prose(paragraph):
+            yield paragraph
+
+
+def _is_prose(paragraph: str) -> bool:
+    if len(paragraph.split()) < MIN_WORDS or not paragraph.endswith((".", "!", "?", ":", ")", "”", '"')):
+        return False
+    if not (paragraph[0].isupper() or paragraph[0] in "\"'“("):
+        return False
+    return len(_PROSE.findall(paragraph)) >= MIN_PROSE * len(paragraph)
+
+
+def packed(paragraphs: Iterable[str], *, max_chars: int) -> Iterator[str]:
+    """Neighbouring paragraphs joined by blank lines into texts of at most `max_chars` (unless one alone is longer)."""
+    held: list[str] = []
+    num_chars = 0
+    for paragraph in paragraphs:
+        if held and num_chars + len(paragraph) > max_chars:
+            yield "\n\n".join(held)
+            held, num_chars = [], 0
+        held.append(paragraph)
+        num_chars += len(paragraph) + 2
+    if held:
+        yield "\n\n".join(held)

@@ -1,0 +1,183 @@
+"""Parquet files and sets of the Hugging Face hub as one Arrow table, read at random places.
+
+Small parquet is held in memory; larger files are converted once by `datasets` to Arrow files in its cache
+and mapped from there, so memory stays small and any row is a cheap read.
+"""
+
+import bisect
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_mix.samples import Split
+from data_mix.splits import SPLIT_WORDS, choose_rows, part_labels
+from um3.core.errors import UserError
+
+IN_MEMORY_BYTES = 512 * 2**20
+SPLIT_COLUMN = "split"
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """The rows of one split of a table. `starts` and `names` give the first row and name of each file of it."""
+
+    table: pa.Table
+    rows: np.ndarray
+    starts: Sequence[int]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """A name for sample `index` that does not depend on the split: file and row in it."""
+        return _row_key(int(self.rows[index]), starts=self.starts, names=self.names)
+
+    def value(self, index: int, *, column: str) -> Any:
+        """The Python value of one cell."""
+        return self.table.column(column)[int(self.rows[index])].as_py()
+
+
+def find_files(path: str, *, suffix: str, source: str) -> list[Path]:
+    """The files named by a file, folder (searched to the bottom) or glob, sorted; UserError when there are none."""
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
+    elif place.is_file():
+        files = [place]
+    else:
+        files = sorted(Path(found) for found in _glob(path) if Path(found).is_file())
+    if not files:
+        raise UserError(f"source '{source}': no {suffix} file at '{path}'; give a file, a folder or a glob")
+    return files
+
+
+def _glob(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+
+
+def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split, val_fraction: float) -> TablePart:
+    """The rows of `split` with `columns`, all of which must exist (see `parquet_schema`)."""
+    files = find_files(path, suffix=".parquet", source=source)
+    has_split = SPLIT_COLUMN in parquet_schema(path, source=source).names
+    wanted = list(dict.fromkeys([*columns, *([SPLIT_COLUMN] if has_split else [])]))
+    try:
+        counts = [pq.read_metadata(file).num_rows for file in files]
+        if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
+            tables = [pq.read_table(file, columns=wanted, partitioning=None) for file in files]
+            table = pa.concat_tables(tables, promote_options="permissive")
+        else:
+            import datasets
+
+            mapped = datasets.load_dataset(
+                "parquet", data_files=[str(file) for file in files], columns=wanted, split="train"
+            )
+            table = mapped.with_format("arrow")[:]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"source '{source}': cannot read parquet at '{path}': {_one_line(error)}") from None
+    if table.num_rows != sum(counts) or not set(wanted) <= set(table.column_names):
+        raise UserError(
+            f"source '{source}': the parquet files at '{path}' differ in their columns ({', '.join(wanted)})"
+        )
+    starts, names = [0, *np.cumsum(counts[:-1]).tolist()], short_names(files, path)
+    labels = table.column(SPLIT_COLUMN).to_pylist() if has_split else _labels_of_files(files, counts, path)
+    return TablePart(
+        table=table,
+        rows=choose_rows(
+            num_rows=table.num_rows,
+            labels=None if labels is None else [str(label) for label in labels],
+            key_of=lambda row: _row_key(row, starts=starts, names=names),
+            split=split,
+            val_fraction=val_fraction,
+            where=f"source '{source}' ({path})",
+        ),
+        starts=starts,
+        names=names,
+    )
+
+
+def parquet_schema(path: str, *, source: str) -> pa.Schema:
+    """The schema of the first file."""
+    file = find_files(path, suffix=".parquet", source=source)[0]
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"source '{source}': cannot read parquet '{file}': {_one_line(error)}") from None
+
+
+def looks_like_hub(path: str) -> bool:
+    """owner/name or owner/name:config, with nothing of that name on this disk."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) is not None and not Path(path).exists()
+
+
+def open_hub(path: str, *, source: str, split: Split, val_fraction: float) -> TablePart:
+    """A set of the hub, written owner/name or owner/name:config; none of its code is run.
+
+    Only the parts that `split` needs are fetched. UserError when it cannot be had (name, network, permission).
+    """
+    import datasets
+
+    name, _, config = path.partition(":")
+    where = f"source '{source}' (hub set {path})"
+    try:
+        available = datasets.get_dataset_split_names(name, config or None)
+        wanted, by_hash = part_labels(available, split=split, where=where)
+        parts = [datasets.load_dataset(name, config or None, split=part) for part in sorted(wanted)]
+    except UserError:
+        raise
+    except Exception as error:
+        # The hub client raises its own, requests', pyarrow's and the builder's errors for the user's mistakes.
+        raise UserError(f"{where}: cannot be opened: {_one_line(error)}") from None
+    starts = [0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()]
+    table = pa.concat_tables([part.with_format("arrow")[:] for part in parts])
+    names = [f"{path}/{part}" for part in sorted(wanted)]
+    rows = np.arange(table.num_rows)
+    if by_hash:
+        rows = choose_rows(
+            num_rows=table.num_rows,
+            labels=None,
+            key_of=lambda row: _row_key(row, starts=starts, names=names),
+            split=split,
+            val_fraction=val_fraction,
+            where=where,
+        )
+    return TablePart(table=table, rows=rows, starts=starts, names=names)
+
+
+def _row_key(row: int, *, starts: Sequence[int], names: Sequence[str]) -> str:
+    file = bisect.bisect_right(starts, row) - 1
+    return f"{names[file]}#{row - starts[file]}"
+
+
+def short_names(files: Sequence[Path], path: str) -> list[str]:
+    """File names relative to the folder asked for, or else to the deepest one that holds them all.
+
+    So no two files share a name, and moving the data as a whole does not move a sample to the other split.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        root = Path(os.path.commonpath([file.parent for file in files]))
+    return [file.relative_to(root).as_posix() for file in files]
+
+
+def _labels_of_files(files: Sequence[Path], counts: Sequence[int], path: str) -> list[str] | None:
+    """A label per row from names such as train-00000-of-00002.parquet or val/0.parquet; None unless all have one."""
+    labels: list[str] = []
+    for name, count in zip(short_names(files, path), counts, strict=True):
+        words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
+        if len(files) == 1 or not words:
+            return None
+        labels += [words[0]] * count
+    return labels
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,237 @@
+"""Text sources: documents by index, from the embedded prose, files of your own, or the hub."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from data_mix.python_docs import packed, python_documents
+from data_mix.samples import Split
+from data_mix.splits import check_val_fraction, choose_rows
+from data_mix.tables import TablePart, find_files, looks_like_hub, open_hub, open_parquet, parquet_schema, short_names
+from um3.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PASSAGE_CHARS = 4000  # a plain text file becomes documents of about this length, cut between paragraphs
+
+TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
+
+
+@dataclass
+class TextSourceConfig:
+    """One text source.
+
+    path: a .txt file or folder of them, .jsonl or .parquet file(s), or owner/name of a hub set; empty for
+        python_docs. `auto` tells the kind from it.
+    field: the JSON field or column that holds the text.
+    weight: its share of the documents, relative to the other sources.
+    val_fraction: kept for val where the data does not say itself what is train and what val.
+    """
+
+    name: str = "python_docs"
+    kind: TextKind = "auto"
+    path: str = ""
+    field: str = "text"
+    weight: float = 1.0
+    val_fraction: float = 0.02
+
+
+@runtime_checkable
+class TextSource(Protocol):
+    """A map from index to document. A document may be an empty string where the data has a blank."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+
+def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
+    """Open `config`'s documents of one split; UserError for a missing path, a missing field or broken data."""
+    check_val_fraction(config.val_fraction, name=config.name)
+    kind = text_kind(config)
+    if kind == "python_docs":
+        documents = python_documents()
+        texts = [document.text for document in documents]
+        return _chosen(config, texts, key_of=lambda row: documents[row].key, split=split)
+    if kind == "txt":
+        keys, texts = _read_passages(config)
+        return _chosen(config, texts, key_of=keys.__getitem__, split=split)
+    if kind == "jsonl":
+        return JsonlDocuments(config, split=split)
+    if kind == "parquet":
+        schema = parquet_schema(config.path, source=config.name)
+        _check_text_column(schema, config)
+        part = open_parquet(
+            config.path, source=config.name, columns=[config.field], split=split, val_fraction=config.val_fraction
+        )
+        return TableDocuments(config, part)
+    part = open_hub(config.path, source=config.name, split=split, val_fraction=config.val_fraction)
+    _check_text_column(part.table.schema, config)
+    return TableDocuments(config, part)
+
+
+def text_kind(config: TextSourceConfig) -> TextKind:
+    """`config.kind`, or for `auto` what the path looks like."""
+    path = config.path
+    if config.kind == "auto" and path:
+        for kind in ("parquet", "jsonl", "txt"):
+            if path.endswith(f".{kind}") or (Path(path).is_dir() and any(Path(path).rglob(f"*.{kind}"))):
+                return kind
+        if looks_like_hub(path):
+            return "hub"
+        raise UserError(
+            f"source '{config.name}': '{path}' is no .txt, .jsonl or .parquet (file, folder or glob) and no hub "
+            "set (owner/name); check the path or set kind"
+        )
+    if config.kind == "auto" or config.kind == "python_docs":
+        if path:
+            raise UserError(f"source '{config.name}': kind=python_docs takes no path; drop '{path}' or the kind")
+        return "python_docs"
+    if not path:
+        raise UserError(f"source '{config.name}': kind={config.kind} needs a path")
+    return config.kind
+
+
+class ListedDocuments:
+    """Documents held in memory."""
+
+    def __init__(self, name: str, texts: Sequence[str]) -> None:
+        self.name = name
+        self._texts = list(texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> str:
+        return self._texts[index]
+
+
+def _chosen(
+    config: TextSourceConfig, texts: Sequence[str], *, key_of: Callable[[int], str], split: Split
+) -> ListedDocuments:
+    rows = choose_rows(
+        num_rows=len(texts),
+        labels=None,
+        key_of=key_of,
+        split=split,
+        val_fraction=config.val_fraction,
+        where=f"source '{config.name}' ({config.path or 'python_docs'})",
+    )
+    return ListedDocuments(config.name, [texts[row] for row in rows])
+
+
+def _read_passages(config: TextSourceConfig) -> tuple[list[str], list[str]]:
+    """Keys and texts of the passages of all .txt files."""
+    keys: list[str] = []
+    texts: list[str] = []
+    files = find_files(config.path, suffix=".txt", source=config.name)
+    for name, file in zip(short_names(files, config.path), files, strict=True):
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"source '{config.name}': '{file}' is not UTF-8 ({error.reason}); convert it") from None
+        paragraphs = (paragraph.strip() for block in re.split(r"\n\s*\n", text) for paragraph in _cut(block))
+        for number, passage in enumerate(packed(filter(None, paragraphs), max_chars=PASSAGE_CHARS)):
+            keys.append(f"{name}#{number}")
+            texts.append(passage)
+    return keys, texts
+
+
+def _cut(block: str) -> Iterator[str]:
+    """A paragraph in pieces of at most PASSAGE_CHARS, cut at white space if there is any."""
+    while len(block) > PASSAGE_CHARS:
+        cut = max(block.rfind("\n", 0, PASSAGE_CHARS), block.rfind(" ", 0, PASSAGE_CHARS))
+        cut = cut if cut > 0 else PASSAGE_CHARS
+        yield block[:cut]
+        block = block[cut:]
+    yield block
+
+
+class JsonlDocuments:
+    """One JSON object a line. Lines are found and checked once, and read again from disk when asked for."""
+
+    def __init__(self, config: TextSourceConfig, *, split: Split) -> None:
+        self.name = config.name
+        self._field = config.field
+        self._files = find_files(config.path, suffix=".jsonl", source=config.name)
+        names = short_names(self._files, config.path)
+        places: list[tuple[int, int]] = []  # file, byte offset
+        num_blank = 0
+        for number, file in enumerate(self._files):
+            offset = 0
+            with file.open("rb") as lines:
+                for line_number, line in enumerate(lines, start=1):
+                    if self._text(line, where=f"source '{config.name}': {file}:{line_number}").strip():
+                        places.append((number, offset))
+                    else:
+                        num_blank += 1
+                    offset += len(line)
+        if num_blank:
+            logger.warning("source '%s': %d blank documents left out", config.name, num_blank)
+        places_N2 = np.array(places, dtype=np.int64).reshape(-1, 2)
+        rows = choose_rows(
+            num_rows=len(places),
+            labels=None,
+            key_of=lambda row: f"{names[places[row][0]]}#{places[row][1]}",
+            split=split,
+            val_fraction=config.val_fraction,
+            where=f"source '{config.name}' ({config.path})",
+        )
+        self._places_N2 = places_N2[rows]
+
+    def _text(self, line: bytes, *, where: str) -> str:
+        if not line.strip():
+            return ""
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        value = record.get(self._field) if isinstance(record, dict) else None
+        if isinstance(value, str):
+            return value
+        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: no text in field '{self._field}' (has: {fields}); set field")
+
+    def __len__(self) -> int:
+        return len(self._places_N2)
+
+    def __getitem__(self, index: int) -> str:
+        number, offset = self._places_N2[index]
+        with self._files[number].open("rb") as file:
+            file.seek(int(offset))
+            return self._text(file.readline(), where=str(self._files[number]))
+
+
+class TableDocuments:
+    """One column of a table; a null is an empty document."""
+
+    def __init__(self, config: TextSourceConfig, part: TablePart) -> None:
+        self.name = config.name
+        self._field = config.field
+        self._part = part
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __getitem__(self, index: int) -> str:
+        return self._part.value(index, column=self._field) or ""
+
+
+def _check_text_column(schema: pa.Schema, config: TextSourceConfig) -> None:
+    where = f"source '{config.name}' ({config.path})"
+    if config.field not in schema.names:
+        raise UserError(f"{where}: no column '{config.field}' (has: {', '.join(schema.names)}); set field")
+    kind = schema.field(config.field).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"{where}: column '{config.field}' holds {kind}, not text; set field to a text column")

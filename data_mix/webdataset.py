@@ -1,0 +1,150 @@
+"""WebDataset shards: tar files in which an image and its caption lie side by side under one stem.
+
+The members are listed once when the source is opened; a sample is then read at its offset. Nothing is ever
+extracted, so a member called ../x or a link is just a name.
+"""
+
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_mix.own_images import OwnImages, caption_field
+from data_mix.samples import BadSample, Split
+from data_mix.splits import choose_rows
+from data_mix.tables import find_files, short_names
+from um3.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSIONS = ("txt", "json")
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_CAPTION_BYTES = 2**20
+
+
+class Member(NamedTuple):
+    """Where the bytes of a file lie in a shard."""
+
+    offset: int
+    size: int
+
+
+class TarSample(NamedTuple):
+    """One image of a shard with the place of its caption, of which `json` tells the format."""
+
+    shard: int
+    stem: str
+    image: Member
+    caption: Member | None
+    is_json: bool
+
+
+class WebDatasetImages(OwnImages):
+    """The images of all shards at a path; captions from stem.txt (one a line) or the caption field of stem.json."""
+
+    def __init__(self, path: str, *, name: str, split: Split, size: int, val_fraction: float) -> None:
+        super().__init__(name=name, size=size)
+        where = f"source '{name}' ({path})"
+        self._shards = find_files(path, suffix=".tar", source=name)
+        self._names = short_names(self._shards, path)
+        samples = [
+            sample
+            for number, shard in enumerate(self._shards)
+            for sample in _samples_of(shard, number=number, where=where)
+        ]
+        if not samples:
+            wanted = "/".join(IMAGE_EXTENSIONS)
+            raise UserError(f"{where}: no image ({wanted}) in {len(self._shards)} tar files; is it WebDataset?")
+        rows = choose_rows(
+            num_rows=len(samples),
+            labels=None,
+            key_of=lambda row: self._name_of(samples[row]),
+            split=split,
+            val_fraction=val_fraction,
+            where=where,
+        )
+        self._samples = [samples[row] for row in rows]
+
+    def _name_of(self, sample: TarSample) -> str:
+        return f"{self._names[sample.shard]}#{sample.stem}"
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def _key(self, index: int) -> str:
+        return self._name_of(self._samples[index])
+
+    def _image(self, index: int) -> bytes:
+        return self._read(index, self._samples[index].image, limit=MAX_IMAGE_BYTES)
+
+    def _captions(self, index: int) -> Any:
+        sample = self._samples[index]
+        if sample.caption is None:
+            raise BadSample("no caption", detail=self._key(index))
+        data = self._read(index, sample.caption, limit=MAX_CAPTION_BYTES)
+        try:
+            return caption_field(json.loads(data)) if sample.is_json else data.decode("utf-8-sig").splitlines()
+        except (ValueError, RecursionError) as error:  # also what is not UTF-8
+            raise BadSample("unreadable caption", detail=f"{self._key(index)}: {error}") from None
+
+    def _read(self, index: int, member: Member, *, limit: int) -> bytes:
+        if member.size > limit:
+            raise BadSample("too large", detail=f"{self._key(index)}: {member.size:,} bytes, {limit:,} allowed")
+        try:
+            with self._shards[self._samples[index].shard].open("rb") as shard:
+                shard.seek(member.offset)
+                data = shard.read(member.size)
+        except OSError as error:
+            raise BadSample("cannot be read", detail=f"{self._key(index)}: {error}") from None
+        if len(data) < member.size:
+            raise BadSample("truncated", detail=self._key(index))
+        return data
+
+
+def _samples_of(shard: Path, *, number: int, where: str) -> list[TarSample]:
+    """The samples of one shard in the order of their images."""
+    found: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                stem, extension = _stem_and_extension(member.name)
+                known = extension in IMAGE_EXTENSIONS or extension in CAPTION_EXTENSIONS
+                # Sparse members are not stored in one piece, so an offset does not find them.
+                if known and member.isreg() and not member.issparse():
+                    found.setdefault(stem, {}).setdefault(extension, Member(member.offset_data, member.size))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        if not found:
+            raise UserError(f"{where}: '{shard}' is no uncompressed tar file ({error}); unpack .tar.gz first") from None
+        logger.warning("%s: '%s' is damaged (%s); only what lies before is used", where, shard, error)
+        return _complete(found, number=number)
+    if found and not _has_end_mark(shard):
+        # tarfile takes a file cut within a header for a complete one.
+        logger.warning("%s: '%s' is damaged (cut off); only what lies before is used", where, shard)
+    return _complete(found, number=number)
+
+
+def _complete(found: dict[str, dict[str, Member]], *, number: int) -> list[TarSample]:
+    """Members by stem and extension as samples; a stem without an image is none."""
+    samples = []
+    for stem, members in found.items():
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is not None:
+            caption = members.get("txt") or members.get("json")
+            samples.append(TarSample(number, stem, image, caption, is_json="txt" not in members))
+    return samples
+
+
+def _has_end_mark(shard: Path) -> bool:
+    """A whole tar ends in a block of zeros."""
+    with shard.open("rb") as file:
+        file.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
+        return not any(file.read())
+
+
+def _stem_and_extension(name: str) -> tuple[str, str]:
+    """a/b.left.jpg -> (a/b, jpg): the stem ends at the first dot of the file name, as WebDataset has it."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extensions = file.partition(".")
+    return f"{folder}{slash}{stem}", extensions.rpartition(".")[2].lower()
