@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from um3.core.errors import UserError
+from um3.extend import extend_model, load_base
 from um3.ids import IdSpace
-from um3.model import ModelConfig, build_model, count_parameters, extend_model, load_base
+from um3.model import ModelConfig, build_model, count_parameters
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,

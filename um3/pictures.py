@@ -1,0 +1,88 @@
+"""Pictures for people: contact sheets with labels, codes as colours, before and after.
+
+Shapes: N pictures or patches, H height, W width.
+"""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from um3.core.files import atomic_file
+
+MIN_SIDE = 256
+MARGIN = 12
+FONT_SIZE = 15
+MAX_LABEL_LINES = 3
+
+
+def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
+    """Write a picture, or a uint8 array (H, W, 3), as PNG; whole or not at all."""
+    with atomic_file(path) as partial:
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(partial, format="PNG")
+
+
+def enlarge(image_HW3: np.ndarray, *, min_side: int = MIN_SIDE) -> Image.Image:
+    """A picture at least `min_side` on its shorter side: tiny ones in whole pixels, others smoothly."""
+    image = Image.fromarray(image_HW3)
+    factor = min_side / min(image.size)
+    if factor <= 1:
+        return image
+    if factor >= 2:
+        factor = math.ceil(factor)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.resize(size, Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.BICUBIC)
+
+
+def contact_sheet(
+    images: np.ndarray | Sequence[np.ndarray], *, labels: Sequence[str] = (), columns: int = 0, min_side: int = MIN_SIDE
+) -> Image.Image:
+    """All pictures on one white sheet, row by row, each over its label; `columns` 0 makes it about square."""
+    if not len(images):
+        raise ValueError("a contact sheet needs at least one picture")
+    tiles = [enlarge(image, min_side=min_side) for image in images]
+    columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    texts = [_wrap(label, width=width, font=font) for label in labels]
+    line_height = FONT_SIZE + 4
+    label_height = max((text.count("\n") + 1 for text in texts), default=0) * line_height
+    rows = math.ceil(len(tiles) / columns)
+    cell_width, cell_height = width + MARGIN, height + label_height + MARGIN
+    sheet = Image.new("RGB", (columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, tile in enumerate(tiles):
+        left = MARGIN + index % columns * cell_width
+        top = MARGIN + index // columns * cell_height
+        sheet.paste(tile, (left, top))
+        if index < len(texts):
+            draw.multiline_text((left, top + height + 3), texts[index], fill="black", font=font, spacing=4)
+    return sheet
+
+
+def code_picture(codes_N: Tensor, *, num_bits: int) -> np.ndarray:
+    """The codes of a square picture as a picture of one pixel per patch: uint8 (side, side, 3).
+
+    Red, green and blue are the first, second and last third of the bits read as a number, so equal codes have
+    equal colours and codes that differ in late bits of a third have similar ones.
+    """
+    side = math.isqrt(len(codes_N))
+    if side * side != len(codes_N):
+        raise ValueError(f"{len(codes_N)} codes are no square picture")
+    edges = [num_bits * part // 3 for part in range(4)]
+    codes = codes_N.cpu().numpy()
+    channels = []
+    for start, end in itertools.pairwise(edges):
+        values = codes >> (num_bits - end) & (1 << (end - start)) - 1
+        channels.append(np.round(values * (255 / max((1 << (end - start)) - 1, 1))).astype(np.uint8))
+    return np.stack(channels, axis=-1).reshape(side, side, 3)
+
+
+def _wrap(label: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    characters = max(8, int(width / font.getlength("n")))
+    return "\n".join(textwrap.wrap(label, characters, max_lines=MAX_LABEL_LINES, placeholder=" ..."))
