@@ -46,9 +46,13 @@ class ExactCounts:
     which they will become due (earliest deadline first, which finds an exact plan wherever there is one).
     """
 
-    def __init__(self, shares: Callable[[int], tuple[int, ...]], *, batch_size: int) -> None:
-        """`shares(step)` returns the share of each class in SHARE_UNITs, summing to SHARE_UNIT."""
-        self.shares, self.batch_size = shares, batch_size
+    def __init__(self, shares: Callable[[int], tuple[int, ...]], *, batch_size: int | Callable[[int], int]) -> None:
+        """`shares(step)` returns the share of each class in SHARE_UNITs, summing to SHARE_UNIT.
+
+        `batch_size`: the rows to share out at every step, or a function from the step to them.
+        """
+        self.shares = shares
+        self.batch_size = batch_size if callable(batch_size) else lambda step: batch_size
         num_classes = len(shares(0))
         self._asked = [0] * num_classes
         self._given = [(0,) * num_classes]
@@ -66,11 +70,11 @@ class ExactCounts:
 
     def _next(self) -> tuple[int, ...]:
         step = len(self._given) - 1
-        shares = self.shares(step)
+        shares, num_rows = self.shares(step), self.batch_size(step)
         for i, share in enumerate(shares):
-            self._asked[i] += share * self.batch_size
+            self._asked[i] += share * num_rows
         given = [max(asked // SHARE_UNIT, had) for asked, had in zip(self._asked, self._given[step], strict=True)]
-        missing = (step + 1) * self.batch_size - sum(given)
+        missing = sum(self._given[step]) + num_rows - sum(given)
         if missing:
             begun = [i for i, asked in enumerate(self._asked) if given[i] * SHARE_UNIT < asked]
             due = {i: ((given[i] + 1) * SHARE_UNIT - self._asked[i]) / max(shares[i], 1e-9) for i in begun}

@@ -63,6 +63,17 @@ def test_changing_shares_of_three_classes_stay_within_one_sample() -> None:
                 assert abs(given[i] - sum(row[i] for row in table[:step]) * batch_size / SHARE_UNIT) < 1
 
 
+def test_batches_of_changing_size_keep_to_the_shares() -> None:
+    draw = random.Random(5)
+    sizes = [draw.choice([0, 0, 1, 3]) for _ in range(300)]
+    shares = fixed_shares([0.5, 0.2, 0.2, 0.1])
+    counts = ExactCounts(lambda step: shares, batch_size=sizes.__getitem__)
+    for step in range(1, 300):
+        assert sum(counts.at(step - 1)) == sizes[step - 1]
+        for had, share in zip(counts.before(step), shares, strict=True):
+            assert abs(had - share / SHARE_UNIT * sum(sizes[:step])) < 1
+
+
 def test_counts_at_a_step_do_not_depend_on_where_one_starts() -> None:
     walked = constant_counts([0.5, 0.3, 0.2], batch_size=7)
     one_by_one = [walked.at(step) for step in range(100)]

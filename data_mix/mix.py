@@ -1,0 +1,338 @@
+"""UM3's rows: every global batch mixes text, image-to-text and text-to-image rows in the scheduled counts.
+
+Which rows a step holds is a function of (seed, step), worked out for the global batch and cut into equal parts
+for the ranks last; so the state to save is the step. One sample a row, padded to `row_tokens`.
+
+Shape legend: B = rows of this rank, T = row_tokens, N = patches of an image, P = visual ids of an image.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_mix.images import CaptionChoice
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
+from data_mix.origin import origin
+from data_mix.samples import Split
+from data_mix.schedule import TASKS, MixConfig, Schedule, Task
+from data_mix.shards import CodedSample, CodeShards, open_code_sources
+from data_mix.text import TextSourceConfig, open_text_source
+from data_mix.token_stream import TokenStream
+from um3.core.errors import UserError
+from um3.core.seeds import derive_seed
+from um3.ids import IdSpace
+from um3.rows import Row, Supervision, image_to_text_row, text_to_image_row, unconditional_row
+from um3.text_tokenizer import encode_captions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_MARKS = 4  # bos, begin and end of image, eos: what a row of an image and a caption holds besides the two
+
+
+@dataclass
+class DataConfig:
+    """What UM3 is trained on.
+
+    codes: folder of code shards.
+    texts: text sources; their `weight` is their share of the text rows.
+    image_weights: share of each source of codes by name, those left out are not used; empty: every source in
+        proportion to its size.
+    row_tokens: length of every row; captions are cut to fit, images never are.
+    caption_dropout: share of the text-to-image rows without their caption (for classifier-free guidance).
+    supervision: "target" trains on what the row is to produce, "all" on its condition as well.
+    i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
+    """
+
+    codes: str = "codes"
+    texts: list[TextSourceConfig] = field(default_factory=list)
+    image_weights: dict[str, float] = field(default_factory=dict)
+    mix: MixConfig = field(default_factory=MixConfig)
+    row_tokens: int = 4096
+    caption_dropout: float = 0.1
+    supervision: Supervision = "target"
+    i2t_caption: CaptionChoice = "first"
+
+    def __post_init__(self) -> None:
+        if self.row_tokens < 2:
+            raise ValueError(f"data.row_tokens={self.row_tokens}: a row needs at least 2")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")
+
+
+class PlannedRow(NamedTuple):
+    """Row `place` of a global batch: what is shown (sample number `sample` of `source`) and what for."""
+
+    place: int
+    task: Task
+    source: str
+    sample: int
+
+
+class RowBatch(NamedTuple):
+    """One rank's part of a global batch, padded on the right.
+
+    target_mask_BT: true where the id is to be predicted. lengths_B: ids of each row that are no padding.
+    task_B: 0 text, 1 image-to-text, 2 text-to-image. sources: where each row comes from.
+    counts: rows of the *global* batch by "task/source". truncated_captions: captions of this rank that were cut.
+    """
+
+    input_ids_BT: Tensor  # noqa: N815 (the shape suffixes of the house)
+    target_mask_BT: Tensor  # noqa: N815
+    lengths_B: Tensor  # noqa: N815
+    task_B: Tensor  # noqa: N815
+    sources: list[str]
+    counts: dict[str, int]
+    truncated_captions: int
+
+
+class TaskRows:
+    """Which samples of which sources the rows of one task are, at every step."""
+
+    def __init__(
+        self,
+        task: Task,
+        sizes: Mapping[str, int],
+        *,
+        weights: Mapping[str, float],
+        seed: int,
+        schedule: Schedule,
+        batch_size: int,
+    ) -> None:
+        unknown = sorted(weights.keys() - sizes.keys())
+        if unknown:
+            raise UserError(
+                f"weights for {task} rows name '{unknown[0]}', which is no source; there are {sorted(sizes)}"
+            )
+        self.task, self.names = task, sorted(weights or sizes)
+        shares = fixed_shares([float((weights or sizes)[name]) for name in self.names])
+        self.orders = [SampleOrder(sizes[name], seed=seed, name=f"{task}/{name}") for name in self.names]
+        self.counts = ExactCounts(
+            lambda step: shares, batch_size=lambda step: schedule.counts(step, batch_size=batch_size)[task]
+        )
+
+    def at(self, step: int) -> list[tuple[str, int]]:
+        """(source, sample) of the task's rows at `step`, in the order they take in the batch."""
+        draws = list(self.counts.before(step))
+        rows = []
+        for i in interleave(self.counts.at(step)):
+            rows.append((self.names[i], self.orders[i].index(draws[i])))
+            draws[i] += 1
+        return rows
+
+
+class UM3Rows:
+    """Batches of UM3's rows by step; every rank builds only its own part."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        images: Mapping[str, CodeShards],
+        texts: Mapping[str, TokenStream],
+        ids: IdSpace,
+        text_tokenizer: "PreTrainedTokenizerBase",
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`images` and `texts`: opened sources by name; `open_rows` opens those of a config.
+
+        Raises:
+            UserError: a task of the mix has no source, the codes are not those of `ids`, rows too short for an
+                image, or a batch that does not divide among the ranks.
+        """
+        self.config, self.images, self.texts, self.ids = config, images, texts, ids
+        self.text_tokenizer, self.batch_size, self.seed = text_tokenizer, batch_size, seed
+        self.places = shared_rows(batch_size, rank=rank, world_size=world_size)
+        self.schedule = Schedule(config.mix)
+        for source in images.values():
+            _check_codes(source, ids=ids)
+        self.caption_room = config.row_tokens - ids.image_tokens - ROW_MARKS
+        if self.caption_room < 1 and images:
+            raise UserError(
+                f"data.row_tokens={config.row_tokens} cannot hold an image of {ids.image_tokens} tokens and a caption; "
+                f"set it to {ids.image_tokens + ROW_MARKS + 1} or more"
+            )
+        self.tasks: dict[Task, TaskRows] = {}
+        for number, task in enumerate(TASKS):
+            if not config.mix.start[number] and not config.mix.end[number]:
+                continue
+            sources: Mapping[str, CodeShards] | Mapping[str, TokenStream] = texts if task == "text" else images
+            if not sources:
+                raise UserError(
+                    f"the mix has {task} rows, but there is no source for them; add one, or set its ratios to 0"
+                )
+            self.tasks[task] = TaskRows(
+                task,
+                {name: len(source) for name, source in sources.items()},
+                weights={source.name: source.weight for source in config.texts}
+                if task == "text"
+                else config.image_weights,
+                seed=seed,
+                schedule=self.schedule,
+                batch_size=batch_size,
+            )
+
+    def plan(self, step: int) -> list[PlannedRow]:
+        """The rows of the global batch of `step`, tasks evenly spread; the same on every rank."""
+        counts = self.schedule.counts(step, batch_size=self.batch_size)
+        waiting = {task: iter(rows.at(step)) for task, rows in self.tasks.items()}
+        tasks = [TASKS[number] for number in interleave([counts[task] for task in TASKS])]
+        return [PlannedRow(place, task, *next(waiting[task])) for place, task in enumerate(tasks)]
+
+    def batch(self, step: int) -> RowBatch:
+        """This rank's part of the batch of `step`."""
+        plan = self.plan(step)
+        mine = [plan[place] for place in self.places]
+        captioned = {row.place: self.images[row.source][row.sample] for row in mine if row.task != "text"}
+        captions, truncated = self._captions(mine, captioned, step=step)
+        rows = []
+        for planned in mine:
+            if planned.task == "text":
+                rows.append(self.texts[planned.source][planned.sample])
+            else:
+                rows.append(self._image_row(planned.task, captioned[planned.place], captions[planned.place]))
+        counts: dict[str, int] = {}
+        for row in plan:
+            counts[f"{row.task}/{row.source}"] = counts.get(f"{row.task}/{row.source}", 0) + 1
+        return self._pad(rows, mine, counts=counts, truncated_captions=truncated)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` keeps: enough to see that a resumed run goes on with the same rows."""
+        draws = {
+            f"{task}/{name}": draw
+            for task, rows in self.tasks.items()
+            for name, draw in zip(rows.names, rows.counts.before(step), strict=True)
+        }
+        sizes = {
+            f"{task}/{name}": order.length
+            for task, rows in self.tasks.items()
+            for name, order in zip(rows.names, rows.orders, strict=True)
+        }
+        return {"seed": self.seed, "step": step, "batch_size": self.batch_size, "draws": draws, "sizes": sizes}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Compare a checkpoint's `state` with what this config gives at its step.
+
+        Raises:
+            UserError: they differ, so the rows of a resumed run would not be those of an undisturbed one.
+        """
+        ours = self.state(int(state["step"]))
+        for key in ("seed", "batch_size", "sizes", "draws"):
+            if state.get(key) != ours[key]:
+                raise UserError(
+                    f"the checkpoint of step {state['step']} was trained on other data: {key} {state.get(key)}, now "
+                    f"{ours[key]}; resume with the config it began with, or start a new run folder"
+                )
+
+    def _captions(
+        self, mine: Sequence[PlannedRow], samples: Mapping[int, CodedSample], *, step: int
+    ) -> tuple[dict[int, list[int] | None], int]:
+        """Token ids of the caption of each image row by place, None where it is dropped, and how many were cut."""
+        chosen: dict[int, str] = {}
+        for row in mine:
+            if row.task == "text" or (row.task == "t2i" and self._drops(step, row.place)):
+                continue
+            texts = samples[row.place].captions
+            first = row.task == "i2t" and self.config.i2t_caption == "first"
+            chosen[row.place] = texts[0 if first else derive_seed(self.seed, "caption", step, row.place) % len(texts)]
+        encoded = encode_captions(list(chosen.values()), tokenizer=self.text_tokenizer)
+        truncated = sum(len(tokens) > self.caption_room for tokens in encoded)
+        captions: dict[int, list[int] | None] = dict.fromkeys(samples)
+        captions.update(zip(chosen, (tokens[: self.caption_room] for tokens in encoded), strict=True))
+        return captions, truncated
+
+    def _drops(self, step: int, place: int) -> bool:
+        return derive_seed(self.seed, "caption_dropout", step, place) < self.config.caption_dropout * 2**63
+
+    def _image_row(self, task: Task, sample: CodedSample, caption: list[int] | None) -> Row:
+        visual_P = self.ids.codes_to_ids(sample.codes_N)
+        if caption is None:
+            return unconditional_row(visual_P, ids=self.ids, supervision=self.config.supervision)
+        if task == "i2t":
+            return image_to_text_row(visual_P, caption, ids=self.ids, supervision=self.config.supervision)
+        return text_to_image_row(caption, visual_P, ids=self.ids, supervision=self.config.supervision)
+
+    def _pad(
+        self, rows: Sequence[Row], mine: Sequence[PlannedRow], *, counts: dict[str, int], truncated_captions: int
+    ) -> RowBatch:
+        input_ids_BT = torch.full((len(rows), self.config.row_tokens), self.ids.pad_id, dtype=torch.int64)
+        target_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            input_ids_BT[i, : len(row.input_ids)] = row.input_ids
+            target_mask_BT[i, : len(row.targets)] = row.targets
+        return RowBatch(
+            input_ids_BT=input_ids_BT,
+            target_mask_BT=target_mask_BT,
+            lengths_B=torch.tensor([len(row.input_ids) for row in rows]),
+            task_B=torch.tensor([TASKS.index(row.task) for row in mine], dtype=torch.int8),
+            sources=[row.source for row in mine],
+            counts=counts,
+            truncated_captions=truncated_captions,
+        )
+
+
+def open_rows(
+    config: DataConfig,
+    *,
+    ids: IdSpace,
+    text_tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    seed: int,
+    cache: str | Path,
+    fingerprint: str | None = None,
+    split: Split = "train",
+    rank: int = 0,
+    world_size: int = 1,
+) -> UM3Rows:
+    """Open the sources of `config` that its mix needs, and the rows over them.
+
+    Args:
+        cache: folder for the tokenised text, seen by every rank.
+        fingerprint: of the visual tokenizer the model is tied to; codes of another are refused.
+
+    Raises:
+        UserError: the sources cannot be opened, or what `UM3Rows` refuses.
+    """
+    needed = {task for i, task in enumerate(TASKS) if config.mix.start[i] or config.mix.end[i]}
+    images, texts = {}, {}
+    if needed - {"text"}:
+        images = open_code_sources(config.codes, split=split, expected_fingerprint=fingerprint)
+    for source_config in config.texts if "text" in needed else []:
+        documents = open_text_source(source_config, split=split)
+        if documents.name in texts:
+            raise UserError(f"two text sources are called '{documents.name}'; give each a name of its own")
+        texts[documents.name] = TokenStream(
+            documents,
+            tokenizer=text_tokenizer,
+            ids=ids,
+            row_tokens=config.row_tokens,
+            cache=cache,
+            origin=origin(source_config, split),
+        )
+    return UM3Rows(
+        config,
+        images=images,
+        texts=texts,
+        ids=ids,
+        text_tokenizer=text_tokenizer,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _check_codes(source: CodeShards, *, ids: IdSpace) -> None:
+    if (source.bits, source.num_patches) != (ids.num_bits, ids.num_patches):
+        raise UserError(
+            f"codes of '{source.name}' are {source.num_patches} a picture of {source.bits} bits; the model takes "
+            f"{ids.num_patches} of {ids.slots} x {ids.bits_per_slot} bits: set model.slots and model.bits_per_slot to "
+            "make up the codes' bits"
+        )

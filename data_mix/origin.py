@@ -1,0 +1,29 @@
+"""What data are made from, in a few characters: kept beside what is made, so that new data are not taken for old."""
+
+import glob
+import hashlib
+import json
+from pathlib import Path
+
+from data_mix.sources import ImageSourceConfig
+from data_mix.text import TextSourceConfig
+from um3.core.config import to_dict
+
+
+def origin(config: ImageSourceConfig | TextSourceConfig, *values: str | int) -> str:
+    """Short hash of a source's config, of `values`, and of the name, size and time of every file it reads.
+
+    The weight is left out: how often a sample is drawn does not change what it is.
+    """
+    settings = to_dict(config)
+    settings.pop("weight")
+    described = json.dumps([settings, *values, _files(config.path)], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _files(path: str) -> list[tuple[str, int, int]]:
+    """The files of a path (file, folder or glob); none for a source that is generated or comes from the hub."""
+    place = Path(path)
+    found = place.rglob("*") if path and place.is_dir() else map(Path, glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
+    stats = [(file.name, file.stat()) for file in sorted(found) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
