@@ -6,7 +6,6 @@ linear-probe accuracy on them. Source: UCI "Optical Recognition of Handwritten D
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from data_mix.samples import Sample, Split
 from data_mix.scenes import BACKGROUND
@@ -28,6 +27,8 @@ class DigitsSource:
     def __init__(self, *, size: int, split: Split) -> None:
         if size < 8:
             raise ValueError(f"size={size}: digits need at least 8 pixels")
+        from sklearn.datasets import load_digits
+
         bundle = load_digits()
         self.size = size
         self.rows = _rows_of(bundle.target, split=split)

@@ -75,12 +75,7 @@ def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split
             tables = [pq.read_table(file, columns=wanted, partitioning=None) for file in files]
             table = pa.concat_tables(tables, promote_options="permissive")
         else:
-            import datasets
-
-            mapped = datasets.load_dataset(
-                "parquet", data_files=[str(file) for file in files], columns=wanted, split="train"
-            )
-            table = mapped.with_format("arrow")[:]
+            table = _mapped(files, columns=wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"source '{source}': cannot read parquet at '{path}': {_one_line(error)}") from None
     if table.num_rows != sum(counts) or not set(wanted) <= set(table.column_names):
@@ -102,6 +97,18 @@ def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split
         starts=starts,
         names=names,
     )
+
+
+def _mapped(files: Sequence[Path], *, columns: Sequence[str]) -> pa.Table:
+    """The files as Arrow files mapped into memory; several ranks that ask at once wait for the first."""
+    import datasets
+
+    names = [str(file) for file in files]
+    try:
+        mapped = datasets.load_dataset("parquet", data_files=names, columns=list(columns), split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+    return mapped.with_format("arrow")[:]
 
 
 def parquet_schema(path: str, *, source: str) -> pa.Schema:

@@ -168,6 +168,7 @@ def test_parquet_types_and_split_column(tmp_path: Path, monkeypatch: pytest.Monk
     train = opened(tmp_path / "a.parquet")
     assert numbers_of(train) == [0, 3, 4, 7] and train[0].captions == ("number 0", "more")
     assert train[0].key == "a.parquet#0"
+    assert (tmp_path / "cache").exists() != in_memory
     assert numbers_of(opened(tmp_path / "*.parquet", "val")) == [1, 5]
 
 
@@ -194,10 +195,14 @@ def test_parquet_columns_by_hand(tmp_path: Path) -> None:
             opened(file, **{**given, **change})
 
 
-def test_parquet_files_that_differ(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_parquet_files_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
+    if not in_memory:
+        monkeypatch.setattr(data_mix.tables, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_parquet(tmp_path)
     pq.write_table(pa.table({"image": [encoded(1)], "words": ["x"]}), tmp_path / "2.parquet")
-    with pytest.raises(UserError, match="mine"):
+    with pytest.raises(UserError, match=r"source 'mine': .*caption"):
         opened(tmp_path)
 
 
