@@ -91,7 +91,9 @@ def generate(
         row |= {"logprob": generated.logprobs[index], "codes": generated.codes[index].tolist()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(out / "samples.jsonl", "".join(lines))
-    sheet = contact_sheet(generated.images, labels=generated.prompts, columns=min(num_images, 8))
+    sheet = contact_sheet(
+        generated.images, labels=generated.prompts, columns=min(num_images, 8) if num_images > 1 else 0
+    )
     save_png(sheet, out / "contact_sheet.png")
     typer.echo(f"{len(lines)} pictures, contact_sheet.png and samples.jsonl are in {out}")
 
@@ -193,11 +195,13 @@ def _load(folder: Path, *, device: str) -> "UM3Pipeline":
     if not (folder / "config.json").is_file():
         raise UserError(f"no UM3 model in {folder}; run make demo or pass --model with the folder of a trained one")
     import torch
+    from transformers.utils import logging
 
     from um3.core.log import setup_logging
     from um3.pipeline import UM3Pipeline
 
     setup_logging()
+    logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

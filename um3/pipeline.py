@@ -158,7 +158,7 @@ class UM3Pipeline:
         batch_size: int = 64,
         seed: int = 0,
     ) -> list[str]:
-        """One caption per picture; greedy unless a temperature is given."""
+        """One caption per picture, white space collapsed; greedy unless a temperature is given."""
         return self.caption_codes(
             self.encode(images, batch_size=batch_size),
             temperature=temperature,
@@ -184,7 +184,7 @@ class UM3Pipeline:
         written = self._write(
             starts, name="caption", sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
         )
-        return [caption.strip() for caption in written]
+        return [" ".join(caption.split()) for caption in written]
 
     def complete(
         self,
