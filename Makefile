@@ -61,7 +61,7 @@ codes: $(READY) ## Encode the images to code shards
 
 um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.folder=$(RUN)/um3 qlip=$(RUN)/stage2/model data.codes=$(RUN)/codes \
-		$(if $(TEXT),data.texts=$(TEXTS)) $(if $(DATA),data.image_weights='{data: 1.0}') $(ARGS)
+		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("phase", choices=CONFIGS)
     parser.add_argument("--config", required=True, help="YAML file of the phase, such as configs/demo/stage1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(CONFIGS[arguments.phase], path=arguments.config, overrides=arguments.overrides)
     if not config.loop.folder:
         raise UserError("loop.folder is empty; set it to the folder of this phase, such as runs/demo/stage1")

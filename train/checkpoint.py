@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from train.engine import STATE_KEYS, base_optimizer
 from um3.core.distributed import barrier, is_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 2 * 2**30
 
 
@@ -93,9 +93,10 @@ def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
 
     step = read_meta(path)["step"]
     partitioned = engine.zero_optimization() or engine.bfloat16_enabled()
-    _create_optimizer_state(engine, step=step)
     parameters = dict(_trainable(engine.module))
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
+    for state in base.state.values():
+        state["step"].fill_(step)
     for key, tensor in _read_tensors(path, label):
         name, kind = key.rsplit("/", 1)
         parameter = parameters[name]
@@ -128,16 +129,12 @@ def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramete
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
 def _full_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(key, whole float32 tensor on the CPU) of weights and optimizer state; a collective over ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     partitioned = engine.zero_optimization() or engine.bfloat16_enabled()
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
     for name, parameter in _trainable(engine.module):
         for kind in ("param", *STATE_KEYS):
             if partitioned and kind == "param":
@@ -175,17 +172,3 @@ def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, torch.Tensor]]:
                     yield key, tensors.get_tensor(key)
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); delete {path} to resume from the checkpoint before it") from None
-
-
-def _create_optimizer_state(engine: Any, *, step: int) -> None:
-    """Give the optimizer the (zero) state it would only create in its first step, with the right step count."""
-    base, wrapper = _base_optimizer(engine), engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        partitions = list(wrapper.fp32_partitioned_groups_flat)
-    else:
-        partitions = [parameter for group in base.param_groups for parameter in group["params"]]
-    for parameter in partitions:
-        state = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in STATE_KEYS}
-        base.state[parameter] = {"step": torch.tensor(float(step)), **state}
-    if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-        wrapper._lazy_init_hp_params_optimizer_state()

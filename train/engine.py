@@ -18,6 +18,9 @@ from um3.core.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+"""State of both optimizers beside the step count."""
+
 
 def start_runtime(loop: LoopConfig) -> None:
     """Set threads, start the process group and quiet DeepSpeed. Call once, before any model is built."""
@@ -88,7 +91,30 @@ def build_engine(
     wrapped, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model.named_parameters(), config=optimizer), config=options
     )
+    _create_optimizer_state(wrapped)
     return wrapped
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer below DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _create_optimizer_state(engine: Any) -> None:
+    """Create the (zero) state that the optimizer would create in its first step.
+
+    A checkpoint is loaded into it; and ZeRO 1 and 2 link parameters to their state after the first group's
+    first step, when the groups after it would have none yet, and never again.
+    """
+    base, wrapper = base_optimizer(engine), engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        partitions = list(wrapper.fp32_partitioned_groups_flat)
+    else:
+        partitions = [parameter for group in base.param_groups for parameter in group["params"]]
+    for parameter in partitions:
+        base.state[parameter] = {"step": torch.zeros(())} | {key: torch.zeros_like(parameter) for key in STATE_KEYS}
+    if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+        wrapper._lazy_init_hp_params_optimizer_state()
 
 
 def autocast(engine: EngineConfig) -> torch.autocast:

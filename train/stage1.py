@@ -21,7 +21,7 @@ from train.config import Stage1Config
 from train.engine import autocast, build_engine, grad_norm
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.tokenizer_setup import image_batches, new_tokenizer, open_sources, save_tokenizer, skipped_metrics
+from train.tokenizer_setup import flatten_scalars, image_batches, new_tokenizer, open_sources, save_tokenizer, skipped_metrics
 from um3.core.distributed import device, world_size
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -68,6 +68,7 @@ class Stage1Task:
         sources = open_sources(config.data, size=size, seed=config.loop.seed)
         if not model.start:
             self.qlip, self.processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed)
+        flatten_scalars(self.qlip)
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()
         self.batches = image_batches(sources, data=config.data, loop=config.loop)
@@ -103,7 +104,8 @@ class Stage1Task:
             + weights.entropy * terms["entropy"]
             + weights.commitment * terms["commitment"]
         )
-        values = {f"train/{name}": float(term) for name, term in terms.items()} | {"train/loss": float(loss)}
+        values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+        values["train/loss"] = float(loss.detach())
         check_finite(values, source="images of " + ", ".join(sorted(set(batch.sources))))
         self.engine.backward(loss)
         self.engine.step()

@@ -24,7 +24,7 @@ from train.config import Stage2Config
 from train.engine import autocast, build_engine, grad_norm
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.tokenizer_setup import image_batches, open_sources, save_tokenizer, skipped_metrics
+from train.tokenizer_setup import flatten_scalars, image_batches, open_sources, save_tokenizer, skipped_metrics
 from um3.core.distributed import device, world_size
 from um3.core.seeds import seed_everything
 
@@ -63,6 +63,7 @@ class Stage2Task:
         self.config = config
         self.qlip, self.processor = load(config.tokenizer)
         self.qlip.train()
+        flatten_scalars(self.qlip)
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()
         sources = open_sources(config.data, size=self.processor.image_size, seed=config.loop.seed)
@@ -115,7 +116,8 @@ class Stage2Task:
                 self.discriminator.requires_grad_(True)
                 terms["adversarial"] = generator_loss(logits, kind=weights.adversarial_kind)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), start=pixels_BCHW.new_zeros(()))
-        values = {f"train/{name}": float(term) for name, term in terms.items()} | {"train/loss": float(loss)}
+        values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+        values["train/loss"] = float(loss.detach())
         check_finite(values, source=source)
         self.generator.backward(loss)
         self.generator.step()
@@ -128,8 +130,8 @@ class Stage2Task:
             real = self.critic(self._signed(pixels_BCHW))
             fake = self.critic(self._signed(drawn_BCHW))
             loss = discriminator_loss(real, fake, kind=self.config.loss.adversarial_kind)
-        values = {"train/discriminator": float(loss)}
-        values |= {"train/logit_real": float(real.mean()), "train/logit_fake": float(fake.mean())}
+        values = {"train/discriminator": float(loss.detach())}
+        values |= {"train/logit_real": float(real.detach().mean()), "train/logit_fake": float(fake.detach().mean())}
         check_finite(values, source=source)
         self.critic.backward(loss)
         self.critic.step()

@@ -93,12 +93,19 @@ def new_tokenizer(
     return qlip, QLIPProcessor(text_tokenizer, image_size=model.image_size, max_text_tokens=text.max_tokens)
 
 
+def flatten_scalars(qlip: QLIPModel) -> None:
+    """Give the 0-dimensional logit scale one dimension: DeepSpeed broadcasts parameters as bytes, which a scalar
+    cannot be viewed as. `save_tokenizer` writes it as the scalar of the released layout again."""
+    qlip.logit_scale.data = qlip.logit_scale.data.reshape(1)
+
+
 def save_tokenizer(folder: Path, *, qlip: QLIPModel, processor: QLIPProcessor, weights: dict[str, torch.Tensor]) -> str:
     """Write a QLIP folder with the trained weights; returns its fingerprint."""
-    state = qlip.state_dict()
     if is_main():
-        state.update({name: weights[name].to(state[name].dtype) for name in weights})
-        qlip.load_state_dict(state)
+        qlip.logit_scale.data = qlip.logit_scale.data.reshape(())
+        state = qlip.state_dict()
+        for name, tensor in weights.items():
+            state[name].copy_(tensor.reshape(state[name].shape))
         with atomic_folder(folder) as partial:
             qlip.save_pretrained(partial)
             processor.save_pretrained(partial)

@@ -151,7 +151,7 @@ class UM3Task:
                 loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
             parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
             total = parts_4.sum() * scale
-            check_finite({"loss": float(total)}, source="rows of " + ", ".join(sorted(set(batch.sources))))
+            check_finite({"loss": float(total.detach())}, source="rows of " + ", ".join(sorted(set(batch.sources))))
             self.engine.backward(total)
             self.engine.step()
             sums_4 += parts_4.detach()
