@@ -46,10 +46,11 @@ SHARD_NAME = re.compile(r"(train|val)-[A-Za-z0-9._-]+-\d{5}\.parquet(\.partial)?
 class EncodeConfig:
     """What to encode, with which tokenizer, to where.
 
+    qlip: folder of the tokenizer, or its hub id.
     limit: samples of each source and split to encode, from its beginning; 0 for all.
     """
 
-    qlip: str = "stage2/model"
+    qlip: str = ""
     out: str = "codes"
     images: list[ImageSourceConfig] = field(default_factory=list)
     seed: int = 0
@@ -79,15 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_mix.encode", description="Images -> code shards.")
     parser.add_argument("--config", required=True, help="YAML file of an EncodeConfig")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     setup_logging()
     config = load_config(EncodeConfig, path=options.config, overrides=options.overrides)
-    weights = Path(config.qlip) / "model.safetensors"
-    if not weights.exists():
-        raise UserError(f"there is no visual tokenizer in {config.qlip}; run make stage2 first")
     if not config.images:
         raise UserError(f"{options.config}: 'images' names no source; list at least one to encode")
-    request = _request(config, weights=weights)
+    request = _request(config)
     if _is_done(Path(config.out), request=request):
         print(f"{config.out}: up to date")
         return
@@ -121,11 +119,25 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
     return summary
 
 
-def _request(config: EncodeConfig, *, weights: Path) -> str:
+def _request(config: EncodeConfig) -> str:
     """What was asked for, in a few characters: the values that shape the shards, the sources and the tokenizer."""
     shaping = [config.seed, config.batch_size, config.rows_per_shard, config.limit]
-    described = json.dumps([shaping, sha256_of(weights), [origin(source) for source in config.images]])
+    described = json.dumps([shaping, _weights(config.qlip), [origin(source) for source in config.images]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _weights(qlip: str) -> str:
+    """sha256 of a folder's weights; a hub id (owner/name, with no folder `owner` here) stands for itself.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    weights = Path(qlip) / "model.safetensors"
+    if weights.exists():
+        return sha256_of(weights)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", qlip) and not Path(qlip).parent.exists():
+        return qlip
+    raise UserError(f"there is no visual tokenizer in '{qlip}'; run make stage2 first, or set qlip to one")
 
 
 def _is_done(out: Path, *, request: str) -> bool:

@@ -49,6 +49,7 @@ class ImageReader:
         self.source = source
         self.order = SampleOrder(len(source), seed=seed, name=source.name)
         self._bad: dict[int, str] = {}
+        self._reasons: set[str] = set()
 
     def read(self, draw: int, *, skipped: Counter[tuple[str, str]]) -> Sample:
         """The sample of the `draw`-th turn; what is passed over on the way is counted in `skipped`.
@@ -63,8 +64,10 @@ class ImageReader:
                 try:
                     return self.source[index]
                 except BadSample as error:
+                    if error.reason not in self._reasons:
+                        logger.warning("%s: left out, as more may be: sample %d: %s", self.source.name, index, error)
+                    self._reasons.add(error.reason)
                     self._bad[index] = error.reason
-                    logger.warning("%s: sample %d is left out: %s", self.source.name, index, error)
             skipped[self.source.name, self._bad[index]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
         raise UserError(

@@ -1,16 +1,54 @@
-"""The data mix as a picture: what is scheduled, and what a run has really had."""
+"""The data mix as a picture: what is scheduled, and what a run has really had (`make mix-preview`)."""
 
+import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_mix.mix import DataConfig
 from data_mix.schedule import TASKS, Schedule, Task
+from um3.core.config import load_config
+from um3.core.errors import UserError, run_main
 from um3.core.files import atomic_file
+from um3.core.metrics import read_metrics
 
 LABELS: dict[Task, str] = {"text": "text only", "i2t": "image to text", "t2i": "text to image"}
 COLOURS: dict[Task, str] = {"text": "#4477aa", "i2t": "#ee9933", "t2i": "#44aa77"}
 NUM_POINTS = 400  # of the scheduled curves
 NUM_DOTS = 60  # of the realised mix: each is the mean over its part of the run
+
+
+@dataclass
+class PreviewConfig:
+    """The sections of a UM3 training config; only `data`, loop.total_steps and loop.batch_size are read here."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: dict[str, Any] = field(default_factory=dict)
+    engine: Any = None
+    optimizer: Any = None
+    loss: Any = None
+    model: Any = None
+    vocabulary: Any = None
+    qlip: Any = None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the mix of a UM3 config."""
+    parser = argparse.ArgumentParser(prog="python -m data_mix.preview", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of a UM3 training")
+    parser.add_argument("--out", required=True, help="PNG to write")
+    parser.add_argument("--metrics", help="metrics.jsonl of a run, to draw the mix it has had")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(PreviewConfig, path=options.config, overrides=options.overrides)
+    missing = [key for key in ("total_steps", "batch_size") if not isinstance(config.loop.get(key), int)]
+    if missing:
+        raise UserError(f"{options.config} sets no loop.{missing[0]}; add it, or give loop.{missing[0]}=NUMBER")
+    steps, batch_size = config.loop["total_steps"], config.loop["batch_size"]
+    realised = read_metrics(options.metrics) if options.metrics else None
+    draw_mix(Schedule(config.data.mix), batch_size=batch_size, steps=steps, path=options.out, realised=realised)
+    print(f"{options.out}: the mix of {steps} steps of {batch_size} rows")
 
 
 def draw_mix(
@@ -47,7 +85,7 @@ def draw_mix(
     lowest = min([*shares["text"], *text])
     axes.set(xlabel="step", ylabel="share of the rows", xlim=(0, max(steps - 1, 1)), ylim=(max(0.0, lowest - 0.1), 1))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.legend(loc="lower left", framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -80,3 +118,7 @@ def _means(counts: Shares) -> Shares:
         if total:
             means.append((sum(step for step, _ in part) / len(part), {task: sums[task] / total for task in TASKS}))
     return means
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -231,10 +231,21 @@ def test_mistakes_are_one_line(tmp_path: Path, qlip: Path) -> None:
         run(config_file(tmp_path, qlip=make_qlip(tmp_path / "wide", bits=40)))
 
 
+def test_a_tokenizer_of_the_hub_stands_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are not here to be hashed before they are fetched."""
+
+    def ask(name: str) -> None:
+        raise UserError(f"the hub was asked for {name}")
+
+    monkeypatch.setattr(tokenizer, "load", ask)
+    with pytest.raises(UserError, match="the hub was asked for owner/qlip-tiny"):
+        run(config_file(tmp_path, qlip=Path("owner/qlip-tiny")))
+
+
 def test_before_stage_2_the_command_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         run_main(lambda: run(config_file(tmp_path, qlip=tmp_path / "none")))
     assert left.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: there is no visual tokenizer in {tmp_path / 'none'}; run make stage2 first"
+        f"error: there is no visual tokenizer in '{tmp_path / 'none'}'; run make stage2 first, or set qlip to one"
     ]

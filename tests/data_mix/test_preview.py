@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from data_mix.preview import draw_mix
+from data_mix.preview import draw_mix, main
 from data_mix.schedule import MixConfig, Schedule
+from um3.core.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_scheduled_and_realised_mix_are_drawn(tmp_path: Path) -> None:
@@ -35,3 +39,16 @@ def test_a_run_without_counts_and_one_step_are_no_trouble(tmp_path: Path) -> Non
     draw_mix(schedule, batch_size=4, steps=5, realised=[{"step": 1}], path=tmp_path / "none.png")
     assert (tmp_path / "one.png").stat().st_size > 1000
     assert (tmp_path / "none.png").stat().st_size > 1000
+
+
+def test_the_shipped_configs_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for config in sorted(CONFIGS.glob("*/um3.yaml")):
+        main(["--config", str(config), "--out", str(tmp_path / "mix.png"), "loop.total_steps=50"])
+        assert Image.open(tmp_path / "mix.png").size == (960, 504)
+        assert "mix.png: the mix of 50 steps of" in capsys.readouterr().out
+
+
+def test_a_config_without_a_length_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "um3.yaml").write_text("loop: {batch_size: 8}\n")
+    with pytest.raises(UserError, match=r"sets no loop\.total_steps; add it"):
+        main(["--config", str(tmp_path / "um3.yaml"), "--out", str(tmp_path / "mix.png")])
