@@ -25,9 +25,7 @@ from um3.pipeline import UM3Pipeline
 BATCH = 64
 
 
-def qlip_cosines(
-    images_NHWC: NDArray, *, texts: Sequence[str], model: QLIPModel, processor: QLIPProcessor
-) -> Tensor:
+def qlip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], model: QLIPModel, processor: QLIPProcessor) -> Tensor:
     """Cosine (N,) of every image with its text, by the tokenizer's own towers."""
     images_ND = image_embeddings(images_NHWC, model=model, processor=processor)
     texts_ND = text_embeddings(texts, model=model, processor=processor)

@@ -10,12 +10,13 @@ Shapes: B images, H height, W width, D feature dimensions.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from eval.config import FeatureName
 from eval.frechet import Moments, StreamingMoments
 from eval.inception import Inception2015
 from tokenizer.modeling import QLIPModel
@@ -23,7 +24,6 @@ from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.core.seeds import torch_generator
 
-FeatureName = Literal["inception-2015", "qlip-features", "random-features"]
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 RANDOM_SEED = 0
@@ -43,6 +43,15 @@ class FeatureNetwork(NamedTuple):
         for start in range(0, len(images_NHWC), batch_size):
             streaming.add(self.extract(images_NHWC[start : start + batch_size]))
         return streaming.result()
+
+
+def open_features(
+    name: FeatureName, *, model: QLIPModel, processor: QLIPProcessor, inception_weights: str = ""
+) -> FeatureNetwork:
+    """The feature network called `name`."""
+    if name == "inception-2015":
+        return inception_features(inception_weights)
+    return qlip_features(model, processor) if name == "qlip-features" else random_features()
 
 
 def random_features(*, seed: int = RANDOM_SEED) -> FeatureNetwork:

@@ -4,8 +4,7 @@ Shapes: N images, H height, W width.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from data_mix.scene_checker import Verdict, check, describe
 from data_mix.scene_prompts import SKILLS, ScenePrompt
 from eval.clipscore import clipscore_rows
+from eval.config import SamplingConfig
 from eval.features import FeatureNetwork, inception_note
 from eval.frechet import frechet_distance
 from eval.paper import GENEVAL_LLAMAGEN_QLIP, UM3
@@ -22,22 +22,6 @@ from um3.core.progress import track
 from um3.pipeline import UM3Pipeline
 
 JUDGE = "scene checker"
-
-
-@dataclass
-class SamplingConfig:
-    """How images are drawn. The defaults are the paper's (Table 9); 1 switches guidance off."""
-
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = 0
-    guidance_scale: float = 1.0
-    batch_size: int = 64
-
-    def protocol(self) -> dict[str, Any]:
-        """What two drawings must share to be comparable."""
-        settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return settings | {"guidance_scale": self.guidance_scale}
 
 
 class Drawing(NamedTuple):
@@ -57,9 +41,7 @@ class Drawing(NamedTuple):
         return values
 
 
-def draw(
-    pipeline: UM3Pipeline, *, prompts: Sequence[str], seed: int, sampling: SamplingConfig
-) -> list[Drawing]:
+def draw(pipeline: UM3Pipeline, *, prompts: Sequence[str], seed: int, sampling: SamplingConfig) -> list[Drawing]:
     """One image for every prompt."""
     generated = pipeline.generate(
         prompts,
@@ -79,9 +61,7 @@ def judge(images_NHWC: Sequence[NDArray], *, prompts: Sequence[ScenePrompt]) -> 
     return [check(image, prompt.demands) for image, prompt in pairs]
 
 
-def skill_scores(
-    verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt], of: Measurement
-) -> list[Score]:
+def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt], of: Measurement) -> list[Score]:
     """Share of images that meet all demands of their prompt, for each of GenEval's six skills, and the mean of the six.
 
     Raises:
@@ -105,7 +85,7 @@ def missing_skills(of: Measurement) -> list[Score]:
     return [of.missing(name, note=note, unit="%", paper=paper) for name, paper in GENEVAL_LLAMAGEN_QLIP.items()]
 
 
-def read_back_row(images_NHWC: Sequence[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:
+def read_back_row(images_NHWC: Iterable[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:
     """Share of images whose caption the scene checker reads off the pixels, word for word."""
     read = [describe(image) for image in track(images_NHWC, total=len(captions), label="read images")]
     right = sum(found == caption for found, caption in zip(read, captions, strict=True))

@@ -44,12 +44,14 @@ def language_scores(
     num_documents: int = 50,
     benchmarks: str | Path = "",
     limit: int = 0,
+    max_tokens: int = 0,
     batch_size: int = 16,
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Scores of every language task, and a few cloze items with the model's answers.
 
     `documents` are held-out texts; the tasks made from them are written to `folder` as JSONL. `benchmarks` is a folder
     with local copies of the paper's tasks; `limit` above 0 scores only the first so many items of each of those.
+    `max_tokens` is the longest context, 0 for the model's own.
 
     Raises:
         UserError: too little text, or a benchmark file that cannot be read.
@@ -63,38 +65,43 @@ def language_scores(
     with TemporaryDirectory() as temporary:
         cache = Path(temporary)
         own = [cloze_task(cloze_file, cache=cache), prose_task(prose_file, cache=cache)]
-        results = run_tasks(pipeline, tasks=own, batch_size=batch_size)
-        rows = _cloze_rows(results, items=items, seed=seed) + _prose_rows(results, texts=texts, seed=seed)
+        results = run_tasks(pipeline, tasks=own, batch_size=batch_size, max_tokens=max_tokens)
+        of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": max_tokens})
+        rows = _cloze_rows(results, items=items, of=of) + _prose_rows(results, texts=texts, of=of)
         for name in HUB_TASKS:
             path = found.get(name)
             if path is None:
-                rows.append(_absent_row(name, seed=seed))
+                rows.append(_absent_row(name, of=of))
                 continue
             task = hub_task(name, path=path, cache=cache)
-            results_of_task = run_tasks(pipeline, tasks=[task], batch_size=batch_size, limit=limit)
-            rows += _hub_rows(results_of_task, name=name, path=path, limit=limit, seed=seed)
+            results_of_task = run_tasks(
+                pipeline, tasks=[task], batch_size=batch_size, max_tokens=max_tokens, limit=limit
+            )
+            rows += _hub_rows(results_of_task, name=name, path=path, of=of.with_protocol(limit=limit))
     return rows, _samples(results, items=items)
 
 
 def run_tasks(
-    pipeline: UM3Pipeline, *, tasks: Sequence[dict[str, Any]], batch_size: int, limit: int = 0
+    pipeline: UM3Pipeline, *, tasks: Sequence[dict[str, Any]], batch_size: int, max_tokens: int = 0, limit: int = 0
 ) -> dict[str, Any]:
     """lm-eval's results for task dictionaries.
 
     Raises:
         UserError: the data of a task cannot be read as that task.
     """
-    # Only what is wrong, not what is going on: lm-eval says a line per task and step.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import datasets
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from eval.lm import UM3LM
 
+    # Only what is wrong, not what is going on: UM3LM shows the progress.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     names = ", ".join(str(task["task"]) for task in tasks)
     try:
         results = simple_evaluate(
-            model=UM3LM.of(pipeline, batch_size=batch_size),
+            model=UM3LM.of(pipeline, batch_size=batch_size, max_tokens=max_tokens),
             tasks=list(tasks),
             task_manager=TaskManager(include_defaults=False),
             limit=limit or None,
@@ -108,23 +115,23 @@ def run_tasks(
     return dict(results)
 
 
-def _cloze_rows(results: dict[str, Any], *, items: Sequence[ClozeItem], seed: int) -> list[Score]:
-    of = Measurement(CLOZE, seed, {"scored": SCORING, "shots": 0, "items_sha256": _sha256(items)})
+def _cloze_rows(results: dict[str, Any], *, items: Sequence[ClozeItem], of: Measurement) -> list[Score]:
+    of = of.named(CLOZE).with_protocol(items_sha256=_sha256(items))
     note = f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"
     values = results["results"][CLOZE]
     return [of.score(name, values[f"{name},none"], n=len(items), unit="%", note=note) for name in ("acc", "acc_norm")]
 
 
-def _prose_rows(results: dict[str, Any], *, texts: Sequence[str], seed: int) -> list[Score]:
-    of = Measurement(PROSE, seed, {"scored": SCORING, "documents_sha256": _sha256(texts)})
+def _prose_rows(results: dict[str, Any], *, texts: Sequence[str], of: Measurement) -> list[Score]:
+    of = of.named(PROSE).with_protocol(documents_sha256=_sha256(texts))
     common: dict[str, Any] = {"n": len(texts), "higher_is_better": False, "note": "over held-out documents"}
     values = results["results"][PROSE]
     return [of.score(name, values[f"{name},none"], **common) for name in ("bits_per_byte", "word_perplexity")]
 
 
-def _hub_rows(results: dict[str, Any], *, name: str, path: Path, limit: int, seed: int) -> list[Score]:
+def _hub_rows(results: dict[str, Any], *, name: str, path: Path, of: Measurement) -> list[Score]:
     values, counts = results["results"][name], results["n-samples"][name]
-    of = Measurement(name, seed, {"scored": SCORING, "shots": 0, "limit": limit, "data": path.name})
+    of = of.named(name).with_protocol(data=path.name)
     return [
         of.score(
             metric,
@@ -140,9 +147,9 @@ def _hub_rows(results: dict[str, Any], *, name: str, path: Path, limit: int, see
     ]
 
 
-def _absent_row(name: str, *, seed: int) -> Score:
+def _absent_row(name: str, *, of: Measurement) -> Score:
     note = f"no local copy; put {HUB_TASKS[name].hub_name} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
-    return Measurement(name, seed).missing(LANGUAGE_METRICS[name], note=note, paper=UM3[name], unit="%")
+    return of.named(name).missing(LANGUAGE_METRICS[name], note=note, paper=UM3[name], unit="%")
 
 
 def _samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ PROSE = "um3_prose"
 CHOICES = 4
 CONTEXT_SENTENCES = 3
 MIN_SENTENCE = 25  # characters; shorter ones ("Yes," said he.) could follow anything
+MAX_SENTENCE = 200  # and longer ones are lists that no small model's context holds
 POOL = 40  # the distractors are the nearest in length of so many sentences of other documents
 
 
@@ -58,13 +59,13 @@ def cloze_items(documents: Sequence[str], *, num_items: int, seed: int) -> list[
         (index, position)
         for index, found in enumerate(sentences)
         for position in range(1, len(found))
-        if len(found[position]) >= MIN_SENTENCE
+        if _fits(found[position])
     ]
-    usable = [index for index, found in enumerate(sentences) if any(len(text) >= MIN_SENTENCE for text in found)]
+    usable = {index: fitting for index, found in enumerate(sentences) if (fitting := list(filter(_fits, found)))}
     if not places or len(usable) < CHOICES:
         raise UserError(
             f"{len(documents)} held-out text documents are too few or too short for a cloze; "
-            f"it needs {CHOICES} documents with sentences of {MIN_SENTENCE} characters or more"
+            f"it needs {CHOICES} documents with sentences of {MIN_SENTENCE} to {MAX_SENTENCE} characters"
         )
     step = max(1.0, len(places) / num_items)
     chosen = [places[int(number * step)] for number in range(min(num_items, len(places)))]
@@ -77,12 +78,21 @@ def split_sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))\s+(?=[\"'“‘]?[A-Z])", flat) if part]
 
 
+def _fits(sentence: str) -> bool:
+    return MIN_SENTENCE <= len(sentence) <= MAX_SENTENCE
+
+
 def _item(
-    sentences: Sequence[Sequence[str]], *, index: int, position: int, usable: Sequence[int], draw: random.Random
+    sentences: Sequence[Sequence[str]],
+    *,
+    index: int,
+    position: int,
+    usable: Mapping[int, Sequence[str]],
+    draw: random.Random,
 ) -> ClozeItem:
     answer = sentences[index][position]
     others = [other for other in usable if other != index]
-    pool = {draw.choice([s for s in sentences[draw.choice(others)] if len(s) >= MIN_SENTENCE]) for _ in range(POOL)}
+    pool = {draw.choice(usable[draw.choice(others)]) for _ in range(POOL)}
     distractors = sorted(pool - {answer}, key=lambda text: (abs(len(text) - len(answer)), text))[: CHOICES - 1]
     label = draw.randrange(len(distractors) + 1)
     choices = [*distractors[:label], answer, *distractors[label:]]

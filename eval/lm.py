@@ -1,6 +1,6 @@
 """UM3 as an lm-eval model. Importing this module imports lm-eval (seconds): do so only where language is scored.
 
-    python -m eval.lm --model um3 --model_args pretrained=runs/demo/um3/model --tasks piqa --device cpu
+python -m eval.lm --model um3 --model_args pretrained=runs/demo/um3/model --tasks piqa --device cpu
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ class UM3LM(HFLM):
         self.num_text_ids = int(ids["text_vocab_size"]) if ids else int(self.model.config.vocab_size)
 
     @classmethod
-    def of(cls, pipeline: "UM3Pipeline", *, batch_size: int) -> "UM3LM":
-        """The model of a pipeline that is already loaded."""
+    def of(cls, pipeline: "UM3Pipeline", *, batch_size: int, max_tokens: int = 0) -> "UM3LM":
+        """The model of a pipeline that is already loaded; contexts are cut to `max_tokens`, 0 for the model's own."""
         options: dict[str, Any] = {"tokenizer": pipeline.text_tokenizer, "prefix_token_id": pipeline.ids.bos_id}
-        return cls(pipeline.model, batch_size=batch_size, **options)
+        return cls(pipeline.model, batch_size=batch_size, max_length=max_tokens or None, **options)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
@@ -55,7 +55,20 @@ class UM3LM(HFLM):
         return super()._model_call(inps, *args, **kwargs)[..., : self.num_text_ids]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> list[Any]:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
+        """lm-eval's, but a continuation longer than the context window is scored piece by piece, not refused."""
+        half = max(1, self.max_length // 2)
+        pieces, counts = [], []
+        for text, context_ids, ids in requests:
+            starts = range(0, len(ids), half) if len(ids) > self.max_length else [0]
+            step = half if len(starts) > 1 else len(ids)
+            pieces += [(text, context_ids + ids[:start], ids[start : start + step]) for start in starts]
+            counts.append(len(starts))
+        scored = iter(super()._loglikelihood_tokens(pieces, disable_tqdm=True, **kwargs))
+        results = []
+        for count in counts:
+            parts = [next(scored) for _ in range(count)]
+            results.append((sum(value for value, _ in parts), all(greedy for _, greedy in parts)))
+        return results
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-probability of each continuation and whether greedy decoding would give it."""

@@ -3,6 +3,8 @@
 Shapes: B images, H height, W width, C = 3 channels.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from torch import Tensor
 WINDOW = 11  # Wang et al. 2004: gaussian window of 11 pixels, sigma 1.5, k1 = 0.01, k2 = 0.03
 SIGMA = 1.5
 PEAK = 255.0
+BATCH = 64
 MAX_PSNR = 100.0  # an identical image has no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
 
 
@@ -44,6 +47,24 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+class Quality(NamedTuple):
+    """Means over images."""
+
+    psnr: float
+    ssim: float
+
+
+def mean_quality(images_NHWC: NDArray, *, originals_NHWC: NDArray) -> Quality:
+    """PSNR and SSIM of every image, then their means over all."""
+    pieces = [slice(start, start + BATCH) for start in range(0, len(images_NHWC), BATCH)]
+    return Quality(
+        *(
+            float(torch.cat([measure(images_NHWC[i], originals_BHWC=originals_NHWC[i]) for i in pieces]).mean())
+            for measure in (psnr, ssim)
+        )
+    )
 
 
 def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:

@@ -95,15 +95,17 @@ class Measurement:
     seed: int
     protocol: dict[str, Any] = field(default_factory=dict)
 
+    def named(self, task: str) -> "Measurement":
+        """The same for another task."""
+        return dataclasses.replace(self, task=task)
+
     def with_protocol(self, **settings: Any) -> "Measurement":
         """The same with further settings."""
         return dataclasses.replace(self, protocol=self.protocol | settings)
 
     def score(self, metric: str, value: float | None, *, n: int, **fields: Any) -> Score:
         """A row of it."""
-        return Score(
-            task=self.task, metric=metric, value=value, n=n, seed=self.seed, protocol=self.protocol, **fields
-        )
+        return Score(task=self.task, metric=metric, value=value, n=n, seed=self.seed, protocol=self.protocol, **fields)
 
     def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
         """A row without a value, for the reason in `note`."""

@@ -15,7 +15,6 @@ from eval.paper import LINEAR_PROBE, QLIP_B_16
 from eval.scores import Measurement, Score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
-from um3.core.errors import UserError
 
 GALLERY = 100
 BATCH = 256
@@ -62,13 +61,13 @@ def retrieval_scores(
 
     Images are taken in order into galleries of distinct captions; those that complete none are counted as skipped.
 
-    Raises:
-        UserError: fewer distinct captions than one gallery needs.
+    With fewer distinct captions than one gallery needs the rows have no value.
     """
+    of = of.with_protocol(gallery=gallery, captions="full, distinct")
     groups = distinct_groups(captions, size=gallery)
     if not groups:
-        found = len(set(captions))
-        raise UserError(f"{of.task} has {found} distinct captions, retrieval needs {gallery}; use more images")
+        note = f"{len(set(captions))} distinct captions among {len(captions)} images; a gallery needs {gallery}"
+        return [of.missing(metric, note=note, unit="%") for metric in ("image_to_text", "text_to_image")]
     right_image, right_text = 0, 0
     for group in groups:
         images_ND = image_embeddings(images_NHWC[group], model=model, processor=processor)
@@ -78,7 +77,6 @@ def retrieval_scores(
         right_image += int((similarity_NT.argmax(dim=1) == own).sum())
         right_text += int((similarity_NT.argmax(dim=0) == own).sum())
     scored = len(groups) * gallery
-    of = of.with_protocol(gallery=gallery, captions="full, distinct")
     common: dict[str, Any] = {"n": scored, "skipped": len(captions) - scored, "unit": "%"}
     return [
         of.score("image_to_text", right_image / scored, note=f"chance is 1 in {gallery}", **common),
@@ -149,14 +147,12 @@ def probe_scores(
         found = fit_probe(inputs_train[name], labels=train.labels, num_classes=num_classes).predict(inputs_val[name])
         right = float((found == torch.as_tensor(val.labels)).float().mean())
         paper, note = LINEAR_PROBE["QLIP-B"][name], f"chance is 1 in {num_classes}"
-        scores.append(of.score(name, right, n=len(val.labels), unit="%", paper=paper, note=note))
+        scores.append(of.score(f"probe_{name}", right, n=len(val.labels), unit="%", paper=paper, note=note))
     return scores
 
 
 @torch.no_grad()
-def probe_inputs(
-    images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor
-) -> dict[ProbeFeature, Tensor]:
+def probe_inputs(images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor) -> dict[ProbeFeature, Tensor]:
     """Last hidden states of the image tower as probe inputs (N, S), by name."""
     cls, mean = [], []
     for start in range(0, len(images_NHWC), BATCH):

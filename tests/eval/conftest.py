@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +43,9 @@ def qlip_folder(tmp_path_factory, scenes):
     torch.manual_seed(0)
     model = QLIPModel(config)
     model.save_pretrained(folder)
-    QLIPProcessor(
-        text, image_size=32, max_text_tokens=config.text_config.max_position_embeddings
-    ).save_pretrained(folder)
+    QLIPProcessor(text, image_size=32, max_text_tokens=config.text_config.max_position_embeddings).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -76,3 +79,25 @@ def um3_folder(tmp_path_factory, qlip_folder, scenes, documents):
 @pytest.fixture(scope="session")
 def pipeline(um3_folder):
     return UM3Pipeline.from_pretrained(um3_folder)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, qlip_folder, um3_folder):
+    """A run as the training phases leave it: models, done.json and metrics.jsonl of every phase."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    generator = np.random.default_rng(0)
+    for phase, model in (("stage1", qlip_folder), ("stage2", qlip_folder), ("um3", um3_folder)):
+        shutil.copytree(model, run / phase / "model")
+        rows = [{"step": step, "train/loss": 3 / step + 0.1 * generator.random()} for step in range(1, 60, 2)]
+        for row in rows:
+            loss = row["train/loss"]
+            row |= {"train/mse": loss / 9, "train/infonce": loss} if phase != "um3" else {}
+            row |= {"train/loss_text": loss, "train/loss_visual": loss + 1} if phase == "um3" else {}
+            row |= {"data/rows_text": 6, "data/rows_i2t": 1, "data/rows_t2i": 3} if phase == "um3" else {}
+        (run / phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
+        done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}
+        (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"total_steps": 60}}}))
+    sources = "data:\n  sources:\n  - {name: scenes, kind: scenes, length: 2400}\n  - {name: digits, kind: digits}\n"
+    (run / "stage1" / "config.yaml").write_text(sources)
+    return run

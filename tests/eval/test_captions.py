@@ -75,9 +75,7 @@ def test_perfect_captions_and_exact_match_of_both_kinds():
 def test_order_does_not_matter():
     order = [2, 0, 1]
     first = caption_scores(CANDIDATES, references=REFERENCES, of=T)
-    second = caption_scores(
-        [CANDIDATES[i] for i in order], references=[REFERENCES[i] for i in order], of=T
-    )
+    second = caption_scores([CANDIDATES[i] for i in order], references=[REFERENCES[i] for i in order], of=T)
     for a, b in zip(first, second, strict=True):
         assert a.protocol_hash == b.protocol_hash
         assert a.metric == b.metric == "meteor" or a.value == pytest.approx(b.value, rel=1e-12)

@@ -8,9 +8,9 @@ from transformers.models.clip import CLIPImageProcessorPil
 from data_mix.scene_prompts import SKILLS, evaluation_prompts
 from data_mix.scenes import ScenesSource
 from eval.clipscore import clip_cosines, qlip_cosines
+from eval.config import SamplingConfig
 from eval.features import random_features
 from eval.generation import (
-    SamplingConfig,
     distribution_scores,
     draw,
     judge,

@@ -84,6 +84,23 @@ def test_rolling_likelihood_of_a_document_counts_every_token_once(pipeline, um3_
     assert rolling == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_continuation_longer_than_the_window_is_scored_piece_by_piece(pipeline):
+    from eval.lm import UM3LM
+
+    short, text = UM3LM.of(pipeline, batch_size=2, max_tokens=16), " ".join(["Anna had never seen the upper room."] * 6)
+    tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
+    assert len(tokens) > 2 * short.max_length
+    ((found, _),) = short.loglikelihood(requests([("", text)]))
+    whole, expected = [pipeline.ids.bos_id, *tokens], 0.0
+    for start in range(1, len(whole), 8):  # half a window is scored with the other half, or less, before it
+        end = min(start + 8, len(whole))
+        window = whole[max(0, end - 17) : end - 1]
+        with torch.no_grad():
+            logits = pipeline.model(torch.tensor([window])).logits[0, start - end :, : pipeline.ids.text_vocab_size]
+        expected += float(logits.log_softmax(-1).gather(1, torch.tensor(whole[start:end])[:, None]).sum())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_cloze_items_are_deterministic_and_hide_no_answer(documents):
     items = cloze_items(documents, num_items=30, seed=0)
     assert items == cloze_items(documents, num_items=30, seed=0) != cloze_items(documents, num_items=30, seed=1)

@@ -1,0 +1,116 @@
+"""What to evaluate, with how many samples of what. The defaults are the paper's sizes and settings."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from data_mix.sources import ImageSourceConfig
+from data_mix.text import TextSourceConfig
+
+PartName = Literal["language", "captions", "generation", "tokenizer"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+FeatureName = Literal["random-features", "qlip-features", "inception-2015"]
+
+
+@dataclass
+class LanguageConfig:
+    """lm-eval tasks. `benchmarks`: folder with local copies of the paper's five tasks, LM_EVAL_DATA by default."""
+
+    num_items: int = 1000
+    num_documents: int = 200
+    benchmarks: str = field(default_factory=lambda: os.environ.get("LM_EVAL_DATA", ""))
+    limit: int = 0
+    """Items of each benchmark to score; 0 for all."""
+    max_tokens: int = 0
+    """Longest context; 0 for the model's own. A model trained on short rows has seen no later positions."""
+    batch_size: int = 16
+
+
+@dataclass
+class CaptionsConfig:
+    """Captions of held-out images, `num_images` of each source (COCO-Karpathy test has 5,000)."""
+
+    num_images: int = 5000
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    meteor: bool = False
+    """Needs Java."""
+
+
+@dataclass
+class SamplingConfig:
+    """How images are drawn: the paper's temperature and top-p (Table 9); a guidance scale of 1 is no guidance."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 0
+    guidance_scale: float = 1.0
+    batch_size: int = 64
+
+    def protocol(self) -> dict[str, float]:
+        """What two drawings must share to be comparable."""
+        settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return settings | {"guidance_scale": self.guidance_scale}
+
+
+@dataclass
+class GenerationConfig:
+    """Images for held-out captions (`num_images` of each source), and `per_skill` for each skill of the checker."""
+
+    num_images: int = 30_000
+    per_skill: int = 100
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    clip: str = ""
+    """Folder of an OpenAI CLIP for `clipscore`; without it only `clipscore_qlip` is measured."""
+
+
+@dataclass
+class TokenizerConfig:
+    """Reconstruction and retrieval on held-out images, classification on `labelled` images."""
+
+    num_images: int = 50_000
+    labelled: bool = True
+    """Zero-shot accuracy and linear probe on the digits."""
+    stages: dict[str, str] = field(default_factory=dict)
+    """Tokenizer folders by name; empty for stage1 and stage2 of the run."""
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation. `run` is the run's folder; what is read and written lies in it unless said otherwise."""
+
+    run: str = ""
+    model: str = ""
+    """Folder of the UM3 model; RUN/um3/model by default."""
+    out: str = ""
+    """Folder for the results; RUN/eval by default."""
+    parts: list[PartName] = field(default_factory=lambda: list(PARTS))
+    images: list[ImageSourceConfig] = field(default_factory=list)
+    """Their validation images are used; empty for the sources the run's stage 1 was trained on."""
+    texts: list[TextSourceConfig] = field(default_factory=list)
+    """Their validation documents are used; empty for the sources the run's UM3 was trained on."""
+    seed: int = 0
+    num_threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    features: FeatureName = "random-features"
+    """Feature network of Frechet distances; only over inception-2015 they are FID."""
+    inception_weights: str = ""
+    force: bool = False
+    """Measure again what is up to date."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        least = {
+            "language.num_items": self.language.num_items,
+            "language.num_documents": self.language.num_documents,
+            "captions.num_images": self.captions.num_images,
+            "generation.num_images": self.generation.num_images,
+            "generation.per_skill": self.generation.per_skill,
+            "tokenizer.num_images": self.tokenizer.num_images,
+        }
+        for name, value in least.items():
+            if value < 2:
+                raise ValueError(f"{name} is {value}; it must be at least 2")

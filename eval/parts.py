@@ -1,0 +1,221 @@
+"""The four parts of an evaluation: what is measured, and what is kept to look at.
+
+Shapes: N images, H height, W width.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import tokenizer as qlip
+from data_mix.digits import DigitsSource, captions_of
+from data_mix.samples import Split
+from data_mix.scene_prompts import evaluation_prompts
+from eval.captions import caption_scores
+from eval.config import EvalConfig
+from eval.features import FeatureNetwork, open_features
+from eval.generation import (
+    distribution_scores,
+    draw,
+    frechet_rows,
+    judge,
+    missing_skills,
+    read_back_row,
+    skill_scores,
+)
+from eval.held_out import HeldOut, held_out_documents, held_out_images
+from eval.language import language_scores
+from eval.paper import QLIP_B_16, STAGE_1
+from eval.reconstruction import mean_quality
+from eval.scores import Measurement, Score
+from eval.zero_shot import LabelledImages, probe_scores, retrieval_scores, zero_shot_score
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.core.progress import Progress
+from um3.pipeline import UM3Pipeline
+
+KEPT = 64  # images of each kind that are kept for the report
+BATCH = 64
+
+
+class PartResult(NamedTuple):
+    """The rows, JSON-ready samples, and uint8 image arrays (N, H, W, 3) by name."""
+
+    scores: list[Score]
+    samples: dict[str, Any]
+    images: dict[str, NDArray]
+
+
+def language(config: EvalConfig, *, pipeline: UM3Pipeline, folder: Path) -> PartResult:
+    """Cloze, perplexity, and the paper's tasks where local copies are."""
+    part = config.language
+    scores, samples = language_scores(
+        pipeline,
+        documents=held_out_documents(config.texts, seed=config.seed),
+        folder=folder,
+        seed=config.seed,
+        num_items=part.num_items,
+        num_documents=part.num_documents,
+        benchmarks=part.benchmarks,
+        limit=part.limit,
+        max_tokens=part.max_tokens,
+        batch_size=part.batch_size,
+    )
+    return PartResult(scores, {"cloze": samples}, {})
+
+
+def captions(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
+    """Greedy captions of held-out images of every source."""
+    part, result = config.captions, PartResult([], {}, {})
+    for data in _held_out(config, num_images=part.num_images, size=pipeline.processor.image_size):
+        written = pipeline.caption(data.images, max_new_tokens=part.max_new_tokens, batch_size=part.batch_size)
+        protocol = {"decoding": "greedy", "max_new_tokens": part.max_new_tokens}
+        result.scores.extend(
+            caption_scores(
+                written,
+                references=data.captions,
+                of=Measurement(f"{data.name}_captions", config.seed, protocol),
+                skipped=data.num_skipped,
+                meteor=part.meteor,
+            )
+        )
+        result.samples[data.name] = [
+            {"caption": caption, "references": list(given), "right": caption == given[0]}
+            for caption, given in list(zip(written, data.captions, strict=True))[:KEPT]
+        ]
+        result.images[data.name] = data.images[:KEPT]
+    return result
+
+
+def generation(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
+    """Drawings for held-out captions of every source, and for the prompts of the six skills."""
+    features = _features(config, model=pipeline.qlip, processor=pipeline.processor)
+    result = PartResult([], {"captions": {}, "skills": []}, {})
+    sources = _held_out(config, num_images=config.generation.num_images, size=pipeline.processor.image_size)
+    for data in sources:
+        _draw_captions(config, data=data, pipeline=pipeline, features=features, result=result)
+    if any(data.has_checker for data in sources):
+        _draw_skills(config, pipeline=pipeline, result=result)
+    else:
+        result.scores.extend(missing_skills(Measurement("skills", config.seed)))
+    return result
+
+
+def _draw_captions(
+    config: EvalConfig, *, data: HeldOut, pipeline: UM3Pipeline, features: FeatureNetwork, result: PartResult
+) -> None:
+    part, prompts = config.generation, data.full_captions
+    drawings = draw(pipeline, prompts=prompts, seed=config.seed, sampling=part.sampling)
+    images = np.stack([drawing.image for drawing in drawings])
+    of = Measurement(f"{data.name}_generation", config.seed, part.sampling.protocol())
+    result.scores.extend(
+        distribution_scores(
+            images,
+            originals_NHWC=data.images,
+            captions=prompts,
+            pipeline=pipeline,
+            features=features,
+            clip=part.clip,
+            of=of,
+        )
+    )
+    if data.has_checker:
+        note = "the drawing's caption, read off its pixels, is the prompt"
+        result.scores.append(read_back_row(images, captions=prompts, note=note, of=of))
+    result.samples["captions"][data.name] = [drawing.to_dict() for drawing in drawings[:KEPT]]
+    result.images[f"{data.name}_drawn"] = images[:KEPT]
+    result.images[f"{data.name}_real"] = data.images[:KEPT]
+
+
+def _draw_skills(config: EvalConfig, *, pipeline: UM3Pipeline, result: PartResult) -> None:
+    part = config.generation
+    prompts = evaluation_prompts(per_skill=part.per_skill, seed=config.seed)
+    drawings = draw(pipeline, prompts=[each.prompt for each in prompts], seed=config.seed, sampling=part.sampling)
+    verdicts = judge([drawing.image for drawing in drawings], prompts=prompts)
+    of = Measurement("skills", config.seed, part.sampling.protocol())
+    result.scores.extend(skill_scores(verdicts, prompts=prompts, of=of))
+    result.samples["skills"] = [
+        drawing.to_dict() | {"skill": prompt.skill, "passed": verdict.passed, "demands_met": verdict.demands_met}
+        for drawing, prompt, verdict in zip(drawings, prompts, verdicts, strict=True)
+    ]
+    result.images["skills"] = np.stack([drawing.image for drawing in drawings])
+
+
+def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
+    """Reconstruction by every stage's tokenizer; retrieval and classification by the last."""
+    result = PartResult([], {"stages": list(stages)}, {})
+    for position, (stage, folder) in enumerate(stages.items()):
+        model, processor = qlip.load(folder)
+        features = _features(config, model=model, processor=processor)
+        for data in _held_out(config, num_images=config.tokenizer.num_images, size=processor.image_size):
+            rebuilt = reconstruct(data.images, model=model, processor=processor, label=f"{stage} {data.name}")
+            of = Measurement(f"{data.name}_reconstruction_{stage}", config.seed)
+            result.scores.extend(_reconstruction_rows(rebuilt, data=data, stage=stage, features=features, of=of))
+            result.images[f"{data.name}_{stage}"] = rebuilt[:KEPT]
+            result.images[f"{data.name}_original"] = data.images[:KEPT]
+            if position == len(stages) - 1:
+                of = Measurement(f"{data.name}_retrieval", config.seed, {"stage": stage})
+                rows = retrieval_scores(
+                    data.images, captions=data.full_captions, model=model, processor=processor, of=of
+                )
+                result.scores.extend(rows)
+    if config.tokenizer.labelled:
+        of = Measurement("digits_classification", config.seed, {"stage": list(stages)[-1]})
+        result.scores.extend(_classification_rows(model=model, processor=processor, of=of))
+    return result
+
+
+@torch.inference_mode()
+def reconstruct(images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor, label: str) -> NDArray:
+    """uint8 images -> codes -> uint8 images (N, H, W, 3)."""
+    progress, rebuilt = Progress(len(images_NHWC), label=f"reconstruct {label}"), []
+    for start in range(0, len(images_NHWC), BATCH):
+        batch = images_NHWC[start : start + BATCH]
+        codes_BN = model.encode(processor.pixels(batch).to(model.device, model.dtype))
+        rebuilt.append(processor.images(model.decode(codes_BN)))
+        progress.advance(len(batch))
+    return np.concatenate(rebuilt)
+
+
+def _reconstruction_rows(
+    rebuilt_NHWC: NDArray, *, data: HeldOut, stage: str, features: FeatureNetwork, of: Measurement
+) -> list[Score]:
+    paper = STAGE_1 if stage == "stage1" else QLIP_B_16
+    means = mean_quality(rebuilt_NHWC, originals_NHWC=data.images)
+    common: dict[str, Any] = {"n": len(data.images), "skipped": data.num_skipped, "note": "mean over images, as uint8"}
+    rows = [
+        of.score("psnr", means.psnr, unit="dB", paper=paper["psnr"], **common),
+        of.score("ssim", means.ssim, paper=paper.get("ssim"), **common),
+        *frechet_rows(rebuilt_NHWC, originals_NHWC=data.images, features=features, fid="rfid", paper=paper, of=of),
+    ]
+    if data.has_checker:
+        note = "the reconstruction's caption, read off its pixels, is the original's"
+        rows.append(read_back_row(rebuilt_NHWC, captions=data.full_captions, note=note, of=of))
+    return rows
+
+
+def _classification_rows(*, model: QLIPModel, processor: QLIPProcessor, of: Measurement) -> list[Score]:
+    """Zero-shot accuracy and linear probe on the digits."""
+    train, val = (_digits(size=processor.image_size, split=split) for split in ("train", "val"))
+    names, templates = DigitsSource.class_names, captions_of("{}")
+    zero_shot = zero_shot_score(val, class_names=names, templates=templates, model=model, processor=processor, of=of)
+    probe = probe_scores(train, val=val, num_classes=len(names), model=model, processor=processor, of=of)
+    return [zero_shot, *probe]
+
+
+def _digits(*, size: int, split: Split) -> LabelledImages:
+    source = DigitsSource(size=size, split=split)
+    return LabelledImages(np.stack([source[index].image_HWC for index in range(len(source))]), source.labels)
+
+
+def _held_out(config: EvalConfig, *, num_images: int, size: int) -> list[HeldOut]:
+    return [held_out_images(source, num_images=num_images, size=size, seed=config.seed) for source in config.images]
+
+
+def _features(config: EvalConfig, *, model: QLIPModel, processor: QLIPProcessor) -> FeatureNetwork:
+    weights = config.inception_weights
+    return open_features(config.features, model=model, processor=processor, inception_weights=weights)

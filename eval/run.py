@@ -1,0 +1,178 @@
+"""`python -m eval.run --config FILE [key=value ...]`: evaluate a run, part by part, and skip what is up to date."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.config import PARTS, EvalConfig, PartName
+from um3.core.config import load_config, to_dict
+from um3.core.errors import UserError, run_main
+from um3.core.files import atomic_file, read_json, sha256_of
+from um3.core.log import setup_logging
+from um3.core.progress import format_seconds, peak_memory_gib
+
+if TYPE_CHECKING:
+    from um3.pipeline import UM3Pipeline
+
+STAGES = ("stage1", "stage2")
+# Where things lie and how fast they are changes no value.
+FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate what a config asks for; returns at once where all of it is done already."""
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate a run.")
+    parser.add_argument("--config", required=True, help="YAML file of an EvalConfig, such as configs/demo/eval.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's")
+    options = parser.parse_args(arguments)
+    setup_logging()
+    evaluate(load_config(EvalConfig, path=options.config, overrides=options.overrides))
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Write RUN/eval/PART.json, and PART.npz with the images to look at, for every part that is not up to date.
+
+    Raises:
+        UserError: a model is missing, or a part cannot be measured.
+    """
+    if not config.run and not config.model:
+        raise UserError("which run is to be evaluated? set run=FOLDER, such as run=runs/demo")
+    inputs = {part: part_inputs(config, part=part) for part in PARTS if part in config.parts}
+    config = with_sources(config)
+    load_pipeline = functools.cache(lambda: _load_pipeline(config))
+    for part, folders in inputs.items():
+        request = request_of(config, part=part, folders=folders)
+        path = out_folder(config) / f"{part}.json"
+        if not config.force and path.exists() and read_json(path).get("request") == request:
+            print(f"{part}: {path} is up to date")
+            continue
+        _run_part(config, part=part, load_pipeline=load_pipeline, folders=folders, request=request)
+
+
+def with_sources(config: EvalConfig) -> EvalConfig:
+    """The config with the run's own sources where it names none.
+
+    Raises:
+        UserError: the run does not say what it was trained on.
+    """
+    from data_mix.sources import ImageSourceConfig
+    from data_mix.text import TextSourceConfig
+    from eval.held_out import trained_on
+
+    images, texts = config.images, config.texts
+    if not images and set(config.parts) - {"language"}:
+        images = trained_on(config.run, phase="stage1", key="sources", kind=ImageSourceConfig)
+    if not texts and "language" in config.parts:
+        texts = trained_on(config.run, phase="um3", key="texts", kind=TextSourceConfig)
+    return dataclasses.replace(config, images=images, texts=texts)
+
+
+def out_folder(config: EvalConfig) -> Path:
+    """Where the results go."""
+    return Path(config.out) if config.out else Path(config.run) / "eval"
+
+
+def part_inputs(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
+    """The model folders a part is measured on, by name.
+
+    Raises:
+        UserError: none is there; the message names the phase that makes it.
+    """
+    if part == "tokenizer":
+        named = {name: Path(path) for name, path in config.tokenizer.stages.items()}
+        found = named or {stage: Path(config.run) / stage / "model" for stage in STAGES}
+        found = {name: path for name, path in found.items() if named or (path / "config.json").is_file()}
+        if not found:
+            raise UserError(f"no visual tokenizer in {config.run}/stage1 or stage2; run make stage1 first")
+        absent = [path for path in found.values() if not (path / "config.json").is_file()]
+        if absent:
+            raise UserError(f"no visual tokenizer in {absent[0]}; correct tokenizer.stages")
+        return found
+    folder = model_folder(config)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no UM3 model in {folder}; run make um3 first, or set parts=[tokenizer]")
+    return {"um3": folder}
+
+
+def model_folder(config: EvalConfig) -> Path:
+    """The UM3 model's folder."""
+    return Path(config.model) if config.model else Path(config.run) / "um3" / "model"
+
+
+def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) -> str:
+    """What a part was asked for, in a few characters: its settings, the models' weights and the data's files."""
+    from data_mix.origin import origin
+
+    values = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
+    values = {key: value for key, value in values.items() if key not in PARTS or key == part}
+    values.pop("images" if part == "language" else "texts")
+    weights = {
+        name: [sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))] for name, folder in folders.items()
+    }
+    data = [origin(source) for source in (config.texts if part == "language" else config.images)]
+    described = json.dumps([part, values, weights, data], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _load_pipeline(config: EvalConfig) -> "UM3Pipeline":
+    from um3.core.distributed import device
+    from um3.pipeline import UM3Pipeline
+
+    return UM3Pipeline.from_pretrained(model_folder(config), device=device())
+
+
+def _run_part(
+    config: EvalConfig,
+    *,
+    part: PartName,
+    load_pipeline: Callable[[], "UM3Pipeline"],
+    folders: dict[str, Path],
+    request: str,
+) -> None:
+    import numpy as np
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from eval import parts
+    from eval.scores import write_scores
+    from um3.core.provenance import commit, machine, versions
+
+    disable_progress_bar()
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    out, began = out_folder(config), time.monotonic()
+    if part == "tokenizer":
+        result = parts.tokenizer(config, stages=folders)
+    elif part == "language":
+        result = parts.language(config, pipeline=load_pipeline(), folder=out)
+    elif part == "captions":
+        result = parts.captions(config, pipeline=load_pipeline())
+    else:
+        result = parts.generation(config, pipeline=load_pipeline())
+    with atomic_file(out / f"{part}.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **result.images)  # type: ignore[arg-type]
+    seconds = time.monotonic() - began
+    write_scores(
+        out / f"{part}.json",
+        result.scores,
+        samples=result.samples,
+        request=request,
+        seconds=round(seconds, 1),
+        peak_memory_gib=round(peak_memory_gib(), 3),
+        config=to_dict(config),
+        commit=commit(),
+        versions=versions(),
+        machine=machine(),
+    )
+    measured = sum(score.value is not None for score in result.scores)
+    print(f"{part}: {measured} values of {len(result.scores)} rows in {format_seconds(seconds)} -> {out / part}.json")
+
+
+if __name__ == "__main__":
+    run_main(main)
