@@ -6,19 +6,17 @@ Shape legend: B = images of this rank, H, W = height and width in pixels, C = 3 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
-from data_mix.samples import BadSample, ImageSource, Sample
+from data_mix.samples import BadSample, CaptionChoice, ImageSource, Sample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
-
-CaptionChoice = Literal["first", "random"]
 
 
 class ImageBatch(NamedTuple):

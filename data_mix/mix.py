@@ -7,61 +7,30 @@ Shape legend: B = rows of this rank, T = row_tokens, N = patches of an image, P 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from data_mix.images import CaptionChoice
+from data_mix.config import DataConfig
 from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
 from data_mix.origin import origin
 from data_mix.samples import Split
-from data_mix.schedule import TASKS, MixConfig, Schedule, Task
+from data_mix.schedule import TASKS, Schedule, Task
 from data_mix.shards import CodedSample, CodeShards, open_code_sources
-from data_mix.text import TextSourceConfig, open_text_source
+from data_mix.text import open_text_source
 from data_mix.token_stream import TokenStream
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
 from um3.ids import IdSpace
-from um3.rows import Row, Supervision, image_to_text_row, text_to_image_row, unconditional_row
+from um3.rows import Row, image_to_text_row, text_to_image_row, unconditional_row
 from um3.text_tokenizer import encode_captions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW_MARKS = 4  # bos, begin and end of image, eos: what a row of an image and a caption holds besides the two
-
-
-@dataclass
-class DataConfig:
-    """What UM3 is trained on.
-
-    codes: folder of code shards.
-    texts: text sources; their `weight` is their share of the text rows.
-    image_weights: share of each source of codes by name, those left out are not used; empty: every source in
-        proportion to its size.
-    row_tokens: length of every row; captions are cut to fit, images never are.
-    caption_dropout: share of the text-to-image rows without their caption (for classifier-free guidance).
-    supervision: "target" trains on what the row is to produce, "all" on its condition as well.
-    i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
-    """
-
-    codes: str = "codes"
-    texts: list[TextSourceConfig] = field(default_factory=list)
-    image_weights: dict[str, float] = field(default_factory=dict)
-    mix: MixConfig = field(default_factory=MixConfig)
-    row_tokens: int = 4096
-    caption_dropout: float = 0.1
-    supervision: Supervision = "target"
-    i2t_caption: CaptionChoice = "first"
-
-    def __post_init__(self) -> None:
-        if self.row_tokens < 2:
-            raise ValueError(f"data.row_tokens={self.row_tokens}: a row needs at least 2")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")
 
 
 class PlannedRow(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_mix.mix import DataConfig
+from data_mix.config import DataConfig
 from data_mix.schedule import TASKS, Schedule, Task
 from um3.core.config import load_config
 from um3.core.errors import UserError, run_main

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 Split = Literal["train", "val"]
+CaptionChoice = Literal["first", "random"]
 
 
 class Sample(NamedTuple):

@@ -79,7 +79,9 @@ def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
         if kind != "param":
             continue
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UserError(f"{path} holds '{name}' {tuple(tensor.shape)}, which this model has not; use the run's own config")
+            raise UserError(
+                f"{path} holds '{name}' {tuple(tensor.shape)}, which this model has not; use the run's own config"
+            )
         parameters[name].data.copy_(tensor)
         seen.add(name)
     missing = parameters.keys() - seen
@@ -171,4 +173,6 @@ def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, torch.Tensor]]:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     yield key, tensors.get_tensor(key)
         except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); delete {path} to resume from the checkpoint before it") from None
+            raise UserError(
+                f"{file} is damaged ({error}); delete {path} to resume from the checkpoint before it"
+            ) from None

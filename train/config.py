@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_mix.mix import DataConfig
+from data_mix.config import DataConfig
 from data_mix.sources import ImageSourceConfig
+from um3.config import ModelConfig
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.errors import UserError
 from um3.core.files import read_json, sha256_of
-from um3.model import ModelConfig
 
 
 @dataclass
@@ -242,7 +242,8 @@ class UM3Config:
 
 # What may change between the start of a run and its continuation without making it another run.
 FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_checkpoints", "loop.num_threads", "loop.track")
-FREE_PREFIXES = ("loop.micro_batch_size", "engine.", "loop.folder")
+# Where things lie may change too: what they are is compared by fingerprint.
+FREE_PREFIXES = ("loop.micro_batch_size", "engine.", "loop.folder", "tokenizer:", "qlip:", "data.codes:")
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -276,7 +277,9 @@ def is_done(config: Any, *, inputs: dict[str, str] | None = None) -> bool:
         return False
     old_inputs = read_json(done_path)["inputs"]
     if inputs is not None and old_inputs != inputs:
-        raise UserError(f"{folder} was made from other inputs ({old_inputs} -> {inputs}); delete that folder to train anew")
+        raise UserError(
+            f"{folder} was made from other inputs ({old_inputs} -> {inputs}); delete that folder to train anew"
+        )
     return True
 
 
@@ -313,5 +316,7 @@ def folder_digest(path: str, *, made_by: str) -> str:
         return sha256_of(weights)[:16]
     looks_local = path.startswith((".", "/", "runs")) or Path(path).exists() or path.count("/") > 1
     if not path or looks_local:
-        raise UserError(f"{path or 'the model to start from'} is not there; run `make {made_by}` first, or give a folder or hub id")
+        raise UserError(
+            f"{path or 'the model to start from'} is not there; run `make {made_by}` first, or give a folder or hub id"
+        )
     return path

@@ -59,7 +59,12 @@ def split_batch(loop: LoopConfig) -> tuple[int, int]:
 
 
 def build_engine(
-    model: nn.Module, *, optimizer: OptimizerConfig, engine: EngineConfig, micro_batch_size: int, accumulation_steps: int = 1
+    model: nn.Module,
+    *,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    micro_batch_size: int,
+    accumulation_steps: int = 1,
 ) -> Any:
     """Wrap `model` and its optimizer in a DeepSpeed engine.
 

@@ -94,7 +94,9 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     loop: LoopConfig = config.loop
     folder = Path(loop.folder)
     engines, start, spent_s = _resume(task, folder=folder / "checkpoints")
-    metrics = MetricsWriter(folder, resume_step=start, views=tuple(loop.track), config=to_dict(config)) if is_main() else None
+    metrics = (
+        MetricsWriter(folder, resume_step=start, views=tuple(loop.track), config=to_dict(config)) if is_main() else None
+    )
     progress = Progress(loop.total_steps, label=folder.name, unit="steps", start=start)
     began = time.monotonic()
 
@@ -166,7 +168,9 @@ def check_finite(loss_terms: dict[str, float], *, source: str) -> None:
 def _leave(stop: StopRequest, *, step: int, folder: Path) -> None:
     name = stop.signal.name if stop.signal is not None else "a signal on another rank"
     if is_main():
-        logger.info("stopped by %s after step %d; its state is saved in %s: the same command goes on", name, step, folder)
+        logger.info(
+            "stopped by %s after step %d; its state is saved in %s: the same command goes on", name, step, folder
+        )
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
     raise Interrupted

@@ -27,7 +27,9 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_trust_ratio: float = 10.0,
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_trust_ratio=max_trust_ratio))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_trust_ratio=max_trust_ratio)
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -70,7 +72,9 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimizerConfig
+) -> torch.optim.Optimizer:
     """Group the trainable parameters by peak rate and weight decay and build the optimizer.
 
     Each group keeps its peak under "peak_lr"; `set_learning_rate` reads it.
@@ -89,8 +93,12 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], *, con
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     if unused:
-        raise UserError(f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names")
-    options = [dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay) for (peak, decay), params in groups.items()]
+        raise UserError(
+            f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names"
+        )
+    options = [
+        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay) for (peak, decay), params in groups.items()
+    ]
     kind = Lamb if config.kind == "lamb" else torch.optim.AdamW
     return kind(options, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 

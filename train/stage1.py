@@ -21,7 +21,14 @@ from train.config import Stage1Config
 from train.engine import autocast, build_engine, grad_norm
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.tokenizer_setup import flatten_scalars, image_batches, new_tokenizer, open_sources, save_tokenizer, skipped_metrics
+from train.tokenizer_setup import (
+    flatten_scalars,
+    image_batches,
+    new_tokenizer,
+    open_sources,
+    save_tokenizer,
+    skipped_metrics,
+)
 from um3.core.distributed import device, world_size
 
 MAX_LOGIT_SCALE = math.log(100.0)

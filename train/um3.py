@@ -191,4 +191,3 @@ class UM3Task:
                 state_dict=weights,
             )
         return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}
-

@@ -5,7 +5,6 @@ With query-key normalisation the architecture is transformers' Qwen3ForCausalLM,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,35 +23,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from um3.config import ModelConfig
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.extend import extend_model, load_base, set_generation_defaults
 from um3.ids import IdSpace
 
 QLIP_FOLDER = "qlip"
-
-
-@dataclass
-class ModelConfig:
-    """The language model. With `base` (a folder or hub id) only `qk_norm` matters, the sizes are the base's."""
-
-    base: str = ""
-    hidden_size: int = 192
-    num_layers: int = 6
-    num_heads: int = 6
-    num_kv_heads: int = 6
-    head_dim: int = 32
-    intermediate_size: int = 512
-    rope_theta: float = 10_000.0
-    max_position_embeddings: int = 512
-    qk_norm: bool = True
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
 
 
 class ParameterCounts(NamedTuple):

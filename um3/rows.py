@@ -11,14 +11,14 @@ reaches across a boundary.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from um3.config import Supervision
 from um3.ids import IdSpace
 
-Supervision = Literal["target", "all"]
 Tokens = Sequence[int] | Tensor
 
 

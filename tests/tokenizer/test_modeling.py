@@ -45,9 +45,7 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
     new.load_state_dict(tiny_qlip.state_dict())
     largest = tiny_qlip.text_model.encoder(tiny_qlip.text_model.embeddings(ids))[1, 1]
     pooled = tiny_qlip.text_model.final_layer_norm(largest)
-    torch.testing.assert_close(
-        old[1], torch.nn.functional.normalize(tiny_qlip.text_projection(pooled), dim=-1)
-    )
+    torch.testing.assert_close(old[1], torch.nn.functional.normalize(tiny_qlip.text_projection(pooled), dim=-1))
     assert not torch.allclose(new.get_text_features(ids)[1], old[1])
 
 

@@ -90,7 +90,9 @@ def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, Any]]
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist; CONFIG= takes demo, paper or a folder with the phases' YAML files") from None
+        raise UserError(
+            f"config file {path} does not exist; CONFIG= takes demo, paper or a folder with the phases' YAML files"
+        ) from None
     except (YAMLError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {_first_line(error)}") from None
     if not isinstance(layer, DictConfig):

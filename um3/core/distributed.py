@@ -1,20 +1,27 @@
-"""Ranks and the few collectives the project needs; every function also works in a single process."""
+"""Ranks and the few collectives the project needs; every function also works in a single process.
+
+torch is imported where it is needed: who only asks for the rank should not wait seconds for it.
+"""
 
 import os
 import socket
+import sys
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
 def rank() -> int:
     """Global rank of this process; 0 when nothing is launched."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    group = _process_group()
+    return int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """Number of processes in the job; 1 when nothing is launched."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    group = _process_group()
+    return int(group.get_world_size()) if group else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
@@ -35,8 +42,10 @@ def prepare_environment() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """The accelerator of this local rank, or the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -44,27 +53,36 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    if world_size() > 1 and (group := _process_group()):
+        group.barrier()
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     """Elementwise sum of `values` over all ranks (a new tensor, no gradient)."""
     values = values.detach().clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+    if world_size() > 1 and (group := _process_group()):
+        group.all_reduce(values)
     return values
 
 
 def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on at least one."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device())) > 0)
+    import torch
+
+    return flag if world_size() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device())) > 0)
 
 
-def gather_with_gradient(x_BD: torch.Tensor) -> torch.Tensor:
+def gather_with_gradient(x_BD: "torch.Tensor") -> "torch.Tensor":
     """Concatenate `x_BD` of all ranks, in rank order, along the batch; gradients flow back to each rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return x_BD
+    import torch
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x_BD), dim=0)
+
+
+def _process_group() -> Any:
+    """torch.distributed where a process group runs, else None."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_initialized() else None

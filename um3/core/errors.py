@@ -31,12 +31,16 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         _leave(f"error: {error}", code=EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        _leave("interrupted: nothing half-written was left behind; run the same command to go on", code=EXIT_INTERRUPTED)
+        _leave(
+            "interrupted: nothing half-written was left behind; run the same command to go on", code=EXIT_INTERRUPTED
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        _leave(f"error: the disk is full{where}; free some space and run the same command to go on", code=EXIT_USER_ERROR)
+        _leave(
+            f"error: the disk is full{where}; free some space and run the same command to go on", code=EXIT_USER_ERROR
+        )
 
 
 def _leave(message: str, *, code: int) -> None:

@@ -37,7 +37,13 @@ class MetricsWriter:
                 import wandb
             except ImportError:
                 raise UserError("tracking with wandb needs the package: pip install wandb") from None
-            self.wandb = wandb.init(project="um3", dir=str(folder), config=config, resume="allow", id=Path(folder).resolve().as_posix().replace("/", "-")[-64:])
+            self.wandb = wandb.init(
+                project="um3",
+                dir=str(folder),
+                config=config,
+                resume="allow",
+                id=Path(folder).resolve().as_posix().replace("/", "-")[-64:],
+            )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one row; a non-finite value is kept as its name ("nan", "inf") so the file stays JSON."""

@@ -58,7 +58,9 @@ class Progress:
         rate = self.rate()
         elapsed = format_seconds(time.monotonic() - self.began)
         left = f"took {elapsed}" if last else f"{format_seconds((self.total - self.done) / max(rate, 1e-9))} left"
-        line = f"{self.label} {self.done}/{self.total} · {rate:.3g} {self.unit}/s · {left} · {peak_memory_gib():.2f} GiB"
+        line = (
+            f"{self.label} {self.done}/{self.total} · {rate:.3g} {self.unit}/s · {left} · {peak_memory_gib():.2f} GiB"
+        )
         line += f" · {self.note}" if self.note else ""
         start, end = ("\r\x1b[K", "\n" if last else "") if self.live else ("", "\n")
         print(start + line, end=end, file=sys.stderr, flush=True)

@@ -1,9 +1,12 @@
 """Every random draw is a function of the run's seed and the name of what draws it."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -12,8 +15,10 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def torch_generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(seed: int, *names: str | int, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """A torch generator for the stream called `names`."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
 
 
@@ -24,4 +29,6 @@ def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
 
 def seed_everything(seed: int, *names: str | int) -> None:
     """Set torch's global generators (weight initialisation, dropout). Data never draws from them."""
+    import torch
+
     torch.manual_seed(derive_seed(seed, *names))

@@ -1,0 +1,38 @@
+"""The config of UM3's data, apart from what reads it, so that a phase with nothing to do need not import torch."""
+
+from dataclasses import dataclass, field
+
+from data_mix.samples import CaptionChoice
+from data_mix.schedule import MixConfig
+from data_mix.text import TextSourceConfig
+from um3.config import Supervision
+
+
+@dataclass
+class DataConfig:
+    """What UM3 is trained on.
+
+    codes: folder of code shards.
+    texts: text sources; their `weight` is their share of the text rows.
+    image_weights: share of each source of codes by name, those left out are not used; empty: every source in
+        proportion to its size.
+    row_tokens: length of every row; captions are cut to fit, images never are.
+    caption_dropout: share of the text-to-image rows without their caption (for classifier-free guidance).
+    supervision: "target" trains on what the row is to produce, "all" on its condition as well.
+    i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
+    """
+
+    codes: str = "codes"
+    texts: list[TextSourceConfig] = field(default_factory=list)
+    image_weights: dict[str, float] = field(default_factory=dict)
+    mix: MixConfig = field(default_factory=MixConfig)
+    row_tokens: int = 4096
+    caption_dropout: float = 0.1
+    supervision: Supervision = "target"
+    i2t_caption: CaptionChoice = "first"
+
+    def __post_init__(self) -> None:
+        if self.row_tokens < 2:
+            raise ValueError(f"data.row_tokens={self.row_tokens}: a row needs at least 2")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")

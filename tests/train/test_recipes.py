@@ -1,0 +1,88 @@
+"""The three recipes end to end at the smallest size, through the real engine and the real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.train.conftest import arguments, losses, run_apart, run_here
+from tokenizer import load
+from um3.core.errors import UserError
+from um3.core.metrics import read_metrics
+from um3.pipeline import UM3Pipeline
+
+
+def test_stage1_leaves_a_tokenizer_and_its_record(made: Path) -> None:
+    model, processor = load(made / "stage1/model")
+    codes = model.encode(torch.zeros(1, 3, 32, 32))
+    assert codes.shape == (1, 16)
+    assert processor.text(["a red circle"])["input_ids"].shape[0] == 1
+    done = json.loads((made / "stage1/done.json").read_text())
+    assert done["fingerprint"] == model.fingerprint() and done["steps"] == 4
+    row = read_metrics(made / "stage1/metrics.jsonl")[-1]
+    terms = row["train/mse"] * 1000 + row["train/contrastive"] + row["train/entropy"] + row["train/commitment"]
+    assert row["train/loss"] == pytest.approx(terms, rel=1e-5)
+
+
+def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
+    before, _ = load(made / "stage1/model")
+    after, _ = load(made / "stage2/model")
+    changed = {
+        name for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+        if not torch.equal(old, new)
+    }  # fmt: skip
+    assert changed and all(name.startswith(("vision_model.quant_embed", "vision_decoder.")) for name in changed)
+    rows = read_metrics(made / "stage2/metrics.jsonl")
+    assert "train/adversarial" not in rows[0] and "train/adversarial" in rows[1]
+    assert json.loads((made / "stage2/done.json").read_text())["perceptual"] == "random_features"
+
+
+def test_um3_leaves_a_stock_checkpoint_that_samples(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/um3"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "um3/model")
+    assert type(stock).__module__.startswith("transformers.")
+    pipeline = UM3Pipeline.from_pretrained(tmp_path / "um3/model")
+    assert pipeline.generate(["a red circle"], seed=1).images.shape == (1, 32, 32, 3)
+    row = read_metrics(tmp_path / "um3/metrics.jsonl")[-1]
+    assert row["data/rows_text"] + row["data/rows_i2t"] + row["data/rows_t2i"] == 8
+
+
+@pytest.mark.parametrize("override", ["engine.zero_stage=0", "engine.zero_stage=2", "engine.zero_stage=3",
+                                      "loop.micro_batch_size=2", "engine.activation_checkpointing=true"])  # fmt: skip
+def test_um3_losses_do_not_depend_on_how_the_engine_runs(
+    override: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain", "engine.zero_stage=1"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/other", override))
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_um3_in_low_precision_follows_float32(
+    precision: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/low", f"engine.precision={precision}"))
+    assert losses(tmp_path / "low") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    assert losses(tmp_path / "low") != losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"])
+def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/one"))
+    result = run_apart(arguments(phase, made, f"loop.folder={tmp_path}/two"), processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
+
+
+def test_lamb_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="zero_stage=0"):
+        run_here(monkeypatch, arguments("stage1", tmp_path, "optimizer.kind=lamb", "engine.zero_stage=2"))
+    run_here(monkeypatch, arguments("stage1", tmp_path / "lamb", "optimizer.kind=lamb"))
+    assert losses(tmp_path / "lamb/stage1")[-1] < losses(tmp_path / "lamb/stage1")[0]
