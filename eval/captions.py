@@ -48,27 +48,24 @@ def caption_scores(
         references_sha256=_fingerprint(references),
     )
     pairs = list(zip(candidates, references, strict=True))
-    common: dict[str, Any] = {"n": len(pairs), "skipped": skipped, "unit": "%"}
+    common: dict[str, Any] = {"n": len(pairs), "skipped": skipped}
+    full = _share(_same(candidate, given[:1]) for candidate, given in pairs)
+    any_of_them = _share(_same(candidate, given) for candidate, given in pairs)
     rows = [
-        of.score(
-            "exact_match",
-            _share(_same(candidate, given[:1]) for candidate, given in pairs),
-            note="equal to the full caption (captions[0]) after white space is normalised",
-            **common,
-        ),
-        of.score(
-            "exact_match_any",
-            _share(_same(candidate, given) for candidate, given in pairs),
-            note="equal to any of the references",
-            **common,
-        ),
+        of.score("exact_match", full, unit="%", note="word for word the full caption (captions[0])", **common),
+        of.score("exact_match_any", any_of_them, unit="%", note="word for word any of the references", **common),
     ]
-    values = corpus_scores(candidates, references=references)
-    rows += [of.score(name, value, paper=UM3.get(name), **common) for name, value in values.items()]
+    longest = max(len(tokenize(text).split()) for given in references for text in given)
+    for name, value in corpus_scores(candidates, references=references).items():
+        if name.startswith("bleu") and int(name[-1]) > longest:
+            note = f"the longest reference has {longest} words, so there is no {name[-1]}-gram to match"
+            rows.append(of.missing(name, note=note, unit="x100", paper=UM3.get(name)))
+        else:
+            rows.append(of.score(name, value, unit="x100", paper=UM3.get(name), **common))
     if note := _no_meteor(asked=meteor):
-        return [*rows, of.missing("meteor", note=note, paper=UM3["meteor"], unit="%")]
+        return [*rows, of.missing("meteor", note=note, paper=UM3["meteor"], unit="x100")]
     value = meteor_score(candidates, references=references)
-    return [*rows, of.score("meteor", value, paper=UM3["meteor"], **common)]
+    return [*rows, of.score("meteor", value, paper=UM3["meteor"], unit="x100", **common)]
 
 
 def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> dict[str, float]:

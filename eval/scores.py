@@ -18,7 +18,7 @@ from um3.core import provenance
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 
-Unit = Literal["%", "dB", ""]
+Unit = Literal["%", "x100", "dB", ""]
 
 
 @functools.cache
@@ -28,7 +28,8 @@ def _commit() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One measured value. Shares (accuracies, BLEU, CIDEr, ...) are fractions; `unit` "%" only says how to show them.
+    """One measured value. Shares (accuracies, BLEU, CIDEr, ...) are fractions; the units "%" and "x100" only
+    say how to show them.
 
     `n` counts what was scored and `skipped` what was asked for and could not be scored; `protocol` holds every setting
     that two values must share to be comparable.
@@ -73,9 +74,11 @@ class Score:
         value = self.value if value is None else value
         if value is None:
             return "–"
-        if self.unit == "%":
-            return f"{100 * value:.1f} %"
-        return f"{value:.2f} {self.unit}".rstrip() if abs(value) >= 10 or self.unit else f"{value:.3f}"
+        if self.unit in ("%", "x100"):
+            return f"{100 * value:.1f} {self.unit.removeprefix('x100')}".rstrip()
+        if self.unit:
+            return f"{value:.2f} {self.unit}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain JSON."""

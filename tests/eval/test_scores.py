@@ -49,7 +49,9 @@ def test_two_rows_with_one_key_are_refused(tmp_path):
 def test_shown_follows_the_unit():
     assert score(unit="%").shown() == "25.0 %"
     assert score(value=24.456, unit="dB").shown() == "24.46 dB"
+    assert score(unit="x100", value=0.0864).shown() == "8.6"
     assert score(value=0.31249).shown() == "0.312"
+    assert score(value=0.004123).shown() == "0.00412" and score(value=123456.7).shown() == "123,457"
     assert score(value=120.5).shown(44.1) == "44.10"
 
 
