@@ -62,10 +62,11 @@ BACKGROUND: tuple[int, int, int] = (245, 243, 238)
 REFERENCE_SIZE = 32  # every length below is in pixels of a 32-pixel image and scales with the size asked for
 MIN_SIZE = 24  # below this a counted object has fewer than 6 pixels and its shape cannot be told
 SINGLE_SIDES = (12, 18)
-PAIR_SIDES = (10, 13)
+PAIR_SIDES = (10, 12)
 COUNT_SIDES = (8, 10)
+STEP = 2  # sides and places are whole steps: what a 32-pixel demo can learn to draw in minutes
 GAP = 2  # between the boxes of two objects
-MARGIN = 1  # between a box and the image's border
+MARGIN = 2  # between a box and the image's border
 CLEAR_OFFSET = 4  # by this much one direction must outweigh the other, so that left/above is never in doubt
 SUPERSAMPLING = 8
 HOLD_OUT = 8  # one distinct scene in eight belongs to val, whatever the seed
@@ -148,6 +149,10 @@ class Draw:
         """Uniform in [low, high], both included."""
         return low + int(self._random() * (high - low + 1))
 
+    def stepped(self, low: int, high: int, *, step: int) -> int:
+        """Uniform among the multiples of `step` in [low, high]."""
+        return step * self.integer(-(-low // step), high // step)
+
     def choice(self, options: Sequence[Option]) -> Option:
         return options[int(self._random() * len(options))]
 
@@ -178,12 +183,13 @@ def draw_scene(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
 
 
 def _side(draw: Draw, sides: tuple[int, int], *, size: int) -> int:
-    return draw.integer(scaled(sides[0], size=size), scaled(sides[1], size=size))
+    return draw.stepped(scaled(sides[0], size=size), scaled(sides[1], size=size), step=scaled(STEP, size=size))
 
 
 def _corner(draw: Draw, side: int, *, size: int) -> tuple[int, int]:
-    margin = scaled(MARGIN, size=size)
-    return draw.integer(margin, size - margin - side), draw.integer(margin, size - margin - side)
+    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
+    low, high = margin, size - margin - side
+    return draw.stepped(low, high, step=step), draw.stepped(low, high, step=step)
 
 
 def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
@@ -213,13 +219,13 @@ def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
     second_shape = draw.choice([shape for shape in SHAPES if shape != first_shape])
     second_colour = draw.choice([colour for colour in COLOURS if colour != first_colour])
     side_1, side_2 = _side(draw, PAIR_SIDES, size=size), _side(draw, PAIR_SIDES, size=size)
-    margin, gap = scaled(MARGIN, size=size), scaled(GAP, size=size)
+    margin, gap, step = (scaled(length, size=size) for length in (MARGIN, GAP, STEP))
     horizontal = draw.integer(0, 1) == 0
     while True:
-        along_1 = draw.integer(margin, size - margin - side_2 - gap - side_1)
-        along_2 = draw.integer(along_1 + side_1 + gap, size - margin - side_2)
-        across_1 = draw.integer(margin, size - margin - side_1)
-        across_2 = draw.integer(margin, size - margin - side_2)
+        along_1 = draw.stepped(margin, size - margin - side_2 - gap - side_1, step=step)
+        along_2 = draw.stepped(along_1 + side_1 + gap, size - margin - side_2, step=step)
+        across_1 = draw.stepped(margin, size - margin - side_1, step=step)
+        across_2 = draw.stepped(margin, size - margin - side_2, step=step)
         offset_along = along_2 + side_2 / 2 - along_1 - side_1 / 2
         offset_across = abs(across_2 + side_2 / 2 - across_1 - side_1 / 2)
         if offset_along - offset_across >= scaled(CLEAR_OFFSET, size=size):

@@ -20,7 +20,8 @@ def train_caption_tokenizer(captions: Iterable[str], *, vocab_size: int) -> PreT
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, BEGIN, END],
+        # END must not be entry 2: QLIP's config reads that id as the old CLIP convention (see `TextModel`).
+        special_tokens=[PAD, END, BEGIN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from train.config import Stage1Config, Stage2Config, UM3Config, inputs_of, is_done, start_folder
 from um3.core.config import load_config
 from um3.core.errors import Interrupted, UserError, run_main
+from um3.core.log import quiet_model_files
 
 CONFIGS: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config, "um3": UM3Config}
 
@@ -32,6 +33,7 @@ def main() -> None:
     recipe = importlib.import_module(f"train.{arguments.phase}")
     from train import engine, loop
 
+    quiet_model_files()
     engine.start_runtime(config.loop)
     start_folder(config)
     try:

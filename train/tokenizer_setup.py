@@ -17,6 +17,7 @@ from tokenizer.processor import QLIPProcessor
 from tokenizer.text import load_caption_tokenizer, train_caption_tokenizer
 from train.config import ImageDataConfig, LoopConfig, QLIPSizeConfig, TextTowerConfig
 from um3.core.distributed import is_main, rank, world_size
+from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.core.seeds import seed_everything
 
@@ -58,6 +59,11 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
     )
     ids = {}
     if text_tokenizer is not None:
+        if text_tokenizer.eos_token_id == 2:
+            raise UserError(
+                f"the text tokenizer ends texts with entry 2, which QLIP's layout reads as 'the largest id ends the text' "
+                f"(old CLIP); use a tokenizer with another end entry than {text_tokenizer.eos_token!r} at 2"
+            )
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(text_tokenizer, name) for name in names} | {"vocab_size": len(text_tokenizer)}
     quantizer = dict(embed_dim=model.bits, group_size=model.group_size, inv_temperature=model.inv_temperature)

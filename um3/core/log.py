@@ -16,3 +16,12 @@ def setup_logging() -> None:
         logging.getLogger(room).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     for noisy in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def quiet_model_files() -> None:
+    """Switch off transformers' bars for reading and writing weights; downloads from a hub keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
