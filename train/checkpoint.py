@@ -67,7 +67,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
-    """Copy a checkpoint's weights into a module. Call it before the engine is built, which takes its masters from there.
+    """Copy a checkpoint's weights into a module, before the engine is built: it takes its masters from there.
 
     Raises:
         UserError: the checkpoint holds other parameters than the module.

@@ -269,7 +269,8 @@ def is_done(config: Any, *, inputs: dict[str, str] | None = None) -> bool:
         changed = changed_settings(old, to_dict(config))
         if changed:
             raise UserError(
-                f"{folder} was made with other settings ({'; '.join(changed[:3])}{'; ...' if len(changed) > 3 else ''}); "
+                f"{folder} was made with other settings "
+                f"({'; '.join(changed[:3])}{'; ...' if len(changed) > 3 else ''}); "
                 "use another RUN=, or delete that folder to train anew"
             )
     done_path = folder / "done.json"

@@ -75,7 +75,8 @@ def build_engine(
 
     if optimizer.kind == "lamb" and engine.zero_stage > 0:
         raise UserError(
-            f"LAMB scales each tensor by its own norm, which ZeRO {engine.zero_stage} cuts apart; set engine.zero_stage=0"
+            f"LAMB scales each tensor by its own norm, which ZeRO {engine.zero_stage} cuts apart; "
+            "set engine.zero_stage=0"
         )
     if optimizer.kind == "lamb" and engine.precision == "bf16":
         raise UserError("LAMB needs float32 weights; set engine.precision=autocast for bf16 matrix products")

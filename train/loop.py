@@ -145,8 +145,8 @@ def _guarded_step(task: Task, *, step: int) -> dict[str, float]:
         values = task.train_step(step)
     except NonFiniteLoss as error:
         raise UserError(
-            f"step {step + 1}: {error}; nothing was changed by this step. Lower the learning rate, or resume with another seed "
-            "from the last checkpoint"
+            f"step {step + 1}: {error}; nothing was changed by this step. Lower the learning rate, "
+            "or resume with another seed from the last checkpoint"
         ) from None
     if not math.isfinite(values["train/loss"]):
         raise UserError(f"step {step + 1}: the loss is {values['train/loss']}; lower the learning rate")

@@ -81,7 +81,7 @@ class Stage2Task:
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
-        shared = {"engine": config.engine, "micro_batch_size": config.loop.batch_size // world_size()}
+        shared: dict[str, Any] = {"engine": config.engine, "micro_batch_size": config.loop.batch_size // world_size()}
         self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, **shared)
         self.critic = build_engine(self.discriminator, optimizer=config.discriminator_optimizer, **shared)
         return {"model": self.generator, "discriminator": self.critic}

@@ -61,8 +61,8 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
     if text_tokenizer is not None:
         if text_tokenizer.eos_token_id == 2:
             raise UserError(
-                f"the text tokenizer ends texts with entry 2, which QLIP's layout reads as 'the largest id ends the text' "
-                f"(old CLIP); use a tokenizer with another end entry than {text_tokenizer.eos_token!r} at 2"
+                "the text tokenizer ends texts with entry 2, which QLIP's layout reads as 'the largest id ends the "
+                f"text' (old CLIP); use a tokenizer with another end entry than {text_tokenizer.eos_token!r} at 2"
             )
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(text_tokenizer, name) for name in names} | {"vocab_size": len(text_tokenizer)}
