@@ -126,6 +126,24 @@ class QLIPConfig(PreTrainedConfig):
                 setattr(self, name, kind(**values))
         super().__post_init__(**kwargs)
 
+    @property
+    def text_tower(self) -> QLIPTextConfig:
+        """`text_config`, built by now whatever it was given as."""
+        assert isinstance(self.text_config, QLIPTextConfig)
+        return self.text_config
+
+    @property
+    def vision_tower(self) -> QLIPVisionConfig:
+        """`vision_config`, built by now whatever it was given as."""
+        assert isinstance(self.vision_config, QLIPVisionConfig)
+        return self.vision_config
+
+    @property
+    def decoder_tower(self) -> QLIPDecoderConfig:
+        """`decoder_config`, built by now whatever it was given as."""
+        assert isinstance(self.decoder_config, QLIPDecoderConfig)
+        return self.decoder_config
+
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json; a released folder's `model_type: clip` is renamed, anything else is refused later."""

@@ -1,7 +1,7 @@
 """The QLIP model: visual encoder -> binary spherical quantization -> visual decoder, with a CLIP text tower.
 
 State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width,
-E heads, H head width, L bits, P projection, C channels.
+L bits, P projection, C channels, H, W pixels.
 """
 
 import hashlib
@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+from tokenizer.layers import Encoder, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
 
-TowerConfig = QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig
-ROPE_THETA = 10000.0
+OLD_CLIP_END_ID = 2
+"""This eos id in a config means "the largest id ends the text", the old CLIP convention."""
 
 
 @dataclass
@@ -38,138 +38,6 @@ class QLIPOutput(ModelOutput):
     sample_entropy: torch.Tensor | None = None
     codebook_entropy: torch.Tensor | None = None
     commitment: torch.Tensor | None = None
-
-
-class RotaryEmbedding2D(nn.Module):
-    """EVA-02's 2-D rotary tables: half of each head turns with the row, half with the column.
-
-    Positions are scaled to a grid of `pretrained_grid` patches a side, so a finer grid interpolates.
-    """
-
-    def __init__(self, *, head_dim: int, grid: int, pretrained_grid: int):
-        super().__init__()
-        frequency = ROPE_THETA ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
-        position = torch.arange(grid).float() / grid * pretrained_grid
-        angle = torch.outer(position, frequency).repeat_interleave(2, dim=-1)
-        rows, columns = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
-        angle_NH = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-        self.register_buffer("freqs_cos", angle_NH.cos())
-        self.register_buffer("freqs_sin", angle_NH.sin())
-
-    def forward(self, x_BETH: torch.Tensor) -> torch.Tensor:
-        """Turn the last N tokens; tokens before them (a class token) stay as they are."""
-        num_prefix = x_BETH.shape[2] - self.freqs_cos.shape[0]
-        prefix, patches = x_BETH[:, :, :num_prefix], x_BETH[:, :, num_prefix:]
-        even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        patches = patches * self.freqs_cos + turned * self.freqs_sin
-        patches = patches.to(x_BETH.dtype)
-        return torch.cat([prefix, patches], dim=2) if num_prefix else patches
-
-
-def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
-    """The rotary tables of a visual tower, or None where the config has none."""
-    if isinstance(config, QLIPTextConfig) or not config.rope:
-        return None
-    return RotaryEmbedding2D(
-        head_dim=config.hidden_size // config.num_attention_heads,
-        grid=config.image_size // config.patch_size,
-        pretrained_grid=config.rope_pretrained_grid,
-    )
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with optional rotary, sub-LayerNorm and biasless k."""
-
-    def __init__(self, config: TowerConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.causal = isinstance(config, QLIPTextConfig)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width, bias=getattr(config, "k_bias", True))
-        self.v_proj = nn.Linear(width, width)
-        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
-        self.out_proj = nn.Linear(width, width)
-        self.rope = build_rope(config)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            projection(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
-        mixed_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
-        if self.inner_attn_ln is not None:
-            mixed_BTD = self.inner_attn_ln(mixed_BTD)
-        return self.out_proj(mixed_BTD)
-
-
-class SwiGLU(nn.Module):
-    """silu(w1 x) * (w2 x) -> optional LayerNorm -> w3."""
-
-    def __init__(self, config: QLIPVisionConfig | QLIPDecoderConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
-        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(self.w1(x_BTD)) * self.w2(x_BTD)
-        return self.w3(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
-
-
-class MLP(nn.Module):
-    """fc1 -> activation -> optional LayerNorm -> fc2."""
-
-    def __init__(self, config: TowerConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.ffn_ln = (
-            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-            if getattr(config, "subln", False)
-            else None
-        )
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        hidden = self.activation(self.fc1(x_BTD))
-        return self.fc2(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config: TowerConfig):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SwiGLU(config) if not isinstance(config, QLIPTextConfig) and config.swiglu else MLP(config)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
-        return x_BTD + self.mlp(self.layer_norm2(x_BTD))
-
-
-class Encoder(nn.Module):
-    """A stack of blocks."""
-
-    def __init__(self, config: TowerConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD)
-            else:
-                x_BTD = layer(x_BTD)
-        return x_BTD
 
 
 class TextEmbeddings(nn.Module):
@@ -189,20 +57,23 @@ class TextModel(nn.Module):
 
     def __init__(self, config: QLIPTextConfig):
         super().__init__()
-        self.config = config
+        if not isinstance(config.eos_token_id, int):
+            raise UserError(f"text_config.eos_token_id is {config.eos_token_id}; the text tower needs exactly one")
+        self.max_tokens, self.end_id = config.max_position_embeddings, config.eos_token_id
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        limit = self.config.max_position_embeddings
-        if input_ids_BT.shape[1] > limit:
-            raise ValueError(f"{input_ids_BT.shape[1]} text tokens exceed the tower's {limit} positions; truncate them")
+        if input_ids_BT.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"{input_ids_BT.shape[1]} text tokens exceed the tower's {self.max_tokens} positions; truncate them"
+            )
         x_BTD = self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
-        if self.config.eos_token_id == 2:
+        if self.end_id == OLD_CLIP_END_ID:
             end_B = input_ids_BT.argmax(-1)
         else:
-            end_B = (input_ids_BT == self.config.eos_token_id).int().argmax(-1)
+            end_B = torch.eq(input_ids_BT, self.end_id).int().argmax(-1)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]
 
 
@@ -222,8 +93,8 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
         if pixel_values_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; this model takes {self.image_size}x{self.image_size}: "
-                "resize them with its processor"
+                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; "
+                f"this model takes {self.image_size}x{self.image_size}: resize them with its processor"
             )
         patches_BND = self.patch_embedding(pixel_values_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
@@ -305,7 +176,7 @@ class QLIPModel(PreTrainedModel):
 
     def __init__(self, config: QLIPConfig):
         super().__init__(config)
-        text, vision, decoder = config.text_config, config.vision_config, config.decoder_config
+        text, vision, decoder = config.text_tower, config.vision_tower, config.decoder_tower
         self.text_model = TextModel(text)
         self.vision_model = VisionModel(vision)
         self.vision_decoder = VisionDecoder(decoder)
@@ -323,11 +194,10 @@ class QLIPModel(PreTrainedModel):
             for linear in (module.c_fc, module.c_proj):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 nn.init.zeros_(linear.bias)
-                linear._is_hf_initialized = True
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -380,8 +250,9 @@ class QLIPModel(PreTrainedModel):
         """Everything at once: embeddings, logits, reconstructions, codes and quantizer terms."""
         hidden_BTD = self.vision_model(pixel_values)
         quantizer = self.vision_model.quantize(hidden_BTD, entropy=True)
+        image_embeds_BP = self._image_embeds(hidden_BTD)
         output = QLIPOutput(
-            image_embeds=self._image_embeds(hidden_BTD),
+            image_embeds=image_embeds_BP,
             reconstructions=self.decode_quantized(quantizer.quantized_BNL.to(hidden_BTD.dtype)),
             codes=quantizer.codes_BN,
             quantized=quantizer.quantized_BNL,
@@ -391,8 +262,8 @@ class QLIPModel(PreTrainedModel):
             commitment=quantizer.commitment,
         )
         if input_ids is not None:
-            output.text_embeds = self.get_text_features(input_ids)
-            output.logits_per_image = self.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
+            output.text_embeds = text_embeds_BP = self.get_text_features(input_ids)
+            output.logits_per_image = self.logit_scale.exp() * image_embeds_BP @ text_embeds_BP.T
         return output
 
     def fingerprint(self) -> str:
@@ -415,7 +286,7 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
         UserError: no such folder or hub id, damaged or missing weights, another kind of model.
     """
     try:
-        model, report = QLIPModel.from_pretrained(path, output_loading_info=True, **options)
+        loaded: Any = QLIPModel.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason}") from None
@@ -423,6 +294,7 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"the weights in {path} are damaged ({error}); fetch or train them again") from None
+    model, report = loaded
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{path} lacks {len(report['missing_keys'])} of QLIP's tensors ({some}, ...); it is incomplete")

@@ -28,6 +28,9 @@ class PerceptualDistance(nn.Module):
     uniform heads, is "random_features": a multi-scale texture distance, not comparable with any LPIPS.
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, *, plan: Sequence[Sequence[int]], name: str):
         super().__init__()
         self.name = name
@@ -67,7 +70,8 @@ def random_feature_distance(*, width: int = 16, num_stages: int = 3) -> Perceptu
         if isinstance(module, nn.Conv2d):
             fan_in = module.in_channels * 9
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
-            module.bias.data.zero_()
+            if module.bias is not None:
+                module.bias.data.zero_()
     return distance.requires_grad_(False).eval()
 
 
@@ -86,10 +90,9 @@ def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
     position = 0
     try:
         for index, stage in enumerate(distance.stages):
-            for layer in stage:
-                if isinstance(layer, nn.Conv2d):
-                    layer.weight.data.copy_(features[f"features.{position}.weight"])
-                    layer.bias.data.copy_(features[f"features.{position}.bias"])
+            for layer in stage.children():
+                for name, parameter in layer.named_parameters():
+                    parameter.data.copy_(features[f"features.{position}.{name}"])
                 position += 1
             distance.heads[index].data.copy_(linear[f"lin{index}.model.1.weight"].flatten())
     except (KeyError, RuntimeError) as error:

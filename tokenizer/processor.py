@@ -67,13 +67,13 @@ class QLIPProcessor:
         values = read_json(found) if found else {}
         try:
             # The folder's model type says nothing about its text tokenizer: the tokenizer files do.
-            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_config)
+            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_tower)
         except (OSError, ValueError, KeyError, AttributeError):
             text_tokenizer = None
         return cls(
             text_tokenizer,
-            image_size=config.vision_config.image_size,
-            max_text_tokens=config.text_config.max_position_embeddings,
+            image_size=config.vision_tower.image_size,
+            max_text_tokens=config.text_tower.max_position_embeddings,
             image_mean=values.get("image_mean", CLIP_MEAN),
             image_std=values.get("image_std", CLIP_STD),
         )
@@ -108,7 +108,8 @@ class QLIPProcessor:
         images_BHWC = torch.as_tensor(images)
         if images_BHWC.dtype != torch.uint8 or images_BHWC.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
+                f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; "
+                f"expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
             )
         pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
         return (pixels_BCHW - self._per_channel(self.image_mean, pixels_BCHW)) / self._per_channel(
@@ -126,7 +127,10 @@ class QLIPProcessor:
         return x_BCHW * self._per_channel(self.image_std, x_BCHW) + self._per_channel(self.image_mean, x_BCHW)
 
     def text(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, truncated to the tower's positions."""
+        """Captions -> `input_ids` and `attention_mask` (B, T).
+
+        Padded to the longest, truncated to the tower's positions.
+        """
         encoded = self.text_tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
         )

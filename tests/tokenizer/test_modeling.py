@@ -49,6 +49,13 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
     assert not torch.allclose(new.get_text_features(ids)[1], old[1])
 
 
+def test_a_text_tower_with_several_ends_is_refused() -> None:
+    config = tiny_config()
+    config.text_config.eos_token_id = [1, 2]
+    with pytest.raises(UserError, match="eos_token_id is \\[1, 2\\]"):
+        QLIPModel(config)
+
+
 def test_padding_after_the_end_changes_nothing(tiny_qlip: QLIPModel) -> None:
     short = tiny_qlip.get_text_features(torch.tensor([[1, 5, 299]]))
     padded = tiny_qlip.get_text_features(torch.tensor([[1, 5, 299, 0, 0]]))

@@ -1,0 +1,154 @@
+"""The layers that QLIP's three towers are built of: rotary tables, attention, MLPs, blocks.
+
+Attribute names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width, E heads,
+H head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from tokenizer.configuration import QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+
+TowerConfig = QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig
+ROPE_THETA = 10000.0
+
+
+class RotaryEmbedding2D(nn.Module):
+    """EVA-02's 2-D rotary tables: half of each head turns with the row, half with the column.
+
+    Positions are scaled to a grid of `pretrained_grid` patches a side, so a finer grid interpolates.
+    """
+
+    freqs_cos: torch.Tensor
+    freqs_sin: torch.Tensor
+
+    def __init__(self, *, head_dim: int, grid: int, pretrained_grid: int):
+        super().__init__()
+        frequency = ROPE_THETA ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
+        position = torch.arange(grid).float() / grid * pretrained_grid
+        angle = torch.outer(position, frequency).repeat_interleave(2, dim=-1)
+        rows, columns = angle[:, None].expand(grid, grid, -1), angle[None].expand(grid, grid, -1)
+        angle_NH = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+        self.register_buffer("freqs_cos", angle_NH.cos())
+        self.register_buffer("freqs_sin", angle_NH.sin())
+
+    def forward(self, x_BETH: torch.Tensor) -> torch.Tensor:
+        """Turn the last N tokens; tokens before them (a class token) stay as they are."""
+        num_prefix = x_BETH.shape[2] - self.freqs_cos.shape[0]
+        prefix, patches = x_BETH[:, :, :num_prefix], x_BETH[:, :, num_prefix:]
+        even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        patches = patches * self.freqs_cos + turned * self.freqs_sin
+        patches = patches.to(x_BETH.dtype)
+        return torch.cat([prefix, patches], dim=2) if num_prefix else patches
+
+
+def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
+    """The rotary tables of a visual tower, or None where the config has none."""
+    if isinstance(config, QLIPTextConfig) or not config.rope:
+        return None
+    return RotaryEmbedding2D(
+        head_dim=config.hidden_size // config.num_attention_heads,
+        grid=config.image_size // config.patch_size,
+        pretrained_grid=config.rope_pretrained_grid,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with optional rotary, sub-LayerNorm and biasless k."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.causal = isinstance(config, QLIPTextConfig)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=getattr(config, "k_bias", True))
+        self.v_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
+        self.out_proj = nn.Linear(width, width)
+        self.rope = build_rope(config)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            projection(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        mixed_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        if self.inner_attn_ln is not None:
+            mixed_BTD = self.inner_attn_ln(mixed_BTD)
+        return self.out_proj(mixed_BTD)
+
+
+class SwiGLU(nn.Module):
+    """silu(w1 x) * (w2 x) -> optional LayerNorm -> w3."""
+
+    def __init__(self, config: QLIPVisionConfig | QLIPDecoderConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
+        self.w3 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        hidden = F.silu(self.w1(x_BTD)) * self.w2(x_BTD)
+        return self.w3(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+
+
+class MLP(nn.Module):
+    """fc1 -> activation -> optional LayerNorm -> fc2."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.ffn_ln = (
+            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
+            if getattr(config, "subln", False)
+            else None
+        )
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        hidden = self.activation(self.fc1(x_BTD))
+        return self.fc2(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SwiGLU(config) if not isinstance(config, QLIPTextConfig) and config.swiglu else MLP(config)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
+        return x_BTD + self.mlp(self.layer_norm2(x_BTD))
+
+
+class Encoder(nn.Module):
+    """A stack of blocks."""
+
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]  # set by transformers' gradient_checkpointing_enable
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD)
+            else:
+                x_BTD = layer(x_BTD)
+        return x_BTD
