@@ -28,7 +28,7 @@ class ImageBatch(NamedTuple):
     skipped: how many unusable samples were passed over, by (source, reason).
     """
 
-    images_BHWC: torch.Tensor  # noqa: N815 (the shape suffix of the house)
+    images_BHWC: torch.Tensor
     captions: list[str]
     all_captions: list[tuple[str, ...]]
     keys: list[str]

@@ -50,10 +50,10 @@ class RowBatch(NamedTuple):
     counts: rows of the *global* batch by "task/source". truncated_captions: captions of this rank that were cut.
     """
 
-    input_ids_BT: Tensor  # noqa: N815 (the shape suffixes of the house)
-    target_mask_BT: Tensor  # noqa: N815
-    lengths_B: Tensor  # noqa: N815
-    task_B: Tensor  # noqa: N815
+    input_ids_BT: Tensor
+    target_mask_BT: Tensor
+    lengths_B: Tensor
+    task_B: Tensor
     sources: list[str]
     counts: dict[str, int]
     truncated_captions: int

@@ -16,11 +16,11 @@ class Sample(NamedTuple):
     """
 
     key: str
-    image_HWC: np.ndarray  # noqa: N815 (the shape suffix of the house)
+    image_HWC: np.ndarray
     captions: tuple[str, ...]
 
 
-class BadSample(Exception):  # noqa: N818 (an everyday event to be counted, not a failure)
+class BadSample(Exception):
     """This index holds nothing usable. The reader skips it and counts `reason`, a short fixed phrase."""
 
     def __init__(self, reason: str, *, detail: str = "") -> None:

@@ -91,7 +91,7 @@ class CodedSample(NamedTuple):
     """One image as codes_N (int64), with all its captions, the fullest first."""
 
     key: str
-    codes_N: torch.Tensor  # noqa: N815 (the shape suffix of the house)
+    codes_N: torch.Tensor
     captions: tuple[str, ...]
 
 
