@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenizer.discriminator import PatchDiscriminator
-from tokenizer.losses import discriminator_loss, generator_loss, info_nce
+from tokenizer.losses import AdversarialKind, discriminator_loss, generator_loss, info_nce
 from tokenizer.perceptual import VGG16_PLAN, build_perceptual_distance, lpips_vgg, random_feature_distance
 from um3.core.errors import UserError
 
@@ -23,7 +23,7 @@ def test_info_nce_equals_the_textbook_form() -> None:
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
-def test_adversarial_terms_pull_apart_and_together(kind: str) -> None:
+def test_adversarial_terms_pull_apart_and_together(kind: AdversarialKind) -> None:
     good, bad = torch.full((4,), 2.0), torch.full((4,), -2.0)
     assert discriminator_loss(good, bad, kind=kind) < discriminator_loss(bad, good, kind=kind)
     assert generator_loss(good, kind=kind) < generator_loss(bad, kind=kind)

@@ -39,8 +39,8 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
     ids = torch.tensor([[1, 5, 2, 0], [1, 9, 7, 2]])
     old = tiny_qlip.get_text_features(ids)
     config = tiny_config()
-    config.text_config.eos_token_id = 7
-    config.text_config.pad_token_id = 0
+    config.text_tower.eos_token_id = 7
+    config.text_tower.pad_token_id = 0
     new = QLIPModel(config).eval()
     new.load_state_dict(tiny_qlip.state_dict())
     largest = tiny_qlip.text_model.encoder(tiny_qlip.text_model.embeddings(ids))[1, 1]
@@ -51,7 +51,7 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
 
 def test_a_text_tower_with_several_ends_is_refused() -> None:
     config = tiny_config()
-    config.text_config.eos_token_id = [1, 2]
+    config.text_tower.eos_token_id = [1, 2]
     with pytest.raises(UserError, match="eos_token_id is \\[1, 2\\]"):
         QLIPModel(config)
 
@@ -83,7 +83,9 @@ def test_activation_checkpointing_changes_no_gradient(tiny_qlip: QLIPModel) -> N
         if enabled:
             tiny_qlip.gradient_checkpointing_enable()
         tiny_qlip(pixels).reconstructions.square().mean().backward()
-        gradients.append(tiny_qlip.vision_model.embeddings.patch_embedding.weight.grad.clone())
+        gradient = tiny_qlip.vision_model.embeddings.patch_embedding.weight.grad
+        assert gradient is not None
+        gradients.append(gradient.clone())
     torch.testing.assert_close(*gradients)
 
 

@@ -46,12 +46,12 @@ def test_captions_are_wrapped_padded_and_truncated(processor: QLIPProcessor) -> 
     assert encoded["input_ids"].shape == (2, 8)
     assert (encoded["input_ids"][:, 0] == tokenizer.bos_token_id).all()
     assert int(encoded["input_ids"][1, -1]) == tokenizer.eos_token_id  # truncation keeps the end
-    assert tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True).strip() == "a red circle"
+    assert str(tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)).strip() == "a red circle"
 
 
 def test_saved_folder_loads_with_model_and_text_tokenizer(processor: QLIPProcessor, tmp_path: Path) -> None:
     config = tiny_config()
-    config.text_config.max_position_embeddings = 8
+    config.text_tower.max_position_embeddings = 8
     QLIPModel(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model, again = load(tmp_path)

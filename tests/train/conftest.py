@@ -59,7 +59,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
     main()
 
 
-def run_apart(command: Sequence[str], *, processes: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
+def run_apart(command: Sequence[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run `python -m train` (or torchrun) as a user would, in processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,7 +67,7 @@ def run_apart(command: Sequence[str], *, processes: int = 1, **options: object) 
         environment.pop(name, None)
     return subprocess.run(
         [sys.executable, *launcher, "-m", "train", *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

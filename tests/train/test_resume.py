@@ -154,11 +154,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
 def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = checkpoint.save_file, []
 
-    def save_file(*args: object, **options: object) -> None:
-        calls.append(args)
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
         if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(args[1]))
-        real(*args, **options)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     with pytest.raises(OSError, match="No space left"):
