@@ -1,0 +1,221 @@
+"""The house's plan, enforced: imports point left only, nothing unsafe is loaded, every room says what it is."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("um3.core", "tokenizer", "um3", "data_mix", "eval", "train")
+"""From left to right; a module imports its own layer and those before it."""
+ROOMS = tuple(layer for layer in LAYERS if "." not in layer)
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+PICKLING_CALLS = {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
+
+
+def module_name(path: Path) -> str:
+    """`um3/core/files.py` -> `um3.core.files`; a package is named without `__init__`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module: str) -> str | None:
+    """The layer of a module of ours (the longest that fits), None for anybody else's."""
+    fitting = [layer for layer in LAYERS if module == layer or module.startswith(layer + ".")]
+    return max(fitting, key=len, default=None)
+
+
+def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, wherever it stands: in functions and under TYPE_CHECKING too.
+
+    `from a import b` counts as `a.b`, which has the layer of `a` unless `a.b` is a layer of its own.
+    `package` is what relative imports start from.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            start = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__") and node.args:
+            yield node.lineno, leading_text(node.args[0])
+
+
+def leading_text(node: ast.expr) -> str:
+    """The constant beginning of a string or f-string; "" where there is none."""
+    first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called: `torch.load(...)` -> `load`."""
+    function = node.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def wrong_imports(tree: ast.AST, *, module: str, package: str) -> list[str]:
+    """Imports that point right, as `line: module (layer) imports module (layer)`."""
+    own = layer_of(module)
+    assert own is not None, f"{module} belongs to no layer of {LAYERS}"
+    found = []
+    for line, other in imported_modules(tree, package=package):
+        layer = layer_of(other)
+        if layer is not None and LAYERS.index(layer) > LAYERS.index(own):
+            found.append(f"{line}: {module} ({own}) imports {other} ({layer})")
+    return found
+
+
+def unsafe_loads(tree: ast.AST) -> list[str]:
+    """What would run code from a file: pickle and its kin, torch.load of more than tensors, remote code."""
+    found = []
+    for line, other in imported_modules(tree, package=""):
+        if other.split(".")[0] in PICKLERS or other == "torch.load":
+            found.append(f"{line}: imports {other}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            pairs = [(leading_text(key), value) for key, value in zip(node.keys, node.values, strict=True) if key]
+            found += [f"{value.lineno}: trust_remote_code" for key, value in pairs if is_trust(key, value)]
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg or "**": keyword.value for keyword in node.keywords}
+        found += [f"{node.lineno}: trust_remote_code" for key, value in keywords.items() if is_trust(key, value)]
+        if ast.unparse(node.func) == "torch.load" and not is_constant(keywords.get("weights_only"), True):
+            found.append(f"{node.lineno}: torch.load without weights_only=True")
+        if not is_constant(keywords.get("allow_pickle"), False) and "allow_pickle" in keywords:
+            found.append(f"{node.lineno}: allow_pickle")
+        if called(node) in PICKLING_CALLS or ast.unparse(node.func) == "yaml.load":
+            found.append(f"{node.lineno}: {ast.unparse(node.func)}")
+    return found
+
+
+def is_trust(key: str, value: ast.expr) -> bool:
+    """True for trust_remote_code with anything but a plain False."""
+    return key == "trust_remote_code" and not is_constant(value, False)
+
+
+def is_constant(node: ast.expr | None, value: object) -> bool:
+    """True if `node` is the literal `value`."""
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def package_of(path: Path) -> str:
+    return module_name(path.parent / "__init__.py")
+
+
+def test_every_room_is_a_layer_and_is_packaged() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {name.rstrip("*") for name in setuptools["packages"]["find"]["include"]} == set(ROOMS)
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests"} == set(ROOMS)
+    assert len(FILES) > 50 and {layer_of(module_name(path)) for path in FILES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_left_only(path: Path) -> None:
+    assert not wrong_imports(parse(path), module=module_name(path), package=package_of(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_unsafe_is_loaded(path: Path) -> None:
+    assert not unsafe_loads(parse(path))
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [module_name(path) for path in FILES if not ast.get_docstring(parse(path))] == []
+    folders = {path.parent for path in FILES}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("um3.core.files", "import tokenizer"),
+        ("um3.core.files", "import um3.ids"),
+        ("um3.core.files", "from um3 import ids"),
+        ("um3.core.files", "from .. import ids"),
+        ("um3.core.files", "from ..ids import IdSpace"),
+        ("tokenizer.text", "from um3.ids import IdSpace"),
+        ("tokenizer.text", "def f() -> None:\n    from data_mix.mix import open_rows"),
+        ("um3.cli", "if TYPE_CHECKING:\n    from eval import run"),
+        ("um3.cli", "import importlib\nimportlib.import_module('train.loop')"),
+        ("eval.run", "importlib.import_module(f'train.{name}')"),
+        ("data_mix.mix", "try:\n    import eval.scores as scores\nexcept ImportError:\n    pass"),
+        ("eval.run", "import numpy, train"),
+    ],
+)
+def test_the_checker_sees_an_import_to_the_right(module: str, line: str) -> None:
+    assert wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("um3.core.files", "from um3.core import errors\nfrom . import errors\nfrom .errors import UserError"),
+        ("tokenizer.text", "from um3 import core\nfrom um3.core.files import write_json\nimport tokenizers"),
+        ("um3.model", "import tokenizer\nfrom .ids import IdSpace\nimport training_tools"),
+        ("train.loop", "import um3, data_mix.mix, eval.run\nfrom train import engine\nfrom . import optim"),
+    ],
+)
+def test_the_checker_lets_imports_to_the_left_pass(module: str, line: str) -> None:
+    assert not wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "importlib.import_module('dill')",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "torch.load(path, **options)",
+        "from torch import load",
+        "np.load(path, allow_pickle=True)",
+        "pandas.read_pickle(path)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=flag)",
+        "options = {'trust_remote_code': True}",
+    ],
+)
+def test_the_checker_sees_an_unsafe_load(line: str) -> None:
+    assert unsafe_loads(ast.parse(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path, weights_only=True)",
+        "json.load(file)",
+        "np.load(path)",
+        "yaml.safe_load(text)",
+        "f(trust_remote_code=False)",
+        "options = {'trust_remote_code': False, **other}",
+    ],
+)
+def test_the_checker_lets_a_safe_load_pass(line: str) -> None:
+    assert not unsafe_loads(ast.parse(line))
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after `statement`."""
+    program = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_reading_a_config_imports_no_deep_learning() -> None:
+    """A phase with nothing to do must end at once."""
+    loaded = modules_after("import train.config, train.__main__")
+    assert {"train", "omegaconf"} <= loaded
+    assert not loaded & {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
