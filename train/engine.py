@@ -129,7 +129,16 @@ def autocast(engine: EngineConfig) -> torch.autocast:
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=engine.precision == "autocast")
 
 
-def grad_norm(engine: Any) -> float:
-    """Global gradient norm of the last step, before clipping."""
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else float("nan")
+def step_engine(engine: Any) -> float:
+    """Take the optimizer step (if the accumulation is complete) and return the global gradient norm before clipping.
+
+    ZeRO computes the norm itself; without it DeepSpeed clips but does not tell the norm.
+    """
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    return float(norm)

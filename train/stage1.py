@@ -18,7 +18,7 @@ from tokenizer.losses import info_nce
 from tokenizer.modeling import QLIPModel
 from train.checkpoint import full_weights
 from train.config import Stage1Config
-from train.engine import autocast, build_engine, grad_norm
+from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import (
@@ -115,10 +115,10 @@ class Stage1Task:
         values["train/loss"] = float(loss.detach())
         check_finite(values, source="images of " + ", ".join(sorted(set(batch.sources))))
         self.engine.backward(loss)
-        self.engine.step()
+        norm = step_engine(self.engine)
         with torch.no_grad():
             self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": grad_norm(self.engine)}
+        values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
         return values | skipped_metrics(self.skipped, batch.skipped)
 
     def state(self, step: int) -> dict[str, Any]:

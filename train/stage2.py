@@ -21,7 +21,7 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import build_perceptual_distance
 from train.checkpoint import full_weights
 from train.config import Stage2Config
-from train.engine import autocast, build_engine, grad_norm
+from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import flatten_scalars, image_batches, open_sources, save_tokenizer, skipped_metrics
@@ -97,7 +97,7 @@ class Stage2Task:
         set_learning_rate(self.critic.optimizer, factor=critic_factor)
         values, reconstructions_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
         values |= self._critic_step(pixels_BCHW, reconstructions_BCHW, source=source)
-        values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": grad_norm(self.generator)}
+        values |= {"optim/lr": config.optimizer.lr * factor}
         return values | skipped_metrics(self.skipped, batch.skipped)
 
     def _generator_step(
@@ -120,7 +120,7 @@ class Stage2Task:
         values["train/loss"] = float(loss.detach())
         check_finite(values, source=source)
         self.generator.backward(loss)
-        self.generator.step()
+        values["optim/grad_norm"] = step_engine(self.generator)
         return values, drawn_BCHW.detach()
 
     def _critic_step(self, pixels_BCHW: torch.Tensor, drawn_BCHW: torch.Tensor, *, source: str) -> dict[str, float]:
@@ -134,7 +134,7 @@ class Stage2Task:
         values |= {"train/logit_real": float(real.detach().mean()), "train/logit_fake": float(fake.detach().mean())}
         check_finite(values, source=source)
         self.critic.backward(loss)
-        self.critic.step()
+        step_engine(self.critic)
         return values
 
     def _signed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from data_mix.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.config import UM3Config, UM3LossConfig
-from train.engine import autocast, build_engine, grad_norm, split_batch
+from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
@@ -153,12 +153,15 @@ class UM3Task:
             total = parts_4.sum() * scale
             check_finite({"loss": float(total.detach())}, source="rows of " + ", ".join(sorted(set(batch.sources))))
             self.engine.backward(total)
-            self.engine.step()
+            norm = step_engine(self.engine)
             sums_4 += parts_4.detach()
-        return self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2, factor=factor)
+        return self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2) | {
+            "optim/lr": config.optimizer.lr * factor,
+            "optim/grad_norm": norm,
+        }
 
     def _report(
-        self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor, factor: float
+        self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor
     ) -> dict[str, float]:
         values = {"train/loss": float(sums_4.sum() / counts_2.sum().clamp(min=1))}
         for index, half in enumerate(("text", "visual")):
@@ -170,7 +173,7 @@ class UM3Task:
             values[f"data/rows_{name}"] = float(rows)
         self.truncated_captions += batch.truncated_captions
         values |= {"data/truncated_captions": float(self.truncated_captions)}
-        return values | {"optim/lr": self.config.optimizer.lr * factor, "optim/grad_norm": grad_norm(self.engine)}
+        return values
 
     def state(self, step: int) -> dict[str, Any]:
         return self.rows.state(step) | {"fingerprint": self.fingerprint}
