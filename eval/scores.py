@@ -78,7 +78,9 @@ class Score:
             return f"{100 * value:.1f} {self.unit.removeprefix('x100')}".rstrip()
         if self.unit:
             return f"{value:.2f} {self.unit}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+        if abs(value) >= 10:
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+        return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain JSON."""

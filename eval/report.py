@@ -1,0 +1,382 @@
+"""`python -m eval.report --run RUN [RUN ...]`: one run's numbers and pictures, beside the paper's and other runs'.
+
+Writes report.json (flat keys), report.html (one file, no external asset) and figures/*.png into the first run's folder
+and prints the table. What was not measured or not run is shown as such.
+"""
+
+import argparse
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from data_mix.scene_prompts import SKILLS
+from eval.config import PARTS
+from eval.figures import SKILL_TITLES, losses, mix, svg, write_figures
+from eval.paper import REFERENCES
+from eval.run_data import TRAINING_PHASES, RunData, load_run
+from eval.scores import Score
+from um3.core.errors import UserError, run_main
+from um3.core.files import write_json, write_text
+from um3.core.log import setup_logging
+from um3.core.progress import format_seconds
+from um3.core.provenance import commit, machine, versions
+
+TEMPLATE = "report_template.html"
+TITLES = {
+    "tokenizer": "Tokenizer",
+    "captions": "Captions",
+    "generation": "Drawings",
+    "language": "Language",
+}
+# What a reader wants to know first: the first key with this ending, what it is called, and what it means.
+HEADLINES = (
+    ("skills/mean", "drawings right", "of the pictures show all that their prompt demands"),
+    ("_captions/exact_match", "captions right", "of the captions of held-out images are right to the word"),
+    ("_reconstruction_stage2/psnr", "reconstruction", "between a held-out image and what its codes give back"),
+    ("_classification/probe_cls_mean", "linear probe", "of held-out digits told by a linear layer on the features"),
+    ("_retrieval/image_to_text", "retrieval", "of images find their own caption among a hundred"),
+    ("um3_prose/bits_per_byte", "bits per byte", "to write down held-out prose (8 without a model)"),
+    ("_generation/clipscore_qlip", "prompt match", "cosine of drawings and their prompts, by the tokenizer's towers"),
+)
+NUM_HEADLINES = 6
+TILE = 96  # pixels on the page of the side of a small picture
+METRIC_NAMES = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "fid": "FID",
+    "rfid": "rFID",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "meteor": "METEOR",
+    "clipscore": "CLIPScore",
+    "clipscore_qlip": "CLIPScore, QLIP's towers",
+    "clipscore_qlip_real": "the same, real images",
+    "exact_match": "exact match",
+    "exact_match_any": "exact match, any reference",
+    "image_to_text": "image → text, top 1",
+    "text_to_image": "text → image, top 1",
+    "zero_shot": "zero-shot accuracy",
+    "probe_cls": "linear probe, class token",
+    "probe_mean": "linear probe, mean of patches",
+    "probe_cls_mean": "linear probe, both",
+    "read_back": "read back by the checker",
+    "bits_per_byte": "bits per byte",
+    "word_perplexity": "word perplexity",
+    "mean": "mean of the six",
+    **SKILL_TITLES,
+}
+
+
+class Line(NamedTuple):
+    """One line of the table: `cells` holds the printed value of every run."""
+
+    key: str
+    name: str
+    cells: list[str]
+    same_protocol: bool
+    n: int
+    paper: str
+    note: str
+    measured: bool
+
+
+class Block(NamedTuple):
+    """The lines of one task; `reference` where the paper column is not the section's."""
+
+    title: str
+    reference: str
+    lines: list[Line]
+
+    @property
+    def measured(self) -> list[Line]:
+        """The lines with a value in any run."""
+        return [line for line in self.lines if line.measured]
+
+
+class Section(NamedTuple):
+    """A part of the evaluation with what the paper column refers to; no blocks if it has not run."""
+
+    part: str
+    title: str
+    reference: str
+    blocks: list[Block]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report of one or several runs."""
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Numbers and pictures of a run.")
+    parser.add_argument("--run", nargs="+", required=True, help="run folder, such as runs/demo; more to compare with")
+    options = parser.parse_args(arguments)
+    setup_logging()
+    runs = [load_run(folder) for folder in options.run]
+    write_report(runs)
+
+
+def write_report(runs: Sequence[RunData]) -> None:
+    """report.json, report.html and figures/ of the first run; the table of all of them on the terminal."""
+    run = runs[0]
+    if len({other.folder.resolve() for other in runs}) < len(runs):
+        raise UserError("the same run is given twice; name each once")
+    figures = write_figures(run, run.folder / "figures")
+    sections = table(runs)
+    write_json(run.folder / "report.json", as_json(runs))
+    write_text(run.folder / "report.html", as_html(runs, sections=sections))
+    print_table(runs, sections=sections)
+    print(f"{run.folder / 'report.html'}  ·  report.json  ·  {len(figures)} pictures in {run.folder / 'figures'}")
+
+
+def as_json(runs: Sequence[RunData]) -> dict[str, Any]:
+    """Everything with a number, flat: `values` of the first run by key, `others` by run name."""
+    run = runs[0]
+    return {
+        "run": run.name,
+        "values": _values(run),
+        "others": {str(other.folder): _values(other) for other in runs[1:]},
+        "phases": {
+            phase: {key: record.get(key) for key in ("seconds", "peak_memory_gib", "steps", "processes", "commit")}
+            for phase, record in (run.phases | run.parts).items()
+        },
+        "not_run": [name for name in (*TRAINING_PHASES, *PARTS) if name not in run.phases | run.parts],
+        "codes": run.codes,
+        "config": {name: record.get("config") for name, record in (run.phases | run.parts).items()},
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _values(run: RunData) -> dict[str, dict[str, Any]]:
+    return {key: {k: v for k, v in score.to_dict().items() if k != "protocol"} for key, score in run.scores.items()}
+
+
+def table(runs: Sequence[RunData]) -> list[Section]:
+    """The metrics of all runs, by part and task, in the order in which they were measured."""
+    sections = []
+    for part, title in TITLES.items():
+        rows: dict[str, Score] = {}
+        for run in runs:
+            for score in run.rows_by_part.get(part, []):
+                rows.setdefault(score.key, score)
+        blocks: dict[str, Block] = {}
+        for score in rows.values():
+            own = reference(score.task) if score.task in REFERENCES else ""
+            block = blocks.setdefault(score.task, Block(task_title(score.task), own, []))
+            block.lines.append(_line(score, runs=runs))
+        sections.append(Section(part, title, reference(part), list(blocks.values())))
+    return sections
+
+
+def reference(name: str) -> str:
+    """Whose values the paper column shows, and on which data."""
+    return f"{REFERENCES[name].system}, {REFERENCES[name].data}"
+
+
+def _line(score: Score, *, runs: Sequence[RunData]) -> Line:
+    found = [run.scores.get(score.key) for run in runs]
+    return Line(
+        key=score.key,
+        name=metric_name(score.metric),
+        cells=[each.shown() if each else "–" for each in found],
+        same_protocol=len({each.protocol_hash for each in found if each and each.value is not None}) <= 1,
+        n=max(each.n for each in found if each),
+        paper=score.shown(score.paper) if score.paper is not None else "",
+        note=score.note,
+        measured=any(each is not None and each.value is not None for each in found),
+    )
+
+
+def metric_name(metric: str) -> str:
+    """`frechet_distance[random-features]` -> `Frechet distance, random-features`."""
+    if metric.startswith("frechet_distance["):
+        return f"Frechet distance, {metric.removeprefix('frechet_distance[').removesuffix(']')}"
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def task_title(task: str) -> str:
+    """`scenes_reconstruction_stage1` -> `reconstruction · scenes · stage 1`."""
+    for kind in ("reconstruction", "retrieval", "classification", "captions", "generation"):
+        source, found, stage = task.partition(f"_{kind}")
+        if found:
+            parts = [kind.replace("generation", "drawings"), source, stage.strip("_").replace("stage", "stage ")]
+            return " · ".join(part for part in parts if part)
+    names = {"skills": "six skills", "um3_prose": "held-out prose", "um3_prose_cloze": "which sentence comes next"}
+    return names.get(task, task)
+
+
+def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
+    """The page: one file, images as data URIs."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    run = runs[0]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    curves, mixed = losses(run), mix(run)
+    return environment.get_template(TEMPLATE).render(
+        run=run,
+        runs=runs,
+        sections=sections,
+        headlines=headlines(run),
+        large=any(array.shape[1] > TILE for arrays in run.images.values() for array in arrays.values()),
+        hero=_png_uri(run.folder / "figures" / "hero.png"),
+        hero_dark=_png_uri(run.folder / "figures" / "hero_dark.png"),
+        skills=_skills(run),
+        drawings=_drawings(run),
+        captions=_captions(run),
+        reconstructions=_reconstructions(run),
+        curves=Markup(svg(curves)) if curves else None,
+        mix=Markup(svg(mixed)) if mixed else None,
+        cloze=run.samples("language").get("cloze", [])[:4],
+        phases=_phases(run),
+        commit=commit(),
+        versions=versions(),
+        machine=machine(),
+    )
+
+
+def headlines(run: RunData) -> list[tuple[Score, str, str]]:
+    """The values a reader wants first, with a name and a meaning."""
+    found = []
+    for ending, name, meaning in HEADLINES:
+        scores = [s for key, s in run.scores.items() if key.endswith(ending) and s.value is not None]
+        found += [(score, name, meaning) for score in scores[:1]]
+    return found[:NUM_HEADLINES]
+
+
+def _skills(run: RunData, *, count: int = 10) -> list[dict[str, Any]]:
+    images, samples = run.images.get("generation", {}).get("skills"), run.samples("generation").get("skills", [])
+    if images is None:
+        return []
+    return [
+        {
+            "title": SKILL_TITLES[skill],
+            "score": run.scores.get(f"skills/{skill}"),
+            "tiles": [
+                {"image": data_uri(images[i]), "passed": sample["passed"], "prompt": sample["prompt"]}
+                | {"unmet": [demand for demand, met in sample["demands_met"].items() if not met]}
+                for i, sample in enumerate(samples)
+                if sample["skill"] == skill
+            ][:count],
+        }
+        for skill in SKILLS
+    ]
+
+
+def _drawings(run: RunData, *, count: int = 15) -> dict[str, list[dict[str, Any]]]:
+    """Drawings for held-out captions with the real image of each."""
+    images, samples = run.images.get("generation", {}), run.samples("generation").get("captions", {})
+    return {
+        source: [
+            {"drawn": data_uri(drawn), "real": data_uri(real), "prompt": sample["prompt"]}
+            for drawn, real, sample in zip(
+                images[f"{source}_drawn"][:count], images[f"{source}_real"][:count], given[:count], strict=True
+            )
+        ]
+        for source, given in samples.items()
+    }
+
+
+def _captions(run: RunData, *, count: int = 16) -> dict[str, list[dict[str, Any]]]:
+    images = run.images.get("captions", {})
+    return {
+        source: [{"image": data_uri(image), **sample} for image, sample in zip(images[source], given, strict=True)][
+            :count
+        ]
+        for source, given in run.samples("captions").items()
+    }
+
+
+def _reconstructions(run: RunData, *, count: int = 12) -> dict[str, list[dict[str, Any]]]:
+    images, stages = run.images.get("tokenizer", {}), run.samples("tokenizer").get("stages", [])
+    return {
+        source: [
+            {
+                "title": kind.replace("stage", "stage "),
+                "score": run.scores.get(f"{source}_reconstruction_{kind}/psnr"),
+                "images": [data_uri(image) for image in images[f"{source}_{kind}"][:count]],
+            }
+            for kind in ("original", *stages)
+        ]
+        for source in run.source_names("tokenizer", suffix="_original")
+    }
+
+
+def _phases(run: RunData) -> list[dict[str, Any]]:
+    """Duration, memory and size of every phase, in the order of the pipeline; empty where it has not run."""
+    records = run.phases | {f"eval: {part}": record for part, record in run.parts.items()}
+    names = (*TRAINING_PHASES, *(f"eval: {part}" for part in PARTS))
+    return [
+        {
+            "name": name,
+            "duration": format_seconds(record["seconds"]) if "seconds" in record else "",
+            "memory": f"{record['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in record else "",
+            "steps": record.get("steps", ""),
+            "commit": record.get("commit", ""),
+            "ran": bool(record),
+        }
+        for name in names
+        for record in [records.get(name, {})]
+    ]
+
+
+def data_uri(image: NDArray) -> str:
+    """A uint8 (H, W, 3) image in a URI: as it is, or, a large one, as a JPEG no larger than it is shown."""
+    from PIL import Image
+
+    buffer, picture = io.BytesIO(), Image.fromarray(image)
+    large = max(picture.size) > TILE
+    if large:
+        picture.thumbnail((2 * TILE, 2 * TILE))
+        picture.save(buffer, format="JPEG", quality=88)
+    else:
+        picture.save(buffer, format="PNG", optimize=True)
+    kind = "jpeg" if large else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
+
+
+def print_table(runs: Sequence[RunData], *, sections: Sequence[Section]) -> None:
+    """The table of the page on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 110)
+    grid = Table(box=None, pad_edge=False, header_style="dim")
+    grid.add_column("")
+    for run in runs:
+        grid.add_column(run.name, justify="right")
+    grid.add_column("paper", justify="right", style="dim")
+    grid.add_column("n", justify="right", style="dim")
+    for section in sections:
+        about = f"paper: {section.reference}" if section.blocks else "not measured: run make eval"
+        grid.add_row(f"[bold]{section.title}[/] [dim]{about}[/]")
+        for block in section.blocks:
+            if block.measured:
+                grid.add_row(f"  {block.title}" + (f" [dim]paper: {block.reference}[/]" if block.reference else ""))
+            for line in block.measured:
+                name = escape(line.name) + ("" if line.same_protocol else " ≠")
+                grid.add_row(f"    {name}", *line.cells, line.paper, str(line.n))
+    console.print(grid)
+    lines = [line for section in sections for block in section.blocks for line in block.lines]
+    if missing := ", ".join(line.key for line in lines if not line.measured):
+        console.print(f"[dim]without a value (the report says why): {escape(missing)}[/]")
+    console.print("[dim]The paper's values belong to its data and scale; at demo scale they are not comparable.[/]")
+
+
+if __name__ == "__main__":
+    run_main(main)
