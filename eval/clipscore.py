@@ -7,6 +7,7 @@ Shapes: N images with one text each, D embedding dimensions.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from eval.paper import UM3
 from eval.scores import Measurement, Score
-from eval.zero_shot import image_embeddings, text_embeddings
+from eval.zero_shot import image_embeddings, no_text_note, text_embeddings
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
+from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.pipeline import UM3Pipeline
 
@@ -32,9 +34,17 @@ def qlip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], model: QLIPModel
     return (images_ND * texts_ND).sum(dim=1)
 
 
-@torch.no_grad()
-def clip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], clip: str) -> Tensor:
-    """Cosine (N,) of every image with its text, by the CLIP in the folder (or of the hub name) `clip`.
+class Clip(NamedTuple):
+    """An OpenAI CLIP and where it came from."""
+
+    model: Any
+    text_tokenizer: Any
+    processor: Any
+    name: str
+
+
+def load_clip(name: str) -> Clip:
+    """Load the CLIP in the folder, or of the hub name, `name`.
 
     Raises:
         UserError: no CLIP there.
@@ -43,20 +53,27 @@ def clip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], clip: str) -> Te
     from transformers.models.clip import CLIPImageProcessorPil
 
     try:
-        model = CLIPModel.from_pretrained(clip).eval()
-        text_tokenizer, processor = AutoTokenizer.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
+        model = CLIPModel.from_pretrained(name).eval()
+        text_tokenizer, processor = AutoTokenizer.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"no CLIP at '{clip}' ({reason}); give the folder of openai/clip-vit-base-patch32") from None
-    limit = model.config.text_config.max_position_embeddings
-    cosines = []
+        raise UserError(f"no CLIP at '{name}' ({reason}); give the folder of openai/clip-vit-base-patch32") from None
+    return Clip(model.to(device()), text_tokenizer, processor, name)
+
+
+@torch.no_grad()
+def clip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], clip: Clip) -> Tensor:
+    """Cosine (N,) of every image with its text; a text too long for CLIP is cut, its end token kept."""
+    limit, cosines = clip.model.config.text_config.max_position_embeddings, []
     for start in range(0, len(texts), BATCH):
         pictures = [Image.fromarray(image) for image in images_NHWC[start : start + BATCH]]
-        words = text_tokenizer(
+        words = clip.text_tokenizer(
             list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
-        output = model(**words, pixel_values=processor(pictures, return_tensors="pt")["pixel_values"])
-        cosines.append((F.normalize(output.image_embeds, dim=1) * F.normalize(output.text_embeds, dim=1)).sum(dim=1))
+        pixels = clip.processor(pictures, return_tensors="pt")["pixel_values"]
+        output = clip.model(**words.to(clip.model.device), pixel_values=pixels.to(clip.model.device))
+        images_BD, texts_BD = F.normalize(output.image_embeds, dim=1), F.normalize(output.text_embeds, dim=1)
+        cosines.append((images_BD * texts_BD).sum(dim=1).cpu())
     return torch.cat(cosines)
 
 
@@ -66,20 +83,23 @@ def clipscore_rows(
     texts: Sequence[str],
     originals_NHWC: NDArray,
     pipeline: UM3Pipeline,
-    clip: str,
+    clip: Clip | None,
     of: Measurement,
 ) -> list[Score]:
     """CLIPScores of drawn images; those of the real images with the same captions stand beside, as what to aim at."""
+    n, paper = len(texts), UM3["clipscore"]
+    if clip is None:
+        rows = [of.missing("clipscore", note="needs an OpenAI CLIP; set generation.clip to its folder", paper=paper)]
+    else:
+        value = float(clip_cosines(images_NHWC, texts=texts, clip=clip).mean())
+        rows = [of.with_protocol(towers=clip.name, prefix="").score("clipscore", value, n=n, paper=paper)]
+    if note := no_text_note(pipeline.processor):
+        return [*rows, of.missing("clipscore_qlip", note=note), of.missing("clipscore_qlip_real", note=note)]
     drawn = qlip_cosines(images_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
     real = qlip_cosines(originals_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
     own = of.with_protocol(towers="qlip", fingerprint=pipeline.qlip.fingerprint()[:12])
-    n, paper = len(texts), UM3["clipscore"]
-    rows = [
+    return [
+        *rows,
         own.score("clipscore_qlip", float(drawn.mean()), n=n, note="by the tokenizer's own towers, not CLIP's"),
         own.score("clipscore_qlip_real", float(real.mean()), n=n, note="the real images with these captions"),
     ]
-    if not clip:
-        note = "needs an OpenAI CLIP; set generation.clip to its folder"
-        return [*rows, of.missing("clipscore", note=note, paper=paper)]
-    value = float(clip_cosines(images_NHWC, texts=texts, clip=clip).mean())
-    return [*rows, of.with_protocol(towers=clip, prefix="").score("clipscore", value, n=n, paper=paper)]

@@ -21,6 +21,7 @@ from eval.frechet import Moments, StreamingMoments
 from eval.inception import Inception2015
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
+from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.core.seeds import torch_generator
 
@@ -104,10 +105,11 @@ def inception_features(weights: str = "") -> FeatureNetwork:
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the Inception weights ({reason}); take {INCEPTION_URL}") from None
+    network.to(device())
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
-        return network(_bchw(images_BHWC))
+        return network(_bchw(images_BHWC).to(device())).cpu()
 
     return FeatureNetwork("inception-2015", Inception2015.num_features, extract)
 

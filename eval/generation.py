@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_mix.scene_checker import Verdict, check, describe
 from data_mix.scene_prompts import SKILLS, ScenePrompt
-from eval.clipscore import clipscore_rows
+from eval.clipscore import Clip, clipscore_rows
 from eval.config import SamplingConfig
 from eval.features import FeatureNetwork, inception_note
 from eval.frechet import frechet_distance
@@ -99,7 +99,7 @@ def distribution_scores(
     captions: Sequence[str],
     pipeline: UM3Pipeline,
     features: FeatureNetwork,
-    clip: str,
+    clip: Clip | None,
     of: Measurement,
 ) -> list[Score]:
     """Frechet distance of the drawn images to the real ones with the same captions, and their CLIPScores."""

@@ -3,6 +3,7 @@
 Shapes: N images, H height, W width.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from data_mix.digits import DigitsSource, captions_of
 from data_mix.samples import Split
 from data_mix.scene_prompts import evaluation_prompts
 from eval.captions import caption_scores
+from eval.clipscore import Clip, load_clip
 from eval.config import EvalConfig
 from eval.features import FeatureNetwork, open_features
 from eval.generation import (
@@ -35,6 +37,7 @@ from eval.scores import Measurement, Score
 from eval.zero_shot import LabelledImages, probe_scores, retrieval_scores, zero_shot_score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
+from um3.core.distributed import device
 from um3.core.progress import Progress
 from um3.pipeline import UM3Pipeline
 
@@ -93,11 +96,13 @@ def captions(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
 
 def generation(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
     """Drawings for held-out captions of every source, and for the prompts of the six skills."""
+    # What may be missing is opened first, before hours of drawing.
     features = _features(config, model=pipeline.qlip, processor=pipeline.processor)
+    clip = load_clip(config.generation.clip) if config.generation.clip else None
     result = PartResult([], {"captions": {}, "skills": []}, {})
     sources = _held_out(config, num_images=config.generation.num_images, size=pipeline.processor.image_size)
     for data in sources:
-        _draw_captions(config, data=data, pipeline=pipeline, features=features, result=result)
+        _draw_captions(config, data=data, pipeline=pipeline, features=features, clip=clip, result=result)
     if any(data.has_checker for data in sources):
         _draw_skills(config, pipeline=pipeline, result=result)
     else:
@@ -106,7 +111,13 @@ def generation(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
 
 
 def _draw_captions(
-    config: EvalConfig, *, data: HeldOut, pipeline: UM3Pipeline, features: FeatureNetwork, result: PartResult
+    config: EvalConfig,
+    *,
+    data: HeldOut,
+    pipeline: UM3Pipeline,
+    features: FeatureNetwork,
+    clip: Clip | None,
+    result: PartResult,
 ) -> None:
     part, prompts = config.generation, data.full_captions
     drawings = draw(pipeline, prompts=prompts, seed=config.seed, sampling=part.sampling)
@@ -119,7 +130,7 @@ def _draw_captions(
             captions=prompts,
             pipeline=pipeline,
             features=features,
-            clip=part.clip,
+            clip=clip,
             of=of,
         )
     )
@@ -148,24 +159,24 @@ def _draw_skills(config: EvalConfig, *, pipeline: UM3Pipeline, result: PartResul
 def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
     """Reconstruction by every stage's tokenizer; retrieval and classification by the last."""
     result = PartResult([], {"stages": list(stages)}, {})
-    for position, (stage, folder) in enumerate(stages.items()):
+    held_out = functools.cache(lambda size: _held_out(config, num_images=config.tokenizer.num_images, size=size))
+    for stage, folder in stages.items():
         model, processor = qlip.load(folder)
+        model.to(device())  # type: ignore[arg-type]
         features = _features(config, model=model, processor=processor)
-        for data in _held_out(config, num_images=config.tokenizer.num_images, size=processor.image_size):
+        for data in held_out(processor.image_size):
             rebuilt = reconstruct(data.images, model=model, processor=processor, label=f"{stage} {data.name}")
             of = Measurement(f"{data.name}_reconstruction_{stage}", config.seed)
             result.scores.extend(_reconstruction_rows(rebuilt, data=data, stage=stage, features=features, of=of))
             result.images[f"{data.name}_{stage}"] = rebuilt[:KEPT]
             result.images[f"{data.name}_original"] = data.images[:KEPT]
-            if position == len(stages) - 1:
-                of = Measurement(f"{data.name}_retrieval", config.seed, {"stage": stage})
-                rows = retrieval_scores(
-                    data.images, captions=data.full_captions, model=model, processor=processor, of=of
-                )
-                result.scores.extend(rows)
+    towers: dict[str, Any] = {"model": model, "processor": processor}
+    for data in held_out(processor.image_size):
+        of = Measurement(f"{data.name}_retrieval", config.seed, {"stage": stage})
+        result.scores.extend(retrieval_scores(data.images, captions=data.full_captions, of=of, **towers))
     if config.tokenizer.labelled:
-        of = Measurement("digits_classification", config.seed, {"stage": list(stages)[-1]})
-        result.scores.extend(_classification_rows(model=model, processor=processor, of=of))
+        of = Measurement("digits_classification", config.seed, {"stage": stage})
+        result.scores.extend(_classification_rows(of=of, **towers))
     return result
 
 

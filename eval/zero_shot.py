@@ -15,6 +15,7 @@ from eval.paper import LINEAR_PROBE, QLIP_B_16
 from eval.scores import Measurement, Score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
+from um3.core.errors import UserError
 
 GALLERY = 100
 BATCH = 256
@@ -28,6 +29,15 @@ class LabelledImages(NamedTuple):
 
     images: NDArray
     labels: Sequence[int]
+
+
+def no_text_note(processor: QLIPProcessor) -> str:
+    """Why nothing can be compared with text; empty when it can."""
+    try:
+        processor.text_tokenizer  # noqa: B018 (reading it is the question)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @torch.no_grad()
@@ -61,12 +71,14 @@ def retrieval_scores(
 
     Images are taken in order into galleries of distinct captions; those that complete none are counted as skipped.
 
-    With fewer distinct captions than one gallery needs the rows have no value.
+    Without text tokenizer or with fewer distinct captions than one gallery needs the rows have no value.
     """
     of = of.with_protocol(gallery=gallery, captions="full, distinct")
     groups = distinct_groups(captions, size=gallery)
+    note = no_text_note(processor)
     if not groups:
         note = f"{len(set(captions))} distinct captions among {len(captions)} images; a gallery needs {gallery}"
+    if note:
         return [of.missing(metric, note=note, unit="%") for metric in ("image_to_text", "text_to_image")]
     right_image, right_text = 0, 0
     for group in groups:
@@ -110,6 +122,8 @@ def zero_shot_score(
     of: Measurement,
 ) -> Score:
     """Accuracy of the nearest class, a class being the normalised mean of its embedded templates (CLIP's protocol)."""
+    if note := no_text_note(processor):
+        return of.missing("zero_shot", note=note, unit="%", paper=QLIP_B_16["zero_shot"])
     classes_KD = torch.stack(
         [
             F.normalize(

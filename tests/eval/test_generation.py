@@ -7,7 +7,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from data_mix.scene_prompts import SKILLS, evaluation_prompts
 from data_mix.scenes import ScenesSource
-from eval.clipscore import clip_cosines, qlip_cosines
+from eval.clipscore import clip_cosines, load_clip, qlip_cosines
 from eval.config import SamplingConfig
 from eval.features import random_features
 from eval.generation import (
@@ -92,7 +92,7 @@ def test_drawings_are_reproducible_and_carry_their_prompts(pipeline):
 def test_distribution_rows_and_the_names_they_may_have(pipeline, scenes):
     images, captions = scenes
     full = [given[0] for given in captions]
-    options = {"captions": full, "pipeline": pipeline, "features": random_features(), "clip": "", "of": T}
+    options = {"captions": full, "pipeline": pipeline, "features": random_features(), "clip": None, "of": T}
     same = by_metric(distribution_scores(images, originals_NHWC=images, **options))
     other = by_metric(distribution_scores(255 - images, originals_NHWC=images, **options))
     name = "frechet_distance[random-features]"
@@ -140,14 +140,14 @@ def test_clip_cosines_equal_the_models_own_logits(tmp_path, scenes):
     processor = CLIPImageProcessorPil(size=size, crop_size=size)
     for part in (model, text_tokenizer, processor):
         part.save_pretrained(tmp_path)
-    found = clip_cosines(images[:5], texts=texts, clip=str(tmp_path))
+    found = clip_cosines(images[:5], texts=texts, clip=load_clip(str(tmp_path)))
     with torch.no_grad():
         pixels = processor([image for image in images[:5]], return_tensors="pt")["pixel_values"]
         output = model(**text_tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
     expected = output.logits_per_image.diag() / model.logit_scale.exp()
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="no CLIP at"):
-        clip_cosines(images[:1], texts=texts[:1], clip=str(tmp_path / "none"))
+        load_clip(str(tmp_path / "none"))
 
 
 def test_without_a_checker_the_rows_say_so():

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_a_run_says_itself_what_it_held_out(run_folder, tmp_path):
     assert {"scenes_reconstruction_stage1", "digits_reconstruction_stage2"} <= tasks
     with pytest.raises(UserError, match=r"which data is held out.*list the sources under 'texts'"):
         main(["--config", str(tmp_path / "eval.yaml"), f"run={run_folder}", "parts=[language]"])
+
+
+def test_a_tokenizer_without_text_files_is_measured_all_the_same(qlip_folder, run_folder, tmp_path):
+    shutil.copytree(qlip_folder, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mute" / name).unlink()
+    (tmp_path / "eval.yaml").write_text(
+        f"tokenizer: {{num_images: 4, stages: {{mute: {tmp_path / 'mute'}}}}}\nparts: [tokenizer]\n"
+    )
+    main(["--config", str(tmp_path / "eval.yaml"), f"run={run_folder}", f"out={tmp_path}"])
+    rows = {row.key: row for row in read_scores(tmp_path / "tokenizer.json")}
+    assert rows["scenes_reconstruction_mute/psnr"].value is not None
+    assert rows["digits_classification/probe_cls"].value is not None
+    assert "no text tokenizer" in rows["digits_classification/zero_shot"].note
 
 
 @pytest.mark.parametrize(

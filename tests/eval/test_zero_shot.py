@@ -24,7 +24,7 @@ WORDS = [f"w{i}" for i in range(10)]
 class PixelTower:
     """A tower by hand: picture i is filled with the value i, caption i ends in "wi"; both become one-hot i."""
 
-    device, dtype, image_size = torch.device("cpu"), torch.float32, 4
+    device, dtype, image_size, text_tokenizer = torch.device("cpu"), torch.float32, 4, None
 
     def pixels(self, images):
         return torch.as_tensor(images).float()
