@@ -9,11 +9,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from um3.core.errors import UserError
 from um3.core.files import write_text
@@ -33,18 +33,20 @@ def load_config(schema: type[ConfigT], *, path: str | Path | None = None, overri
     if path is not None:
         layers += _yaml_layers(Path(path), seen=())
     for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override '{override}' has no '='; write it as section.key=value")
+        if not all(override.partition("=")[0].strip().split(".")) or "=" not in override:
+            raise UserError(f"override '{override}' is not of the form section.key=value")
         layers.append((f"override '{override}'", _parse_override(override)))
     for origin, layer in layers:
         try:
             config = OmegaConf.merge(config, layer)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(f"{origin}: {_explain(error, config=config)}") from None
+            raise UserError(f"{origin}: {_explain(error)}") from None
     try:
-        return cast(ConfigT, OmegaConf.to_object(config))
+        result = cast(ConfigT, OmegaConf.to_object(config))
+        _check_elements(result, where="")
     except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path or schema.__name__}: {_explain(error, config=config)}") from None
+        raise UserError(f"{path or schema.__name__}: {_explain(error)}") from None
+    return result
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -74,13 +76,33 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -
     return lines
 
 
+def _check_elements(config: Any, *, where: str) -> None:
+    """Refuse a list or section in the place of a number or string inside lists and dictionaries.
+
+    OmegaConf lets it pass: `lrs.a.b=1` would make the dict[str, float] `lrs` hold {a: {b: 1}}.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_elements(value, where=f"{name}.")
+        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+        for key, item in items:
+            if dataclasses.is_dataclass(item):
+                _check_elements(item, where=f"{name}[{key}].")
+            elif isinstance(item, list | dict) and get_args(hints[field.name])[-1] in (int, float, str, bool):
+                raise ValueError(
+                    f"{name}: '{key}' holds {item}, not one value; write dotted names as {name}={{a.b: 1}}"
+                )
+
+
 def _parse_override(override: str) -> DictConfig:
     key, value = override.split("=", 1)
     config = OmegaConf.create({})
     try:
         OmegaConf.update(config, key.strip(), OmegaConf.create(f"value: {value}").value, force_add=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"override '{override}' cannot be read: {_first_line(error)}") from None
+        raise UserError(f"override '{override}' cannot be read: {_problem(error)}") from None
     return config
 
 
@@ -93,8 +115,10 @@ def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, Any]]
         raise UserError(
             f"config file {path} does not exist; CONFIG= takes demo, paper or a folder with the phases' YAML files"
         ) from None
-    except (YAMLError, OSError) as error:
-        raise UserError(f"{path} is not readable YAML: {_first_line(error)}") from None
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where} is not readable YAML: {_problem(error)}") from None
     if not isinstance(layer, DictConfig):
         raise UserError(f"{path} must hold 'key: value' lines at its top level")
     base = layer.pop("base", None)
@@ -104,17 +128,21 @@ def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, Any]]
     return layers
 
 
-def _explain(error: Exception, *, config: Any) -> str:
-    message = _first_line(error)
+def _explain(error: Exception) -> str:
+    message = _problem(error)
     key = str(getattr(error, "full_key", "") or "")
-    if "not in" in message and key:
-        node = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-        known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    section = getattr(error, "object_type", None)
+    if "not in" in message and key and dataclasses.is_dataclass(section):
+        known = [field.name for field in dataclasses.fields(section)]
         near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}"
+    if "incompatible container" in message:
+        message += "; a list is given whole, as key=[...]"
     return f"{key}: {message}" if key and key not in message else message
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())
+def _problem(error: Exception) -> str:
+    """The first line of an error; of a YAML error what is wrong, where the first line only says what was being read."""
+    text = error.problem if isinstance(error, MarkedYAMLError) and error.problem else str(error)
+    return " ".join(text.split("\n")[0].split())

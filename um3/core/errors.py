@@ -34,13 +34,22 @@ def run_main(main: Callable[[], None]) -> None:
         _leave(
             "interrupted: nothing half-written was left behind; run the same command to go on", code=EXIT_INTERRUPTED
         )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
         _leave(
             f"error: the disk is full{where}; free some space and run the same command to go on", code=EXIT_USER_ERROR
         )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """True for a full disk or quota, also as safetensors and tokenizers report it: in the text alone."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"(os error {code})" in str(error) for code in codes)
 
 
 def _leave(message: str, *, code: int) -> None:
@@ -48,5 +57,6 @@ def _leave(message: str, *, code: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The other ranks may be waiting in a collective: leaving without the usual teardown lets the
         # launcher see the exit code and stop them, where an orderly exit would wait for them forever.
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
