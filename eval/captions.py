@@ -55,10 +55,10 @@ def caption_scores(
         of.score("exact_match", full, unit="%", note="word for word the full caption (captions[0])", **common),
         of.score("exact_match_any", any_of_them, unit="%", note="word for word any of the references", **common),
     ]
-    longest = max(len(tokenize(text).split()) for given in references for text in given)
+    longest = max(len(tokenize(given[0]).split()) for given in references)
     for name, value in corpus_scores(candidates, references=references).items():
         if name.startswith("bleu") and int(name[-1]) > longest:
-            note = f"the longest reference has {longest} words, so there is no {name[-1]}-gram to match"
+            note = f"the longest full caption has {longest} words, so a right one has no {name[-1]}-gram to match"
             rows.append(of.missing(name, note=note, unit="x100", paper=UM3.get(name)))
         else:
             rows.append(of.score(name, value, unit="x100", paper=UM3.get(name), **common))

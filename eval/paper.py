@@ -88,3 +88,44 @@ REFERENCES: dict[str, Reference] = {
     "skills": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
     "tokenizer": Reference("QLIP-B-16-256", "ImageNet-1k val", "main results"),
 }
+
+
+class PaperTable(NamedTuple):
+    """A table of the paper as it is printed: shares times 100, an empty cell where it gives no value."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def tables() -> list[PaperTable]:
+    """The paper's main results, to stand beside a run's own."""
+    columns = {
+        "arc_challenge": "ARC-C",
+        "hellaswag": "HellaSwag",
+        "piqa": "PIQA",
+        "social_iqa": "SIQA",
+        "winogrande": "WinoGrande",
+        "bleu_4": "BLEU-4",
+        "meteor": "METEOR",
+        "cider": "CIDEr",
+        "fid": "gFID",
+        "clipscore": "CLIPScore",
+    }
+    quality = {"zero_shot": "zero-shot", "rfid": "rFID", "psnr": "PSNR", "ssim": "SSIM"}
+    probe = {"cls": "class token", "mean": "mean of patches", "cls_mean": "both"}
+    return [
+        _table("Unified models (Table 5)", columns, SYSTEMS),
+        _table("Tokenizers, ImageNet-1k val", quality, TOKENIZERS),
+        _table("Linear probe, ImageNet-1k", probe, LINEAR_PROBE),
+    ]
+
+
+def _table(title: str, columns: dict[str, str], systems: dict[str, dict[str, float]]) -> PaperTable:
+    as_printed = {"fid", "rfid", "psnr", "ssim", "clipscore"}
+
+    def cell(key: str, value: float | None) -> str:
+        return "" if value is None else f"{value:g}" if key in as_printed else f"{100 * value:.4g}"
+
+    rows = [(system, [cell(key, values.get(key)) for key in columns]) for system, values in systems.items()]
+    return PaperTable(title, list(columns.values()), rows)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_mix.scene_prompts import SKILLS
 from eval.config import PARTS
 from eval.figures import SKILL_TITLES, losses, mix, svg, write_figures
-from eval.paper import REFERENCES
+from eval.paper import REFERENCES, tables
 from eval.run_data import TRAINING_PHASES, RunData, load_run
 from eval.scores import Score
 from um3.core.errors import UserError, run_main
@@ -237,6 +237,7 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
         reconstructions=_reconstructions(run),
         curves=Markup(svg(curves)) if curves else None,
         mix=Markup(svg(mixed)) if mixed else None,
+        paper_tables=tables(),
         cloze=run.samples("language").get("cloze", [])[:4],
         phases=_phases(run),
         commit=commit(),

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.config import PARTS, EvalConfig, PartName
 from um3.core.config import load_config, to_dict
@@ -115,7 +115,10 @@ def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) 
     weights = {
         name: [sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))] for name, folder in folders.items()
     }
-    data = [origin(source) for source in (config.texts if part == "language" else config.images)]
+    data: list[Any] = [origin(source) for source in (config.texts if part == "language" else config.images)]
+    if part == "language" and config.language.benchmarks:
+        files = [file for file in sorted(Path(config.language.benchmarks).rglob("*")) if file.is_file()]
+        data += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     described = json.dumps([part, values, weights, data], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 

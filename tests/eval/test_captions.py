@@ -73,10 +73,10 @@ def test_perfect_captions_and_exact_match_of_both_kinds():
 
 
 def test_bleu_of_captions_too_short_for_it_is_no_value():
-    rows = caption_scores(["a handwritten two"], references=[["a handwritten three"]], of=T)
+    rows = caption_scores(["a handwritten two"], references=[["a handwritten three", "the number three in ink"]], of=T)
     by_metric = {row.metric: row for row in rows}
     assert by_metric["bleu_3"].value is not None
-    assert by_metric["bleu_4"].value is None and "the longest reference has 3 words" in by_metric["bleu_4"].note
+    assert by_metric["bleu_4"].value is None and "the longest full caption has 3 words" in by_metric["bleu_4"].note
 
 
 def test_order_does_not_matter():
