@@ -33,12 +33,14 @@ class UM3LM(HFLM):
         super().__init__(pretrained=pretrained, **{"backend": "causal", "softmax_dtype": "float32", **options})
         ids = getattr(self.model.config, "um3", None)
         self.num_text_ids = int(ids["text_vocab_size"]) if ids else int(self.model.config.vocab_size)
+        if ids:
+            self.custom_prefix_token_id = int(ids["bos_id"])
 
     @classmethod
     def of(cls, pipeline: "UM3Pipeline", *, batch_size: int, max_tokens: int = 0) -> "UM3LM":
         """The model of a pipeline that is already loaded; contexts are cut to `max_tokens`, 0 for the model's own."""
-        options: dict[str, Any] = {"tokenizer": pipeline.text_tokenizer, "prefix_token_id": pipeline.ids.bos_id}
-        return cls(pipeline.model, batch_size=batch_size, max_length=max_tokens or None, **options)
+        limit = max_tokens or None
+        return cls(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=batch_size, max_length=limit)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any

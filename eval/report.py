@@ -78,13 +78,13 @@ METRIC_NAMES = {
 
 
 class Line(NamedTuple):
-    """One line of the table: `cells` holds the printed value of every run."""
+    """One line of the table: `cells` holds the printed value of every run, `counts` their n (once if all agree)."""
 
     key: str
     name: str
     cells: list[str]
     same_protocol: bool
-    n: int
+    counts: str
     paper: str
     note: str
     measured: bool
@@ -188,7 +188,7 @@ def _line(score: Score, *, runs: Sequence[RunData]) -> Line:
         name=metric_name(score.metric),
         cells=[each.shown() if each else "–" for each in found],
         same_protocol=len({each.protocol_hash for each in found if each and each.value is not None}) <= 1,
-        n=max(each.n for each in found if each),
+        counts=" / ".join(map(str, dict.fromkeys(each.n for each in found if each and each.value is not None))),
         paper=score.shown(score.paper) if score.paper is not None else "",
         note=score.note,
         measured=any(each is not None and each.value is not None for each in found),
@@ -371,7 +371,7 @@ def print_table(runs: Sequence[RunData], *, sections: Sequence[Section]) -> None
                 grid.add_row(f"  {block.title}" + (f" [dim]paper: {block.reference}[/]" if block.reference else ""))
             for line in block.measured:
                 name = escape(line.name) + ("" if line.same_protocol else " ≠")
-                grid.add_row(f"    {name}", *line.cells, line.paper, str(line.n))
+                grid.add_row(f"    {name}", *line.cells, line.paper, line.counts)
     console.print(grid)
     lines = [line for section in sections for block in section.blocks for line in block.lines]
     if missing := ", ".join(line.key for line in lines if not line.measured):
