@@ -66,11 +66,22 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: an unreadable line was left out", path)
+    """Rows of a metrics.jsonl, each with its "step"; none where there is no file.
+
+    What is no such row, such as a last line cut short by a kill, is left out.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [row for row in map(_row, lines) if row is not None]
+    if len(rows) < len(lines):
+        logger.warning("%s: left out %d line(s) that are no row of metrics", path, len(lines) - len(rows))
     return rows
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -1,0 +1,82 @@
+"""The progress line: what it says, when it comes, and who stays silent."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import ROOT
+from um3.core import progress
+from um3.core.progress import Progress, format_seconds, peak_memory_gib, track
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (9.9, "0:09"), (75.2, "1:15"), (3599, "59:59"), (3675, "1:01:15")]
+)
+def test_seconds_read_as_a_clock(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_a_log_gets_few_lines_and_always_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress(50, label="codes", unit="images")
+    for index in range(50):
+        shown.advance(note=f"loss {index}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("codes 50/50 · ") and "images/s · took 0:0" in line and line.endswith("GiB · loss 49")
+
+
+def test_a_log_gets_a_line_whenever_it_is_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_EVERY_S", -1.0)
+    shown = Progress(3, label="x")
+    shown.advance(2, note="kept")
+    shown.advance()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("x 2/3 · ") and " left · " in first
+    assert second.startswith("x 3/3 · ") and second.endswith("kept")
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "LIVE_EVERY_S", -1.0)
+    for _ in track(range(3), total=3, label="x"):
+        pass
+    text = terminal.getvalue()
+    assert text.count("\r") == 3 and text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_what_a_resumed_run_had_done_counts_to_the_share_not_to_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Progress(1000, label="x", start=900)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: shown.began + 2.0)
+    shown.advance(10)
+    assert shown.done == 910 and shown.rate() == 5.0
+
+
+def test_track_yields_the_items_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track("abc", total=3, label="letters")) == ["a", "b", "c"]
+    assert "letters 3/3" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_speaks() -> None:
+    program = "from um3.core.progress import track; print(sum(track(range(4), total=4, label='x')))"
+    for rank, lines in (("0", 1), ("1", 0)):
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert result.stdout == "6\n" and len(result.stderr.splitlines()) == lines
+
+
+def test_peak_memory_is_that_of_a_python_process() -> None:
+    assert 0.005 < peak_memory_gib() < 500
