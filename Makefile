@@ -12,6 +12,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 CONFIGS := $(if $(wildcard configs/$(CONFIG)/.),configs/$(CONFIG),$(CONFIG))
 PY := $(VENV)/bin/python
+# Threads that wait should sleep: spinning ones halve the speed wherever anything else runs.
+export OMP_WAIT_POLICY ?= PASSIVE
 TRAIN := $(if $(filter 1,$(NPROC)),$(PY) -m train,$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m train)
 # DATA and TEXT put your own images and texts in the place of the config's.
 IMAGES = $(if $(DATA),'[{name: data, path: "$(DATA)"}]')

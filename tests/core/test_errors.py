@@ -45,6 +45,19 @@ def test_one_of_several_processes_leaves_without_teardown() -> None:
     assert run(body, WORLD_SIZE="2").stdout == ""
 
 
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")])
+def test_a_signal_unwinds_removes_what_is_half_written_and_says_so(
+    number: str, code: int, word: str, tmp_path: Path
+) -> None:
+    body = f"""from um3.core.files import atomic_file
+with atomic_file({str(tmp_path / "whole.txt")!r}) as partial:
+    partial.write_text("half")
+    signal.raise_signal(signal.{number})"""
+    result = run(body)
+    assert result.returncode == code and result.stderr.startswith(word) and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_one_line_and_exit_code_2() -> None:
     result = run("with open('/dev/full', 'w') as file:\n    file.write('x')")

@@ -3,13 +3,17 @@
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class UserError(Exception):
@@ -20,19 +24,27 @@ class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has put everything in order first."""
 
 
+class Terminated(BaseException):
+    """SIGTERM outside the training loop: unwinds like Ctrl-C, so that half-written files are removed on the way."""
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main` and turn the failures a user can mend into one line and an exit code.
 
     Exit codes: 0 done (also after a SIGTERM that saved its state), 2 a user's mistake or a full disk,
-    130 Ctrl-C. Anything else is a bug and keeps its traceback.
+    130 Ctrl-C, 143 SIGTERM. Anything else is a bug and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
         _leave(f"error: {error}", code=EXIT_USER_ERROR)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
+        by_hand = isinstance(stop, KeyboardInterrupt)
         _leave(
-            "interrupted: nothing half-written was left behind; run the same command to go on", code=EXIT_INTERRUPTED
+            f"{'interrupted' if by_hand else 'terminated'}: nothing half-written was left behind; "
+            "run the same command to go on",
+            code=EXIT_INTERRUPTED if by_hand else EXIT_TERMINATED,
         )
     except Exception as error:
         if not is_disk_full(error):
@@ -50,6 +62,10 @@ def is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in codes
     return any(f"(os error {code})" in str(error) for code in codes)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _leave(message: str, *, code: int) -> None:
