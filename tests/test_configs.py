@@ -1,0 +1,229 @@
+"""Every YAML file under configs/ loads, the paper's carry the paper's numbers, and their models have the right size."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from data_mix.encode import EncodeConfig
+from data_mix.schedule import Schedule
+from eval.config import EvalConfig
+from tokenizer.modeling import QLIPModel
+from train.config import OptimizerConfig, Stage1Config, Stage2Config, UM3Config
+from train.optim import build_optimizer
+from train.stage1 import Stage1Objective
+from train.stage2 import Autoencoder
+from train.tokenizer_setup import qlip_config
+from train.um3 import UM3Objective
+from um3.core.config import load_config
+from um3.extend import extend_model
+from um3.ids import IdSpace
+from um3.model import count_parameters
+
+FOLDER = Path(__file__).parents[1] / "configs"
+SCHEMAS: dict[str, type[Any]] = {
+    "stage1": Stage1Config,
+    "stage2": Stage2Config,
+    "codes": EncodeConfig,
+    "um3": UM3Config,
+    "eval": EvalConfig,
+}
+COMMON_ROWS = dict(total_steps=120_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.05, schedule="cosine")
+
+
+def load(scale: str, phase: str) -> Any:
+    return load_config(SCHEMAS[phase], path=FOLDER / scale / f"{phase}.yaml")
+
+
+def values(config: Any, *names: str) -> dict[str, Any]:
+    """The named settings of a config section."""
+    return {name: getattr(config, name) for name in names}
+
+
+def schedule_of(config: Any) -> dict[str, Any]:
+    """The rows of Tables 8 and 9 that every phase has."""
+    optimizer = values(config.optimizer, "warmup_steps", "betas", "weight_decay", "schedule")
+    return {"total_steps": config.loop.total_steps, **optimizer}
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+def test_one_file_per_phase_and_every_file_loads(scale: str) -> None:
+    assert {path.stem for path in (FOLDER / scale).iterdir()} == set(SCHEMAS)
+    for phase in SCHEMAS:
+        load(scale, phase)
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+def test_the_phases_of_a_folder_fit_each_other(scale: str) -> None:
+    stage1, stage2, um3, evaluation = (load(scale, phase) for phase in ("stage1", "stage2", "um3", "eval"))
+    vocabulary, shape = um3.vocabulary, stage1.model
+    assert vocabulary.slots * vocabulary.bits_per_slot == shape.bits
+    image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.slots
+    assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.row_tokens
+    if not um3.model.base:
+        assert um3.data.row_tokens <= um3.model.max_position_embeddings
+        assert evaluation.language.max_tokens == um3.data.row_tokens
+    assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
+
+
+def test_the_demo_needs_nothing_from_outside() -> None:
+    sources = [
+        *load("demo", "stage1").data.sources,
+        *load("demo", "stage2").data.sources,
+        *load("demo", "codes").images,
+        *load("demo", "um3").data.texts,
+    ]
+    assert {source.kind for source in sources} <= {"scenes", "digits", "python_docs"}
+    assert not any(source.path for source in sources)
+    assert not load("demo", "um3").model.base and not load("demo", "stage1").text.tokenizer
+
+
+def test_paper_stage_1_is_table_8() -> None:
+    config: Stage1Config = load("paper", "stage1")
+    assert schedule_of(config) == COMMON_ROWS
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("lamb", 5e-4, 5.0)
+    assert config.loop.batch_size == 65_536 == 128 * 512
+    assert config.loss.mse == 1e3 and config.loss.contrastive == config.loss.entropy == config.loss.commitment == 1.0
+    shape = dict(image_size=256, patch_size=8, width=768, num_layers=12, mlp_width=2048, bits=28)
+    assert values(config.model, *shape) == shape
+
+
+def test_paper_stage_2_is_table_8() -> None:
+    config: Stage2Config = load("paper", "stage2")
+    assert schedule_of(config) == COMMON_ROWS
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 5e-4, 1.0)
+    critic = config.discriminator_optimizer
+    assert (critic.kind, critic.lr, critic.module_lr) == ("adamw", 1e-4, {})
+    assert config.loop.batch_size == 16_384 == 128 * 128
+    weights = dict(mse=1.0, entropy=1.0, perceptual=0.1, adversarial=0.1)
+    assert values(config.loss, *weights) == weights
+    assert config.perceptual.backbone and config.perceptual.heads  # LPIPS itself, not the stand-in
+
+
+def test_paper_um3_is_table_9() -> None:
+    config: UM3Config = load("paper", "um3")
+    table = dict(total_steps=600_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.1, schedule="cosine")
+    assert schedule_of(config) == table
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 1e-4, 1.0)
+    assert (config.loop.batch_size, config.loop.micro_batch_size, config.data.row_tokens) == (512, 8, 4096)
+    assert (config.model.base, config.model.qk_norm) == ("meta-llama/Llama-3.2-1B", True)
+    assert (config.vocabulary.slots, config.vocabulary.bits_per_slot) == (2, 14)
+    assert (config.loss.mode, config.loss.z_loss) == ("split", 0.0)
+
+
+def test_the_papers_mix_fills_its_batch() -> None:
+    config: UM3Config = load("paper", "um3")
+    schedule, batch = Schedule(config.data.mix), config.loop.batch_size
+    assert schedule.counts(0, batch_size=batch) == {"text": 480, "i2t": 8, "t2i": 24}
+    for step in (10_000, 20_000):
+        assert schedule.counts(step, batch_size=batch) == {"text": 384, "i2t": 32, "t2i": 96}
+    assert schedule.proportions(9_999)["text"] > 0.75 == schedule.proportions(10_000)["text"]
+
+
+def test_paper_evaluation_samples_as_the_paper_does() -> None:
+    config: EvalConfig = load("paper", "eval")
+    assert (config.generation.sampling.temperature, config.generation.sampling.top_p) == (1.0, 0.95)
+    assert config.generation.num_images == 30_000 and config.captions.num_images == 5_000
+    assert config.tokenizer.num_images == 50_000 and config.features == "inception-2015"
+
+
+def meta_qlip() -> QLIPModel:
+    """QLIP-B-8 as the paper's stage 1 asks for it, without memory."""
+    config: Stage1Config = load("paper", "stage1")
+    with torch.device("meta"):
+        return QLIPModel(qlip_config(config.model, config.text))
+
+
+def meta_um3() -> tuple[PreTrainedModel, IdSpace]:
+    """Llama-3.2-1B by its public dimensions, extended as the paper's config asks, without memory."""
+    config: UM3Config = load("paper", "um3")
+    slots, bits = config.vocabulary.slots, config.vocabulary.bits_per_slot
+    specials = dict(bos_id=128_000, eos_id=128_001, pad_id=128_004)
+    marks = dict(begin_of_image_id=128_256, end_of_image_id=128_257)
+    ids = IdSpace(text_vocab_size=128_258, slots=slots, bits_per_slot=bits, num_patches=256, **specials, **marks)
+    sizes: dict[str, Any] = dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64
+    )
+    with torch.device("meta"):
+        base = LlamaForCausalLM(
+            LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=True, **sizes)
+        )
+        return extend_model(base, ids=ids, qk_norm=config.model.qk_norm), ids
+
+
+def peaks(module: nn.Module, *, config: OptimizerConfig) -> dict[str, tuple[float, float]]:
+    """(peak rate, weight decay) of every trained parameter; also checks that no prefix of `module_lr` is idle."""
+    optimizer = build_optimizer(module.named_parameters(), config=config)
+    groups = {
+        id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    return {name: groups[id(parameter)] for name, parameter in module.named_parameters() if id(parameter) in groups}
+
+
+def rates_by_part(found: dict[str, tuple[float, float]], *, depth: int) -> dict[str, float]:
+    """The one rate of each part of the model (the first `depth` components of its parameters' names)."""
+    rates: dict[str, set[float]] = {}
+    for name, (rate, _) in found.items():
+        rates.setdefault(".".join(name.split(".")[1:depth]), set()).add(rate)
+    assert all(len(found) == 1 for found in rates.values()), rates
+    return {part: next(iter(found)) for part, found in rates.items()}
+
+
+def check_decay(module: nn.Module, found: dict[str, tuple[float, float]], *, decay: float) -> None:
+    """Weights of two or more dimensions decay, biases, gains and scales do not."""
+    for name, parameter in module.named_parameters():
+        if name in found:
+            assert found[name][1] == (decay if parameter.ndim >= 2 else 0.0), name
+
+
+def test_qlip_b_8_has_the_papers_size() -> None:
+    """Against B-16: 768 positions more in encoder and decoder, smaller patches in the first and last layer."""
+    model = meta_qlip()
+    finer_grid, smaller_patches = 2 * 768 * 768, -3 * (256 - 64) * (768 + 2048 + 1)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == 239_434_013 + finer_grid + smaller_patches == 238_991_069
+    assert (model.num_patches, model.num_bits) == (1024, 28)
+    for tower in (model.vision_model, model.vision_decoder):
+        assert sum(parameter.numel() for parameter in tower.parameters()) == pytest.approx(
+            87e6, rel=0.02
+        )  # 87M each in the table
+
+
+def test_the_rates_of_stage_1_reach_their_modules() -> None:
+    config: Stage1Config = load("paper", "stage1")
+    objective = Stage1Objective(meta_qlip())
+    found = peaks(objective, config=config.optimizer)
+    check_decay(objective, found, decay=0.05)
+    assert len(found) == len(list(objective.parameters()))
+    rates = rates_by_part(found, depth=3)
+    encoder = ("embeddings", "encoder", "post_layernorm")
+    expected = {f"vision_model.{part}": 2e-4 for part in encoder}
+    expected |= {f"vision_model.{part}": 5e-4 for part in ("quant_embed", "quant_embed_post")}
+    for part, rate in rates.items():
+        tower = {"text_model": 2e-5, "vision_decoder": 2e-3}.get(part.split(".")[0], 5e-4)
+        assert rate == expected.get(part, tower), part
+    assert expected.keys() <= rates.keys()
+
+
+def test_stage_2_trains_bottleneck_and_decoder_only() -> None:
+    config: Stage2Config = load("paper", "stage2")
+    autoencoder = Autoencoder(meta_qlip())
+    found = peaks(autoencoder, config=config.optimizer)
+    check_decay(autoencoder, found, decay=0.05)
+    rates = {(re.sub(r"^qlip\.(vision_model\.)?|\..*", "", name), rate) for name, (rate, _) in found.items()}
+    assert rates == {("quant_embed", 5e-4), ("quant_embed_post", 5e-4), ("vision_decoder", 1e-4)}
+
+
+def test_um3_has_its_size_and_one_rate() -> None:
+    config: UM3Config = load("paper", "um3")
+    model, ids = meta_um3()
+    assert count_parameters(model, ids=ids).total == 1_632_710_656
+    assert type(model).__name__ == "Qwen3ForCausalLM" and not model.config.tie_word_embeddings
+    objective = UM3Objective(model, ids=ids, loss=config.loss)
+    found = peaks(objective, config=config.optimizer)
+    check_decay(objective, found, decay=0.1)
+    assert {rate for rate, _ in found.values()} == {1e-4} and len(found) == len(list(objective.parameters()))
