@@ -36,10 +36,14 @@ def prepare_environment() -> None:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return int(probe.getsockname()[1])
 
 
 def device() -> "torch.device":
@@ -76,10 +80,9 @@ def gather_with_gradient(x_BD: "torch.Tensor") -> "torch.Tensor":
     """Concatenate `x_BD` of all ranks, in rank order, along the batch; gradients flow back to each rank."""
     if world_size() == 1:
         return x_BD
-    import torch
-    from torch.distributed.nn.functional import all_gather
+    from um3.core.gather import GatherRows
 
-    return torch.cat(all_gather(x_BD), dim=0)
+    return GatherRows.apply(x_BD)
 
 
 def _process_group() -> Any:
