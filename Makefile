@@ -1,9 +1,10 @@
 # UM3: every phase is a target; `make help` lists them. Nothing that is up to date is done again.
 
 CONFIG ?= demo
-RUN ?= runs/$(notdir $(CONFIG))
+RUN ?= runs/$(notdir $(CONFIG:%/=%))
 PYTHON ?= python3
-NPROC ?= 1
+# Training processes: on CPUs two of one thread each beat one of two threads by a third.
+NPROC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(nproc 2>/dev/null || echo 1)" -lt 2 ] && echo 1 || echo 2)
 DATA ?=
 TEXT ?=
 ARGS ?=
@@ -12,12 +13,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 CONFIGS := $(if $(wildcard configs/$(CONFIG)/.),configs/$(CONFIG),$(CONFIG))
 PY := $(VENV)/bin/python
-# Threads that wait should sleep: spinning ones halve the speed wherever anything else runs.
-export OMP_WAIT_POLICY ?= PASSIVE
-TRAIN := $(if $(filter 1,$(NPROC)),$(PY) -m train,$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m train)
+TRAIN := $(PY) -m train --processes $(NPROC)
 # DATA and TEXT put your own images and texts in the place of the config's.
-IMAGES = $(if $(DATA),'[{name: data, path: "$(DATA)"}]')
-TEXTS = $(if $(TEXT),'[{name: text, path: "$(TEXT)"}]')
+IMAGES = '[{name: data, path: "$(DATA)"}]'
+TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test stage1 stage2 codes um3 eval report sample mix-preview lint types clean
@@ -29,6 +28,7 @@ help: ## List the targets
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" over the config of the one target"
 
 setup: $(READY) ## Create .venv with every pinned dependency
+	@:
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from train.config import Stage1Config, Stage2Config, UM3Config, inputs_of, is_done, start_folder
+from train.launch import is_worker, launch
 from um3.core.config import load_config
 from um3.core.errors import Interrupted, UserError, run_main
 from um3.core.log import quiet_model_files
@@ -21,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("phase", choices=CONFIGS)
     parser.add_argument("--config", required=True, help="YAML file of the phase, such as configs/demo/stage1.yaml")
+    parser.add_argument("--processes", type=int, default=1, help="training processes on this machine (default 1)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
     arguments = parser.parse_intermixed_args()
     config = load_config(CONFIGS[arguments.phase], path=arguments.config, overrides=arguments.overrides)
@@ -30,6 +32,8 @@ def main() -> None:
     if is_done(config, inputs=inputs):
         print(f"{arguments.phase}: {config.loop.folder} is up to date")
         return
+    if arguments.processes > 1 and not is_worker():
+        sys.exit(launch(sys.argv[1:], processes=arguments.processes))
     recipe = importlib.import_module(f"train.{arguments.phase}")
     from train import engine, loop
 

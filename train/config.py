@@ -3,7 +3,6 @@
 No torch here: a phase that has nothing to do must end at once.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from data_mix.config import DataConfig
 from data_mix.sources import ImageSourceConfig
 from um3.config import ModelConfig
 from um3.core.config import differences, load_config, save_config, to_dict
+from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.files import read_json, sha256_of
 
@@ -208,6 +208,9 @@ class UM3LossConfig:
     """The language-model loss (SPEC section 2): split softmax (paper, Eq 6) or joint, for the ablation."""
 
     mode: Literal["split", "joint"] = "split"
+    text_weight: float = 1.0
+    visual_weight: float = 1.0
+    """Each half's loss is the mean over its own targets of the global batch, times its weight."""
     z_loss: float = 0.0
     chunk_tokens: int = 2048
     """Positions whose logits exist at one time."""
@@ -288,7 +291,7 @@ def start_folder(config: Any) -> Path:
     """Create the phase's folder with its resolved config.yaml."""
     folder = Path(config.loop.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if dataclasses.is_dataclass(config) and not (folder / "config.yaml").exists():
+    if is_main() and not (folder / "config.yaml").exists():
         save_config(config, folder / "config.yaml")
     return folder
 

@@ -5,6 +5,7 @@ The engine's dictionary is built from `EngineConfig` here and nowhere else.
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def start_runtime(loop: LoopConfig) -> None:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed's collectives go by names that torch has begun to rename; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # With several CPU processes DeepSpeed would compile a shared-memory collective with g++ (minutes);
     # gloo's collectives are what the CPU runs need, and no config option turns that build off.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,7 +1,7 @@
 """UM3: a language model learns QLIP's codes on the scheduled mix of text, image-to-text and text-to-image.
 
-Loss = cross entropy summed over supervised tokens / their count in the global batch, each target under the
-softmax of its own half (paper, Eq 6). Legend: B rows of this rank, T tokens of a row, D width, V entries.
+Loss = for each half, text and visual, the cross entropy summed over its supervised tokens / their count in the
+global batch; each target under the softmax of its own half (paper, Eq 6). Legend: B rows of this rank, T tokens of a row, D width, V entries.
 """
 
 from pathlib import Path
@@ -140,8 +140,9 @@ class UM3Task:
         is_text_BT = batch.input_ids_BT[:, 1:] < self.ids.text_vocab_size
         counts_2 = torch.stack([(supervised_BT & is_text_BT).sum(), (supervised_BT & ~is_text_BT).sum()])
         counts_2 = sum_over_ranks(counts_2.to(device()).float())
-        # DeepSpeed averages gradients over ranks and accumulation steps; the loss is a sum over the global count.
-        scale = world_size() * self.accumulation / counts_2.sum().clamp(min=1)
+        weights_2 = torch.tensor([config.loss.text_weight, config.loss.visual_weight], device=device())
+        # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is a sum over its global count.
+        scales_2 = weights_2 * world_size() * self.accumulation / counts_2.clamp(min=1)
         sums_4 = torch.zeros(4, device=device())
         micro_batches = zip(
             batch.input_ids_BT.split(self.micro_rows), batch.target_mask_BT.split(self.micro_rows), strict=True
@@ -150,7 +151,7 @@ class UM3Task:
             with autocast(config.engine):
                 loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
             parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
-            total = parts_4.sum() * scale
+            total = (parts_4.view(2, 2) * scales_2).sum()
             check_finite({"loss": float(total.detach())}, source="rows of " + ", ".join(sorted(set(batch.sources))))
             self.engine.backward(total)
             norm = step_engine(self.engine)
@@ -160,20 +161,20 @@ class UM3Task:
             "optim/grad_norm": norm,
         }
 
-    def _report(
-        self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor
-    ) -> dict[str, float]:
-        values = {"train/loss": float(sums_4.sum() / counts_2.sum().clamp(min=1))}
-        for index, half in enumerate(("text", "visual")):
-            if counts_2[index] > 0:
-                values[f"train/loss_{half}"] = float(sums_4[index] / counts_2[index])
+    def _report(self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor) -> dict[str, float]:
+        weights = {"text": self.config.loss.text_weight, "visual": self.config.loss.visual_weight}
+        means_2 = sums_4.view(2, 2) / counts_2.clamp(min=1)
+        values = {"train/loss": 0.0}
+        for index, (half, weight) in enumerate(weights.items()):
+            values["train/loss"] += weight * float(means_2[:, index].sum())
             values[f"data/targets_{half}"] = float(counts_2[index])
+            if counts_2[index] > 0:
+                values[f"train/loss_{half}"] = float(means_2[0, index])
         for name in TASK_NAMES:
             rows = sum(count for key, count in batch.counts.items() if key.startswith(name + "/"))
             values[f"data/rows_{name}"] = float(rows)
         self.truncated_captions += batch.truncated_captions
-        values |= {"data/truncated_captions": float(self.truncated_captions)}
-        return values
+        return values | {"data/truncated_captions": float(self.truncated_captions)}
 
     def state(self, step: int) -> dict[str, Any]:
         return self.rows.state(step) | {"fingerprint": self.fingerprint}

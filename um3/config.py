@@ -22,6 +22,7 @@ class ModelConfig:
     max_position_embeddings: int = 512
     qk_norm: bool = True
     tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

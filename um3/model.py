@@ -74,6 +74,7 @@ def build_model(config: ModelConfig, *, ids: IdSpace, calibration: Sequence[Tens
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
         "bos_token_id": ids.bos_id,
         "eos_token_id": ids.eos_id,
     }

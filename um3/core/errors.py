@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -69,6 +70,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave(message: str, *, code: int) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Ranks mostly fail alike: the first says it, and the launcher stops the others before they repeat it.
+        time.sleep(3)
     print(message, file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The other ranks may be waiting in a collective: leaving without the usual teardown lets the
