@@ -1,7 +1,9 @@
 """UM3: a language model learns QLIP's codes on the scheduled mix of text, image-to-text and text-to-image.
 
 Loss = for each half, text and visual, the cross entropy summed over its supervised tokens / their count in the
-global batch; each target under the softmax of its own half (paper, Eq 6). Legend: B rows of this rank, T tokens of a row, D width, V entries.
+global batch; each target under the softmax of its own half (paper, Eq 6).
+
+Legend: B rows of this rank, T tokens of a row, D width, V entries.
 """
 
 from pathlib import Path

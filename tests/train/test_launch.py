@@ -17,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "train", *command, "--processes", "2"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
