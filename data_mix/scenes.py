@@ -61,10 +61,10 @@ BACKGROUND: tuple[int, int, int] = (245, 243, 238)
 
 REFERENCE_SIZE = 32  # every length below is in pixels of a 32-pixel image and scales with the size asked for
 MIN_SIZE = 24  # below this a counted object has fewer than 6 pixels and its shape cannot be told
-SINGLE_SIDES = (12, 18)
-PAIR_SIDES = (10, 12)
-COUNT_SIDES = (8, 10)
-STEP = 2  # sides and places are whole steps: what a 32-pixel demo can learn to draw in minutes
+SINGLE_SIDES = (12, 16)
+PAIR_SIDES = (8, 12)
+COUNT_SIDES = (8, 8)
+STEP = 4  # sides and places are whole steps from the smallest: what a small model can learn to draw in minutes
 GAP = 2  # between the boxes of two objects
 MARGIN = 2  # between a box and the image's border
 CLEAR_OFFSET = 4  # by this much one direction must outweigh the other, so that left/above is never in doubt
@@ -150,8 +150,8 @@ class Draw:
         return low + int(self._random() * (high - low + 1))
 
     def stepped(self, low: int, high: int, *, step: int) -> int:
-        """Uniform among the multiples of `step` in [low, high]."""
-        return step * self.integer(-(-low // step), high // step)
+        """Uniform among low, low + step, ... up to high."""
+        return low + step * self.integer(0, (high - low) // step)
 
     def choice(self, options: Sequence[Option]) -> Option:
         return options[int(self._random() * len(options))]
@@ -219,7 +219,8 @@ def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
     second_shape = draw.choice([shape for shape in SHAPES if shape != first_shape])
     second_colour = draw.choice([colour for colour in COLOURS if colour != first_colour])
     side_1, side_2 = _side(draw, PAIR_SIDES, size=size), _side(draw, PAIR_SIDES, size=size)
-    margin, gap, step = (scaled(length, size=size) for length in (MARGIN, GAP, STEP))
+    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
+    gap = max(step, scaled(GAP, size=size))  # a whole step, so that both objects lie on the raster
     horizontal = draw.integer(0, 1) == 0
     while True:
         along_1 = draw.stepped(margin, size - margin - side_2 - gap - side_1, step=step)

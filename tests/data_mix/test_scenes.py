@@ -40,8 +40,8 @@ def test_the_first_scenes_of_seed_0_have_not_changed() -> None:
     source = ScenesSource(size=32, seed=0)
     assert [source[index].captions[0] for index in range(4)] == [
         "a pink square above a green cross",
-        "a yellow cross left of an orange circle",
-        "a blue circle left of a purple square",
+        "a black cross above a green triangle",
+        "a pink circle above an orange triangle",
         "a green square above a black triangle",
     ]
 
