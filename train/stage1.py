@@ -29,7 +29,7 @@ from train.tokenizer_setup import (
     save_tokenizer,
     skipped_metrics,
 )
-from um3.core.distributed import device, world_size
+from um3.core.distributed import device, mean_over_ranks, world_size
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -118,6 +118,7 @@ class Stage1Task:
         norm = step_engine(self.engine)
         with torch.no_grad():
             self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        values = mean_over_ranks(values)
         values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
         return values | skipped_metrics(self.skipped, batch.skipped)
 

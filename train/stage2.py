@@ -25,7 +25,7 @@ from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import flatten_scalars, image_batches, open_sources, save_tokenizer, skipped_metrics
-from um3.core.distributed import device, world_size
+from um3.core.distributed import device, mean_over_ranks, world_size
 from um3.core.seeds import seed_everything
 
 TRAINED = ("vision_model.quant_embed.", "vision_model.quant_embed_post.", "vision_decoder.")
@@ -97,6 +97,7 @@ class Stage2Task:
         set_learning_rate(self.critic.optimizer, factor=critic_factor)
         values, reconstructions_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
         values |= self._critic_step(pixels_BCHW, reconstructions_BCHW, source=source)
+        values = mean_over_ranks(values)
         values |= {"optim/lr": config.optimizer.lr * factor}
         return values | skipped_metrics(self.skipped, batch.skipped)
 

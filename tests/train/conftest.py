@@ -59,15 +59,18 @@ def run_here(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
     main()
 
 
+def environment() -> dict[str, str]:
+    """This process's environment without what makes it a rank of a process group."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"OMP_NUM_THREADS": "1"}
+
+
 def run_apart(command: Sequence[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run `python -m train` (or torchrun) as a user would, in processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     return subprocess.run(
         [sys.executable, *launcher, "-m", "train", *command],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import ROOT, arguments, losses, run_here
+from tests.train.conftest import ROOT, arguments, environment, losses, run_here
 from um3.core.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "train", *command, "--processes", "2"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import ROOT, arguments, losses, run_apart, run_here
+from tests.train.conftest import ROOT, arguments, environment, losses, run_apart, run_here
 from train import checkpoint, loop
 from um3.core.errors import Interrupted, UserError
 from um3.core.metrics import read_metrics
@@ -82,15 +83,14 @@ def test_from_one_process_to_two(made: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_within_a_step(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    import sys
-
     command = arguments("stage1", tmp_path, "loop.total_steps=100000", "loop.save_every_steps=100000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "train", *command],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     metrics = tmp_path / "stage1/metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(read_metrics(metrics)) < 3:
+    while time.monotonic() < deadline and process.poll() is None and len(read_metrics(metrics)) < 3:
         time.sleep(0.1)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -112,7 +112,7 @@ def test_a_finished_phase_is_not_done_again(
 def test_other_settings_and_other_inputs_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.001 -> 0\.1"):
+    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.003 -> 0\.1"):
         run_here(monkeypatch, arguments("stage1", made, "optimizer.lr=0.1"))
     copied = tmp_path / "copied"
     shutil.copytree(made, copied)

@@ -99,6 +99,7 @@ def test_stock_transformers_loads_the_folder_without_our_code(model_folder: Path
         expected = model(torch.tensor(input_ids)).logits
     script = f"""
 import sys, torch
+torch.set_num_threads({torch.get_num_threads()})
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(model_folder)!r})
 AutoTokenizer.from_pretrained({str(model_folder)!r})

@@ -90,7 +90,12 @@ def _check_elements(config: Any, *, where: str) -> None:
         for key, item in items:
             if dataclasses.is_dataclass(item):
                 _check_elements(item, where=f"{name}[{key}].")
-            elif isinstance(item, list | dict) and get_args(hints[field.name])[-1] in (int, float, str, bool):
+            elif isinstance(item, list | dict) and get_args(hints[field.name])[-1:] in (
+                (int,),
+                (float,),
+                (str,),
+                (bool,),
+            ):
                 raise ValueError(
                     f"{name}: '{key}' holds {item}, not one value; write dotted names as {name}={{a.b: 1}}"
                 )

@@ -69,6 +69,16 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     return values
 
 
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Each value's mean over all ranks, which must hold the same keys in the same order."""
+    if world_size() == 1:
+        return values
+    import torch
+
+    sums = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float32, device=device()))
+    return dict(zip(values, (sums / world_size()).tolist(), strict=True))
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if `flag` is true on at least one."""
     import torch

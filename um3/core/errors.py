@@ -70,6 +70,8 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave(message: str, *, code: int) -> None:
+    # From here on a launcher that stops this process ends it without another word.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if int(os.environ.get("RANK", "0")) > 0:
         # Ranks mostly fail alike: the first says it, and the launcher stops the others before they repeat it.
         time.sleep(3)
