@@ -124,21 +124,23 @@ def remove_old(folder: Path, *, keep: int) -> None:
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     """Float32 weights of the trainable parameters by name, gathered on every rank (a collective call)."""
-    return {key.removesuffix("/param"): tensor for key, tensor in _full_tensors(engine) if key.endswith("/param")}
+    return {key.removesuffix("/param"): tensor for key, tensor in _full_tensors(engine, kinds=("param",))}
 
 
 def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _full_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _full_tensors(
+    engine: Any, *, kinds: tuple[str, ...] = ("param", *STATE_KEYS)
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(key, whole float32 tensor on the CPU) of weights and optimizer state; a collective over ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     partitioned = engine.zero_optimization() or engine.bfloat16_enabled()
     base = base_optimizer(engine)
     for name, parameter in _trainable(engine.module):
-        for kind in ("param", *STATE_KEYS):
+        for kind in kinds:
             if partitioned and kind == "param":
                 tensor = safe_get_full_fp32_param(parameter)
             elif partitioned:
