@@ -20,7 +20,7 @@ from um3.core.files import read_json, sha256_of
 class OptimizerConfig:
     """An optimizer with its schedule (SPEC Tables 8 and 9)."""
 
-    kind: Literal["adamw", "lamb"] = "adamw"
+    kind: Literal["adamw", "lamb", "muon"] = "adamw"
     lr: float = 5e-4
     """Peak learning rate of every parameter no entry of `module_lr` names."""
     module_lr: dict[str, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from um3.core.log import setup_logging
 logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
-"""State of both optimizers beside the step count."""
+"""State of every optimizer beside the step count (the second stays zero where Muon steps)."""
 
 
 def start_runtime(loop: LoopConfig) -> None:
@@ -72,7 +72,7 @@ def build_engine(
     """Wrap `model` and its optimizer in a DeepSpeed engine.
 
     Raises:
-        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm).
+        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm), Muon with ZeRO 3.
     """
     import deepspeed
 
@@ -81,8 +81,12 @@ def build_engine(
             f"LAMB scales each tensor by its own norm, which ZeRO {engine.zero_stage} cuts apart; "
             "set engine.zero_stage=0"
         )
-    if optimizer.kind == "lamb" and engine.precision == "bf16":
-        raise UserError("LAMB needs float32 weights; set engine.precision=autocast for bf16 matrix products")
+    if optimizer.kind == "muon" and engine.zero_stage == 3:
+        raise UserError("Muon needs whole matrices, which ZeRO 3 cuts apart; set engine.zero_stage=2 or less")
+    if optimizer.kind != "adamw" and engine.precision == "bf16":
+        raise UserError(
+            f"{optimizer.kind} needs float32 weights; set engine.precision=autocast for bf16 matrix products"
+        )
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from train.config import OptimizerConfig
+from train.muon import Muon
 from um3.core.errors import UserError
 
 
@@ -77,12 +78,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Group the trainable parameters by peak rate and weight decay and build the optimizer.
 
-    Each group keeps its peak under "peak_lr"; `set_learning_rate` reads it.
+    Each group keeps its peak under "peak_lr"; `set_learning_rate` reads it. Muon takes the matrices inside the layers.
 
     Raises:
         UserError: a prefix in `module_lr` names no trainable parameter.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unused = set(config.module_lr)
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
@@ -91,15 +92,18 @@ def build_optimizer(
         unused -= set(prefixes)
         peak = config.module_lr[max(prefixes, key=len)] if prefixes else config.lr
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((peak, decay), []).append(parameter)
+        orthogonal = config.kind == "muon" and parameter.ndim == 2 and ".layers." in name
+        groups.setdefault((peak, decay, orthogonal), []).append(parameter)
     if unused:
         raise UserError(
             f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names"
         )
     options = [
-        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay) for (peak, decay), params in groups.items()
+        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay)
+        | ({"shapes": [tuple(param.shape) for param in params]} if orthogonal else {})
+        for (peak, decay, orthogonal), params in groups.items()
     ]
-    kind = Lamb if config.kind == "lamb" else torch.optim.AdamW
+    kind = {"adamw": torch.optim.AdamW, "lamb": Lamb, "muon": Muon}[config.kind]
     return kind(options, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 

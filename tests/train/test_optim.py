@@ -1,4 +1,4 @@
-"""LAMB against a plain transcription, per-module rates, schedules."""
+"""LAMB and Muon against plain transcriptions, per-module rates, schedules."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from train.config import OptimizerConfig
+from train.muon import orthogonalise, orthogonalise_all
 from train.optim import Lamb, build_optimizer, schedule_factor, set_learning_rate
 from um3.core.errors import UserError
 
@@ -34,6 +35,48 @@ def test_lamb_follows_the_reference_trajectory(decay: float) -> None:
         weight.grad = gradient.clone()
         optimizer.step()
     torch.testing.assert_close(weight.detach(), plain_lamb(start, gradients, lr=0.01, decay=decay))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_orthogonalising_keeps_the_singular_vectors_and_evens_the_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    (update,) = orthogonalise_all([matrix])
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = (u.T @ update @ vh.T) / (0.2 * max(shape) ** 0.5)
+    assert values.diagonal().min() > 0.5 and values.diagonal().max() < 1.3
+    torch.testing.assert_close(values - values.diagonal().diag(), torch.zeros_like(values), atol=1e-4, rtol=0)
+    assert not orthogonalise(torch.zeros(1, 3, 4)).any()
+
+
+def test_muon_steps_layer_matrices_by_momentum_and_the_rest_like_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 6)]), "head": nn.Linear(4, 6)})
+    named = [(f"body.{name}", parameter) for name, parameter in model.named_parameters()]
+    config = OptimizerConfig(kind="muon", lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(named, config=config)
+    twin = nn.Linear(4, 6)
+    twin.load_state_dict(model["head"].state_dict())
+    adamw = build_optimizer(twin.named_parameters(), config=OptimizerConfig(lr=0.1, weight_decay=0.5))
+    expected, momentum = model["layers"][0].weight.detach().clone(), torch.zeros(6, 4)
+    for one in (optimizer, adamw):
+        set_learning_rate(one, factor=1.0)
+    for _ in range(3):
+        for _, parameter in named:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        twin.weight.grad, twin.bias.grad = model["head"].weight.grad, model["head"].bias.grad
+        gradient = model["layers"][0].weight.grad
+        momentum = 0.95 * momentum + 0.05 * gradient
+        direction = 0.05 * gradient + 0.95 * momentum
+        x = direction / direction.norm()
+        for _ in range(5):
+            x = 3.4445 * x - 4.775 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * x
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(model["layers"][0].weight.detach(), expected)
+    torch.testing.assert_close(model["head"].weight, twin.weight)
+    torch.testing.assert_close(model["head"].bias, twin.bias)
 
 
 def test_groups_by_module_rate_and_decay() -> None:

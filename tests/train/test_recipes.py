@@ -81,6 +81,28 @@ def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path, mo
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_muon_takes_the_same_steps_under_zero(
+    zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["optimizer.kind=muon", "model.num_layers=3"]
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole", *options, "engine.zero_stage=0"))
+    divided = arguments("um3", made, f"loop.folder={tmp_path}/divided", *options, f"engine.zero_stage={zero_stage}")
+    result = run_apart(divided, processes=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/adamw", "model.num_layers=3"))
+    assert losses(tmp_path / "adamw")[-1] != pytest.approx(losses(tmp_path / "whole")[-1], rel=1e-4)
+
+
+def test_muon_refuses_what_it_cannot_do(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    muon = arguments("um3", made, f"loop.folder={tmp_path}", "optimizer.kind=muon")
+    with pytest.raises(UserError, match="zero_stage=2"):
+        run_here(monkeypatch, [*muon, "engine.zero_stage=3"])
+    with pytest.raises(UserError, match="precision=autocast"):
+        run_here(monkeypatch, [*muon, "engine.precision=bf16"])
+
+
 def test_lamb_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="zero_stage=0"):
         run_here(monkeypatch, arguments("stage1", tmp_path, "optimizer.kind=lamb", "engine.zero_stage=2"))

@@ -95,6 +95,15 @@ def gather_with_gradient(x_BD: "torch.Tensor") -> "torch.Tensor":
     return GatherRows.apply(x_BD)
 
 
+def gather_flat(part: "torch.Tensor") -> "torch.Tensor":
+    """Concatenate the equally long vectors `part` of all ranks, in rank order (no gradient)."""
+    if world_size() == 1 or not (group := _process_group()):
+        return part
+    whole = part.new_empty(world_size() * len(part))
+    group.all_gather_into_tensor(whole, part.contiguous())
+    return whole
+
+
 def _process_group() -> Any:
     """torch.distributed where a process group runs, else None."""
     module = sys.modules.get("torch.distributed")
