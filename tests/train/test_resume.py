@@ -55,16 +55,18 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize(("kind", "zero_stage"), [("adamw", 0), ("adamw", 2), ("adamw", 3), ("muon", 0), ("muon", 2)])
 def test_a_checkpoint_fits_any_zero_stage(
-    zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole"))
+    optimizer = f"optimizer.kind={kind}"
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole", optimizer))
+    moved = arguments("um3", made, f"loop.folder={tmp_path}/moved", optimizer)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(Killed):
-            run_here(patch, arguments("um3", made, f"loop.folder={tmp_path}/moved"))
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/moved", f"engine.zero_stage={zero_stage}"))
+            run_here(patch, moved)
+    run_here(monkeypatch, [*moved, f"engine.zero_stage={zero_stage}"])
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
