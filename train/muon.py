@@ -8,7 +8,7 @@ Legend: M matrices of one shape, R rows, C columns.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,6 @@ class Muon(torch.optim.AdamW):
     Under ZeRO 1 and 2 such a group is this rank's part of its matrices laid end to end. Momentum stays divided;
     only the direction is gathered, and each rank orthogonalises the matrices that its part touches.
     """
-
-    def __init__(self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float):
-        super().__init__(params, lr=lr, betas=betas, eps=eps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
