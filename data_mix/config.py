@@ -16,7 +16,9 @@ class DataConfig:
     texts: text sources; their `weight` is their share of the text rows.
     image_weights: share of each source of codes by name, those left out are not used; empty: every source in
         proportion to its size.
-    row_tokens: length of every row; captions are cut to fit, images never are.
+    row_tokens: longest row; captions are cut to fit, images never are.
+    text_row_tokens: length of text rows, 0 for `row_tokens`. Batches are as wide as their longest row, so where captions
+        are short, shorter text rows save time.
     caption_dropout: share of the text-to-image rows without their caption (for classifier-free guidance).
     supervision: "target" trains on what the row is to produce, "all" on its condition as well.
     i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
@@ -27,6 +29,7 @@ class DataConfig:
     image_weights: dict[str, float] = field(default_factory=dict)
     mix: MixConfig = field(default_factory=MixConfig)
     row_tokens: int = 4096
+    text_row_tokens: int = 0
     caption_dropout: float = 0.1
     supervision: Supervision = "target"
     i2t_caption: CaptionChoice = "first"
@@ -34,5 +37,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.row_tokens < 2:
             raise ValueError(f"data.row_tokens={self.row_tokens}: a row needs at least 2")
+        if self.text_row_tokens and not 2 <= self.text_row_tokens <= self.row_tokens:
+            raise ValueError(
+                f"data.text_row_tokens={self.text_row_tokens}: 0, or from 2 to data.row_tokens={self.row_tokens}"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")

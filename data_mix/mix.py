@@ -1,9 +1,10 @@
 """UM3's rows: every global batch mixes text, image-to-text and text-to-image rows in the scheduled counts.
 
 Which rows a step holds is a function of (seed, step), worked out for the global batch and cut into equal parts
-for the ranks last; so the state to save is the step. One sample a row, padded to `row_tokens`.
+for the ranks last; so the state to save is the step. One sample a row, padded to the longest row of the rank's part.
 
-Shape legend: B = rows of this rank, T = row_tokens, N = patches of an image, P = visual ids of an image.
+Shape legend: B = rows of this rank, T = ids of the longest of them (at most row_tokens), N = patches of an image,
+P = visual ids of an image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -231,7 +232,8 @@ class UM3Rows:
     def _pad(
         self, rows: Sequence[Row], mine: Sequence[PlannedRow], *, counts: dict[str, int], truncated_captions: int
     ) -> RowBatch:
-        input_ids_BT = torch.full((len(rows), self.config.row_tokens), self.ids.pad_id, dtype=torch.int64)
+        longest = max(len(row.input_ids) for row in rows)
+        input_ids_BT = torch.full((len(rows), longest), self.ids.pad_id, dtype=torch.int64)
         target_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
         for i, row in enumerate(rows):
             input_ids_BT[i, : len(row.input_ids)] = row.input_ids
@@ -281,7 +283,7 @@ def open_rows(
             documents,
             tokenizer=text_tokenizer,
             ids=ids,
-            row_tokens=config.row_tokens,
+            row_tokens=config.text_row_tokens or config.row_tokens,
             cache=cache,
             origin=origin(source_config, split),
         )

@@ -226,6 +226,9 @@ class VocabularyConfig:
     """Size of a trained text vocabulary."""
     slots: int = 2
     bits_per_slot: int = 14
+    shared_bits: bool = False
+    """While training, give each visual row the sum of one vector per bit of its code besides its own row, so that codes
+    learn from each other; folded into plain rows when saved."""
 
 
 @dataclass

@@ -26,9 +26,11 @@ from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.seeds import seed_everything
+from um3.extend import EMBEDDING, HEAD
 from um3.ids import IdSpace
 from um3.loss import SplitLoss, split_softmax_loss
 from um3.model import build_model, save_model
+from um3.shared_bits import SharedBits
 from um3.text_tokenizer import add_image_tokens, load_text_tokenizer, make_id_space, train_text_tokenizer
 
 TOKENIZER_DOCUMENTS = 2000
@@ -42,18 +44,23 @@ def build_task(config: UM3Config) -> "UM3Task":
 
 
 class UM3Objective(nn.Module):
-    """The stock language model with split-softmax sums as output."""
+    """The stock language model with split-softmax sums as output; `bits` adds to its visual rows while it trains."""
 
-    def __init__(self, model: PreTrainedModel, *, ids: IdSpace, loss: UM3LossConfig):
+    def __init__(self, model: PreTrainedModel, *, ids: IdSpace, loss: UM3LossConfig, bits: SharedBits | None = None):
         super().__init__()
-        self.model, self.ids, self.loss = model, ids, loss
+        self.model, self.ids, self.loss, self.bits = model, ids, loss, bits
 
     def forward(self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor) -> SplitLoss:
         # Rows are padded on the right, so causal attention alone keeps padding out of every real position.
-        hidden_BTD = self.model.model(input_ids=input_ids_BT[:, :-1], use_cache=False).last_hidden_state
+        embeddings_BTD = self.model.get_input_embeddings()(input_ids_BT[:, :-1])
+        head_VD = self.model.lm_head.weight
+        if self.bits is not None:
+            embeddings_BTD = self.bits.add_to_inputs(embeddings_BTD, ids_BT=input_ids_BT[:, :-1])
+            head_VD = self.bits.add_to_head(head_VD)
+        hidden_BTD = self.model.model(inputs_embeds=embeddings_BTD, use_cache=False).last_hidden_state
         return split_softmax_loss(
             hidden_BTD,
-            lm_head_weight_VD=self.model.lm_head.weight,
+            lm_head_weight_VD=head_VD,
             target_ids_BT=input_ids_BT[:, 1:],
             supervised_BT=target_mask_BT[:, 1:],
             text_vocab_size=self.ids.text_vocab_size,
@@ -96,7 +103,8 @@ class UM3Task:
         self.model = build_model(config.model, ids=self.ids)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss)
+        bits = SharedBits(self.ids, model_config=self.model.config) if vocabulary.shared_bits else None
+        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits)
         self.truncated_captions = 0
 
     def _build_text_tokenizer(self) -> Any:
@@ -187,6 +195,8 @@ class UM3Task:
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
         weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
+        if self.objective.bits is not None:
+            weights = self.objective.bits.fold(weights, embedding=EMBEDDING, head=HEAD)
         if is_main():
             save_model(
                 folder / "model",

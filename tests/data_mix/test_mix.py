@@ -57,7 +57,7 @@ def make(codes: Path, tmp_path: Path) -> Make:
                 ListedDocuments(name, documents),
                 tokenizer=TOKENIZER,
                 ids=IDS,
-                row_tokens=config.row_tokens,
+                row_tokens=config.text_row_tokens or config.row_tokens,
                 cache=tmp_path,
             )
             for name, documents in (("prose", PROSE), ("notes", PROSE[:7]))
@@ -228,6 +228,19 @@ def test_caption_dropout_makes_unconditional_rows_of_t2i_only(make: Make) -> Non
     assert (everything.lengths_B[everything.task_B == 1] > IDS.image_tokens + 4).all()
 
 
+def test_a_batch_is_as_wide_as_its_longest_row(make: Make) -> None:
+    mix = MixConfig(start=[1, 1, 2], end=[1, 1, 2])
+    for texts in (0, 8):
+        batch = make(mix=mix, text_row_tokens=texts).batch(0)
+        assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(batch.lengths_B.max()))
+        assert batch.lengths_B[batch.task_B == 0].max() == (texts or ROW_TOKENS)
+    assert batch.lengths_B.max() == batch.lengths_B[batch.task_B > 0].max() > 8
+    with pytest.raises(ValueError, match="text_row_tokens=1"):
+        DataConfig(text_row_tokens=1)
+    with pytest.raises(ValueError, match="row_tokens=40"):
+        DataConfig(row_tokens=40, text_row_tokens=41)
+
+
 def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
     mix = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
     target = make(mix=mix, supervision="target", caption_dropout=0.0).batch(0)
@@ -324,6 +337,8 @@ def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> N
     assert weighted.counts == {"i2t/drawing": 32, "t2i/drawing": 32}
     text_only = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "codes=absent")
     assert text_only.batch(0).counts == {"text/prose": 64}
+    short = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "text_row_tokens=9")
+    assert (text_only.batch(0).input_ids_BT.shape[1], short.batch(0).input_ids_BT.shape[1]) == (24, 9)
     with pytest.raises(UserError, match="fingerprint f, this run uses e"):
         open_with(fingerprint="e")
     with pytest.raises(UserError, match="name 'film', which is no source; there are"):
