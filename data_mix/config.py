@@ -17,8 +17,8 @@ class DataConfig:
     image_weights: share of each source of codes by name, those left out are not used; empty: every source in
         proportion to its size.
     row_tokens: longest row; captions are cut to fit, images never are.
-    text_row_tokens: length of text rows, 0 for `row_tokens`. A batch is as wide as its longest row, so where captions are
-        short, shorter text rows save time.
+    text_row_tokens: length of text rows, 0 for `row_tokens`. A batch is as wide as its longest row: where captions
+        are short, shorter text rows save time.
     caption_dropout: share of the text-to-image rows without their caption (for classifier-free guidance).
     supervision: "target" trains on what the row is to produce, "all" on its condition as well.
     i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
