@@ -66,7 +66,7 @@ def test_the_phases_of_a_folder_fit_each_other(scale: str) -> None:
     assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.row_tokens
     if not um3.model.base:
         assert um3.data.row_tokens <= um3.model.max_position_embeddings
-        assert evaluation.language.max_tokens == um3.data.row_tokens
+        assert evaluation.language.max_tokens == um3.data.text_row_tokens
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 
 

@@ -35,6 +35,7 @@ from um3.text_tokenizer import add_image_tokens, load_text_tokenizer, make_id_sp
 
 TOKENIZER_DOCUMENTS = 2000
 TOKENIZER_CAPTIONS = 5000
+CALIBRATION_ROWS = 8
 TASK_NAMES = ("text", "i2t", "t2i")
 
 
@@ -100,7 +101,7 @@ class UM3Task:
         )
         self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.total_steps)
         seed_everything(config.loop.seed, "um3 weights")
-        self.model = build_model(config.model, ids=self.ids)
+        self.model = build_model(config.model, ids=self.ids, calibration=self._calibration())
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         bits = SharedBits(self.ids, model_config=self.model.config) if vocabulary.shared_bits else None
@@ -125,6 +126,11 @@ class UM3Task:
                     yield from shards[index].captions
                 except BadSample:
                     continue
+
+    def _calibration(self) -> list[torch.Tensor]:
+        """The first text rows, for the gains of a normalisation that a base does not have yet."""
+        streams = self.rows.texts.values()
+        return [stream[row].input_ids[None] for stream in streams for row in range(min(len(stream), CALIBRATION_ROWS))]
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}

@@ -37,7 +37,7 @@ TINY = {
         "optimizer.kind=adamw",  # the demo's Muon fits fewer engines; its own tests ask for it
         *(f"model.{key}" for key in ("hidden_size=32", "num_layers=1", "num_heads=2", "num_kv_heads=2", "head_dim=16")),
         "model.intermediate_size=48",
-        "vocabulary.text_entries=320",
+        *(f"vocabulary.{key}" for key in ("text_entries=320", "slots=2", "bits_per_slot=6")),
     ],
 }
 PhaseArguments = Callable[..., list[str]]

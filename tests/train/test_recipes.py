@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.train.conftest import arguments, losses, run_apart, run_here
 from tokenizer import load
 from um3.core.errors import UserError
 from um3.core.metrics import read_metrics
 from um3.pipeline import UM3Pipeline
+from um3.text_tokenizer import train_text_tokenizer
 
 
 def test_stage1_leaves_a_tokenizer_and_its_record(made: Path) -> None:
@@ -47,8 +49,34 @@ def test_um3_leaves_a_stock_checkpoint_that_samples(
     assert type(stock).__module__.startswith("transformers.")
     pipeline = UM3Pipeline.from_pretrained(tmp_path / "um3/model")
     assert pipeline.generate(["a red circle"], seed=1).images.shape == (1, 32, 32, 3)
+    trained = load_file(tmp_path / "um3/checkpoints/step-00000004/model-00000.safetensors")
+    own_VD, bits_LD = (trained[f"{name}/param"] for name in ("model.lm_head.weight", "bits.output_LD"))
+    last_D = own_VD[-1] + bits_LD[6:].sum(0)  # the last entry: every bit of the second slot is 1
+    assert bits_LD.any() and torch.equal(stock.lm_head.weight[0], own_VD[0])
+    torch.testing.assert_close(stock.lm_head.weight[-1], last_D)
     row = read_metrics(tmp_path / "um3/metrics.jsonl")[-1]
     assert row["data/rows_text"] + row["data/rows_i2t"] + row["data/rows_t2i"] == 8
+
+
+def test_a_base_keeps_its_text_rows_and_gets_calibrated_gains(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_tokenizer = train_text_tokenizer(["a module of the standard library"] * 3, vocab_size=280)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(text_tokenizer), initializer_range=0.5, **sizes))
+    for part in (base, text_tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    options = [f"model.base={tmp_path}/base", "optimizer.lr=1e-9", "loop.total_steps=1"]
+    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/um3", *options))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "um3/model")
+    # The first five entries are the special ones; two of them are the image marks, whose rows are new.
+    rows_VD, base_VD = model.model.embed_tokens.weight, base.model.embed_tokens.weight
+    torch.testing.assert_close(rows_VD[5 : len(base_VD)], base_VD[5:])
+    attention = model.model.layers[0].self_attn
+    for gain, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
+        # The base's queries and keys have an rms of about the root of the width times the weights' scale: 2.8, not 1.
+        assert (gain.weight / (32**0.5 * projection.weight.std())).mean().item() == pytest.approx(1, abs=0.3)
 
 
 @pytest.mark.parametrize("override", ["engine.zero_stage=0", "engine.zero_stage=2", "engine.zero_stage=3",
@@ -106,5 +134,5 @@ def test_muon_refuses_what_it_cannot_do(made: Path, tmp_path: Path, monkeypatch:
 def test_lamb_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="zero_stage=0"):
         run_here(monkeypatch, arguments("stage1", tmp_path, "optimizer.kind=lamb", "engine.zero_stage=2"))
-    run_here(monkeypatch, arguments("stage1", tmp_path / "lamb", "optimizer.kind=lamb"))
+    run_here(monkeypatch, arguments("stage1", tmp_path / "lamb", "optimizer.kind=lamb", "engine.zero_stage=0"))
     assert losses(tmp_path / "lamb/stage1")[-1] < losses(tmp_path / "lamb/stage1")[0]
