@@ -38,11 +38,11 @@ class SharedBits(nn.Module):
 
     def add_to_inputs(self, embeddings_BTD: Tensor, *, ids_BT: Tensor) -> Tensor:
         """Embeddings of `ids_BT` with the vectors of their bits added; text entries have none."""
-        return embeddings_BTD + self.signs_VL[ids_BT] @ self.input_LD
+        return embeddings_BTD + self.signs_VL[ids_BT].to(self.input_LD.dtype) @ self.input_LD
 
     def add_to_head(self, weight_VD: Tensor) -> Tensor:
         """The output head's rows with the vectors of their bits added."""
-        return weight_VD + self.signs_VL @ self.output_LD
+        return weight_VD + self.signs_VL.to(self.output_LD.dtype) @ self.output_LD
 
     @torch.no_grad()
     def fold(self, weights: dict[str, Tensor], *, embedding: str, head: str) -> dict[str, Tensor]:
