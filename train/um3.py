@@ -26,7 +26,6 @@ from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.seeds import seed_everything
-from um3.extend import EMBEDDING, HEAD
 from um3.ids import IdSpace
 from um3.loss import SplitLoss, split_softmax_loss
 from um3.model import build_model, save_model
@@ -202,7 +201,7 @@ class UM3Task:
         self.batches.close()
         weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
         if self.objective.bits is not None:
-            weights = self.objective.bits.fold(weights, embedding=EMBEDDING, head=HEAD)
+            self.objective.bits.fold(weights)
         if is_main():
             save_model(
                 folder / "model",

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from tokenizer.bits import codes_to_bits
 from um3.core.errors import UserError
+from um3.extend import EMBEDDING, HEAD
 from um3.ids import IdSpace
 
 
@@ -45,10 +46,8 @@ class SharedBits(nn.Module):
         return weight_VD + self.signs_VL.to(self.output_LD.dtype) @ self.output_LD
 
     @torch.no_grad()
-    def fold(self, weights: dict[str, Tensor], *, embedding: str, head: str) -> dict[str, Tensor]:
-        """`weights` with plain rows in the place of rows and bits."""
-        signs_VL = self.signs_VL.to(weights[embedding])
-        input_LD, output_LD = weights.pop("bits.input_LD"), weights.pop("bits.output_LD")
-        weights[embedding] = weights[embedding] + signs_VL @ input_LD
-        weights[head] = weights[head] + signs_VL @ output_LD
-        return weights
+    def fold(self, weights: dict[str, Tensor]) -> None:
+        """Put plain rows in the place of rows and bits in `weights`, the model's tensors and ours under "bits."."""
+        signs_VL = self.signs_VL.to(weights[EMBEDDING])
+        for name, part in ((EMBEDDING, "input_LD"), (HEAD, "output_LD")):
+            weights[name] = weights[name] + signs_VL @ weights.pop(f"bits.{part}")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from um3.core.errors import UserError
-from um3.extend import EMBEDDING, HEAD
 from um3.ids import IdSpace
 from um3.model import ModelConfig, build_model
 from um3.shared_bits import SharedBits
@@ -60,7 +59,8 @@ def test_folded_rows_are_what_was_trained(ids: IdSpace) -> None:
         hidden_BTD = model.model(inputs_embeds=embeddings_BTD).last_hidden_state
         trained_BTV = hidden_BTD @ bits.add_to_head(model.lm_head.weight).T
         weights = dict(model.state_dict()) | {f"bits.{name}": value for name, value in bits.state_dict().items()}
-        model.load_state_dict(bits.fold(weights, embedding=EMBEDDING, head=HEAD), strict=True)
+        bits.fold(weights)
+        model.load_state_dict(weights, strict=True)
         torch.testing.assert_close(model(ids_BT).logits, trained_BTV, rtol=1e-4, atol=1e-4)
 
 
