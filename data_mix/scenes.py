@@ -289,9 +289,10 @@ def _inside(shape: Shape, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray
 
 
 def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
-    """Everything the prompts of the six skills could say truly of this scene; the full caption first.
+    """What the prompts of the six skills would say of this scene; the full caption first.
 
-    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first.
+    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first. A relation
+    is told from both sides; "and" keeps the reading order, so that a drawer knows which of the two comes where.
     """
     first = objects[0]
     full_1, bare_1 = ObjectDemand(first.shape, first.colour), ObjectDemand(first.shape)
@@ -312,9 +313,7 @@ def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
         Demands((bare_1, bare_2), relation),
         Demands((bare_2, bare_1), MIRRORED[relation]),
         Demands((full_1, full_2)),
-        Demands((full_2, full_1)),
         Demands((bare_1, bare_2)),
-        Demands((bare_2, bare_1)),
     )
 
 

@@ -96,8 +96,6 @@ def _half(
 
 def _chunk(hidden_XD: Tensor, rows_VD: Tensor, targets_X: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     logits_XV = F.linear(hidden_XD, rows_VD).float()
-    normaliser_X = torch.logsumexp(logits_XV, dim=-1)
-    target_logit_X = logits_XV.gather(-1, targets_X.unsqueeze(-1)).squeeze(-1)
-    loss = (normaliser_X - target_logit_X).sum()
-    z = z_loss * normaliser_X.square().sum() if z_loss else loss.new_zeros(())
+    loss = F.cross_entropy(logits_XV, targets_X, reduction="sum")
+    z = z_loss * torch.logsumexp(logits_XV, dim=-1).square().sum() if z_loss else loss.new_zeros(())
     return loss, z

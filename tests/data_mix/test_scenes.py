@@ -94,7 +94,7 @@ def test_families_have_their_shares_and_pairs_are_clear() -> None:
     assert set(counts) == {2, 3, 4} and min(counts.values()) > 250
 
 
-def test_captions_of_a_pair_say_all_that_the_skills_ask() -> None:
+def test_captions_of_a_pair_tell_a_relation_from_both_sides_and_keep_the_reading_order() -> None:
     pair = (SceneObject("circle", "red", 2, 5, 10), SceneObject("square", "orange", 18, 8, 12))
     assert captions(pair) == (
         "a red circle left of an orange square",
@@ -102,9 +102,7 @@ def test_captions_of_a_pair_say_all_that_the_skills_ask() -> None:
         "a circle left of a square",
         "a square right of a circle",
         "a red circle and an orange square",
-        "an orange square and a red circle",
         "a circle and a square",
-        "a square and a circle",
     )
     assert captions(pair[:1]) == ("a red circle", "a circle")
     crosses = [SceneObject("cross", "blue", left, 3, 8) for left in (1, 12, 22)]
