@@ -291,8 +291,8 @@ def _inside(shape: Shape, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray
 def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
     """What the prompts of the six skills would say of this scene; the full caption first.
 
-    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first. A relation
-    is told from both sides; "and" keeps the reading order, so that a drawer knows which of the two comes where.
+    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first. A
+    relation is told from both sides; "and" keeps the reading order, so that a drawer knows which comes first.
     """
     first = objects[0]
     full_1, bare_1 = ObjectDemand(first.shape, first.colour), ObjectDemand(first.shape)
