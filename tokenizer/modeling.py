@@ -38,6 +38,7 @@ class QLIPOutput(ModelOutput):
     sample_entropy: torch.Tensor | None = None
     codebook_entropy: torch.Tensor | None = None
     commitment: torch.Tensor | None = None
+    soft_code: torch.Tensor | None = None
 
 
 class TextEmbeddings(nn.Module):
@@ -260,6 +261,7 @@ class QLIPModel(PreTrainedModel):
             sample_entropy=quantizer.sample_entropy,
             codebook_entropy=quantizer.codebook_entropy,
             commitment=quantizer.commitment,
+            soft_code=quantizer.mean_GK,
         )
         if input_ids is not None:
             output.text_embeds = text_embeds_BP = self.get_text_features(input_ids)

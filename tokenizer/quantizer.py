@@ -30,6 +30,8 @@ class QuantizerOutput(NamedTuple):
     """H(E[Q]), summed over groups, nats."""
     commitment: torch.Tensor
     """Mean over patches of ||sg(zhat) - z||^2 (SPEC stage 1, weight a_z)."""
+    mean_GK: torch.Tensor
+    """E[Q]: the mean soft code of each group, K states; the codebook entropy of several batches needs no more."""
 
 
 class BinarySphericalQuantizer(nn.Module):
@@ -71,15 +73,20 @@ class BinarySphericalQuantizer(nn.Module):
             # carries that factor too (checked against its pixel gradient); the value is hard_BNL exactly.
             quantized_BNL = hard_BNL + (z_BNL - z_BNL.detach()) * self.scale
             zero = z_BNL.new_zeros(())
-            sample, codebook, commitment = zero, zero, zero
+            sample, codebook, commitment, mean_GK = zero, zero, zero, zero
             if entropy:
-                sample, codebook = self.entropies(z_BNL)
+                sample, mean_GK = self.soft_code(z_BNL)
+                codebook = codebook_entropy(mean_GK)
                 commitment = (hard_BNL.detach() - z_BNL).square().sum(-1).mean()
-            loss = (self.gamma0 * sample - self.gamma1 * codebook) / self.inv_temperature
-        return QuantizerOutput(quantized_BNL, bits_to_codes(positive_BNL), loss, sample, codebook, commitment)
+            loss = self.penalty(sample, codebook)
+        return QuantizerOutput(quantized_BNL, bits_to_codes(positive_BNL), loss, sample, codebook, commitment, mean_GK)
 
-    def entropies(self, z_BNL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(E[H(Q)], H(E[Q])) in nats, of normalised z.
+    def penalty(self, sample: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        """(gamma0 * E[H(Q)] - gamma1 * H(E[Q])) / inv_temperature of the two entropies, as the released code has it."""
+        return (self.gamma0 * sample - self.gamma1 * codebook) / self.inv_temperature
+
+    def soft_code(self, z_BNL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[H(Q)] in nats and E[Q] (G, K), of normalised z.
 
         The soft code of a group is a softmax over its corners of 2 * inv_temperature * <z, corner>. That
         factorises into independent bits with logit 4 * inv_temperature * z / sqrt(L), so the sample entropy is
@@ -91,15 +98,13 @@ class BinarySphericalQuantizer(nn.Module):
         sample = (F.softplus(logit_ML) - probability_ML * logit_ML).sum(-1).mean()
         if self.group_size == 1:
             mean_L = probability_ML.mean(0)
-            codebook = -(torch.xlogy(mean_L, mean_L) + torch.xlogy(1 - mean_L, 1 - mean_L)).sum()
-            return sample, codebook
+            return sample, torch.stack([1 - mean_L, mean_L], dim=-1)
         grouped_MGg = probability_ML.unflatten(-1, (-1, self.group_size))
         states_MGK = torch.ones_like(grouped_MGg[..., :1])
         for bit in range(self.group_size):
             p_MG1 = grouped_MGg[..., bit : bit + 1]
             states_MGK = torch.cat([states_MGK * (1 - p_MG1), states_MGK * p_MG1], dim=-1)
-        mean_GK = states_MGK.mean(0)
-        return sample, -torch.xlogy(mean_GK, mean_GK).sum()
+        return sample, states_MGK.mean(0)
 
     def codes_to_quantized(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) -> float32 (B, N, L) of +-1/sqrt(L)."""
@@ -110,3 +115,8 @@ class BinarySphericalQuantizer(nn.Module):
         """Codes (B, N) -> index of each group's state (B, N, G), most significant bit first."""
         bits_BNL = codes_to_bits(codes_BN, num_bits=self.embed_dim)
         return bits_to_codes(bits_BNL.unflatten(-1, (-1, self.group_size)))
+
+
+def codebook_entropy(mean_GK: torch.Tensor) -> torch.Tensor:
+    """H(E[Q]) in nats, summed over groups, of the mean soft code."""
+    return -torch.xlogy(mean_GK, mean_GK).sum()

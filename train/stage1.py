@@ -2,23 +2,32 @@
 
     loss = a_r * MSE + a_a * InfoNCE + a_q * (E[H(Q)] - gamma * H(E[Q])) + a_z * ||sg(zhat) - z||^2
 
-Legend: B images of this rank, H, W pixels, C channels, T text tokens.
+Two terms belong to the global batch as a whole and are no mean over images: InfoNCE, and the entropy H(E[Q]) of the
+mean soft code. What they need of an image is small: two embeddings and its share of the mean. With
+`loop.micro_batch_size` set, a first pass without gradient computes that for every micro-batch, the two terms give its
+gradient, and a second pass carries it on into the model (gradient caching, Gao et al. 2021, arXiv:2101.06983). So the
+gradient is that of the whole batch on any number of devices, for one more forward pass and a micro-batch's memory.
+
+Legend: B images of a micro-batch, M micro-batches of this rank, P projection, G groups of K states, H, W pixels, C
+channels, T text tokens.
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data_mix.images import ImageBatch
 from tokenizer import load
 from tokenizer.losses import info_nce
 from tokenizer.modeling import QLIPModel
+from tokenizer.quantizer import codebook_entropy
 from train.checkpoint import full_weights
 from train.config import Stage1Config
-from train.engine import autocast, build_engine, step_engine
+from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import (
@@ -29,7 +38,7 @@ from train.tokenizer_setup import (
     save_tokenizer,
     skipped_metrics,
 )
-from um3.core.distributed import device, mean_over_ranks, world_size
+from um3.core.distributed import device, gather_with_gradient, mean_over_ranks
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -39,27 +48,36 @@ def build_task(config: Stage1Config) -> "Stage1Task":
     return Stage1Task(config)
 
 
+class Shared(NamedTuple):
+    """What the terms of the whole batch need of a micro-batch."""
+
+    image_embeds_BP: torch.Tensor
+    text_embeds_BP: torch.Tensor
+    soft_code_GK: torch.Tensor
+    logit_scale: torch.Tensor
+
+
 class Stage1Objective(nn.Module):
-    """QLIP with its raw stage-1 loss terms as output, so that one engine call covers both towers."""
+    """QLIP on a micro-batch, in one engine call for both towers: its `Shared`, and the raw terms that are means."""
 
     def __init__(self, qlip: QLIPModel):
         super().__init__()
         self.qlip = qlip
 
-    def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = self.qlip(pixels_BCHW, input_ids_BT)
-        contrastive = info_nce(output.image_embeds, output.text_embeds, logit_scale=self.qlip.logit_scale.exp())
-        return {
+    def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor) -> tuple[Shared, dict[str, torch.Tensor]]:
+        output, quantizer = self.qlip(pixels_BCHW, input_ids_BT), self.qlip.vision_model.quantizer
+        shared = Shared(
+            output.image_embeds.float(), output.text_embeds.float(), output.soft_code, self.qlip.logit_scale.exp()
+        )
+        return shared, {
             "mse": F.mse_loss(output.reconstructions.float(), pixels_BCHW),
-            "contrastive": contrastive.loss,
-            "entropy": output.quantizer_loss,
+            "entropy": quantizer.penalty(output.sample_entropy, torch.zeros_like(output.sample_entropy)),
             "commitment": output.commitment,
-            "accuracy": contrastive.accuracy,
         }
 
 
 class Stage1Task:
-    """One optimizer, one batch, no accumulation: the contrastive term needs the whole batch at once."""
+    """One optimizer; the loss of the global batch, however many micro-batches and ranks it is cut into."""
 
     unit = "images"
 
@@ -87,40 +105,68 @@ class Stage1Task:
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
+        self.micro_images, self.accumulation = split_batch(config.loop)
         self.engine = build_engine(
             self.objective,
             optimizer=config.optimizer,
             engine=config.engine,
-            micro_batch_size=config.loop.batch_size // world_size(),
+            micro_batch_size=self.micro_images,
+            accumulation_steps=self.accumulation,
         )
         return {"model": self.engine}
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         batch = self.batches.batch(step)
-        pixels_BCHW = self.processor.pixels(batch.images_BHWC).to(device())
-        input_ids_BT = self.processor.text(batch.captions)["input_ids"].to(device())
         factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
-        with autocast(config.engine):
-            terms = self.engine(pixels_BCHW, input_ids_BT)
-        weights = config.loss
-        loss = (
-            weights.mse * terms["mse"]
-            + weights.contrastive * terms["contrastive"]
-            + weights.entropy * terms["entropy"]
-            + weights.commitment * terms["commitment"]
-        )
+        starts = range(0, len(batch.captions), self.micro_images)
+        with torch.set_grad_enabled(len(starts) == 1):
+            outputs = [self._forward(batch, start=start) for start in starts]
+        parts = zip(*(shared for shared, _ in outputs), strict=True)
+        shared = Shared(*(torch.stack(part).detach().requires_grad_() for part in parts))
+        means = {name: torch.stack([terms[name] for _, terms in outputs]).detach().mean() for name in outputs[0][1]}
+        of_batch, accuracy = self._batch_terms(shared)
+        terms = means | of_batch | {"entropy": means["entropy"] + of_batch["entropy"]}
+        loss = self._weighted(terms)
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
-        values["train/loss"] = float(loss.detach())
+        values |= {"train/loss": float(loss.detach()), "train/accuracy": float(accuracy)}
         check_finite(values, source="images of " + ", ".join(sorted(set(batch.sources))))
-        self.engine.backward(loss)
-        norm = step_engine(self.engine)
+        gradients = torch.autograd.grad(loss, list(shared))
+        for number, start in enumerate(starts):
+            ours, terms = outputs[0] if len(starts) == 1 else self._forward(batch, start=start)
+            # The engine takes the mean over micro-batches, but these gradients are those of the sum.
+            carried = [(part * gradient[number]).sum() for part, gradient in zip(ours, gradients, strict=True)]
+            self.engine.backward(self._weighted(terms) + len(starts) * sum(carried))
+            norm = step_engine(self.engine)
         with torch.no_grad():
             self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         values = mean_over_ranks(values)
         values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
         return values | skipped_metrics(self.skipped, batch.skipped)
+
+    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([getattr(self.config.loss, name) * term for name, term in terms.items()]).sum()
+
+    def _forward(self, batch: ImageBatch, *, start: int) -> tuple[Shared, dict[str, torch.Tensor]]:
+        """The micro-batch whose first image is `start`."""
+        rows = slice(start, start + self.micro_images)
+        pixels_BCHW = self.processor.pixels(batch.images_BHWC[rows]).to(device())
+        input_ids_BT = self.processor.text(batch.captions[rows])["input_ids"].to(device())
+        with autocast(self.config.engine):
+            return self.engine(pixels_BCHW, input_ids_BT)
+
+    def _batch_terms(self, shared: Shared) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The raw terms of the global batch, and the retrieval accuracy; `shared` has a leading dimension M."""
+        contrastive = info_nce(
+            shared.image_embeds_BP.flatten(0, 1),
+            shared.text_embeds_BP.flatten(0, 1),
+            logit_scale=shared.logit_scale.mean(),
+        )
+        mean_GK = gather_with_gradient(shared.soft_code_GK.mean(0, keepdim=True)).mean(0)
+        codebook = codebook_entropy(mean_GK)
+        penalty = self.qlip.vision_model.quantizer.penalty(torch.zeros_like(codebook), codebook)
+        return {"contrastive": contrastive.loss, "entropy": penalty}, contrastive.accuracy
 
     def state(self, step: int) -> dict[str, Any]:
         return {"seed": self.config.loop.seed, "step": step}

@@ -22,6 +22,24 @@ def test_info_nce_equals_the_textbook_form() -> None:
     assert float(info_nce(image, image, logit_scale=torch.tensor(100.0)).accuracy) == 1.0
 
 
+def test_info_nce_in_chunks_is_the_same_and_keeps_no_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found: list[tuple[torch.Tensor, ...]] = []
+    kept: list[int] = []
+    for chunk_rows in (7, 2):
+        image, text = (torch.randn(7, 3, generator=generator.manual_seed(s)).requires_grad_() for s in (1, 2))
+        scale = torch.tensor(5.0, requires_grad=True)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            loss, accuracy = info_nce(image, text, logit_scale=scale, chunk_rows=chunk_rows)
+        loss.backward()
+        found.append((loss.detach(), accuracy, image.grad, text.grad, scale.grad))
+        kept.append(max(sizes))
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole)
+    assert kept == [7 * 7, 7 * 3]  # the logits; the embeddings
+
+
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
 def test_adversarial_terms_pull_apart_and_together(kind: AdversarialKind) -> None:
     good, bad = torch.full((4,), 2.0), torch.full((4,), -2.0)
