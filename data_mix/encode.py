@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 import torch
 
-import tokenizer
 from data_mix.origin import origin
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample, ImageSource, Sample, Split
@@ -101,8 +100,10 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
         UserError: the tokenizer cannot be loaded, its codes do not fit the shards, a source cannot be
             opened, or nothing in it can be used.
     """
+    from tokenizer import load  # takes seconds, which a run with nothing to do should not
+
     torch.set_num_threads(config.num_threads)
-    model, processor = tokenizer.load(config.qlip)
+    model, processor = load(config.qlip)
     model.to(device())  # type: ignore[arg-type]
     if model.num_bits > MAX_BITS:
         raise UserError(f"{config.qlip} makes codes of {model.num_bits} bits; shards hold at most {MAX_BITS}")

@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig
 
 from um3.core.errors import UserError
 
+RELEASED_MODEL_TYPE = "clip"
+RELEASED_LICENSE = "non-commercial use only (NVIDIA's licence of the released QLIP weights)"
+
 
 class _TowerChecks:
     hidden_size: int
@@ -103,7 +106,8 @@ SUB_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 class QLIPConfig(PreTrainedConfig):
     """QLIP: text tower, visual encoder with its quantizer, visual decoder (SPEC section 1).
 
-    The defaults are QLIP-B-16-256. A released folder calls itself `clip`; it is read as what it is.
+    The defaults are QLIP-B-16-256. A released folder calls itself `clip`; it is read as what it is, and
+    `weights_license` remembers where the weights came from, in every folder saved from them.
     """
 
     model_type = "qlip"
@@ -117,6 +121,7 @@ class QLIPConfig(PreTrainedConfig):
     text_projection_bias: bool = False
     vision_projection_bias: bool = True
     initializer_range: float = 0.02
+    weights_license: str = ""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, kind in SUB_CONFIGS.items():
@@ -149,6 +154,8 @@ class QLIPConfig(PreTrainedConfig):
         """Read config.json; a released folder's `model_type: clip` is renamed, anything else is refused later."""
         values, rest = super().get_config_dict(*args, **kwargs)
         if values.get("architectures") == ["QLIPModel"]:
+            if values.get("model_type") == RELEASED_MODEL_TYPE:
+                values["weights_license"] = RELEASED_LICENSE
             values["model_type"] = cls.model_type
         elif values.get("model_type") != cls.model_type:
             raise UserError(

@@ -5,6 +5,7 @@ L bits, P projection, C channels, H, W pixels.
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfi
 from tokenizer.layers import Encoder, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 OLD_CLIP_END_ID = 2
 """This eos id in a config means "the largest id ends the text", the old CLIP convention."""
@@ -206,6 +209,15 @@ class QLIPModel(PreTrainedModel):
             nn.init.normal_(module.class_embedding, std=std)
         elif isinstance(module, VisionDecoder):
             nn.init.normal_(module.position_embeddings, std=std)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """Load a QLIP folder or hub id, released or ours; says so where the weights' licence restricts their use."""
+        loaded = super().from_pretrained(*args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.weights_license:
+            logger.warning("the weights in %s: %s", model.name_or_path, model.config.weights_license)
+        return loaded
 
     @property
     def num_bits(self) -> int:

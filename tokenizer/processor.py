@@ -5,7 +5,7 @@ Legend: B batch, C channels, H height, W width.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 class QLIPProcessor:
@@ -52,22 +53,23 @@ class QLIPProcessor:
         return self._text_tokenizer
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "QLIPProcessor":
-        """Load from a QLIP folder or hub id."""
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "QLIPProcessor":
+        """Load from a QLIP folder or hub id; `options` such as `revision` are transformers' for finding its files."""
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
         from tokenizer.configuration import QLIPConfig
 
-        config = QLIPConfig.from_pretrained(path)
+        options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+        config = QLIPConfig.from_pretrained(path, **options)
         found = cached_file(
             str(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_connection_errors=False, **options,
         )  # fmt: skip
         values = read_json(found) if found else {}
         try:
             # The folder's model type says nothing about its text tokenizer: the tokenizer files do.
-            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_tower)
+            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_tower, **options)
         except (OSError, ValueError, KeyError, AttributeError):
             text_tokenizer = None
         return cls(
@@ -77,6 +79,16 @@ class QLIPProcessor:
             image_mean=values.get("image_mean", CLIP_MEAN),
             image_std=values.get("image_std", CLIP_STD),
         )
+
+    def __call__(
+        self,
+        *,
+        images: "np.ndarray | torch.Tensor | Sequence[Image.Image] | None" = None,
+        text: Iterable[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What `QLIPModel.forward` takes of pictures and captions: `pixel_values`, `input_ids`, `attention_mask`."""
+        inputs = {} if images is None else {"pixel_values": self.pixels(images)}
+        return inputs if text is None else inputs | self.text([text] if isinstance(text, str) else text)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json and the text tokenizer's files."""

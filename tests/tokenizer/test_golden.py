@@ -89,3 +89,17 @@ def test_round_trip_after_a_change(model: QLIPModel, golden: dict[str, torch.Ten
         second = again(golden["pixel_values"], golden["input_ids"])
     assert torch.equal(first.reconstructions, second.reconstructions)
     assert torch.equal(first.image_embeds, second.image_embeds)
+
+
+def test_a_released_folder_says_what_its_licence_forbids_and_so_does_what_is_saved_from_it(
+    model: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path)
+    again = load_qlip(tmp_path)
+    assert "non-commercial" in caplog.text and str(tmp_path) in caplog.text
+    assert again.fingerprint() == model.fingerprint()
+    caplog.clear()
+    again.config.weights_license = ""
+    again.save_pretrained(tmp_path)
+    load_qlip(tmp_path)
+    assert caplog.text == ""

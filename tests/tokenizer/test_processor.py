@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 from tests.tokenizer.conftest import tiny_config
 from tokenizer import load
+from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text import load_caption_tokenizer, train_caption_tokenizer
@@ -70,3 +73,17 @@ def test_a_folder_without_text_tokenizer_says_so_when_asked(tmp_path: Path) -> N
 def test_missing_text_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load a text tokenizer"):
         load_caption_tokenizer(tmp_path / "absent")
+
+
+def test_the_auto_classes_load_a_saved_folder(processor: QLIPProcessor, tmp_path: Path) -> None:
+    config = tiny_config()
+    config.text_tower.max_position_embeddings = 8
+    saved = QLIPModel(config).eval()
+    saved.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model) is QLIPModel and type(again) is QLIPProcessor and type(model.config) is QLIPConfig
+    inputs = again(images=[Image.new("RGB", (20, 16), "red")] * 2, text=CAPTIONS[:2])
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits_per_image, saved(**inputs).logits_per_image)
+    assert again(text="a red circle")["input_ids"].shape[0] == 1 and again() == {}
