@@ -4,6 +4,7 @@ Every function returns None where the run has nothing to show.
 """
 
 import io
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -94,6 +95,7 @@ def write_figures(run: RunData, folder: Path) -> dict[str, Path]:
         "drawings": drawings(run),
         "captions": captions(run),
         "reconstructions": reconstructions(run),
+        "bits": bits(run),
         "losses": losses(run),
         "mix": mix(run),
     }
@@ -200,6 +202,47 @@ def reconstructions(run: RunData, *, per_source: int = 12) -> "Figure | None":
     return canvas.figure
 
 
+def bits(run: RunData) -> "Figure | None":
+    """By source: entropy of each bit, correlations, what flipping one changes, and a picture with each flipped."""
+    reports, arrays = run.samples("tokenizer").get("bits", {}), run.images.get("tokenizer", {})
+    if not reports:
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(12, 3.2 * len(reports)), layout="constrained", facecolor=PAPER)
+    grid = figure.subplots(len(reports), 4, squeeze=False, width_ratios=(3, 2.6, 3, 2.6))
+    for (entropy, correlation, flip, pictures), (source, report) in zip(grid, reports.items(), strict=True):
+        numbers = range(len(report["entropy"]))
+        titles = {"entropy": f"{source}: entropy, bits", "flip": "flipped: change in grey levels"}
+        for axes, (name, title) in zip((entropy, flip), titles.items(), strict=True):
+            axes.bar(numbers, report[name], color=CURVE_COLOURS[0])
+            _style(axes, title=title, across="bit, most significant first")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        entropy.set_ylim(0, 1)
+        shown = correlation.imshow(np.abs(report["correlation"]), vmin=0, vmax=1, cmap="Blues")
+        _style(correlation, title="correlation, absolute", across="bit")
+        for axis in (correlation.xaxis, correlation.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(shown, ax=correlation, shrink=0.8).ax.tick_params(colors=MUTED, labelsize=8)
+        pictures.imshow(_sheet(arrays[f"{source}_flipped"]), interpolation="nearest")
+        pictures.set_axis_off()
+        pictures.set_title("a picture, then each bit flipped in turn", loc="left", fontsize=11, color=INK)
+    return figure
+
+
+def _sheet(images_KHWC: NDArray) -> NDArray:
+    """The images in reading order on one white sheet, about square, a line of white between them."""
+    count, height, width, channels = images_KHWC.shape
+    columns, gap = math.ceil(math.sqrt(count)), max(1, width // 16)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    for number, image_HWC in enumerate(images_KHWC):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image_HWC
+    return sheet
+
+
 CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "stage1": ("stage 1: reconstruct and align", {"train/mse": "squared error", "train/contrastive": "contrastive"}),
     "stage2": ("stage 2: sharpen", {"train/mse": "squared error", "train/perceptual": "perceptual"}),
@@ -235,9 +278,9 @@ def losses(run: RunData) -> "Figure | None":
     return figure
 
 
-def _style(axes: "Axes", *, title: str) -> None:
+def _style(axes: "Axes", *, title: str, across: str = "step") -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.set_xlabel("step", color=MUTED)
+    axes.set_xlabel(across, color=MUTED)
     axes.tick_params(colors=MUTED, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)

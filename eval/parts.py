@@ -16,6 +16,7 @@ import tokenizer as qlip
 from data_mix.digits import DigitsSource, captions_of
 from data_mix.samples import Split
 from data_mix.scene_prompts import evaluation_prompts
+from eval.bits import MAX_IMAGES, BitReport, bit_report, bit_scores
 from eval.captions import caption_scores
 from eval.clipscore import Clip, load_clip
 from eval.config import EvalConfig
@@ -158,7 +159,7 @@ def _draw_skills(config: EvalConfig, *, pipeline: UM3Pipeline, result: PartResul
 
 def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
     """Reconstruction by every stage's tokenizer; retrieval and classification by the last."""
-    result = PartResult([], {"stages": list(stages)}, {})
+    result = PartResult([], {"stages": list(stages), "bits": {}}, {})
     held_out = functools.cache(lambda size: _held_out(config, num_images=config.tokenizer.num_images, size=size))
     for stage, folder in stages.items():
         model, processor = qlip.load(folder)
@@ -174,6 +175,11 @@ def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
     for data in held_out(processor.image_size):
         of = Measurement(f"{data.name}_retrieval", config.seed, {"stage": stage})
         result.scores.extend(retrieval_scores(data.images, captions=data.full_captions, of=of, **towers))
+        report = _bits(data.images[:MAX_IMAGES], **towers)
+        result.scores.extend(bit_scores(report, n=min(len(data.images), MAX_IMAGES), of=of.named(f"{data.name}_bits")))
+        kept = {"entropy": report.entropy_L, "correlation": report.correlation_LL, "flip": report.flip_L}
+        result.samples["bits"][data.name] = {name: values.round(4).tolist() for name, values in kept.items()}
+        result.images[f"{data.name}_flipped"] = report.flipped_KHWC
     if config.tokenizer.labelled:
         of = Measurement("digits_classification", config.seed, {"stage": stage})
         result.scores.extend(_classification_rows(of=of, **towers))
@@ -190,6 +196,17 @@ def reconstruct(images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProces
         rebuilt.append(processor.images(model.decode(codes_BN)))
         progress.advance(len(batch))
     return np.concatenate(rebuilt)
+
+
+@torch.inference_mode()
+def _bits(images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor) -> BitReport:
+    pixels = (processor.pixels(images_NHWC[start : start + BATCH]) for start in range(0, len(images_NHWC), BATCH))
+    codes_NP = torch.cat([model.encode(batch.to(model.device, model.dtype)).cpu() for batch in pixels])
+    return bit_report(
+        codes_NP,
+        num_bits=model.num_bits,
+        draw=lambda codes_BP: processor.images(model.decode(codes_BP.to(model.device))),
+    )
 
 
 def _reconstruction_rows(

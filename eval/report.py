@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_mix.scene_prompts import SKILLS
 from eval.config import PARTS
-from eval.figures import SKILL_TITLES, losses, mix, svg, write_figures
+from eval.figures import SKILL_TITLES, bits, losses, mix, svg, write_figures
 from eval.paper import REFERENCES, tables
 from eval.run_data import TRAINING_PHASES, RunData, load_run
 from eval.scores import Score
@@ -204,7 +204,7 @@ def metric_name(metric: str) -> str:
 
 def task_title(task: str) -> str:
     """`scenes_reconstruction_stage1` -> `reconstruction · scenes · stage 1`."""
-    for kind in ("reconstruction", "retrieval", "classification", "captions", "generation"):
+    for kind in ("reconstruction", "retrieval", "bits", "classification", "captions", "generation"):
         source, found, stage = task.partition(f"_{kind}")
         if found:
             parts = [kind.replace("generation", "drawings"), source, stage.strip("_").replace("stage", "stage ")]
@@ -222,7 +222,7 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    curves, mixed = losses(run), mix(run)
+    curves, mixed, code_bits = losses(run), mix(run), bits(run)
     return environment.get_template(TEMPLATE).render(
         run=run,
         runs=runs,
@@ -235,6 +235,7 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
         drawings=_drawings(run),
         captions=_captions(run),
         reconstructions=_reconstructions(run),
+        bits=Markup(svg(code_bits)) if code_bits else None,
         curves=Markup(svg(curves)) if curves else None,
         mix=Markup(svg(mixed)) if mixed else None,
         paper_tables=tables(),

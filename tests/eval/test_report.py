@@ -104,7 +104,7 @@ def test_report_json_is_flat_and_complete(reported):
 
 
 def test_every_figure_is_a_picture_of_some_size(reported):
-    names = {"hero", "hero_dark", "drawings", "captions", "reconstructions", "losses", "mix"}
+    names = {"hero", "hero_dark", "drawings", "captions", "reconstructions", "bits", "losses", "mix"}
     assert {path.stem for path in (reported / "figures").glob("*.png")} == names
     for name in names:
         picture = np.asarray(Image.open(reported / "figures" / f"{name}.png").convert("RGB"))

@@ -50,6 +50,7 @@ def test_every_part_leaves_rows_samples_and_images(evaluated):
         "skills/mean": 12,
         "scenes_reconstruction_stage1/psnr": 8,
         "digits_reconstruction_stage2/ssim": 8,
+        "scenes_bits/entropy": 8,
         "digits_classification/zero_shot": 359,
         "digits_classification/probe_cls_mean": 359,
     }
@@ -60,7 +61,8 @@ def test_every_part_leaves_rows_samples_and_images(evaluated):
     with np.load(evaluated / "generation.npz") as arrays:
         assert arrays["skills"].shape == (12, 32, 32, 3) and arrays["scenes_drawn"].shape == (6, 32, 32, 3)
     with np.load(evaluated / "tokenizer.npz") as arrays:
-        assert set(arrays) == {f"{s}_{k}" for s in ("scenes", "digits") for k in ("stage1", "stage2", "original")}
+        kinds = ("stage1", "stage2", "original", "flipped")
+        assert set(arrays) == {f"{source}_{kind}" for source in ("scenes", "digits") for kind in kinds}
     skills = json.loads((evaluated / "generation.json").read_text())["samples"]["skills"]
     assert len(skills) == 12 and {"prompt", "skill", "passed", "demands_met", "seed"} <= skills[0].keys()
 
