@@ -8,6 +8,7 @@ NPROC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(nproc 2>/dev/nul
 DATA ?=
 TEXT ?=
 ARGS ?=
+NAME ?= weights
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -19,7 +20,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 eval report sample mix-preview lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -71,6 +72,14 @@ eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 
 report: $(READY) ## Write report.json, report.html and the pictures, and print the table
 	@$(PY) -m eval.report --run $(RUN) $(ARGS)
+
+ablation: $(READY) ## Train and measure the rows of a table of the paper (NAME=weights; see configs/ablations)
+	@$(PY) -m eval.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \
+		--processes $(NPROC) $(ARGS)
+
+balance: $(READY) ## The weights of stage 1's two losses, by training with each alone
+	@$(PY) -m eval.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \
+		--processes $(NPROC) $(ARGS)
 
 sample: $(READY) ## Draw a few pictures and read them back
 	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \

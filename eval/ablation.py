@@ -1,0 +1,148 @@
+"""`python -m eval.ablation --table FILE --config FOLDER --run FOLDER`: train and measure the rows of a table.
+
+Every row is a run of its own below the run folder, made by the same commands as any other (`python -m train`,
+`python -m eval.run`), so that a row is resumed where it was stopped and not made again when it is up to date.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from eval.scores import Score, read_scores
+from um3.core.config import load_config
+from um3.core.errors import UserError, run_main
+from um3.core.files import write_json, write_text
+from um3.core.metrics import read_metrics
+
+CONVERGED = 0.1
+"""A loss at convergence is the mean over this last share of the logged steps."""
+LOSSES = {"contrastive": "train/contrastive", "mse": "train/mse"}
+
+
+@dataclass
+class Row:
+    """One run: the settings over each phase's config, and the paper's values in the order of the columns."""
+
+    name: str = ""
+    stage1: list[str] = field(default_factory=list)
+    stage2: list[str] | None = None
+    """None: the row has no stage 2."""
+    alone: Literal["", "contrastive", "mse"] = ""
+    """The one loss of this row that weighs anything, for the rule that balances the two."""
+    paper: list[float | None] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    """A table of runs. `columns`: key of a score -> heading."""
+
+    title: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if not names or len(set(names)) < len(names) or not all(names):
+            raise ValueError(f"rows {names}: a table needs rows, each with a name of its own")
+        for row in self.rows:
+            if row.paper and len(row.paper) != len(self.columns):
+                raise ValueError(
+                    f"row '{row.name}' has {len(row.paper)} values of the paper for {len(self.columns)} columns"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the rows that are not there yet, then print and write the table."""
+    parser = argparse.ArgumentParser(prog="python -m eval.ablation", description="Train and measure a table's rows.")
+    parser.add_argument("--table", required=True, help="YAML file of the table, such as configs/ablations/weights.yaml")
+    parser.add_argument("--config", required=True, help="folder of the configs the rows change, such as configs/demo")
+    parser.add_argument("--run", required=True, help="folder for the rows' runs and the table")
+    parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
+    parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of stage 1 in every row")
+    options = parser.parse_intermixed_args(arguments)
+    table = load_config(Table, path=options.table)
+    if options.alone:
+        table.rows = [row for row in table.rows if row.alone]
+        if not table.rows:
+            raise UserError(f"{options.table} has no row with a single loss (`alone`)")
+    folders = {row.name: Path(options.run) / _slug(row.name) for row in table.rows}
+    for number, row in enumerate(table.rows, start=1):
+        print(f"row {number} of {len(table.rows)}: {row.name}", flush=True)
+        _make(row, folder=folders[row.name], configs=Path(options.config), options=options)
+    lines = markdown(table, scores={name: _scores(folder) for name, folder in folders.items()})
+    if ratio := balance({row.alone: folders[row.name] for row in table.rows if row.alone}):
+        lines += ["", ratio]
+    write_text(Path(options.run) / "table.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
+    values = {name: {key: row.to_dict() for key, row in _scores(folder).items()} for name, folder in folders.items()}
+    write_json(Path(options.run) / "table.json", values)
+    print("\n".join([table.title, *lines, str(Path(options.run) / "table.md")]))
+
+
+def _make(row: Row, *, folder: Path, configs: Path, options: argparse.Namespace) -> None:
+    train = ["train", "--processes", str(options.processes)]
+    stage1 = [f"loop.folder={folder}/stage1", *options.overrides, *row.stage1]
+    commands = {"stage1": [*train, "stage1", "--config", f"{configs}/stage1.yaml", *stage1]}
+    if row.stage2 is not None:
+        stage2 = [f"loop.folder={folder}/stage2", f"tokenizer={folder}/stage1/model", *row.stage2]
+        commands["stage2"] = [*train, "stage2", "--config", f"{configs}/stage2.yaml", *stage2]
+    commands["eval"] = ["eval.run", "--config", f"{configs}/eval.yaml", f"run={folder}", "parts=[tokenizer]"]
+    for name, command in commands.items():
+        code = subprocess.run([sys.executable, "-m", *command]).returncode
+        if code:
+            raise UserError(f"row '{row.name}' stopped in {name} with exit code {code}; the same command goes on")
+
+
+def _scores(folder: Path) -> dict[str, Score]:
+    return {score.key: score for score in read_scores(folder / "eval" / "tokenizer.json")}
+
+
+def markdown(table: Table, *, scores: dict[str, dict[str, Score]]) -> list[str]:
+    """The lines of a Markdown table: each value, and the paper's behind it where it has one.
+
+    Raises:
+        UserError: a column that no row has a score for.
+    """
+    for key in table.columns:
+        if not any(key in row for row in scores.values()):
+            raise UserError(f"no run has a score '{key}'; there are {', '.join(sorted(next(iter(scores.values()))))}")
+    lines = ["| | " + " | ".join(table.columns.values()) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    for row in table.rows:
+        cells = []
+        for number, key in enumerate(table.columns):
+            score = scores[row.name].get(key)
+            paper = row.paper[number] if row.paper else None
+            shown = score.shown() if score else "–"
+            cells.append(shown if paper is None or score is None else f"{shown} (paper {score.shown(paper)})")
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def balance(alone: dict[str, Path]) -> str:
+    """The paper's rule for the weights (section 3): a_r / a_a is about L_align / L_mse, each trained alone to its end.
+
+    Empty unless there is a run of each loss.
+    """
+    if set(alone) != set(LOSSES):
+        return ""
+    last = {}
+    for name, key in LOSSES.items():
+        values = [row[key] for row in read_metrics(alone[name] / "stage1" / "metrics.jsonl")]
+        last[name] = fmean(values[-max(1, round(CONVERGED * len(values))) :])
+    ratio = last["contrastive"] / last["mse"]
+    parts = f"contrastive {last['contrastive']:.4g} / squared error {last['mse']:.4g}"
+    return f"a_r / a_a = {ratio:.3g}: {parts}, each trained alone (mean of the last {CONVERGED:.0%} of its steps)"
+
+
+def _slug(name: str) -> str:
+    """A folder name: letters, digits and single dashes."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.replace(",", "")).split())
+
+
+if __name__ == "__main__":
+    run_main(main)
