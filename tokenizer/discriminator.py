@@ -1,17 +1,22 @@
-"""PatchGAN: a convolutional discriminator that judges overlapping patches of an image.
+"""Discriminators: PatchGAN, which judges overlapping patches of an image, and a residual one, which judges it whole.
 
-Legend: B batch, C channels.
+Neither has statistics over the batch (BatchNorm, minibatch deviation): they would differ between ranks, micro-batches
+and a resumed run. Legend: B batch, C channels.
 """
 
+import itertools
+import math
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+DiscriminatorKind = Literal["patch", "residual"]
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions of stride 2 up to `num_layers`, then two of stride 1; one logit per receptive field.
-
-    GroupNorm instead of BatchNorm: no statistics that differ between ranks, micro-batches or a resumed run.
-    """
+    """Convolutions of stride 2 up to `num_layers`, then two of stride 1; one logit per receptive field."""
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, in_channels: int = 3):
         super().__init__()
@@ -34,3 +39,48 @@ class PatchDiscriminator(nn.Module):
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Images -> logits (B, 1, h, w), positive for real."""
         return self.layers(pixels_BCHW)
+
+
+class ResidualDiscriminator(nn.Module):
+    """The discriminator of StyleGAN2 (Karras et al. 2020): residual blocks that halve the image, one logit per image.
+
+    `num_layers` blocks, the width doubling up to 8 times `channels`; then a convolution and two linear layers over
+    what is left, the mean over places.
+    """
+
+    def __init__(self, *, channels: int = 64, num_layers: int = 3, in_channels: int = 3):
+        super().__init__()
+        widths = [min(channels * 2**index, channels * 8) for index in range(num_layers + 1)]
+        self.stem = nn.Conv2d(in_channels, widths[0], 1)
+        self.blocks = nn.ModuleList(_HalvingBlock(*pair) for pair in itertools.pairwise(widths))
+        self.last = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
+        self.judge = nn.Sequential(nn.Linear(widths[-1], widths[-1]), nn.LeakyReLU(0.2), nn.Linear(widths[-1], 1))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images -> logits (B, 1), positive for real."""
+        x = F.leaky_relu(self.stem(pixels_BCHW), 0.2)
+        for block in self.blocks:
+            x = block(x)
+        return self.judge(F.leaky_relu(self.last(x), 0.2).mean(dim=(-2, -1)))
+
+
+class _HalvingBlock(nn.Module):
+    def __init__(self, narrow: int, wide: int):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(narrow, narrow, 3, padding=1), nn.Conv2d(narrow, wide, 3, padding=1)
+        self.skip = nn.Conv2d(narrow, wide, 1, bias=False)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        inner = F.leaky_relu(self.second(F.leaky_relu(self.first(x_BCHW), 0.2)), 0.2)
+        return (F.avg_pool2d(inner, 2) + self.skip(F.avg_pool2d(x_BCHW, 2))) / math.sqrt(2)
+
+
+def build_discriminator(kind: DiscriminatorKind, *, channels: int, num_layers: int) -> nn.Module:
+    """A discriminator with fresh weights."""
+    made = {"patch": PatchDiscriminator, "residual": ResidualDiscriminator}[kind]
+    return made(channels=channels, num_layers=num_layers)

@@ -169,6 +169,8 @@ class Stage2LossConfig:
     adversarial_kind: Literal["hinge", "non_saturating"] = "hinge"
     adversarial_start_step: int = 0
     """The discriminator trains from step 0; the generator listens to it from this step."""
+    r1: float = 0.0
+    """gamma of the discriminator's penalty on real images, gamma / 2 * E |grad D|^2 (Mescheder et al. 2018)."""
 
 
 @dataclass
@@ -181,8 +183,9 @@ class PerceptualConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """Shape of the PatchGAN discriminator."""
+    """Shape of the discriminator: PatchGAN, or StyleGAN2's residual one."""
 
+    kind: Literal["patch", "residual"] = "patch"
     channels: int = 64
     num_layers: int = 3
 

@@ -130,6 +130,7 @@ class Stage1Task:
         terms = means | of_batch | {"entropy": means["entropy"] + of_batch["entropy"]}
         loss = self._weighted(terms)
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+        values |= {f"weighted/{name}": getattr(config.loss, name) * values[f"train/{name}"] for name in terms}
         values |= {"train/loss": float(loss.detach()), "train/accuracy": float(accuracy)}
         check_finite(values, source="images of " + ", ".join(sorted(set(batch.sources))))
         gradients = torch.autograd.grad(loss, list(shared))

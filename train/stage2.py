@@ -4,10 +4,14 @@ The text tower is not used, the encoder is frozen; bottleneck and decoder train 
 
     loss = a_r * MSE + a_q * (E[H(Q)] - gamma * H(E[Q])) + a_p * perceptual + a_g * adversarial
 
-Legend: B images of this rank, H, W pixels, C channels.
+With `loop.micro_batch_size` set, a step adds up the gradients of several micro-batches; of its terms only H(E[Q]) is no
+mean over images, and is taken of each micro-batch.
+
+Legend: B images of a micro-batch, H, W pixels, C channels.
 """
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,17 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenizer import load
-from tokenizer.discriminator import PatchDiscriminator
+from tokenizer.discriminator import build_discriminator
 from tokenizer.losses import discriminator_loss, generator_loss
 from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import build_perceptual_distance
 from train.checkpoint import full_weights
 from train.config import Stage2Config
-from train.engine import autocast, build_engine, step_engine
+from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import flatten_scalars, image_batches, open_sources, save_tokenizer, skipped_metrics
-from um3.core.distributed import device, mean_over_ranks, world_size
+from um3.core.distributed import device, mean_over_ranks
 from um3.core.seeds import seed_everything
 
 TRAINED = ("vision_model.quant_embed.", "vision_model.quant_embed_post.", "vision_decoder.")
@@ -73,7 +77,7 @@ class Stage2Task:
         self.distance = build_perceptual_distance(backbone=perceptual.backbone, heads=perceptual.heads).to(device())
         seed_everything(config.loop.seed, "discriminator weights")
         shape = config.discriminator
-        self.discriminator = PatchDiscriminator(channels=shape.channels, num_layers=shape.num_layers)
+        self.discriminator = build_discriminator(shape.kind, channels=shape.channels, num_layers=shape.num_layers)
         self.skipped: dict[str, int] = {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -81,7 +85,9 @@ class Stage2Task:
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
-        shared: dict[str, Any] = {"engine": config.engine, "micro_batch_size": config.loop.batch_size // world_size()}
+        self.micro_images, accumulation = split_batch(config.loop)
+        shared: dict[str, Any] = {"engine": config.engine, "micro_batch_size": self.micro_images}
+        shared["accumulation_steps"] = accumulation
         self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, **shared)
         self.critic = build_engine(self.discriminator, optimizer=config.discriminator_optimizer, **shared)
         return {"model": self.generator, "discriminator": self.critic}
@@ -89,15 +95,18 @@ class Stage2Task:
     def train_step(self, step: int) -> dict[str, float]:
         config, total = self.config, self.config.loop.total_steps
         batch = self.batches.batch(step)
-        pixels_BCHW = self.processor.pixels(batch.images_BHWC).to(device())
         source = "images of " + ", ".join(sorted(set(batch.sources)))
         factor = schedule_factor(step, total_steps=total, config=config.optimizer)
         set_learning_rate(self.generator.optimizer, factor=factor)
         critic_factor = schedule_factor(step, total_steps=total, config=config.discriminator_optimizer)
         set_learning_rate(self.critic.optimizer, factor=critic_factor)
-        values, reconstructions_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
-        values |= self._critic_step(pixels_BCHW, reconstructions_BCHW, source=source)
-        values = mean_over_ranks(values)
+        found: list[dict[str, float]] = []
+        for images_BHWC in batch.images_BHWC.split(self.micro_images):
+            pixels_BCHW = self.processor.pixels(images_BHWC).to(device())
+            values, drawn_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
+            found.append(values | self._critic_step(pixels_BCHW, drawn_BCHW, source=source))
+        means = {name: fmean(values[name] for values in found) for name in found[0]}
+        values = mean_over_ranks(means | {"optim/grad_norm": found[-1]["optim/grad_norm"]})
         values |= {"optim/lr": config.optimizer.lr * factor}
         return values | skipped_metrics(self.skipped, batch.skipped)
 
@@ -116,8 +125,10 @@ class Stage2Task:
                 logits = self.discriminator(self._signed(drawn_BCHW))
                 self.discriminator.requires_grad_(True)
                 terms["adversarial"] = generator_loss(logits, kind=weights.adversarial_kind)
-        loss = sum((getattr(weights, name) * term for name, term in terms.items()), start=pixels_BCHW.new_zeros(()))
+        weighted = {name: getattr(weights, name) * term for name, term in terms.items()}
+        loss = torch.stack(list(weighted.values())).sum()
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+        values |= {f"weighted/{name}": float(term.detach()) for name, term in weighted.items()}
         values["train/loss"] = float(loss.detach())
         check_finite(values, source=source)
         self.generator.backward(loss)
@@ -127,16 +138,27 @@ class Stage2Task:
     def _critic_step(self, pixels_BCHW: torch.Tensor, drawn_BCHW: torch.Tensor, *, source: str) -> dict[str, float]:
         if self.config.loss.adversarial == 0:
             return {}
+        weights, signed_BCHW = self.config.loss, self._signed(pixels_BCHW)
         with autocast(self.config.engine):
-            real = self.critic(self._signed(pixels_BCHW))
+            real = self.critic(signed_BCHW)
             fake = self.critic(self._signed(drawn_BCHW))
-            loss = discriminator_loss(real, fake, kind=self.config.loss.adversarial_kind)
+            loss = discriminator_loss(real, fake, kind=weights.adversarial_kind)
         values = {"train/discriminator": float(loss.detach())}
+        if weights.r1 > 0:
+            penalty = self._slope(signed_BCHW)
+            loss = loss + weights.r1 / 2 * penalty
+            values["train/r1"] = float(penalty.detach())
         values |= {"train/logit_real": float(real.detach().mean()), "train/logit_fake": float(fake.detach().mean())}
         check_finite(values, source=source)
         self.critic.backward(loss)
         step_engine(self.critic)
         return values
+
+    def _slope(self, signed_BCHW: torch.Tensor) -> torch.Tensor:
+        """E |grad D|^2 on real images. Past the engine, which takes every gradient through it for a training step."""
+        signed_BCHW = signed_BCHW.requires_grad_()
+        (slope_BCHW,) = torch.autograd.grad(self.discriminator(signed_BCHW).sum(), signed_BCHW, create_graph=True)
+        return slope_BCHW.square().sum(dim=(1, 2, 3)).mean()
 
     def _signed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalised pixels -> [-1, 1], what the perceptual network and the discriminator take."""

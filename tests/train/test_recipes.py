@@ -41,6 +41,36 @@ def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
     assert json.loads((made / "stage2/done.json").read_text())["perceptual"] == "random_features"
 
 
+def test_stage2_losses_do_not_depend_on_the_micro_batch(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The entropy of the mean code is the one term that is no mean over images.
+    for name, size in (("whole", 0), ("parts", 2)):
+        options = ["loss.entropy=0", "loss.r1=0.1", f"loop.micro_batch_size={size}"]
+        run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}/{name}", *options))
+    whole, parts = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for term in ("loss", "mse", "perceptual", "discriminator", "r1"):
+        assert [row[f"train/{term}"] for row in parts] == pytest.approx(
+            [row[f"train/{term}"] for row in whole], rel=1e-3
+        )
+    assert parts[-1]["optim/grad_norm"] == pytest.approx(whole[-1]["optim/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_stage2_with_a_residual_discriminator_and_its_penalty(
+    zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = ["discriminator.kind=residual", "loss.adversarial_kind=non_saturating", f"engine.zero_stage={zero_stage}"]
+    for name, r1 in (("free", 0), ("held", 1000)):
+        options = [*critic, f"loss.r1={r1}", "discriminator_optimizer.lr=1e-2"]
+        run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}/{name}", *options))
+    free, held = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("free", "held"))
+    assert "train/r1" not in free[0] and held[-1]["train/r1"] < 0.75 * held[0]["train/r1"]
+    for row in held:
+        terms = [value for name, value in row.items() if name.startswith("weighted/")]
+        assert row["train/loss"] == pytest.approx(sum(terms), rel=1e-5) and len(terms) >= 3
+
+
 def test_um3_leaves_a_stock_checkpoint_that_samples(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
