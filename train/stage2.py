@@ -10,6 +10,7 @@ mean over images, and is taken of each micro-batch.
 Legend: B images of a micro-batch, H, W pixels, C channels.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -86,10 +87,11 @@ class Stage2Task:
     def build_engines(self) -> dict[str, Any]:
         config = self.config
         self.micro_images, accumulation = split_batch(config.loop)
-        shared: dict[str, Any] = {"engine": config.engine, "micro_batch_size": self.micro_images}
-        shared["accumulation_steps"] = accumulation
-        self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, **shared)
-        self.critic = build_engine(self.discriminator, optimizer=config.discriminator_optimizer, **shared)
+        batch: dict[str, Any] = {"micro_batch_size": self.micro_images, "accumulation_steps": accumulation}
+        self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, engine=config.engine, **batch)
+        # Small, and judging outside its engine too: whole on every rank.
+        whole = replace(config.engine, zero_stage=0, offload_optimizer=False)
+        self.critic = build_engine(self.discriminator, optimizer=config.discriminator_optimizer, engine=whole, **batch)
         return {"model": self.generator, "discriminator": self.critic}
 
     def train_step(self, step: int) -> dict[str, float]:
