@@ -12,6 +12,7 @@ from torch import nn
 
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
+from um3.core.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
         UserError: a file is missing or holds other tensors.
     """
     distance = PerceptualDistance(plan=VGG16_PLAN, name="lpips_vgg")
-    features, linear = _load_tensors(backbone), _load_tensors(heads)
+    features, linear = read_tensors(backbone), read_tensors(heads)
     position = 0
     try:
         for index, stage in enumerate(distance.stages):
@@ -110,14 +111,3 @@ def build_perceptual_distance(*, backbone: str, heads: str) -> PerceptualDistanc
         raise UserError("LPIPS needs both perceptual.backbone and perceptual.heads; give both files, or neither")
     logger.info("no VGG weights given: the perceptual term is a seeded random-feature distance, not LPIPS")
     return random_feature_distance()
-
-
-def _load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; give the published weights file, or leave it empty for random features"
-        ) from None
-    except Exception as error:  # torch.load raises many kinds for a damaged or hostile file
-        raise UserError(f"{path} cannot be read as tensors only: {' '.join(str(error).split())[:120]}") from None

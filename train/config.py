@@ -90,6 +90,8 @@ class QLIPSizeConfig:
 
     start: str = ""
     """QLIP folder or hub id to start from instead of fresh weights; its own shape then counts."""
+    encoder_weights: str = ""
+    """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder; empty leaves it fresh."""
     image_size: int = 256
     patch_size: int = 16
     width: int = 768
@@ -110,6 +112,8 @@ class TextTowerConfig:
 
     tokenizer: str = ""
     """Folder or hub id of the text tokenizer; empty trains a small one on the captions at hand."""
+    weights: str = ""
+    """CLIP folder or hub id for the weights of the tower; empty leaves them fresh."""
     vocab_size: int = 49408
     width: int = 512
     num_layers: int = 12
@@ -152,6 +156,12 @@ class Stage1Config:
     model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.start and (self.model.encoder_weights or self.text.weights):
+            raise ValueError(
+                "model.start brings all weights; leave model.encoder_weights and text.weights empty with it"
+            )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from data_mix.prefetch import Prefetch
 from data_mix.samples import ImageSource
 from data_mix.sources import open_image_source
 from tokenizer.configuration import QLIPConfig
+from tokenizer.initialise import load_encoder, load_text_tower
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text import load_caption_tokenizer, train_caption_tokenizer
@@ -96,6 +97,12 @@ def new_tokenizer(
         text_tokenizer = train_caption_tokenizer(_captions(sources), vocab_size=text.vocab_size)
     seed_everything(seed, "qlip weights")
     qlip = QLIPModel(qlip_config(model, text, text_tokenizer=text_tokenizer))
+    for load, path in ((load_encoder, model.encoder_weights), (load_text_tower, text.weights)):
+        if path:
+            report = load(qlip, path)
+            for kind, names in report.items():
+                some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if kind != "loaded" else ""
+                logger.info("%s: %d tensors %s%s", path, len(names), kind, f" ({some})" if some else "")
     return qlip, QLIPProcessor(text_tokenizer, image_size=model.image_size, max_text_tokens=text.max_tokens)
 
 

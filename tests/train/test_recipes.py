@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.tokenizer.test_initialise import eva_file
 from tests.train.conftest import arguments, losses, run_apart, run_here
 from tokenizer import load
 from um3.core.errors import UserError
@@ -26,6 +27,20 @@ def test_stage1_leaves_a_tokenizer_and_its_record(made: Path) -> None:
     row = read_metrics(made / "stage1/metrics.jsonl")[-1]
     weighted = sum(weight * row[f"train/{name}"] for name, weight in done["config"]["loss"].items())
     assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_stage1_starts_from_an_encoder_of_another_file(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, _ = load(made / "stage1/model")
+    options = [f"model.encoder_weights={eva_file(given, tmp_path / 'eva.pt')}", "optimizer.lr=1e-9"]
+    run_here(monkeypatch, arguments("stage1", tmp_path, *options, "loop.seed=5", "loop.total_steps=1"))
+    model, _ = load(tmp_path / "stage1/model")
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model.vision_features(pixels), given.vision_features(pixels))
+    assert not torch.allclose(model.encode(pixels).float(), given.encode(pixels).float())  # the bottleneck is fresh
+    with pytest.raises(UserError, match=r"model\.start brings all weights"):
+        run_here(monkeypatch, arguments("stage1", tmp_path / "both", *options, f"model.start={made}/stage1/model"))
 
 
 def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
