@@ -20,10 +20,10 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview bench-tokenizer lint types clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo
 	@echo "  CONFIG=demo|paper|FOLDER (now $(CONFIG))   RUN=FOLDER (now $(RUN))   NPROC=processes (now $(NPROC))"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" over the config of the one target"
@@ -87,6 +87,9 @@ sample: $(READY) ## Draw a few pictures and read them back
 
 mix-preview: $(READY) ## Draw the scheduled mix before a run starts
 	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png $(ARGS)
+
+bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
+	@$(PY) -m benchmarks.tokenizer $(ARGS)
 
 test: $(READY) ## Run the tests
 	@$(PY) -m pytest $(ARGS)

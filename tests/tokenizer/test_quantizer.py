@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer.quantizer import BinarySphericalQuantizer, codebook_entropy
 
@@ -69,3 +71,27 @@ def test_memory_grows_with_bits_not_with_corners() -> None:
 def test_senseless_groups_are_refused(group_size: int) -> None:
     with pytest.raises(ValueError, match="group_size"):
         BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements any tensor made under it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            self.elements = max(self.elements, each.numel() if isinstance(each, torch.Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_nothing_grows_beyond_a_few_times_the_input(group_size: int) -> None:
+    z = torch.randn(64, 1024, 28, requires_grad=True)
+    quantizer = BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
+    with Largest() as largest:
+        output = quantizer(z)
+        (output.loss + output.quantized_BNL.square().sum() + output.commitment).backward()
+    assert z.grad is not None and z.numel() <= largest.elements <= 8 * z.numel()
