@@ -24,6 +24,7 @@ from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.core.seeds import torch_generator
+from um3.core.tensors import read_tensors
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -101,7 +102,7 @@ def inception_features(weights: str = "") -> FeatureNetwork:
         raise UserError(inception_note(weights))
     network = Inception2015().eval()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(read_tensors(path))
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the Inception weights ({reason}); take {INCEPTION_URL}") from None

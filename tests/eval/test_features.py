@@ -48,3 +48,6 @@ def test_missing_or_foreign_weights_are_one_line_errors(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold the Inception weights"):
         inception_features(str(tmp_path / "other.pth"))
+    (tmp_path / "damaged.pth").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read as tensors only"):
+        inception_features(str(tmp_path / "damaged.pth"))
