@@ -88,8 +88,9 @@ def test_paper_stage_1_is_table_8() -> None:
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("lamb", 5e-4, 5.0)
     assert config.loop.batch_size == 65_536 == 128 * 512
     assert config.loss.mse == 1e3 and config.loss.contrastive == config.loss.entropy == config.loss.commitment == 1.0
-    shape = dict(image_size=256, patch_size=8, width=768, num_layers=12, mlp_width=2048, bits=28)
+    shape = dict(image_size=256, patch_size=16, width=768, num_layers=12, mlp_width=2048, bits=28)
     assert values(config.model, *shape) == shape
+    assert schedule_of(load("qlip_b8", "stage1")) == COMMON_ROWS  # the variant that the table is about
 
 
 def test_paper_stage_2_is_table_8() -> None:
@@ -131,9 +132,9 @@ def test_paper_evaluation_samples_as_the_paper_does() -> None:
     assert config.tokenizer.num_images == 50_000 and config.features == "inception-2015"
 
 
-def meta_qlip() -> QLIPModel:
-    """QLIP-B-8 as the paper's stage 1 asks for it, without memory."""
-    config: Stage1Config = load("paper", "stage1")
+def meta_qlip(folder: str = "paper") -> QLIPModel:
+    """The tokenizer that a folder's stage 1 asks for, without memory."""
+    config: Stage1Config = load(folder, "stage1")
     with torch.device("meta"):
         return QLIPModel(qlip_config(config.model, config.text))
 
@@ -180,17 +181,25 @@ def check_decay(module: nn.Module, found: dict[str, tuple[float, float]], *, dec
             assert found[name][1] == (decay if parameter.ndim >= 2 else 0.0), name
 
 
-def test_qlip_b_8_has_the_papers_size() -> None:
-    """Against B-16: 768 positions more in encoder and decoder, smaller patches in the first and last layer."""
-    model = meta_qlip()
+@pytest.mark.parametrize(
+    ("folder", "tokens", "millions"), [("paper", 256, 87), ("qlip_b8", 1024, 87), ("qlip_l14", 784, 304)]
+)
+def test_every_variant_has_the_papers_size(folder: str, tokens: int, millions: float) -> None:
+    model = meta_qlip(folder)
+    assert (model.num_patches, model.num_bits) == (tokens, 28)
+    bottleneck = ("quant_embed.", "quant_embed_post.")
+    encoder = {name: p.numel() for name, p in model.vision_model.named_parameters() if not name.startswith(bottleneck)}
+    assert sum(encoder.values()) == pytest.approx(millions * 1e6, rel=0.02)
+    assert sum(p.numel() for p in model.vision_decoder.parameters()) == pytest.approx(millions * 1e6, rel=0.04)
+    for phase in ("stage2", "codes", "eval"):
+        load(folder, phase)
+
+
+def test_b_16_and_b_8_differ_by_their_patches() -> None:
+    """768 positions more in encoder and decoder, smaller patches in the first and last layer."""
     finer_grid, smaller_patches = 2 * 768 * 768, -3 * (256 - 64) * (768 + 2048 + 1)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert total == 239_434_013 + finer_grid + smaller_patches == 238_991_069
-    assert (model.num_patches, model.num_bits) == (1024, 28)
-    for tower in (model.vision_model, model.vision_decoder):
-        assert sum(parameter.numel() for parameter in tower.parameters()) == pytest.approx(
-            87e6, rel=0.02
-        )  # 87M each in the table
+    b16, b8 = (sum(p.numel() for p in meta_qlip(folder).parameters()) for folder in ("paper", "qlip_b8"))
+    assert b16 == 239_434_013 and b8 == b16 + finer_grid + smaller_patches == 238_991_069
 
 
 def test_the_rates_of_stage_1_reach_their_modules() -> None:
