@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from train.checkpoint import find_checkpoint, load_optimizer, load_weights, read_meta, remove_old, save_checkpoint
 from train.config import LoopConfig
 from um3.core.config import to_dict
-from um3.core.distributed import any_rank, barrier, is_main, world_size
+from um3.core.distributed import any_rank, barrier, is_main, rank, world_size
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import write_json
 from um3.core.metrics import MetricsWriter
@@ -162,7 +162,7 @@ def check_finite(loss_terms: dict[str, float], *, source: str) -> None:
     bad = {name: value for name, value in loss_terms.items() if not math.isfinite(value)}
     if any_rank(bool(bad)):
         here = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        raise NonFiniteLoss(f"{here} ({source})" if here else "the loss of another rank is not finite")
+        raise NonFiniteLoss(f"{here} on rank {rank()} ({source})" if here else "the loss of another rank is not finite")
 
 
 def _leave(stop: StopRequest, *, step: int, folder: Path) -> None:

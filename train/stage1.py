@@ -31,6 +31,7 @@ from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.tokenizer_setup import (
+    described,
     flatten_scalars,
     image_batches,
     new_tokenizer,
@@ -130,9 +131,9 @@ class Stage1Task:
         terms = means | of_batch | {"entropy": means["entropy"] + of_batch["entropy"]}
         loss = self._weighted(terms)
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
-        values |= {f"weighted/{name}": getattr(config.loss, name) * values[f"train/{name}"] for name in terms}
         values |= {"train/loss": float(loss.detach()), "train/accuracy": float(accuracy)}
-        check_finite(values, source="images of " + ", ".join(sorted(set(batch.sources))))
+        check_finite(values, source=described(batch))
+        values |= {f"weighted/{name}": getattr(config.loss, name) * values[f"train/{name}"] for name in terms}
         gradients = torch.autograd.grad(loss, list(shared))
         for number, start in enumerate(starts):
             ours, terms = outputs[0] if len(starts) == 1 else self._forward(batch, start=start)

@@ -29,7 +29,14 @@ from train.config import Stage2Config
 from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.tokenizer_setup import flatten_scalars, image_batches, open_sources, save_tokenizer, skipped_metrics
+from train.tokenizer_setup import (
+    described,
+    flatten_scalars,
+    image_batches,
+    open_sources,
+    save_tokenizer,
+    skipped_metrics,
+)
 from um3.core.distributed import device, mean_over_ranks
 from um3.core.seeds import seed_everything
 
@@ -97,7 +104,7 @@ class Stage2Task:
     def train_step(self, step: int) -> dict[str, float]:
         config, total = self.config, self.config.loop.total_steps
         batch = self.batches.batch(step)
-        source = "images of " + ", ".join(sorted(set(batch.sources)))
+        source = described(batch)
         factor = schedule_factor(step, total_steps=total, config=config.optimizer)
         set_learning_rate(self.generator.optimizer, factor=factor)
         critic_factor = schedule_factor(step, total_steps=total, config=config.discriminator_optimizer)
@@ -130,9 +137,9 @@ class Stage2Task:
         weighted = {name: getattr(weights, name) * term for name, term in terms.items()}
         loss = torch.stack(list(weighted.values())).sum()
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
-        values |= {f"weighted/{name}": float(term.detach()) for name, term in weighted.items()}
         values["train/loss"] = float(loss.detach())
         check_finite(values, source=source)
+        values |= {f"weighted/{name}": float(term.detach()) for name, term in weighted.items()}
         self.generator.backward(loss)
         values["optim/grad_norm"] = step_engine(self.generator)
         return values, drawn_BCHW.detach()

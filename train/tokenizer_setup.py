@@ -24,6 +24,7 @@ from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
 
+SHOWN_KEYS = 8
 TOKENIZER_SAMPLES = 4000
 """Samples whose captions train a text tokenizer."""
 
@@ -45,6 +46,14 @@ def image_batches(sources: list[ImageSource], *, data: ImageDataConfig, loop: Lo
         caption=data.caption,
     )
     return Prefetch(batches, num_steps=loop.total_steps)
+
+
+def described(batch: ImageBatch) -> str:
+    """Which images these are, for the line that reports a loss that is not finite."""
+    some = ", ".join(batch.keys[:SHOWN_KEYS])
+    if len(batch.keys) > SHOWN_KEYS:
+        some += f" and {len(batch.keys) - SHOWN_KEYS} more"
+    return f"images of {', '.join(sorted(set(batch.sources)))}: {some}"
 
 
 def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer: Any = None) -> QLIPConfig:

@@ -29,6 +29,17 @@ def test_stage1_leaves_a_tokenizer_and_its_record(made: Path) -> None:
     assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_a_loss_that_is_not_finite_names_terms_rank_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["optimizer.kind=adamw", "optimizer.lr=1e30", "optimizer.grad_clip=0"]
+    with pytest.raises(UserError) as caught:
+        run_here(monkeypatch, arguments("stage1", tmp_path, *options))
+    line = str(caught.value)
+    assert (
+        "train/mse is nan" in line and "on rank 0 (images of scenes: scenes-train-0-" in line and "weighted" not in line
+    )
+    assert line.startswith("step ") and not (tmp_path / "stage1/model").exists()
+
+
 def test_stage1_starts_from_an_encoder_of_another_file(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
