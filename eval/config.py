@@ -65,12 +65,26 @@ class GenerationConfig:
 
 
 @dataclass
+class LabelledConfig:
+    """Images of your own with classes: PATH/val/CLASS/IMAGE, and PATH/train/CLASS/IMAGE for the linear probe."""
+
+    path: str = ""
+    name: str = "labelled"
+    class_names: str = ""
+    """File with a class's name a line, in the order of the folders; empty takes the folders' names."""
+    templates: str = ""
+    """File with a sentence a line, {} for the name; empty takes "a photo of a {}."."""
+
+
+@dataclass
 class TokenizerConfig:
-    """Reconstruction and retrieval on held-out images, classification on `labelled` images."""
+    """Reconstruction and retrieval on held-out images, classification on images with classes."""
 
     num_images: int = 50_000
     labelled: bool = True
     """Zero-shot accuracy and linear probe on the digits."""
+    classification: list[LabelledConfig] = field(default_factory=list)
+    """The same on folders of your own, such as ImageNet's."""
     stages: dict[str, str] = field(default_factory=dict)
     """Tokenizer folders by name; empty for stage1 and stage2 of the run."""
 

@@ -19,7 +19,7 @@ from data_mix.scene_prompts import evaluation_prompts
 from eval.bits import MAX_IMAGES, BitReport, bit_report, bit_scores
 from eval.captions import caption_scores
 from eval.clipscore import Clip, load_clip
-from eval.config import EvalConfig
+from eval.config import EvalConfig, LabelledConfig
 from eval.features import FeatureNetwork, open_features
 from eval.generation import (
     distribution_scores,
@@ -31,14 +31,16 @@ from eval.generation import (
     skill_scores,
 )
 from eval.held_out import HeldOut, held_out_documents, held_out_images
+from eval.labelled import LabelledFolder, LabelledImages, read_class_names, read_templates
 from eval.language import language_scores
 from eval.paper import QLIP_B_16, STAGE_1
 from eval.reconstruction import mean_quality
 from eval.scores import Measurement, Score
-from eval.zero_shot import LabelledImages, probe_scores, retrieval_scores, zero_shot_score
+from eval.zero_shot import PROBE_FEATURES, probe_scores, retrieval_scores, zero_shot_score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
+from um3.core.errors import UserError
 from um3.core.progress import Progress
 from um3.pipeline import UM3Pipeline
 
@@ -182,7 +184,10 @@ def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
         result.images[f"{data.name}_flipped"] = report.flipped_KHWC
     if config.tokenizer.labelled:
         of = Measurement("digits_classification", config.seed, {"stage": stage})
-        result.scores.extend(_classification_rows(of=of, **towers))
+        result.scores.extend(_digit_rows(of=of, **towers))
+    for own in config.tokenizer.classification:
+        of = Measurement(f"{own.name}_classification", config.seed, {"stage": stage})
+        result.scores.extend(_folder_rows(own, of=of, **towers))
     return result
 
 
@@ -226,13 +231,33 @@ def _reconstruction_rows(
     return rows
 
 
-def _classification_rows(*, model: QLIPModel, processor: QLIPProcessor, of: Measurement) -> list[Score]:
+def _digit_rows(*, model: QLIPModel, processor: QLIPProcessor, of: Measurement) -> list[Score]:
     """Zero-shot accuracy and linear probe on the digits."""
     train, val = (_digits(size=processor.image_size, split=split) for split in ("train", "val"))
     names, templates = DigitsSource.class_names, captions_of("{}")
     zero_shot = zero_shot_score(val, class_names=names, templates=templates, model=model, processor=processor, of=of)
     probe = probe_scores(train, val=val, num_classes=len(names), model=model, processor=processor, of=of)
     return [zero_shot, *probe]
+
+
+def _folder_rows(folder: LabelledConfig, *, model: QLIPModel, processor: QLIPProcessor, of: Measurement) -> list[Score]:
+    """Zero-shot accuracy on a folder's val, and a linear probe if it has a train of the same classes.
+
+    Raises:
+        UserError: no images in it, or train and val of different classes.
+    """
+    root, towers = Path(folder.path), dict[str, Any](model=model, processor=processor)
+    val = LabelledFolder(root / "val", size=processor.image_size, label=f"{folder.name} val")
+    names, sentences = read_class_names(folder.class_names, classes=val.classes), read_templates(folder.templates)
+    rows = [zero_shot_score(val, class_names=names, templates=sentences, of=of, **towers)]
+    if not (root / "train").is_dir():
+        note = f"needs {root}/train with a folder of images per class"
+        return rows + [of.missing(f"probe_{name}", note=note, unit="%") for name in PROBE_FEATURES]
+    train = LabelledFolder(root / "train", size=processor.image_size, label=f"{folder.name} train")
+    if train.classes != val.classes:
+        other = sorted(set(train.classes) ^ set(val.classes))[0]
+        raise UserError(f"{root}: train and val hold different classes ('{other}' is in one only)")
+    return rows + probe_scores(train, val=val, num_classes=len(names), of=of, **towers)
 
 
 def _digits(*, size: int, split: Split) -> LabelledImages:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eval.labelled import Labelled
 from eval.paper import LINEAR_PROBE, QLIP_B_16
 from eval.scores import Measurement, Score
 from tokenizer.modeling import QLIPModel
@@ -22,13 +23,6 @@ BATCH = 256
 PROBE_ITERATIONS = 200
 ProbeFeature = Literal["cls", "mean", "cls_mean"]
 PROBE_FEATURES: tuple[ProbeFeature, ...] = ("cls", "mean", "cls_mean")
-
-
-class LabelledImages(NamedTuple):
-    """uint8 images (N, H, W, 3) at the tokenizer's size, and the class index of each."""
-
-    images: NDArray
-    labels: Sequence[int]
 
 
 def no_text_note(processor: QLIPProcessor) -> str:
@@ -113,7 +107,7 @@ def distinct_groups(captions: Sequence[str], *, size: int) -> list[list[int]]:
 
 
 def zero_shot_score(
-    data: LabelledImages,
+    data: Labelled,
     *,
     class_names: Sequence[str],
     templates: Sequence[str],
@@ -132,11 +126,16 @@ def zero_shot_score(
             for name in class_names
         ]
     )
-    found_N = (image_embeddings(data.images, model=model, processor=processor) @ classes_KD.T).argmax(dim=1)
+    right, count = 0, 0
+    for images_NHWC, labels in data.batches():
+        found_N = (image_embeddings(images_NHWC, model=model, processor=processor) @ classes_KD.T).argmax(dim=1)
+        right += int((found_N == torch.as_tensor(labels)).sum())
+        count += len(labels)
     return of.with_protocol(templates=list(templates), classes=list(class_names)).score(
         "zero_shot",
-        float((found_N == torch.as_tensor(data.labels)).float().mean()),
-        n=len(data.labels),
+        right / count,
+        n=count,
+        skipped=data.skipped,
         unit="%",
         paper=QLIP_B_16["zero_shot"],
         note=f"chance is 1 in {len(class_names)}",
@@ -144,25 +143,36 @@ def zero_shot_score(
 
 
 def probe_scores(
-    train: LabelledImages,
+    train: Labelled,
     *,
-    val: LabelledImages,
+    val: Labelled,
     num_classes: int,
     model: QLIPModel,
     processor: QLIPProcessor,
     of: Measurement,
 ) -> list[Score]:
     """Accuracy on `val` of a linear classifier on frozen features: class token, mean of patches, both side by side."""
-    inputs_train = probe_inputs(train.images, model=model, processor=processor)
-    inputs_val = probe_inputs(val.images, model=model, processor=processor)
-    of = of.with_protocol(classifier="logistic regression, LBFGS, C=1, standardised", train=len(train.labels))
+    inputs_train, labels_train = _probe_data(train, model=model, processor=processor)
+    inputs_val, labels_val = _probe_data(val, model=model, processor=processor)
+    of = of.with_protocol(classifier="logistic regression, LBFGS, C=1, standardised", train=len(labels_train))
     scores = []
     for name in PROBE_FEATURES:
-        found = fit_probe(inputs_train[name], labels=train.labels, num_classes=num_classes).predict(inputs_val[name])
-        right = float((found == torch.as_tensor(val.labels)).float().mean())
+        found = fit_probe(inputs_train[name], labels=labels_train, num_classes=num_classes).predict(inputs_val[name])
+        right = float((found == torch.as_tensor(labels_val)).float().mean())
         paper, note = LINEAR_PROBE["QLIP-B"][name], f"chance is 1 in {num_classes}"
-        scores.append(of.score(f"probe_{name}", right, n=len(val.labels), unit="%", paper=paper, note=note))
+        common: dict[str, Any] = {"n": len(labels_val), "skipped": val.skipped, "unit": "%", "paper": paper}
+        scores.append(of.score(f"probe_{name}", right, note=note, **common))
     return scores
+
+
+def _probe_data(
+    data: Labelled, *, model: QLIPModel, processor: QLIPProcessor
+) -> tuple[dict[ProbeFeature, Tensor], list[int]]:
+    parts, labels = [], []
+    for images_NHWC, found in data.batches():
+        parts.append(probe_inputs(images_NHWC, model=model, processor=processor))
+        labels += list(found)
+    return {name: torch.cat([part[name] for part in parts]) for name in PROBE_FEATURES}, labels
 
 
 @torch.no_grad()

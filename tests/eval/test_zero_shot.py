@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 import tokenizer
+from eval.labelled import LabelledImages
 from eval.scores import Measurement
 from eval.zero_shot import (
-    LabelledImages,
     distinct_groups,
     fit_probe,
     probe_inputs,
