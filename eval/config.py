@@ -125,6 +125,9 @@ class EvalConfig:
             "generation.per_skill": self.generation.per_skill,
             "tokenizer.num_images": self.tokenizer.num_images,
         }
+        names = [own.name for own in self.tokenizer.classification] + ["digits"] * self.tokenizer.labelled
+        if len(set(names)) < len(names) or not all(own.path for own in self.tokenizer.classification):
+            raise ValueError(f"tokenizer.classification {names}: each needs a path, and a name of its own")
         for name, value in least.items():
             if value < 2:
                 raise ValueError(f"{name} is {value}; it must be at least 2")

@@ -54,6 +54,12 @@ def test_names_and_templates(tmp_path: Path) -> None:
         read_class_names(str(tmp_path / "none.txt"), classes=["a"])
 
 
+def test_two_of_one_name_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text("tokenizer: {classification: [{name: digits, path: data}]}\n")
+    with pytest.raises(UserError, match="a name of its own"):
+        main(["--config", str(tmp_path / "eval.yaml"), f"run={run_folder}"])
+
+
 def test_folders_that_cannot_be_classified_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         LabelledFolder(folder / "nowhere", size=32)
