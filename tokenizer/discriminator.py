@@ -38,7 +38,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Images -> logits (B, 1, h, w), positive for real."""
-        return self.layers(pixels_BCHW)
+        return self.layers(pixels_BCHW.to(next(self.parameters()).dtype))
 
 
 class ResidualDiscriminator(nn.Module):
@@ -63,7 +63,7 @@ class ResidualDiscriminator(nn.Module):
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Images -> logits (B, 1), positive for real."""
-        x = F.leaky_relu(self.stem(pixels_BCHW), 0.2)
+        x = F.leaky_relu(self.stem(pixels_BCHW.to(self.stem.weight.dtype)), 0.2)
         for block in self.blocks:
             x = block(x)
         return self.judge(F.leaky_relu(self.last(x), 0.2).mean(dim=(-2, -1)))

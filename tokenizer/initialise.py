@@ -29,6 +29,7 @@ EVA_NAMES: tuple[tuple[str, str], ...] = (
     (LAYER + r"mlp\.(w[123]|ffn_ln|fc[12])\.(weight|bias)", r"encoder.layers.\1.mlp.\2.\3"),
     (r"norm\.(weight|bias)", r"post_layernorm.\1"),
 )
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 EVA_LEFT_OUT = re.compile(r"mask_token|lm_head\..*|head\..*|fc_norm\..*|(.*\.)?rope\..*|rel_pos_bias\..*|.*\.k_bias")
 """Heads of other tasks, and tables that QLIP computes itself."""
 
@@ -94,7 +95,7 @@ def _copy(
             "config's depth or kind of layers"
         )
     report: dict[str, list[str]] = {"loaded": [], "resampled": [], "fresh": sorted(ours.keys() - found.keys())}
-    for name, tensor in found.items():
+    for name, tensor in sorted(found.items()):
         fitted, wanted = _fit(name, tensor.float(), like=ours[name]), tuple(ours[name].shape)
         if fitted.shape != ours[name].shape:
             sizes = f"{tuple(tensor.shape)} in the file and {wanted} in this QLIP"
@@ -134,12 +135,14 @@ def _resample_patches(kernel_DCPP: Tensor, *, size: int) -> Tensor:
 
 
 def _clip_file(path: str | Path) -> str:
+    """CLIP's weights in a folder or hub id: safetensors, or the older file that some of its repositories have only."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(str(path), "model.safetensors")
+        for name in CLIP_FILES:
+            if found := cached_file(str(path), name, _raise_exceptions_for_missing_entries=False):
+                return str(found)
     except OSError as error:
-        raise UserError(
-            f"cannot find CLIP's model.safetensors in {path}: {' '.join(str(error).split())[:160]}"
-        ) from None
-    return str(found)
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot find CLIP's weights in {path}: {reason}") from None
+    raise UserError(f"cannot find CLIP's weights in {path}: there is no {' or '.join(CLIP_FILES)}")

@@ -100,6 +100,7 @@ class VisionEmbeddings(nn.Module):
                 f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; "
                 f"this model takes {self.image_size}x{self.image_size}: resize them with its processor"
             )
+        pixel_values_BCHW = pixel_values_BCHW.to(self.class_embedding.dtype)
         patches_BND = self.patch_embedding(pixel_values_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
         return torch.cat([class_B1D, patches_BND], dim=1) + self.position_embedding.weight

@@ -72,7 +72,7 @@ def build_engine(
     """Wrap `model` and its optimizer in a DeepSpeed engine.
 
     Raises:
-        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm), Muon with ZeRO 3.
+        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm), Muon with ZeRO 3, bf16 with ZeRO 0.
     """
     import deepspeed
 
@@ -87,6 +87,8 @@ def build_engine(
         raise UserError(
             f"{optimizer.kind} needs float32 weights; set engine.precision=autocast for bf16 matrix products"
         )
+    if engine.precision == "bf16" and engine.zero_stage == 0:
+        raise UserError("bf16 weights have their float32 masters in ZeRO; set engine.zero_stage=1 or more with them")
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,

@@ -13,7 +13,7 @@ Legend: B images of a micro-batch, H, W pixels, C channels.
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +96,9 @@ class Stage2Task:
         self.micro_images, accumulation = split_batch(config.loop)
         batch: dict[str, Any] = {"micro_batch_size": self.micro_images, "accumulation_steps": accumulation}
         self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, engine=config.engine, **batch)
-        # Small, and judging outside its engine too: whole on every rank.
-        whole = replace(config.engine, zero_stage=0, offload_optimizer=False)
+        # It judges outside its engine too, so its weights are whole on every rank.
+        stage: Literal[0, 1, 2, 3] = min(config.engine.zero_stage, 2)
+        whole = replace(config.engine, zero_stage=stage)
         self.critic = build_engine(self.discriminator, optimizer=config.discriminator_optimizer, engine=whole, **batch)
         return {"model": self.generator, "discriminator": self.critic}
 
@@ -126,7 +127,8 @@ class Stage2Task:
         listens = weights.adversarial > 0 and step >= weights.adversarial_start_step
         with autocast(self.config.engine):
             drawn_BCHW, entropy = self.generator(pixels_BCHW)
-            terms = {"mse": F.mse_loss(drawn_BCHW.float(), pixels_BCHW), "entropy": entropy}
+            drawn_BCHW = drawn_BCHW.float()
+            terms = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW), "entropy": entropy}
             terms["perceptual"] = self.distance(self._signed(drawn_BCHW), self._signed(pixels_BCHW))
             if listens:
                 # The discriminator only judges here: its own engine must not see these gradients.

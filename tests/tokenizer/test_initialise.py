@@ -80,7 +80,7 @@ def test_what_a_file_lacks_is_told_and_stays_fresh(tiny_qlip: QLIPModel, tmp_pat
 
 def test_what_would_not_fit_is_refused(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
     path = eva_file(tiny_qlip, tmp_path / "eva.pt")
-    with pytest.raises(UserError, match=r"mlp.w1.weight is \(48, 32\) in the file and \(40, 32\) in this QLIP"):
+    with pytest.raises(UserError, match=r"mlp.ffn_ln.bias is \(48,\) in the file and \(40,\) in this QLIP"):
         load_encoder(fresh(tiny_config(intermediate_size=40)), path)
     with pytest.raises(UserError, match="no place for 6 of its tensors"):
         load_encoder(fresh(tiny_config(swiglu=False, subln=True)), path)
@@ -112,8 +112,13 @@ def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip
     with torch.inference_mode():
         expected = F.normalize(clip(input_ids=ids).text_embeds, dim=-1)
         torch.testing.assert_close(tiny_qlip.get_text_features(ids), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match=r"cannot find CLIP's model\.safetensors"):
+    with pytest.raises(UserError, match="cannot find CLIP's weights"):
         load_text_tower(tiny_qlip, tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"there is no model\.safetensors or pytorch_model\.bin"):
+        load_text_tower(tiny_qlip, tmp_path)
+    torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_text_tower(tiny_qlip, tmp_path) == report
     tiny_qlip.save_pretrained(tmp_path / "other")
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no text tower"):

@@ -155,6 +155,19 @@ def test_um3_in_low_precision_follows_float32(
     assert losses(tmp_path / "low") != losses(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("phase", ["stage1", "stage2"])
+def test_the_tokenizer_in_low_precision_follows_float32(
+    phase: str, precision: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["optimizer.kind=adamw", "engine.zero_stage=1"] + ["loss.r1=0.1"] * (phase == "stage2")
+    low = [f"engine.precision={precision}", "loop.micro_batch_size=4"]
+    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/plain", *options))
+    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/low", *options, *low))
+    assert losses(tmp_path / "low") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    assert losses(tmp_path / "low") != losses(tmp_path / "plain")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"])
 def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +190,12 @@ def test_muon_takes_the_same_steps_under_zero(
     assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/adamw", "model.num_layers=3"))
     assert losses(tmp_path / "adamw")[-1] != pytest.approx(losses(tmp_path / "whole")[-1], rel=1e-4)
+
+
+def test_bf16_weights_need_zero(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="zero_stage=1 or more"):
+        low = ["engine.precision=bf16", "engine.zero_stage=0"]
+        run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}", *low))
 
 
 def test_muon_refuses_what_it_cannot_do(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
