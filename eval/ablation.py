@@ -33,7 +33,7 @@ class Row:
     stage2: list[str] | None = None
     """None: the row has no stage 2."""
     alone: Literal["", "contrastive", "mse"] = ""
-    """The one loss of this row that weighs anything, for the rule that balances the two."""
+    """Which of the two losses this row has, for the rule that balances them (the quantizer's own terms stay)."""
     paper: list[float | None] = field(default_factory=list)
 
 
@@ -75,13 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, row in enumerate(table.rows, start=1):
         print(f"row {number} of {len(table.rows)}: {row.name}", flush=True)
         _make(row, folder=folders[row.name], configs=Path(options.config), options=options)
+    name = "balance" if options.alone else "table"
     lines = markdown(table, scores={name: _scores(folder) for name, folder in folders.items()})
     if ratio := balance({row.alone: folders[row.name] for row in table.rows if row.alone}):
         lines += ["", ratio]
-    write_text(Path(options.run) / "table.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
+    write_text(Path(options.run) / f"{name}.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
     values = {name: {key: row.to_dict() for key, row in _scores(folder).items()} for name, folder in folders.items()}
-    write_json(Path(options.run) / "table.json", values)
-    print("\n".join([table.title, *lines, str(Path(options.run) / "table.md")]))
+    write_json(Path(options.run) / f"{name}.json", values)
+    print("\n".join([table.title, *lines, str(Path(options.run) / f"{name}.md")]))
 
 
 def _make(row: Row, *, folder: Path, configs: Path, options: argparse.Namespace) -> None:
@@ -136,7 +137,7 @@ def balance(alone: dict[str, Path]) -> str:
         last[name] = fmean(values[-max(1, round(CONVERGED * len(values))) :])
     ratio = last["contrastive"] / last["mse"]
     parts = f"contrastive {last['contrastive']:.4g} / squared error {last['mse']:.4g}"
-    return f"a_r / a_a = {ratio:.3g}: {parts}, each trained alone (mean of the last {CONVERGED:.0%} of its steps)"
+    return f"a_r / a_a = {ratio:.3g}: {parts}, each without the other (mean of the last {CONVERGED:.0%} of its steps)"
 
 
 def _slug(name: str) -> str:

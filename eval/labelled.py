@@ -114,7 +114,7 @@ def read_templates(path: str) -> list[str]:
     if not path:
         return ["a photo of a {}."]
     found = _lines(path, what="templates")
-    if wrong := next((line for line in found if line.count("{}") != 1 or line.replace("{}", "").count("{")), ""):
+    if wrong := next((line for line in found if line.count("{}") != 1 or set(line.replace("{}", "")) & set("{}")), ""):
         raise UserError(f"{path}: '{wrong}' needs exactly one {{}} where the class's name goes")
     return found
 

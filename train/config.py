@@ -79,6 +79,8 @@ class LoopConfig:
         for name in ("total_steps", "batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 0")
         unknown = set(self.track) - {"tensorboard", "wandb"}
         if unknown:
             raise ValueError(f"track: unknown view '{unknown.pop()}'; use tensorboard or wandb")
@@ -162,6 +164,8 @@ class Stage1Config:
             raise ValueError(
                 "model.start brings all weights; leave model.encoder_weights and text.weights empty with it"
             )
+        if self.text.weights and not self.text.tokenizer:
+            raise ValueError("text.weights are embeddings of one vocabulary; set text.tokenizer to their own")
 
 
 @dataclass

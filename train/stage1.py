@@ -87,7 +87,7 @@ class Stage1Task:
         model = config.model
         if model.start:
             self.qlip, self.processor = load(model.start)
-            self.qlip.train()
+            self.qlip.float().train()
             size = self.processor.image_size
         else:
             size = model.image_size

@@ -74,7 +74,7 @@ class Stage2Task:
     def __init__(self, config: Stage2Config):
         self.config = config
         self.qlip, self.processor = load(config.tokenizer)
-        self.qlip.train()
+        self.qlip.float().train()
         flatten_scalars(self.qlip)
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()

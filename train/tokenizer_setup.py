@@ -125,7 +125,7 @@ def save_tokenizer(folder: Path, *, qlip: QLIPModel, processor: QLIPProcessor, w
     """Write a QLIP folder with the trained weights; returns its fingerprint."""
     if is_main():
         qlip.logit_scale.data = qlip.logit_scale.data.reshape(())
-        state = qlip.state_dict()
+        state = qlip.float().state_dict()
         for name, tensor in weights.items():
             state[name].copy_(tensor.reshape(state[name].shape))
         with atomic_folder(folder) as partial:

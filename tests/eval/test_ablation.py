@@ -33,9 +33,9 @@ def test_rows_are_trained_measured_and_weighed(tmp_path: Path, capfd: pytest.Cap
     (configs / "eval.yaml").write_text("tokenizer: {num_images: 4, labelled: true}\nnum_threads: 1\n")
     command = ["--table", write(tmp_path, TABLE), "--config", str(configs), "--run", str(tmp_path / "run"), "--alone"]
     main([*command, *TINY["stage1"]])
-    lines = (tmp_path / "run/table.md").read_text().splitlines()
+    lines = (tmp_path / "run/balance.md").read_text().splitlines()
     assert lines[0] == "# Two weights" and lines[2] == "| | PSNR | zero-shot |"
-    values = json.loads((tmp_path / "run/table.json").read_text())
+    values = json.loads((tmp_path / "run/balance.json").read_text())
     psnr = values["1 : 0"]["scenes_reconstruction_stage1/psnr"]["value"]
     assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and lines[4].endswith(
         " (paper 75.7 %) |"

@@ -44,6 +44,9 @@ def test_names_and_templates(tmp_path: Path) -> None:
     assert read_class_names(str(file), classes=["n1", "n2"]) == ["tench", "great white shark"]
     with pytest.raises(UserError, match="names 2 classes, but there are 3 folders"):
         read_class_names(str(file), classes=["n1", "n2", "n3"])
+    file.write_text("a photo} of a {}.\n", encoding="utf-8")
+    with pytest.raises(UserError, match="needs exactly one"):
+        read_templates(str(file))
     file.write_text("a photo of a {}.\na bad photo\n", encoding="utf-8")
     with pytest.raises(UserError, match="'a bad photo' needs exactly one"):
         read_templates(str(file))
