@@ -75,14 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, row in enumerate(table.rows, start=1):
         print(f"row {number} of {len(table.rows)}: {row.name}", flush=True)
         _make(row, folder=folders[row.name], configs=Path(options.config), options=options)
-    name = "balance" if options.alone else "table"
-    lines = markdown(table, scores={name: _scores(folder) for name, folder in folders.items()})
+    scores = {name: _scores(folder) for name, folder in folders.items()}
+    lines = markdown(table, scores=scores)
     if ratio := balance({row.alone: folders[row.name] for row in table.rows if row.alone}):
         lines += ["", ratio]
-    write_text(Path(options.run) / f"{name}.md", "\n".join([f"# {table.title}", "", *lines]) + "\n")
-    values = {name: {key: row.to_dict() for key, row in _scores(folder).items()} for name, folder in folders.items()}
-    write_json(Path(options.run) / f"{name}.json", values)
-    print("\n".join([table.title, *lines, str(Path(options.run) / f"{name}.md")]))
+    path = Path(options.run) / ("balance.md" if options.alone else "table.md")
+    write_text(path, "\n".join([f"# {table.title}", "", *lines]) + "\n")
+    values = {name: {key: row.to_dict() for key, row in found.items()} for name, found in scores.items()}
+    write_json(path.with_suffix(".json"), values)
+    print("\n".join([table.title, *lines, str(path)]))
 
 
 def _make(row: Row, *, folder: Path, configs: Path, options: argparse.Namespace) -> None:
