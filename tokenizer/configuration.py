@@ -16,11 +16,14 @@ class _TowerChecks:
     num_attention_heads: int
 
     def validate_architecture(self) -> None:
-        """Refuse head counts that do not divide the width."""
+        """Refuse head counts that do not divide the width, and patches that do not divide the image."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        image_size, patch_size = getattr(self, "image_size", 0), getattr(self, "patch_size", 1)
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
 
 
 @strict

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -298,19 +299,38 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
     """`QLIPModel.from_pretrained` with one-line errors.
 
     Raises:
-        UserError: no such folder or hub id, damaged or missing weights, another kind of model.
+        UserError: no such folder or hub id, another kind of model, damaged weights, or weights that are not those of
+            the model that config.json describes (missing, extra, of another shape).
     """
+    # Its own table of what does not fit would come on top of the line below.
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(_no_record)
     try:
-        loaded: Any = QLIPModel.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason}") from None
+        loaded: Any = QLIPModel.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, StrictDataclassClassValidationError) as error:
+        # A config that contradicts itself says so in its second line.
+        lines = str(error).split("\n")
+        reason = " ".join(lines[-1 if isinstance(error, StrictDataclassClassValidationError) else 0].split())
+        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason.removeprefix('ValueError: ')}") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"the weights in {path} are damaged ({error}); fetch or train them again") from None
+    finally:
+        reporter.removeFilter(_no_record)
     model, report = loaded
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"{path} lacks {len(report['missing_keys'])} of QLIP's tensors ({some}, ...); it is incomplete")
+    for names, what in (
+        (report["missing_keys"], "lacks {} of QLIP's tensors"),
+        (report["unexpected_keys"], "holds {} tensors that its config.json has no place for"),
+        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than its config.json says"),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(f"{path} {what.format(len(names))} ({some}); fetch it or train it again")
     return model
+
+
+def _no_record(record: logging.LogRecord) -> bool:
+    return False

@@ -1,10 +1,12 @@
 """QLIP beyond the golden checkpoint: other layouts, bad input, the paper's sizes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tokenizer.conftest import tiny_config
 from tokenizer.configuration import QLIPConfig
@@ -109,3 +111,43 @@ def test_missing_foreign_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         load_qlip(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("visual_projection.weight"), r"lacks 1 of QLIP's tensors \(visual_proj"),
+        (lambda tensors: tensors.update(stranger=torch.zeros(1)), r"holds 1 tensors .* no place for \(stranger\)"),
+        (lambda tensors: tensors.update({"logit_scale": torch.zeros(3)}), r"of other shapes .* \(logit_scale\)"),
+    ],
+    ids=("missing", "extra", "shape"),
+)
+def test_weights_of_another_model_are_refused(
+    tiny_qlip: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable, message: str
+) -> None:
+    tiny_qlip.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        load_qlip(tmp_path)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("tower", "setting", "value", "message"),
+    [
+        ("vision_config", "patch_size", 7, "image_size 16 is not a multiple of patch_size 7"),
+        ("decoder_config", "image_size", 18, "image_size 18 is not a multiple of patch_size 8"),
+        ("text_config", "num_attention_heads", 3, "hidden_size 32 is not a multiple of num_attention_heads 3"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(
+    tiny_qlip: QLIPModel, tmp_path: Path, tower: str, setting: str, value: int, message: str
+) -> None:
+    tiny_qlip.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values[tower][setting] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"cannot load .*: {message}"):
+        load_qlip(tmp_path)
