@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from um3.core.errors import UserError
+
 DiscriminatorKind = Literal["patch", "residual"]
 
 
@@ -80,7 +82,20 @@ class _HalvingBlock(nn.Module):
         return (F.avg_pool2d(inner, 2) + self.skip(F.avg_pool2d(x_BCHW, 2))) / math.sqrt(2)
 
 
-def build_discriminator(kind: DiscriminatorKind, *, channels: int, num_layers: int) -> nn.Module:
-    """A discriminator with fresh weights."""
+def build_discriminator(kind: DiscriminatorKind, *, channels: int, num_layers: int, image_size: int) -> nn.Module:
+    """A discriminator with fresh weights.
+
+    Raises:
+        UserError: too deep for images of `image_size` pixels a side, or a width that does not divide into its groups.
+    """
     made = {"patch": PatchDiscriminator, "residual": ResidualDiscriminator}[kind]
+    try:
+        with torch.device("meta"):
+            made(channels=channels, num_layers=num_layers)(torch.empty(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise UserError(
+            f"discriminator of kind {kind} with channels={channels} and num_layers={num_layers} does not fit images of "
+            f"{image_size} pixels ({reason}); change its channels or take fewer layers"
+        ) from None
     return made(channels=channels, num_layers=num_layers)

@@ -261,22 +261,34 @@ class QLIPModel(PreTrainedModel):
         """Quantized patches (B, N, L) -> images (B, C, H, W)."""
         return self.vision_decoder(self.vision_model.quant_embed_post(quantized_BNL))
 
-    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: Any) -> QLIPOutput:
-        """Everything at once: embeddings, logits, reconstructions, codes and quantizer terms."""
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        *,
+        bottleneck: bool = True,
+        **kwargs: Any,
+    ) -> QLIPOutput:
+        """Everything at once: embeddings, logits, reconstructions, codes and quantizer terms.
+
+        Without `bottleneck` the decoder takes the encoder's output as it is: there are no codes, and the quantizer's
+        terms are those of a code with a single state.
+        """
         hidden_BTD = self.vision_model(pixel_values)
-        quantizer = self.vision_model.quantize(hidden_BTD, entropy=True)
         image_embeds_BP = self._image_embeds(hidden_BTD)
-        output = QLIPOutput(
-            image_embeds=image_embeds_BP,
-            reconstructions=self.decode_quantized(quantizer.quantized_BNL.to(hidden_BTD.dtype)),
-            codes=quantizer.codes_BN,
-            quantized=quantizer.quantized_BNL,
-            quantizer_loss=quantizer.loss,
-            sample_entropy=quantizer.sample_entropy,
-            codebook_entropy=quantizer.codebook_entropy,
-            commitment=quantizer.commitment,
-            soft_code=quantizer.mean_GK,
-        )
+        output = QLIPOutput(image_embeds=image_embeds_BP)
+        if bottleneck:
+            quantizer = self.vision_model.quantize(hidden_BTD, entropy=True)
+            output.reconstructions = self.decode_quantized(quantizer.quantized_BNL.to(hidden_BTD.dtype))
+            output.codes, output.quantized = quantizer.codes_BN, quantizer.quantized_BNL
+            output.quantizer_loss, output.commitment = quantizer.loss, quantizer.commitment
+            output.sample_entropy, output.codebook_entropy = quantizer.sample_entropy, quantizer.codebook_entropy
+            output.soft_code = quantizer.mean_GK
+        else:
+            output.reconstructions = self.vision_decoder(hidden_BTD[:, 1:])
+            nothing = hidden_BTD.new_zeros((), dtype=torch.float32)
+            output.quantizer_loss = output.commitment = output.sample_entropy = output.codebook_entropy = nothing
+            output.soft_code = nothing.new_ones(1, 1)
         if input_ids is not None:
             output.text_embeds = text_embeds_BP = self.get_text_features(input_ids)
             output.logits_per_image = self.logit_scale.exp() * image_embeds_BP @ text_embeds_BP.T
@@ -306,9 +318,7 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(_no_record)
     try:
-        loaded: Any = QLIPModel.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        loaded: Any = QLIPModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError, StrictDataclassClassValidationError) as error:
         # A config that contradicts itself says so in its second line.
         lines = str(error).split("\n")
@@ -324,7 +334,7 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
     for names, what in (
         (report["missing_keys"], "lacks {} of QLIP's tensors"),
         (report["unexpected_keys"], "holds {} tensors that its config.json has no place for"),
-        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than its config.json says"),
+        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than config.json says"),
     ):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -5,13 +5,13 @@ and written whole. So a checkpoint fits any number of processes, any ZeRO stage 
 without pickle, and restores the run bit for bit.
 
     step-00000500/
-        model-00000.safetensors ...    # "NAME/param", "NAME/exp_avg", "NAME/exp_avg_sq"
+        model-00000.safetensors ...    # "NAME/param", "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/average"
         meta.json                      # written last: no meta.json, no checkpoint
 """
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from train.engine import STATE_KEYS, base_optimizer
+from train.engine import AVERAGE, base_optimizer, state_keys
 from um3.core.distributed import barrier, is_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, sha256_of, write_json
@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
             write_json(partial / "meta.json", {"step": step, "state": state, "files": digests})
     else:
         for engine in engines.values():
-            for _ in _full_tensors(engine):
+            for _ in _full_tensors(engine, kinds=("param", *state_keys(engine))):
                 pass
     barrier()
     return target
@@ -123,17 +123,17 @@ def remove_old(folder: Path, *, keep: int) -> None:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Float32 weights of the trainable parameters by name, gathered on every rank (a collective call)."""
-    return {key.removesuffix("/param"): tensor for key, tensor in _full_tensors(engine, kinds=("param",))}
+    """Float32 weights of the trainable parameters by name, or their average where the engine keeps one, gathered on
+    every rank (a collective call)."""
+    kind = AVERAGE if AVERAGE in state_keys(engine) else "param"
+    return {key.removesuffix(f"/{kind}"): tensor for key, tensor in _full_tensors(engine, kinds=(kind,))}
 
 
 def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _full_tensors(
-    engine: Any, *, kinds: tuple[str, ...] = ("param", *STATE_KEYS)
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _full_tensors(engine: Any, *, kinds: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """(key, whole float32 tensor on the CPU) of weights and optimizer state; a collective over ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -160,7 +160,7 @@ def _write_engine(folder: Path, label: str, engine: Any) -> list[str]:
             save_file(held, folder / names[-1])
             held.clear()
 
-    for key, tensor in _full_tensors(engine):
+    for key, tensor in _full_tensors(engine, kinds=("param", *state_keys(engine))):
         held[key] = tensor.clone()
         if sum(value.nbytes for value in held.values()) > FILE_BYTES:
             flush()

@@ -35,8 +35,12 @@ class OptimizerConfig:
     warmup_steps: int = 2000
     final_lr_ratio: float = 0.0
     """The cosine ends at this share of the peak."""
+    average_decay: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which the finished model then holds; 0: none."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}; it must be in [0, 1)")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be two numbers in [0, 1)")
         if self.lr <= 0 or self.warmup_steps < 0 or self.grad_clip < 0:
@@ -107,6 +111,13 @@ class QLIPSizeConfig:
     rope_pretrained_grid: int = 16
     initializer_range: float = 0.02
 
+    def __post_init__(self) -> None:
+        for whole, part in (("image_size", "patch_size"), ("width", "num_heads"), ("bits", "group_size")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}; change one"
+                )
+
 
 @dataclass
 class TextTowerConfig:
@@ -158,8 +169,17 @@ class Stage1Config:
     model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    bottleneck: Literal["bsq", "identity"] = "bsq"
+    """identity: the decoder takes the encoder's output as it is, and the quantizer stays as it was (recipe 2 of Table
+    3c, Figure 5)."""
+    trained: list[str] = field(default_factory=list)
+    """Prefixes of the parameters that train, as in `optimizer.module_lr`; empty trains all."""
+    gradient_norms_every_steps: int = 0
+    """Log the gradient norm of each of the two losses at the encoder's last MLP this often (Figure 5); 0: never."""
 
     def __post_init__(self) -> None:
+        if self.gradient_norms_every_steps and self.engine.zero_stage == 3:
+            raise ValueError("gradient_norms_every_steps needs whole weights, which ZeRO 3 cuts apart")
         if self.model.start and (self.model.encoder_weights or self.text.weights):
             raise ValueError(
                 "model.start brings all weights; leave model.encoder_weights and text.weights empty with it"
@@ -218,6 +238,12 @@ class Stage2Config:
     tokenizer: str = ""
     """QLIP folder or hub id that stage 1 left, such as runs/demo/stage1/model."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    trained: list[str] = field(default_factory=lambda: ["qlip.vision_model.quant_embed", "qlip.vision_decoder"])
+    """Prefixes of the parameters that train, as in `optimizer.module_lr`; of bottleneck and decoder only."""
+
+    def __post_init__(self) -> None:
+        if self.discriminator_optimizer.average_decay:
+            raise ValueError("discriminator_optimizer.average_decay: no discriminator is saved, so no average of it")
 
 
 @dataclass
@@ -266,7 +292,8 @@ class UM3Config:
 # What may change between the start of a run and its continuation without making it another run.
 FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_checkpoints", "loop.num_threads", "loop.track")
 # Where things lie may change too: what they are is compared by fingerprint.
-FREE_PREFIXES = ("loop.micro_batch_size", "engine.", "loop.folder", "tokenizer:", "qlip:", "data.codes:")
+FREE_FOLDERS = ("loop.folder", "model.start:", "tokenizer:", "qlip:", "data.codes:")
+FREE_PREFIXES = ("loop.micro_batch_size", "engine.", *FREE_FOLDERS)
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -322,6 +349,8 @@ def inputs_of(config: Any) -> dict[str, str]:
     Raises:
         UserError: an earlier phase has not been run.
     """
+    if isinstance(config, Stage1Config) and config.model.start:
+        return {"start": folder_digest(config.model.start, made_by="stage1")}
     if isinstance(config, Stage2Config):
         return {"tokenizer": folder_digest(config.tokenizer, made_by="stage1")}
     if isinstance(config, UM3Config):

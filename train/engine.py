@@ -19,8 +19,10 @@ from um3.core.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of every optimizer beside the step count (the second stays zero where Muon steps)."""
+AVERAGE = "average"
+"""Moving average of the weights, kept as optimizer state: so ZeRO divides it and checkpoints hold it."""
 
 
 def start_runtime(loop: LoopConfig) -> None:
@@ -115,8 +117,17 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+def state_keys(engine: Any) -> tuple[str, ...]:
+    """Names of the optimizer state that each parameter has."""
+    return (*MOMENTS, AVERAGE) if _average_decay(engine) else MOMENTS
+
+
+def _average_decay(engine: Any) -> float:
+    return float(base_optimizer(engine).param_groups[0]["average_decay"])
+
+
 def _create_optimizer_state(engine: Any) -> None:
-    """Create the (zero) state that the optimizer would create in its first step.
+    """Create the (zero) state that the optimizer would create in its first step, and the average of the weights.
 
     A checkpoint is loaded into it; and ZeRO 1 and 2 link parameters to their state after the first group's
     first step, when the groups after it would have none yet, and never again.
@@ -127,7 +138,9 @@ def _create_optimizer_state(engine: Any) -> None:
     else:
         partitions = [parameter for group in base.param_groups for parameter in group["params"]]
     for parameter in partitions:
-        base.state[parameter] = {"step": torch.zeros(())} | {key: torch.zeros_like(parameter) for key in STATE_KEYS}
+        base.state[parameter] = {"step": torch.zeros(())} | {key: torch.zeros_like(parameter) for key in MOMENTS}
+        if _average_decay(engine):
+            base.state[parameter][AVERAGE] = parameter.detach().clone()
     if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
         wrapper._lazy_init_hp_params_optimizer_state()
 
@@ -143,11 +156,16 @@ def step_engine(engine: Any) -> float:
 
     ZeRO computes the norm itself; without it DeepSpeed clips but does not tell the norm.
     """
+    complete = engine.is_gradient_accumulation_boundary()
     if engine.zero_optimization() or engine.bfloat16_enabled():
         engine.step()
-        norm = engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    return float(norm)
+        found = engine.get_global_grad_norm()
+        norm = float(found) if found is not None else float("nan")
+    else:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        engine.step()
+    if complete and (decay := _average_decay(engine)):
+        for parameter, state in base_optimizer(engine).state.items():
+            state[AVERAGE].lerp_(parameter.detach(), 1 - decay)
+    return norm

@@ -78,10 +78,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Group the trainable parameters by peak rate and weight decay and build the optimizer.
 
-    Each group keeps its peak under "peak_lr"; `set_learning_rate` reads it. Muon takes the matrices inside the layers.
+    Each group keeps its peak under "peak_lr", which `set_learning_rate` reads, and "average_decay", which the engine
+    reads. Muon takes the matrices inside the layers.
 
     Raises:
-        UserError: a prefix in `module_lr` names no trainable parameter.
+        UserError: a prefix in `module_lr` names no trainable parameter, or there is none.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unused = set(config.module_lr)
@@ -94,12 +95,14 @@ def build_optimizer(
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         orthogonal = config.kind == "muon" and parameter.ndim == 2 and ".layers." in name
         groups.setdefault((peak, decay, orthogonal), []).append(parameter)
+    if not groups:
+        raise UserError("no parameter is left to train; change `trained`")
     if unused:
         raise UserError(
             f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names"
         )
     options = [
-        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay)
+        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay, average_decay=config.average_decay)
         | ({"shapes": [tuple(param.shape) for param in params]} if orthogonal else {})
         for (peak, decay, orthogonal), params in groups.items()
     ]

@@ -38,8 +38,10 @@ from train.tokenizer_setup import (
     open_sources,
     save_tokenizer,
     skipped_metrics,
+    train_only,
 )
-from um3.core.distributed import device, gather_with_gradient, mean_over_ranks
+from um3.core.distributed import device, gather_with_gradient, mean_over_ranks, sum_over_ranks, world_size
+from um3.core.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -61,12 +63,13 @@ class Shared(NamedTuple):
 class Stage1Objective(nn.Module):
     """QLIP on a micro-batch, in one engine call for both towers: its `Shared`, and the raw terms that are means."""
 
-    def __init__(self, qlip: QLIPModel):
+    def __init__(self, qlip: QLIPModel, *, bottleneck: bool = True):
         super().__init__()
-        self.qlip = qlip
+        self.qlip, self.bottleneck = qlip, bottleneck
 
     def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor) -> tuple[Shared, dict[str, torch.Tensor]]:
-        output, quantizer = self.qlip(pixels_BCHW, input_ids_BT), self.qlip.vision_model.quantizer
+        output = self.qlip(pixels_BCHW, input_ids_BT, bottleneck=self.bottleneck)
+        quantizer = self.qlip.vision_model.quantizer
         shared = Shared(
             output.image_embeds.float(), output.text_embeds.float(), output.soft_code, self.qlip.logit_scale.exp()
         )
@@ -98,7 +101,14 @@ class Stage1Task:
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()
         self.batches = image_batches(sources, data=config.data, loop=config.loop)
-        self.objective = Stage1Objective(self.qlip)
+        self.objective = Stage1Objective(self.qlip, bottleneck=config.bottleneck == "bsq")
+        if config.trained:
+            train_only(self.objective, config.trained)
+        if config.bottleneck == "identity":
+            self.qlip.vision_model.quant_embed.requires_grad_(False)
+            self.qlip.vision_model.quant_embed_post.requires_grad_(False)
+        if config.gradient_norms_every_steps and not all(weight.requires_grad for weight in self._last_mlp()):
+            raise UserError("gradient_norms_every_steps looks at the encoder's last MLP, which `trained` leaves out")
         self.skipped: dict[str, int] = {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -121,6 +131,8 @@ class Stage1Task:
         batch = self.batches.batch(step)
         factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
+        every = config.gradient_norms_every_steps
+        norms = self._gradient_norms(batch) if every and step % every == 0 else {}
         starts = range(0, len(batch.captions), self.micro_images)
         with torch.set_grad_enabled(len(starts) == 1):
             outputs = [self._forward(batch, start=start) for start in starts]
@@ -143,20 +155,40 @@ class Stage1Task:
             norm = step_engine(self.engine)
         with torch.no_grad():
             self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        values = mean_over_ranks(values)
+        values = mean_over_ranks(values) | norms
         values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
         return values | skipped_metrics(self.skipped, batch.skipped)
 
     def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([getattr(self.config.loss, name) * term for name, term in terms.items()]).sum()
 
-    def _forward(self, batch: ImageBatch, *, start: int) -> tuple[Shared, dict[str, torch.Tensor]]:
+    def _forward(
+        self, batch: ImageBatch, *, start: int, past_engine: bool = False
+    ) -> tuple[Shared, dict[str, torch.Tensor]]:
         """The micro-batch whose first image is `start`."""
         rows = slice(start, start + self.micro_images)
         pixels_BCHW = self.processor.pixels(batch.images_BHWC[rows]).to(device())
         input_ids_BT = self.processor.text(batch.captions[rows])["input_ids"].to(device())
         with autocast(self.config.engine):
-            return self.engine(pixels_BCHW, input_ids_BT)
+            return (self.objective if past_engine else self.engine)(pixels_BCHW, input_ids_BT)
+
+    def _last_mlp(self) -> list[nn.Parameter]:
+        last: Any = self.qlip.vision_model.encoder.layers[-1]
+        return list(last.mlp.parameters())
+
+    def _gradient_norms(self, batch: ImageBatch) -> dict[str, float]:
+        """Norm of the gradient of each loss, without its weight, in the encoder's last MLP (paper, Figure 5).
+
+        Of the first micro-batch of every rank; past the engine, which takes a gradient for a training step.
+        """
+        shared, terms = self._forward(batch, start=0, past_engine=True)
+        of_batch, _ = self._batch_terms(Shared(*(part[None] for part in shared)))
+        norms = {}
+        for name, term in {"contrastive": of_batch["contrastive"], "mse": terms["mse"]}.items():
+            gradients = torch.autograd.grad(term, self._last_mlp(), retain_graph=True)
+            flat = sum_over_ranks(torch.cat([gradient.flatten().float() for gradient in gradients])) / world_size()
+            norms[f"gradients/{name}"] = float(flat.norm())
+        return norms
 
     def _batch_terms(self, shared: Shared) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The raw terms of the global batch, and the retrieval accuracy; `shared` has a leading dimension M."""

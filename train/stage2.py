@@ -1,15 +1,17 @@
 """Stage 2: the frozen encoder's codes, drawn better (paper section 3; SPEC section 1).
 
-The text tower is not used, the encoder is frozen; bottleneck and decoder train on
+The text tower is not used, the encoder is frozen; bottleneck and decoder (or only what `trained` names) train on
 
     loss = a_r * MSE + a_q * (E[H(Q)] - gamma * H(E[Q])) + a_p * perceptual + a_g * adversarial
 
-With `loop.micro_batch_size` set, a step adds up the gradients of several micro-batches; of its terms only H(E[Q]) is no
-mean over images, and is taken of each micro-batch.
+A perceptual or adversarial term of weight 0 needs no network. With `loop.micro_batch_size` set, a step adds up the
+gradients of several micro-batches; of its terms only H(E[Q]) is no mean over images: it is taken of one micro-batch of
+every rank.
 
 Legend: B images of a micro-batch, H, W pixels, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +25,8 @@ from tokenizer import load
 from tokenizer.discriminator import build_discriminator
 from tokenizer.losses import discriminator_loss, generator_loss
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import build_perceptual_distance
+from tokenizer.perceptual import PerceptualDistance, build_perceptual_distance
+from tokenizer.quantizer import codebook_entropy
 from train.checkpoint import full_weights
 from train.config import Stage2Config
 from train.engine import autocast, build_engine, split_batch, step_engine
@@ -36,11 +39,13 @@ from train.tokenizer_setup import (
     open_sources,
     save_tokenizer,
     skipped_metrics,
+    train_only,
 )
-from um3.core.distributed import device, mean_over_ranks
+from um3.core.distributed import device, gather_with_gradient, mean_over_ranks
+from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
 
-TRAINED = ("vision_model.quant_embed.", "vision_model.quant_embed_post.", "vision_decoder.")
+TRAINABLE = ("qlip.vision_model.quant_embed", "qlip.vision_decoder")
 
 
 def build_task(config: Stage2Config) -> "Stage2Task":
@@ -51,19 +56,22 @@ def build_task(config: Stage2Config) -> "Stage2Task":
 class Autoencoder(nn.Module):
     """QLIP's reconstruction path; the encoder runs without gradient memory."""
 
-    def __init__(self, qlip: QLIPModel):
+    def __init__(self, qlip: QLIPModel, *, trained: Sequence[str] = TRAINABLE):
         super().__init__()
         self.qlip = qlip
-        qlip.requires_grad_(False)
-        for name, parameter in qlip.named_parameters():
-            parameter.requires_grad_(name.startswith(TRAINED))
+        if strangers := [prefix for prefix in trained if not prefix.startswith(TRAINABLE)]:
+            raise UserError(f"trained: stage 2 cannot train '{strangers[0]}'; of {' and '.join(TRAINABLE)} only")
+        train_only(self, trained)
 
     def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images -> (reconstructions, entropy term)."""
+        """Images -> (reconstructions, entropy term of all ranks' images)."""
         with torch.no_grad():
             hidden_BTD = self.qlip.vision_model(pixels_BCHW)
-        quantizer = self.qlip.vision_model.quantize(hidden_BTD, entropy=True)
-        return self.qlip.decode_quantized(quantizer.quantized_BNL.to(hidden_BTD.dtype)), quantizer.loss
+        quantizer = self.qlip.vision_model.quantizer
+        found = self.qlip.vision_model.quantize(hidden_BTD, entropy=True)
+        mean_GK = gather_with_gradient(found.mean_GK[None]).mean(0)
+        penalty = quantizer.penalty(found.sample_entropy, codebook_entropy(mean_GK))
+        return self.qlip.decode_quantized(found.quantized_BNL.to(hidden_BTD.dtype)), penalty
 
 
 class Stage2Task:
@@ -80,22 +88,29 @@ class Stage2Task:
             self.qlip.gradient_checkpointing_enable()
         sources = open_sources(config.data, size=self.processor.image_size, seed=config.loop.seed)
         self.batches = image_batches(sources, data=config.data, loop=config.loop)
-        self.autoencoder = Autoencoder(self.qlip)
-        perceptual = config.perceptual
-        self.distance = build_perceptual_distance(backbone=perceptual.backbone, heads=perceptual.heads).to(device())
-        seed_everything(config.loop.seed, "discriminator weights")
-        shape = config.discriminator
-        self.discriminator = build_discriminator(shape.kind, channels=shape.channels, num_layers=shape.num_layers)
+        self.autoencoder = Autoencoder(self.qlip, trained=config.trained)
+        self.distance: PerceptualDistance | None = None
+        if config.loss.perceptual > 0:
+            perceptual = config.perceptual
+            distance = build_perceptual_distance(backbone=perceptual.backbone, heads=perceptual.heads)
+            self.distance = distance.to(device())
+        self.discriminator: nn.Module | None = None
+        if config.loss.adversarial > 0:
+            seed_everything(config.loop.seed, "discriminator weights")
+            self.discriminator = build_discriminator(**vars(config.discriminator), image_size=self.processor.image_size)
         self.skipped: dict[str, int] = {}
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.autoencoder, "discriminator": self.discriminator}
+        judge = {} if self.discriminator is None else {"discriminator": self.discriminator}
+        return {"model": self.autoencoder, **judge}
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
         self.micro_images, accumulation = split_batch(config.loop)
         batch: dict[str, Any] = {"micro_batch_size": self.micro_images, "accumulation_steps": accumulation}
         self.generator = build_engine(self.autoencoder, optimizer=config.optimizer, engine=config.engine, **batch)
+        if self.discriminator is None:
+            return {"model": self.generator}
         # It judges outside its engine too, so its weights are whole on every rank.
         stage: Literal[0, 1, 2, 3] = min(config.engine.zero_stage, 2)
         whole = replace(config.engine, zero_stage=stage)
@@ -108,13 +123,16 @@ class Stage2Task:
         source = described(batch)
         factor = schedule_factor(step, total_steps=total, config=config.optimizer)
         set_learning_rate(self.generator.optimizer, factor=factor)
-        critic_factor = schedule_factor(step, total_steps=total, config=config.discriminator_optimizer)
-        set_learning_rate(self.critic.optimizer, factor=critic_factor)
+        if self.discriminator is not None:
+            critic_factor = schedule_factor(step, total_steps=total, config=config.discriminator_optimizer)
+            set_learning_rate(self.critic.optimizer, factor=critic_factor)
         found: list[dict[str, float]] = []
         for images_BHWC in batch.images_BHWC.split(self.micro_images):
             pixels_BCHW = self.processor.pixels(images_BHWC).to(device())
             values, drawn_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
-            found.append(values | self._critic_step(pixels_BCHW, drawn_BCHW, source=source))
+            if self.discriminator is not None:
+                values |= self._critic_step(self.discriminator, pixels_BCHW, drawn_BCHW, source=source)
+            found.append(values)
         means = {name: fmean(values[name] for values in found) for name in found[0]}
         values = mean_over_ranks(means | {"optim/grad_norm": found[-1]["optim/grad_norm"]})
         values |= {"optim/lr": config.optimizer.lr * factor}
@@ -124,17 +142,18 @@ class Stage2Task:
         self, pixels_BCHW: torch.Tensor, *, step: int, source: str
     ) -> tuple[dict[str, float], torch.Tensor]:
         weights = self.config.loss
-        listens = weights.adversarial > 0 and step >= weights.adversarial_start_step
+        judge = self.discriminator if step >= weights.adversarial_start_step else None
         with autocast(self.config.engine):
             drawn_BCHW, entropy = self.generator(pixels_BCHW)
             drawn_BCHW = drawn_BCHW.float()
             terms = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW), "entropy": entropy}
-            terms["perceptual"] = self.distance(self._signed(drawn_BCHW), self._signed(pixels_BCHW))
-            if listens:
+            if self.distance is not None:
+                terms["perceptual"] = self.distance(self._signed(drawn_BCHW), self._signed(pixels_BCHW))
+            if judge is not None:
                 # The discriminator only judges here: its own engine must not see these gradients.
-                self.discriminator.requires_grad_(False)
-                logits = self.discriminator(self._signed(drawn_BCHW))
-                self.discriminator.requires_grad_(True)
+                judge.requires_grad_(False)
+                logits = judge(self._signed(drawn_BCHW))
+                judge.requires_grad_(True)
                 terms["adversarial"] = generator_loss(logits, kind=weights.adversarial_kind)
         weighted = {name: getattr(weights, name) * term for name, term in terms.items()}
         loss = torch.stack(list(weighted.values())).sum()
@@ -146,9 +165,9 @@ class Stage2Task:
         values["optim/grad_norm"] = step_engine(self.generator)
         return values, drawn_BCHW.detach()
 
-    def _critic_step(self, pixels_BCHW: torch.Tensor, drawn_BCHW: torch.Tensor, *, source: str) -> dict[str, float]:
-        if self.config.loss.adversarial == 0:
-            return {}
+    def _critic_step(
+        self, discriminator: nn.Module, pixels_BCHW: torch.Tensor, drawn_BCHW: torch.Tensor, *, source: str
+    ) -> dict[str, float]:
         weights, signed_BCHW = self.config.loss, self._signed(pixels_BCHW)
         with autocast(self.config.engine):
             real = self.critic(signed_BCHW)
@@ -156,7 +175,7 @@ class Stage2Task:
             loss = discriminator_loss(real, fake, kind=weights.adversarial_kind)
         values = {"train/discriminator": float(loss.detach())}
         if weights.r1 > 0:
-            penalty = self._slope(signed_BCHW)
+            penalty = _slope(discriminator, signed_BCHW)
             loss = loss + weights.r1 / 2 * penalty
             values["train/r1"] = float(penalty.detach())
         values |= {"train/logit_real": float(real.detach().mean()), "train/logit_fake": float(fake.detach().mean())}
@@ -164,12 +183,6 @@ class Stage2Task:
         self.critic.backward(loss)
         step_engine(self.critic)
         return values
-
-    def _slope(self, signed_BCHW: torch.Tensor) -> torch.Tensor:
-        """E |grad D|^2 on real images. Past the engine, which takes every gradient through it for a training step."""
-        signed_BCHW = signed_BCHW.requires_grad_()
-        (slope_BCHW,) = torch.autograd.grad(self.discriminator(signed_BCHW).sum(), signed_BCHW, create_graph=True)
-        return slope_BCHW.square().sum(dim=(1, 2, 3)).mean()
 
     def _signed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalised pixels -> [-1, 1], what the perceptual network and the discriminator take."""
@@ -185,4 +198,12 @@ class Stage2Task:
         self.batches.close()
         weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.generator).items()}
         fingerprint = save_tokenizer(folder / "model", qlip=self.qlip, processor=self.processor, weights=weights)
-        return {"fingerprint": fingerprint, "skipped": self.skipped, "perceptual": self.distance.name}
+        perceptual = self.distance.name if self.distance else "none"
+        return {"fingerprint": fingerprint, "skipped": self.skipped, "perceptual": perceptual}
+
+
+def _slope(discriminator: nn.Module, signed_BCHW: torch.Tensor) -> torch.Tensor:
+    """E |grad D|^2 on real images. Past the engine, which takes every gradient through it for a training step."""
+    signed_BCHW = signed_BCHW.requires_grad_()
+    (slope_BCHW,) = torch.autograd.grad(discriminator(signed_BCHW).sum(), signed_BCHW, create_graph=True)
+    return slope_BCHW.square().sum(dim=(1, 2, 3)).mean()

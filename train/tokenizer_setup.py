@@ -1,11 +1,12 @@
 """What stage 1 and stage 2 share: the model to start from, the batches of images, the finished folder."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_mix.images import ImageBatch, ImageBatches
 from data_mix.prefetch import Prefetch
@@ -113,6 +114,21 @@ def new_tokenizer(
                 some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if kind != "loaded" else ""
                 logger.info("%s: %d tensors %s%s", path, len(names), kind, f" ({some})" if some else "")
     return qlip, QLIPProcessor(text_tokenizer, image_size=model.image_size, max_text_tokens=text.max_tokens)
+
+
+def train_only(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Freeze every parameter of `module` whose name starts with none of `prefixes`.
+
+    Raises:
+        UserError: a prefix that no name starts with.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            parts = sorted({".".join(name.split(".")[:3]) for name in names})
+            raise UserError(f"trained: no parameter's name starts with '{prefix}'; there are {', '.join(parts)}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
 
 def flatten_scalars(qlip: QLIPModel) -> None:

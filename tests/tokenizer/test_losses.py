@@ -51,7 +51,7 @@ def test_adversarial_terms_pull_apart_and_together(kind: AdversarialKind) -> Non
 @pytest.mark.parametrize("kind", get_args(DiscriminatorKind))
 def test_discriminator_learns_to_tell_two_sets_apart(kind: DiscriminatorKind) -> None:
     torch.manual_seed(0)
-    model = build_discriminator(kind, channels=8, num_layers=2)
+    model = build_discriminator(kind, channels=8, num_layers=2, image_size=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     real, fake = torch.rand(8, 3, 32, 32) * 2 - 1, torch.zeros(8, 3, 32, 32)
     losses = []
@@ -64,6 +64,12 @@ def test_discriminator_learns_to_tell_two_sets_apart(kind: DiscriminatorKind) ->
     assert losses[-1] < 0.5 * losses[0]
     # Judged alone or beside others, an image gets the same verdict.
     torch.testing.assert_close(model(real)[:1], model(real[:1]))
+
+
+@pytest.mark.parametrize(("kind", "channels", "num_layers"), [("patch", 8, 5), ("patch", 6, 2), ("residual", 8, 6)])
+def test_a_discriminator_that_does_not_fit_is_refused(kind: DiscriminatorKind, channels: int, num_layers: int) -> None:
+    with pytest.raises(UserError, match=f"kind {kind} with channels={channels} .* of 32 pixels"):
+        build_discriminator(kind, channels=channels, num_layers=num_layers, image_size=32)
 
 
 def test_random_features_are_seeded_frozen_and_never_called_lpips() -> None:

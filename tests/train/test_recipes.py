@@ -1,6 +1,7 @@
 """The three recipes end to end at the smallest size, through the real engine and the real files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,104 @@ def test_stage2_with_a_residual_discriminator_and_its_penalty(
     for row in held:
         terms = [value for name, value in row.items() if name.startswith("weighted/")]
         assert row["train/loss"] == pytest.approx(sum(terms), rel=1e-5) and len(terms) >= 3
+
+
+def changed_parts(before: Path, after: Path) -> set[str]:
+    """The first two parts of the names of all tensors that differ."""
+    old, new = (load(folder)[0].state_dict() for folder in (before, after))
+    return {".".join(name.split(".")[:2]) for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_recipe_2_trains_towers_then_quantizer_then_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path
+) -> None:
+    options = [f"model.start={made}/stage1/model", "bottleneck=identity", f"loop.folder={tmp_path}/towers"]
+    run_here(monkeypatch, arguments("stage1", tmp_path, *options))
+    parts = changed_parts(made / "stage1/model", tmp_path / "towers/model")
+    assert {"vision_model.encoder", "vision_decoder.encoder", "text_model.encoder"} <= parts
+    assert not {"vision_model.quant_embed", "vision_model.quant_embed_post"} & parts
+    row = read_metrics(tmp_path / "towers/metrics.jsonl")[-1]
+    assert row["train/entropy"] == row["train/commitment"] == 0 and row["train/mse"] > 0
+
+    trained = "trained=[qlip.vision_model.quant_embed]"
+    options = [f"model.start={tmp_path}/towers/model", trained, f"loop.folder={tmp_path}/quantizer"]
+    run_here(monkeypatch, arguments("stage1", tmp_path, *options, "loss.contrastive=0"))
+    parts = changed_parts(tmp_path / "towers/model", tmp_path / "quantizer/model")
+    assert parts == {"vision_model.quant_embed", "vision_model.quant_embed_post"}
+
+    options = [f"tokenizer={tmp_path}/quantizer/model", "trained=[qlip.vision_decoder]", f"loop.folder={tmp_path}/last"]
+    run_here(monkeypatch, arguments("stage2", tmp_path, *options))
+    parts = changed_parts(tmp_path / "quantizer/model", tmp_path / "last/model")
+    assert parts and all(part.startswith("vision_decoder.") for part in parts)
+
+    # What a finished run was started from is part of it.
+    shutil.copytree(made / "stage1/model", tmp_path / "towers/model", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="made from other inputs"):
+        run_here(monkeypatch, arguments("stage1", tmp_path, f"model.start={tmp_path}/towers/model", trained,
+                                        f"loop.folder={tmp_path}/quantizer", "loss.contrastive=0"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phase", "override", "message"),
+    [
+        ("stage1", "trained=[qlip.vision_tower]", "no parameter's name starts with 'qlip.vision_tower'"),
+        ("stage2", "trained=[qlip.vision_model.encoder]", "stage 2 cannot train 'qlip.vision_model.encoder'"),
+        ("stage2", "discriminator.num_layers=5", "does not fit images of 32 pixels"),
+        ("stage1", "model.patch_size=7", "image_size 32 is not a multiple of patch_size 7"),
+        ("stage2", "discriminator_optimizer.average_decay=0.9", "no discriminator is saved"),
+        ("stage1", "optimizer.average_decay=1", "it must be in"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    phase: str, override: str, message: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}", override))
+
+
+def test_gradient_norms_of_the_two_losses_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.folder=" + str(tmp_path / "plain")))
+    options = ["gradient_norms_every_steps=2", "engine.activation_checkpointing=true"]
+    run_here(monkeypatch, arguments("stage1", tmp_path, f"loop.folder={tmp_path}/logged", *options))
+    rows = read_metrics(tmp_path / "logged/metrics.jsonl")
+    for row in rows:
+        assert ("gradients/contrastive" in row) == (row["step"] % 2 == 1)
+    assert all(row[f"gradients/{name}"] > 0 for row in rows[::2] for name in ("contrastive", "mse"))
+    assert losses(tmp_path / "logged") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_stage2_without_perceptual_and_adversarial_terms_builds_no_networks_for_them(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["loss.perceptual=0", "loss.adversarial=0", "perceptual.backbone=nowhere.pth"]
+    run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}", *options))
+    row = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert {name for name in row if name.startswith("train/")} == {"train/loss", "train/mse", "train/entropy"}
+    assert not list((tmp_path / "checkpoints").rglob("discriminator*"))
+    assert json.loads((tmp_path / "done.json").read_text())["perceptual"] == "none"
+
+
+@pytest.mark.parametrize("engine", ["zero_stage=0", "zero_stage=1", "zero_stage=2", "zero_stage=3"])
+def test_the_saved_weights_are_the_average_that_was_asked_for(
+    engine: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["optimizer.kind=adamw", "optimizer.average_decay=0.75", "loop.keep_checkpoints=9", f"engine.{engine}"]
+    options += ["loop.save_every_steps=1", "loop.micro_batch_size=4", f"loop.folder={tmp_path}"]
+    run_here(monkeypatch, arguments("stage2", made, *options))
+    average, before = {}, load(made / "stage1/model")[0].state_dict()
+    for step in range(1, 5):
+        saved = load_file(tmp_path / f"checkpoints/step-{step:08d}/model-00000.safetensors")
+        params = {
+            key.removeprefix("qlip.").removesuffix("/param"): value for key, value in saved.items() if "/p" in key
+        }
+        for name, value in params.items():
+            average[name] = 0.75 * average.get(name, before[name]) + 0.25 * value
+    model = load(tmp_path / "model")[0].state_dict()
+    assert len(average) > 10 and not torch.equal(
+        model["vision_decoder.conv_out.bias"], params["vision_decoder.conv_out.bias"]
+    )
+    for name, value in average.items():
+        torch.testing.assert_close(model[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_um3_leaves_a_stock_checkpoint_that_samples(

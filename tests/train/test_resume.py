@@ -44,12 +44,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_run_resumes_to_the_same_bits(
     phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/whole"))
+    average = "optimizer.average_decay=0.9"
+    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/whole", average))
     with monkeypatch.context() as patch:
         kill_after(patch, 3)
         with pytest.raises(Killed):
-            run_here(patch, arguments(phase, made, f"loop.folder={tmp_path}/killed"))
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/killed"))
+            run_here(patch, arguments(phase, made, f"loop.folder={tmp_path}/killed", average))
+    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/killed", average))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
