@@ -52,11 +52,15 @@ class DecodedCache:
 
 
 class OwnImages(ABC):
-    """The common part: find the bytes and captions of an index, decode, crop, cache."""
+    """The common part: find the bytes and captions of an index, decode, crop, cache.
 
-    def __init__(self, *, name: str, size: int) -> None:
+    Without captions every image has the empty one.
+    """
+
+    def __init__(self, *, name: str, size: int, has_captions: bool = True) -> None:
         self.name = name
         self.size = size
+        self.has_captions = has_captions
         self._cache = DecodedCache()
 
     @abstractmethod
@@ -79,7 +83,7 @@ class OwnImages(ABC):
         sample = self._cache.get(index)
         if sample is None:
             key = self._key(index)
-            captions = clean_captions(self._captions(index), key=key)
+            captions = clean_captions(self._captions(index), key=key) if self.has_captions else ("",)
             try:
                 image_HWC = to_square(read_image(self._image(index)), size=self.size)
             except ImageError as error:
@@ -111,8 +115,10 @@ class FolderImages(OwnImages):
     called train, val, validation or test, these are the splits; otherwise they are made by hash of the path.
     """
 
-    def __init__(self, path: str, *, name: str, split: Split, size: int, val_fraction: float) -> None:
-        super().__init__(name=name, size=size)
+    def __init__(
+        self, path: str, *, name: str, split: Split, size: int, val_fraction: float, has_captions: bool = True
+    ) -> None:
+        super().__init__(name=name, size=size, has_captions=has_captions)
         root = Path(path)
         where = f"source '{name}' ({path})"
         if not root.is_dir():
@@ -120,11 +126,11 @@ class FolderImages(OwnImages):
         files = sorted(file for file in root.rglob("*") if _is_visible_image(file, root=root))
         if not files:
             raise UserError(f"{where}: no image in it ({' '.join(SUFFIXES)})")
-        captions = _metadata_captions(root, where=where)
-        if not any(file in captions or file.with_suffix(".txt").is_file() for file in files):
+        captions = _metadata_captions(root, where=where) if has_captions else {}
+        if has_captions and not any(file in captions or file.with_suffix(".txt").is_file() for file in files):
             raise UserError(
                 f"{where}: none of its {len(files)} images has a caption; put a .txt of the same name beside each, "
-                "or a metadata.jsonl with file_name and caption"
+                "or a metadata.jsonl with file_name and caption, or set has_captions=false where none is read"
             )
         keys = [file.relative_to(root).as_posix() for file in files]
         tops = [key.split("/")[0].lower() if "/" in key else "" for key in keys]
@@ -199,8 +205,17 @@ def caption_field(record: Any) -> Any:
 class TableImages(OwnImages):
     """Images and captions in two columns of a table."""
 
-    def __init__(self, part: TablePart, *, name: str, size: int, image_column: str, caption_column: str) -> None:
-        super().__init__(name=name, size=size)
+    def __init__(
+        self,
+        part: TablePart,
+        *,
+        name: str,
+        size: int,
+        image_column: str,
+        caption_column: str,
+        has_captions: bool = True,
+    ) -> None:
+        super().__init__(name=name, size=size, has_captions=has_captions)
         self._part = part
         self._image_column = image_column
         self._caption_column = caption_column
@@ -222,8 +237,11 @@ class TableImages(OwnImages):
         return self._part.value(index, column=self._caption_column)
 
 
-def image_columns(schema: pa.Schema, *, image_column: str, caption_column: str, where: str) -> tuple[str, str]:
-    """The names of the image and the caption column: as given, else found by name and type.
+def image_columns(
+    schema: pa.Schema, *, image_column: str, caption_column: str, where: str, has_captions: bool = True
+) -> tuple[str, str]:
+    """The names of the image and the caption column: as given, else found by name and type; without captions only the
+    first.
 
     Raises:
         UserError: a given column is missing or holds something else, or none can be found.
@@ -232,7 +250,7 @@ def image_columns(schema: pa.Schema, *, image_column: str, caption_column: str, 
     texts = [field.name for field in schema if _holds_text(field.type)]
     image = image_column or _preferred(images, IMAGE_COLUMNS) or (images[0] if len(images) == 1 else "")
     caption = caption_column or _preferred(texts, CAPTION_COLUMNS)
-    for kind, column, fit in (("image", image, images), ("caption", caption, texts)):
+    for kind, column, fit in (("image", image, images), ("caption", caption, texts))[: 1 + has_captions]:
         if not column:
             raise UserError(
                 f"{where}: cannot tell the {kind} column among {', '.join(schema.names)}; set {kind}_column"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_mix.digits import DigitsSource
 from data_mix.own_images import FolderImages, TableImages, image_columns
@@ -27,6 +27,7 @@ class ImageSourceConfig:
     weight: its share of the images, relative to the other sources.
     length: how many scenes there are in train; other kinds have what they have.
     image_column, caption_column: of a table; empty to find them by name and type.
+    has_captions: false takes images without any, for what reads none (stage 2, reconstructions).
     val_fraction: kept for val where the data does not say itself what is train and what val.
     """
 
@@ -37,6 +38,7 @@ class ImageSourceConfig:
     length: int = 50_000
     image_column: str = ""
     caption_column: str = ""
+    has_captions: bool = True
     val_fraction: float = 0.05
 
 
@@ -53,18 +55,21 @@ def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, see
     where = f"source '{name}' ({path})"
     if kind in ("scenes", "digits"):
         return _drawn_source(config, kind=kind, split=split, size=size, seed=seed)
+    common: dict[str, Any] = {"name": name, "size": size, "has_captions": config.has_captions}
     if kind == "folder":
-        return FolderImages(path, name=name, split=split, size=size, val_fraction=val_fraction)
+        return FolderImages(path, split=split, val_fraction=val_fraction, **common)
     if kind == "webdataset":
-        return WebDatasetImages(path, name=name, split=split, size=size, val_fraction=val_fraction)
-    given = {"image_column": config.image_column, "caption_column": config.caption_column}
+        return WebDatasetImages(path, split=split, val_fraction=val_fraction, **common)
+    given: dict[str, Any] = {"image_column": config.image_column, "caption_column": config.caption_column}
+    given |= {"has_captions": config.has_captions}
     if kind == "parquet":
         columns = image_columns(parquet_schema(path, source=name), **given, where=where)
-        part = open_parquet(path, source=name, columns=columns, split=split, val_fraction=val_fraction)
+        read = [column for column in columns if column]
+        part = open_parquet(path, source=name, columns=read, split=split, val_fraction=val_fraction)
     else:
         part = open_hub(path, source=name, split=split, val_fraction=val_fraction)
         columns = image_columns(part.table.schema, **given, where=where)
-    return TableImages(part, name=name, size=size, image_column=columns[0], caption_column=columns[1])
+    return TableImages(part, image_column=columns[0], caption_column=columns[1], **common)
 
 
 def _drawn_source(config: ImageSourceConfig, *, kind: str, split: Split, size: int, seed: int) -> ImageSource:

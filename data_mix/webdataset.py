@@ -44,8 +44,10 @@ class TarSample(NamedTuple):
 class WebDatasetImages(OwnImages):
     """The images of all shards at a path; captions from stem.txt (one a line) or the caption field of stem.json."""
 
-    def __init__(self, path: str, *, name: str, split: Split, size: int, val_fraction: float) -> None:
-        super().__init__(name=name, size=size)
+    def __init__(
+        self, path: str, *, name: str, split: Split, size: int, val_fraction: float, has_captions: bool = True
+    ) -> None:
+        super().__init__(name=name, size=size, has_captions=has_captions)
         where = f"source '{name}' ({path})"
         self._shards = find_files(path, suffix=".tar", source=name)
         self._names = short_names(self._shards, path)

@@ -345,3 +345,20 @@ def test_decoded_images_are_cached_within_the_limit(tmp_path: Path, monkeypatch:
     assert [sample.captions for sample in first] == [sample.captions for sample in second]
     del source
     assert DecodedCache._used_bytes == used_before
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet, write_shards])
+def test_images_without_captions_are_taken_where_none_is_read(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path)
+    for file in tmp_path.rglob("*.txt"):
+        file.unlink()
+    source = opened(tmp_path, has_captions=False)
+    samples, reasons = read_all(source)
+    assert len(samples) > 20 and not reasons and {sample.captions for sample in samples} == {("",)}
+
+
+def test_a_table_of_images_alone_needs_no_caption_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [encoded(number) for number in range(40)]}), tmp_path / "images.parquet")
+    with pytest.raises(UserError, match="cannot tell the caption column"):
+        opened(tmp_path)
+    assert len(read_all(opened(tmp_path, has_captions=False))[0]) > 20
