@@ -5,6 +5,9 @@ Every row is a run of its own below the run folder, made by the same commands as
 """
 
 import argparse
+import dataclasses
+import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,10 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from data_mix.sources import ImageSourceConfig
+from eval.figures import SAVED_DPI, curves
+from eval.held_out import trained_on
 from eval.scores import Score, read_scores
 from um3.core.config import load_config
-from um3.core.errors import UserError, run_main
-from um3.core.files import write_json, write_text
+from um3.core.errors import Terminated, UserError, run_main
+from um3.core.files import atomic_file, write_json, write_text
 from um3.core.metrics import read_metrics
 
 CONVERGED = 0.1
@@ -29,9 +35,11 @@ class Row:
     """One run: the settings over each phase's config, and the paper's values in the order of the columns."""
 
     name: str = ""
-    stage1: list[str] = field(default_factory=list)
+    stage1: list[str] | None = None
     stage2: list[str] | None = None
-    """None: the row has no stage 2."""
+    """None: the row does not have this stage. {after} in a setting is the folder of the row that `after` names."""
+    after: str = ""
+    """An earlier row, whose tokenizer this one starts from."""
     alone: Literal["", "contrastive", "mse"] = ""
     """Which of the two losses this row has, for the rule that balances them (the quantizer's own terms stay)."""
     paper: list[float | None] = field(default_factory=list)
@@ -39,17 +47,24 @@ class Row:
 
 @dataclass
 class Table:
-    """A table of runs. `columns`: key of a score -> heading."""
+    """A table of runs. `columns`: key of a score -> heading. `curves`: key of a metric -> title, for a picture of how
+    it goes in stage 1 of every row."""
 
     title: str = ""
     columns: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        if not names or len(set(names)) < len(names) or not all(names):
-            raise ValueError(f"rows {names}: a table needs rows, each with a name of its own")
-        for row in self.rows:
+        folders = [_slug(row.name) for row in self.rows]
+        if not folders or len(set(folders)) < len(folders) or not all(folders):
+            names = [row.name for row in self.rows]
+            raise ValueError(f"rows {names}: a table needs rows, each with letters or digits of its own as a name")
+        for number, row in enumerate(self.rows):
+            if row.after and row.after not in [earlier.name for earlier in self.rows[:number]]:
+                raise ValueError(f"row '{row.name}' comes after '{row.after}', which is no row above it")
+            if row.stage1 is None and (row.stage2 is None or number == 0):
+                raise ValueError(f"row '{row.name}' needs a stage1 (an empty list will do), or a stage2 after a row")
             if row.paper and len(row.paper) != len(self.columns):
                 raise ValueError(
                     f"row '{row.name}' has {len(row.paper)} values of the paper for {len(self.columns)} columns"
@@ -74,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = {row.name: Path(options.run) / _slug(row.name) for row in table.rows}
     for number, row in enumerate(table.rows, start=1):
         print(f"row {number} of {len(table.rows)}: {row.name}", flush=True)
-        _make(row, folder=folders[row.name], configs=Path(options.config), options=options)
+        _make(row, folders=folders, options=options)
     scores = {name: _scores(folder) for name, folder in folders.items()}
     lines = markdown(table, scores=scores)
     if ratio := balance({row.alone: folders[row.name] for row in table.rows if row.alone}):
@@ -84,20 +99,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = {name: {key: row.to_dict() for key, row in found.items()} for name, found in scores.items()}
     write_json(path.with_suffix(".json"), values)
     print("\n".join([table.title, *lines, str(path)]))
+    if table.curves:
+        print(_draw_curves(table, folders=folders, path=path.with_name("curves.png")))
 
 
-def _make(row: Row, *, folder: Path, configs: Path, options: argparse.Namespace) -> None:
-    train = ["train", "--processes", str(options.processes)]
-    stage1 = [f"loop.folder={folder}/stage1", *options.overrides, *row.stage1]
-    commands = {"stage1": [*train, "stage1", "--config", f"{configs}/stage1.yaml", *stage1]}
+def _make(row: Row, *, folders: dict[str, Path], options: argparse.Namespace) -> None:
+    folder, configs = folders[row.name], Path(options.config)
+    commands: dict[str, list[str]] = {}
+    if row.stage1 is not None:
+        commands["stage1"] = [*options.overrides, *row.stage1]
     if row.stage2 is not None:
-        stage2 = [f"loop.folder={folder}/stage2", f"tokenizer={folder}/stage1/model", *row.stage2]
-        commands["stage2"] = [*train, "stage2", "--config", f"{configs}/stage2.yaml", *stage2]
-    commands["eval"] = ["eval.run", "--config", f"{configs}/eval.yaml", f"run={folder}", "parts=[tokenizer]"]
-    for name, command in commands.items():
-        code = subprocess.run([sys.executable, "-m", *command]).returncode
-        if code:
-            raise UserError(f"row '{row.name}' stopped in {name} with exit code {code}; the same command goes on")
+        commands["stage2"] = [f"tokenizer={folder}/stage1/model", *row.stage2]
+    for phase, settings in commands.items():
+        given = [setting.replace("{after}", str(folders.get(row.after, ""))) for setting in settings]
+        train = ["train", "--processes", str(options.processes), phase, "--config", f"{configs}/{phase}.yaml"]
+        _run([*train, f"loop.folder={folder}/{phase}", *given], row=row, made=folder / phase / "done.json")
+    # Whatever a row trains on, all are measured on the images that the first one holds out.
+    first = str(next(iter(folders.values())))
+    sources = trained_on(first, phase="stage1", key="sources", kind=ImageSourceConfig)
+    images = json.dumps([dataclasses.asdict(source) for source in sources])
+    measure = ["eval.run", "--config", f"{configs}/eval.yaml", f"run={folder}", "parts=[tokenizer]", f"images={images}"]
+    _run(measure, row=row, made=folder / "eval" / "tokenizer.json")
+
+
+def _run(command: list[str], *, row: Row, made: Path) -> None:
+    """Run `python -m COMMAND`; what asks this process to stop is passed on, and waited for: it saves its state.
+
+    Raises:
+        UserError: it failed, or ended before it had written `made`.
+    """
+    # In a session of its own, or the terminal's Ctrl-C would reach it twice.
+    child = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)
+    try:
+        code = child.wait()
+    except (KeyboardInterrupt, Terminated) as stop:
+        child.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
+        child.wait()
+        raise
+    if code or not made.exists():
+        ending = f"with exit code {code}" if code else "before its end"
+        raise UserError(f"row '{row.name}' stopped {ending} in {made.parent.name}; the same command goes on")
+
+
+def _draw_curves(table: Table, *, folders: dict[str, Path], path: Path) -> Path:
+    rows = {name: read_metrics(folder / "stage1" / "metrics.jsonl") for name, folder in folders.items()}
+    with atomic_file(path) as partial:
+        curves(rows, titles=table.curves).savefig(partial, dpi=SAVED_DPI, format="png")
+    return path
 
 
 def _scores(folder: Path) -> dict[str, Score]:

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -248,7 +249,7 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "stage2": ("stage 2: sharpen", {"train/mse": "squared error", "train/perceptual": "perceptual"}),
     "um3": ("UM3: text and images", {"train/loss_text": "text", "train/loss_visual": "visual"}),
 }
-CURVE_COLOURS = ("#3b6fb6", "#d9822b")
+CURVE_COLOURS = ("#3b6fb6", "#d9822b", "#3f8f5b", "#8a5fa8", "#b04a4a", "#777777")
 
 
 def losses(run: RunData) -> "Figure | None":
@@ -266,7 +267,7 @@ def losses(run: RunData) -> "Figure | None":
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not run", color=MUTED, ha="center", transform=axes.transAxes)
             continue
-        for (key, label), colour in zip(keys.items(), CURVE_COLOURS, strict=True):
+        for (key, label), colour in zip(keys.items(), CURVE_COLOURS, strict=False):
             points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
@@ -274,6 +275,23 @@ def losses(run: RunData) -> "Figure | None":
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
+
+
+def curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, titles: Mapping[str, str]) -> "Figure":
+    """How metrics go: a panel per key of `titles`, logarithmic, with a line per run; `rows` are metrics by run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(titles), 3.4), layout="constrained", facecolor=PAPER)
+    for axes, (key, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        _style(axes, title=title)
+        for number, (name, logged) in enumerate(rows.items()):
+            points = [(row["step"], row[key]) for row in logged if key in row]
+            if points:
+                colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name)
+        axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 

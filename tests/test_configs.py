@@ -19,7 +19,7 @@ from train.stage1 import Stage1Objective
 from train.stage2 import Autoencoder
 from train.tokenizer_setup import qlip_config
 from train.um3 import UM3Objective
-from um3.core.config import load_config
+from um3.core.config import differences, load_config, to_dict
 from um3.extend import extend_model
 from um3.ids import IdSpace
 from um3.model import count_parameters
@@ -193,6 +193,29 @@ def test_every_variant_has_the_papers_size(folder: str, tokens: int, millions: f
     assert sum(p.numel() for p in model.vision_decoder.parameters()) == pytest.approx(millions * 1e6, rel=0.04)
     for phase in ("stage2", "codes", "eval"):
         load(folder, phase)
+
+
+@pytest.mark.parametrize(
+    ("folder", "phase", "changed"),
+    [
+        ("bsqvit", "stage1", ["loss.contrastive: 1.0 -> 0.0"]),
+        ("bsqvit", "stage2", []),
+        ("bsqvit", "codes", []),
+        ("clip_only", "stage1", ["loss.mse: 1000.0 -> 0.0"]),
+    ],
+)
+def test_a_control_differs_from_qlip_in_one_weight(folder: str, phase: str, changed: list[str]) -> None:
+    assert differences(to_dict(load("paper", phase)), to_dict(load(folder, phase))) == changed
+
+
+def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
+    config, base = load("in1k", "stage2"), load("paper", "stage2")
+    changed = differences(to_dict(base), to_dict(config))
+    assert {line.partition(":")[0] for line in changed} == {"trained", "data.sources"}
+    autoencoder = Autoencoder(meta_qlip(), trained=config.trained)
+    trained = {name for name, parameter in autoencoder.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("qlip.vision_decoder.") for name in trained)
+    assert peaks(autoencoder, config=config.optimizer).keys() == trained
 
 
 def test_b_16_and_b_8_differ_by_their_patches() -> None:

@@ -35,7 +35,8 @@ EVA_LEFT_OUT = re.compile(r"mask_token|lm_head\..*|head\..*|fc_norm\..*|(.*\.)?r
 
 
 def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
-    """Give `qlip` the visual encoder of an EVA-02 (MIM) or EVA-CLIP file, safetensors or tensors-only `.pt`.
+    """Give `qlip` the visual encoder of an EVA-02 (MIM) or EVA-CLIP file, safetensors or tensors-only `.pt`, or that of
+    a QLIP folder.
 
     Position embeddings and the patch convolution are resampled (bicubic) to QLIP's grid and patch size. EVA-CLIP's
     projection is not taken: its dimension is that of another text tower.
@@ -47,15 +48,18 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     Raises:
         UserError: no such file, a damaged one, a tensor of another architecture or shape.
     """
-    given = _vision_part(read_tensors(path))
+    parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
+    if Path(path).is_dir():
+        given = read_tensors(Path(path) / "model.safetensors")
+        own = {name: tensor for name, tensor in given.items() if name.startswith(parts) and ".rope." not in name}
+        return _copy(own, qlip=qlip, parts=parts, path=path)
     found: dict[str, Tensor] = {}
-    for name, tensor in given.items():
+    for name, tensor in _vision_part(read_tensors(path)).items():
         place = _place(name)
         if place:
             found[f"vision_model.{place}"] = tensor
         elif not EVA_LEFT_OUT.fullmatch(name):
             raise UserError(f"{path}: '{name}' has no place in QLIP's encoder; is it an EVA-02 or EVA-CLIP file?")
-    parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
     return _copy(found, qlip=qlip, parts=parts, path=path)
 
 
@@ -109,8 +113,8 @@ def _copy(
 def _fit(name: str, tensor: Tensor, *, like: nn.Parameter) -> Tensor:
     if name.endswith("class_embedding"):
         return tensor.flatten()
-    if name.endswith("embeddings.position_embedding.weight") and tensor.ndim == 3:
-        return _resample_positions(tensor[0], num_positions=len(like))
+    if name.endswith("embeddings.position_embedding.weight"):
+        return _resample_positions(tensor.reshape(-1, tensor.shape[-1]), num_positions=len(like))
     if name.endswith("patch_embedding.weight") and tensor.shape[-2:] != like.shape[-2:]:
         return _resample_patches(tensor, size=like.shape[-1])
     return tensor

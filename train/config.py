@@ -97,7 +97,8 @@ class QLIPSizeConfig:
     start: str = ""
     """QLIP folder or hub id to start from instead of fresh weights; its own shape then counts."""
     encoder_weights: str = ""
-    """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder; empty leaves it fresh."""
+    """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder, or a QLIP folder with one to take; empty
+    leaves it fresh."""
     image_size: int = 256
     patch_size: int = 16
     width: int = 768
@@ -180,6 +181,10 @@ class Stage1Config:
     def __post_init__(self) -> None:
         if self.gradient_norms_every_steps and self.engine.zero_stage == 3:
             raise ValueError("gradient_norms_every_steps needs whole weights, which ZeRO 3 cuts apart")
+        if self.loss.contrastive and (bare := [each.name for each in self.data.sources if not each.has_captions]):
+            raise ValueError(
+                f"source '{bare[0]}' has no captions, which the contrastive loss needs; set loss.contrastive=0"
+            )
         if self.model.start and (self.model.encoder_weights or self.text.weights):
             raise ValueError(
                 "model.start brings all weights; leave model.encoder_weights and text.weights empty with it"
