@@ -52,6 +52,8 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     if Path(path).is_dir():
         given = read_tensors(Path(path) / "model.safetensors")
         own = {name: tensor for name, tensor in given.items() if name.startswith(parts) and ".rope." not in name}
+        if not own:
+            raise UserError(f"{path} holds no QLIP, so no encoder to start from")
         return _copy(own, qlip=qlip, parts=parts, path=path)
     found: dict[str, Tensor] = {}
     for name, tensor in _vision_part(read_tensors(path)).items():

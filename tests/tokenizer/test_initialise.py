@@ -56,6 +56,19 @@ def test_an_eva_encoder_gives_the_same_features(name: str, prefix: str, tiny_qli
     assert report["fresh"] == [] and report["resampled"] == [] and len(report["loaded"]) > 15
 
 
+def test_the_encoder_of_a_qlip_folder_serves_too(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    tiny_qlip.save_pretrained(tmp_path)
+    qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
+    report = load_encoder(qlip, tmp_path)
+    torch.testing.assert_close(qlip.vision_features(pixels), tiny_qlip.vision_features(pixels))
+    assert report["fresh"] == [] and not torch.equal(qlip.encode(pixels), tiny_qlip.encode(pixels))
+    finer = load_encoder(fresh(tiny_config(patch_size=4)), tmp_path)
+    assert len(finer["resampled"]) == 2 and finer["fresh"] == []
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds no QLIP"):
+        load_encoder(qlip, tmp_path)
+
+
 def test_finer_patches_keep_what_an_even_patch_says(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
     qlip = fresh(tiny_config(patch_size=4))
     report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / "eva.pt"))

@@ -9,9 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.processes import run_on_ranks
+from tests.tokenizer.conftest import tiny_config
 from tests.tokenizer.test_initialise import eva_file
 from tests.train.conftest import arguments, losses, run_apart, run_here
 from tokenizer import load
+from tokenizer.modeling import QLIPModel
+from train.stage2 import Autoencoder
+from um3.core.distributed import rank, world_size
 from um3.core.errors import UserError
 from um3.core.metrics import read_metrics
 from um3.pipeline import UM3Pipeline
@@ -310,3 +315,17 @@ def test_lamb_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Monk
         run_here(monkeypatch, arguments("stage1", tmp_path, "optimizer.kind=lamb", "engine.zero_stage=2"))
     run_here(monkeypatch, arguments("stage1", tmp_path / "lamb", "optimizer.kind=lamb", "engine.zero_stage=0"))
     assert losses(tmp_path / "lamb/stage1")[-1] < losses(tmp_path / "lamb/stage1")[0]
+
+
+def penalty_of_this_ranks_share() -> float:
+    """Stage 2's entropy term of this rank's share of four images, with a quantizer sharp enough to tell them apart."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(QLIPModel(tiny_config(quantizer_cfg={"embed_dim": 12, "inv_temperature": 20.0})))
+    share = 4 // world_size()
+    pixels_BCHW = torch.randn(4, 3, 16, 16)[rank() * share : (rank() + 1) * share]
+    return float(autoencoder(pixels_BCHW)[1])
+
+
+def test_stage2_takes_the_entropy_of_the_mean_code_over_all_ranks(tmp_path: Path) -> None:
+    shares = run_on_ranks(penalty_of_this_ranks_share, folder=tmp_path)
+    assert sum(shares) / 2 == pytest.approx(penalty_of_this_ranks_share(), rel=1e-5)
