@@ -20,7 +20,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview bench-tokenizer lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview bench-tokenizer bench-training bench-memory lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -90,6 +90,12 @@ mix-preview: $(READY) ## Draw the scheduled mix before a run starts
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks.tokenizer $(ARGS)
+
+bench-training: $(READY) ## Time, memory and FLOPs utilisation of a step of stages 1 and 2
+	@$(PY) -m benchmarks.training --config $(CONFIGS) --processes $(NPROC) $(ARGS)
+
+bench-memory: $(READY) ## Memory of a step against the batch size, with and without perceptual loss and GAN
+	@$(PY) -m benchmarks.memory --config $(CONFIGS) --out $(RUN)/benchmarks $(ARGS)
 
 test: $(READY) ## Run the tests
 	@$(PY) -m pytest $(ARGS)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
-from tokenizer.layers import Encoder, build_rope
+from tokenizer.layers import Encoder, Linear, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
 
@@ -112,8 +112,8 @@ class QuantizerEmbed(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, *, hidden: int):
         super().__init__()
-        self.c_fc = nn.Linear(width_in, hidden)
-        self.c_proj = nn.Linear(hidden, width_out)
+        self.c_fc = Linear(width_in, hidden)
+        self.c_proj = Linear(hidden, width_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
@@ -162,8 +162,8 @@ class VisionDecoder(nn.Module):
         self.encoder = Encoder(config)
         self.rope = build_rope(config)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.ffn = nn.Sequential(nn.Linear(width, inner), nn.Tanh())
-        self.conv_out = nn.Linear(inner, config.num_channels * config.patch_size**2)
+        self.ffn = nn.Sequential(Linear(width, inner), nn.Tanh())
+        self.conv_out = Linear(inner, config.num_channels * config.patch_size**2)
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         x_BND = self.norm(self.encoder(x_BND + self.position_embeddings))
@@ -186,10 +186,10 @@ class QLIPModel(PreTrainedModel):
         self.text_model = TextModel(text)
         self.vision_model = VisionModel(vision)
         self.vision_decoder = VisionDecoder(decoder)
-        self.visual_projection = nn.Linear(
+        self.visual_projection = Linear(
             vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias
         )
-        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=config.text_projection_bias)
+        self.text_projection = Linear(text.hidden_size, config.projection_dim, bias=config.text_projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
 

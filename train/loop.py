@@ -20,7 +20,7 @@ from um3.core.distributed import any_rank, barrier, is_main, rank, world_size
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import write_json
 from um3.core.metrics import MetricsWriter
-from um3.core.progress import Progress, peak_memory_gib
+from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
 from um3.core.provenance import commit, machine, versions
 from um3.core.seeds import seed_everything
 
@@ -114,7 +114,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
             if metrics is not None and (done % loop.log_every_steps == 0 or done in (1, loop.total_steps)):
                 rate = progress.rate()
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
-                metrics.log(done, values | {"mem/peak_gib": peak_memory_gib()})
+                metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))
             stopping = any_rank(stop.signal is not None)
             if done % loop.save_every_steps == 0 or done == loop.total_steps or stopping:
                 save(done)
@@ -181,7 +181,14 @@ def _finish(task: Task, *, config: Any, inputs: dict[str, str], seconds: float) 
     facts = task.finish(folder)
     if is_main():
         record = {"inputs": inputs, "steps": config.loop.total_steps, "seconds": round(seconds, 1)}
-        record |= {"peak_memory_gib": round(peak_memory_gib(), 3), "processes": world_size(), **facts}
+        peaks = _memory("peak_memory_gib", "peak_gpu_memory_gib")
+        record |= {name: round(gib, 3) for name, gib in peaks.items()} | {"processes": world_size(), **facts}
         record |= {"config": to_dict(config), "commit": commit(), "versions": versions(), "machine": machine()}
         write_json(folder / "done.json", record)
     barrier()
+
+
+def _memory(host: str, gpu: str) -> dict[str, float]:
+    """The first process's peaks in GiB under these names; the second where there is a GPU."""
+    on_gpu = peak_gpu_memory_gib()
+    return {host: peak_memory_gib()} | ({} if on_gpu is None else {gpu: on_gpu})

@@ -80,3 +80,10 @@ def test_only_the_first_rank_speaks() -> None:
 
 def test_peak_memory_is_that_of_a_python_process() -> None:
     assert 0.005 < peak_memory_gib() < 500
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
+    held = bytearray(300 * 2**20)
+    program = "from um3.core.progress import peak_memory_gib; print(peak_memory_gib())"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.2 and len(held) > 0

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tokenizer.conftest import tiny_config
 from tokenizer.configuration import QLIPConfig
+from tokenizer.layers import Linear
 from tokenizer.modeling import QLIPModel, load_qlip
 from um3.core.errors import UserError
 
@@ -151,3 +152,17 @@ def test_sizes_that_do_not_divide_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=f"cannot load .*: {message}"):
         load_qlip(tmp_path)
+
+
+def test_a_linear_layer_multiplies_alike_with_and_without_gradient() -> None:
+    torch.manual_seed(0)
+    for bias in (True, False):
+        linear, x = Linear(48, 32, bias=bias), torch.randn(2, 5, 48)
+        expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), expected)
+            torch.testing.assert_close(linear(x[:, ::2]), expected[:, ::2])
+            assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        linear.float()
+        linear(x).sum().backward()
+        assert linear.weight.grad is not None

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from um3.core.distributed import is_main
@@ -15,8 +16,22 @@ LIVE_EVERY_S = 0.2
 
 def peak_memory_gib() -> float:
     """Peak resident memory of this process in GiB."""
+    try:
+        # What getrusage tells on Linux begins with the memory of the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    except (OSError, IndexError, ValueError):
+        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_gpu_memory_gib() -> float | None:
+    """Most memory that torch has had on this process's GPU, in GiB; None without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.max_memory_allocated() / 2**30)
 
 
 def format_seconds(seconds: float) -> str:
