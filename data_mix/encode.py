@@ -33,8 +33,7 @@ from um3.core.log import setup_logging
 from um3.core.progress import Progress
 
 if TYPE_CHECKING:
-    from tokenizer.modeling import QLIPModel
-    from tokenizer.processor import QLIPProcessor
+    from tokenizer.images import QLIPImages
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +58,8 @@ class EncodeConfig:
     num_threads: int = 1
 
     def __post_init__(self) -> None:
+        if bare := [source.name for source in self.images if not source.has_captions]:
+            raise ValueError(f"source '{bare[0]}' has no captions; codes are kept with captions, for UM3 to learn from")
         for name, least in (("batch_size", 1), ("rows_per_shard", 1), ("num_threads", 1), ("limit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
@@ -100,22 +101,24 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
         UserError: the tokenizer cannot be loaded, its codes do not fit the shards, a source cannot be
             opened, or nothing in it can be used.
     """
-    from tokenizer import load  # takes seconds, which a run with nothing to do should not
+    # Both take seconds, which a run with nothing to do should not.
+    from tokenizer import load
+    from tokenizer.images import QLIPImages
 
     torch.set_num_threads(config.num_threads)
-    model, processor = load(config.qlip)
-    model.to(device())  # type: ignore[arg-type]
-    if model.num_bits > MAX_BITS:
-        raise UserError(f"{config.qlip} makes codes of {model.num_bits} bits; shards hold at most {MAX_BITS}")
-    jobs = _plan(config, model=model, image_size=processor.image_size)
+    qlip = QLIPImages(*load(config.qlip))
+    qlip.model.to(device())  # type: ignore[arg-type]
+    if qlip.num_bits > MAX_BITS:
+        raise UserError(f"{config.qlip} makes codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}")
+    jobs = _plan(config, qlip=qlip)
     waiting = [job for job in jobs if not _is_finished(job)]
     _remove_outdated(Path(config.out), jobs=jobs, waiting=waiting)
     total = sum(job.num_samples for job in jobs)
     start = total - sum(job.num_samples for job in waiting)
     progress = Progress(total, label="encoding", unit="images", start=start)
     for job in waiting:
-        _make_shard(job, model=model, processor=processor, batch_size=config.batch_size, progress=progress)
-    summary = _summary(jobs, num_patches=model.num_patches, request=request)
+        _make_shard(job, qlip=qlip, batch_size=config.batch_size, progress=progress)
+    summary = _summary(jobs, num_patches=qlip.num_codes, request=request)
     write_json(Path(config.out) / "summary.json", summary)
     return summary
 
@@ -148,13 +151,13 @@ def _is_done(out: Path, *, request: str) -> bool:
     return summary.get("request") == request and all((out / name).exists() for name in summary.get("files", []))
 
 
-def _plan(config: EncodeConfig, *, model: "QLIPModel", image_size: int) -> list[ShardJob]:
+def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
     """All shards of all sources, in the order in which they are made."""
     jobs: list[ShardJob] = []
-    fingerprint = model.fingerprint()
+    fingerprint = qlip.model.fingerprint()
     for split in get_args(Split):
         for source_config in config.images:
-            source = _open(source_config, split=split, size=image_size, seed=config.seed)
+            source = _open(source_config, split=split, size=qlip.image_size, seed=config.seed)
             if source is None:
                 continue
             if not re.fullmatch(r"[A-Za-z0-9._-]+", source.name):
@@ -165,8 +168,8 @@ def _plan(config: EncodeConfig, *, model: "QLIPModel", image_size: int) -> list[
             for shard in range(num_shards):
                 header = ShardHeader(
                     fingerprint=fingerprint,
-                    bits=model.num_bits,
-                    image_size=image_size,
+                    bits=qlip.num_bits,
+                    image_size=qlip.image_size,
                     split=split,
                     source=source.name,
                     shard=shard,
@@ -215,19 +218,15 @@ def _remove_outdated(out: Path, *, jobs: Sequence[ShardJob], waiting: Sequence[S
         path.unlink(missing_ok=True)
 
 
-def _make_shard(
-    job: ShardJob, *, model: "QLIPModel", processor: "QLIPProcessor", batch_size: int, progress: Progress
-) -> None:
+def _make_shard(job: ShardJob, *, qlip: "QLIPImages", batch_size: int, progress: Progress) -> None:
     skipped: Counter[str] = Counter()
-    keys, captions, codes = [], [], [np.zeros((0, model.num_patches), dtype=np.int64)]
+    keys, captions, codes = [], [], [np.zeros((0, qlip.num_codes), dtype=np.int64)]
     num_batches = -(-job.num_samples // batch_size)
     with Prefetch(_Reader(job, batch_size=batch_size), num_steps=num_batches) as batches:
         for number in range(num_batches):
             samples, unusable = batches.batch(number)
             if samples:
-                pixels_BCHW = processor.pixels(np.stack([sample.image_HWC for sample in samples]))
-                with torch.inference_mode():
-                    codes.append(model.encode(pixels_BCHW.to(model.device)).cpu().numpy())
+                codes.append(qlip.encode(np.stack([sample.image_HWC for sample in samples])).numpy())
             keys += [sample.key for sample in samples]
             captions += [sample.captions for sample in samples]
             skipped.update(unusable)

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from data_mix.sources import ImageSourceConfig
@@ -11,7 +12,7 @@ from um3.core.config import to_dict
 
 
 def origin(config: ImageSourceConfig | TextSourceConfig, *values: str | int) -> str:
-    """Short hash of a source's config, of `values`, and of the name, size and time of every file it reads.
+    """Short hash of a source's config, of `values`, and of the place, size and time of every file it reads.
 
     The weight is left out: how often a sample is drawn does not change what it is.
     """
@@ -25,5 +26,6 @@ def _files(path: str) -> list[tuple[str, int, int]]:
     """The files of a path (file, folder or glob); none for a source that is generated or comes from the hub."""
     place = Path(path)
     found = place.rglob("*") if path and place.is_dir() else map(Path, glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns)
-    stats = [(file.name, file.stat()) for file in sorted(found) if file.is_file()]
+    root = place if place.is_dir() else place.parent
+    stats = [(os.path.relpath(file, root), file.stat()) for file in sorted(found) if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -34,13 +34,13 @@ def part_labels(available: Collection[str], *, split: Split, where: str) -> tupl
     train. A part with another name (extra, unlabeled) is never read.
 
     Raises:
-        UserError: none of `available` is a train part.
+        UserError: none of `available` is a part to read.
     """
     by_word = {label: label.strip().lower() for label in available}
     train = {label for label, word in by_word.items() if word in TRAIN_WORDS}
     val = {label for label, word in by_word.items() if word in VAL_WORDS}
     val = val or {label for label, word in by_word.items() if word in TEST_WORDS}
-    if not train:
+    if not train and (split == "train" or not val):
         raise UserError(f"{where}: no part is called train (found: {', '.join(sorted(available)) or 'none'})")
     if split == "train":
         return train, not val

@@ -10,6 +10,10 @@ from data_mix.text import TextSourceConfig
 PartName = Literal["language", "captions", "generation", "tokenizer"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 FeatureName = Literal["random-features", "qlip-features", "inception-2015"]
+STAGES = ("stage1", "stage2")
+KEPT_BESIDE = ("original", "flipped")
+"""Pictures that are kept beside the reconstructions of each tokenizer."""
+MAX_PROBE_LR = 1e6  # far beyond any use; float32 overflows far above it
 
 
 @dataclass
@@ -77,16 +81,57 @@ class LabelledConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """The linear probe. `adamw` is the paper's recipe (Table 11); `logistic` is a regression solved to its end, without
+    the other settings, in float64 with all features in memory."""
+
+    kind: Literal["adamw", "logistic"] = "adamw"
+    lr: float = 0.2
+    epochs: int = 10
+    warmup_epochs: int = 1
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr <= MAX_PROBE_LR:
+            raise ValueError(f"tokenizer.probe.lr is {self.lr}; it must be above 0 and at most {MAX_PROBE_LR:g}")
+        if self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"tokenizer.probe: {self.epochs} epochs of batches of {self.batch_size}, {self.warmup_epochs} of them "
+                "warm-up; it needs at least one epoch that is no warm-up, and batches of 1 or more"
+            )
+
+
+@dataclass
+class PerceptualConfig:
+    """The two published files of LPIPS-VGG; both empty leaves `lpips` without a value."""
+
+    backbone: str = ""
+    heads: str = ""
+
+
+@dataclass
 class TokenizerConfig:
     """Reconstruction and retrieval on held-out images, classification on images with classes."""
 
     num_images: int = 50_000
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    others: dict[str, str] = field(default_factory=dict)
+    """Tokenizers of your own to measure beside QLIP: name -> package.module:function on your Python path, which returns
+    a `tokenizer.images.ImageTokenizer`."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     labelled: bool = True
     """Zero-shot accuracy and linear probe on the digits."""
     classification: list[LabelledConfig] = field(default_factory=list)
     """The same on folders of your own, such as ImageNet's."""
     stages: dict[str, str] = field(default_factory=dict)
     """Tokenizer folders by name; empty for stage1 and stage2 of the run."""
+
+    def __post_init__(self) -> None:
+        names = [own.name for own in self.classification] + ["digits"] * self.labelled
+        if len(set(names)) < len(names) or not all(own.path for own in self.classification):
+            raise ValueError(f"tokenizer.classification {names}: each needs a path, and a name of its own")
+        if taken := {*(self.stages or STAGES), *KEPT_BESIDE} & self.others.keys():
+            raise ValueError(f"tokenizer.others: '{min(taken)}' is taken; choose another name")
 
 
 @dataclass
@@ -100,7 +145,8 @@ class EvalConfig:
     """Folder for the results; RUN/eval by default."""
     parts: list[PartName] = field(default_factory=lambda: list(PARTS))
     images: list[ImageSourceConfig] = field(default_factory=list)
-    """Their validation images are used; empty for the sources the run's stage 1 was trained on."""
+    """Their validation images are used; empty for the sources the run's stage 1 was trained on. Those without captions
+    serve the tokenizer part alone."""
     texts: list[TextSourceConfig] = field(default_factory=list)
     """Their validation documents are used; empty for the sources the run's UM3 was trained on."""
     seed: int = 0
@@ -116,6 +162,11 @@ class EvalConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
+    @property
+    def captioned(self) -> list[ImageSourceConfig]:
+        """The image sources with captions."""
+        return [source for source in self.images if source.has_captions]
+
     def __post_init__(self) -> None:
         least = {
             "language.num_items": self.language.num_items,
@@ -125,9 +176,6 @@ class EvalConfig:
             "generation.per_skill": self.generation.per_skill,
             "tokenizer.num_images": self.tokenizer.num_images,
         }
-        names = [own.name for own in self.tokenizer.classification] + ["digits"] * self.tokenizer.labelled
-        if len(set(names)) < len(names) or not all(own.path for own in self.tokenizer.classification):
-            raise ValueError(f"tokenizer.classification {names}: each needs a path, and a name of its own")
         for name, value in least.items():
             if value < 2:
                 raise ValueError(f"{name} is {value}; it must be at least 2")

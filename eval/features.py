@@ -1,19 +1,21 @@
 """Feature networks for Frechet distances. The name of the network is part of every score made with it.
 
     inception-2015    the network FID is defined with; only with it is the distance called `fid`
-    qlip-features     the image tower of the tokenizer under test, after its projection
+    qlip-features     the image tower of the tokenizer under test (the last of several), after its projection
     random-features   a small convolutional network with seeded random weights: needs no file, is the same for every
                       model, and tells images apart by local colour and shape; not comparable with FID
 
 Shapes: B images, H height, W width, D feature dimensions.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from eval.config import FeatureName
@@ -33,11 +35,12 @@ RANDOM_CHANNELS = (16, 32, 64)
 
 
 class FeatureNetwork(NamedTuple):
-    """`extract` maps uint8 images (B, H, W, 3) to features (B, D)."""
+    """`extract` maps uint8 images (B, H, W, 3) of any size to features (B, D); equal digests are equal networks."""
 
     name: FeatureName
     num_features: int
     extract: Callable[[NDArray], Tensor]
+    weights_sha256: str
 
     def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
         """Mean and covariance of the features of all images."""
@@ -77,18 +80,20 @@ def random_features(*, seed: int = RANDOM_SEED) -> FeatureNetwork:
             pooled.append(x.mean(dim=(2, 3)))
         return torch.cat(pooled, dim=1)
 
-    return FeatureNetwork("random-features", sum(RANDOM_CHANNELS), extract)
+    return FeatureNetwork("random-features", sum(RANDOM_CHANNELS), extract, weights_sha256(layers))
 
 
 def qlip_features(model: QLIPModel, processor: QLIPProcessor) -> FeatureNetwork:
-    """The l2-normalised image embedding of the tokenizer itself."""
+    """The l2-normalised image embedding of the tokenizer itself, of images brought to its size."""
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
-        return model.get_image_features(processor.pixels(images_BHWC).to(model.device, model.dtype)).float()
+        fits = images_BHWC.shape[1] == processor.image_size
+        pixels_BCHW = processor.pixels(images_BHWC if fits else [Image.fromarray(image) for image in images_BHWC])
+        return model.get_image_features(pixels_BCHW.to(model.device, model.dtype)).float()
 
     probe = torch.zeros(1, processor.image_size, processor.image_size, 3, dtype=torch.uint8).numpy()
-    return FeatureNetwork("qlip-features", extract(probe).shape[1], extract)
+    return FeatureNetwork("qlip-features", extract(probe).shape[1], extract, model.fingerprint()[:12])
 
 
 def inception_features(weights: str = "") -> FeatureNetwork:
@@ -112,7 +117,15 @@ def inception_features(weights: str = "") -> FeatureNetwork:
     def extract(images_BHWC: NDArray) -> Tensor:
         return network(_bchw(images_BHWC).to(device())).cpu()
 
-    return FeatureNetwork("inception-2015", Inception2015.num_features, extract)
+    return FeatureNetwork("inception-2015", Inception2015.num_features, extract, weights_sha256(network))
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Names a network's weights, for a protocol."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def inception_path(weights: str = "") -> Path | None:

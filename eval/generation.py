@@ -3,7 +3,6 @@
 Shapes: N images, H height, W width.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from eval.config import SamplingConfig
 from eval.features import FeatureNetwork, inception_note
 from eval.frechet import frechet_distance
 from eval.paper import GENEVAL_LLAMAGEN_QLIP, UM3
-from eval.scores import Measurement, Score
+from eval.scores import Measurement, Score, texts_sha256
 from um3.core.errors import UserError
 from um3.core.progress import track
 from um3.pipeline import UM3Pipeline
@@ -67,7 +66,7 @@ def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt],
     Raises:
         UserError: a skill without a prompt.
     """
-    of = of.with_protocol(judge=JUDGE, prompts_sha256=prompts_sha256([prompt.prompt for prompt in prompts]))
+    of = of.with_protocol(judge=JUDGE, prompts_sha256=texts_sha256([prompt.prompt for prompt in prompts]))
     rows, paper = [], GENEVAL_LLAMAGEN_QLIP
     for skill in SKILLS:
         passed = [v.passed for v, prompt in zip(verdicts, prompts, strict=True) if prompt.skill == skill]
@@ -103,7 +102,7 @@ def distribution_scores(
     of: Measurement,
 ) -> list[Score]:
     """Frechet distance of the drawn images to the real ones with the same captions, and their CLIPScores."""
-    of = of.with_protocol(prompts_sha256=prompts_sha256(captions))
+    of = of.with_protocol(prompts_sha256=texts_sha256(captions))
     rows = frechet_rows(images_NHWC, originals_NHWC=originals_NHWC, features=features, fid="fid", paper=UM3, of=of)
     return rows + clipscore_rows(
         images_NHWC, texts=captions, originals_NHWC=originals_NHWC, pipeline=pipeline, clip=clip, of=of
@@ -124,16 +123,11 @@ def frechet_rows(
     distance = frechet_distance(features.moments(images_NHWC), features.moments(originals_NHWC))
     n, dims = len(images_NHWC), features.num_features
     note = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
-    named = of.with_protocol(features=features.name, dimensions=dims)
+    named = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)
     common: dict[str, Any] = {"n": n, "higher_is_better": False, "note": note}
     if features.name == "inception-2015":
-        return [named.score(fid, distance, paper=paper[fid], **common)]
+        return [named.score(fid, distance, paper=paper.get(fid), **common)]
     return [
         named.score(f"frechet_distance[{features.name}]", distance, **common),
-        of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper[fid]),
+        of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper.get(fid)),
     ]
-
-
-def prompts_sha256(prompts: Sequence[str]) -> str:
-    """Names a list of prompts: scores over equal lists may be compared."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]

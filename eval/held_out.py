@@ -3,10 +3,11 @@
 Shapes: N images, H height, W width.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -23,7 +24,7 @@ class HeldOut(NamedTuple):
     """Images uint8 (N, H, W, 3) with all captions of each, the full one first.
 
     `skipped` counts samples that were asked for and could not be used, by reason. `has_checker`: the scene checker
-    can judge such images.
+    can judge such images. `protocol` pins the images: their side, how they were brought to it, their number and pixels.
     """
 
     name: str
@@ -31,10 +32,11 @@ class HeldOut(NamedTuple):
     captions: list[tuple[str, ...]]
     skipped: dict[str, int]
     has_checker: bool
+    protocol: dict[str, Any]
 
     @property
     def full_captions(self) -> list[str]:
-        """captions[0] of every image."""
+        """captions[0] of every image; all empty if the source has none."""
         return [given[0] for given in self.captions]
 
     @property
@@ -43,6 +45,8 @@ class HeldOut(NamedTuple):
         return sum(self.skipped.values())
 
 
+PREPARATION = "RGB, largest centred square, resized by Pillow's antialiased bicubic, uint8"
+"""What um3.core.images.to_square does to every image that is not drawn here."""
 SourceT = TypeVar("SourceT", ImageSourceConfig, TextSourceConfig)
 
 
@@ -85,8 +89,20 @@ def held_out_images(config: ImageSourceConfig, *, num_images: int, size: int, se
             f"source '{config.name}' has {len(images)} usable validation images of {len(source)}; "
             "evaluation needs at least 2: add images or raise its val_fraction"
         )
-    has_checker = image_kind(config) == "scenes"
-    return HeldOut(config.name, np.stack(images), captions, dict(skipped), has_checker)
+    kind = image_kind(config)
+    protocol = {
+        "image_size": size,
+        "preparation": "drawn at this size" if kind in ("scenes", "digits") else PREPARATION,
+        "images": len(images),
+        "images_sha256": _pixels_sha256(images),
+    }
+    return HeldOut(config.name, np.stack(images), captions, dict(skipped), kind == "scenes", protocol)
+
+
+def _pixels_sha256(images: Sequence[NDArray]) -> str:
+    """Names a set of images by their pixels; their order does not matter."""
+    digests = sorted(hashlib.sha256(image.tobytes()).digest() for image in images)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
 
 
 def held_out_documents(configs: Sequence[TextSourceConfig], *, seed: int) -> list[str]:

@@ -3,7 +3,10 @@
 Shapes: N images, H, W pixels.
 """
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,25 +21,37 @@ BATCH = 256
 
 
 class Labelled(Protocol):
-    """Images with a class index each, in batches; `skipped` of them could not be read in the last pass."""
+    """Images with a class index each, in batches; `skipped` of them could not be read in the last pass.
+
+    `identity` is equal for equal images, whatever the tokenizer's size.
+    """
 
     @property
     def skipped(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def __len__(self) -> int:
+        """Images, those that cannot be read included."""
+        ...
 
     def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
         """uint8 images (N, H, W, 3) at the tokenizer's size with their labels; every pass is the same."""
         ...
 
 
-class LabelledImages(NamedTuple):
-    """uint8 images (N, H, W, 3) at the tokenizer's size, and the class index of each."""
+@dataclass(frozen=True)
+class LabelledImages:
+    """uint8 images (N, H, W, 3) at the tokenizer's size, the class index of each, and a name for them all."""
 
     images: NDArray
     labels: Sequence[int]
+    identity: str
+    skipped: int = 0
 
-    @property
-    def skipped(self) -> int:
-        return 0
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
         for start in range(0, len(self.labels), BATCH):
@@ -55,20 +70,26 @@ class LabelledFolder:
         Raises:
             UserError: no such folder, fewer than two classes, or a class without images.
         """
-        self.size, self.skipped, self._label = size, 0, label or str(path)
+        self.size, self.skipped, self._root, self._label = size, 0, Path(path), label or str(path)
         if not Path(path).is_dir():
             raise UserError(f"{path} does not exist; give a folder with one folder of images per class")
-        self.classes = sorted(each.name for each in Path(path).iterdir() if each.is_dir() and each.name[0] != ".")
+        self.classes = class_folders(path)
         if len(self.classes) < 2:
             raise UserError(
                 f"{path} holds {len(self.classes)} folders; classification needs one for each of two or more"
             )
-        self._files: list[tuple[Path, int]] = []
+        self._files: list[tuple[str, int]] = []
+        digest = hashlib.sha256()
         for number, name in enumerate(self.classes):
-            found = sorted(file for file in (Path(path) / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = list(listed_images(path, name))
             if not found:
                 raise UserError(f"{path}/{name}: no image in it ({' '.join(SUFFIXES)})")
-            self._files += [(file, number) for file in found]
+            self._files += [(file.name, number) for file in found]
+            digest.update(os.fsencode("".join(f"{file.name}\t{file.num_bytes}\n" for file in found)))
+        self.identity = f"sha256 of names and sizes {digest.hexdigest()[:12]}"
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
         self.skipped = 0
@@ -76,9 +97,9 @@ class LabelledFolder:
         for start in range(0, len(self._files), BATCH):
             images, labels = [], []
             chosen = self._files[start : start + BATCH]
-            for file, label in chosen:
+            for name, label in chosen:
                 try:
-                    images.append(to_square(read_image(file), size=self.size))
+                    images.append(to_square(read_image(self._root / name), size=self.size))
                     labels.append(label)
                 except ImageError:
                     self.skipped += 1
@@ -87,6 +108,44 @@ class LabelledFolder:
                 yield np.stack(images), labels
         if self.skipped == len(self._files):
             raise UserError(f"{self._label}: none of its {len(self._files)} images can be read")
+
+
+class ListedFile(NamedTuple):
+    """A file by its path below the folder asked for, with its size and its time of change in ns (0 if it has none)."""
+
+    name: str
+    num_bytes: int
+    changed_ns: int
+
+
+def class_folders(path: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted, hidden ones left out."""
+    return sorted(each.name for each in Path(path).iterdir() if each.is_dir() and each.name[0] != ".")
+
+
+def listed_images(path: str | Path, name: str) -> Iterator[ListedFile]:
+    """The images at any depth of PATH/NAME, in a fixed order; folders are listed and no file is opened."""
+    for place, folders, files in os.walk(Path(path) / name):
+        folders.sort()
+        below = os.path.relpath(place, path)
+        for file in sorted(file for file in files if file.lower().endswith(SUFFIXES) and file[0] != "."):
+            try:
+                stat = os.stat(os.path.join(place, file))  # noqa: PTH116 (a Path for each of a million takes seconds)
+            except OSError:  # a link to nothing: skipped and counted when it is read
+                yield ListedFile(os.path.join(below, file), 0, 0)
+            else:
+                yield ListedFile(os.path.join(below, file), stat.st_size, stat.st_mtime_ns)
+
+
+def listing_sha256(path: str | Path) -> str:
+    """Changes when an image in the class folders of PATH is added, removed, renamed or written; empty without PATH."""
+    if not Path(path).is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for name in class_folders(path):
+        for file in listed_images(path, name):
+            digest.update(os.fsencode("\t".join(map(str, file))))
+    return digest.hexdigest()
 
 
 def read_class_names(path: str, *, classes: Sequence[str]) -> list[str]:

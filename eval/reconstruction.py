@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps an image: PSNR and SSIM, per image, on images rounded to uint8.
+"""How well a tokenizer keeps an image: PSNR, SSIM and LPIPS, per image, on images rounded to uint8.
 
 Shapes: B images, H height, W width, C = 3 channels.
 """
@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.perceptual import PerceptualDistance
+from um3.core.distributed import device
+from um3.core.progress import Progress
+
 WINDOW = 11  # Wang et al. 2004: gaussian window of 11 pixels, sigma 1.5, k1 = 0.01, k2 = 0.03
 SIGMA = 1.5
 PEAK = 255.0
-BATCH = 64
+C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+BATCH = 16
 MAX_PSNR = 100.0  # an identical image has no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
+# What two values must share to be comparable, besides the images.
+COMMON = {"compared_as": "uint8, RGB", "mean_over": "images"}
+PSNR_PROTOCOL = COMMON | {"peak": PEAK, "most_db": MAX_PSNR}
+SSIM_PROTOCOL = COMMON | {"window": WINDOW, "sigma": SIGMA, "c1": C1, "c2": C2, "border": "whole windows only"}
+LPIPS_PROTOCOL = COMMON | {"range": "-1 to 1"}
 
 
 def psnr(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> Tensor:
@@ -43,28 +53,41 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     variance_x = _blur(x * x) - mean_x**2
     variance_y = _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+    structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
 class Quality(NamedTuple):
-    """Means over images."""
+    """Means over images; no `lpips` without its network."""
 
     psnr: float
     ssim: float
+    lpips: float | None
 
 
-def mean_quality(images_NHWC: NDArray, *, originals_NHWC: NDArray) -> Quality:
-    """PSNR and SSIM of every image, then their means over all."""
-    pieces = [slice(start, start + BATCH) for start in range(0, len(images_NHWC), BATCH)]
-    return Quality(
-        *(
-            float(torch.cat([measure(images_NHWC[i], originals_BHWC=originals_NHWC[i]) for i in pieces]).mean())
-            for measure in (psnr, ssim)
-        )
-    )
+def mean_quality(
+    images_NHWC: NDArray, *, originals_NHWC: NDArray, distance: PerceptualDistance | None = None, label: str = "compare"
+) -> Quality:
+    """PSNR and SSIM of every image, and its LPIPS if `distance` is there to measure it, then their means over all."""
+    sums, progress = torch.zeros(3, dtype=torch.float64), Progress(len(images_NHWC), label=label)
+    for start in range(0, len(images_NHWC), BATCH):
+        pair = (torch.as_tensor(each[start : start + BATCH]).to(device()) for each in (images_NHWC, originals_NHWC))
+        images_BHWC, originals_BHWC = pair
+        sums[0] += psnr(images_BHWC, originals_BHWC=originals_BHWC).sum().cpu()
+        sums[1] += ssim(images_BHWC, originals_BHWC=originals_BHWC).sum().cpu()
+        if distance:
+            sums[2] += _lpips(images_BHWC, originals_BHWC, distance=distance) * len(images_BHWC)
+        progress.advance(len(images_BHWC))
+    means = (sums / len(images_NHWC)).tolist()
+    return Quality(means[0], means[1], means[2] if distance else None)
+
+
+@torch.inference_mode()
+def _lpips(images_BHWC: Tensor, originals_BHWC: Tensor, *, distance: PerceptualDistance) -> float:
+    """Mean LPIPS of a batch."""
+    first, second = (each.permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (images_BHWC, originals_BHWC))
+    return float(distance(first, second))
 
 
 def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ TILE = 96  # pixels on the page of the side of a small picture
 METRIC_NAMES = {
     "psnr": "PSNR",
     "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "bits_per_image": "bits per image",
     "fid": "FID",
     "rfid": "rFID",
     "acc": "accuracy",
@@ -306,7 +308,7 @@ def _reconstructions(run: RunData, *, count: int = 12) -> dict[str, list[dict[st
             {
                 "title": kind.replace("stage", "stage "),
                 "score": run.scores.get(f"{source}_reconstruction_{kind}/psnr"),
-                "images": [data_uri(image) for image in images[f"{source}_{kind}"][:count]],
+                "images": [data_uri(image) for image in images.get(f"{source}_{kind}", [])[:count]],
             }
             for kind in ("original", *stages)
         ]

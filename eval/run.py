@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.config import PARTS, EvalConfig, PartName
+from eval.config import PARTS, STAGES, EvalConfig, PartName, TokenizerConfig
 from um3.core.config import load_config, to_dict
 from um3.core.errors import UserError, run_main
 from um3.core.files import atomic_file, read_json, sha256_of
@@ -20,7 +21,6 @@ from um3.core.progress import format_seconds, peak_memory_gib
 if TYPE_CHECKING:
     from um3.pipeline import UM3Pipeline
 
-STAGES = ("stage1", "stage2")
 # Where things lie and how fast they are changes no value.
 FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
 
@@ -59,7 +59,7 @@ def with_sources(config: EvalConfig) -> EvalConfig:
     """The config with the run's own sources where it names none.
 
     Raises:
-        UserError: the run does not say what it was trained on.
+        UserError: the run does not say what it was trained on, or no source has the captions that a part needs.
     """
     from data_mix.sources import ImageSourceConfig
     from data_mix.text import TextSourceConfig
@@ -70,7 +70,10 @@ def with_sources(config: EvalConfig) -> EvalConfig:
         images = trained_on(config.run, phase="stage1", key="sources", kind=ImageSourceConfig)
     if not texts and "language" in config.parts:
         texts = trained_on(config.run, phase="um3", key="texts", kind=TextSourceConfig)
-    return dataclasses.replace(config, images=images, texts=texts)
+    config = dataclasses.replace(config, images=images, texts=texts)
+    if (asking := sorted({"captions", "generation"} & set(config.parts))) and not config.captioned:
+        raise UserError(f"no image source has captions, which {asking[0]} needs; add one, or set parts without it")
+    return config
 
 
 def out_folder(config: EvalConfig) -> Path:
@@ -115,12 +118,39 @@ def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) 
     weights = {
         name: [sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))] for name, folder in folders.items()
     }
-    data: list[Any] = [origin(source) for source in (config.texts if part == "language" else config.images)]
+    sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
+    data: list[Any] = [origin(source) for source in sources.get(part, config.captioned)]
     if part == "language" and config.language.benchmarks:
         files = [file for file in sorted(Path(config.language.benchmarks).rglob("*")) if file.is_file()]
         data += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if part == "tokenizer":
+        data.append(_files_read(config.tokenizer))
     described = json.dumps([part, values, weights, data], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _files_read(part: TokenizerConfig) -> dict[str, Any]:
+    """What the tokenizer part reads besides models and images, each in a few characters; nothing of what is missing."""
+    from eval.labelled import listing_sha256
+
+    folders = [str(Path(own.path) / split) for own in part.classification for split in ("train", "val")]
+    texts = [file for own in part.classification for file in (own.class_names, own.templates)]
+    texts += [_source_file(target) for target in part.others.values()]
+    weights = [Path(file) for file in (part.perceptual.backbone, part.perceptual.heads)]
+    return (
+        {folder: listing_sha256(folder) for folder in folders}
+        | {file: sha256_of(file) for file in texts if Path(file).is_file()}
+        | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights if file.is_file()}
+    )
+
+
+def _source_file(target: str) -> str:
+    """The file of the module in package.module:function; empty if it has none."""
+    try:
+        found = importlib.util.find_spec(target.partition(":")[0])
+    except (ImportError, ValueError):  # said when it is opened
+        return ""
+    return (found and found.origin) or ""
 
 
 def _load_pipeline(config: EvalConfig) -> "UM3Pipeline":
@@ -142,7 +172,7 @@ def _run_part(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from eval import parts
+    from eval import parts, tokenizer_part
     from eval.scores import write_scores
     from um3.core.provenance import commit, machine, versions
 
@@ -151,7 +181,7 @@ def _run_part(
         torch.set_num_threads(config.num_threads)
     out, began = out_folder(config), time.monotonic()
     if part == "tokenizer":
-        result = parts.tokenizer(config, stages=folders)
+        result = tokenizer_part.tokenizer(config, stages=folders)
     elif part == "language":
         result = parts.language(config, pipeline=load_pipeline(), folder=out)
     elif part == "captions":

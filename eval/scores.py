@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +115,11 @@ class Measurement:
     def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
         """A row without a value, for the reason in `note`."""
         return self.score(metric, None, n=0, note=note, **fields)
+
+
+def texts_sha256(texts: Sequence[str]) -> str:
+    """Names a list of texts: scores over equal lists may be compared."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:

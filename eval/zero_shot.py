@@ -1,10 +1,10 @@
-"""What a tokenizer's features know: retrieval, zero-shot classification, and a linear probe.
+"""What a tokenizer's towers know of images and texts: retrieval, and zero-shot classification.
 
-Shapes: N images, T texts, K classes, D feature dimensions, S probe inputs.
+Shapes: N images, T texts, K classes, D feature dimensions.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.labelled import Labelled
-from eval.paper import LINEAR_PROBE, QLIP_B_16
-from eval.scores import Measurement, Score
+from eval.paper import QLIP_B_16
+from eval.scores import Measurement, Score, texts_sha256
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 
 GALLERY = 100
 BATCH = 256
-PROBE_ITERATIONS = 200
-ProbeFeature = Literal["cls", "mean", "cls_mean"]
-PROBE_FEATURES: tuple[ProbeFeature, ...] = ("cls", "mean", "cls_mean")
 
 
 def no_text_note(processor: QLIPProcessor) -> str:
@@ -63,15 +60,16 @@ def retrieval_scores(
 ) -> list[Score]:
     """Share of images whose own caption is the nearest of `gallery` distinct ones, and of captions whose image is.
 
-    Images are taken in order into galleries of distinct captions; those that complete none are counted as skipped.
+    Images are taken in order into galleries of distinct captions; those that complete none, and those whose caption is
+    empty, are counted as skipped.
 
     Without text tokenizer or with fewer distinct captions than one gallery needs the rows have no value.
     """
-    of = of.with_protocol(gallery=gallery, captions="full, distinct")
+    of = of.with_protocol(gallery=gallery, captions="full, distinct", captions_sha256=texts_sha256(captions))
     groups = distinct_groups(captions, size=gallery)
     note = no_text_note(processor)
     if not groups:
-        note = f"{len(set(captions))} distinct captions among {len(captions)} images; a gallery needs {gallery}"
+        note = f"{len({*captions} - {''})} distinct captions among {len(captions)} images; a gallery needs {gallery}"
     if note:
         return [of.missing(metric, note=note, unit="%") for metric in ("image_to_text", "text_to_image")]
     right_image, right_text = 0, 0
@@ -91,9 +89,10 @@ def retrieval_scores(
 
 
 def distinct_groups(captions: Sequence[str], *, size: int) -> list[list[int]]:
-    """Indices in order, cut into groups of `size` with no caption twice; a repeated one waits for the next group."""
+    """Indices in order, cut into groups of `size` with no caption twice; a repeated one waits for the next group, an
+    empty one is in none."""
     groups: list[list[int]] = []
-    waiting = list(range(len(captions)))
+    waiting = [index for index, caption in enumerate(captions) if caption]
     while True:
         chosen: dict[str, int] = {}
         for index in waiting:
@@ -131,7 +130,8 @@ def zero_shot_score(
         found_N = (image_embeddings(images_NHWC, model=model, processor=processor) @ classes_KD.T).argmax(dim=1)
         right += int((found_N == torch.as_tensor(labels)).sum())
         count += len(labels)
-    return of.with_protocol(templates=list(templates), classes=list(class_names)).score(
+    of = of.with_protocol(templates=list(templates), classes=list(class_names), images=count, data=data.identity)
+    return of.score(
         "zero_shot",
         right / count,
         n=count,
@@ -140,83 +140,3 @@ def zero_shot_score(
         paper=QLIP_B_16["zero_shot"],
         note=f"chance is 1 in {len(class_names)}",
     )
-
-
-def probe_scores(
-    train: Labelled,
-    *,
-    val: Labelled,
-    num_classes: int,
-    model: QLIPModel,
-    processor: QLIPProcessor,
-    of: Measurement,
-) -> list[Score]:
-    """Accuracy on `val` of a linear classifier on frozen features: class token, mean of patches, both side by side."""
-    inputs_train, labels_train = _probe_data(train, model=model, processor=processor)
-    inputs_val, labels_val = _probe_data(val, model=model, processor=processor)
-    of = of.with_protocol(classifier="logistic regression, LBFGS, C=1, standardised", train=len(labels_train))
-    scores = []
-    for name in PROBE_FEATURES:
-        found = fit_probe(inputs_train[name], labels=labels_train, num_classes=num_classes).predict(inputs_val[name])
-        right = float((found == torch.as_tensor(labels_val)).float().mean())
-        paper, note = LINEAR_PROBE["QLIP-B"][name], f"chance is 1 in {num_classes}"
-        common: dict[str, Any] = {"n": len(labels_val), "skipped": val.skipped, "unit": "%", "paper": paper}
-        scores.append(of.score(f"probe_{name}", right, note=note, **common))
-    return scores
-
-
-def _probe_data(
-    data: Labelled, *, model: QLIPModel, processor: QLIPProcessor
-) -> tuple[dict[ProbeFeature, Tensor], list[int]]:
-    parts, labels = [], []
-    for images_NHWC, found in data.batches():
-        parts.append(probe_inputs(images_NHWC, model=model, processor=processor))
-        labels += list(found)
-    return {name: torch.cat([part[name] for part in parts]) for name in PROBE_FEATURES}, labels
-
-
-@torch.no_grad()
-def probe_inputs(images_NHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor) -> dict[ProbeFeature, Tensor]:
-    """Last hidden states of the image tower as probe inputs (N, S), by name."""
-    cls, mean = [], []
-    for start in range(0, len(images_NHWC), BATCH):
-        pixels = processor.pixels(images_NHWC[start : start + BATCH]).to(model.device, model.dtype)
-        hidden_NTD = model.vision_features(pixels).float().cpu()
-        cls.append(hidden_NTD[:, 0])
-        mean.append(hidden_NTD[:, 1:].mean(dim=1))
-    cls_ND, mean_ND = torch.cat(cls), torch.cat(mean)
-    return {"cls": cls_ND, "mean": mean_ND, "cls_mean": torch.cat([cls_ND, mean_ND], dim=1)}
-
-
-class Probe(NamedTuple):
-    """A fitted linear classifier over standardised inputs."""
-
-    weight: Tensor
-    bias: Tensor
-    offset: Tensor
-    scale: Tensor
-
-    def predict(self, inputs_NS: Tensor) -> Tensor:
-        """Class index (N,) of every input."""
-        return (((inputs_NS.double() - self.offset) / self.scale) @ self.weight.T + self.bias).argmax(dim=1)
-
-
-def fit_probe(inputs_NS: Tensor, *, labels: Sequence[int], num_classes: int, c: float = 1.0) -> Probe:
-    """Multinomial logistic regression: summed cross entropy + |w|^2 / (2 c), minimised by LBFGS in float64."""
-    inputs = inputs_NS.double()
-    offset, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
-    inputs, targets = (inputs - offset) / scale, torch.as_tensor(labels)
-    weight = torch.zeros(num_classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=PROBE_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(inputs @ weight.T + bias, targets) + weight.square().sum() / (2 * c * len(inputs))
-        loss.backward()
-        return float(loss.detach())
-
-    optimizer.step(closure)
-    return Probe(weight.detach(), bias.detach(), offset, scale)

@@ -36,7 +36,7 @@ EVA_LEFT_OUT = re.compile(r"mask_token|lm_head\..*|head\..*|fc_norm\..*|(.*\.)?r
 
 def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     """Give `qlip` the visual encoder of an EVA-02 (MIM) or EVA-CLIP file, safetensors or tensors-only `.pt`, or that of
-    a QLIP folder.
+    a QLIP folder. `path` is that of the file or folder, or OWNER/NAME/FILE for a file on the hub.
 
     Position embeddings and the patch convolution are resampled (bicubic) to QLIP's grid and patch size. EVA-CLIP's
     projection is not taken: its dimension is that of another text tower.
@@ -49,8 +49,9 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
         UserError: no such file, a damaged one, a tensor of another architecture or shape.
     """
     parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
-    if Path(path).is_dir():
-        given = read_tensors(Path(path) / "model.safetensors")
+    path = _on_this_machine(str(path))
+    if path.is_dir():
+        given = read_tensors(path / "model.safetensors")
         own = {name: tensor for name, tensor in given.items() if name.startswith(parts) and ".rope." not in name}
         if not own:
             raise UserError(f"{path} holds no QLIP, so no encoder to start from")
@@ -76,6 +77,22 @@ def load_text_tower(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     if not found:
         raise UserError(f"{path} holds no text tower in transformers' CLIP layout (text_model.*)")
     return _copy(found, qlip=qlip, parts=("text_model.", "text_projection."), path=path)
+
+
+def _on_this_machine(path: str) -> Path:
+    """The path itself, or the cached file of a hub's OWNER/NAME/FILE, fetched if need be."""
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    if Path(path).exists() or owner in ("", ".", "..") or not file:
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is no file here, and as OWNER/NAME/FILE the hub has none: {reason}") from None
 
 
 def _place(name: str) -> str:

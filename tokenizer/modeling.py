@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -186,9 +186,7 @@ class QLIPModel(PreTrainedModel):
         self.text_model = TextModel(text)
         self.vision_model = VisionModel(vision)
         self.vision_decoder = VisionDecoder(decoder)
-        self.visual_projection = Linear(
-            vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias
-        )
+        self.visual_projection = Linear(vision.hidden_size, config.projection_dim, bias=config.vision_projection_bias)
         self.text_projection = Linear(text.hidden_size, config.projection_dim, bias=config.text_projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
@@ -319,11 +317,12 @@ def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
     reporter.addFilter(_no_record)
     try:
         loaded: Any = QLIPModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, RuntimeError, StrictDataclassClassValidationError) as error:
-        # A config that contradicts itself says so in its second line.
-        lines = str(error).split("\n")
-        reason = " ".join(lines[-1 if isinstance(error, StrictDataclassClassValidationError) else 0].split())
-        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason.removeprefix('ValueError: ')}") from None
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        # A config that contradicts itself says so in its last line.
+        lines = str(error).strip().split("\n")
+        line = " ".join(lines[-1 if isinstance(error, StrictDataclassError) else 0].split())
+        reason = line.removeprefix("ValueError: ").removeprefix("TypeError: ")
+        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason}") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SCALES = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -67,6 +68,13 @@ class QLIPProcessor:
             _raise_exceptions_for_connection_errors=False, **options,
         )  # fmt: skip
         values = read_json(found) if found else {}
+        scales = (
+            {name: values.get(name, default) for name, default in SCALES.items()} if isinstance(values, dict) else {}
+        )
+        if not scales or not all(_is_per_channel(scale) for scale in scales.values()):
+            raise UserError(
+                f"{found}: {' and '.join(SCALES)} must be three numbers each; correct it or delete the file"
+            )
         try:
             # The folder's model type says nothing about its text tokenizer: the tokenizer files do.
             text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_tower, **options)
@@ -76,8 +84,7 @@ class QLIPProcessor:
             text_tokenizer,
             image_size=config.vision_tower.image_size,
             max_text_tokens=config.text_tower.max_position_embeddings,
-            image_mean=values.get("image_mean", CLIP_MEAN),
-            image_std=values.get("image_std", CLIP_STD),
+            **scales,
         )
 
     def __call__(
@@ -151,3 +158,8 @@ class QLIPProcessor:
     @staticmethod
     def _per_channel(values: Sequence[float], like_BCHW: torch.Tensor) -> torch.Tensor:
         return torch.tensor(values, dtype=like_BCHW.dtype, device=like_BCHW.device).view(1, -1, 1, 1)
+
+
+def _is_per_channel(values: Any) -> bool:
+    """True for a list of three numbers."""
+    return isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(x, int | float) for x in values)

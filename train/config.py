@@ -97,8 +97,8 @@ class QLIPSizeConfig:
     start: str = ""
     """QLIP folder or hub id to start from instead of fresh weights; its own shape then counts."""
     encoder_weights: str = ""
-    """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder, or a QLIP folder with one to take; empty
-    leaves it fresh."""
+    """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder (on the hub: OWNER/NAME/FILE), or a QLIP
+    folder with one to take; empty leaves it fresh."""
     image_size: int = 256
     patch_size: int = 16
     width: int = 768

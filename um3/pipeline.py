@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tokenizer
+from tokenizer.images import QLIPImages, decode_codes, encode_images
 from um3 import rows
 from um3.core.errors import UserError
 from um3.core.progress import Progress
@@ -213,23 +214,13 @@ class UM3Pipeline:
             codes=codes_BN,
         )
 
-    @torch.inference_mode()
     def encode(self, images: "np.ndarray | Sequence[Image.Image]", *, batch_size: int = 64) -> Tensor:
         """Pictures (uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any) -> codes (B, N) on the CPU."""
-        codes = [torch.empty(0, self.ids.num_patches, dtype=torch.int64)]
-        for start in range(0, len(images), batch_size):
-            pixels_BCHW = self.processor.pixels(images[start : start + batch_size])
-            codes.append(self.qlip.encode(pixels_BCHW.to(self.qlip.device, self.qlip.dtype)).cpu())
-        return torch.cat(codes)
+        return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
 
-    @torch.inference_mode()
     def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
         """Codes (B, N) -> pictures uint8 (B, H, W, 3)."""
-        size = self.processor.image_size
-        images = [np.empty((0, size, size, 3), dtype=np.uint8)]
-        for batch_BN in codes_BN.split(batch_size) if len(codes_BN) else ():
-            images.append(self.processor.images(self.qlip.decode(batch_BN.to(self.qlip.device))))
-        return np.concatenate(images)
+        return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
 
     def _write(
         self, starts: list[Tensor], *, name: str, sampling: Sampling, max_new_tokens: int, batch_size: int, seed: int

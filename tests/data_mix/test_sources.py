@@ -18,6 +18,7 @@ from PIL import Image
 import data_mix.own_images
 import data_mix.tables
 import data_mix.webdataset
+from data_mix.origin import origin
 from data_mix.own_images import DecodedCache
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.sources import ImageSourceConfig, image_kind, open_image_source
@@ -362,3 +363,19 @@ def test_a_table_of_images_alone_needs_no_caption_column(tmp_path: Path) -> None
     with pytest.raises(UserError, match="cannot tell the caption column"):
         opened(tmp_path)
     assert len(read_all(opened(tmp_path, has_captions=False))[0]) > 20
+
+
+def test_a_folder_of_validation_images_alone_serves_val(tmp_path: Path) -> None:
+    write_folder(tmp_path / "val")
+    assert len(opened(tmp_path, split="val")) == 40
+    with pytest.raises(UserError, match="no part is called train"):
+        opened(tmp_path, split="train")
+
+
+def test_an_image_that_moves_between_folders_makes_other_data(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    config = ImageSourceConfig(name="mine", path=str(tmp_path))
+    before = origin(config)
+    assert origin(config) == before
+    (tmp_path / "a/01.png").rename(tmp_path / "b/01.png")
+    assert origin(config) != before

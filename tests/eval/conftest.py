@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from tokenizer.text import train_caption_tokenizer
 from um3.model import ModelConfig, build_model, save_model
 from um3.pipeline import UM3Pipeline
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
+
+sys.path.append(str(Path(__file__).parent))  # where mean_colour is found, as on a user's PYTHONPATH
 
 NAMES = ("Anna", "Bela", "Carl", "Dora", "Emil", "Flora", "Georg", "Hanna")
 PLACES = ("the old harbour", "a quiet garden", "the long road", "his uncle's mill", "the upper room")

@@ -105,7 +105,7 @@ def test_a_table_that_is_stopped_saves_its_row_and_goes_on(
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "run the same command to go on" in said
-    saved = list((tmp_path / "run/1-0/stage1/checkpoints").glob("step-*/meta.json"))
+    saved = sorted((tmp_path / "run/1-0/stage1/checkpoints").glob("step-*/meta.json"))
     assert int(saved[-1].parent.name.removeprefix("step-")) >= len(metrics.read_text().splitlines()) - 1 > 2
 
 

@@ -15,11 +15,10 @@ from eval.generation import (
     draw,
     judge,
     missing_skills,
-    prompts_sha256,
     read_back_row,
     skill_scores,
 )
-from eval.scores import Measurement
+from eval.scores import Measurement, texts_sha256
 from um3.core.errors import UserError
 
 T = Measurement("t", 0)
@@ -101,7 +100,7 @@ def test_distribution_rows_and_the_names_they_may_have(pipeline, scenes):
     assert same["fid"].value is None and same["fid"].paper == 44.1 and "inception_weights=PATH" in same["fid"].note
     assert same["clipscore"].value is None and same["clipscore"].paper == 0.25
     assert same["clipscore_qlip"].value == pytest.approx(same["clipscore_qlip_real"].value)
-    assert same["clipscore_qlip"].protocol["prompts_sha256"] == prompts_sha256(full)
+    assert same["clipscore_qlip"].protocol["prompts_sha256"] == texts_sha256(full)
 
 
 def test_qlip_cosines_by_hand(pipeline, scenes):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,22 @@ def test_the_encoder_of_a_qlip_folder_serves_too(tiny_qlip: QLIPModel, tmp_path:
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="holds no QLIP"):
         load_encoder(qlip, tmp_path)
+
+
+def test_an_encoder_on_the_hub_is_taken_from_its_cache(
+    tiny_qlip: QLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--owner--eva" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--owner--eva" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--eva" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "files").mkdir(parents=True)
+    eva_file(tiny_qlip, snapshot / "files" / "eva.pt")
+    assert load_encoder(fresh(), "owner/eva/files/eva.pt")["fresh"] == []
+    for wrong in ("owner/eva/other.pt", "no one/eva/eva.pt"):
+        with pytest.raises(UserError, match="is no file here, and as OWNER/NAME/FILE the hub has none"):
+            load_encoder(fresh(), wrong)
 
 
 def test_finer_patches_keep_what_an_even_patch_says(tiny_qlip: QLIPModel, tmp_path: Path) -> None:

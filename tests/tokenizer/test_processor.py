@@ -87,3 +87,14 @@ def test_the_auto_classes_load_a_saved_folder(processor: QLIPProcessor, tmp_path
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits_per_image, saved(**inputs).logits_per_image)
     assert again(text="a red circle")["input_ids"].shape[0] == 1 and again() == {}
+
+
+@pytest.mark.parametrize("content", ["[]", '{"image_mean": null}', '{"image_std": [1, 2]}', '{"image_mean": "abc"}'])
+def test_a_processor_file_that_makes_no_sense_is_named(
+    processor: QLIPProcessor, tiny_qlip: QLIPModel, tmp_path: Path, content: str
+) -> None:
+    tiny_qlip.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: .* must be three numbers each"):
+        QLIPProcessor.from_pretrained(tmp_path)
