@@ -79,6 +79,10 @@ class LoopConfig:
     track: list[str] = field(default_factory=list)
     """Further views of metrics.jsonl: tensorboard, wandb."""
 
+    def is_logged(self, step: int) -> bool:
+        """Whether metrics.jsonl has a row of step number `step`, counted from 1."""
+        return step % self.log_every_steps == 0 or step in (1, self.total_steps)
+
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
@@ -175,12 +179,12 @@ class Stage1Config:
     3c, Figure 5)."""
     trained: list[str] = field(default_factory=list)
     """Prefixes of the parameters that train, as in `optimizer.module_lr`; empty trains all."""
-    gradient_norms_every_steps: int = 0
-    """Log the gradient norm of each of the two losses at the encoder's last MLP this often (Figure 5); 0: never."""
+    gradient_norms: bool = False
+    """Log the gradient norm of each of the two losses at the encoder's last MLP (Figure 5)."""
 
     def __post_init__(self) -> None:
-        if self.gradient_norms_every_steps and self.engine.zero_stage == 3:
-            raise ValueError("gradient_norms_every_steps needs whole weights, which ZeRO 3 cuts apart")
+        if self.gradient_norms and self.engine.zero_stage == 3:
+            raise ValueError("gradient_norms needs whole weights, which ZeRO 3 cuts apart")
         if self.loss.contrastive and (bare := [each.name for each in self.data.sources if not each.has_captions]):
             raise ValueError(
                 f"source '{bare[0]}' has no captions, which the contrastive loss needs; set loss.contrastive=0"

@@ -111,7 +111,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
             values = _guarded_step(task, step=step)
             done = step + 1
             progress.advance(note=f"loss {values['train/loss']:.4g}")
-            if metrics is not None and (done % loop.log_every_steps == 0 or done in (1, loop.total_steps)):
+            if metrics is not None and loop.is_logged(done):
                 rate = progress.rate()
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
                 metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))

@@ -107,8 +107,8 @@ class Stage1Task:
         if config.bottleneck == "identity":
             self.qlip.vision_model.quant_embed.requires_grad_(False)
             self.qlip.vision_model.quant_embed_post.requires_grad_(False)
-        if config.gradient_norms_every_steps and not all(weight.requires_grad for weight in self._last_mlp()):
-            raise UserError("gradient_norms_every_steps looks at the encoder's last MLP, which `trained` leaves out")
+        if config.gradient_norms and not all(weight.requires_grad for weight in self._last_mlp()):
+            raise UserError("gradient_norms looks at the encoder's last MLP, which `trained` leaves out")
         self.skipped: dict[str, int] = {}
 
     def modules(self) -> dict[str, nn.Module]:
@@ -131,8 +131,7 @@ class Stage1Task:
         batch = self.batches.batch(step)
         factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
-        every = config.gradient_norms_every_steps
-        norms = self._gradient_norms(batch) if every and step % every == 0 else {}
+        norms = self._gradient_norms(batch) if config.gradient_norms and config.loop.is_logged(step + 1) else {}
         starts = range(0, len(batch.captions), self.micro_images)
         with torch.set_grad_enabled(len(starts) == 1):
             outputs = [self._forward(batch, start=start) for start in starts]

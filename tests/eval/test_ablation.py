@@ -31,7 +31,7 @@ title: One after the other
 columns: {scenes_reconstruction_stage1/psnr: PSNR, scenes_reconstruction_stage2/psnr: after stage 2}
 curves: {train/mse: squared error, gradients/mse: its gradient}
 rows:
-  - {name: first, stage1: [gradient_norms_every_steps=2]}
+  - {name: first, stage1: [gradient_norms=true]}
   - {name: second, after: first, stage1: ["model.encoder_weights={after}/stage1/model", optimizer.lr=1e-9]}
   - {name: third, after: first, stage2: ["tokenizer={after}/stage1/model", "data.sources=[{name: digits}]"]}
 """
