@@ -9,6 +9,8 @@ DATA ?=
 TEXT ?=
 ARGS ?=
 NAME ?= weights
+BASE ?=
+QLIP ?= $(RUN)/stage2/model
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -20,7 +22,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 eval report ablation balance sample mix-preview bench-tokenizer bench-training bench-memory lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview bench-tokenizer bench-training bench-memory lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -66,6 +68,12 @@ um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.folder=$(RUN)/um3 qlip=$(RUN)/stage2/model data.codes=$(RUN)/codes \
 		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
+um3-init: $(READY) ## Make the UM3 to start from out of a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
+	@$(PY) -m train.init out=$(RUN)/um3-init $(if $(BASE),'base=$(BASE)') 'qlip=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
+
+um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
+	@$(PY) -m um3.export --model $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
+
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
@@ -75,7 +83,7 @@ report: $(READY) ## Write report.json, report.html and the pictures, and print t
 
 ablation: $(READY) ## Train and measure the rows of a table of the paper (NAME=weights; see configs/ablations)
 	@$(PY) -m eval.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \
-		--processes $(NPROC) $(ARGS)
+		--base $(RUN) --processes $(NPROC) $(ARGS)
 
 balance: $(READY) ## The weights of stage 1's two losses, by training with each alone
 	@$(PY) -m eval.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \

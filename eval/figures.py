@@ -279,18 +279,20 @@ def losses(run: RunData) -> "Figure | None":
     return figure
 
 
-def curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], *, titles: Mapping[str, str]) -> "Figure":
-    """How metrics go: a panel per key of `titles`, logarithmic, with a line per run; `rows` are metrics by run."""
+def curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, titles: Mapping[str, str]) -> "Figure":
+    """How metrics go: a panel per key of `titles`, logarithmic; a name's runs, rows of metrics each, share a colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(titles), 3.4), layout="constrained", facecolor=PAPER)
     for axes, (key, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
         _style(axes, title=title)
-        for number, (name, logged) in enumerate(rows.items()):
-            points = [(row["step"], row[key]) for row in logged if key in row]
-            if points:
-                colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name)
+        for number, (name, several) in enumerate(runs.items()):
+            colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
+            for run, rows in enumerate(several):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                label = {"label": name} if run == 0 else {}
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, **label)
         axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure

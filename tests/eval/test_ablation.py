@@ -64,7 +64,7 @@ def test_rows_are_trained_measured_and_weighed(tmp_path: Path, configs: str, cap
     lines = (tmp_path / "run/balance.md").read_text().splitlines()
     assert lines[0] == "# Two weights" and lines[2] == "| | PSNR | zero-shot |"
     values = json.loads((tmp_path / "run/balance.json").read_text())
-    psnr = values["1 : 0"]["scenes_reconstruction_stage1/psnr"]["value"]
+    psnr = values["1 : 0"][0]["scenes_reconstruction_stage1/psnr"]["value"]
     assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and lines[4].endswith(
         " (paper 75.7 %) |"
     )
@@ -85,7 +85,7 @@ def test_a_row_starts_from_the_one_it_comes_after(tmp_path: Path, configs: str) 
     torch.testing.assert_close(second.vision_features(pixels), first.vision_features(pixels))
     values = json.loads((run / "table.json").read_text())
     # Trained on digits, but measured on the scenes that the first row holds out, like the others.
-    assert values["third"]["scenes_reconstruction_stage2/psnr"]["value"] > 0
+    assert values["third"][0]["scenes_reconstruction_stage2/psnr"]["value"] > 0
     assert (run / "table.md").read_text().splitlines()[4].endswith(" dB | – |")
     assert read_image(run / "curves.png").width > 1000
 
@@ -109,6 +109,12 @@ def test_a_table_that_is_stopped_saves_its_row_and_goes_on(
     assert int(saved[-1].parent.name.removeprefix("step-")) >= len(metrics.read_text().splitlines()) - 1 > 2
 
 
+def test_several_seeds_give_a_mean_and_a_spread(tmp_path: Path) -> None:
+    table = load_config(Table, path=write(tmp_path, "columns: {x/a: A}\nseeds: 3\nrows: [{name: r, stage1: []}]"))
+    seeds = [{"x/a": Measurement("x", 0).score("a", value, n=9, unit="%")} for value in (0.2, 0.3, 0.4)]
+    assert markdown(table, scores={"r": seeds})[-1] == "| r | 30.0 % ± 10.0 % |"
+
+
 def test_a_row_that_fails_ends_the_table_in_one_line(tmp_path: Path) -> None:
     table = write(tmp_path, TABLE.replace("loss.mse=0", "loss.nothing=0"))
     with pytest.raises(UserError, match="row '1 : 0' stopped with exit code 2 in stage1"):
@@ -125,6 +131,7 @@ def test_a_table_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         ("rows: [{name: a, stage1: []}, {name: a, stage1: []}]", "letters or digits of its own"),
         ("rows: [{name: 1.0, stage1: []}, {name: '1 0', stage1: []}]", "letters or digits of its own"),
         ("rows: [{name: '---', stage1: []}]", "letters or digits of its own"),
+        ("seeds: 0\nrows: [{name: a, stage1: []}]", "seeds is 0"),
         ("rows: [{name: a, stage2: []}]", "row 'a' needs a stage1"),
         ("rows: [{name: a, stage1: []}, {name: b}]", "row 'b' needs a stage1"),
         (
@@ -139,7 +146,7 @@ def test_a_table_says_what_is_wrong_with_it(tmp_path: Path) -> None:
         Table, path=write(tmp_path, "columns: {x/psnr: PSNR, x/none: none}\nrows: [{name: a, stage1: []}]")
     )
     with pytest.raises(UserError, match="no run has a score 'x/none'; there are x/psnr"):
-        markdown(table, scores={"a": {"x/psnr": Measurement("x", 0).score("psnr", 20.0, n=1)}})
+        markdown(table, scores={"a": [{"x/psnr": Measurement("x", 0).score("psnr", 20.0, n=1)}]})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").iterdir()), ids=lambda path: path.stem)

@@ -1,0 +1,50 @@
+"""A table whose rows train a UM3 on the codes of another run, with several seeds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eval.ablation import main
+from tests.train.conftest import ROOT, TINY, environment, losses
+from um3.core.errors import UserError
+from um3.core.images import read_image
+
+TABLE = """
+title: Two softmaxes
+seeds: 2
+columns: {scenes_captions/exact_match: captions, um3_prose/bits_per_byte: bits per byte}
+curves: {train/loss_visual: visual loss}
+rows:
+  - {name: split, um3: []}
+  - {name: joint, um3: [loss.mode=joint]}
+"""
+EVAL = """
+num_threads: 1
+language: {num_items: 2, num_documents: 2, max_tokens: 28}
+captions: {num_images: 4, max_new_tokens: 4}
+generation: {num_images: 4, per_skill: 2}
+"""
+
+
+def test_a_um3_learns_the_codes_of_the_base_run(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in os.environ.keys() - environment().keys():  # the phases before ran in this process, as a rank
+        monkeypatch.delenv(name)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "um3.yaml").write_text(f"base: {ROOT}/configs/demo/um3.yaml\n")
+    (configs / "eval.yaml").write_text(EVAL)
+    (tmp_path / "table.yaml").write_text(TABLE)
+    command = ["--table", str(tmp_path / "table.yaml"), "--config", str(configs), "--run", str(tmp_path / "run")]
+    main([*command, "--base", str(made), *TINY["um3"]])
+    first, second, joint = (
+        losses(tmp_path / "run" / name / "um3") for name in ("split/seed-0", "split/seed-1", "joint/seed-0")
+    )
+    assert first != second and first != joint and len(first) == 4
+    assert (tmp_path / "run/table.md").read_text().splitlines()[4].count("±") == 2
+    assert read_image(tmp_path / "run/curves.png").width > 1000
+    with pytest.raises(UserError, match="row 'split' stopped with exit code 2 in um3"):
+        main([*command, "--base", str(tmp_path / "nowhere"), *TINY["um3"], "loop.total_steps=5"])
+    assert "nowhere" in capfd.readouterr().err
