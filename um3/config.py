@@ -1,15 +1,23 @@
 """The language model's config, apart from the model so that reading it costs nothing."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Supervision = Literal["target", "all"]
 """Which positions of a row are targets: what it is to produce, or everything after the first."""
+NewRows = Literal["mean", "random"]
+"""How rows that a base lacks begin: as the mean of its own (the paper), or normal with their standard deviation."""
 
 
 @dataclass
 class ModelConfig:
-    """The language model. With `base` (a folder or hub id) only `qk_norm` matters, the sizes are the base's."""
+    """The language model. With `base` the sizes are the base's, and only `qk_norm` and `new_rows` matter.
+
+    base: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (`make um3-init`, or a trained one) to
+        go on from as it is.
+    """
 
     base: str = ""
     hidden_size: int = 192
@@ -21,6 +29,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 512
     qk_norm: bool = True
+    new_rows: NewRows = "mean"
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -29,3 +38,11 @@ class ModelConfig:
             raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+
+
+def is_um3(path: str | Path) -> bool:
+    """Whether a folder holds a UM3: its config.json has an id space."""
+    try:
+        return "um3" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

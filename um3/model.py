@@ -4,11 +4,11 @@ With query-key normalisation the architecture is transformers' Qwen3ForCausalLM,
 (or the base's own): no modeling code of ours, so transformers, vLLM and lm-eval load a checkpoint as it is.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,10 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from um3.card import model_card
 from um3.config import ModelConfig
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder
-from um3.extend import extend_model, load_base, set_generation_defaults
+from um3.core.files import atomic_folder, write_text
+from um3.extend import set_generation_defaults
 from um3.ids import IdSpace
 
 QLIP_FOLDER = "qlip"
@@ -39,12 +40,30 @@ class ParameterCounts(NamedTuple):
     text_rows_out: int
     visual_rows_in: int
     visual_rows_out: int
-    body: int
+    layers: int
+    norms: int
 
     @property
     def total(self) -> int:
         """All parameters."""
         return sum(self)
+
+    @property
+    def body(self) -> int:
+        """All but the rows of the vocabulary."""
+        return self.layers + self.norms
+
+    def by_part(self) -> dict[str, int]:
+        """The counts under the names a reader knows, the total last."""
+        return {
+            "text embedding": self.text_rows_in,
+            "visual embedding": self.visual_rows_in,
+            "layers": self.layers,
+            "norms": self.norms,
+            "text head": self.text_rows_out,
+            "visual head": self.visual_rows_out,
+            "total": self.total,
+        }
 
 
 class LoadedModel(NamedTuple):
@@ -56,13 +75,12 @@ class LoadedModel(NamedTuple):
     fingerprint: str
 
 
-def build_model(config: ModelConfig, *, ids: IdSpace, calibration: Sequence[Tensor] = ()) -> PreTrainedModel:
-    """The model a config asks for: its base extended (`calibration`: see `extend_model`), or fresh weights.
+def build_model(config: ModelConfig, *, ids: IdSpace) -> PreTrainedModel:
+    """A model of fresh weights and the config's sizes; a `base` is `um3.extend`'s business.
 
     Works under `torch.device("meta")` for counting parameters.
     """
-    if config.base:
-        return extend_model(load_base(config.base), ids=ids, qk_norm=config.qk_norm, calibration=calibration)
+    assert not config.base, "a base brings its own sizes"
     sizes: dict[str, Any] = {
         "vocab_size": ids.vocab_size,
         "hidden_size": config.hidden_size,
@@ -88,13 +106,15 @@ def count_parameters(model: PreTrainedModel, *, ids: IdSpace) -> ParameterCounts
     width, tied = model.config.hidden_size, model.config.tie_word_embeddings
     text, visual = ids.text_vocab_size * width, ids.visual_vocab_size * width
     total = sum(parameter.numel() for parameter in model.parameters())
+    norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
     out = (0, 0) if tied else (text, visual)
     return ParameterCounts(
         text_rows_in=text,
         text_rows_out=out[0],
         visual_rows_in=visual,
         visual_rows_out=out[1],
-        body=total - text - visual - sum(out),
+        layers=total - text - visual - sum(out) - norms,
+        norms=norms,
     )
 
 
@@ -106,21 +126,28 @@ def save_model(
     ids: IdSpace,
     qlip_folder: str | Path,
     state_dict: dict[str, Tensor] | None = None,
+    trained: bool = True,
 ) -> None:
-    """Write a stock Hugging Face folder with the visual tokenizer in `qlip/`, whole or not at all.
+    """Write a stock Hugging Face folder with a card and the visual tokenizer in `qlip/`, whole or not at all.
 
-    `state_dict` replaces the model's own tensors (gathered from a sharded run). config.json carries the id space
-    and the visual tokenizer's fingerprint under "um3"; other software passes over that key.
+    `state_dict` replaces the model's own tensors (gathered from a sharded run). config.json carries the id space,
+    the visual tokenizer's fingerprint and the base under "um3"; other software passes over that key. `trained` is
+    what the card says of the visual rows.
     """
     import tokenizer
 
     qlip, processor = tokenizer.load(qlip_folder)
     with atomic_folder(folder) as partial:
-        model.config.um3 = ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
+        known = getattr(model.config, "um3", None) or {}
+        model.config.um3 = known | ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
         model.save_pretrained(partial, state_dict=state_dict)
         text_tokenizer.save_pretrained(partial)
         qlip.save_pretrained(partial / QLIP_FOLDER)
         processor.save_pretrained(partial / QLIP_FOLDER)
+        parts = count_parameters(_without_weights(model.config), ids=ids).by_part()
+        license_of_qlip = str(qlip.config.weights_license)
+        card = model_card(model.config, ids=ids, parts=parts, qlip_license=license_of_qlip, trained=trained)
+        write_text(partial / "README.md", card)
 
 
 def load_model(
@@ -135,7 +162,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {folder}: {' '.join(str(error).strip().split(chr(10))[0].split())}") from None
     model.to(torch.device(device))  # type: ignore[arg-type]
     ids, fingerprint = _stored_ids(model.config, folder=folder)
@@ -150,8 +177,7 @@ def describe_folder(folder: str | Path) -> dict[str, str]:
     """
     config = AutoConfig.from_pretrained(_existing(folder), trust_remote_code=False)
     ids, fingerprint = _stored_ids(config, folder=folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(config)
     counts = count_parameters(model, ids=ids)
     text_rows, visual_rows = counts.text_rows_in + counts.text_rows_out, counts.visual_rows_in + counts.visual_rows_out
     return {
@@ -164,6 +190,12 @@ def describe_folder(folder: str | Path) -> dict[str, str]:
         "an image": f"{ids.image_tokens} tokens ({ids.num_patches} codes of {ids.num_bits} bits)",
         "visual tokenizer": fingerprint,
     }
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: under ZeRO 3 the real one's tensors are elsewhere."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _existing(folder: str | Path) -> Path:

@@ -53,17 +53,26 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
 
 
 def load_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder or hub id, and add what UM3 needs and it lacks (padding, the image marks).
+    """`read_text_tokenizer`, with what UM3 needs and it lacks (padding, the image marks)."""
+    return add_image_tokens(read_text_tokenizer(path_or_hub_id))
+
+
+def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer folder or hub id as it is.
 
     Raises:
         UserError: there is no tokenizer at that place, or it needs remote code.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no text tokenizer at '{path_or_hub_id}' ({reason}); give a folder or a hub id") from None
-    return add_image_tokens(tokenizer)
+
+
+def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a tokenizer's ids need: the largest of them and one."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -91,7 +100,7 @@ def make_id_space(tokenizer: PreTrainedTokenizerBase, *, slots: int, bits_per_sl
             f"the text tokenizer '{tokenizer.name_or_path}' lacks the image marks; pass it to add_image_tokens"
         )
     return IdSpace(
-        text_vocab_size=max(vocabulary.values()) + 1,
+        text_vocab_size=num_entries(tokenizer),
         slots=slots,
         bits_per_slot=bits_per_slot,
         num_patches=num_patches,

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from um3.core.errors import UserError
-from um3.extend import extend_model, load_base
+from um3.extend import extend_model, fit_gains, load_base
 from um3.ids import IdSpace
 from um3.model import ModelConfig, build_model, count_parameters
 
@@ -70,18 +70,18 @@ def test_extension_alone_changes_no_text_logit(kind: str, tied: bool, make_ids: 
     before = text_logits(base)
     model = extend_model(base, ids=make_ids(), qk_norm=kind == "qwen3")
     assert type(model) is type(base)
-    # Entries 3 and 4 are the image marks of this id space: their rows are new.
-    other = [entry for entry in range(48) if entry not in (3, 4)]
-    assert torch.equal(text_logits(model)[..., other], before[..., other])
+    assert torch.equal(text_logits(model), before)
 
 
 def test_new_rows_are_the_mean_and_the_head_is_untied(make_ids: Callable[..., IdSpace]) -> None:
     base, ids = make_base("llama"), make_ids()
-    rows = base.model.embed_tokens.weight[[entry for entry in range(48) if entry not in (3, 4)]].mean(0)
-    model = extend_model(base, ids=ids, qk_norm=False)
+    rows = base.model.embed_tokens.weight[:44].mean(0)
+    # The base's tokenizer has 44 entries: its last four rows are padding.
+    model = extend_model(base, ids=ids, qk_norm=False, base_entries=44)
     for table in (model.model.embed_tokens.weight, model.lm_head.weight):
         assert len(table) == ids.vocab_size
-        for new in (3, 4, 48, 49, ids.text_vocab_size, ids.vocab_size - 1):
+        assert torch.equal(table[:44], base.model.embed_tokens.weight[:44])
+        for new in (44, 47, 48, 49, ids.text_vocab_size, ids.vocab_size - 1):
             torch.testing.assert_close(table[new], rows)
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
@@ -110,7 +110,7 @@ def test_inserted_qk_norm_is_qwen3_and_calibration_brings_it_closer(
         assert isinstance(model, Qwen3ForCausalLM)
         return float((before.exp() * (before - text_logits(model).log_softmax(-1))).sum(-1).mean())
 
-    assert divergence(calibration=[TEXT_BT]) < 0.75 * divergence()
+    assert divergence(gains=fit_gains(base, calibration=[TEXT_BT])) < 0.75 * divergence()
 
 
 def test_gains_restore_a_base_whose_queries_and_keys_have_constant_norm(make_ids: Callable[..., IdSpace]) -> None:
@@ -121,9 +121,9 @@ def test_gains_restore_a_base_whose_queries_and_keys_have_constant_norm(make_ids
             projection.weight.data.mul_(1e-4)
             projection.bias.data = torch.linspace(0.5, 1.5, 8).repeat(len(projection.bias) // 8)
     before = text_logits(base)
-    model = extend_model(base, ids=make_ids(), qk_norm=True, calibration=[TEXT_BT]).eval()
-    other = [entry for entry in range(48) if entry not in (3, 4)]
-    torch.testing.assert_close(text_logits(model)[..., other], before[..., other], rtol=1e-3, atol=1e-3)
+    gains = fit_gains(base, calibration=[TEXT_BT])
+    model = extend_model(base, ids=make_ids(), qk_norm=True, gains=gains).eval()
+    torch.testing.assert_close(text_logits(model), before, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -169,6 +169,8 @@ def test_paper_size_on_the_meta_device() -> None:
     assert counts.visual_rows_in == counts.visual_rows_out == 32_768 * 2048
     assert counts.text_rows_in == counts.text_rows_out == 128_258 * 2048
     assert counts.body == 1_235_814_400 - 128_256 * 2048 + 16 * 2 * 64
+    assert counts.norms == (16 * 2 + 1) * 2048 + 16 * 2 * 64
+    assert list(counts.by_part().values())[-1] == counts.total
     assert counts.total == sum(parameter.numel() for parameter in model.parameters()) == 1_632_710_656
 
 
@@ -182,7 +184,8 @@ def test_a_tied_head_counts_once(make_ids: Callable[..., IdSpace]) -> None:
 
 def test_a_base_on_disk_and_the_mistakes_around_it(tmp_path: Path, make_ids: Callable[..., IdSpace]) -> None:
     make_base("llama").save_pretrained(tmp_path / "llama")
-    model = build_model(ModelConfig(base=str(tmp_path / "llama"), qk_norm=True), ids=make_ids(), calibration=[TEXT_BT])
+    base = load_base(str(tmp_path / "llama"))
+    model = extend_model(base, ids=make_ids(), qk_norm=True, gains=fit_gains(base, calibration=[TEXT_BT]))
     model.save_pretrained(tmp_path / "extended")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "extended")
     assert torch.equal(text_logits(reloaded), text_logits(model))
@@ -193,5 +196,7 @@ def test_a_base_on_disk_and_the_mistakes_around_it(tmp_path: Path, make_ids: Cal
         load_base(str(tmp_path / "gpt2"))
     with pytest.raises(UserError, match="qk_norm=true"):
         extend_model(make_base("qwen3"), ids=make_ids(), qk_norm=False)
+    with pytest.raises(UserError, match="49 entries, but the base only 48 rows"):
+        extend_model(make_base("llama"), ids=make_ids(), qk_norm=False, base_entries=49)
     with pytest.raises(ValueError, match="multiple"):
         ModelConfig(num_heads=6, num_kv_heads=4)
