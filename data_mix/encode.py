@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from data_mix.origin import origin
+from data_mix.own_images import OwnImages
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.shards import MAX_BITS, ShardHeader, read_header, shard_path, write_shard
@@ -273,6 +274,12 @@ def _summary(jobs: Sequence[ShardJob], *, num_patches: int, request: str) -> dic
             if not counts["images"]:
                 raise UserError(f"no {split} image of source '{name}' can be used: {reasons}")
     header = jobs[0].header
+    set_aside = {
+        str(file): reason
+        for source in {id(job.source): job.source for job in jobs}.values()
+        if isinstance(source, OwnImages)
+        for file, reason in source.set_aside.reasons.items()
+    }
     return {
         "request": request,
         "fingerprint": header.fingerprint,
@@ -280,6 +287,7 @@ def _summary(jobs: Sequence[ShardJob], *, num_patches: int, request: str) -> dic
         "image_size": header.image_size,
         "num_patches": num_patches,
         "splits": splits,
+        "set_aside": set_aside,
         "files": [job.path.name for job in jobs],
     }
 

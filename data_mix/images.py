@@ -37,11 +37,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageReader:
-    """Reads a source in its order; an unusable sample is replaced by the next usable one of the same epoch.
-
-    The replacement also comes up at its own turn, so that the sample of a draw never depends on what was
-    read before it.
-    """
+    """Reads a source in its order; an unusable sample is replaced by the next usable one of the same epoch."""
 
     def __init__(self, source: ImageSource, *, seed: int) -> None:
         self.source = source
@@ -55,9 +51,7 @@ class ImageReader:
         Raises:
             UserError: nothing in the source can be read.
         """
-        epoch_start = draw - draw % self.order.length
-        for tries in range(self.order.length):
-            index = self.order.index(epoch_start + (draw + tries) % self.order.length)
+        for index in self.order.substitutes(draw):
             if index not in self._bad:
                 try:
                     return self.source[index]
@@ -102,7 +96,9 @@ class ImageBatches:
             raise UserError("no image sources are given; name at least one in the config's list of images")
         if len(set(names)) < len(names):
             raise UserError(f"image sources {names}: each needs a name of its own")
-        shares = fixed_shares([float(len(source)) for source in sources] if weights is None else weights)
+        shares = fixed_shares(
+            [float(len(source)) for source in sources] if weights is None else weights, of=f"image sources {names}"
+        )
         if len(shares) != len(names):
             raise UserError(f"{len(shares)} weights for {len(names)} image sources {names}; give one each")
         self.batch_size, self.seed, self.caption = batch_size, seed, caption

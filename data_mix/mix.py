@@ -1,12 +1,18 @@
-"""UM3's rows: every global batch mixes text, image-to-text and text-to-image rows in the scheduled counts.
+"""UM3's rows: every global batch mixes text, image-to-text and text-to-image samples in the scheduled counts.
 
-Which rows a step holds is a function of (seed, step), worked out for the global batch and cut into equal parts
-for the ranks last; so the state to save is the step. One sample a row, padded to the longest row of the rank's part.
+Which samples a step holds is a function of (seed, step), worked out for the global batch and cut into equal parts
+for the ranks last; so the state to save is the step. Each rank then lays its samples into rows (`data_mix.packing`),
+padded to the longest of them.
 
-Shape legend: B = rows of this rank, T = ids of the longest of them (at most row_tokens), N = patches of an image,
-P = visual ids of an image.
+A sample whose shard cannot be read is replaced by the next one of its source's order that can, for the same task and
+at the same place: so the counts stay exact, on every rank and after every resume, and it is counted as replaced.
+
+Shape legend: S = samples of this rank, B = its rows, T = ids of the longest of them (at most row_tokens), N = patches
+of an image, P = visual ids of an image, K = pairs of task and source, C = what is counted of them.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,10 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data_mix.account import COUNTED
 from data_mix.config import DataConfig
-from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
+from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
 from data_mix.origin import origin
-from data_mix.samples import Split
+from data_mix.packing import lay_out
+from data_mix.samples import BadSample, Split
 from data_mix.schedule import TASKS, Schedule, Task
 from data_mix.shards import CodedSample, CodeShards, open_code_sources
 from data_mix.text import open_text_source
@@ -34,34 +42,46 @@ if TYPE_CHECKING:
 ROW_MARKS = 4  # bos, begin and end of image, eos: what a row of an image and a caption holds besides the two
 
 
-class PlannedRow(NamedTuple):
-    """Row `place` of a global batch: what is shown (sample number `sample` of `source`) and what for."""
+class PlannedSample(NamedTuple):
+    """Sample `place` of a global batch: what is shown (the `draw`-th sample ever taken from `source`) and what for."""
 
     place: int
     task: Task
     source: str
+    draw: int
     sample: int
+
+    @property
+    def key(self) -> str:
+        """task/source"""
+        return f"{self.task}/{self.source}"
 
 
 class RowBatch(NamedTuple):
     """One rank's part of a global batch, padded on the right.
 
-    target_mask_BT: true where the id is to be predicted. lengths_B: ids of each row that are no padding.
-    task_B: 0 text, 1 image-to-text, 2 text-to-image. sources: where each row comes from.
-    counts: rows of the *global* batch by "task/source". truncated_captions: captions of this rank that were cut.
+    target_mask_BT: true where the id is to be predicted. row_S, start_S and lengths_S: where each sample lies.
+    task_S: 0 text, 1 image-to-text, 2 text-to-image. sources: where each sample comes from.
+    counts: samples of the *global* batch by "task/source". seen_KC: what this rank's samples count for
+    (`data_mix.account`). truncated_captions: captions of this rank that were cut. shards_set_aside: shards and
+    text files that this process could not read so far.
     """
 
     input_ids_BT: Tensor
     target_mask_BT: Tensor
-    lengths_B: Tensor
-    task_B: Tensor
+    row_S: Tensor
+    start_S: Tensor
+    lengths_S: Tensor
+    task_S: Tensor
     sources: list[str]
     counts: dict[str, int]
+    seen_KC: Tensor
     truncated_captions: int
+    shards_set_aside: int
 
 
-class TaskRows:
-    """Which samples of which sources the rows of one task are, at every step."""
+class TaskSamples:
+    """Which samples of which sources those of one task are, at every step."""
 
     def __init__(
         self,
@@ -76,27 +96,32 @@ class TaskRows:
         unknown = sorted(weights.keys() - sizes.keys())
         if unknown:
             raise UserError(
-                f"weights for {task} rows name '{unknown[0]}', which is no source; there are {sorted(sizes)}"
+                f"weights for {task} samples name '{unknown[0]}', which is no source; there are {sorted(sizes)}"
             )
         self.task, self.names = task, sorted(weights or sizes)
-        shares = fixed_shares([float((weights or sizes)[name]) for name in self.names])
-        self.orders = [SampleOrder(sizes[name], seed=seed, name=f"{task}/{name}") for name in self.names]
+        self.shares = fixed_shares(
+            [float((weights or sizes)[name]) for name in self.names], of=f"{task} sources {self.names}"
+        )
+        self.orders = {name: SampleOrder(sizes[name], seed=seed, name=f"{task}/{name}") for name in self.names}
         self.counts = ExactCounts(
-            lambda step: shares, batch_size=lambda step: schedule.counts(step, batch_size=batch_size)[task]
+            lambda step: self.shares, batch_size=lambda step: schedule.counts(step, batch_size=batch_size)[task]
         )
 
     def at(self, step: int) -> list[tuple[str, int]]:
-        """(source, sample) of the task's rows at `step`, in the order they take in the batch."""
+        """(source, draw) of the task's samples at `step`, in the order they take in the batch."""
         draws = list(self.counts.before(step))
-        rows = []
+        samples = []
         for i in interleave(self.counts.at(step)):
-            rows.append((self.names[i], self.orders[i].index(draws[i])))
+            samples.append((self.names[i], draws[i]))
             draws[i] += 1
-        return rows
+        return samples
 
 
 class UM3Rows:
-    """Batches of UM3's rows by step; every rank builds only its own part."""
+    """Batches of UM3's rows by step; every rank builds only its own part.
+
+    `keys`: "task/source" of all that the mix draws from, in the order of `RowBatch.seen_KC`.
+    """
 
     def __init__(
         self,
@@ -129,16 +154,16 @@ class UM3Rows:
                 f"data.row_tokens={config.row_tokens} cannot hold an image of {ids.image_tokens} tokens and a caption; "
                 f"set it to {ids.image_tokens + ROW_MARKS + 1} or more"
             )
-        self.tasks: dict[Task, TaskRows] = {}
+        self.tasks: dict[Task, TaskSamples] = {}
         for number, task in enumerate(TASKS):
             if not config.mix.start[number] and not config.mix.end[number]:
                 continue
             sources: Mapping[str, CodeShards] | Mapping[str, TokenStream] = texts if task == "text" else images
             if not sources:
                 raise UserError(
-                    f"the mix has {task} rows, but there is no source for them; add one, or set its ratios to 0"
+                    f"the mix has {task} samples, but there is no source for them; add one, or set its ratios to 0"
                 )
-            self.tasks[task] = TaskRows(
+            self.tasks[task] = TaskSamples(
                 task,
                 {name: len(source) for name, source in sources.items()},
                 weights={source.name: source.weight for source in config.texts}
@@ -148,42 +173,80 @@ class UM3Rows:
                 schedule=self.schedule,
                 batch_size=batch_size,
             )
+        self.keys = [f"{task}/{name}" for task, samples in self.tasks.items() for name in samples.names]
 
-    def plan(self, step: int) -> list[PlannedRow]:
-        """The rows of the global batch of `step`, tasks evenly spread; the same on every rank."""
+    def plan(self, step: int) -> list[PlannedSample]:
+        """The samples of the global batch of `step`, tasks evenly spread; the same on every rank."""
         counts = self.schedule.counts(step, batch_size=self.batch_size)
-        waiting = {task: iter(rows.at(step)) for task, rows in self.tasks.items()}
+        waiting = {task: iter(samples.at(step)) for task, samples in self.tasks.items()}
         tasks = [TASKS[number] for number in interleave([counts[task] for task in TASKS])]
-        return [PlannedRow(place, task, *next(waiting[task])) for place, task in enumerate(tasks)]
+        plan = []
+        for place, task in enumerate(tasks):
+            source, draw = next(waiting[task])
+            plan.append(PlannedSample(place, task, source, draw, self.tasks[task].orders[source].index(draw)))
+        return plan
+
+    def due(self, step: int) -> dict[str, float]:
+        """Samples scheduled in all batches before `step`: by task, and by "task/source" the source's share of those
+        that its task has had. What is had differs from either by less than one.
+        """
+        scheduled = self.schedule.due(step, batch_size=self.batch_size)
+        due: dict[str, float] = {task: scheduled[task] for task in self.tasks}
+        had = self.schedule.counts_before(step, batch_size=self.batch_size)
+        for task, samples in self.tasks.items():
+            for name, share in zip(samples.names, samples.shares, strict=True):
+                due[f"{task}/{name}"] = had[task] * share / SHARE_UNIT
+        return due
 
     def batch(self, step: int) -> RowBatch:
-        """This rank's part of the batch of `step`."""
+        """This rank's part of the batch of `step`.
+
+        Raises:
+            UserError: more than half of a source's shards cannot be read.
+        """
         plan = self.plan(step)
-        mine = [plan[place] for place in self.places]
-        captioned = {row.place: self.images[row.source][row.sample] for row in mine if row.task != "text"}
+        mine, captioned = [], {}
+        for planned in (plan[place] for place in self.places):
+            if planned.task != "text":
+                planned, captioned[planned.place] = self._readable(planned)
+            mine.append(planned)
         captions, truncated = self._captions(mine, captioned, step=step)
-        rows = []
+        samples = []
         for planned in mine:
             if planned.task == "text":
-                rows.append(self.texts[planned.source][planned.sample])
+                samples.append(self.texts[planned.source][planned.sample])
             else:
-                rows.append(self._image_row(planned.task, captioned[planned.place], captions[planned.place]))
-        counts: dict[str, int] = {}
-        for row in plan:
-            counts[f"{row.task}/{row.source}"] = counts.get(f"{row.task}/{row.source}", 0) + 1
-        return self._pad(rows, mine, counts=counts, truncated_captions=truncated)
+                samples.append(self._image_row(planned.task, captioned[planned.place], captions[planned.place]))
+        packed = self.config.packing == "documents"
+        rows = lay_out(samples, row_tokens=self.config.row_tokens, packed=packed, pad_id=self.ids.pad_id)
+        seen_KC = torch.zeros(len(self.keys), len(COUNTED), dtype=torch.int64)
+        for planned, sample in zip(mine, samples, strict=True):
+            num_visual = int((sample.input_ids >= self.ids.text_vocab_size).sum())
+            replaced = planned.sample != plan[planned.place].sample
+            counted = [1, len(sample.input_ids) - num_visual, num_visual, int(replaced)]
+            seen_KC[self.keys.index(planned.key)] += torch.tensor(counted)
+        return RowBatch(
+            **rows._asdict(),
+            task_S=torch.tensor([TASKS.index(planned.task) for planned in mine], dtype=torch.int8),
+            sources=[planned.source for planned in mine],
+            counts=dict(Counter(planned.key for planned in plan)),
+            seen_KC=seen_KC,
+            truncated_captions=truncated,
+            shards_set_aside=sum(len(source.set_aside.reasons) for source in self.images.values())
+            + sum(len(stream.set_aside) for stream in self.texts.values()),
+        )
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` keeps: enough to see that a resumed run goes on with the same rows."""
         draws = {
             f"{task}/{name}": draw
-            for task, rows in self.tasks.items()
-            for name, draw in zip(rows.names, rows.counts.before(step), strict=True)
+            for task, samples in self.tasks.items()
+            for name, draw in zip(samples.names, samples.counts.before(step), strict=True)
         }
         sizes = {
             f"{task}/{name}": order.length
-            for task, rows in self.tasks.items()
-            for name, order in zip(rows.names, rows.orders, strict=True)
+            for task, samples in self.tasks.items()
+            for name, order in samples.orders.items()
         }
         return {"seed": self.seed, "step": step, "batch_size": self.batch_size, "draws": draws, "sizes": sizes}
 
@@ -201,10 +264,18 @@ class UM3Rows:
                     f"{ours[key]}; resume with the config it began with, or start a new run folder"
                 )
 
+    def _readable(self, planned: PlannedSample) -> tuple[PlannedSample, CodedSample]:
+        """The planned sample, or the one to take instead where its shard is set aside."""
+        source = self.images[planned.source]
+        for sample in self.tasks[planned.task].orders[planned.source].substitutes(planned.draw):
+            with contextlib.suppress(BadSample):
+                return planned._replace(sample=sample), source[sample]
+        raise AssertionError("half of a source's shards can be read, or reading raises UserError")
+
     def _captions(
-        self, mine: Sequence[PlannedRow], samples: Mapping[int, CodedSample], *, step: int
+        self, mine: Sequence[PlannedSample], samples: Mapping[int, CodedSample], *, step: int
     ) -> tuple[dict[int, list[int] | None], int]:
-        """Token ids of the caption of each image row by place, None where it is dropped, and how many were cut."""
+        """Token ids of the caption of each image sample by place, None where it is dropped, and how many were cut."""
         chosen: dict[int, str] = {}
         for row in mine:
             if row.task == "text" or (row.task == "t2i" and self._drops(step, row.place)):
@@ -228,25 +299,6 @@ class UM3Rows:
         if task == "i2t":
             return image_to_text_row(visual_P, caption, ids=self.ids, supervision=self.config.supervision)
         return text_to_image_row(caption, visual_P, ids=self.ids, supervision=self.config.supervision)
-
-    def _pad(
-        self, rows: Sequence[Row], mine: Sequence[PlannedRow], *, counts: dict[str, int], truncated_captions: int
-    ) -> RowBatch:
-        longest = max(len(row.input_ids) for row in rows)
-        input_ids_BT = torch.full((len(rows), longest), self.ids.pad_id, dtype=torch.int64)
-        target_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            input_ids_BT[i, : len(row.input_ids)] = row.input_ids
-            target_mask_BT[i, : len(row.targets)] = row.targets
-        return RowBatch(
-            input_ids_BT=input_ids_BT,
-            target_mask_BT=target_mask_BT,
-            lengths_B=torch.tensor([len(row.input_ids) for row in rows]),
-            task_B=torch.tensor([TASKS.index(row.task) for row in mine], dtype=torch.int8),
-            sources=[row.source for row in mine],
-            counts=counts,
-            truncated_captions=truncated_captions,
-        )
 
 
 def open_rows(

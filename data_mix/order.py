@@ -6,7 +6,7 @@ exact integer shares of every batch by error diffusion, and an even spread of th
 
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,6 +33,15 @@ class SampleOrder:
         epoch, position = divmod(draw, self.length)
         return int(self._permutation(epoch)[position])
 
+    def substitutes(self, draw: int) -> Iterator[int]:
+        """The sample of `draw`, then those to take instead if it cannot be used: the next of the same epoch, each once.
+
+        A substitute also comes up at its own turn, so what a draw gives never depends on what was read before it.
+        """
+        epoch_start = draw - draw % self.length
+        for tries in range(self.length):
+            yield self.index(epoch_start + (draw + tries) % self.length)
+
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         kind = np.uint32 if self.length <= 2**32 else np.uint64
         return numpy_generator(self.seed, "order", self.name, epoch).permutation(np.arange(self.length, dtype=kind))
@@ -56,14 +65,20 @@ class ExactCounts:
         self.batch_size = batch_size if callable(batch_size) else lambda step: batch_size
         self.num_classes = len(shares(0))
         self._asked = [0] * self.num_classes
-        # One flat array: tuples would take 100 MB for 600,000 steps of three classes, this takes 14.
+        # Flat arrays: tuples would take 100 MB for 600,000 steps of three classes, each of these takes 14.
         self._given = array("q", self._asked)
+        self._due = array("d", self._asked)
 
     def before(self, step: int) -> tuple[int, ...]:
         """Rows of each class in all batches before `step` (a loop of about 3 us a step the first time)."""
         while len(self._given) <= step * self.num_classes:
             self._give_next()
         return tuple(self._given[step * self.num_classes : (step + 1) * self.num_classes])
+
+    def due(self, step: int) -> tuple[float, ...]:
+        """What the shares of all batches before `step` add up to: the rows that `before` rounds to whole ones."""
+        self.before(step)
+        return tuple(self._due[step * self.num_classes : (step + 1) * self.num_classes])
 
     def at(self, step: int) -> tuple[int, ...]:
         """Rows of each class in the batch of `step`."""
@@ -83,16 +98,19 @@ class ExactCounts:
             for i in sorted(begun, key=due.__getitem__)[:missing]:
                 given[i] += 1
         self._given.extend(given)
+        self._due.extend(asked / SHARE_UNIT for asked in self._asked)
 
 
-def fixed_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """`weights` scaled to sum to SHARE_UNIT; what rounding leaves over goes to the largest.
+def fixed_shares(weights: Sequence[float], *, of: str = "") -> tuple[int, ...]:
+    """`weights` scaled to sum to SHARE_UNIT; what rounding leaves over goes to the largest. `of`: whose they are.
 
     Raises:
         UserError: a negative or non-finite weight, or none above zero.
     """
     if not weights or not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        raise UserError(f"weights {list(weights)}: all must be finite and at least 0, and one above 0")
+        raise UserError(
+            f"weights {list(weights)}{of and f' of {of}'}: all must be finite and at least 0, and one above 0"
+        )
     shares = [round(weight / sum(weights) * SHARE_UNIT) for weight in weights]
     shares[shares.index(max(shares))] += SHARE_UNIT - sum(shares)
     return tuple(shares)

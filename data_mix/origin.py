@@ -18,7 +18,10 @@ def origin(config: ImageSourceConfig | TextSourceConfig, *values: str | int) -> 
     """
     settings = to_dict(config)
     settings.pop("weight")
-    described = json.dumps([settings, *values, _files(config.path)], sort_keys=True)
+    # Settings that came later are left out where they are not used: what was made before them stays valid.
+    settings = {name: value for name, value in settings.items() if value or name not in ("adapter", "captions")}
+    captions = [_files(settings["captions"])] if "captions" in settings else []
+    described = json.dumps([settings, *values, _files(config.path), *captions], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

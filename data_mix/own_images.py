@@ -12,7 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_mix.caption_table import CaptionTable
 from data_mix.samples import BadSample, Sample, Split
+from data_mix.set_aside import SetAside
 from data_mix.splits import SPLIT_WORDS, choose_rows
 from data_mix.tables import TablePart
 from um3.core.errors import UserError
@@ -54,13 +56,15 @@ class DecodedCache:
 class OwnImages(ABC):
     """The common part: find the bytes and captions of an index, decode, crop, cache.
 
-    Without captions every image has the empty one.
+    Without captions every image has the empty one; those of `captions`, where it is set, take their place.
     """
 
     def __init__(self, *, name: str, size: int, has_captions: bool = True) -> None:
         self.name = name
         self.size = size
         self.has_captions = has_captions
+        self.set_aside = SetAside(name)
+        self.captions: CaptionTable | None = None
         self._cache = DecodedCache()
 
     @abstractmethod
@@ -83,7 +87,10 @@ class OwnImages(ABC):
         sample = self._cache.get(index)
         if sample is None:
             key = self._key(index)
-            captions = clean_captions(self._captions(index), key=key) if self.has_captions else ("",)
+            if self.captions is not None:
+                captions = clean_captions(self.captions.of(key), key=key)
+            else:
+                captions = clean_captions(self._captions(index), key=key) if self.has_captions else ("",)
             try:
                 image_HWC = to_square(read_image(self._image(index)), size=self.size)
             except ImageError as error:
@@ -216,7 +223,7 @@ class TableImages(OwnImages):
         has_captions: bool = True,
     ) -> None:
         super().__init__(name=name, size=size, has_captions=has_captions)
-        self._part = part
+        self._part, self.set_aside = part, part.set_aside
         self._image_column = image_column
         self._caption_column = caption_column
 
@@ -252,9 +259,9 @@ def image_columns(
     caption = caption_column or _preferred(texts, CAPTION_COLUMNS)
     for kind, column, fit in (("image", image, images), ("caption", caption, texts))[: 1 + has_captions]:
         if not column:
-            raise UserError(
-                f"{where}: cannot tell the {kind} column among {', '.join(schema.names)}; set {kind}_column"
-            )
+            links = kind == "image" and {"url", "image_url"} & {name.lower() for name in schema.names}
+            remedy = "download its links with img2dataset --output_format webdataset" if links else f"set {kind}_column"
+            raise UserError(f"{where}: cannot tell the {kind} column among {', '.join(schema.names)}; {remedy}")
         if column not in schema.names:
             raise UserError(f"{where}: no column '{column}' (has: {', '.join(schema.names)}); set {kind}_column")
         if column not in fit:

@@ -58,6 +58,10 @@ class Schedule:
         """Rows of each task in all batches before `step`."""
         return dict(zip(TASKS, self._exact(batch_size).before(step), strict=True))
 
+    def due(self, step: int, *, batch_size: int) -> dict[Task, float]:
+        """What the proportions of all batches before `step` add up to, which `counts_before` rounds to whole rows."""
+        return dict(zip(TASKS, self._exact(batch_size).due(step), strict=True))
+
     def _make_counts(self, batch_size: int) -> ExactCounts:
         end = fixed_shares(self.config.end)
 

@@ -1,9 +1,10 @@
 """Code shards: images as the visual tokenizer's codes, on disk.
 
 A shard is a parquet file with the columns key, codes (list<uint32>, one code per patch), height and width (in
-patches), captions (list<string>) and source. Its schema metadata says which tokenizer made it. Readers map
-an uncompressed copy of each shard into memory (in `.arrow/` beside it, made on first use), so that all the
-processes of a machine share one copy and 18M images of 256 codes cost page cache instead of 30 GB each.
+patches), captions (list<string>) and source. Its schema metadata says which tokenizer made it. Readers know from
+the footers what there is, and map an uncompressed copy of each shard into memory (in `.arrow/` beside it) when one
+of its images is first asked for: so thousands of shards open at once, all the processes of a machine share one copy,
+and 18M images of 256 codes cost page cache instead of 30 GB each.
 
 Shape legend: N = patches of one image, B = images of a shard.
 """
@@ -26,7 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_mix.samples import Split
+from data_mix.samples import BadSample, Split
+from data_mix.set_aside import DamagedFile, SetAside
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
 
@@ -128,14 +130,27 @@ def write_shard(
         pq.write_table(table, partial, compression="zstd")
 
 
+class Footer(NamedTuple):
+    """What the end of a shard tells without its columns being read."""
+
+    header: ShardHeader
+    num_images: int
+
+
 def read_header(path: Path) -> ShardHeader:
-    """The header of a shard.
+    """The header of a shard; errors are those of `read_footer`."""
+    return read_footer(path).header
+
+
+def read_footer(path: Path) -> Footer:
+    """The header of a shard and how many images it holds.
 
     Raises:
         UserError: the file is damaged or is no code shard.
     """
     with _damage_named(path):
-        schema = pq.read_schema(path)
+        metadata = pq.read_metadata(path)
+        schema = metadata.schema.to_arrow_schema()
     try:
         header = ShardHeader.from_metadata(schema.metadata or {})
     except (KeyError, ValueError) as error:
@@ -143,32 +158,45 @@ def read_header(path: Path) -> ShardHeader:
     missing = [name for name in SCHEMA.names if name not in schema.names]
     if missing:
         raise UserError(f"{path} is not a code shard (no column {missing[0]!r}); remove it, or run make codes")
-    return header
+    return Footer(header=header, num_images=metadata.num_rows)
 
 
-def shard_headers(where: str | Path) -> dict[Path, ShardHeader]:
-    """Headers of the shards in a folder or matching a glob pattern, in the order of their names."""
+def shard_footers(where: str | Path) -> dict[Path, Footer]:
+    """Footers of the shards in a folder or matching a glob pattern, in the order of their names."""
     where = Path(where)
     folder, pattern = (where.parent, where.name) if any(c in where.name for c in "*?[") else (where, "*.parquet")
-    return {path: read_header(path) for path in sorted(folder.glob(pattern)) if path.suffix == ".parquet"}
+    return {path: read_footer(path) for path in sorted(folder.glob(pattern)) if path.suffix == ".parquet"}
 
 
 class CodeShards:
-    """All coded images of one split (of one source, if given), by index; opened once, read from mapped memory."""
+    """All coded images of one split (of one source, if given), by index.
+
+    That the shards are all there and of one tokenizer is checked at once. One that turns out not to be readable is
+    tried again and then set aside (`set_aside`), as long as they are no more than half: its images stay in the count
+    and raise BadSample.
+    """
 
     def __init__(
-        self, where: str | Path, *, split: Split, source: str | None = None, expected_fingerprint: str | None = None
+        self,
+        where: str | Path,
+        *,
+        split: Split,
+        source: str | None = None,
+        expected_fingerprint: str | None = None,
+        footers: Mapping[Path, Footer] | None = None,
     ) -> None:
-        """`where`: a folder of shards or a glob pattern.
+        """`where`: a folder of shards or a glob pattern. `footers`: those of its shards, where they are known already.
 
         Raises:
-            UserError: no shards or some missing, damaged ones, ones of another tokenizer, or of several.
+            UserError: no shards or some missing, ones with a damaged footer, of another tokenizer or of several,
+                or more than half that cannot be read.
         """
-        headers = {
-            path: header
-            for path, header in shard_headers(where).items()
-            if header.split == split and source in (None, header.source)
+        ours = {
+            path: footer
+            for path, footer in (shard_footers(where) if footers is None else footers).items()
+            if footer.header.split == split and source in (None, footer.header.source)
         }
+        headers = {path: footer.header for path, footer in ours.items()}
         what = f"{split} codes of '{source}'" if source else f"{split} codes"
         if not headers:
             raise UserError(f"there are no {what} in {where}; run make codes first")
@@ -177,37 +205,79 @@ class CodeShards:
         first = next(iter(headers.values()))
         self.name = source or split
         self.fingerprint, self.bits, self.image_size = first.fingerprint, first.bits, first.image_size
-        self.shards = [shard for shard in (_MappedShard(path) for path in headers) if len(shard)]
-        self._ends = list(itertools.accumulate(len(shard) for shard in self.shards))
+        self.set_aside = SetAside(self.name)
+        self._paths = [path for path, footer in ours.items() if footer.num_images]
+        self._ends = list(itertools.accumulate(ours[path].num_images for path in self._paths))
+        self._mapped: dict[int, _MappedShard] = {}
         if not self._ends:
             raise UserError(f"the {what} in {where} hold no image; see summary.json there for what was skipped and why")
-        if len({shard.num_patches for shard in self.shards}) > 1:
-            raise UserError(f"{where}: images of different numbers of patches; run make codes to make the shards anew")
-        self.num_patches = self.shards[0].num_patches
+        self.num_patches = self._first_shard().num_patches
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> CodedSample:
+        """Coded image `index`.
+
+        Raises:
+            BadSample: its shard is set aside.
+            UserError: so is more than half of them.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"coded image {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
-        shard = self.shards[number]
+        shard = self._shard(number)
         sample = shard.sample(index - self._ends[number] + len(shard))
         if int(sample.codes_N.max()) >> self.bits:
             raise UserError(f"{shard.path} holds a code of more than {self.bits} bits; run make codes to make it anew")
         return sample
+
+    def _first_shard(self) -> "_MappedShard":
+        """The first that can be read."""
+        for number in range(len(self._paths)):
+            with contextlib.suppress(BadSample):
+                return self._shard(number)
+        raise AssertionError("_shard raises for the last")
+
+    def _shard(self, number: int) -> "_MappedShard":
+        if number not in self._mapped:
+            path = self._paths[number]
+            try:
+                self._mapped[number] = self.set_aside.read(path, lambda: self._map(number))
+            except BadSample:
+                lost = len(self.set_aside.reasons)
+                if lost <= len(self._paths) / 2:
+                    raise
+                raise UserError(
+                    f"{lost} of the {len(self._paths)} shards of '{self.name}' cannot be read, more than half; "
+                    f"the last: {self.set_aside.reasons[path]}"
+                ) from None
+        return self._mapped[number]
+
+    def _map(self, number: int) -> "_MappedShard":
+        """Map a shard into memory; DamagedFile where it is not what its footer said or unlike the others."""
+        shard = _MappedShard(self._paths[number])
+        num_images = self._ends[number] - (self._ends[number - 1] if number else 0)
+        expected = (num_images, next(iter(self._mapped.values()), shard).num_patches)
+        if (len(shard), shard.num_patches) != expected:
+            raise DamagedFile(
+                f"{shard.path} holds {len(shard)} images of {shard.num_patches} patches, not {expected[0]} of "
+                f"{expected[1]}; run make codes to make it anew"
+            )
+        return shard
 
 
 def open_code_sources(
     where: str | Path, *, split: Split, expected_fingerprint: str | None = None
 ) -> dict[str, CodeShards]:
     """The coded images of a folder, by source; the errors are those of `CodeShards`."""
-    names = sorted({header.source for header in shard_headers(where).values() if header.split == split})
+    footers = shard_footers(where)
+    names = sorted({footer.header.source for footer in footers.values() if footer.header.split == split})
     if not names:
         raise UserError(f"there are no {split} codes in {where}; run make codes first")
     return {
-        name: CodeShards(where, split=split, source=name, expected_fingerprint=expected_fingerprint) for name in names
+        name: CodeShards(where, split=split, source=name, expected_fingerprint=expected_fingerprint, footers=footers)
+        for name in names
     }
 
 
@@ -275,12 +345,12 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run make codes first") from None
+        raise DamagedFile(f"{path} does not exist; run make codes first") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"{path} is damaged ({reason}); delete it and run make codes") from None
+        raise DamagedFile(f"{path} is damaged ({reason}); delete it and run make codes") from None
 
 
 def _check_complete(headers: Mapping[Path, ShardHeader]) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_mix.adapters import IMAGE_ADAPTERS, adapted
+from data_mix.caption_table import CaptionTable
+from data_mix.coco import CocoImages
 from data_mix.digits import DigitsSource
 from data_mix.own_images import FolderImages, TableImages, image_columns
 from data_mix.samples import BadSample, ImageSource, Sample, Split
@@ -15,7 +18,7 @@ from um3.core.errors import UserError
 
 __all__ = ["BadSample", "ImageSource", "ImageSourceConfig", "Sample", "Split", "image_kind", "open_image_source"]
 
-ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "hub"]
+ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "coco", "hub"]
 
 
 @dataclass
@@ -24,9 +27,14 @@ class ImageSourceConfig:
 
     path: a folder of images, .parquet or .tar file(s), or owner/name of a hub set; empty for scenes and digits.
         `auto` tells the kind from it, and scenes or digits from the name.
+    adapter: a data set whose layout is known (`data_mix.adapters`): cc12m, sa1b, laion-coco-aesthetic, datacomp-1b or
+        coco.
     weight: its share of the images, relative to the other sources.
     length: how many scenes there are in train; other kinds have what they have.
-    image_column, caption_column: of a table; empty to find them by name and type.
+    image_column, caption_column: of a table; empty to find them by name and type. Of a tar, caption_column is txt or a
+        field of the JSON.
+    captions: .jsonl or .parquet file(s) with captions by the name of the image's file without its extension, for
+        folders and tars: those are used, not what lies beside the images.
     has_captions: false takes images without any, for what reads none (stage 2, reconstructions).
     val_fraction: kept for val where the data does not say itself what is train and what val.
     """
@@ -34,10 +42,12 @@ class ImageSourceConfig:
     name: str = "scenes"
     kind: ImageKind = "auto"
     path: str = ""
+    adapter: str = ""
     weight: float = 1.0
     length: int = 50_000
     image_column: str = ""
     caption_column: str = ""
+    captions: str = ""
     has_captions: bool = True
     val_fraction: float = 0.05
 
@@ -50,16 +60,22 @@ def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, see
             when it is asked for.
     """
     check_val_fraction(config.val_fraction, name=config.name)
+    config = adapted(config, adapters=IMAGE_ADAPTERS)
     kind = image_kind(config)
     name, path, val_fraction = config.name, config.path, config.val_fraction
     where = f"source '{name}' ({path})"
+    if config.captions:
+        return _with_captions(config, kind=kind, split=split, size=size)
     if kind in ("scenes", "digits"):
         return _drawn_source(config, kind=kind, split=split, size=size, seed=seed)
     common: dict[str, Any] = {"name": name, "size": size, "has_captions": config.has_captions}
     if kind == "folder":
         return FolderImages(path, split=split, val_fraction=val_fraction, **common)
     if kind == "webdataset":
-        return WebDatasetImages(path, split=split, val_fraction=val_fraction, **common)
+        column = config.caption_column
+        return WebDatasetImages(path, split=split, val_fraction=val_fraction, caption_column=column, **common)
+    if kind == "coco":
+        return CocoImages(path, split=split, **common)
     given: dict[str, Any] = {"image_column": config.image_column, "caption_column": config.caption_column}
     given |= {"has_captions": config.has_captions}
     if kind == "parquet":
@@ -70,6 +86,19 @@ def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, see
         part = open_hub(path, source=name, split=split, val_fraction=val_fraction)
         columns = image_columns(part.table.schema, **given, where=where)
     return TableImages(part, image_column=columns[0], caption_column=columns[1], **common)
+
+
+def _with_captions(config: ImageSourceConfig, *, kind: str, split: Split, size: int) -> ImageSource:
+    """A folder or tar shards, with the captions of a file of its own."""
+    if kind not in ("folder", "webdataset"):
+        raise UserError(f"source '{config.name}': captions are for folders and .tar files, not for kind={kind}")
+    opener = FolderImages if kind == "folder" else WebDatasetImages
+    source = opener(
+        config.path, name=config.name, split=split, size=size, val_fraction=config.val_fraction, has_captions=False
+    )
+    if config.has_captions:
+        source.captions = CaptionTable(config.captions, column=config.caption_column, source=config.name)
+    return source
 
 
 def _drawn_source(config: ImageSourceConfig, *, kind: str, split: Split, size: int, seed: int) -> ImageSource:

@@ -5,11 +5,12 @@ and mapped from there, so memory stays small and any row is a cheap read.
 """
 
 import bisect
+import contextlib
 import glob
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_mix.samples import Split
+from data_mix.samples import BadSample, Split
+from data_mix.set_aside import SetAside
 from data_mix.splits import SPLIT_WORDS, choose_rows, part_labels
 from um3.core.errors import UserError
 
@@ -27,12 +29,16 @@ SPLIT_COLUMN = "split"
 
 @dataclass(frozen=True)
 class TablePart:
-    """The rows of one split of a table. `starts` and `names` give the first row and name of each file of it."""
+    """The rows of one split of a table. `starts` and `names` give the first row and name of each file of it.
+
+    set_aside: the files that could not be read when it was opened; afterwards none is read.
+    """
 
     table: pa.Table
     rows: np.ndarray
     starts: Sequence[int]
     names: Sequence[str]
+    set_aside: SetAside = field(default_factory=lambda: SetAside("table"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,17 +52,18 @@ class TablePart:
         return self.table.column(column)[int(self.rows[index])].as_py()
 
 
-def find_files(path: str, *, suffix: str, source: str) -> list[Path]:
+def find_files(path: str, *, suffix: str | tuple[str, ...], source: str) -> list[Path]:
     """The files named by a file, folder (searched to the bottom) or glob, sorted; UserError when there are none."""
     place = Path(path)
     if place.is_dir():
-        files = sorted(file for file in place.rglob(f"*{suffix}") if file.is_file())
+        files = sorted(file for file in place.rglob("*") if file.name.endswith(suffix) and file.is_file())
     elif place.is_file():
         files = [place]
     else:
         files = sorted(Path(found) for found in _glob(path) if Path(found).is_file())
     if not files:
-        raise UserError(f"source '{source}': no {suffix} file at '{path}'; give a file, a folder or a glob")
+        named = suffix if isinstance(suffix, str) else " or ".join(suffix)
+        raise UserError(f"source '{source}': no {named} file at '{path}'; give a file, a folder or a glob")
     return files
 
 
@@ -65,17 +72,22 @@ def _glob(pattern: str) -> list[str]:
 
 
 def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split, val_fraction: float) -> TablePart:
-    """The rows of `split` with `columns`, all of which must exist (see `parquet_schema`)."""
+    """The rows of `split` with `columns`, all of which must exist (see `parquet_schema`).
+
+    Files that cannot be read are tried again and set aside with a warning, unless there are no others (UserError).
+    """
     files = find_files(path, suffix=".parquet", source=source)
     has_split = SPLIT_COLUMN in parquet_schema(path, source=source).names
     wanted = list(dict.fromkeys([*columns, *([SPLIT_COLUMN] if has_split else [])]))
+    set_aside = SetAside(source)
     try:
-        counts = [pq.read_metadata(file).num_rows for file in files]
-        if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-            tables = [pq.read_table(file, columns=wanted, partitioning=None) for file in files]
-            table = pa.concat_tables(tables, promote_options="permissive")
-        else:
-            table = _mapped(files, columns=wanted)
+        try:
+            table, counts = _read(files, columns=wanted)
+        except (pa.ArrowException, OSError, ValueError):
+            files = [file for file in files if _is_readable(file, columns=wanted, set_aside=set_aside)]
+            if not files or not set_aside.reasons:
+                raise
+            table, counts = _read(files, columns=wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"source '{source}': cannot read parquet at '{path}': {_one_line(error)}") from None
     if table.num_rows != sum(counts) or not set(wanted) <= set(table.column_names):
@@ -96,7 +108,31 @@ def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split
         ),
         starts=starts,
         names=names,
+        set_aside=set_aside,
     )
+
+
+def _read(files: Sequence[Path], *, columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
+    """All rows, and how many each file has."""
+    counts = [pq.read_metadata(file).num_rows for file in files]
+    if sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
+        return _mapped(files, columns=columns), counts
+    tables = [pq.read_table(file, columns=list(columns), partitioning=None) for file in files]
+    return pa.concat_tables(tables, promote_options="permissive"), counts
+
+
+def _is_readable(file: Path, *, columns: Sequence[str], set_aside: SetAside) -> bool:
+    """Read a whole file to see whether it can be, one row group at a time; it is set aside if not."""
+
+    def read() -> None:
+        with pq.ParquetFile(file) as opened:
+            names = [column for column in columns if column in opened.schema_arrow.names]
+            for group in range(opened.num_row_groups):
+                opened.read_row_group(group, columns=names)
+
+    with contextlib.suppress(BadSample):
+        set_aside.read(file, read)
+    return file not in set_aside.reasons
 
 
 def _mapped(files: Sequence[Path], *, columns: Sequence[str]) -> pa.Table:
@@ -112,12 +148,14 @@ def _mapped(files: Sequence[Path], *, columns: Sequence[str]) -> pa.Table:
 
 
 def parquet_schema(path: str, *, source: str) -> pa.Schema:
-    """The schema of the first file."""
-    file = find_files(path, suffix=".parquet", source=source)[0]
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"source '{source}': cannot read parquet '{file}': {_one_line(error)}") from None
+    """The schema of the first file that has one."""
+    files = find_files(path, suffix=".parquet", source=source)
+    for file in files:
+        try:
+            return pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            reason = f"cannot read parquet '{file}': {_one_line(error)}"
+    raise UserError(f"source '{source}': {reason}")
 
 
 def looks_like_hub(path: str) -> bool:

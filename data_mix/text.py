@@ -1,5 +1,8 @@
 """Text sources: documents by index, from the embedded prose, files of your own, or the hub."""
 
+import contextlib
+import functools
+import io
 import json
 import logging
 import re
@@ -11,14 +14,17 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 
+from data_mix.adapters import TEXT_ADAPTERS, adapted
 from data_mix.python_docs import packed, python_documents
-from data_mix.samples import Split
+from data_mix.samples import BadSample, Split
+from data_mix.set_aside import SetAside
 from data_mix.splits import check_val_fraction, choose_rows
 from data_mix.tables import TablePart, find_files, looks_like_hub, open_hub, open_parquet, parquet_schema, short_names
 from um3.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 PASSAGE_CHARS = 4000  # a plain text file becomes documents of about this length, cut between paragraphs
 
 TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
@@ -28,16 +34,18 @@ TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
 class TextSourceConfig:
     """One text source.
 
-    path: a .txt file or folder of them, .jsonl or .parquet file(s), or owner/name of a hub set; empty for
-        python_docs. `auto` tells the kind from it.
+    path: a .txt file or folder of them, .jsonl (also .zst, .gz) or .parquet file(s), or owner/name of a hub set; empty
+        for python_docs. `auto` tells the kind from it.
+    adapter: a data set whose fields are known (`data_mix.adapters`): dclm-baseline.
     field: the JSON field or column that holds the text.
-    weight: its share of the documents, relative to the other sources.
+    weight: its share of the text samples, relative to the other sources.
     val_fraction: kept for val where the data does not say itself what is train and what val.
     """
 
     name: str = "python_docs"
     kind: TextKind = "auto"
     path: str = ""
+    adapter: str = ""
     field: str = "text"
     weight: float = 1.0
     val_fraction: float = 0.02
@@ -45,7 +53,7 @@ class TextSourceConfig:
 
 @runtime_checkable
 class TextSource(Protocol):
-    """A map from index to document. A document may be an empty string where the data has a blank."""
+    """A map from index to document, an empty string where the data has a blank; BadSample where a file is set aside."""
 
     name: str
 
@@ -57,6 +65,7 @@ class TextSource(Protocol):
 def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
     """Open `config`'s documents of one split; UserError for a missing path, a missing field or broken data."""
     check_val_fraction(config.val_fraction, name=config.name)
+    config = adapted(config, adapters=TEXT_ADAPTERS)
     kind = text_kind(config)
     if kind == "python_docs":
         documents = python_documents()
@@ -70,8 +79,9 @@ def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
     if kind == "parquet":
         schema = parquet_schema(config.path, source=config.name)
         _check_text_column(schema, config)
+        columns = [config.field]
         part = open_parquet(
-            config.path, source=config.name, columns=[config.field], split=split, val_fraction=config.val_fraction
+            config.path, source=config.name, columns=columns, split=split, val_fraction=config.val_fraction
         )
         return TableDocuments(config, part)
     part = open_hub(config.path, source=config.name, split=split, val_fraction=config.val_fraction)
@@ -83,8 +93,9 @@ def text_kind(config: TextSourceConfig) -> TextKind:
     """`config.kind`, or for `auto` what the path looks like."""
     path = config.path
     if config.kind == "auto" and path:
-        for kind in ("parquet", "jsonl", "txt"):
-            if path.endswith(f".{kind}") or (Path(path).is_dir() and any(Path(path).rglob(f"*.{kind}"))):
+        kinds: dict[TextKind, str | tuple[str, ...]] = {"parquet": ".parquet", "jsonl": JSONL, "txt": ".txt"}
+        for kind, suffix in kinds.items():
+            if path.endswith(suffix) or (Path(path).is_dir() and _holds(Path(path), suffix)):
                 return kind
         if looks_like_hub(path):
             return "hub"
@@ -99,6 +110,10 @@ def text_kind(config: TextSourceConfig) -> TextKind:
     if not path:
         raise UserError(f"source '{config.name}': kind={config.kind} needs a path")
     return config.kind
+
+
+def _holds(folder: Path, suffix: str | tuple[str, ...]) -> bool:
+    return any(file.name.endswith(suffix) for file in folder.rglob("*"))
 
 
 class ListedDocuments:
@@ -157,24 +172,28 @@ def _cut(block: str) -> Iterator[str]:
 
 
 class JsonlDocuments:
-    """One JSON object a line. Lines are found and checked once, and read again from disk when asked for."""
+    """One JSON object a line. Lines are found and checked once, and read again from disk when asked for.
+
+    Of a compressed file all lines are unpacked at once and kept until another file is asked for: in order, as a stream
+    of tokens is made, that unpacks every file once.
+    """
 
     def __init__(self, config: TextSourceConfig, *, split: Split) -> None:
         self.name = config.name
         self._field = config.field
-        self._files = find_files(config.path, suffix=".jsonl", source=config.name)
+        self._files = find_files(config.path, suffix=JSONL, source=config.name)
+        self.set_aside = SetAside(config.name)
+        self._unpacked: tuple[int, dict[int, bytes]] = (-1, {})  # file, lines by byte offset
         names = short_names(self._files, config.path)
         places: list[tuple[int, int]] = []  # file, byte offset
         num_blank = 0
         for number, file in enumerate(self._files):
-            offset = 0
-            with file.open("rb") as lines:
-                for line_number, line in enumerate(lines, start=1):
-                    if self._text(line, where=f"source '{config.name}': {file}:{line_number}").strip():
-                        places.append((number, offset))
-                    else:
-                        num_blank += 1
-                    offset += len(line)
+            with contextlib.suppress(BadSample):
+                found, blank = self.set_aside.read(file, functools.partial(self._find, number))
+                places += found
+                num_blank += blank
+        if len(self.set_aside.reasons) == len(self._files):
+            raise UserError(f"source '{config.name}': {next(iter(self.set_aside.reasons.values()))}")
         if num_blank:
             logger.warning("source '%s': %d blank documents left out", config.name, num_blank)
         places_N2 = np.array(places, dtype=np.int64).reshape(-1, 2)
@@ -187,6 +206,26 @@ class JsonlDocuments:
             where=f"source '{config.name}' ({config.path})",
         )
         self._places_N2 = places_N2[rows]
+
+    def _find(self, number: int) -> tuple[list[tuple[int, int]], int]:
+        """Where the documents of a file lie, and how many blank ones are between them."""
+        places, num_blank, file = [], 0, self._files[number]
+        for line_number, (offset, line) in enumerate(_lines(file), start=1):
+            if self._text(line, where=f"source '{self.name}': {file}:{line_number}").strip():
+                places.append((number, offset))
+            else:
+                num_blank += 1
+        return places, num_blank
+
+    def _line(self, number: int, offset: int) -> bytes:
+        file = self._files[number]
+        if file.suffix == ".jsonl":
+            with file.open("rb") as lines:
+                lines.seek(offset)
+                return lines.readline()
+        if self._unpacked[0] != number:
+            self._unpacked = (number, dict(_lines(file)))
+        return self._unpacked[1][offset]
 
     def _text(self, line: bytes, *, where: str) -> str:
         if not line.strip():
@@ -205,10 +244,18 @@ class JsonlDocuments:
         return len(self._places_N2)
 
     def __getitem__(self, index: int) -> str:
-        number, offset = self._places_N2[index]
-        with self._files[number].open("rb") as file:
-            file.seek(int(offset))
-            return self._text(file.readline(), where=str(self._files[number]))
+        number, offset = (int(place) for place in self._places_N2[index])
+        file = self._files[number]
+        return self._text(self.set_aside.read(file, lambda: self._line(number, offset)), where=str(file))
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, unpacked where its name says so, each with its byte offset."""
+    offset = 0
+    with pa.input_stream(str(file), compression="detect") as stream, io.BufferedReader(stream) as lines:
+        for line in lines:
+            yield offset, line
+            offset += len(line)
 
 
 class TableDocuments:
@@ -217,7 +264,7 @@ class TableDocuments:
     def __init__(self, config: TextSourceConfig, part: TablePart) -> None:
         self.name = config.name
         self._field = config.field
-        self._part = part
+        self._part, self.set_aside = part, part.set_aside
 
     def __len__(self) -> int:
         return len(self._part)
@@ -227,11 +274,11 @@ class TableDocuments:
 
 
 def _check_text_column(schema: pa.Schema, config: TextSourceConfig) -> None:
-    where = f"source '{config.name}' ({config.path})"
-    if config.field not in schema.names:
-        raise UserError(f"{where}: no column '{config.field}' (has: {', '.join(schema.names)}); set field")
-    kind = schema.field(config.field).type
+    where, column = f"source '{config.name}' ({config.path})", config.field
+    if column not in schema.names:
+        raise UserError(f"{where}: no column '{column}' (has: {', '.join(schema.names)}); set field")
+    kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{where}: column '{config.field}' holds {kind}, not text; set field to a text column")
+        raise UserError(f"{where}: column '{column}' holds {kind}, not text; set field to a text column")

@@ -3,23 +3,28 @@
 The stream is `document eos bos document eos ...` as raw uint32 in one file, mapped into memory; where a tokenizer
 has one entry for bos and eos, it stands between documents once. A row is bos and the next `row_tokens - 1` ids,
 so every id of the corpus is read once an epoch and every row begins the way a prompt does; it may begin within a
-document, as in any packed pre-training.
+document, as in any packed pre-training. Where rows are packed (`data.packing`), the documents of a row are kept apart.
+
+Documents whose file cannot be read are left out; the stream then says so in a .json beside it, and at every opening.
 """
 
 import hashlib
 import itertools
 import logging
 import platform
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from data_mix.samples import BadSample
+from data_mix.set_aside import SetAside
 from data_mix.text import TextSource
 from um3.core.distributed import barrier, is_main
 from um3.core.errors import UserError
-from um3.core.files import atomic_file
+from um3.core.files import atomic_file, read_json, write_json
 from um3.core.progress import Progress
 from um3.ids import IdSpace
 from um3.rows import Row
@@ -38,6 +43,7 @@ class TokenStream:
 
     The file is made by the first rank when it is not there, and is named after everything it depends on:
     the documents' origin, the tokenizer and the special ids. All ranks must see the same `cache` folder.
+    set_aside: the files that could not be read when it was made, with the reason.
     """
 
     def __init__(
@@ -62,6 +68,10 @@ class TokenStream:
         barrier()
         if not path.exists():
             raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
+        left_out = path.with_suffix(".json")
+        self.set_aside: dict[str, str] = read_json(left_out)["set_aside"] if left_out.exists() else {}
+        if self.set_aside:
+            logger.warning("%s was made without %s; once they can be read, remove it", path, ", ".join(self.set_aside))
         if not path.stat().st_size:
             raise UserError(f"text source '{documents.name}' holds no text; point it at other data or leave it out")
         self.tokens: np.ndarray = np.memmap(path, dtype=np.uint32, mode="r")
@@ -92,11 +102,26 @@ def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace)
 
 def _write_stream(path: Path, documents: TextSource, *, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> None:
     progress = Progress(len(documents), label=f"tokenising {documents.name}", unit="documents")
-    texts = (documents[index] for index in range(len(documents)))
+    left_out: Counter[str] = Counter()
+    texts = (_document(documents, index, left_out=left_out) for index in range(len(documents)))
     separator = [ids.eos_id] if ids.bos_id == ids.eos_id else [ids.eos_id, ids.bos_id]
     with atomic_file(path) as partial, open(partial, "wb") as file:
         while batch := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
             for tokens in encode_texts(batch, tokenizer=tokenizer):
                 np.array([*tokens, *separator] if tokens else [], dtype=np.uint32).tofile(file)
             progress.advance(len(batch))
+        aside = getattr(documents, "set_aside", SetAside(documents.name))
+        if reasons := {str(file): reason for file, reason in aside.reasons.items()}:
+            write_json(path.with_suffix(".json"), {"documents_left_out": left_out.total(), "set_aside": reasons})
+        else:
+            path.with_suffix(".json").unlink(missing_ok=True)
     logger.info("%s: %d tokens in %s", documents.name, path.stat().st_size // 4, path)
+
+
+def _document(documents: TextSource, index: int, *, left_out: Counter[str]) -> str:
+    """A document, or an empty one, counted, where its file cannot be read."""
+    try:
+        return documents[index]
+    except BadSample as error:
+        left_out[error.reason] += 1
+        return ""

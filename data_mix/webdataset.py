@@ -1,9 +1,12 @@
 """WebDataset shards: tar files in which an image and its caption lie side by side under one stem.
 
 The members are listed once when the source is opened; a sample is then read at its offset. Nothing is ever
-extracted, so a member called ../x or a link is just a name.
+extracted, so a member called ../x or a link is just a name. A shard that cannot be read, then or later, is tried again
+and set aside: later its samples raise BadSample, and whoever reads replaces and counts them.
 """
 
+import contextlib
+import functools
 import json
 import logging
 import tarfile
@@ -12,6 +15,7 @@ from typing import Any, NamedTuple
 
 from data_mix.own_images import OwnImages, caption_field
 from data_mix.samples import BadSample, Split
+from data_mix.set_aside import DamagedFile
 from data_mix.splits import choose_rows
 from data_mix.tables import find_files, short_names
 from um3.core.errors import UserError
@@ -42,20 +46,36 @@ class TarSample(NamedTuple):
 
 
 class WebDatasetImages(OwnImages):
-    """The images of all shards at a path; captions from stem.txt (one a line) or the caption field of stem.json."""
+    """The images of all shards at a path.
+
+    caption_column: "txt" takes the captions from stem.txt (one a line), another name from that field of stem.json;
+    empty takes stem.txt where there is one, else the caption field of stem.json.
+    """
 
     def __init__(
-        self, path: str, *, name: str, split: Split, size: int, val_fraction: float, has_captions: bool = True
+        self,
+        path: str,
+        *,
+        name: str,
+        split: Split,
+        size: int,
+        val_fraction: float,
+        has_captions: bool = True,
+        caption_column: str = "",
     ) -> None:
         super().__init__(name=name, size=size, has_captions=has_captions)
-        where = f"source '{name}' ({path})"
+        where, self._caption_column = f"source '{name}' ({path})", caption_column
         self._shards = find_files(path, suffix=".tar", source=name)
         self._names = short_names(self._shards, path)
-        samples = [
-            sample
-            for number, shard in enumerate(self._shards)
-            for sample in _samples_of(shard, number=number, where=where)
-        ]
+        samples: list[TarSample] = []
+        for number, shard in enumerate(self._shards):
+            with contextlib.suppress(BadSample):
+                samples += self.set_aside.read(
+                    shard,
+                    functools.partial(_samples_of, shard, number=number, where=where, column=caption_column),
+                )
+        if not samples and self.set_aside.reasons:
+            raise UserError(next(iter(self.set_aside.reasons.values())))
         if not samples:
             wanted = "/".join(IMAGE_EXTENSIONS)
             raise UserError(f"{where}: no image ({wanted}) in {len(self._shards)} tar files; is it WebDataset?")
@@ -87,25 +107,30 @@ class WebDatasetImages(OwnImages):
             raise BadSample("no caption", detail=self._key(index))
         data = self._read(index, sample.caption, limit=MAX_CAPTION_BYTES)
         try:
-            return caption_field(json.loads(data)) if sample.is_json else data.decode("utf-8-sig").splitlines()
+            if not sample.is_json:
+                return data.decode("utf-8-sig").splitlines()
+            record, column = json.loads(data), self._caption_column
+            return record.get(column) if column and isinstance(record, dict) else caption_field(record)
         except (ValueError, RecursionError) as error:  # also what is not UTF-8
             raise BadSample("unreadable caption", detail=f"{self._key(index)}: {error}") from None
 
     def _read(self, index: int, member: Member, *, limit: int) -> bytes:
         if member.size > limit:
             raise BadSample("too large", detail=f"{self._key(index)}: {member.size:,} bytes, {limit:,} allowed")
-        try:
-            with self._shards[self._samples[index].shard].open("rb") as shard:
-                shard.seek(member.offset)
-                data = shard.read(member.size)
-        except OSError as error:
-            raise BadSample("cannot be read", detail=f"{self._key(index)}: {error}") from None
+        shard = self._shards[self._samples[index].shard]
+        data = self.set_aside.read(shard, functools.partial(_bytes_at, shard, member=member))
         if len(data) < member.size:
             raise BadSample("truncated", detail=self._key(index))
         return data
 
 
-def _samples_of(shard: Path, *, number: int, where: str) -> list[TarSample]:
+def _bytes_at(shard: Path, *, member: Member) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def _samples_of(shard: Path, *, number: int, where: str, column: str) -> list[TarSample]:
     """The samples of one shard in the order of their images."""
     found: dict[str, dict[str, Member]] = {}
     try:
@@ -116,25 +141,27 @@ def _samples_of(shard: Path, *, number: int, where: str) -> list[TarSample]:
                 # Sparse members are not stored in one piece, so an offset does not find them.
                 if known and member.isreg() and not member.issparse():
                     found.setdefault(stem, {}).setdefault(extension, Member(member.offset_data, member.size))
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:
         if not found:
-            raise UserError(f"{where}: '{shard}' is no uncompressed tar file ({error}); unpack .tar.gz first") from None
+            reason = f"'{shard}' is no uncompressed tar file ({error}); unpack .tar.gz first"
+            raise DamagedFile(f"{where}: {reason}") from None
         logger.warning("%s: '%s' is damaged (%s); only what lies before is used", where, shard, error)
-        return _complete(found, number=number)
+        return _complete(found, number=number, column=column)
     if found and not _has_end_mark(shard):
         # tarfile takes a file cut within a header for a complete one.
         logger.warning("%s: '%s' is damaged (cut off); only what lies before is used", where, shard)
-    return _complete(found, number=number)
+    return _complete(found, number=number, column=column)
 
 
-def _complete(found: dict[str, dict[str, Member]], *, number: int) -> list[TarSample]:
+def _complete(found: dict[str, dict[str, Member]], *, number: int, column: str) -> list[TarSample]:
     """Members by stem and extension as samples; a stem without an image is none."""
+    captions = ("txt", "json") if not column else ("txt",) if column == "txt" else ("json",)
     samples = []
     for stem, members in found.items():
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if image is not None:
-            caption = members.get("txt") or members.get("json")
-            samples.append(TarSample(number, stem, image, caption, is_json="txt" not in members))
+            extension = next((extension for extension in captions if extension in members), "")
+            samples.append(TarSample(number, stem, image, members.get(extension), is_json=extension == "json"))
     return samples
 
 

@@ -28,6 +28,7 @@ DARK = {INK: "#e7e5df", MUTED: "#9a9ea7", RULE: "#3a3d44", PAPER: "#1b1d21"}
 PIXELS_PER_INCH = 100
 SAVED_DPI = 200
 LINE = 1.35  # of the font size
+MIX_TASKS = {"text": ("text", "#9fb7d9"), "i2t": ("image → text", "#f0c38e"), "t2i": ("text → image", "#a8cfa5")}
 SKILL_TITLES = {
     "single_object": "one object",
     "two_object": "two objects",
@@ -308,23 +309,42 @@ def _style(axes: "Axes", *, title: str, across: str = "step") -> None:
 
 
 def mix(run: RunData) -> "Figure | None":
-    """The share of each task in the rows of every logged step."""
-    rows = [row for row in run.metrics["um3"] if "data/rows_text" in row]
+    """The share of each source in the samples between logged steps, and the tokens of each in all.
+
+    Of a run that did not count its sources, the share of each task in the rows of every logged step.
+    """
+    tasks = list(MIX_TASKS)
+    found = {key for row in run.metrics["um3"] for key in row if re.match("data/samples/.+/", key)}
+    sources = sorted(found, key=lambda key: (tasks.index(key.split("/")[2]), key))
+    keys = sources or [f"data/rows_{task}" for task in tasks]
+    rows = [row for row in run.metrics["um3"] if all(key in row for key in keys)]
     if not rows:
         return None
     from matplotlib.figure import Figure
 
-    keys = {"data/rows_text": "text", "data/rows_i2t": "image → text", "data/rows_t2i": "text → image"}
+    shown = [MIX_TASKS[key.split("/")[2]] for key in sources] or list(MIX_TASKS.values())
+    names = [": ".join([name, *key.split("/", 3)[3:]]) for key, (name, _) in zip(keys, shown, strict=True)]
+    colours = [colour for _, colour in shown]
     counts = np.array([[row[key] for key in keys] for row in rows], dtype=float)
-    shares = counts / counts.sum(axis=1, keepdims=True)
+    counts = np.diff(counts, axis=0, prepend=0) if sources else counts
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure = Figure(figsize=(12, 2.6), layout="constrained", facecolor=PAPER)
-    axes = figure.subplots()
-    colours = ("#9fb7d9", "#f0c38e", "#a8cfa5")
-    axes.stackplot([row["step"] for row in rows], shares.T, labels=list(keys.values()), colors=colours)
-    axes.set(xlim=(rows[0]["step"], rows[-1]["step"]), ylim=(0, 1))
-    _style(axes, title="rows of a batch by task")
+    axes, *right = figure.subplots(1, 2, width_ratios=(3, 1)) if sources else [figure.subplots()]
+    steps = [row["step"] for row in rows]
+    axes.stackplot(steps, shares.T, labels=names, colors=colours, edgecolor=PAPER, linewidth=0.5)
+    axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 1))
+    _style(axes, title="samples by source" if sources else "rows of a batch by task")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, labelcolor=INK, reverse=True)
+    for bars in right:
+        text, visual = (
+            np.array([rows[-1].get(key.replace("samples", f"{half}_tokens"), 0) for key in keys]) / 1e6
+            for half in ("text", "visual")
+        )
+        bars.barh(names, text, color=colours)
+        bars.barh(names, visual, left=text, color=colours, alpha=0.5)
+        _style(bars, title="10⁶ tokens: text, visual (pale)", across="")
+        bars.set_yticklabels([])
     return figure
 
 

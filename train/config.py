@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from data_mix.config import DataConfig
 from data_mix.sources import ImageSourceConfig
-from um3.config import ModelConfig
+from um3.config import ModelConfig, is_um3
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
@@ -52,11 +52,23 @@ class EngineConfig:
     """How DeepSpeed runs the model; the same on one CPU process and on many nodes."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["float32", "bf16", "autocast"] = "float32"
-    """bf16: weights in bf16 with float32 masters. autocast: float32 weights, bf16 matrix products."""
+    precision: Literal["auto", "float32", "bf16", "autocast"] = "auto"
+    """bf16: weights in bf16 with float32 masters. autocast: float32 weights, bf16 matrix products. auto: autocast on a
+    GPU, float32 on a CPU."""
     offload_optimizer: bool = False
-    """Keep optimizer state in host memory (ZeRO 1-3, GPU only)."""
+    """Keep optimizer state in host memory (AdamW under ZeRO 1-3, GPU only)."""
     activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile (ZeRO 0-2); the first steps take minutes."""
+    fused_kernels: Literal["auto", "off"] = "auto"
+    """On a GPU: torch's fused AdamW, and Liger's kernels in the language model where liger-kernel is installed."""
+    bucket_elements: int = 500_000_000
+    """Gradients that ZeRO reduces at a time; it holds one or two buffers of this size, never of more than the model."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_elements < 1:
+            raise ValueError(f"bucket_elements is {self.bucket_elements}; it must be at least 1")
 
 
 @dataclass
@@ -74,6 +86,9 @@ class LoopConfig:
     log_every_steps: int = 10
     save_every_steps: int = 500
     keep_checkpoints: int = 2
+    """The newest ones that stay."""
+    keep_best_by: str = "train/loss"
+    """Metric whose lowest mean between two saves marks the best checkpoint, which stays as well; empty: none does."""
     num_threads: int = 0
     """CPU threads per process; 0 leaves torch's choice."""
     track: list[str] = field(default_factory=list)
@@ -299,7 +314,7 @@ class UM3Config:
 
 
 # What may change between the start of a run and its continuation without making it another run.
-FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_checkpoints", "loop.num_threads", "loop.track")
+FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_", "loop.num_threads", "loop.track")
 # Where things lie may change too: what they are is compared by fingerprint.
 FREE_FOLDERS = ("loop.folder", "model.start:", "tokenizer:", "qlip:", "data.codes:")
 FREE_PREFIXES = ("loop.micro_batch_size", "engine.", *FREE_FOLDERS)
@@ -363,7 +378,8 @@ def inputs_of(config: Any) -> dict[str, str]:
     if isinstance(config, Stage2Config):
         return {"tokenizer": folder_digest(config.tokenizer, made_by="stage1")}
     if isinstance(config, UM3Config):
-        return {"qlip": folder_digest(config.qlip, made_by="stage2")}
+        start = {"start": folder_digest(config.model.base, made_by="um3-init")} if is_um3(config.model.base) else {}
+        return {"qlip": folder_digest(config.qlip, made_by="stage2")} | start
     return {}
 
 

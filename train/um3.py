@@ -3,16 +3,20 @@
 Loss = for each half, text and visual, the cross entropy summed over its supervised tokens / their count in the
 global batch; each target under the softmax of its own half (paper, Eq 6).
 
-Legend: B rows of this rank, T tokens of a row, D width, V entries.
+Legend: B rows of this rank, T tokens of a row, D width, V entries, K pairs of task and source, C what is counted.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_mix.account import MixAccount
 from data_mix.mix import RowBatch, open_rows
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
@@ -24,17 +28,17 @@ from train.config import UM3Config, UM3LossConfig
 from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
+from train.start import Start
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.seeds import seed_everything
 from um3.ids import IdSpace
 from um3.loss import SplitLoss, split_softmax_loss
-from um3.model import build_model, save_model
+from um3.model import save_model
+from um3.rows import document_positions
 from um3.shared_bits import SharedBits
-from um3.text_tokenizer import add_image_tokens, load_text_tokenizer, make_id_space, train_text_tokenizer
 
 TOKENIZER_DOCUMENTS = 2000
 TOKENIZER_CAPTIONS = 5000
-CALIBRATION_ROWS = 8
 TASK_NAMES = ("text", "i2t", "t2i")
 
 
@@ -44,11 +48,23 @@ def build_task(config: UM3Config) -> "UM3Task":
 
 
 class UM3Objective(nn.Module):
-    """The stock language model with split-softmax sums as output; `bits` adds to its visual rows while it trains."""
+    """The stock language model with split-softmax sums as output; `bits` adds to its visual rows while it trains.
 
-    def __init__(self, model: PreTrainedModel, *, ids: IdSpace, loss: UM3LossConfig, bits: SharedBits | None = None):
+    packed: rows hold documents side by side, which must not see each other.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        ids: IdSpace,
+        loss: UM3LossConfig,
+        bits: SharedBits | None = None,
+        packed: bool = False,
+    ):
         super().__init__()
-        self.model, self.ids, self.loss, self.bits = model, ids, loss, bits
+        self.model, self.ids, self.loss, self.bits, self.packed = model, ids, loss, bits, packed
+        self.joins_rows = "flash" in (model.config._attn_implementation or "")
 
     def forward(self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor) -> SplitLoss:
         # Rows are padded on the right, so causal attention alone keeps padding out of every real position.
@@ -57,7 +73,7 @@ class UM3Objective(nn.Module):
         if self.bits is not None:
             embeddings_BTD = self.bits.add_to_inputs(embeddings_BTD, ids_BT=input_ids_BT[:, :-1])
             head_VD = self.bits.add_to_head(head_VD)
-        hidden_BTD = self.model.model(inputs_embeds=embeddings_BTD, use_cache=False).last_hidden_state
+        hidden_BTD = self._hidden(embeddings_BTD, input_ids_BT=input_ids_BT[:, :-1])
         return split_softmax_loss(
             hidden_BTD,
             lm_head_weight_VD=head_VD,
@@ -69,6 +85,36 @@ class UM3Objective(nn.Module):
             chunk_tokens=self.loss.chunk_tokens,
         )
 
+    def _hidden(self, embeddings_BTD: torch.Tensor, *, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """The last hidden states.
+
+        Packed, the positions alone tell the documents apart: without an attention mask transformers takes each
+        restart for a document. SDPA gets one mask of (B, T, T) booleans for all layers, and none where every row is
+        one document; flex attention a block mask; flash attention the documents' lengths, but from a batch of one row
+        only, so its rows are joined to one (each begins at position 0).
+        """
+        if not self.packed:
+            return self.model.model(inputs_embeds=embeddings_BTD, use_cache=False).last_hidden_state
+        positions_BT = document_positions(input_ids_BT, bos_id=self.ids.bos_id)
+        inputs_BTD = embeddings_BTD
+        if self.joins_rows:
+            positions_BT, inputs_BTD = positions_BT.reshape(1, -1), inputs_BTD.reshape(1, -1, inputs_BTD.shape[-1])
+        outputs = self.model.model(inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False)
+        return outputs.last_hidden_state.view_as(embeddings_BTD)
+
+
+def micro_batches(batch: RowBatch, *, parts: int, pad_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`input_ids_BT` and `target_mask_BT` of the rows in `parts` equal parts, or as equal as packed rows divide.
+
+    DeepSpeed counts the parts, which every rank and step has alike, and never what is in them. None is empty: where
+    there are fewer rows than parts, rows of padding without a target make them up.
+    """
+    input_ids_BT, target_mask_BT = batch.input_ids_BT, batch.target_mask_BT
+    if (missing := parts - len(input_ids_BT)) > 0:
+        input_ids_BT = F.pad(input_ids_BT, (0, 0, 0, missing), value=pad_id)
+        target_mask_BT = F.pad(target_mask_BT, (0, 0, 0, missing))
+    return zip(input_ids_BT.tensor_split(parts), target_mask_BT.tensor_split(parts), strict=True)
+
 
 class UM3Task:
     """Rows of the schedule, accumulated to the global batch; every token of it counts the same."""
@@ -79,14 +125,8 @@ class UM3Task:
         self.config = config
         qlip = load_qlip(config.qlip)
         self.fingerprint = qlip.fingerprint()
-        self.text_tokenizer = self._build_text_tokenizer()
-        vocabulary = config.vocabulary
-        self.ids = make_id_space(
-            self.text_tokenizer,
-            slots=vocabulary.slots,
-            bits_per_slot=vocabulary.bits_per_slot,
-            num_patches=qlip.num_patches,
-        )
+        start = Start(config, qlip=qlip, texts=self._texts())
+        self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
         self.rows = open_rows(
             config.data,
             ids=self.ids,
@@ -100,36 +140,26 @@ class UM3Task:
         )
         self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.total_steps)
         seed_everything(config.loop.seed, "um3 weights")
-        self.model = build_model(config.model, ids=self.ids, calibration=self._calibration())
+        self.model = start.model(self.rows.texts)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        bits = SharedBits(self.ids, model_config=self.model.config) if vocabulary.shared_bits else None
-        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits)
+        bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.shared_bits else None
+        packed = config.data.packing == "documents"
+        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits, packed=packed)
+        self.account = MixAccount(self.rows.keys)
         self.truncated_captions = 0
-
-    def _build_text_tokenizer(self) -> Any:
-        config = self.config
-        source = config.vocabulary.tokenizer or config.model.base
-        if source:
-            return add_image_tokens(load_text_tokenizer(source))
-        return train_text_tokenizer(self._texts(), vocab_size=config.vocabulary.text_entries)
 
     def _texts(self) -> Any:
         """Documents and captions for a vocabulary of our own."""
         for text in self.config.data.texts:
             documents = open_text_source(text, split="train")
-            yield from (documents[index] for index in range(min(len(documents), TOKENIZER_DOCUMENTS)))
+            for index in range(min(len(documents), TOKENIZER_DOCUMENTS)):
+                with contextlib.suppress(BadSample):
+                    yield documents[index]
         for shards in open_code_sources(self.config.data.codes, split="train").values():
             for index in range(min(len(shards), TOKENIZER_CAPTIONS)):
-                try:
+                with contextlib.suppress(BadSample):
                     yield from shards[index].captions
-                except BadSample:
-                    continue
-
-    def _calibration(self) -> list[torch.Tensor]:
-        """The first text rows, for the gains of a normalisation that a base does not have yet."""
-        streams = self.rows.texts.values()
-        return [stream[row].input_ids[None] for stream in streams for row in range(min(len(stream), CALIBRATION_ROWS))]
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}
@@ -159,10 +189,7 @@ class UM3Task:
         # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is a sum over its global count.
         scales_2 = weights_2 * world_size() * self.accumulation / counts_2.clamp(min=1)
         sums_4 = torch.zeros(4, device=device())
-        micro_batches = zip(
-            batch.input_ids_BT.split(self.micro_rows), batch.target_mask_BT.split(self.micro_rows), strict=True
-        )
-        for input_ids_BT, target_mask_BT in micro_batches:
+        for input_ids_BT, target_mask_BT in micro_batches(batch, parts=self.accumulation, pad_id=self.ids.pad_id):
             with autocast(config.engine):
                 loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
             parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
@@ -171,10 +198,15 @@ class UM3Task:
             self.engine.backward(total)
             norm = step_engine(self.engine)
             sums_4 += parts_4.detach()
-        return self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2) | {
-            "optim/lr": config.optimizer.lr * factor,
-            "optim/grad_norm": norm,
-        }
+        values = self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2)
+        return (
+            values
+            | self._mix_report(batch, step=step)
+            | {
+                "optim/lr": config.optimizer.lr * factor,
+                "optim/grad_norm": norm,
+            }
+        )
 
     def _report(self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor) -> dict[str, float]:
         weights = {"text": self.config.loss.text_weight, "visual": self.config.loss.visual_weight}
@@ -188,14 +220,30 @@ class UM3Task:
         for name in TASK_NAMES:
             rows = sum(count for key, count in batch.counts.items() if key.startswith(name + "/"))
             values[f"data/rows_{name}"] = float(rows)
-        self.truncated_captions += batch.truncated_captions
-        return values | {"data/truncated_captions": float(self.truncated_captions)}
+        return values
+
+    def _mix_report(self, batch: RowBatch, *, step: int) -> dict[str, float]:
+        """What all ranks have had up to now, against the schedule; share of padding in this step's rows."""
+        own = [batch.truncated_captions, batch.shards_set_aside, batch.input_ids_BT.numel()]
+        sums = sum_over_ranks(torch.cat([batch.seen_KC.flatten(), torch.tensor(own)]).to(device())).cpu()
+        seen_KC, (truncated, set_aside, places) = sums[:-3].view(batch.seen_KC.shape), sums[-3:].tolist()
+        self.account.add(seen_KC.numpy())
+        self.truncated_captions += truncated
+        return self.account.metrics(due=self.rows.due(step + 1)) | {
+            "data/padding": 1 - int(seen_KC[:, 1:3].sum()) / places,
+            "data/truncated_captions": float(self.truncated_captions),
+            "data/shards_set_aside": float(set_aside),
+        }
 
     def state(self, step: int) -> dict[str, Any]:
-        return self.rows.state(step) | {"fingerprint": self.fingerprint}
+        counted = {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
+        return self.rows.state(step) | counted | {"fingerprint": self.fingerprint}
 
     def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other data, and go on counting from one that fits."""
         self.rows.check_state(state)
+        self.account.load(state.get("seen", {}))
+        self.truncated_captions = state.get("truncated_captions", 0)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()

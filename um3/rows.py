@@ -7,7 +7,7 @@
 
 A prompt is the beginning of such a row; tests hold the two together.
 bos is never a target: rows can be packed one after the other and shifted by one without a target that
-reaches across a boundary.
+reaches across a boundary. Where a row holds several of them, `document_positions` tells them apart.
 """
 
 from collections.abc import Sequence
@@ -80,6 +80,17 @@ def caption_prompt(visual_ids: Tokens, *, ids: IdSpace) -> Tensor:
 def text_prompt(tokens: Tokens, *, ids: IdSpace) -> Tensor:
     """`bos tokens`: what text is continued after."""
     return _join(ids.bos_id, tokens)
+
+
+def document_positions(input_ids_BT: Tensor, *, bos_id: int) -> Tensor:
+    """The place of every id in its document, int64 (B, T): a document begins at each bos and at the row's beginning.
+
+    Given as position ids without an attention mask, they keep documents apart in transformers' models: attention is
+    causal within each document and stops at its beginning. Padding at the end counts as part of the last document.
+    """
+    places_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    starts_BT = torch.where(input_ids_BT == bos_id, places_BT, 0).cummax(dim=1).values
+    return places_BT - starts_BT
 
 
 def _join(*pieces: int | Tokens) -> Tensor:

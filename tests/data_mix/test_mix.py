@@ -1,5 +1,6 @@
 """UM3's rows: exact counts, the same global batch for any number of ranks, resume, layouts, drop-out and truncation."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from data_mix.account import MixAccount
 from data_mix.mix import DataConfig, RowBatch, UM3Rows, open_rows
+from data_mix.samples import BadSample
 from data_mix.schedule import TASKS, MixConfig, Schedule
 from data_mix.shards import CodeShards, ShardHeader, open_code_sources, shard_path, write_shard
-from data_mix.text import ListedDocuments, TextSourceConfig
+from data_mix.text import ListedDocuments, TextSourceConfig, open_text_source
 from data_mix.token_stream import TokenStream
 from um3.core.config import load_config
 from um3.core.errors import UserError
+from um3.core.files import read_json
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
 
 NUM_PATCHES, BITS, ROW_TOKENS = 4, 12, 24
@@ -95,8 +100,8 @@ def test_shapes_and_padding(make: Make) -> None:
     batch = make().batch(0)
     assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, ROW_TOKENS)
     assert (batch.input_ids_BT.dtype, batch.target_mask_BT.dtype) == (torch.int64, torch.bool)
-    assert batch.task_B.dtype == torch.int8
-    for row, targets, length in zip(batch.input_ids_BT, batch.target_mask_BT, batch.lengths_B, strict=True):
+    assert batch.task_S.dtype == torch.int8
+    for row, targets, length in zip(batch.input_ids_BT, batch.target_mask_BT, batch.lengths_S, strict=True):
         assert (row[length:] == IDS.pad_id).all()
         assert not targets[length:].any()
         assert row[0] == IDS.bos_id
@@ -113,7 +118,7 @@ def test_counts_follow_the_schedule_exactly(make: Make) -> None:
     for step in range(40):
         batch = rows.batch(step)
         expected = schedule.counts(step, batch_size=16)
-        assert [int((batch.task_B == i).sum()) for i in range(3)] == list(expected.values())
+        assert [int((batch.task_S == i).sum()) for i in range(3)] == list(expected.values())
         assert Counter(batch.sources) == Counter(
             {s: sum(n for k, n in batch.counts.items() if k.endswith(f"/{s}")) for s in set(batch.sources)}
         )
@@ -132,12 +137,12 @@ def test_every_rank_slice_is_part_of_the_same_global_batch(make: Make) -> None:
         parts = [make(rank=rank, world_size=world_size, caption_dropout=0.5) for rank in range(world_size)]
         for step in (0, 1, 13, 29):
             batch, pieces = whole.batch(step), [part.batch(step) for part in parts]
-            for name in ("input_ids_BT", "target_mask_BT", "lengths_B", "task_B"):
+            for name in ("input_ids_BT", "target_mask_BT", "lengths_S", "task_S"):
                 assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
             assert [source for piece in pieces for source in piece.sources] == batch.sources
             assert all(piece.counts == batch.counts for piece in pieces)
             for i in range(3):
-                shares = [int((piece.task_B == i).sum()) for piece in pieces]
+                shares = [int((piece.task_S == i).sum()) for piece in pieces]
                 assert max(shares) - min(shares) <= 2
 
 
@@ -221,20 +226,20 @@ def test_caption_dropout_makes_unconditional_rows_of_t2i_only(make: Make) -> Non
     for step in range(12):
         batch = rows.batch(step)
         no_caption = batch.input_ids_BT[:, 1] == IDS.begin_of_image_id
-        dropped[0] += int((no_caption & (batch.task_B == 2)).sum())
+        dropped[0] += int((no_caption & (batch.task_S == 2)).sum())
     assert 0.15 < dropped[0] / (12 * 48) < 0.35
     everything = make(mix=mix, caption_dropout=1.0).batch(0)
-    assert (everything.lengths_B[everything.task_B == 2] == IDS.image_tokens + 4).all()
-    assert (everything.lengths_B[everything.task_B == 1] > IDS.image_tokens + 4).all()
+    assert (everything.lengths_S[everything.task_S == 2] == IDS.image_tokens + 4).all()
+    assert (everything.lengths_S[everything.task_S == 1] > IDS.image_tokens + 4).all()
 
 
 def test_a_batch_is_as_wide_as_its_longest_row(make: Make) -> None:
     mix = MixConfig(start=[1, 1, 2], end=[1, 1, 2])
     for texts in (0, 8):
         batch = make(mix=mix, text_row_tokens=texts).batch(0)
-        assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(batch.lengths_B.max()))
-        assert batch.lengths_B[batch.task_B == 0].max() == (texts or ROW_TOKENS)
-    assert batch.lengths_B.max() == batch.lengths_B[batch.task_B > 0].max() > 8
+        assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(batch.lengths_S.max()))
+        assert batch.lengths_S[batch.task_S == 0].max() == (texts or ROW_TOKENS)
+    assert batch.lengths_S.max() == batch.lengths_S[batch.task_S > 0].max() > 8
     with pytest.raises(ValueError, match="text_row_tokens=1"):
         DataConfig(text_row_tokens=1)
     with pytest.raises(ValueError, match="row_tokens=40"):
@@ -247,17 +252,17 @@ def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
     everything = make(mix=mix, supervision="all", caption_dropout=0.0).batch(0)
     assert torch.equal(target.input_ids_BT, everything.input_ids_BT)
     visual = target.input_ids_BT >= IDS.text_vocab_size
-    is_i2t = target.task_B[:, None] == 1
+    is_i2t = target.task_S[:, None] == 1
     assert not (target.target_mask_BT & visual & is_i2t).any()
     assert (target.target_mask_BT | ~visual | is_i2t).all()
-    assert torch.equal(everything.target_mask_BT.sum(1), everything.lengths_B - 1)
+    assert torch.equal(everything.target_mask_BT.sum(1), everything.lengths_S - 1)
 
 
 def test_long_captions_are_cut_and_counted_images_never(make: Make) -> None:
     mix = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
     batch = make(mix=mix, row_tokens=IDS.image_tokens + 5, caption_dropout=0.0).batch(0)
     assert batch.truncated_captions == 16
-    assert (batch.lengths_B == IDS.image_tokens + 5).all()
+    assert (batch.lengths_S == IDS.image_tokens + 5).all()
     assert ((batch.input_ids_BT >= IDS.text_vocab_size).sum(1) == IDS.image_tokens).all()
     with pytest.raises(
         UserError, match=f"row_tokens={IDS.image_tokens + 4} cannot hold an image .* {IDS.image_tokens + 5} or"
@@ -280,6 +285,35 @@ def test_text_rows_read_the_whole_corpus_once_an_epoch(tmp_path: Path) -> None:
         assert torch.equal(row.targets, row.input_ids != IDS.bos_id)
     with pytest.raises(IndexError):
         stream[len(stream)]
+
+
+def test_text_of_a_file_that_vanishes_is_left_out_and_named(
+    tmp_path: Path, short_waits: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        lines = "".join(json.dumps({"text": f"document {number} {row}"}) + "\n" for row in range(4))
+        (tmp_path / f"{number}.jsonl").write_text(lines)
+    config = TextSourceConfig(name="prose", path=str(tmp_path), val_fraction=0.0)
+    documents = open_text_source(config, split="train")
+    (tmp_path / "1.jsonl").unlink()
+    with pytest.raises(BadSample, match="shard set aside"):
+        documents[5]
+
+    def stream() -> TokenStream:
+        return TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, row_tokens=5000, cache=tmp_path / "cache")
+
+    text = str(TOKENIZER.decode(stream()[0].input_ids, skip_special_tokens=True))
+    assert [f"document {number} 3" in text for number in range(3)] == [True, False, True]
+    caplog.clear()
+    assert list(stream().set_aside) == [str(tmp_path / "1.jsonl")], "a later run is told as well"
+    assert "was made without" in caplog.text and "1.jsonl" in caplog.text
+    assert read_json(next((tmp_path / "cache").glob("*.json")))["documents_left_out"] == 4
+    with pa.output_stream(str(tmp_path / "3.jsonl.zst"), compression="zstd") as packed:
+        packed.write(json.dumps({"text": "whole"}).encode() * 1)
+    data = (tmp_path / "3.jsonl.zst").read_bytes()
+    (tmp_path / "3.jsonl.zst").write_bytes(data[: len(data) // 2])
+    source = open_text_source(config, split="train")
+    assert len(source) == 8 and "3.jsonl.zst" in caplog.text
 
 
 def test_a_tokenizer_with_one_entry_for_both_ends_keeps_eos_a_target(tmp_path: Path) -> None:
@@ -314,6 +348,89 @@ def test_the_stream_is_made_once_and_anew_for_other_data(tmp_path: Path) -> None
         build(documents=["", ""])
 
 
+def test_samples_and_tokens_are_counted_against_the_schedule(make: Make) -> None:
+    """Over two ranks, with a stop between: the account of the whole run, and never a sample off the schedule."""
+    whole, parts = make(), [make(rank=rank, world_size=2) for rank in range(2)]
+    account = MixAccount(whole.keys)
+    tokens: Counter[str] = Counter()
+    for step in range(40):
+        batch = whole.batch(step)
+        account.add(sum(part.batch(step).seen_KC for part in parts).numpy())
+        if step == 20:
+            state, account = account.state(), MixAccount(whole.keys)
+            account.load(json.loads(json.dumps(state)))
+        for row, task, source in zip(batch.input_ids_BT, batch.task_S.tolist(), batch.sources, strict=True):
+            tokens[f"text_tokens/{TASKS[task]}/{source}"] += int((row < IDS.text_vocab_size).sum())
+            tokens[f"text_tokens/{TASKS[task]}/{source}"] -= int((row == IDS.pad_id).sum())
+            tokens[f"visual_tokens/{TASKS[task]}/{source}"] += int((row >= IDS.text_vocab_size).sum())
+        values = account.metrics(due=whole.due(step + 1))
+        for key in [*TASKS, *whole.keys]:
+            assert abs(values[f"data/samples/{key}"] - values[f"data/scheduled/{key}"]) < 1
+    draws = whole.state(40)["draws"]
+    assert {key: values[f"data/samples/{key}"] for key in whole.keys} == draws
+    counted = {key.removeprefix("data/"): count for key, count in values.items() if "_tokens/" in key}
+    assert counted == {key: count for key, count in tokens.items() if not key.startswith("visual_tokens/text/")}
+    assert values["data/visual_tokens/i2t/photo"] == IDS.image_tokens * draws["i2t/photo"]
+    assert values["data/samples/text"] == sum(
+        Schedule(whole.config.mix).counts(s, batch_size=16)["text"] for s in range(40)
+    )
+
+
+def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(tmp_path: Path, short_waits: None) -> None:
+    """The rows are a function of (seed, step) and of which shards can be read: on every rank, and after a resume."""
+
+    def write(folder: Path) -> list[Path]:
+        paths = [shard_path(folder, split="train", source="photo", shard=shard) for shard in range(4)]
+        for shard, path in enumerate(paths):
+            header = ShardHeader(
+                fingerprint="f", bits=BITS, image_size=16, split="train", source="photo", shard=shard, num_shards=4
+            )
+            codes_BN = np.random.default_rng(shard).integers(0, 2**BITS, size=(10, NUM_PATCHES))
+            texts = [[f"photo {shard} {row}"] for row in range(10)]
+            write_shard(path, header=header, keys=list("abcdefghij"), codes_BN=codes_BN, captions=texts)
+        return paths
+
+    def rows(rank: int = 0, world_size: int = 1) -> UM3Rows:
+        mix = MixConfig(start=[0, 1, 2], end=[0, 1, 2])
+        return UM3Rows(
+            DataConfig(mix=mix, row_tokens=40), images=open_code_sources(tmp_path, split="train"), texts={}, ids=IDS,
+            text_tokenizer=TOKENIZER, batch_size=12, seed=0, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    paths = write(tmp_path)
+    untouched = [rows().batch(step) for step in range(8)]
+    reader, late = rows(), rows()
+    lost = paths[2]
+    lost.unlink()
+    (tmp_path / ".arrow").rename(tmp_path / "elsewhere")
+    batches = [reader.batch(step) for step in range(8)]
+    replaced = 0
+    for step, (batch, before) in enumerate(zip(batches, untouched, strict=True)):
+        assert batch.counts == before.counts and torch.equal(batch.task_S, before.task_S)
+        for row, planned in enumerate(reader.plan(step)):
+            same_row = torch.equal(batch.input_ids_BT[row, :9], before.input_ids_BT[row, :9]) and planned.task == "i2t"
+            assert same_row == (planned.task == "i2t" and planned.sample // 10 != 2)
+        gone = sum(planned.sample // 10 == 2 for planned in reader.plan(step))
+        assert int(batch.seen_KC[:, 3].sum()) == gone and int(batch.seen_KC[:, 0].sum()) == 12
+        replaced += gone
+    assert replaced > 10 and batches[-1].shards_set_aside == 1
+    assert same(late.batch(7), batches[7]), "a resumed run replaces them by the same"
+    parts = []
+    for rank in range(2):
+        write(tmp_path)
+        parts.append(rows(rank=rank, world_size=2))
+        lost.unlink()
+    halves = [part.batch(5) for part in parts]
+    assert torch.equal(torch.cat([half.input_ids_BT for half in halves]), batches[5].input_ids_BT)
+    write(tmp_path)
+    fresh = rows()
+    for path in paths:
+        path.unlink()
+    with pytest.raises(UserError, match="3 of the 4 shards of 'photo' cannot be read, more than half"):
+        for step in range(8):
+            fresh.batch(step)
+
+
 def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> None:
     prose = tmp_path / "prose.jsonl"
     prose.write_text("".join(f'{{"text": "{text}"}}\n' for text in PROSE))
@@ -345,7 +462,11 @@ def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> N
         open_with("image_weights={film: 1}")
     with pytest.raises(UserError, match="no train codes in absent; run make codes first"):
         open_with("codes=absent")
-    with pytest.raises(UserError, match="has text rows, but there is no source"):
+    with pytest.raises(UserError, match=r"weights \[0.0\] of text sources \['prose'\]: .* one above 0"):
+        open_with(f"texts=[{{name: prose, path: {prose}, weight: 0}}]")
+    with pytest.raises(UserError, match=r"weights \[0.0\] of i2t sources \['photo'\]"):
+        open_with("image_weights={photo: 0}")
+    with pytest.raises(UserError, match="has text samples, but there is no source"):
         open_with("texts=[]")
     with pytest.raises(UserError, match=r"caption_dropout=1\.5"):
         open_with("caption_dropout=1.5")

@@ -30,6 +30,22 @@ def test_order_depends_on_seed_and_name_only() -> None:
     assert read(1, "a") != read(1, "b")
 
 
+def test_substitutes_are_the_rest_of_the_epoch_once_each() -> None:
+    order = SampleOrder(6, seed=0, name="a")
+    for draw in (0, 4, 11, 13):
+        found = list(order.substitutes(draw))
+        assert found[0] == order.index(draw) and sorted(found) == list(range(6))
+        epoch = [order.index(draw - draw % 6 + place) for place in range(6)]
+        assert found == epoch[draw % 6 :] + epoch[: draw % 6]
+
+
+def test_what_is_due_is_what_is_given_to_within_one() -> None:
+    counts = constant_counts([0.5, 0.3, 0.2], batch_size=7)
+    for step in (0, 1, 50, 51):
+        assert counts.due(step) == pytest.approx([3.5 * step, 2.1 * step, 1.4 * step])
+        assert all(abs(had - due) < 1 for had, due in zip(counts.before(step), counts.due(step), strict=True))
+
+
 def test_empty_source_is_named() -> None:
     with pytest.raises(UserError, match="'digits' is empty"):
         SampleOrder(0, seed=0, name="digits")

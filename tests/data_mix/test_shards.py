@@ -1,6 +1,7 @@
 """Code shards: the round trip, and every way in which a folder of shards can be wrong."""
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data_mix import set_aside
+from data_mix.samples import BadSample
 from data_mix.shards import SCHEMA, CodeShards, ShardHeader, open_code_sources, read_header, shard_path, write_shard
 from um3.core.errors import UserError
 
@@ -133,16 +136,78 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         paths[1].write_bytes(damaged)
         with pytest.raises(UserError, match=r"train-scenes-00001.parquet is damaged .*delete it and run make codes"):
             CodeShards(tmp_path, split="train")
-    # The footer is whole, the data behind it is not.
-    paths[1].write_bytes(data[:4] + bytes(200) + data[204:])
-    with pytest.raises(UserError, match=r"train-scenes-00001.parquet is damaged"):
-        CodeShards(tmp_path, split="train")
     pq.write_table(pq.read_table(paths[0]).replace_schema_metadata(None), paths[1])
     with pytest.raises(UserError, match=r"train-scenes-00001.parquet is not a code shard"):
         CodeShards(tmp_path, split="train")
 
 
-def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
+def spoil(path: Path) -> None:
+    """Leave the footer whole and the data before it not."""
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(200) + data[204:])
+
+
+def test_a_shard_that_cannot_be_read_is_set_aside_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None
+) -> None:
+    caplog.set_level("INFO")
+    paths = [write(tmp_path, shard=shard, num_shards=5) for shard in range(5)]
+    spoil(paths[1])
+    shards = CodeShards(tmp_path, split="train")
+    assert len(shards) == 25 and shards[0].key == "scenes-0-0"
+    paths[4].unlink()
+    for index in (5, 9, 20, 24):
+        with pytest.raises(BadSample, match="shard set aside"):
+            shards[index]
+    assert list(shards.set_aside.reasons) == [paths[1], paths[4]]
+    assert "damaged" in shards.set_aside.reasons[paths[1]] and "No such file" in shards.set_aside.reasons[paths[4]]
+    assert [f"{number:05d}" in caplog.text for number in range(5)] == [False, True, False, False, True]
+    assert caplog.text.count("trying again") == 1 + len(set_aside.RETRY_WAITS_S), "once, not at every sample"
+    assert shards[4].key == "scenes-0-4"
+
+
+def test_a_hiccup_sets_nothing_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_all(tmp_path)
+    shards = CodeShards(tmp_path, split="train")
+    away = paths[1].rename(tmp_path / "away")
+    monkeypatch.setattr(set_aside, "RETRY_WAITS_S", (0.01, 0.5, 5.0))
+    threading.Timer(0.2, away.rename, [paths[1]]).start()
+    assert shards[7].key == "scenes-1-2" and not shards.set_aside.reasons
+
+
+def test_more_than_half_unreadable_is_one_line(tmp_path: Path, short_waits: None) -> None:
+    paths = write_all(tmp_path)
+    for path in paths:
+        spoil(path)
+    lost = "2 of the 3 shards of 'train' cannot be read, more than half; the last: .*train-scenes-0000{}"
+    with pytest.raises(UserError, match=lost.format(1)):
+        CodeShards(tmp_path, split="train")
+    write_all(tmp_path)
+    shards = CodeShards(tmp_path, split="train")
+    for path in paths[1:]:
+        path.unlink()
+    with pytest.raises(BadSample):
+        shards[5]
+    with pytest.raises(UserError, match=lost.format(2)):
+        shards[10]
+
+
+def test_a_shard_that_changed_since_it_was_counted_is_set_aside(tmp_path: Path, short_waits: None) -> None:
+    write_all(tmp_path)
+    shards = CodeShards(tmp_path, split="train")
+    write(tmp_path, shard=2, rows=3)
+    with pytest.raises(BadSample, match="holds 3 images of 16 patches, not 5 of 16"):
+        shards[12]
+
+
+def test_thousands_of_shards_are_mapped_when_asked_for(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    shards = CodeShards(tmp_path, split="train")
+    assert len(list((tmp_path / ".arrow").iterdir())) == 1
+    assert shards[14].key == "scenes-2-4" and len(list((tmp_path / ".arrow").iterdir())) == 2
+
+
+def test_images_of_different_sizes_are_refused(tmp_path: Path, short_waits: None) -> None:
     path = write(tmp_path, shard=0, num_shards=1)
     table = pq.read_table(path)
     pq.write_table(table.set_column(2, "height", [[4, 4, 4, 4, 2]]).cast(table.schema), path)

@@ -18,10 +18,12 @@ from PIL import Image
 import data_mix.own_images
 import data_mix.tables
 import data_mix.webdataset
+from data_mix.images import ImageBatches
 from data_mix.origin import origin
-from data_mix.own_images import DecodedCache
+from data_mix.own_images import DecodedCache, TableImages
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.sources import ImageSourceConfig, image_kind, open_image_source
+from data_mix.webdataset import WebDatasetImages
 from um3.core.errors import UserError
 
 
@@ -253,7 +255,7 @@ def test_tar_with_odd_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(tmp_path.parent.rglob("*")) == before, "nothing is written"
 
 
-def test_a_cut_tar_keeps_what_lies_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_tar_keeps_what_lies_before(tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None) -> None:
     write_shards(tmp_path)
     shard = tmp_path / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:10_400])
@@ -266,6 +268,51 @@ def test_a_cut_tar_keeps_what_lies_before(tmp_path: Path, caplog: pytest.LogCapt
     write_tar(shard, {"readme.txt": b"hello"})
     with pytest.raises(UserError, match="no image"):
         opened(shard)
+
+
+def test_a_tar_that_cannot_be_opened_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None
+) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "shard-000000.tar").write_bytes(b"no tar at all")
+    source = opened(tmp_path, val_fraction=0.0)
+    assert sorted(numbers_of(source)) == list(range(20, 40))
+    assert isinstance(source, WebDatasetImages) and [file.name for file in source.set_aside.reasons] == [
+        "shard-000000.tar"
+    ]
+    assert "set aside" in caplog.text and "shard-000000.tar" in caplog.text
+
+
+def test_a_tar_that_vanishes_is_replaced_by_the_others(tmp_path: Path, short_waits: None) -> None:
+    """Stage 1's reader takes the next usable sample; what was passed over is counted under its reason."""
+    write_shards(tmp_path)
+    batches = ImageBatches([opened(tmp_path, val_fraction=0.0)], batch_size=20, seed=0)
+    (tmp_path / "shard-000001.tar").unlink()
+    batch = batches.batch(0)
+    assert {key.partition("#")[0] for key in batch.keys} == {"shard-000000.tar"}
+    assert len(batch.keys) == 20 and set(batch.skipped) == {("mine", "shard set aside")}
+    assert batch.skipped["mine", "shard set aside"] >= 5
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("damage", ["footer", "pages"])
+def test_a_damaged_parquet_file_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_waits: None, in_memory: bool, damage: str
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(data_mix.tables, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "data"
+    root.mkdir()
+    write_parquet(root)
+    data = (root / "1.parquet").read_bytes()
+    (root / "1.parquet").write_bytes(data[:-40] if damage == "footer" else data[:4] + bytes(1500) + data[1504:])
+    source = opened(root, val_fraction=0.0)
+    assert sorted(numbers_of(source)) == list(range(20))
+    assert isinstance(source, TableImages) and [file.name for file in source.set_aside.reasons] == ["1.parquet"]
+    (root / "0.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match=r"source 'mine': cannot read parquet"):
+        opened(root)
 
 
 def test_hub_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,9 +229,9 @@ def test_a_base_keeps_its_text_rows_and_gets_calibrated_gains(
     options = [f"model.base={tmp_path}/base", "optimizer.lr=1e-9", "loop.total_steps=1"]
     run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/um3", *options))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "um3/model")
-    # The first five entries are the special ones; two of them are the image marks, whose rows are new.
+    # The base's tokenizer had the image marks already: their rows are kept too.
     rows_VD, base_VD = model.model.embed_tokens.weight, base.model.embed_tokens.weight
-    torch.testing.assert_close(rows_VD[5 : len(base_VD)], base_VD[5:])
+    torch.testing.assert_close(rows_VD[: len(base_VD)], base_VD)
     attention = model.model.layers[0].self_attn
     for gain, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
         # The base's queries and keys have an rms of about the root of the width times the weights' scale: 2.8, not 1.

@@ -60,6 +60,16 @@ def test_prompts_begin_the_rows() -> None:
         assert torch.equal(prompt, row.input_ids[: len(prompt)])
 
 
+def test_positions_restart_at_every_document() -> None:
+    bos, pad = IDS.bos_id, IDS.pad_id
+    ids_BT = torch.tensor([[bos, 9, 9, bos, 9, bos, bos, 9, pad, pad], [9, 9, bos, 9, 9, 9, 9, 9, 9, 9], [pad] * 10])
+    assert rows.document_positions(ids_BT, bos_id=bos).tolist() == [
+        [0, 1, 2, 0, 1, 0, 0, 1, 2, 3],
+        [0, 1, 0, 1, 2, 3, 4, 5, 6, 7],
+        list(range(10)),
+    ]
+
+
 def test_dtypes_hold_for_empty_and_tensor_inputs() -> None:
     row = rows.text_row([], ids=IDS)
     assert row.input_ids.dtype == torch.int64 and row.targets.dtype == torch.bool

@@ -1,0 +1,11 @@
+"""What tests of unreadable files share."""
+
+import pytest
+
+from data_mix import set_aside
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are tried again after milliseconds, not seconds."""
+    monkeypatch.setattr(set_aside, "RETRY_WAITS_S", (0.01, 0.02, 0.03))
