@@ -10,6 +10,8 @@ TEXT ?=
 ARGS ?=
 NAME ?= weights
 BASE ?=
+GPUS ?= 8
+GPU ?= h100
 QLIP ?= $(RUN)/stage2/model
 
 VENV := .venv
@@ -22,7 +24,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview bench-tokenizer bench-training bench-memory lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview plan bench-tokenizer bench-training bench-memory bench-loss survive lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -94,7 +96,10 @@ sample: $(READY) ## Draw a few pictures and read them back
 		--model $(RUN)/um3/model --out $(RUN)/samples $(ARGS)
 
 mix-preview: $(READY) ## Draw the scheduled mix before a run starts
-	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png $(ARGS)
+	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
+
+plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
+	@$(PY) -m train.plan --config $(CONFIGS)/um3.yaml --gpus $(GPUS) --gpu $(GPU) $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks.tokenizer $(ARGS)
@@ -104,6 +109,12 @@ bench-training: $(READY) ## Time, memory and FLOPs utilisation of a step of stag
 
 bench-memory: $(READY) ## Memory of a step against the batch size, with and without perceptual loss and GAN
 	@$(PY) -m benchmarks.memory --config $(CONFIGS) --out $(RUN)/benchmarks $(ARGS)
+
+bench-loss: $(READY) ## Time and memory of a step of UM3 against full-vocabulary logits and cross entropy
+	@$(PY) -m benchmarks.um3_loss $(ARGS)
+
+survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
+	@$(PY) -m tests.train.survive $(ARGS)
 
 test: $(READY) ## Run the tests
 	@$(PY) -m pytest $(ARGS)

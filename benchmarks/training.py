@@ -59,8 +59,10 @@ def _run_stages(options: argparse.Namespace, *, folder: Path) -> dict[str, Run]:
 
 def _report(stage: str, run: Run, *, options: argparse.Namespace) -> dict[str, Any]:
     """Print a stage's line; returns its numbers (seconds, GiB, FLOP)."""
+    from train.engine import precision_of
+
     config = load_config(STAGES[stage], path=run.folder / "config.yaml")
-    loop, precision = config.loop, config.engine.precision
+    loop, precision = config.loop, precision_of(config.engine)
     times = step_seconds(run.rows)[options.warmup - 1 :]
     images_per_s = loop.batch_size / fmean(times)
     flops = _image_flops(config, run)

@@ -19,7 +19,7 @@ PHONY = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
 TARGETS = PHONY.group(1).split() if PHONY else []
 PHASES = ["stage1", "stage2", "codes", "um3", "eval", "report"]
 """What `make demo` runs, in this order."""
-VARIABLES = ("CONFIG", "RUN", "NPROC", "DATA", "TEXT", "ARGS", "PYTHON", "MAKEFLAGS", "MAKELEVEL")
+VARIABLES = ("CONFIG", "RUN", "NPROC", "DATA", "TEXT", "BASE", "QLIP", "ARGS", "PYTHON", "MAKEFLAGS", "MAKELEVEL")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -100,6 +100,8 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
         ("stage2", ["loop.folder=R/stage2", "tokenizer=R/stage1/model"]),
         ("codes", ["qlip=R/stage2/model", "out=R/codes"]),
         ("um3", ["loop.folder=R/um3", "qlip=R/stage2/model", "data.codes=R/codes"]),
+        ("um3-init", ["out=R/um3-init", "qlip=R/stage2/model"]),
+        ("um3-export", ["--model", "R/um3/model", "--out", "R/um3-export"]),
         ("eval", ["run=R"]),
         ("report", ["--run", "R"]),
         ("sample", ["--model", "R/um3/model", "--out", "R/samples"]),
@@ -146,6 +148,12 @@ def test_data_and_text_replace_the_configs_sources(target: str, data: str, text:
     expected += [f'{text}[{{name: text, path: "/my texts"}}]'] if text else []
     assert [word for word in given if word not in plain] == expected
     assert [word for word in given if word in plain] == plain
+
+
+def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
+    words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=slots=4")
+    assert words[1:4] == ["-m", "train.init", "out=R/um3-init"]
+    assert words[4:] == ["base=/my llama", "qlip=/my qlip", "text=/my text", "slots=4"]
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])

@@ -3,10 +3,11 @@
 The engine's dictionary is built from `EngineConfig` here and nowhere else.
 """
 
+import importlib.util
 import logging
 import os
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of every optimizer beside the step count (the second stays zero where Muon steps)."""
 AVERAGE = "average"
 """Moving average of the weights, kept as optimizer state: so ZeRO divides it and checkpoints hold it."""
+STOCK = ("llama", "qwen2", "qwen3")
+"""Language models whose layers Liger replaces."""
 
 
 def start_runtime(loop: LoopConfig) -> None:
@@ -63,6 +66,74 @@ def split_batch(loop: LoopConfig) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
+def precision_of(engine: EngineConfig) -> Literal["float32", "bf16", "autocast"]:
+    """The precision that "auto" stands for on this machine, or the one that was asked for."""
+    if engine.precision == "auto":
+        return "autocast" if torch.cuda.is_available() else "float32"
+    return engine.precision
+
+
+def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
+    """Refuse what cannot run together.
+
+    Raises:
+        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm); Muon with ZeRO 3; bf16 weights with
+            ZeRO 0 or with LAMB or Muon; offloading without a GPU, at ZeRO 0 or with Muon; compiled layers with ZeRO 3.
+    """
+    stage, kind = engine.zero_stage, optimizer.kind
+    if kind == "lamb" and stage > 0:
+        raise UserError(
+            f"LAMB scales each tensor by its own norm, which ZeRO {stage} cuts apart; set engine.zero_stage=0"
+        )
+    if kind == "muon" and stage == 3:
+        raise UserError("Muon needs whole matrices, which ZeRO 3 cuts apart; set engine.zero_stage=2 or less")
+    if kind != "adamw" and engine.precision == "bf16":
+        raise UserError(f"{kind} needs float32 weights; set engine.precision=autocast for bf16 matrix products")
+    if engine.precision == "bf16" and stage == 0:
+        raise UserError("bf16 weights have their float32 masters in ZeRO; set engine.zero_stage=1 or more with them")
+    if engine.compile and stage == 3:
+        raise UserError(
+            "ZeRO 3 fetches weights inside the layers; set engine.compile=false, or engine.zero_stage=2 or less"
+        )
+    if engine.offload_optimizer:
+        if stage == 0 or kind != "adamw":
+            raise UserError("engine.offload_optimizer is for AdamW under ZeRO 1 to 3; change one of them")
+        if not torch.cuda.is_available():
+            raise UserError("engine.offload_optimizer frees a GPU's memory, and there is no GPU here; leave it off")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Have torch.compile compile every repeated layer, in place, when it is first called; names stay as they are.
+
+    Layers alike share their code, so it is compiled once, and again for other lengths of rows: the second length makes
+    them variable.
+    """
+    stacks = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    for layer in (layer for stack in stacks for layer in stack):
+        layer.compile()
+
+
+def fuse_adamw(optimizer: torch.optim.Optimizer) -> None:
+    """Have torch's AdamW update all in one kernel, with no temporaries."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
+def fuse_layers(model: nn.Module) -> list[str]:
+    """Put Liger's RMSNorm, SwiGLU and rotary embedding into the stock language models, where liger-kernel is installed;
+    returns what was put in."""
+    from transformers import PreTrainedModel
+
+    stock = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.config.model_type in STOCK]
+    if not stock or importlib.util.find_spec("liger_kernel") is None:
+        return []
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    # The first is the outermost, whose parts the others are.
+    _apply_liger_kernel_to_instance(stock[0], cross_entropy=False, fused_linear_cross_entropy=False)
+    return ["RMSNorm, SwiGLU, rotary embedding (Liger)"]
+
+
 def build_engine(
     model: nn.Module,
     *,
@@ -74,40 +145,39 @@ def build_engine(
     """Wrap `model` and its optimizer in a DeepSpeed engine.
 
     Raises:
-        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm), Muon with ZeRO 3, bf16 with ZeRO 0.
+        UserError: what `check_engine` refuses.
     """
     import deepspeed
 
-    if optimizer.kind == "lamb" and engine.zero_stage > 0:
-        raise UserError(
-            f"LAMB scales each tensor by its own norm, which ZeRO {engine.zero_stage} cuts apart; "
-            "set engine.zero_stage=0"
-        )
-    if optimizer.kind == "muon" and engine.zero_stage == 3:
-        raise UserError("Muon needs whole matrices, which ZeRO 3 cuts apart; set engine.zero_stage=2 or less")
-    if optimizer.kind != "adamw" and engine.precision == "bf16":
-        raise UserError(
-            f"{optimizer.kind} needs float32 weights; set engine.precision=autocast for bf16 matrix products"
-        )
-    if engine.precision == "bf16" and engine.zero_stage == 0:
-        raise UserError("bf16 weights have their float32 masters in ZeRO; set engine.zero_stage=1 or more with them")
+    check_engine(engine, optimizer=optimizer)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": micro_batch_size * accumulation_steps * world_size(),
         "gradient_clipping": optimizer.grad_clip,
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": min(engine.bucket_elements, trained),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
-    if engine.precision == "bf16":
+    if precision_of(engine) == "bf16":
         options["bf16"] = {"enabled": True}
     if engine.offload_optimizer:
         options["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         options["zero_force_ds_cpu_optimizer"] = False
-    wrapped, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model.named_parameters(), config=optimizer), config=options
-    )
+    stepper = build_optimizer(model.named_parameters(), config=optimizer)
+    if engine.fused_kernels == "auto" and torch.cuda.is_available():
+        used = fuse_layers(model)
+        if optimizer.kind == "adamw":
+            fuse_adamw(stepper)
+            used.append("AdamW (torch)")
+        logger.info("fused kernels: %s", ", ".join(used) or "none")
+    if engine.compile:
+        compile_layers(model)
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=stepper, config=options)
     _create_optimizer_state(wrapped)
     return wrapped
 
@@ -138,7 +208,9 @@ def _create_optimizer_state(engine: Any) -> None:
     else:
         partitions = [parameter for group in base.param_groups for parameter in group["params"]]
     for parameter in partitions:
-        base.state[parameter] = {"step": torch.zeros(())} | {key: torch.zeros_like(parameter) for key in MOMENTS}
+        # A fused step counts on the device.
+        step = torch.zeros((), device=parameter.device if base.param_groups[0].get("fused") else "cpu")
+        base.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in MOMENTS}
         if _average_decay(engine):
             base.state[parameter][AVERAGE] = parameter.detach().clone()
     if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
@@ -148,7 +220,7 @@ def _create_optimizer_state(engine: Any) -> None:
 def autocast(engine: EngineConfig) -> torch.autocast:
     """The autocast context of the config: bf16 matrix products, or nothing."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=engine.precision == "autocast")
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision_of(engine) == "autocast")
 
 
 def step_engine(engine: Any) -> float:

@@ -1,0 +1,68 @@
+"""Other launchers than our own: Slurm's script with torchrun, and DeepSpeed's. Each runs the command of one machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import ROOT, arguments, environment, losses
+from um3.core.distributed import free_port
+from um3.core.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+# Slurm's four commands, as far as the script needs them, on one machine.
+SLURM = {
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; echo $$ >"$SPOOL/0.pid"; exec "$@"',
+    "scancel": '[ "$1" = --signal=TERM ] && [ "$2" = 7.0 ] && kill -TERM "$(cat "$SPOOL/0.pid")"',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; echo elsewhere; else echo "$@" >"$SPOOL/asked"; fi',
+}
+
+
+def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
+    """Run the script as Slurm would run it for job 7 on one node."""
+    for name, body in SLURM.items():
+        (spool / name).write_text(f"#!/bin/sh\n{body}\n")
+        (spool / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SPOOL": str(spool)}
+    ours = {"PATH": f"{spool}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "2", "PORT": str(free_port())}
+    return subprocess.Popen(
+        ["bash", str(ROOT / "scripts/um3.sbatch"), *command],
+        cwd=ROOT, env=environment() | slurm | ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(tmp_path: Path) -> None:
+    long = ["loop.total_steps=100000", "loop.save_every_steps=100000"]
+    job = submit(tmp_path, arguments("stage1", tmp_path, *long))
+    deadline = time.monotonic() + 200
+    while job.poll() is None and len(read_metrics(tmp_path / "stage1/metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline, "never reached step 3"
+        time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    (saved,) = (tmp_path / "stage1/checkpoints").glob("step-*")
+    assert (saved / "meta.json").exists()
+
+
+def test_a_slurm_job_that_fails_does_not_queue_again(tmp_path: Path) -> None:
+    job = submit(tmp_path, arguments("stage1", tmp_path, "loop.batch_size=9"))
+    _, stderr = job.communicate(timeout=200)
+    assert job.returncode != 0 and stderr.count("error: batch_size") == 1
+    assert not (tmp_path / "asked").exists()
+
+
+def test_deepspeeds_launcher_runs_the_same_command(tmp_path: Path) -> None:
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    result = subprocess.run(
+        [sys.executable, *launcher, "--no_local_rank", "--module", "train", *arguments("stage1", tmp_path)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path / "stage1")) == 4
