@@ -10,10 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from types import FrameType
 from typing import Any, Protocol
 
-from train.checkpoint import find_checkpoint, load_optimizer, load_weights, read_meta, remove_old, save_checkpoint
+import torch
+
+from train.checkpoint import load_optimizer, load_weights, read_meta, remove_old, resume_point, save_checkpoint
 from train.config import LoopConfig
 from um3.core.config import to_dict
 from um3.core.distributed import any_rank, barrier, is_main, rank, world_size
@@ -87,28 +90,32 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """Train `task` to its last step, resuming from the newest whole checkpoint in the phase's folder.
 
     Raises:
-        UserError: a loss that is not finite, or a checkpoint that does not fit.
+        UserError: a loss that is not finite, a checkpoint that does not fit, or none that is whole.
         Interrupted: SIGTERM; the state is saved.
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.folder)
-    engines, start, spent_s = _resume(task, folder=folder / "checkpoints")
+    engines, start, spent_s = _resume(task, folder=folder / "checkpoints", inputs=inputs)
     metrics = (
         MetricsWriter(folder, resume_step=start, views=tuple(loop.track), config=to_dict(config)) if is_main() else None
     )
     progress = Progress(loop.total_steps, label=folder.name, unit="steps", start=start)
     began = time.monotonic()
+    since_save: list[dict[str, float]] = []
 
     def save(step: int) -> None:
         state = {"data": task.state(step), "spent_s": spent_s + time.monotonic() - began, "inputs": inputs}
+        state["means"] = _means(since_save, loop.keep_best_by)
+        since_save.clear()
         save_checkpoint(folder / "checkpoints", step=step, engines=engines, state=state)
-        remove_old(folder / "checkpoints", keep=loop.keep_checkpoints)
+        remove_old(folder / "checkpoints", keep=loop.keep_checkpoints, best_by=loop.keep_best_by)
 
     with stop_requests() as stop:
         for step in range(start, loop.total_steps):
             seed_everything(loop.seed, "step", step)
-            values = _guarded_step(task, step=step)
+            values = _guarded_step(task, step=step, folder=folder)
+            since_save.append(values)
             done = step + 1
             progress.advance(note=f"loss {values['train/loss']:.4g}")
             if metrics is not None and loop.is_logged(done):
@@ -125,11 +132,15 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     _finish(task, config=config, inputs=inputs, seconds=spent_s + time.monotonic() - began)
 
 
-def _resume(task: Task, *, folder: Path) -> tuple[dict[str, Any], int, float]:
-    path = find_checkpoint(folder)
+def _resume(task: Task, *, folder: Path, inputs: dict[str, str]) -> tuple[dict[str, Any], int, float]:
+    path = resume_point(folder)
     if path is None:
         return task.build_engines(), 0, 0.0
     meta = read_meta(path)
+    if (before := meta["state"]["inputs"]) != inputs:
+        raise UserError(
+            f"{path} was trained from other inputs ({before} -> {inputs}); bring those back, or use another RUN="
+        )
     task.check_state(meta["state"]["data"])
     for label, module in task.modules().items():
         load_weights(path, label=label, module=module)
@@ -140,29 +151,39 @@ def _resume(task: Task, *, folder: Path) -> tuple[dict[str, Any], int, float]:
     return engines, meta["step"], meta["state"]["spent_s"]
 
 
-def _guarded_step(task: Task, *, step: int) -> dict[str, float]:
+def _guarded_step(task: Task, *, step: int, folder: Path) -> dict[str, float]:
     try:
         values = task.train_step(step)
+        if not math.isfinite(values["train/loss"]):
+            raise NonFiniteLoss(f"the loss of the global batch is {values['train/loss']}")
     except NonFiniteLoss as error:
         raise UserError(
-            f"step {step + 1}: {error}; nothing was changed by this step. Lower the learning rate, "
-            "or resume with another seed from the last checkpoint"
+            f"step {step + 1}: {error}; nothing of this step is kept. The same command would meet it again: lower "
+            f"optimizer.lr in another RUN=, with a copy of {folder}/checkpoints if it shall go on from there"
         ) from None
-    if not math.isfinite(values["train/loss"]):
-        raise UserError(f"step {step + 1}: the loss is {values['train/loss']}; lower the learning rate")
     return values
+
+
+def _means(rows: list[dict[str, float]], name: str) -> dict[str, float]:
+    """The mean of metric `name` over steps, where they have it; by it the best checkpoint is known."""
+    values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+    if name and not values and is_main():
+        logger.warning("loop.keep_best_by: no step has '%s'; there are %s", name, ", ".join(sorted(rows[-1])))
+    return {name: fmean(values)} if values else {}
 
 
 def check_finite(loss_terms: dict[str, float], *, source: str) -> None:
     """Stop every rank before the optimizer step if any rank's loss is not finite.
 
     Raises:
-        NonFiniteLoss: names the terms and the source on the rank where it happened.
+        NonFiniteLoss: names the terms, the rank and the source, of the first rank where it happened.
     """
-    bad = {name: value for name, value in loss_terms.items() if not math.isfinite(value)}
+    bad = ", ".join(f"{name} is {value}" for name, value in loss_terms.items() if not math.isfinite(value))
     if any_rank(bool(bad)):
-        here = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        raise NonFiniteLoss(f"{here} on rank {rank()} ({source})" if here else "the loss of another rank is not finite")
+        reports = [f"{bad} on rank {rank()} ({source})" if bad else ""] * world_size()
+        if world_size() > 1:
+            torch.distributed.all_gather_object(reports, reports[0])
+        raise NonFiniteLoss(next(report for report in reports if report))
 
 
 def _leave(stop: StopRequest, *, step: int, folder: Path) -> None:

@@ -1,74 +1,102 @@
-"""Several processes started by `python -m train --processes N`: one set of messages, one exit code."""
+"""Several processes started by `python -m train --processes N`: one set of messages, one exit code.
+
+SIGTERM to two processes, and SIGKILL to their launcher: tests/train/test_survival.py.
+"""
 
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import ROOT, arguments, environment, losses, run_here
+from tests.processes import run_on_ranks
+from tests.train.conftest import arguments, losses, run_here
+from tests.train.survive import Run, process_state
+from train.loop import NonFiniteLoss, check_finite
+from um3.core.distributed import rank
 from um3.core.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through Linux's /proc"),
+]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *command, "--processes", "2"],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for_steps(folder: Path, *, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(read_metrics(folder / "metrics.jsonl")) >= steps:
-            return
-        time.sleep(0.1)
-    process.kill()
-    raise AssertionError(f"never reached step {steps}: {process.communicate()[1][-2000:]}")
+def endless(folder: Path) -> Run:
+    """Two processes that train until they are stopped, after their first steps."""
+    options = ["loop.total_steps=100000", "loop.save_every_steps=100000"]
+    run = Run(arguments("stage1", folder, *options), log=folder / "log", processes=2)
+    run.wait_until(lambda: len(read_metrics(folder / "stage1/metrics.jsonl")) >= 3)
+    return run
 
 
 def test_two_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = start(arguments("stage1", tmp_path / "two"))
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
+    run = Run(arguments("stage1", tmp_path / "two"), log=tmp_path / "log", processes=2)
+    assert run.wait() == 0, run.text()
     run_here(monkeypatch, arguments("stage1", tmp_path / "one"))
     assert losses(tmp_path / "two/stage1") == pytest.approx(losses(tmp_path / "one/stage1"), rel=5e-3)
     assert json.loads((tmp_path / "two/stage1/done.json").read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_stops_all_after_the_same_step(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    process = start(arguments("stage1", tmp_path, "loop.total_steps=100000", "loop.save_every_steps=100000"))
-    wait_for_steps(tmp_path / "stage1", steps=3, process=process)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr and stderr.count("stopped by") == 1
+def test_ctrl_c_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    run = endless(tmp_path)
+    run.send(signal.SIGINT)
+    assert run.wait() == 130
+    assert "Traceback" not in run.text() and run.text().count("stopped by") == 1
     (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
     assert (saved / "meta.json").exists()
 
 
-def test_one_dead_process_stops_the_others(tmp_path: Path) -> None:
-    process = start(arguments("stage1", tmp_path, "loop.total_steps=100000", "loop.save_every_steps=100000"))
-    wait_for_steps(tmp_path / "stage1", steps=3, process=process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("this system does not list child processes")
-    victim = [int(pid) for pid in children.read_text().split()][-1]
-    os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGKILL
+def kill(run: Run) -> None:
+    os.kill(run.workers()[1], signal.SIGKILL)
+
+
+def kill_while_another_hangs(run: Run) -> None:
+    run.pause()
+    kill(run)
+
+
+def starve(run: Run) -> None:
+    """No more memory for the second process: its next larger tensor is an exception."""
+    resource.prlimit(run.workers()[1], resource.RLIMIT_AS, (2**26, 2**26))
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "reason"),
+    [
+        (kill, 137, "rank 1 was killed by SIGKILL"),
+        (kill_while_another_hangs, 137, "rank 1 was killed by SIGKILL"),
+        (starve, 1, "rank 1 failed (see above)"),
+    ],
+)
+def test_one_dead_process_stops_all_with_its_reason(
+    harm: Callable[[Run], None], code: int, reason: str, tmp_path: Path
+) -> None:
+    run = endless(tmp_path)
+    workers = run.workers()
+    harm(run)
+    assert run.wait() == code
+    assert run.text().splitlines()[-1].startswith(f"error: {reason}")
+    assert code != 1 or "allocate memory" in run.text()
+    assert [process_state(worker) for worker in workers] == ["", ""]
 
 
 def test_a_mistake_inside_the_processes_is_said_once(tmp_path: Path) -> None:
-    process = start(arguments("stage1", tmp_path, "loop.batch_size=9"))
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert stderr.count("error:") == 1 and "Traceback" not in stderr
+    run = Run(arguments("stage1", tmp_path, "loop.batch_size=9"), log=tmp_path / "log", processes=2)
+    assert run.wait() == 2
+    assert run.text().count("error:") == 1 and "Traceback" not in run.text()
+
+
+def message_of_a_bad_loss() -> str:
+    try:
+        check_finite({"mse": float("nan") if rank() == 1 else 1.0, "entropy": 2.0}, source="images of scenes")
+    except NonFiniteLoss as error:
+        return str(error)
+    return "nothing was wrong"
+
+
+def test_every_rank_knows_which_rank_has_the_bad_loss(tmp_path: Path) -> None:
+    assert run_on_ranks(message_of_a_bad_loss, folder=tmp_path) == ["mse is nan on rank 1 (images of scenes)"] * 2

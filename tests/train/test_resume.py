@@ -1,24 +1,20 @@
 """Runs that are stopped, killed, damaged or asked for twice."""
 
-import errno
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from tests.train.conftest import ROOT, arguments, environment, losses, run_apart, run_here
+from tests.train.conftest import arguments, losses, run_here
+from tests.train.survive import long_run, outcome
 from train import checkpoint, loop
 from um3.core.errors import Interrupted, UserError
 from um3.core.metrics import read_metrics
-
-PHASES = ["stage1", "stage2", "um3"]
 
 
 class Killed(Exception):
@@ -28,32 +24,12 @@ class Killed(Exception):
 def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     real = loop._guarded_step
 
-    def guarded(task: loop.Task, *, step: int, limit: int = step) -> dict[str, float]:
-        if step >= limit:
+    def guarded(task: loop.Task, *, limit: int = step, **options: Any) -> dict[str, float]:
+        if options["step"] >= limit:
             raise Killed
-        return real(task, step=step)
+        return real(task, **options)
 
     monkeypatch.setattr(loop, "_guarded_step", guarded)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model/model.safetensors")
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_run_resumes_to_the_same_bits(
-    phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    average = "optimizer.average_decay=0.9"
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/whole", average))
-    with monkeypatch.context() as patch:
-        kill_after(patch, 3)
-        with pytest.raises(Killed):
-            run_here(patch, arguments(phase, made, f"loop.folder={tmp_path}/killed", average))
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/killed", average))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(("kind", "zero_stage"), [("adamw", 0), ("adamw", 2), ("adamw", 3), ("muon", 0), ("muon", 2)])
@@ -69,38 +45,6 @@ def test_a_checkpoint_fits_any_zero_stage(
             run_here(patch, moved)
     run_here(monkeypatch, [*moved, f"engine.zero_stage={zero_stage}"])
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_from_one_process_to_two(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole"))
-    with monkeypatch.context() as patch:
-        kill_after(patch, 2)
-        with pytest.raises(Killed):
-            run_here(patch, arguments("um3", made, f"loop.folder={tmp_path}/moved"))
-    result = run_apart(arguments("um3", made, f"loop.folder={tmp_path}/moved"), processes=2)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_within_a_step(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    command = arguments("stage1", tmp_path, "loop.total_steps=100000", "loop.save_every_steps=100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", *command],
-        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics = tmp_path / "stage1/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and len(read_metrics(metrics)) < 3:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr and f"stopped by {number.name}" in stderr
-    (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
-    assert json.loads((saved / "meta.json").read_text())["step"] == read_metrics(metrics)[-1]["step"]
 
 
 def test_a_finished_phase_is_not_done_again(
@@ -138,50 +82,185 @@ def test_um3_before_codes_says_so(made: Path, tmp_path: Path, monkeypatch: pytes
         run_here(monkeypatch, command)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path.parents[1] / "step-00000002" / path.name, path)
+
+
+DAMAGES = [flip, cut, swap, Path.unlink]
+
+
+@pytest.fixture
+def stopped(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
+    """Command line and checkpoints of a run of 6 steps that was stopped after its 5th, with those of steps 2 and 4."""
+    command = arguments("stage1", made, f"loop.folder={tmp_path}/run", "loop.total_steps=6")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            run_here(patch, command)
+    return command, tmp_path / "run/checkpoints"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["model-00000.safetensors", "meta.json"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    file: str,
+    damage: Callable[[Path], None],
+    stopped: tuple[list[str], Path],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(made / "stage1/checkpoints", folder)
-    newest = sorted(folder.iterdir())[-1]
-    file = newest / "model-00000.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-5] ^= 1
-    file.write_bytes(damaged)
+    _, folder = stopped
+    damage(folder / "step-00000004" / file)
     with caplog.at_level("WARNING"):
-        found = checkpoint.find_checkpoint(folder)
-    assert found == sorted(folder.iterdir())[-2]
-    assert newest.name in caplog.text and "damaged" in caplog.text
+        assert checkpoint.find_checkpoint(folder) == folder / "step-00000002"
+    assert f"step-00000004 is damaged ({file})" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004.damaged"]
 
 
-def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = checkpoint.save_file, []
-
-    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(OSError, match="No space left"):
-        run_here(monkeypatch, arguments("stage1", tmp_path))
-    names = [path.name for path in (tmp_path / "stage1/checkpoints").iterdir()]
-    assert names == ["step-00000002"]
+def test_from_the_checkpoint_before_the_run_computes_the_same_bits(
+    stopped: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, folder = stopped
+    run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/whole"])
+    flip(folder / "step-00000004/model-00000.safetensors")
+    (folder / "step-00000006.partial").mkdir()  # what a kill in the middle of a save leaves
+    run_here(monkeypatch, command)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"step 1: .*mse is (nan|inf).*scenes"):
-        run_here(monkeypatch, arguments("stage1", tmp_path, "model.initializer_range=1.0e+30"))
+def test_without_a_whole_checkpoint_nothing_is_trained_over(
+    stopped: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, folder = stopped
+    flip(folder / "step-00000002/model-00000.safetensors")
+    Path.unlink(folder / "step-00000004/meta.json")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(
+        UserError, match=r"no checkpoint .* is whole \(step-00000004: meta.json; step-00000002: model-0"
+    ):
+        run_here(monkeypatch, command)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_only_half_a_checkpoint_is_no_checkpoint(
+    stopped: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its first save, a run begins anew: no work was kept that could be lost."""
+    command, folder = stopped
+    shutil.rmtree(folder / "step-00000002")
+    (folder / "step-00000004").rename(folder / "step-00000002.partial")
+    run_here(monkeypatch, command)
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_without_its_own_digest_is_read(stopped: tuple[list[str], Path]) -> None:
+    """As they were written before meta.json had one."""
+    _, folder = stopped
+    path = folder / "step-00000004/meta.json"
+    meta = json.loads(path.read_text())
+    del meta["sha256"], meta["state"]["means"]
+    path.write_text(json.dumps(meta))
+    assert checkpoint.find_checkpoint(folder) == path.parent
+    checkpoint.remove_old(folder, keep=1, best_by="train/loss")
+    assert {path.name for path in folder.iterdir()} == {"step-00000002", "step-00000004"}  # the one with a mean is best
+
+
+@pytest.mark.parametrize(("best_by", "kept"), [("train/loss", [3, 7, 8]), ("optim/lr", [7, 8]), ('""', [7, 8])])
+def test_the_newest_checkpoints_and_the_best_stay(
+    best_by: str, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._guarded_step
+
+    def with_its_lowest_loss_at_step_3(task: loop.Task, **options: Any) -> dict[str, float]:
+        return real(task, **options) | {"train/loss": float(abs(options["step"] + 1 - 3))}
+
+    monkeypatch.setattr(loop, "_guarded_step", with_its_lowest_loss_at_step_3)
+    options = ["loop.total_steps=8", "loop.save_every_steps=1", f"loop.keep_best_by={best_by}"]
+    run_here(monkeypatch, arguments("stage1", tmp_path, *options))
+    folder = tmp_path / "stage1/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in kept]
+    if best_by == "train/loss":
+        assert checkpoint.read_meta(folder / "step-00000003")["state"]["means"] == {"train/loss": 0.0}
+
+
+def test_a_metric_that_no_step_has_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.keep_best_by=train/los", "loop.total_steps=2"))
+    said = capsys.readouterr().err
+    assert "keep_best_by: no step has 'train/los'; there are " in said and "train/loss" in said
+
+
+def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
+    stopped: tuple[list[str], Path], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, folder = stopped
+    shutil.copytree(folder, tmp_path / "hot/checkpoints")
+    hot = [*command, f"loop.folder={tmp_path}/hot", "optimizer.lr=1e30", "loop.save_every_steps=1"]
+    with pytest.raises(UserError, match=r"step 6: train/mse is (nan|inf).* on rank 0 \(images of scenes: .* is kept"):
+        run_here(monkeypatch, hot)
+    kept = sorted(path.name for path in (tmp_path / "hot/checkpoints").iterdir())
+    assert kept[-1] == "step-00000005" and "step-00000004" in kept  # of the step before, and before that
+    assert [row["step"] for row in read_metrics(tmp_path / "hot/metrics.jsonl")] == [5]
+    # What it advises: another folder, a copy of the checkpoints, a lower rate.
+    shutil.rmtree(tmp_path / "hot/checkpoints/step-00000005")
+    shutil.copytree(tmp_path / "hot/checkpoints", tmp_path / "cool/checkpoints")
+    run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/cool"])
+    run_here(monkeypatch, command)
+    assert outcome(tmp_path / "cool")["model"] == outcome(tmp_path / "run")["model"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["vocabulary.text_entries=300"], "the checkpoint of step 2 was trained on other data"),
+        (
+            ["vocabulary.slots=3", "vocabulary.bits_per_slot=4"],
+            r"step-00000002 holds '\S+' \(448, 32\), this model has \(368, 32\)",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_vocabulary_is_refused(
+    changes: list[str], message: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*long_run("um3", made, steps=2), "data.row_tokens=80", f"loop.folder={tmp_path}/first"]
+    run_here(monkeypatch, command)
+    folder = tmp_path / "other/checkpoints"
+    shutil.copytree(tmp_path / "first/checkpoints", folder)
+    with pytest.raises(UserError, match=message):
+        run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/other", *changes])
+    assert checkpoint.find_checkpoint(folder) == folder / "step-00000002"
+    assert not (tmp_path / "other/done.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_inputs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.seed=5"))
+    command = arguments("stage2", made, f"loop.folder={tmp_path}/stage2")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            run_here(patch, command)
+    with pytest.raises(UserError, match=r"step-00000002 was trained from other inputs \({'tokenizer': "):
+        run_here(monkeypatch, [*command, f"tokenizer={tmp_path}/stage1/model"])
 
 
 def test_sigterm_inside_the_process_is_an_orderly_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop._guarded_step
 
-    def guarded(task: loop.Task, *, step: int) -> dict[str, float]:
-        if step == 2:
+    def guarded(task: loop.Task, **options: Any) -> dict[str, float]:
+        if options["step"] == 2:
             signal.raise_signal(signal.SIGTERM)
-        return real(task, step=step)
+        return real(task, **options)
 
     monkeypatch.setattr(loop, "_guarded_step", guarded)
     with pytest.raises((Interrupted, SystemExit)):
