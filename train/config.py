@@ -280,7 +280,7 @@ class UM3LossConfig:
     """Each half's loss is the mean over its own targets of the global batch, times its weight."""
     z_loss: float = 0.0
     chunk_tokens: int = 2048
-    """Positions whose logits exist at one time."""
+    """At most so many positions have logits at one time; fewer where these would take more than 256 MiB."""
 
 
 @dataclass

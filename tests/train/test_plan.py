@@ -259,6 +259,6 @@ def test_every_gpu_holds_what_its_name_says() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_plan_passes_its_variables_on() -> None:
-    command = ["make", "-n", "plan", "CONFIG=paper", "GPUS=64", "GPU=h200", "ARGS=--mfu 0.5"]
+    command = ["make", "--no-print-directory", "-n", "plan", "CONFIG=paper", "GPUS=64", "GPU=h200", "ARGS=--mfu 0.5"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert found.endswith("-m train.plan --config configs/paper/um3.yaml --gpus 64 --gpu h200 --mfu 0.5")
