@@ -86,11 +86,7 @@ class OwnImages(ABC):
             raise IndexError(f"image {index} of {len(self)} in source '{self.name}'")
         sample = self._cache.get(index)
         if sample is None:
-            key = self._key(index)
-            if self.captions is not None:
-                captions = clean_captions(self.captions.of(key), key=key)
-            else:
-                captions = clean_captions(self._captions(index), key=key) if self.has_captions else ("",)
+            key, captions = self._key(index), self.captions_of(index)
             try:
                 image_HWC = to_square(read_image(self._image(index)), size=self.size)
             except ImageError as error:
@@ -100,11 +96,19 @@ class OwnImages(ABC):
             self._cache.put(index, sample)
         return sample
 
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """The captions of an image, without reading the image; BadSample when there is none."""
+        key = self._key(index)
+        if self.captions is not None:
+            return clean_captions(self.captions.of(key), key=key)
+        return clean_captions(self._captions(index), key=key) if self.has_captions else ("",)
+
 
 def clean_captions(value: Any, *, key: str) -> tuple[str, ...]:
-    """The captions on one line each, without blanks and repetitions; BadSample when none is left."""
+    """The captions on one line each, without blanks and repetitions; BadSample when none is left. A number of a class
+    is one too."""
     texts = value if isinstance(value, list | tuple) else [value]
-    captions = dict.fromkeys(" ".join(text.split()) for text in texts if isinstance(text, str))
+    captions = dict.fromkeys(" ".join(str(text).split()) for text in texts if type(text) in (str, int))
     captions.pop("", None)
     if not captions:
         raise BadSample("empty caption", detail=key)
@@ -264,7 +268,7 @@ def image_columns(
             raise UserError(f"{where}: cannot tell the {kind} column among {', '.join(schema.names)}; {remedy}")
         if column not in schema.names:
             raise UserError(f"{where}: no column '{column}' (has: {', '.join(schema.names)}); set {kind}_column")
-        if column not in fit:
+        if column not in fit and not (column == caption_column and pa.types.is_integer(schema.field(column).type)):
             expected = "image bytes" if kind == "image" else "text or lists of text"
             held = schema.field(column).type
             raise UserError(f"{where}: column '{column}' holds {held}, not {expected}; set {kind}_column")

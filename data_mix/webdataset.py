@@ -23,7 +23,7 @@ from um3.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-CAPTION_EXTENSIONS = ("txt", "json")
+CAPTION_EXTENSIONS = ("txt", "json", "cls")
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_CAPTION_BYTES = 2**20
 
@@ -48,7 +48,8 @@ class TarSample(NamedTuple):
 class WebDatasetImages(OwnImages):
     """The images of all shards at a path.
 
-    caption_column: "txt" takes the captions from stem.txt (one a line), another name from that field of stem.json;
+    caption_column: "txt" takes the captions from stem.txt (one a line), "cls" from stem.cls, another name from that
+    field of stem.json;
     empty takes stem.txt where there is one, else the caption field of stem.json.
     """
 
@@ -155,7 +156,7 @@ def _samples_of(shard: Path, *, number: int, where: str, column: str) -> list[Ta
 
 def _complete(found: dict[str, dict[str, Member]], *, number: int, column: str) -> list[TarSample]:
     """Members by stem and extension as samples; a stem without an image is none."""
-    captions = ("txt", "json") if not column else ("txt",) if column == "txt" else ("json",)
+    captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
     samples = []
     for stem, members in found.items():
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)

@@ -70,12 +70,15 @@ class GenerationConfig:
 
 @dataclass
 class LabelledConfig:
-    """Images of your own with classes: PATH/val/CLASS/IMAGE, and PATH/train/CLASS/IMAGE for the linear probe."""
+    """Images of your own with classes: PATH/val/CLASS/IMAGE, and PATH/train/CLASS/IMAGE for the linear probe; or, with
+    `label_column`, parquet, WebDataset shards or a hub set (val is kept by hash where these do not name it)."""
 
     path: str = ""
     name: str = "labelled"
+    label_column: str = ""
+    """Where a table or WebDataset has the class (a name or a number): a column, "cls" or a field of its json."""
     class_names: str = ""
-    """File with a class's name a line, in the order of the folders; empty takes the folders' names."""
+    """File with a class's name a line, in the order of the folders, names or numbers; empty takes these themselves."""
     templates: str = ""
     """File with a sentence a line, {} for the name; empty takes "a photo of a {}."."""
 

@@ -3,6 +3,7 @@
 Shapes: N images, H, W pixels.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_mix.own_images import OwnImages
+from data_mix.samples import BadSample
 from um3.core.errors import UserError
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
 from um3.core.progress import Progress
@@ -110,6 +113,56 @@ class LabelledFolder:
             raise UserError(f"{self._label}: none of its {len(self._files)} images can be read")
 
 
+class LabelledSource:
+    """An image source of `data_mix` whose captions are classes, names or numbers: parquet, WebDataset, the hub.
+
+    Images are read as they are needed; one that cannot be read, or has no class, is skipped and counted.
+    """
+
+    def __init__(self, source: OwnImages, *, label: str) -> None:
+        """Read the class of every image."""
+        self.skipped, self._source, self._label, self._classes = 0, source, label, dict[int, str]()
+        digest = hashlib.sha256()
+        for index in range(len(source)):
+            with contextlib.suppress(BadSample):
+                self._classes[index] = source.captions_of(index)[0]
+                digest.update(f"{index}\t{self._classes[index]}\n".encode())
+        self.identity = f"sha256 of numbers and classes {digest.hexdigest()[:12]}"
+        self.number_of: dict[str, int] = {}
+
+    @property
+    def found(self) -> set[str]:
+        """The classes there are."""
+        return set(self._classes.values())
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
+        """With labels by `number_of`, which holds every class."""
+        self.skipped = 0
+        progress = Progress(len(self), label=f"read {self._label}")
+        for start in range(0, len(self), BATCH):
+            images, labels = [], []
+            for index in range(start, min(start + BATCH, len(self))):
+                try:
+                    images.append(self._source[index].image_HWC)
+                    labels.append(self.number_of[self._classes[index]])
+                except (BadSample, KeyError):
+                    del images[len(labels) :]
+                    self.skipped += 1
+                progress.advance()
+            if images:
+                yield np.stack(images), labels
+        if self.skipped == len(self):
+            raise UserError(f"{self._label}: none of its {len(self)} images can be used")
+
+
+def ordered_classes(found: set[str]) -> list[str]:
+    """Classes in order: numbers by value, else names by the alphabet."""
+    return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+
+
 class ListedFile(NamedTuple):
     """A file by its path below the folder asked for, with its size and its time of change in ns (0 if it has none)."""
 
@@ -158,9 +211,7 @@ def read_class_names(path: str, *, classes: Sequence[str]) -> list[str]:
         return [name.replace("_", " ") for name in classes]
     names = _lines(path, what="class names")
     if len(names) != len(classes):
-        raise UserError(
-            f"{path} names {len(names)} classes, but there are {len(classes)} folders; give a line for each"
-        )
+        raise UserError(f"{path} names {len(names)} classes, but there are {len(classes)}; give a line for each")
     return names
 
 

@@ -131,14 +131,18 @@ def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) 
 
 def _files_read(part: TokenizerConfig) -> dict[str, Any]:
     """What the tokenizer part reads besides models and images, each in a few characters; nothing of what is missing."""
+    from data_mix.origin import origin
+    from data_mix.sources import ImageSourceConfig
     from eval.labelled import listing_sha256
 
     folders = [str(Path(own.path) / split) for own in part.classification for split in ("train", "val")]
+    tables = [own for own in part.classification if own.label_column]
     texts = [file for own in part.classification for file in (own.class_names, own.templates)]
     texts += [_source_file(target) for target in part.others.values()]
     weights = [Path(file) for file in (part.perceptual.backbone, part.perceptual.heads)]
     return (
         {folder: listing_sha256(folder) for folder in folders}
+        | {own.path: origin(ImageSourceConfig(name=own.name, path=own.path)) for own in tables}
         | {file: sha256_of(file) for file in texts if Path(file).is_file()}
         | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights if file.is_file()}
     )

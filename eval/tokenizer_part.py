@@ -13,13 +13,23 @@ from numpy.typing import NDArray
 
 import tokenizer as qlip
 from data_mix.digits import DigitsSource, captions_of
+from data_mix.own_images import OwnImages
 from data_mix.samples import Split
+from data_mix.sources import ImageSourceConfig, open_image_source
 from eval.bits import MAX_IMAGES, bit_report, bit_scores
 from eval.config import EvalConfig, LabelledConfig, PerceptualConfig, ProbeConfig
 from eval.features import FeatureNetwork, open_features, weights_sha256
 from eval.generation import frechet_rows, read_back_row
 from eval.held_out import HeldOut, held_out_images
-from eval.labelled import Labelled, LabelledFolder, LabelledImages, read_class_names, read_templates
+from eval.labelled import (
+    Labelled,
+    LabelledFolder,
+    LabelledImages,
+    LabelledSource,
+    ordered_classes,
+    read_class_names,
+    read_templates,
+)
 from eval.others import open_other
 from eval.paper import QLIP_B_16, STAGE_1
 from eval.parts import KEPT, PartResult
@@ -180,6 +190,8 @@ def _folder(own: LabelledConfig, *, size: int) -> Classes:
         UserError: no images in it, train and val of different classes, or names or templates that do not fit.
     """
     root = Path(own.path)
+    if own.label_column:
+        return _labelled_source(own, size=size)
     val = LabelledFolder(root / "val", size=size, label=f"{own.name} val")
     names, templates = read_class_names(own.class_names, classes=val.classes), read_templates(own.templates)
     if not (root / "train").is_dir():
@@ -191,3 +203,32 @@ def _folder(own: LabelledConfig, *, size: int) -> Classes:
         other = sorted(set(train.classes) ^ set(val.classes))[0]
         raise UserError(f"{root}: train and val hold different classes ('{other}' is in one only)")
     return Classes(own.name, val, train, names, templates)
+
+
+def _labelled_source(own: LabelledConfig, *, size: int) -> Classes:
+    """A table, WebDataset or hub set with a column of classes; without a train part there is no probe.
+
+    Raises:
+        UserError: it cannot be opened, has fewer than two classes, or names or templates that do not fit.
+    """
+    config = ImageSourceConfig(name=own.name, path=own.path, caption_column=own.label_column)
+
+    def part(split: Split) -> LabelledSource:
+        source = open_image_source(config, split=split, size=size, seed=0)
+        if not isinstance(source, OwnImages):
+            raise UserError(f"tokenizer.classification '{own.name}': {own.path} has no classes")
+        return LabelledSource(source, label=f"{own.name} {split}")
+
+    val, train, note = part("val"), None, ""
+    try:
+        train = part("train")
+    except UserError as error:
+        note = f"no train part: {error}"
+    classes = ordered_classes(val.found | (train.found if train else set()))
+    if len(classes) < 2:
+        raise UserError(f"{own.path}: column '{own.label_column}' holds {len(classes)} classes; it needs two or more")
+    for labelled in (val, train):
+        if labelled is not None:
+            labelled.number_of = {name: number for number, name in enumerate(classes)}
+    names, templates = read_class_names(own.class_names, classes=classes), read_templates(own.templates)
+    return Classes(own.name, val, train, names, templates, note=note)

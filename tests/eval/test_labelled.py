@@ -1,8 +1,14 @@
 """Images sorted into folders: classes, names, templates, what cannot be read, and the rows they give."""
 
+import io
+import os
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -42,7 +48,7 @@ def test_names_and_templates(tmp_path: Path) -> None:
     assert read_templates("") == ["a photo of a {}."]
     file.write_text("tench\n\n great white shark \n", encoding="utf-8")
     assert read_class_names(str(file), classes=["n1", "n2"]) == ["tench", "great white shark"]
-    with pytest.raises(UserError, match="names 2 classes, but there are 3 folders"):
+    with pytest.raises(UserError, match="names 2 classes, but there are 3;"):
         read_class_names(str(file), classes=["n1", "n2", "n3"])
     file.write_text("a photo} of a {}.\n", encoding="utf-8")
     with pytest.raises(UserError, match="needs exactly one"):
@@ -102,3 +108,60 @@ def test_an_evaluation_measures_them(folder: Path, run_folder: Path, tmp_path: P
     main([*command, f"out={tmp_path}/third"])
     rows = {row.key: row for row in read_scores(tmp_path / "third/tokenizer.json")}
     assert "needs" in rows["colours_classification/probe_cls"].note
+
+
+def encoded(colour: tuple[int, int, int], number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40 + number, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(root: Path) -> str:
+    for split in ("train", "val"):
+        rows = [(encoded(colour, n), label) for label, colour in enumerate(COLOURS.values()) for n in range(4)]
+        rows.append((b"no image", 0))
+        columns = {"image": [image for image, _ in rows], "label": [label for _, label in rows]}
+        pq.write_table(pa.table(columns), root / f"{split}-00000.parquet")
+    return "label"
+
+
+def write_shards(root: Path) -> str:
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}-00000.tar", "w") as tar:
+            for label, colour in enumerate(COLOURS.values()):
+                for number in range(30):
+                    for extension, data in (("png", encoded(colour, number)), ("cls", str(label).encode())):
+                        info = tarfile.TarInfo(f"{split}{label}{number:02d}.{extension}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    return "cls"
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_shards])
+def test_tables_and_shards_give_their_classes_too(
+    write: Callable[[Path], str], tmp_path: Path, run_folder: Path
+) -> None:
+    data, names, out = tmp_path / "data", tmp_path / "names.txt", tmp_path / "out"
+    data.mkdir()
+    names.write_text("red\nblue\n")
+    own = f"{{name: colours, path: {data}, label_column: {write(data)}, class_names: {names}}}"
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"tokenizer: {{num_images: 4, labelled: false, classification: [{own}], probe: {{kind: logistic}}}}"
+    )
+    command = ["--config", str(config), f"run={run_folder}", f"out={out}", "parts=[tokenizer]"]
+    main(command)
+    scores = {score.key: score for score in read_scores(out / "tokenizer.json")}
+    zero_shot = scores["colours_classification/zero_shot"]
+    assert zero_shot.protocol["classes"] == ["red", "blue"] and zero_shot.value is not None
+    assert (zero_shot.n, zero_shot.skipped) == ((8, 1) if write is write_parquet else (zero_shot.n, 0))
+    assert scores["colours_classification/probe_cls_mean"].value == 1.0
+    before = (out / "tokenizer.json").stat().st_mtime_ns
+    main(command)
+    assert (out / "tokenizer.json").stat().st_mtime_ns == before
+    os.utime(next(iter(data.iterdir())), ns=(1, 1))
+    main(command)
+    assert (out / "tokenizer.json").stat().st_mtime_ns != before
+    config.write_text(config.read_text().replace("label_column: ", "label_column: no_"))
+    with pytest.raises(UserError):
+        main(command)
