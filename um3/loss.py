@@ -19,6 +19,8 @@ LossMode = Literal["split", "joint"]
 DEFAULT_CHUNK_TOKENS = 2048
 # Of a chunk's logits, in float32: 523 positions of 128,258 text entries, 2,048 of 32,768 visual ones.
 CHUNK_BYTES = 2**28
+ONEDNN_ROWS = 64
+"""oneDNN keeps a kernel for every length that it has seen, so it is given multiples of this one only."""
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -72,8 +74,7 @@ def split_softmax_loss(
     chunks = [
         _Chunk(places_C, target_ids_N[places_C] - rows.start, rows)
         for is_half_N, rows in ((is_text_N, text_rows), (is_visual_N, visual_rows))
-        for places_C in is_half_N.nonzero().squeeze(-1).split(_chunk_length(rows, chunk_tokens=chunk_tokens))
-        if len(places_C)
+        for places_C in _pieces(is_half_N.nonzero().squeeze(-1), longest=_chunk_length(rows, chunk_tokens=chunk_tokens))
     ]
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
@@ -99,7 +100,15 @@ class _Chunk(NamedTuple):
 
 def _chunk_length(rows: slice, *, chunk_tokens: int) -> int:
     logits_bytes = 4 * max(rows.stop - rows.start, 1)
-    return min(chunk_tokens, max(CHUNK_BYTES // logits_bytes, 1))
+    length = min(chunk_tokens, max(CHUNK_BYTES // logits_bytes, 1))
+    return length - length % ONEDNN_ROWS if length > ONEDNN_ROWS else length
+
+
+def _pieces(places_N: Tensor, *, longest: int) -> tuple[Tensor, ...]:
+    """Chunks of the longest length, then what is left in two: a multiple of ONEDNN_ROWS, and fewer."""
+    full, rest = divmod(len(places_N), longest)
+    few = rest % ONEDNN_ROWS
+    return places_N.split([size for size in (*[longest] * full, rest - few, few) if size])
 
 
 class _Logits(torch.autograd.Function):
@@ -158,7 +167,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _linear(x_CD: Tensor, rows_RD: Tensor) -> Tensor:
     """x W^T; float32 on a CPU by oneDNN, twice as fast as MKL on AMD's processors (tokenizer.layers.Linear)."""
-    if _ONEDNN and x_CD.device.type == "cpu" and x_CD.dtype == torch.float32:
+    if _ONEDNN and x_CD.device.type == "cpu" and x_CD.dtype == torch.float32 and len(x_CD) % ONEDNN_ROWS == 0:
         product_CR: Tensor = torch.ops.mkldnn._linear_pointwise(x_CD, rows_RD, None, "none", [], "")
         return product_CR
     return F.linear(x_CD, rows_RD)
