@@ -249,16 +249,22 @@ class TableImages(OwnImages):
 
 
 def image_columns(
-    schema: pa.Schema, *, image_column: str, caption_column: str, where: str, has_captions: bool = True
+    schema: pa.Schema,
+    *,
+    image_column: str,
+    caption_column: str,
+    where: str,
+    has_captions: bool = True,
+    classes: bool = False,
 ) -> tuple[str, str]:
     """The names of the image and the caption column: as given, else found by name and type; without captions only the
-    first.
+    first. With `classes` the captions may be whole numbers.
 
     Raises:
         UserError: a given column is missing or holds something else, or none can be found.
     """
     images = [field.name for field in schema if _holds_images(field.type)]
-    texts = [field.name for field in schema if _holds_text(field.type)]
+    texts = [field.name for field in schema if _holds_text(field.type) or (classes and pa.types.is_integer(field.type))]
     image = image_column or _preferred(images, IMAGE_COLUMNS) or (images[0] if len(images) == 1 else "")
     caption = caption_column or _preferred(texts, CAPTION_COLUMNS)
     for kind, column, fit in (("image", image, images), ("caption", caption, texts))[: 1 + has_captions]:
@@ -268,7 +274,7 @@ def image_columns(
             raise UserError(f"{where}: cannot tell the {kind} column among {', '.join(schema.names)}; {remedy}")
         if column not in schema.names:
             raise UserError(f"{where}: no column '{column}' (has: {', '.join(schema.names)}); set {kind}_column")
-        if column not in fit and not (column == caption_column and pa.types.is_integer(schema.field(column).type)):
+        if column not in fit:
             expected = "image bytes" if kind == "image" else "text or lists of text"
             held = schema.field(column).type
             raise UserError(f"{where}: column '{column}' holds {held}, not {expected}; set {kind}_column")

@@ -52,8 +52,11 @@ class ImageSourceConfig:
     val_fraction: float = 0.05
 
 
-def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, seed: int) -> ImageSource:
-    """Open `config`'s images of one split as squares of `size` pixels. `seed` draws the scenes.
+def open_image_source(
+    config: ImageSourceConfig, *, split: Split, size: int, seed: int, classes: bool = False
+) -> ImageSource:
+    """Open `config`'s images of one split as squares of `size` pixels. `seed` draws the scenes. `classes`: the captions
+    are names or numbers of classes.
 
     Raises:
         UserError: a missing path, wrong columns or broken containers. A single bad image only raises BadSample
@@ -77,7 +80,7 @@ def open_image_source(config: ImageSourceConfig, *, split: Split, size: int, see
     if kind == "coco":
         return CocoImages(path, split=split, **common)
     given: dict[str, Any] = {"image_column": config.image_column, "caption_column": config.caption_column}
-    given |= {"has_captions": config.has_captions}
+    given |= {"has_captions": config.has_captions, "classes": classes}
     if kind == "parquet":
         columns = image_columns(parquet_schema(path, source=name), **given, where=where)
         read = [column for column in columns if column]

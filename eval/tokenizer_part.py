@@ -214,7 +214,7 @@ def _labelled_source(own: LabelledConfig, *, size: int) -> Classes:
     config = ImageSourceConfig(name=own.name, path=own.path, caption_column=own.label_column)
 
     def part(split: Split) -> LabelledSource:
-        source = open_image_source(config, split=split, size=size, seed=0)
+        source = open_image_source(config, split=split, size=size, seed=0, classes=True)
         if not isinstance(source, OwnImages):
             raise UserError(f"tokenizer.classification '{own.name}': {own.path} has no classes")
         return LabelledSource(source, label=f"{own.name} {split}")
