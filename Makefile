@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: ## The whole pipeline from nothing to a report (11 to 15 minutes on 2 CPU cores)
+demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU cores)
 	@$(MAKE) --no-print-directory setup
 	@$(MAKE) --no-print-directory stage1
 	@$(MAKE) --no-print-directory stage2
