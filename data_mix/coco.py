@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_mix.own_images import OwnImages
+from data_mix.own_images import ListedImages
 from data_mix.samples import Split
 from um3.core.errors import UserError
 
@@ -12,7 +12,7 @@ FILE = "dataset_coco.json"
 PARTS: dict[Split, tuple[str, ...]] = {"train": ("train", "restval"), "val": ("val",)}
 
 
-class CocoImages(OwnImages):
+class CocoImages(ListedImages):
     """`PATH/FILEPATH/FILENAME` with the five captions of its `sentences`; train is Karpathy's train and restval."""
 
     def __init__(self, path: str, *, name: str, split: Split, size: int, has_captions: bool = True) -> None:
@@ -30,15 +30,6 @@ class CocoImages(OwnImages):
             raise UserError(f"source '{name}': '{file}' is not in Karpathy's format ({reason})") from None
         if not mine:
             raise UserError(f"source '{name}': '{file}' has no image of {' or '.join(PARTS[split])}; add data")
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _key(self, index: int) -> str:
-        return self._keys[index]
-
-    def _image(self, index: int) -> Path:
-        return self._root / self._keys[index]
 
     def _captions(self, index: int) -> Any:
         return self._sentences[index]

@@ -118,7 +118,23 @@ def clean_captions(value: Any, *, key: str) -> tuple[str, ...]:
 # --- folders
 
 
-class FolderImages(OwnImages):
+class ListedImages(OwnImages):
+    """Images that are files of their own: `_keys` are their paths below `_root`."""
+
+    _root: Path
+    _keys: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _key(self, index: int) -> str:
+        return self._keys[index]
+
+    def _image(self, index: int) -> Path:
+        return self._root / self._keys[index]
+
+
+class FolderImages(ListedImages):
     """Every image below a folder, with captions from metadata.jsonl or a .txt file of the same name.
 
     metadata.jsonl may lie in any folder and speaks of the files in and below it: {"file_name": ..., "caption"
@@ -156,15 +172,6 @@ class FolderImages(OwnImages):
         )
         self._keys = [keys[row] for row in rows]
         self._written = {key: captions[root / key] for key in self._keys if root / key in captions}
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _key(self, index: int) -> str:
-        return self._keys[index]
-
-    def _image(self, index: int) -> Path:
-        return self._root / self._keys[index]
 
     def _captions(self, index: int) -> Any:
         key = self._keys[index]

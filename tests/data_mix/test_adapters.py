@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from data_mix.adapters import IMAGE_ADAPTERS, TEXT_ADAPTERS
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.sources import ImageSourceConfig, open_image_source
 from data_mix.text import TextSource, TextSourceConfig, open_text_source
+from tests.data_mix.test_sources import write_tar
 from um3.core.errors import UserError
 
 
@@ -22,14 +22,6 @@ def jpeg(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 16), (number * 10, 0, 255)).save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 def write_img2dataset(folder: Path, **columns: Any) -> None:

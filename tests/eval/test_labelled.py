@@ -2,7 +2,6 @@
 
 import io
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from eval.labelled import LabelledFolder, read_class_names, read_templates
 from eval.run import main
 from eval.scores import read_scores
+from tests.data_mix.test_sources import write_tar
 from um3.core.errors import UserError
 
 COLOURS = {"n01_red": (215, 30, 35), "n02_blue": (35, 80, 220)}
@@ -127,13 +127,12 @@ def write_parquet(root: Path) -> str:
 
 def write_shards(root: Path) -> str:
     for split in ("train", "val"):
-        with tarfile.open(root / f"{split}-00000.tar", "w") as tar:
-            for label, colour in enumerate(COLOURS.values()):
-                for number in range(30):
-                    for extension, data in (("png", encoded(colour, number)), ("cls", str(label).encode())):
-                        info = tarfile.TarInfo(f"{split}{label}{number:02d}.{extension}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
+        members: dict[str, bytes] = {}
+        for label, colour in enumerate(COLOURS.values()):
+            for number in range(30):
+                stem = f"{split}{label}{number:02d}"
+                members |= {f"{stem}.png": encoded(colour, number), f"{stem}.cls": str(label).encode()}
+        write_tar(root / f"{split}-00000.tar", members)
     return "cls"
 
 

@@ -16,8 +16,9 @@ from eval.config import EvalConfig
 from eval.held_out import held_out_images
 from eval.run import main, request_of
 from eval.scores import Score, read_scores
+from tests.tokenizer.conftest import lpips_files
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import VGG16_PLAN, lpips_vgg
+from tokenizer.perceptual import lpips_vgg
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
@@ -33,19 +34,9 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_lpips(folder: Path, *, seed: int) -> list[str]:
-    """Files in the published layout with random weights, as settings."""
-    generator, features, position, width = torch.Generator().manual_seed(seed), {}, 0, 3
-    for index, widths in enumerate(VGG16_PLAN):
-        position += index > 0
-        for wider in widths:
-            features[f"features.{position}.weight"] = 0.05 * torch.randn(wider, width, 3, 3, generator=generator)
-            features[f"features.{position}.bias"] = torch.zeros(wider)
-            position, width = position + 2, wider
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(VGG16_PLAN)}
-    torch.save(features, folder / f"vgg{seed}.pth")
-    torch.save(heads, folder / f"heads{seed}.pth")
-    names = {"backbone": f"vgg{seed}.pth", "heads": f"heads{seed}.pth"}
-    return [f"tokenizer.perceptual.{key}={folder / name}" for key, name in names.items()]
+    """LPIPS's two files as settings."""
+    backbone, heads = lpips_files(folder, seed=seed)
+    return [f"tokenizer.perceptual.backbone={backbone}", f"tokenizer.perceptual.heads={heads}"]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 """A very small QLIP, built on the spot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
+from tokenizer.perceptual import VGG16_PLAN
 
 
 def tiny_config(**changes: object) -> QLIPConfig:
@@ -23,3 +26,20 @@ def tiny_config(**changes: object) -> QLIPConfig:
 def tiny_qlip() -> QLIPModel:
     torch.manual_seed(0)
     return QLIPModel(tiny_config()).eval()
+
+
+def lpips_files(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """VGG-16's and LPIPS's files in the published layout, with random weights."""
+    generator, features, position, width = torch.Generator().manual_seed(seed), {}, 0, 3
+    for index, widths in enumerate(VGG16_PLAN):
+        position += index > 0
+        for wider in widths:
+            features[f"features.{position}.weight"] = 0.05 * torch.randn(wider, width, 3, 3, generator=generator)
+            features[f"features.{position}.bias"] = torch.zeros(wider)
+            position, width = position + 2, wider
+    assert max(int(key.split(".")[1]) for key in features) == 28  # torchvision's last VGG-16 convolution
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(VGG16_PLAN)}
+    backbone_file, heads_file = folder / f"vgg{seed}.pth", folder / f"heads{seed}.pth"
+    torch.save(features, backbone_file)
+    torch.save(heads, heads_file)
+    return backbone_file, heads_file

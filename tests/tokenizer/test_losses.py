@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tokenizer.conftest import lpips_files
 from tokenizer.discriminator import DiscriminatorKind, build_discriminator
 from tokenizer.losses import AdversarialKind, discriminator_loss, generator_loss, info_nce
-from tokenizer.perceptual import VGG16_PLAN, build_perceptual_distance, lpips_vgg, random_feature_distance
+from tokenizer.perceptual import build_perceptual_distance, lpips_vgg, random_feature_distance
 from um3.core.errors import UserError
 
 
@@ -85,28 +86,17 @@ def test_random_features_are_seeded_frozen_and_never_called_lpips() -> None:
 
 
 def test_lpips_loads_the_published_layout_and_refuses_others(tmp_path: Path) -> None:
-    features, position, width = {}, 0, 3
-    generator = torch.Generator().manual_seed(0)
-    for index, widths in enumerate(VGG16_PLAN):
-        position += index > 0
-        for wider in widths:
-            features[f"features.{position}.weight"] = 0.05 * torch.randn(wider, width, 3, 3, generator=generator)
-            features[f"features.{position}.bias"] = torch.zeros(wider)
-            position, width = position + 2, wider
-    assert max(int(key.split(".")[1]) for key in features) == 28  # torchvision's last VGG-16 convolution
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(VGG16_PLAN)}
-    torch.save(features, tmp_path / "vgg16.pth")
-    torch.save(heads, tmp_path / "heads.pth")
-    distance = lpips_vgg(backbone=tmp_path / "vgg16.pth", heads=tmp_path / "heads.pth")
+    backbone, heads = lpips_files(tmp_path)
+    distance = lpips_vgg(backbone=backbone, heads=heads)
     assert distance.name == "lpips_vgg"
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     assert float(distance(image, -image)) > float(distance(image, image)) == 0.0
     with pytest.raises(UserError, match="not VGG-16"):
-        lpips_vgg(backbone=tmp_path / "heads.pth", heads=tmp_path / "vgg16.pth")
+        lpips_vgg(backbone=heads, heads=backbone)
     with pytest.raises(UserError, match="does not exist"):
-        lpips_vgg(backbone=tmp_path / "absent.pth", heads=tmp_path / "heads.pth")
+        lpips_vgg(backbone=tmp_path / "absent.pth", heads=heads)
     with pytest.raises(UserError, match="both"):
         build_perceptual_distance(backbone="x", heads="")
     (tmp_path / "noise.pth").write_bytes(b"not a tensor file")
     with pytest.raises(UserError, match="cannot be read"):
-        lpips_vgg(backbone=tmp_path / "noise.pth", heads=tmp_path / "heads.pth")
+        lpips_vgg(backbone=tmp_path / "noise.pth", heads=heads)

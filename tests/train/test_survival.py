@@ -117,7 +117,7 @@ def small_disk(size: int) -> Iterator[Path]:
             assert holder.stdout is not None
             if holder.stdout.readline() != b"mounted\n":
                 pytest.skip("may not mount a file system of its own")
-            yield Path(f"/proc/{holder.pid}/root/mnt")
+            yield Path("/proc", str(holder.pid), "root", "mnt")
         finally:
             holder.kill()
 
