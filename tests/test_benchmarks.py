@@ -16,11 +16,11 @@ from benchmarks.flops import judge_flops, qlip_flops
 from benchmarks.peak import measure_peak
 from benchmarks.runs import OutOfMemory, run_apart
 from data_mix.sources import ImageSourceConfig
-from tokenizer import layers
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from train.config import QLIPSizeConfig, Stage1Config, Stage2Config, TextTowerConfig
 from train.tokenizer_setup import new_tokenizer, open_sources, save_tokenizer
+from um3.core import onednn
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
@@ -135,7 +135,7 @@ def test_a_process_that_fails_gives_one_line() -> None:
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_the_formula_counts_what_torch_counts(swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_ONEDNN", False)  # torch has no count for it
+    monkeypatch.setattr(onednn, "AVAILABLE", False)  # torch has no count for it
     tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, swiglu=swiglu)
     tower |= dict(image_size=24, patch_size=8)
     text = dict(hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, vocab_size=99)

@@ -12,26 +12,19 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from tokenizer.configuration import QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+from um3.core import onednn
 
 TowerConfig = QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig
 ROPE_THETA = 10000.0
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose float32 products on a CPU go to oneDNN where no gradient is wanted.
-
-    torch gives them to MKL, which has no AVX-512 kernels for AMD's processors: there oneDNN is twice as fast, elsewhere
-    equally fast (benchmarks/).
-    """
+    """nn.Linear whose products go to oneDNN where it serves and no gradient is wanted."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or not _ONEDNN or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not onednn.serves(x, self.weight):
             return super().forward(x)
-        if {(x.device.type, x.dtype), (self.weight.device.type, self.weight.dtype)} != {("cpu", torch.float32)}:
-            return super().forward(x)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return product
+        return onednn.linear(x, self.weight, self.bias)
 
 
 class RotaryEmbedding2D(nn.Module):

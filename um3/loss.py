@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from um3.core import onednn
+
 LossMode = Literal["split", "joint"]
 DEFAULT_CHUNK_TOKENS = 2048
 # Of a chunk's logits, in float32: 523 positions of 128,258 text entries, 2,048 of 32,768 visual ones.
 CHUNK_BYTES = 2**28
 ONEDNN_ROWS = 64
 """oneDNN keeps a kernel for every length that it has seen, so it is given multiples of this one only."""
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class SplitLoss(NamedTuple):
@@ -166,8 +167,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _linear(x_CD: Tensor, rows_RD: Tensor) -> Tensor:
-    """x W^T; float32 on a CPU by oneDNN, twice as fast as MKL on AMD's processors (tokenizer.layers.Linear)."""
-    if _ONEDNN and x_CD.device.type == "cpu" and x_CD.dtype == torch.float32 and len(x_CD) % ONEDNN_ROWS == 0:
-        product_CR: Tensor = torch.ops.mkldnn._linear_pointwise(x_CD, rows_RD, None, "none", [], "")
-        return product_CR
+    """x W^T."""
+    if len(x_CD) % ONEDNN_ROWS == 0 and onednn.serves(x_CD, rows_RD):
+        return onednn.linear(x_CD, rows_RD)
     return F.linear(x_CD, rows_RD)
