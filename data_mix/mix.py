@@ -248,14 +248,17 @@ class UM3Rows:
             for task, samples in self.tasks.items()
             for name, order in samples.orders.items()
         }
-        return {"seed": self.seed, "step": step, "batch_size": self.batch_size, "draws": draws, "sizes": sizes}
+        state = {"seed": self.seed, "step": step, "batch_size": self.batch_size, "draws": draws, "sizes": sizes}
+        return state | {"calm_down_restarts": list(self.schedule.restarts)}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Compare a checkpoint's `state` with what this config gives at its step.
+        """Take over the schedule's restarts from a checkpoint's `state`, and compare it with what this config gives at
+        its step. Call before any batch is made.
 
         Raises:
             UserError: they differ, so the rows of a resumed run would not be those of an undisturbed one.
         """
+        self.schedule.restarts[:] = state.get("calm_down_restarts", [])
         ours = self.state(int(state["step"]))
         for key in ("seed", "batch_size", "sizes", "draws"):
             if state.get(key) != ours[key]:

@@ -3,15 +3,16 @@
 Packed or not, a batch holds the same samples, so nothing about the ratio, the order or the state changes: packing
 comes last, on each rank for itself, and is a function of the samples' lengths alone. Ranks may come out with different
 numbers of rows; nothing needs them to be equal, since the loss is a sum over the global count of targets and the
-engine only counts forward passes (`train.um3.micro_batches`).
+engine only counts forward passes (`micro_batches`).
 
 Shape legend: S = samples of this rank, B = its rows, T = ids of the longest row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from um3.core.errors import UserError
@@ -65,3 +66,17 @@ def lay_out(samples: Sequence[Row], *, row_tokens: int, packed: bool, pad_id: in
         input_ids_BT[row, start : start + length] = sample.input_ids
         target_mask_BT[row, start : start + length] = sample.targets
     return Rows(input_ids_BT, target_mask_BT, torch.tensor(rows), torch.tensor(starts), torch.tensor(lengths))
+
+
+def micro_batches(
+    input_ids_BT: Tensor, target_mask_BT: Tensor, *, parts: int, pad_id: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`input_ids_BT` and `target_mask_BT` in `parts` equal parts, or as equal as packed rows divide.
+
+    DeepSpeed counts the parts, which every rank and step has alike, and never what is in them. None is empty: where
+    there are fewer rows than parts, rows of padding without a target make them up.
+    """
+    if (missing := parts - len(input_ids_BT)) > 0:
+        input_ids_BT = F.pad(input_ids_BT, (0, 0, 0, missing), value=pad_id)
+        target_mask_BT = F.pad(target_mask_BT, (0, 0, 0, missing))
+    return zip(input_ids_BT.tensor_split(parts), target_mask_BT.tensor_split(parts), strict=True)

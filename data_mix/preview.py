@@ -36,6 +36,7 @@ class PreviewConfig:
     loss: Any = None
     model: Any = None
     vocabulary: Any = None
+    guard: Any = None
     qlip: Any = None
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps, batch_size = config.loop["total_steps"], config.loop["batch_size"]
     shares = source_shares(config.data)
     realised = read_metrics(options.metrics) if options.metrics else None
-    schedule = Schedule(config.data.mix)
+    schedule = Schedule(config.data.mix, restarts=restarts(realised or []))
     draw_mix(schedule, shares, batch_size=batch_size, steps=steps, path=options.out, realised=realised)
     print(f"{options.out}: the mix of {steps} steps of {batch_size} samples")
     for key, count in due_samples(schedule, shares, batch_size=batch_size, step=steps).items():
@@ -182,6 +183,11 @@ def _of_task(schedule: Schedule, task: Task, shares: Sequence[float], *, batch_s
     """Counts by source of one task."""
     parts = fixed_shares(shares)
     return ExactCounts(lambda step: parts, batch_size=lambda step: schedule.counts(step, batch_size=batch_size)[task])
+
+
+def restarts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps at which the forgetting guard of a run had the calm-down begin anew."""
+    return [int(row["guard/restart"]) for row in rows if "guard/restart" in row]
 
 
 def _means(had: Sequence[_Had]) -> list[tuple[float, Counts]]:

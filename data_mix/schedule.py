@@ -1,7 +1,9 @@
 """Calm-down: how the share of text-only rows falls at the start of UM3's training (paper, section 4, Eq 7)."""
 
+import bisect
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -37,10 +39,14 @@ class MixConfig:
 
 
 class Schedule:
-    """The mix of every step: as real proportions, and as the exact row counts of every global batch."""
+    """The mix of every step: as real proportions, and as the exact row counts of every global batch.
 
-    def __init__(self, config: MixConfig) -> None:
+    `restarts`: steps at which the calm-down begins anew, ascending.
+    """
+
+    def __init__(self, config: MixConfig, *, restarts: Sequence[int] = ()) -> None:
         self.config = config
+        self.restarts = list(restarts)
         self._exact = functools.cache(self._make_counts)
 
     def proportions(self, step: int) -> dict[Task, float]:
@@ -62,20 +68,29 @@ class Schedule:
         """What the proportions of all batches before `step` add up to, which `counts_before` rounds to whole rows."""
         return dict(zip(TASKS, self._exact(batch_size).due(step), strict=True))
 
+    def restart(self, step: int) -> None:
+        """Begin the calm-down anew at `step`, which must come after every step whose counts were asked for so far."""
+        self.restarts.append(step)
+
     def _make_counts(self, batch_size: int) -> ExactCounts:
         end = fixed_shares(self.config.end)
 
         def shares(step: int) -> tuple[int, ...]:
-            return end if step >= self.config.calm_down_steps else fixed_shares(self._proportions(step))
+            return end if self._calm(step) == 1 else fixed_shares(self._proportions(step))
 
         return ExactCounts(shares, batch_size=batch_size)
 
     def _proportions(self, step: int) -> list[float]:
-        start, end, total = self.config.start, self.config.end, self.config.calm_down_steps
+        start, end, done = self.config.start, self.config.end, self._calm(step)
         if self.config.mode == "proportion":
             start, end = _normalised(start), _normalised(end)
-        done = min(step / total, 1.0) if total else 1.0
         return _normalised([r0 + (rT - r0) * done for r0, rT in zip(start, end, strict=True)])
+
+    def _calm(self, step: int) -> float:
+        """How much of the way from `start` to `end` is behind."""
+        began = self.restarts[place - 1] if (place := bisect.bisect_right(self.restarts, step)) else 0
+        total = self.config.calm_down_steps
+        return min((step - began) / total, 1.0) if total else 1.0
 
 
 def _normalised(ratios: list[float]) -> list[float]:

@@ -8,6 +8,7 @@ document, as in any packed pre-training. Where rows are packed (`data.packing`),
 Documents whose file cannot be read are left out; the stream then says so in a .json beside it, and at every opening.
 """
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from data_mix.order import SampleOrder
 from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
 from data_mix.text import TextSource
@@ -26,9 +28,10 @@ from um3.core.distributed import barrier, is_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, read_json, write_json
 from um3.core.progress import Progress
+from um3.core.seeds import derive_seed
 from um3.ids import IdSpace
 from um3.rows import Row
-from um3.text_tokenizer import encode_texts
+from um3.text_tokenizer import encode_texts, vocabulary_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,18 +88,55 @@ class TokenStream:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         start = index * (self.row_tokens - 1)
-        piece = self.tokens[start : start + self.row_tokens - 1].astype(np.int64)
-        input_ids = torch.from_numpy(np.concatenate([[self.ids.bos_id], piece]))
-        targets = torch.ones_like(input_ids, dtype=torch.bool)
-        targets[0] = False
-        if self.ids.bos_id != self.ids.eos_id:
-            targets &= input_ids != self.ids.bos_id
-        return Row(input_ids=input_ids, targets=targets)
+        return _row(self.tokens[start : start + self.row_tokens - 1], ids=self.ids)
+
+
+def scattered_rows(
+    documents: TextSource,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: IdSpace,
+    num_rows: int,
+    row_tokens: int,
+    seed: int,
+) -> list[Row]:
+    """Rows as a stream has them, from anywhere in `num_rows` documents, of which no more are tokenised; where there are
+    fewer, several from each. The same for the same seed.
+
+    Raises:
+        UserError: no document holds text.
+    """
+    order = SampleOrder(len(documents), seed=seed, name=f"rows/{documents.name}")
+    texts: list[str] = []
+    for draw in range(len(documents)):
+        with contextlib.suppress(BadSample):
+            if (text := documents[order.index(draw)]).strip():
+                texts.append(text)
+        if len(texts) == num_rows:
+            break
+    if not texts:
+        raise UserError(f"text source '{documents.name}' holds no text; point it at other data or leave it out")
+    tokens = encode_texts(texts, tokenizer=tokenizer)
+    rows = []
+    for number in range(num_rows):
+        document = np.array([*tokens[number % len(tokens)], ids.eos_id], dtype=np.uint32)
+        places = max(len(document) - (row_tokens - 1), 0) + 1
+        start = derive_seed(seed, "rows", documents.name, number) % places
+        rows.append(_row(document[start : start + row_tokens - 1], ids=ids))
+    return rows
+
+
+def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:
+    input_ids = torch.from_numpy(np.concatenate([[ids.bos_id], piece.astype(np.int64)]))
+    targets = torch.ones_like(input_ids, dtype=torch.bool)
+    targets[0] = False
+    if ids.bos_id != ids.eos_id:
+        targets &= input_ids != ids.bos_id
+    return Row(input_ids=input_ids, targets=targets)
 
 
 def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> str:
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    described = repr((values, platform.python_version(), vocabulary, ids.bos_id, ids.eos_id))
+    described = repr((values, platform.python_version(), vocabulary_digest(tokenizer), ids.bos_id, ids.eos_id))
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -39,7 +39,8 @@ class Row:
     stage2: list[str] | None = None
     um3: list[str] | None = None
     """None: the row does not have this phase. A UM3 learns the codes of the table's base run, unless it names others.
-    In a setting, {after} is the folder of the row that `after` names, and {base} that of the base run."""
+    In a setting, {after} is the folder of the row that `after` names, {text} the text half of its UM3 as a plain
+    language model, and {base} the folder of the base run."""
     after: str = ""
     """An earlier row, which this one starts from."""
     alone: Literal["", "contrastive", "mse"] = ""
@@ -134,8 +135,12 @@ def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path,
         commands["stage2"] = [f"tokenizer={folder}/stage1/model", *row.stage2]
     if row.um3 is not None:
         commands["um3"] = ["qlip={base}/stage2/model", "data.codes={base}/codes", *options.overrides, *row.um3]
+    text = Path(after) / "um3-export"
+    if any("{text}" in each for settings in commands.values() for each in settings) and not text.exists():
+        _run(["um3.export", "--model", f"{after}/um3/model", "--out", str(text)], row=row, made=text / "config.json")
+    places = {"{after}": after, "{text}": str(text), "{base}": options.base}
     for phase, settings in commands.items():
-        given = [each.replace("{after}", after).replace("{base}", options.base) for each in [*settings, *seeded]]
+        given = [_filled(each, places) for each in [*settings, *seeded]]
         train = ["train", "--processes", str(options.processes), phase, "--config", f"{configs}/{phase}.yaml"]
         _run([*train, f"loop.folder={folder}/{phase}", *given], row=row, made=folder / phase / "done.json")
     # Whatever a row trains on, all are measured on the images that the first one, or the base run, holds out.
@@ -145,6 +150,12 @@ def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path,
     parts = _parts(row)
     measure = ["eval.run", "--config", f"{configs}/eval.yaml", f"run={folder}", f"images={images}"]
     _run([*measure, f"parts=[{','.join(parts)}]"], row=row, made=folder / "eval" / f"{parts[-1]}.json")
+
+
+def _filled(setting: str, places: dict[str, str]) -> str:
+    for name, folder in places.items():
+        setting = setting.replace(name, folder)
+    return setting
 
 
 def _parts(row: Row) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ def write_figures(run: RunData, folder: Path) -> dict[str, Path]:
         "bits": bits(run),
         "losses": losses(run),
         "mix": mix(run),
+        "forgetting": forgetting(run),
     }
     paths = {}
     for name, figure in figures.items():
@@ -345,6 +346,29 @@ def mix(run: RunData) -> "Figure | None":
         bars.barh(names, visual, left=text, color=colours, alpha=0.5)
         _style(bars, title="10⁶ tokens: text, visual (pale)", across="")
         bars.set_yticklabels([])
+    return figure
+
+
+def forgetting(run: RunData) -> "Figure | None":
+    """What held-out text costs while UM3 trains, against the model that it started from; None without a guard."""
+    rows = [row for row in run.metrics["um3"] if isinstance(row.get("guard/text_loss"), int | float)]
+    if not rows:
+        return None
+    from matplotlib.figure import Figure
+
+    start = rows[0]["guard/start"]
+    steps, values = [0, *(row["step"] for row in rows)], [start, *(row["guard/text_loss"] for row in rows)]
+    figure = Figure(figsize=(12, 2.6), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    axes.axhline(start, color=MUTED, linewidth=1, linestyle="--", label="the model at the start")
+    axes.plot(steps, values, color=CURVE_COLOURS[0], linewidth=1.6, label="while it trains")
+    axes.fill_between(steps, start, values, where=np.array(values) > start, color=WRONG, alpha=0.15, linewidth=0)
+    for number, row in enumerate(row for row in rows if "guard/restart" in row):
+        label = {"label": "back to the mix's start"} if number == 0 else {}
+        axes.axvline(row["guard/restart"], color=CURVE_COLOURS[1], linewidth=1, **label)
+    _style(axes, title="held-out text, nats per token")
+    axes.set_xlim(0, steps[-1])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 

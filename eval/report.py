@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_mix.scene_prompts import SKILLS
 from eval.config import PARTS
-from eval.figures import SKILL_TITLES, bits, losses, mix, svg, write_figures
+from eval.figures import SKILL_TITLES, bits, forgetting, losses, mix, svg, write_figures
 from eval.paper import REFERENCES, tables
 from eval.run_data import TRAINING_PHASES, RunData, load_run
 from eval.scores import Score
@@ -224,7 +224,7 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    curves, mixed, code_bits = losses(run), mix(run), bits(run)
+    curves, mixed, forgotten, code_bits = losses(run), mix(run), forgetting(run), bits(run)
     return environment.get_template(TEMPLATE).render(
         run=run,
         runs=runs,
@@ -240,6 +240,7 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
         bits=Markup(svg(code_bits)) if code_bits else None,
         curves=Markup(svg(curves)) if curves else None,
         mix=Markup(svg(mixed)) if mixed else None,
+        forgetting=Markup(svg(forgotten)) if forgotten else None,
         paper_tables=tables(),
         cloze=run.samples("language").get("cloze", [])[:4],
         phases=_phases(run),

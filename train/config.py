@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from data_mix.config import DataConfig
 from data_mix.sources import ImageSourceConfig
+from data_mix.text import TextSourceConfig
 from um3.config import ModelConfig, is_um3
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.distributed import is_main
@@ -299,6 +300,28 @@ class VocabularyConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Watches how much text the model forgets: its loss on held-out text against the loss before the first step."""
+
+    every_steps: int = 0
+    """Steps between two measurements; 0 for none."""
+    rows: int = 64
+    """Rows of held-out text, as long as those of training, shared evenly among the sources."""
+    texts: list[TextSourceConfig] = field(default_factory=list)
+    """Sources whose held-out part is measured; empty takes data.texts."""
+    alarm_above: float | None = None
+    """Warn where the loss is so many nats per token above that before the first step; null for never."""
+    return_above: float | None = None
+    """Go back to the mix's start, and calm down anew, where it is so many nats per token above; null for never."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.rows < 1:
+            raise ValueError(
+                f"guard.every_steps={self.every_steps}, guard.rows={self.rows}: at least 0 steps and 1 row"
+            )
+
+
+@dataclass
 class UM3Config:
     """Everything the unified model's training can be told."""
 
@@ -309,12 +332,35 @@ class UM3Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     qlip: str = ""
     """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
 
+    def __post_init__(self) -> None:
+        guard, mix, often = self.guard, self.data.mix, self.loop.log_every_steps
+        if guard.every_steps % often:
+            raise ValueError(
+                f"guard.every_steps={guard.every_steps} is no multiple of loop.log_every_steps={often}, so that its "
+                "measurements would not be logged; change one of them"
+            )
+        if guard.return_above is not None and (
+            not mix.calm_down_steps or mix.start[0] / sum(mix.start) <= mix.end[0] / sum(mix.end)
+        ):
+            raise ValueError(
+                f"guard.return_above={guard.return_above} goes back to data.mix.start, which has no more text than its "
+                "end here; give it more, and data.mix.calm_down_steps above 0"
+            )
+
 
 # What may change between the start of a run and its continuation without making it another run.
-FREE_KEYS = ("loop.log_every_steps", "loop.save_every_steps", "loop.keep_", "loop.num_threads", "loop.track")
+FREE_KEYS = (
+    "loop.log_every_steps",
+    "loop.save_every_steps",
+    "loop.keep_",
+    "loop.num_threads",
+    "loop.track",
+    "guard.alarm_above",
+)
 # Where things lie may change too: what they are is compared by fingerprint.
 FREE_FOLDERS = ("loop.folder", "model.start:", "tokenizer:", "qlip:", "data.codes:")
 FREE_PREFIXES = ("loop.micro_batch_size", "engine.", *FREE_FOLDERS)

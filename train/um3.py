@@ -7,17 +7,16 @@ Legend: B rows of this rank, T tokens of a row, D width, V entries, K pairs of t
 """
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from data_mix.account import MixAccount
 from data_mix.mix import RowBatch, open_rows
+from data_mix.packing import micro_batches
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.shards import open_code_sources
@@ -26,16 +25,19 @@ from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.config import UM3Config, UM3LossConfig
 from train.engine import autocast, build_engine, split_batch, step_engine
+from train.guard import ForgettingGuard
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
 from train.start import Start
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
+from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
 from um3.ids import IdSpace
-from um3.loss import SplitLoss, split_softmax_loss
+from um3.loss import LossMode, SplitLoss, split_softmax_loss
 from um3.model import save_model
 from um3.rows import document_positions
 from um3.shared_bits import SharedBits
+from um3.text_tokenizer import vocabulary_digest
 
 TOKENIZER_DOCUMENTS = 2000
 TOKENIZER_CAPTIONS = 5000
@@ -66,7 +68,10 @@ class UM3Objective(nn.Module):
         self.model, self.ids, self.loss, self.bits, self.packed = model, ids, loss, bits, packed
         self.joins_rows = "flash" in (model.config._attn_implementation or "")
 
-    def forward(self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor) -> SplitLoss:
+    def forward(
+        self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor, mode: LossMode | None = None
+    ) -> SplitLoss:
+        """`mode`: other than the loss's own."""
         # Rows are padded on the right, so causal attention alone keeps padding out of every real position.
         embeddings_BTD = self.model.get_input_embeddings()(input_ids_BT[:, :-1])
         head_VD = self.model.lm_head.weight
@@ -80,7 +85,7 @@ class UM3Objective(nn.Module):
             target_ids_BT=input_ids_BT[:, 1:],
             supervised_BT=target_mask_BT[:, 1:],
             text_vocab_size=self.ids.text_vocab_size,
-            mode=self.loss.mode,
+            mode=mode or self.loss.mode,
             z_loss=self.loss.z_loss,
             chunk_tokens=self.loss.chunk_tokens,
         )
@@ -101,19 +106,6 @@ class UM3Objective(nn.Module):
             positions_BT, inputs_BTD = positions_BT.reshape(1, -1), inputs_BTD.reshape(1, -1, inputs_BTD.shape[-1])
         outputs = self.model.model(inputs_embeds=inputs_BTD, position_ids=positions_BT, use_cache=False)
         return outputs.last_hidden_state.view_as(embeddings_BTD)
-
-
-def micro_batches(batch: RowBatch, *, parts: int, pad_id: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`input_ids_BT` and `target_mask_BT` of the rows in `parts` equal parts, or as equal as packed rows divide.
-
-    DeepSpeed counts the parts, which every rank and step has alike, and never what is in them. None is empty: where
-    there are fewer rows than parts, rows of padding without a target make them up.
-    """
-    input_ids_BT, target_mask_BT = batch.input_ids_BT, batch.target_mask_BT
-    if (missing := parts - len(input_ids_BT)) > 0:
-        input_ids_BT = F.pad(input_ids_BT, (0, 0, 0, missing), value=pad_id)
-        target_mask_BT = F.pad(target_mask_BT, (0, 0, 0, missing))
-    return zip(input_ids_BT.tensor_split(parts), target_mask_BT.tensor_split(parts), strict=True)
 
 
 class UM3Task:
@@ -146,6 +138,11 @@ class UM3Task:
         bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.shared_bits else None
         packed = config.data.packing == "documents"
         self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits, packed=packed)
+        self.guard = (
+            ForgettingGuard(config, ids=self.ids, text_tokenizer=self.text_tokenizer)
+            if config.guard.every_steps
+            else None
+        )
         self.account = MixAccount(self.rows.keys)
         self.truncated_captions = 0
 
@@ -178,6 +175,8 @@ class UM3Task:
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
+        if self.guard is not None:
+            self.guard.begin(self.engine)
         batch = self.batches.batch(step)
         factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
@@ -189,7 +188,10 @@ class UM3Task:
         # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is a sum over its global count.
         scales_2 = weights_2 * world_size() * self.accumulation / counts_2.clamp(min=1)
         sums_4 = torch.zeros(4, device=device())
-        for input_ids_BT, target_mask_BT in micro_batches(batch, parts=self.accumulation, pad_id=self.ids.pad_id):
+        ids_and_masks = micro_batches(
+            batch.input_ids_BT, batch.target_mask_BT, parts=self.accumulation, pad_id=self.ids.pad_id
+        )
+        for input_ids_BT, target_mask_BT in ids_and_masks:
             with autocast(config.engine):
                 loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
             parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
@@ -202,6 +204,7 @@ class UM3Task:
         return (
             values
             | self._mix_report(batch, step=step)
+            | self._watch(step + 1)
             | {
                 "optim/lr": config.optimizer.lr * factor,
                 "optim/grad_norm": norm,
@@ -235,15 +238,35 @@ class UM3Task:
             "data/shards_set_aside": float(set_aside),
         }
 
+    def _watch(self, done: int) -> dict[str, float]:
+        """The guard's measurement after `done` steps, where one is due; what it asks for is done."""
+        if self.guard is None or not self.guard.is_due(done):
+            return {}
+        values = self.guard.check(self.engine, step=done)
+        restart = done + 1  # the batch of step `done` is under way already
+        if self.guard.wants_more_text(values) and restart < self.config.loop.total_steps:
+            self.rows.schedule.restart(restart)
+            values["guard/restart"] = float(restart)
+        return values
+
     def state(self, step: int) -> dict[str, Any]:
         counted = {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
-        return self.rows.state(step) | counted | {"fingerprint": self.fingerprint}
+        guard = {"guard_start": self.guard.start_loss} if self.guard is not None else {}
+        made_with = {"fingerprint": self.fingerprint, "vocabulary": vocabulary_digest(self.text_tokenizer)}
+        return self.rows.state(step) | counted | guard | made_with
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data, and go on counting from one that fits."""
+        if state.get("vocabulary") not in (None, ours := vocabulary_digest(self.text_tokenizer)):
+            raise UserError(
+                f"the checkpoint of step {state['step']} was trained with text vocabulary {state['vocabulary']}, now "
+                f"it is {ours}; bring back the tokenizer, or the texts that made it, or use another RUN="
+            )
         self.rows.check_state(state)
         self.account.load(state.get("seen", {}))
         self.truncated_captions = state.get("truncated_captions", 0)
+        if self.guard is not None:
+            self.guard.start_loss = state["guard_start"]
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()

@@ -5,6 +5,7 @@ The convention, the same in training, captioning and generation: a tokenizer nev
 white space collapsed and starts without a leading space.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def make_id_space(tokenizer: PreTrainedTokenizerBase, *, slots: int, bits_per_sl
         begin_of_image_id=vocabulary[BEGIN_OF_IMAGE],
         end_of_image_id=vocabulary[END_OF_IMAGE],
     )
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names a vocabulary by its entries and their ids."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

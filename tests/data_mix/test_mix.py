@@ -18,10 +18,11 @@ from data_mix.samples import BadSample
 from data_mix.schedule import TASKS, MixConfig, Schedule
 from data_mix.shards import CodeShards, ShardHeader, open_code_sources, shard_path, write_shard
 from data_mix.text import ListedDocuments, TextSourceConfig, open_text_source
-from data_mix.token_stream import TokenStream
+from data_mix.token_stream import TokenStream, scattered_rows
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.files import read_json
+from um3.rows import Row
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
 
 NUM_PATCHES, BITS, ROW_TOKENS = 4, 12, 24
@@ -285,6 +286,28 @@ def test_text_rows_read_the_whole_corpus_once_an_epoch(tmp_path: Path) -> None:
         assert torch.equal(row.targets, row.input_ids != IDS.bos_id)
     with pytest.raises(IndexError):
         stream[len(stream)]
+
+
+def test_scattered_rows_are_pieces_of_different_documents() -> None:
+    documents = [*(f"{word} " * 50 for word in ("one", "two", "three")), "", "short"]
+
+    def rows_with(seed: int) -> list[Row]:
+        source = ListedDocuments("t", documents)
+        return scattered_rows(source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, row_tokens=12, seed=seed)
+
+    rows = rows_with(0)
+    texts = [str(TOKENIZER.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
+    found = [next(word for word in ("one", "two", "three", "short") if word in text) for text in texts]
+    assert len(rows) == 7 and set(found) == {"one", "two", "three", "short"} and found[4:] == found[:3]
+    for row in rows:
+        assert row.input_ids[0] == IDS.bos_id and len(row.input_ids) <= 12
+        assert torch.equal(row.targets, torch.arange(len(row.targets)) > 0)
+    again, other = rows_with(0), rows_with(1)
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again, strict=True))
+    assert not all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, other, strict=True))
+    with pytest.raises(UserError, match="'blank' holds no text"):
+        blank = ListedDocuments("blank", ["", " "])
+        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, row_tokens=8, seed=0)
 
 
 def test_text_of_a_file_that_vanishes_is_left_out_and_named(

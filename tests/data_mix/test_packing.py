@@ -16,13 +16,13 @@ from transformers import (
 
 from data_mix.config import DataConfig
 from data_mix.mix import RowBatch, UM3Rows
-from data_mix.packing import first_fit, lay_out
+from data_mix.packing import first_fit, lay_out, micro_batches
 from data_mix.schedule import MixConfig
 from data_mix.shards import ShardHeader, open_code_sources, shard_path, write_shard
 from data_mix.text import ListedDocuments
 from data_mix.token_stream import TokenStream
 from train.config import UM3LossConfig
-from train.um3 import UM3Objective, micro_batches
+from train.um3 import UM3Objective
 from um3.core.errors import UserError
 from um3.rows import Row
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
@@ -150,7 +150,9 @@ def test_losses_and_gradients_of_packed_and_unpacked_batches_agree(parts: int, c
         objective = UM3Objective(model, ids=IDS, loss=UM3LossConfig(), packed=packing == "documents")
         batch = rows_of(codes, tmp_path, packing=packing, text=0).batch(1)
         total = torch.zeros(2)
-        for ids_BT, targets_BT in micro_batches(batch, parts=parts, pad_id=IDS.pad_id):
+        for ids_BT, targets_BT in micro_batches(
+            batch.input_ids_BT, batch.target_mask_BT, parts=parts, pad_id=IDS.pad_id
+        ):
             assert len(ids_BT)
             loss = objective(ids_BT, targets_BT)
             (loss.text_sum + loss.visual_sum).backward()
@@ -165,7 +167,7 @@ def test_parts_are_equal_or_nearly_and_never_empty(codes: Path, tmp_path: Path) 
     batch = rows_of(codes, tmp_path, packing="documents").batch(0)
     rows = len(batch.input_ids_BT)
     for parts in (1, 4, rows, 24):
-        pieces = list(micro_batches(batch, parts=parts, pad_id=IDS.pad_id))
+        pieces = list(micro_batches(batch.input_ids_BT, batch.target_mask_BT, parts=parts, pad_id=IDS.pad_id))
         sizes = [len(ids_BT) for ids_BT, _ in pieces]
         assert len(pieces) == parts and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
         joined = torch.cat([ids_BT for ids_BT, _ in pieces])

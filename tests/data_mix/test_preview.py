@@ -1,5 +1,6 @@
 """The picture of the data mix: drawn, with the dots where the borders are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def test_half_a_run_shows_half_the_dots(tmp_path: Path) -> None:
         places = (drawn(tmp_path / "run.png")[60:400, 120:940, :3].sum(2) < 30).any(0)
         black.append(int(np.flatnonzero(places).max()))
     assert black[0] < 450 < 780 < black[1]
+
+
+def test_the_mix_of_a_run_that_went_back_to_its_start(tmp_path: Path) -> None:
+    config = CONFIGS / "demo/um3.yaml"
+    rows = run_of(Schedule(MixConfig(calm_down_steps=60)), steps=100)
+    for name, more in (("straight", {}), ("back", {"guard/restart": 50.0})):
+        lines = [json.dumps(row | (more if row["step"] == 40 else {})) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        options = ["--config", str(config), "--out", str(tmp_path / f"{name}.png")]
+        main([*options, "--metrics", str(tmp_path / f"{name}.jsonl"), "loop.total_steps=100", "data.codes=absent"])
+    straight, back = (drawn(tmp_path / f"{name}.png")[60:400, 120:940] for name in ("straight", "back"))
+    assert np.array_equal(straight[:, :350], back[:, :350]) and not np.array_equal(straight[:, 400:], back[:, 400:])
 
 
 def test_a_run_without_counts_and_one_step_are_no_trouble(tmp_path: Path) -> None:

@@ -84,3 +84,19 @@ def test_config_reads_the_ratios() -> None:
     config = load_config(MixConfig, overrides=["start=[8,1,1]", "mode=weight"])
     assert config.start == [8, 1, 1]
     assert config.mode == "weight"
+
+
+def test_a_restart_begins_the_calm_down_anew_and_counts_stay_exact() -> None:
+    config = MixConfig(start=[60, 1, 3], end=[12, 1, 3], calm_down_steps=40)
+    plain, restarted = Schedule(config), Schedule(config)
+    before = [restarted.counts(step, batch_size=32) for step in range(50)]
+    restarted.restart(50)
+    restarted.restart(60)
+    whole = Schedule(config, restarts=[50, 60])
+    assert before == [plain.counts(step, batch_size=32) for step in range(50)]
+    for step in range(150):
+        since = step - (60 if step >= 60 else 50 if step >= 50 else 0)
+        assert restarted.proportions(step) == plain.proportions(since)
+        assert restarted.counts(step, batch_size=32) == whole.counts(step, batch_size=32)
+        had, due = (restarted.counts_before(step, batch_size=32), restarted.due(step, batch_size=32))
+        assert all(abs(had[task] - due[task]) < 1 for task in TASKS)

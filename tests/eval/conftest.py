@@ -98,6 +98,8 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
             row |= {"train/mse": loss / 9, "train/infonce": loss} if phase != "um3" else {}
             row |= {"train/loss_text": loss, "train/loss_visual": loss + 1} if phase == "um3" else {}
             row |= {"data/rows_text": 6, "data/rows_i2t": 1, "data/rows_t2i": 3} if phase == "um3" else {}
+            row |= {"guard/text_loss": loss, "guard/start": 1.5} if phase == "um3" and row["step"] % 10 == 9 else {}
+            row |= {"guard/restart": 31} if row["step"] == 29 else {}
         (run / phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
         done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}

@@ -77,6 +77,7 @@ def test_the_page_is_one_file_with_everything_in_it(reported):
     for score in read_scores(reported / "eval" / "captions.json"):
         if score.value is not None:
             assert score.shown() in page.text
+    assert "held-out text, nats per token" in page.text and "back to the mix's start" in page.text
     assert "8.6" in page.text and "stage 1: reconstruct and align" in page.text
     assert "Not measured" in page.text, "language was not evaluated and the page must say so"
 
@@ -104,7 +105,7 @@ def test_report_json_is_flat_and_complete(reported):
 
 
 def test_every_figure_is_a_picture_of_some_size(reported):
-    names = {"hero", "hero_dark", "drawings", "captions", "reconstructions", "bits", "losses", "mix"}
+    names = {"hero", "hero_dark", "drawings", "captions", "reconstructions", "bits", "losses", "mix", "forgetting"}
     assert {path.stem for path in (reported / "figures").glob("*.png")} == names
     for name in names:
         picture = np.asarray(Image.open(reported / "figures" / f"{name}.png").convert("RGB"))

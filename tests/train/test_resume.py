@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["vocabulary.text_entries=300"], "the checkpoint of step 2 was trained on other data"),
+        (["vocabulary.text_entries=300"], "the checkpoint of step 2 was trained with text vocabulary"),
         (
             ["vocabulary.slots=3", "vocabulary.bits_per_slot=4"],
             r"step-00000002 holds '\S+' \(448, 32\), this model has \(368, 32\)",

@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.ablation import main
 from tests.train.conftest import ROOT, TINY, environment, losses
 from um3.core.errors import UserError
 from um3.core.images import read_image
+from um3.model import load_model
 
 TABLE = """
 title: Two softmaxes
@@ -18,6 +20,7 @@ curves: {train/loss_visual: visual loss}
 rows:
   - {name: split, um3: []}
   - {name: joint, um3: [loss.mode=joint]}
+  - {name: from text, after: split, um3: ["model.base={text}", optimizer.lr=1e-9, loop.total_steps=1]}
 """
 EVAL = """
 num_threads: 1
@@ -43,6 +46,12 @@ def test_a_um3_learns_the_codes_of_the_base_run(
         losses(tmp_path / "run" / name / "um3") for name in ("split/seed-0", "split/seed-1", "joint/seed-0")
     )
     assert first != second and first != joint and len(first) == 4
+    for seed in range(2):
+        before, after = (load_model(tmp_path / f"run/{name}/seed-{seed}/um3/model") for name in ("split", "from-text"))
+        text_rows, rows = (each.model.model.embed_tokens.weight for each in (before, after))
+        num_text = before.ids.text_vocab_size
+        torch.testing.assert_close(rows[:num_text], text_rows[:num_text])
+        assert after.ids == before.ids and not torch.allclose(rows[num_text:], text_rows[num_text:], atol=1e-3)
     assert (tmp_path / "run/table.md").read_text().splitlines()[4].count("±") == 2
     assert read_image(tmp_path / "run/curves.png").width > 1000
     with pytest.raises(UserError, match="row 'split' stopped with exit code 2 in um3"):
