@@ -364,8 +364,8 @@ def forgetting(run: RunData) -> "Figure | None":
     axes.plot(steps, values, color=CURVE_COLOURS[0], linewidth=1.6, label="while it trains")
     axes.fill_between(steps, start, values, where=np.array(values) > start, color=WRONG, alpha=0.15, linewidth=0)
     for number, row in enumerate(row for row in rows if "guard/restart" in row):
-        label = {"label": "back to the mix's start"} if number == 0 else {}
-        axes.axvline(row["guard/restart"], color=CURVE_COLOURS[1], linewidth=1, **label)
+        label = "back to the mix's start" if number == 0 else None
+        axes.axvline(row["guard/restart"], color=CURVE_COLOURS[1], linewidth=1, label=label)
     _style(axes, title="held-out text, nats per token")
     axes.set_xlim(0, steps[-1])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, labelcolor=INK)

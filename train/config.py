@@ -62,6 +62,8 @@ class EngineConfig:
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     compile: bool = False
     """Compile each layer with torch.compile (ZeRO 0-2); the first steps take minutes."""
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    """UM3's attention. Over packed rows SDPA has a mask; flash attention (a GPU and flash-attn) needs none."""
     fused_kernels: Literal["auto", "off"] = "auto"
     """On a GPU: torch's fused AdamW, and Liger's kernels in the language model where liger-kernel is installed."""
     bucket_elements: int = 500_000_000

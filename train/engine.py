@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from train.optim import build_optimizer
 from um3.core.distributed import prepare_environment, world_size
 from um3.core.errors import UserError
 from um3.core.log import setup_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +103,23 @@ def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
             raise UserError("engine.offload_optimizer is for AdamW under ZeRO 1 to 3; change one of them")
         if not torch.cuda.is_available():
             raise UserError("engine.offload_optimizer frees a GPU's memory, and there is no GPU here; leave it off")
+
+
+def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
+    """Have the language model's layers use the config's attention.
+
+    Raises:
+        UserError: it is not installed, or needs a GPU or bf16 products.
+    """
+    if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "float32"):
+        raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16 products; set engine.attention=sdpa")
+    try:
+        model.set_attn_implementation(engine.attention)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"engine.attention={engine.attention}: {reason}; install it, or set engine.attention=sdpa"
+        ) from None
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from data_mix.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.config import UM3Config, UM3LossConfig
-from train.engine import autocast, build_engine, split_batch, step_engine
+from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
 from train.guard import ForgettingGuard
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
@@ -95,8 +95,8 @@ class UM3Objective(nn.Module):
 
         Packed, the positions alone tell the documents apart: without an attention mask transformers takes each
         restart for a document. SDPA gets one mask of (B, T, T) booleans for all layers, and none where every row is
-        one document; flex attention a block mask; flash attention the documents' lengths, but from a batch of one row
-        only, so its rows are joined to one (each begins at position 0).
+        one document; flash attention gets the documents' lengths, but from a batch of one row only, so its rows are
+        joined to one (each begins at position 0).
         """
         if not self.packed:
             return self.model.model(inputs_embeds=embeddings_BTD, use_cache=False).last_hidden_state
@@ -133,6 +133,7 @@ class UM3Task:
         self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.total_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
+        set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.shared_bits else None

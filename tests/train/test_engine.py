@@ -50,6 +50,13 @@ def test_offloading_without_a_gpu_is_one_line(made: Path, tmp_path: Path, monkey
         run_here(monkeypatch, arguments("um3", made, *options))
 
 
+@no_gpu
+def test_flash_attention_without_a_gpu_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [f"loop.folder={tmp_path}/um3", "engine.attention=flash_attention_2", "data.packing=documents"]
+    with pytest.raises(UserError, match=r"needs a GPU and bf16 products; set engine\.attention=sdpa"):
+        run_here(monkeypatch, arguments("um3", made, *options))
+
+
 def test_precision_by_itself_is_the_machines() -> None:
     assert precision_of(EngineConfig()) == ("autocast" if torch.cuda.is_available() else "float32")
     assert precision_of(EngineConfig(precision="bf16")) == "bf16"
