@@ -24,7 +24,7 @@ from data_mix.order import SampleOrder
 from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
 from data_mix.text import TextSource
-from um3.core.distributed import barrier, is_main
+from um3.core.distributed import is_main, wait_for_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, read_json, write_json
 from um3.core.progress import Progress
@@ -68,7 +68,7 @@ class TokenStream:
         path = Path(cache) / f"text-{documents.name}-{_key(origin, len(documents), tokenizer=tokenizer, ids=ids)}.bin"
         if is_main() and not path.exists():
             _write_stream(path, documents, tokenizer=tokenizer, ids=ids)
-        barrier()
+        wait_for_main()
         if not path.exists():
             raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
         left_out = path.with_suffix(".json")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_mix.token_stream import TokenStream
 from train.config import UM3Config
 from um3.config import is_um3
-from um3.core.distributed import barrier, device, is_main
+from um3.core.distributed import device, is_main, wait_for_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
 from um3.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
@@ -88,7 +88,7 @@ class Start:
             base.to("cpu")  # type: ignore[arg-type]
             with atomic_file(path) as partial:
                 save_file({name: gain.cpu() for name, gain in gains.items()}, partial)
-        barrier()
+        wait_for_main()
         if not path.exists():
             raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
         return load_file(path)

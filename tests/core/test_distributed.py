@@ -3,13 +3,25 @@
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.processes import ROOT, run_on_ranks
-from um3.core.distributed import any_rank, barrier, gather_with_gradient, is_main, rank, sum_over_ranks, world_size
+from um3.core.distributed import (
+    any_rank,
+    barrier,
+    gather_with_gradient,
+    is_main,
+    rank,
+    sum_over_ranks,
+    wait_for_main,
+    world_size,
+)
 
 
 def collectives() -> dict[str, Any]:
@@ -46,6 +58,31 @@ def test_two_processes(tmp_path: Path) -> None:
     assert first.pop("values") == [1.0, 10.0] and second.pop("values") == [2.0, 20.0]
     expected = {"total": [3.0, 30.0], "has_gradient": False, "gathered": [[0.0, 0.0], [1.0, 1.0]]}
     assert first == second == expected | {"flags": [False, True, True]}
+
+
+def a_slow_first_rank() -> list[str]:
+    """Who gives up waiting for a first rank that is busy for longer than collectives may wait."""
+    rendezvous = Path(os.environ["RENDEZVOUS"])
+    gave_up = []
+    for wait in (wait_for_main, barrier):
+        torch.distributed.destroy_process_group()
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}-{wait.__name__}", rank=int(os.environ["RANK"]),
+            world_size=2, timeout=timedelta(seconds=2),
+        )  # fmt: skip
+        if is_main():
+            time.sleep(4)
+        try:
+            wait()
+        except RuntimeError:
+            gave_up.append(wait.__name__)
+    return gave_up
+
+
+def test_others_wait_for_what_the_first_rank_does_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RENDEZVOUS", str(tmp_path / "own"))
+    _, second = run_on_ranks(a_slow_first_rank, folder=tmp_path)
+    assert second == ["barrier"]
 
 
 def fresh(program: str, **environment: str) -> str:

@@ -6,6 +6,7 @@ torch is imported where it is needed: who only asks for the rank should not wait
 import os
 import socket
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1 and (group := _process_group()):
         group.barrier()
+
+
+def wait_for_main(*, hours: float = 72) -> None:
+    """Wait for the first rank where it does alone what may take hours; in a barrier the others would give up on it."""
+    if world_size() > 1 and (group := _process_group()):
+        patient = group.new_group(backend="gloo", timeout=timedelta(hours=hours))
+        group.barrier(group=patient)
+        group.destroy_process_group(patient)
 
 
 def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
