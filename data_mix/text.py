@@ -1,11 +1,10 @@
 """Text sources: documents by index, from the embedded prose, files of your own, or the hub."""
 
-import contextlib
-import functools
 import io
 import json
 import logging
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_mix.adapters import TEXT_ADAPTERS, adapted
+from data_mix.index import Listing, open_index
 from data_mix.python_docs import packed, python_documents
-from data_mix.samples import BadSample, Split
+from data_mix.samples import Split
 from data_mix.set_aside import SetAside
 from data_mix.splits import check_val_fraction, choose_rows
 from data_mix.tables import TablePart, find_files, looks_like_hub, open_hub, open_parquet, parquet_schema, short_names
@@ -25,6 +25,7 @@ from um3.core.errors import UserError
 logger = logging.getLogger(__name__)
 
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")
+PLACES = pa.schema({"file": pa.int32(), "offset": pa.int64()})
 PASSAGE_CHARS = 4000  # a plain text file becomes documents of about this length, cut between paragraphs
 
 TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
@@ -185,37 +186,38 @@ class JsonlDocuments:
         self.set_aside = SetAside(config.name)
         self._unpacked: tuple[int, dict[int, bytes]] = (-1, {})  # file, lines by byte offset
         names = short_names(self._files, config.path)
-        places: list[tuple[int, int]] = []  # file, byte offset
-        num_blank = 0
-        for number, file in enumerate(self._files):
-            with contextlib.suppress(BadSample):
-                found, blank = self.set_aside.read(file, functools.partial(self._find, number))
-                places += found
-                num_blank += blank
+        table = open_index(
+            self._files,
+            kind=f"jsonl-{config.field}",
+            schema=PLACES,
+            listing=self._listing,
+            set_aside=self.set_aside,
+        )
         if len(self.set_aside.reasons) == len(self._files):
             raise UserError(f"source '{config.name}': {next(iter(self.set_aside.reasons.values()))}")
-        if num_blank:
+        places_N2 = np.column_stack([table.column(name).to_numpy() for name in PLACES.names])
+        num_documents = len(places_N2)
+        places_N2 = places_N2[places_N2[:, 1] >= 0]
+        if num_blank := num_documents - len(places_N2):
             logger.warning("source '%s': %d blank documents left out", config.name, num_blank)
-        places_N2 = np.array(places, dtype=np.int64).reshape(-1, 2)
         rows = choose_rows(
-            num_rows=len(places),
+            num_rows=len(places_N2),
             labels=None,
-            key_of=lambda row: f"{names[places[row][0]]}#{places[row][1]}",
+            key_of=lambda row: f"{names[places_N2[row, 0]]}#{places_N2[row, 1]}",
             split=split,
             val_fraction=config.val_fraction,
             where=f"source '{config.name}' ({config.path})",
         )
         self._places_N2 = places_N2[rows]
 
-    def _find(self, number: int) -> tuple[list[tuple[int, int]], int]:
-        """Where the documents of a file lie, and how many blank ones are between them."""
-        places, num_blank, file = [], 0, self._files[number]
+    def _listing(self, number: int, file: Path) -> Listing:
+        """Byte offsets of the file's documents, -1 of a blank one."""
+        offsets = array("q")
         for line_number, (offset, line) in enumerate(_lines(file), start=1):
-            if self._text(line, where=f"source '{self.name}': {file}:{line_number}").strip():
-                places.append((number, offset))
-            else:
-                num_blank += 1
-        return places, num_blank
+            text = self._text(line, where=f"source '{self.name}': {file}:{line_number}")
+            offsets.append(offset if text.strip() else -1)
+        columns = [pa.array([number] * len(offsets), pa.int32()), pa.array(np.frombuffer(offsets, dtype=np.int64))]
+        return Listing(pa.Table.from_arrays(columns, schema=PLACES), whole=True)
 
     def _line(self, number: int, offset: int) -> bytes:
         file = self._files[number]

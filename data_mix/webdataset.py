@@ -1,18 +1,21 @@
 """WebDataset shards: tar files in which an image and its caption lie side by side under one stem.
 
-The members are listed once when the source is opened; a sample is then read at its offset. Nothing is ever
-extracted, so a member called ../x or a link is just a name. A shard that cannot be read, then or later, is tried again
-and set aside: later its samples raise BadSample, and whoever reads replaces and counts them.
+The members are listed when the source is opened (`data_mix.index`); a sample is then read at its offset. Nothing is
+ever extracted, so a member called ../x or a link is just a name. A shard that cannot be read, then or later, is tried
+again and set aside: later its samples raise BadSample, and whoever reads replaces and counts them.
 """
 
-import contextlib
 import functools
 import json
 import logging
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+from data_mix.index import Listing, open_index
 from data_mix.own_images import OwnImages, caption_field
 from data_mix.samples import BadSample, Split
 from data_mix.set_aside import DamagedFile
@@ -36,13 +39,29 @@ class Member(NamedTuple):
 
 
 class TarSample(NamedTuple):
-    """One image of a shard with the place of its caption, of which `json` tells the format."""
+    """One image of a shard with the place of its caption, None where it has none; `is_json` tells its format."""
 
     shard: int
-    stem: str
-    image: Member
-    caption: Member | None
+    stem: bytes
+    image_offset: int
+    image_size: int
+    caption_offset: int | None
+    caption_size: int | None
     is_json: bool
+
+
+SCHEMA = pa.schema(
+    {
+        "shard": pa.int32(),
+        "stem": pa.large_binary(),
+        "image_offset": pa.int64(),
+        "image_size": pa.int64(),
+        "caption_offset": pa.int64(),
+        "caption_size": pa.int64(),
+        "is_json": pa.bool_(),
+    }
+)
+"""Of a table of TarSamples."""
 
 
 class WebDatasetImages(OwnImages):
@@ -68,45 +87,50 @@ class WebDatasetImages(OwnImages):
         where, self._caption_column = f"source '{name}' ({path})", caption_column
         self._shards = find_files(path, suffix=".tar", source=name)
         self._names = short_names(self._shards, path)
-        samples: list[TarSample] = []
-        for number, shard in enumerate(self._shards):
-            with contextlib.suppress(BadSample):
-                samples += self.set_aside.read(
-                    shard,
-                    functools.partial(_samples_of, shard, number=number, where=where, column=caption_column),
-                )
-        if not samples and self.set_aside.reasons:
+        self._table = open_index(
+            self._shards,
+            kind=f"webdataset-{caption_column or 'any'}",
+            schema=SCHEMA,
+            listing=functools.partial(_listing, where=where, column=caption_column),
+            set_aside=self.set_aside,
+        )
+        if not len(self._table) and self.set_aside.reasons:
             raise UserError(next(iter(self.set_aside.reasons.values())))
-        if not samples:
+        if not len(self._table):
             wanted = "/".join(IMAGE_EXTENSIONS)
             raise UserError(f"{where}: no image ({wanted}) in {len(self._shards)} tar files; is it WebDataset?")
-        rows = choose_rows(
-            num_rows=len(samples),
+        self._rows = choose_rows(
+            num_rows=len(self._table),
             labels=None,
-            key_of=lambda row: self._name_of(samples[row]),
+            key_of=self._name_of,
             split=split,
             val_fraction=val_fraction,
             where=where,
         )
-        self._samples = [samples[row] for row in rows]
 
-    def _name_of(self, sample: TarSample) -> str:
-        return f"{self._names[sample.shard]}#{sample.stem}"
+    def _name_of(self, row: int) -> str:
+        shard, stem = (self._table.column(name)[row].as_py() for name in ("shard", "stem"))
+        return f"{self._names[shard]}#{stem.decode('utf-8', 'surrogateescape')}"
+
+    def _sample(self, index: int) -> TarSample:
+        return TarSample(**self._table.slice(int(self._rows[index]), 1).to_pylist()[0])
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._rows)
 
     def _key(self, index: int) -> str:
-        return self._name_of(self._samples[index])
+        return self._name_of(int(self._rows[index]))
 
     def _image(self, index: int) -> bytes:
-        return self._read(index, self._samples[index].image, limit=MAX_IMAGE_BYTES)
+        sample = self._sample(index)
+        return self._read(index, sample.shard, Member(sample.image_offset, sample.image_size), limit=MAX_IMAGE_BYTES)
 
     def _captions(self, index: int) -> Any:
-        sample = self._samples[index]
-        if sample.caption is None:
+        sample = self._sample(index)
+        if sample.caption_offset is None or sample.caption_size is None:
             raise BadSample("no caption", detail=self._key(index))
-        data = self._read(index, sample.caption, limit=MAX_CAPTION_BYTES)
+        place = Member(sample.caption_offset, sample.caption_size)
+        data = self._read(index, sample.shard, place, limit=MAX_CAPTION_BYTES)
         try:
             if not sample.is_json:
                 return data.decode("utf-8-sig").splitlines()
@@ -115,10 +139,10 @@ class WebDatasetImages(OwnImages):
         except (ValueError, RecursionError) as error:  # also what is not UTF-8
             raise BadSample("unreadable caption", detail=f"{self._key(index)}: {error}") from None
 
-    def _read(self, index: int, member: Member, *, limit: int) -> bytes:
+    def _read(self, index: int, shard_number: int, member: Member, *, limit: int) -> bytes:
         if member.size > limit:
             raise BadSample("too large", detail=f"{self._key(index)}: {member.size:,} bytes, {limit:,} allowed")
-        shard = self._shards[self._samples[index].shard]
+        shard = self._shards[shard_number]
         data = self.set_aside.read(shard, functools.partial(_bytes_at, shard, member=member))
         if len(data) < member.size:
             raise BadSample("truncated", detail=self._key(index))
@@ -131,9 +155,10 @@ def _bytes_at(shard: Path, *, member: Member) -> bytes:
         return file.read(member.size)
 
 
-def _samples_of(shard: Path, *, number: int, where: str, column: str) -> list[TarSample]:
+def _listing(number: int, shard: Path, *, where: str, column: str) -> Listing:
     """The samples of one shard in the order of their images."""
     found: dict[str, dict[str, Member]] = {}
+    damage = ""
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -146,24 +171,32 @@ def _samples_of(shard: Path, *, number: int, where: str, column: str) -> list[Ta
         if not found:
             reason = f"'{shard}' is no uncompressed tar file ({error}); unpack .tar.gz first"
             raise DamagedFile(f"{where}: {reason}") from None
-        logger.warning("%s: '%s' is damaged (%s); only what lies before is used", where, shard, error)
-        return _complete(found, number=number, column=column)
-    if found and not _has_end_mark(shard):
-        # tarfile takes a file cut within a header for a complete one.
-        logger.warning("%s: '%s' is damaged (cut off); only what lies before is used", where, shard)
-    return _complete(found, number=number, column=column)
+        damage = str(error)
+    if found and not damage and not _has_end_mark(shard):
+        damage = "cut off"  # tarfile takes a file cut within a header for a complete one
+    if damage:
+        logger.warning("%s: '%s' is damaged (%s); only what lies before is used", where, shard, damage)
+    samples = [sample._asdict() for sample in _complete(found, number=number, column=column)]
+    return Listing(pa.Table.from_pylist(samples, schema=SCHEMA), whole=not damage)
 
 
-def _complete(found: dict[str, dict[str, Member]], *, number: int, column: str) -> list[TarSample]:
+def _complete(found: dict[str, dict[str, Member]], *, number: int, column: str) -> Iterator[TarSample]:
     """Members by stem and extension as samples; a stem without an image is none."""
     captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
-    samples = []
     for stem, members in found.items():
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if image is not None:
             extension = next((extension for extension in captions if extension in members), "")
-            samples.append(TarSample(number, stem, image, members.get(extension), is_json=extension == "json"))
-    return samples
+            caption = members.get(extension)
+            yield TarSample(
+                shard=number,
+                stem=stem.encode("utf-8", "surrogateescape"),  # a name in a tar may be any bytes
+                image_offset=image.offset,
+                image_size=image.size,
+                caption_offset=caption.offset if caption else None,
+                caption_size=caption.size if caption else None,
+                is_json=extension == "json",
+            )
 
 
 def _has_end_mark(shard: Path) -> bool:
