@@ -24,7 +24,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview plan bench-tokenizer bench-training bench-memory bench-loss survive lint types clean
+.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview plan bench-tokenizer bench-training bench-memory bench-loss bench-um3 survive lint types clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -112,6 +112,9 @@ bench-memory: $(READY) ## Memory of a step against the batch size, with and with
 
 bench-loss: $(READY) ## Time and memory of a step of UM3 against full-vocabulary logits and cross entropy
 	@$(PY) -m benchmarks.um3_loss $(ARGS)
+
+bench-um3: $(READY) ## A training step of UM3 against the same model in transformers' Trainer
+	@$(PY) -m benchmarks.um3_training --config $(CONFIGS) $(ARGS)
 
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.train.survive $(ARGS)
