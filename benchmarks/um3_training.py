@@ -237,9 +237,10 @@ def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) ->
         else measure_peak(precision=precision, processes=1, threads=config.loop.num_threads)
     )
     per_step = (_tokens(ours.rows[-1]) - _tokens(ours.rows[options.warmup - 1])) / options.steps
+    used = flops / seconds / peak.flops
     print(
         f"ours: {seconds:.3g} s a step of {config.loop.batch_size} samples, {per_step / seconds:,.0f} tokens/s; "
-        f"{ours.peak_kind} {ours.peak_gib:.2f} GiB; {flops / 1e12:.3g} TFLOP a step, {flops / seconds / peak.flops:.1%} of "
+        f"{ours.peak_kind} {ours.peak_gib:.2f} GiB; {flops / 1e12:.3g} TFLOP a step, {used:.1%} of "
         f"{peak.flops / 1e12:.3g} TFLOP/s ({peak.how}, {precision})"
     )
     print(
@@ -253,7 +254,7 @@ def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) ->
         "flops_per_step": flops,
         "peak_flops": peak.flops,
         "peak_how": peak.how,
-        "utilisation": flops / seconds / peak.flops,
+        "utilisation": used,
         "precision": precision,
         "shape": options.shape,
     }
