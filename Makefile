@@ -24,7 +24,7 @@ IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stage1 stage2 codes um3 um3-init um3-export eval report ablation balance sample mix-preview plan bench-tokenizer bench-training bench-memory bench-loss bench-um3 survive lint types clean
+.PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
