@@ -19,7 +19,7 @@ from eval.command import LeftOut
 from um3.core.errors import UserError
 from um3.core.images import SUFFIXES
 
-CAPTION_FIELDS = ("sentences_raw", "captions", "caption", "sentences", "answer", "text")
+CAPTION_FIELDS = ("sentences_raw", "captions", "caption", "sentences", "answer", "text", "prompt")
 NAME_FIELDS = ("file_name", "filename", "file")
 IMAGE_FIELDS = ("image", "jpg", "png")
 METADATA = "metadata.jsonl"
