@@ -60,10 +60,9 @@ class CocoCaptionsConfig:
             raise ValueError("set out=FILE.json for the result")
 
     def decoding(self) -> dict[str, Any]:
-        """Everything besides the model and the images that a caption depends on."""
+        """Everything besides model, image and seed that a caption depends on."""
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature}, top-p {self.top_p}"
-        seed = {} if self.temperature == 0 else {"caption_seed": self.seed}
-        return {"prompt": PROMPT, "style": STYLE, "decoding": how, "max_new_tokens": self.max_new_tokens, **seed}
+        return {"prompt": PROMPT, "style": STYLE, "decoding": how, "max_new_tokens": self.max_new_tokens}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,14 +85,14 @@ def coco_captions(config: CocoCaptionsConfig) -> None:
     images = read_references(
         config.references, images=config.images, split=config.split, limit=config.limit, left_out=left_out
     )
-    protocol: dict[str, Any] = {"data": Path(config.references).name, "split": config.split}
+    protocol: dict[str, Any] = {"split": config.split}
     if config.model:
-        protocol |= {"model_sha256": folder_sha256(config.model), **config.decoding()}
+        protocol, pins = protocol | config.decoding(), {"model_sha256": folder_sha256(config.model)}
         found = write_captions(config, images=images, left_out=left_out)
         if found is None:
             return None
     else:
-        protocol |= {"captions": f"supplied {image_name(Path(config.captions))}"}
+        protocol, pins = protocol | {"captions": "supplied"}, {"captions_sha256": image_name(Path(config.captions))}
         found = read_captions(config.captions, images=images, left_out=left_out)
     scored = [each for each in images if each.name in found]
     captions = [found[each.name] for each in scored]
@@ -111,7 +110,8 @@ def coco_captions(config: CocoCaptionsConfig) -> None:
         {"file": each.name, "caption": caption, "references": each.references}
         for each, caption in list(zip(scored, captions, strict=True))[:KEPT]
     ]
-    return write_result(config.out, rows, config=config, left_out=left_out, began=began, samples=samples)
+    common: dict[str, Any] = {"left_out": left_out, "began": began, "pins": pins}
+    return write_result(config.out, rows, config=config, samples=samples, **common)
 
 
 def write_captions(
@@ -121,7 +121,7 @@ def write_captions(
     return judgements(
         {each.name: each.image for each in images},
         stem=Path(config.out).with_suffix(".captions"),
-        made_by=judge_name(folder_sha256(config.model), config.decoding()),
+        made_by=judge_name(folder_sha256(config.model), config.decoding(), config.seed if config.temperature else 0),
         open_judge=lambda: _open_model(config),
         label="caption images",
         left_out=left_out,

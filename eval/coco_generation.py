@@ -8,6 +8,7 @@ a distance over random features stands in, under a name of its own.
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL.Image import Resampling
 
 from eval.command import LeftOut, folder_sha256, run_command, write_result
-from eval.drawn import MANIFEST, DrawnPrompt, read_manifest
-from eval.inception import Preprocessing
+from eval.config import Preprocessing
+from eval.drawn import MANIFEST, DrawnFolder, DrawnPrompt, has_manifest, read_drawn
 from eval.paper import UM3
-from eval.records import Judge, judge_name, judgements
+from eval.records import Judge, NoJudgeError, judge_name, judgements
 from eval.scores import Measurement, Score, texts_sha256
 from um3.core.distributed import is_main
 from um3.core.errors import UserError, run_main
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FID_ROWS: dict[str, str] = {"pytorch-fid": "fid", "clean-fid": "fid_clean", "torch-fidelity": "fid_tf1"}
 CLIP_BATCH = 64
+FIRST = 25  # images that say how large the drawn ones are
 RESAMPLING = {"lanczos": Resampling.LANCZOS, "bicubic": Resampling.BICUBIC}
 
 
@@ -78,28 +80,28 @@ def coco_generation(config: CocoGenerationConfig) -> None:
         UserError: no images, or a file or model that is not there.
     """
     began, left_out, folder = time.monotonic(), LeftOut(), Path(config.images)
-    protocol, prompts = listed(folder)
-    files = {file: folder / file for each in prompts for file in each.files}
-    of = Measurement("coco_generation", int(protocol.get("seed", 0)), protocol)
-    clip_rows = clip_scores(config, prompts=prompts, files=files, of=of)
+    drawn = listed(folder)
+    files = {file: folder / file for each in drawn.prompts for file in each.files}
+    of, pins = Measurement("coco_generation", drawn.seed, drawn.protocol), dict(drawn.pins)
+    clip_rows = clip_scores(config, prompts=drawn.prompts, files=files, of=of)
     if clip_rows is None or not is_main():
         return None
-    rows = fid_scores(config, files=files, left_out=left_out, of=of)
-    return write_result(config.out, rows + clip_rows, config=config, left_out=left_out, began=began)
+    rows = fid_scores(config, files=files, left_out=left_out, pins=pins, of=of) + clip_rows
+    return write_result(config.out, rows, config=config, left_out=left_out, began=began, pins=pins)
 
 
-def listed(folder: Path) -> tuple[dict[str, Any], list[DrawnPrompt]]:
-    """The protocol of the drawing and every image that should be there; those of a plain folder have no prompt.
+def listed(folder: Path) -> DrawnFolder:
+    """Every image that should be there; those of a plain folder have no prompt.
 
     Raises:
         UserError: no images in it, or several in one file.
     """
-    if (folder / MANIFEST).is_file():
-        protocol, prompts = read_manifest(folder)
-        if protocol.get("layout") == "grid":
-            raise UserError(f"{folder} has several images in a file; draw with layout=flat")
-        return protocol, prompts
-    return {}, [DrawnPrompt(file, "", [file], []) for file in images_in(folder)]
+    if not has_manifest(folder):
+        return DrawnFolder({}, {}, [DrawnPrompt(file, "", [file], []) for file in images_in(folder)])
+    drawn = read_drawn(folder)
+    if drawn.protocol.get("layout") == "grid":
+        raise UserError(f"{folder} has several images in a file; draw with layout=flat")
+    return drawn
 
 
 def images_in(folder: Path) -> dict[str, Path]:
@@ -127,15 +129,18 @@ def clip_scores(
         note = f"needs prompts; {config.images} has no {MANIFEST}"
         return [of.missing("clipscore", note=note, paper=UM3["clipscore"])]
     left_out, towers = LeftOut(), folder_sha256(config.clip)
-    values = judgements(
-        files,
-        stem=Path(config.out).with_suffix(".clip"),
-        made_by=judge_name(towers, config.clip_prefix, texts_sha256(list(texts.values()))),
-        open_judge=lambda: _open_clip(config, texts=texts),
-        label="compare images and prompts",
-        left_out=left_out,
-        batch_size=CLIP_BATCH,
-    )
+    try:
+        values = judgements(
+            files,
+            stem=Path(config.out).with_suffix(".clip"),
+            made_by=judge_name(towers, config.clip_prefix, texts_sha256(list(texts.values()))),
+            open_judge=lambda: _open_clip(config, texts=texts),
+            label="compare images and prompts",
+            left_out=left_out,
+            batch_size=CLIP_BATCH,
+        )
+    except NoJudgeError as error:
+        return [of.missing("clipscore", note=str(error), paper=UM3["clipscore"])]
     if values is None:
         return None
     if not values:
@@ -160,9 +165,10 @@ def _open_clip(config: CocoGenerationConfig, *, texts: Mapping[str, str]) -> Jud
 
 
 def fid_scores(
-    config: CocoGenerationConfig, *, files: Mapping[str, Path], left_out: LeftOut, of: Measurement
+    config: CocoGenerationConfig, *, files: Mapping[str, Path], left_out: LeftOut, pins: dict[str, Any], of: Measurement
 ) -> list[Score]:
-    """Frechet distances of the two sets over each network; a row that says why where there is none."""
+    """Frechet distances of the two sets over each network; a row that says why where there is none. The drawn images'
+    name joins `pins`."""
     from eval.features import inception_note, inception_path
     from eval.folder_moments import measure
 
@@ -184,7 +190,13 @@ def fid_scores(
         left_out=left_out,
     )
     reference = _reference(config, networks=networks, preparation=preparation, size=size, stem=stem)
-    of = of.with_protocol(preparation=preparation, **_named("drawn", drawn), **_named("reference", reference))
+    pins["drawn_sha256"] = drawn.about["images_sha256"]
+    of = of.with_protocol(
+        preparation=preparation,
+        drawn_images=drawn.about["images"],
+        reference_images=reference.about["images"],
+        reference_sha256=reference.about["images_sha256"],
+    )
     rows = [_distance(each, drawn=drawn, reference=reference, left_out=left_out, of=of) for each in networks]
     if inception_path(config.inception_weights) is None:
         note = inception_note(config.inception_weights)
@@ -193,15 +205,20 @@ def fid_scores(
 
 
 def drawn_side(files: Mapping[str, Path]) -> int:
-    """The shorter side of the first image that can be read.
+    """The commonest shorter side of the first images that can be read.
 
     Raises:
         UserError: none can.
     """
+    sides: Counter[int] = Counter()
     for path in files.values():
         with contextlib.suppress(ImageError):
-            return min(read_image(path).size)
-    raise UserError(f"none of the {len(files)} drawn images can be read; draw them again")
+            sides[min(read_image(path).size)] += 1
+        if sides.total() == FIRST:
+            break
+    if not sides:
+        raise UserError(f"none of the {len(files)} drawn images can be read; draw them again")
+    return sides.most_common(1)[0][0]
 
 
 def _networks(config: CocoGenerationConfig) -> "list[FeatureNetwork]":
@@ -245,10 +262,6 @@ def _reference(
     )
     print(f"statistics of the real images are in {file}: give it as reference= another time. {left_out.note()}".strip())
     return found
-
-
-def _named(kind: str, found: "FolderMoments") -> dict[str, Any]:
-    return {f"{kind}_images": found.about["images"], f"{kind}_sha256": found.about["images_sha256"]}
 
 
 def _distance(

@@ -90,9 +90,17 @@ def joined_ranks() -> Iterator[None]:
 
 
 def write_result(
-    path: str | Path, rows: Sequence[Score], *, config: Any, left_out: LeftOut, began: float, samples: Any = None
+    path: str | Path,
+    rows: Sequence[Score],
+    *,
+    config: Any,
+    left_out: LeftOut,
+    began: float,
+    pins: dict[str, Any],
+    samples: Any = None,
 ) -> None:
-    """Write the rows with all that they depend on, and print them. `began` is of `time.monotonic`."""
+    """Write the rows with all that they depend on, and print them. `began` is of `time.monotonic`; `pins` names what
+    was measured, which no protocol does: the protocols of two models are equal."""
     from um3.core.provenance import commit, machine, versions
 
     seconds = time.monotonic() - began
@@ -101,6 +109,7 @@ def write_result(
         rows,
         samples=samples,
         left_out=left_out.to_dict(),
+        pins=pins,
         seconds=round(seconds, 1),
         config=to_dict(config),
         commit=commit(),
@@ -115,6 +124,8 @@ def write_result(
             print(f"{row.key:<40}{row.shown():>10}  n={row.n}" + (f"  {row.note}" if row.note else ""))
     for note, keys in absent.items():
         print(f"without a value: {', '.join(keys)}: {note}")
+    if left_out.count:
+        print(left_out.note())
     print(f"{len(rows)} rows in {format_seconds(seconds)} -> {path}")
 
 

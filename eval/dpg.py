@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from eval.command import LeftOut, folder_sha256, run_command, write_result
 from eval.dpg_rules import LEVEL_1, Answered, Question, Result, evaluate, read_questions
-from eval.drawn import GRID_PLACES, MANIFEST, read_manifest
+from eval.drawn import GRID_PLACES, DrawnFolder, has_manifest, read_drawn
 from eval.paper import DPG_LLAMAGEN_QLIP
-from eval.records import Judge, image_name, judge_name, judgements, supplied
+from eval.records import Judge, NoJudgeError, image_name, judge_name, judgements, supplied
 from eval.scores import Measurement, Score, texts_sha256
+from um3.core.distributed import is_main
 from um3.core.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -76,33 +77,38 @@ def dpg(config: DPGConfig) -> None:
     began, left_out = time.monotonic(), LeftOut()
     if not Path(config.images).is_dir():
         raise UserError(f"no folder {config.images}; draw the images with layout=grid first")
-    protocol = read_manifest(config.images)[0] if (Path(config.images) / MANIFEST).is_file() else {}
-    of = Measurement("dpg", int(protocol.get("seed", 0)), protocol)
+    drawn = read_drawn(config.images) if has_manifest(config.images) else DrawnFolder({}, {}, [])
+    of, pins = Measurement("dpg", drawn.seed, drawn.protocol), dict(drawn.pins)
+    if config.answers:
+        pins["answers_sha256"] = image_name(Path(config.answers))
+    common: dict[str, Any] = {"config": config, "left_out": left_out, "began": began, "pins": pins}
     if not config.questions or not (config.vqa or config.answers):
-        note = NEEDS_JUDGE if config.questions else NEEDS_QUESTIONS
-        rows = [of.missing(name, note=note, unit="x100", paper=value) for name, value in DPG_LLAMAGEN_QLIP.items()]
-        return write_result(config.out, rows, config=config, left_out=left_out, began=began)
+        return write_result(config.out, holes(of, note=NEEDS_JUDGE if config.questions else NEEDS_QUESTIONS), **common)
     questions = read_questions(config.questions, official=config.official)
     of = of.with_protocol(
         questions_sha256=texts_sha256([each.text for asked in questions.values() for each in asked]),
         images_per_prompt=config.num_images,
         counting="official" if config.official else "all images, dependencies in categories too",
-        judge=f"supplied {image_name(Path(config.answers))}" if config.answers else _vqa_name(config),
+        judge="supplied answers" if config.answers else _vqa_name(config),
     )
-    answers = find_answers(config, questions=questions, left_out=left_out)
+    try:
+        answers = find_answers(config, questions=questions, left_out=left_out)
+    except NoJudgeError as error:
+        return write_result(config.out, holes(of, note=str(error)), **common) if is_main() else None
     if answers is None:
         return None
-    result = evaluate(
-        {item: Answered(questions[item], given) for item, given in answers.items()}, official=config.official
-    )
+    items = {item: Answered(questions[item], given) for item, given in answers.items()}
+    result = evaluate(items, official=config.official)
     for item in result.dropped:
         left_out.add("no answer to a question, or to one it depends on", item)
     rows = scores(result, num_prompts=len(questions), left_out=left_out, of=of)
-    samples = {
-        "prompts": result.by_prompt,
-        "categories": {k: statistics.fmean(v) for k, v in result.by_category.items()},
-    }
-    return write_result(config.out, rows, config=config, left_out=left_out, began=began, samples=samples)
+    categories = {name: statistics.fmean(values) for name, values in result.by_category.items()}
+    return write_result(config.out, rows, samples={"prompts": result.by_prompt, "categories": categories}, **common)
+
+
+def holes(of: Measurement, *, note: str) -> list[Score]:
+    """The rows where there is nothing to score."""
+    return [of.missing(name, note=note, unit="x100", paper=value) for name, value in DPG_LLAMAGEN_QLIP.items()]
 
 
 def find_answers(
@@ -191,8 +197,7 @@ def crops(image: "Image.Image", *, side: int, count: int) -> "list[Image.Image]"
 def scores(result: Result, *, num_prompts: int, left_out: LeftOut, of: Measurement) -> list[Score]:
     """The overall score over prompts, and the share of yes among the questions of each of the five categories."""
     if not result.by_prompt:
-        note = f"no prompt could be scored: {left_out.note()}"
-        return [of.missing(name, note=note, unit="x100", paper=value) for name, value in DPG_LLAMAGEN_QLIP.items()]
+        return holes(of, note=f"no prompt could be scored: {left_out.note()}")
     n, paper = len(result.by_prompt), DPG_LLAMAGEN_QLIP
     values, note = list(result.by_prompt.values()), left_out.note()
     rows = [of.mean("overall", values, skipped=num_prompts - n, unit="x100", paper=paper["overall"], note=note)]

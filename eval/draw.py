@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.command import folder_sha256, run_command
 from eval.config import SamplingConfig
-from eval.drawn import DrawnPrompt, Layout, claim, image_files, write_images
+from eval.drawn import DrawnFolder, DrawnPrompt, Layout, claim, image_files, write_images
 from eval.prompts import Prompt, read_prompts
 from eval.records import share
 from eval.scores import texts_sha256
@@ -73,14 +73,14 @@ def draw_to_disk(config: DrawConfig) -> None:
     if config.layout == "geneval" and not all(prompt.line for prompt in prompts):
         raise UserError(f"layout=geneval needs GenEval's metadata (.jsonl); {config.prompts} is none")
     drawn = [planned(config, index=index, prompt=prompt) for index, prompt in enumerate(prompts)]
-    claim(folder, protocol=protocol_of(config, prompts=prompts, drawn=drawn), prompts=drawn, write=is_main())
+    described = describe(config, prompts=prompts, drawn=drawn)
+    claim(folder, drawn=described, write=is_main(), model=config.model, prompts_file=config.prompts)
     size = max(1, config.sampling.batch_size // config.num_images)
     groups = share([range(start, min(start + size, len(drawn))) for start in range(0, len(drawn), size)])
     missing = [group for group in groups if any(_is_missing(drawn[index], folder=folder) for index in group)]
     count = sum(map(len, groups)) * config.num_images
     if missing:
-        progress = Progress(count, label="draw images", start=count - sum(map(len, missing)) * config.num_images)
-        _draw_groups(config, groups=missing, prompts=prompts, drawn=drawn, progress=progress)
+        _draw_groups(config, groups=missing, prompts=prompts, drawn=drawn, total=count)
     said = f"drawn in {format_seconds(time.monotonic() - began)}" if missing else "up to date"
     print(f"{count} images {said} -> {folder}" + (f" (rank {rank()})" if not is_main() else ""))
 
@@ -94,20 +94,21 @@ def planned(config: DrawConfig, *, index: int, prompt: Prompt) -> DrawnPrompt:
     return DrawnPrompt(prompt.id, prompt.text, files, seeds)
 
 
-def protocol_of(config: DrawConfig, *, prompts: Sequence[Prompt], drawn: Sequence[DrawnPrompt]) -> dict[str, Any]:
+def describe(config: DrawConfig, *, prompts: Sequence[Prompt], drawn: list[DrawnPrompt]) -> DrawnFolder:
     """Everything that the images depend on."""
-    seeds = [str(seed) for each in drawn for seed in each.seeds]
-    return {
-        "prompts": Path(config.prompts).name,
+    protocol = {
         "num_prompts": len(prompts),
         "prompts_sha256": texts_sha256([prompt.text for prompt in prompts]),
         "layout": config.layout,
         "images_per_prompt": config.num_images,
-        "seed": config.seed,
-        "seeds_sha256": texts_sha256(seeds),
-        "model_sha256": folder_sha256(config.model),
         **config.sampling.protocol(),
     }
+    pins = {
+        "seed": config.seed,
+        "seeds_sha256": texts_sha256([str(seed) for each in drawn for seed in each.seeds]),
+        "model_sha256": folder_sha256(config.model),
+    }
+    return DrawnFolder(protocol, pins, drawn)
 
 
 def _is_missing(drawn: DrawnPrompt, *, folder: Path) -> bool:
@@ -120,7 +121,7 @@ def _draw_groups(
     groups: Sequence[range],
     prompts: Sequence[Prompt],
     drawn: Sequence[DrawnPrompt],
-    progress: Progress,
+    total: int,
 ) -> None:
     from transformers.utils.logging import disable_progress_bar
 
@@ -128,6 +129,8 @@ def _draw_groups(
 
     disable_progress_bar()
     pipeline = UM3Pipeline.from_pretrained(config.model, device=device())
+    left = sum(map(len, groups)) * config.num_images
+    progress = Progress(total, label="draw images", start=total - left)
     for group in groups:
         images = _draw_group(pipeline, drawn=[drawn[index] for index in group], sampling=config.sampling)
         with quiet_progress():

@@ -4,8 +4,8 @@
     geneval   00000/metadata.jsonl and 00000/samples/0000.png .. 0003.png: what GenEval's own scripts read
     grid      ID.png with up to four images, two in a row: what DPG-Bench's own script reads
 
-manifest.json names every prompt with its files and seeds, and the protocol: two folders of equal protocols hold the
-same images.
+manifest.json names every prompt with its files and seeds, the protocol and the model: where all of them are equal, so
+are the images.
 
 Shapes: H height, W width.
 """
@@ -22,6 +22,7 @@ from um3.core.config import differences
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 from um3.core.images import SUFFIXES
+from um3.core.provenance import commit, versions
 
 Layout = Literal["flat", "geneval", "grid"]
 MANIFEST = "manifest.json"
@@ -71,33 +72,56 @@ def grid(images: Sequence[NDArray]) -> NDArray:
     return sheet
 
 
-def claim(folder: Path, *, protocol: dict[str, Any], prompts: Sequence[DrawnPrompt], write: bool, **more: Any) -> None:
-    """Make a folder one of this protocol, or see that it is: `write` on the one rank that makes it.
+class DrawnFolder(NamedTuple):
+    """What a manifest says. `protocol`: the settings that two drawings must share to be comparable; `pins`: seed, seeds
+    and model, which differ between them. Both empty for images of another origin."""
+
+    protocol: dict[str, Any]
+    pins: dict[str, Any]
+    prompts: list[DrawnPrompt]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the drawing, 0 where it is not known."""
+        return int(self.pins.get("seed", 0))
+
+
+def claim(folder: Path, *, drawn: DrawnFolder, write: bool, **more: Any) -> None:
+    """Make a folder one of this drawing, or see that it is: `write` on the one rank that makes it. `more` is noted
+    with the commit and the versions of packages, and may differ another time.
 
     Raises:
-        UserError: the folder is of another protocol, or holds images of unknown origin.
+        UserError: the folder is of another drawing, or holds images of unknown origin.
     """
     path = folder / MANIFEST
     if path.is_file():
-        if changed := differences(read_json(path)["protocol"], protocol):
+        there = read_drawn(folder)
+        if changed := differences(there.protocol | there.pins, drawn.protocol | drawn.pins):
             raise UserError(f"{folder} was drawn otherwise ({'; '.join(changed)}); draw into another folder")
     elif folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
         raise UserError(f"{folder} holds images and no {MANIFEST}; draw into an empty folder")
     elif write:
-        write_json(path, {"protocol": protocol, "prompts": [prompt._asdict() for prompt in prompts], **more})
+        prompts = [prompt._asdict() for prompt in drawn.prompts]
+        about = {**more, "commit": commit(), "versions": versions()}
+        write_json(path, {"protocol": drawn.protocol, "pins": drawn.pins, **about, "prompts": prompts})
 
 
-def read_manifest(folder: str | Path) -> tuple[dict[str, Any], list[DrawnPrompt]]:
-    """The protocol and the prompts of a folder that `claim` made.
+def read_drawn(folder: str | Path) -> DrawnFolder:
+    """The manifest of a folder that `claim` made.
 
     Raises:
         UserError: no such folder, no manifest in it, or a damaged one.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise UserError(f"no {MANIFEST} in {folder}; draw the images with make draw")
+        raise UserError(f"no {MANIFEST} in {folder}; draw the images with python -m eval.draw")
     content = read_json(path)
     try:
-        return content["protocol"], [DrawnPrompt(**each) for each in content["prompts"]]
+        return DrawnFolder(content["protocol"], content["pins"], [DrawnPrompt(**each) for each in content["prompts"]])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and draw again into another folder") from None
+
+
+def has_manifest(folder: str | Path) -> bool:
+    """Whether the images in it are drawn by `eval.draw`."""
+    return (Path(folder) / MANIFEST).is_file()

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.config import FeatureName
+from eval.config import FeatureName, Preprocessing
 from eval.frechet import Moments, StreamingMoments
-from eval.inception import Inception2015, Preprocessing, prepare
+from eval.inception import Inception2015, prepare
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device

@@ -127,7 +127,7 @@ def _add(
         try:
             arrays.append(to_array(read_image(path)))
         except ImageError as error:
-            state.left_out.add(f"image {error.reason}" if path.is_file() else "missing image", name)
+            state.left_out.add(f"unreadable image: {error.reason}" if path.is_file() else "missing image", name)
         except WrongSizeError:
             state.left_out.add("image of another size", name)
     for array in arrays:

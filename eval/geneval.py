@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval.command import LeftOut, folder_sha256, run_command, write_result
-from eval.drawn import MANIFEST, read_manifest
+from eval.drawn import DrawnFolder, has_manifest, read_drawn
 from eval.geneval_rules import SETTINGS, TAGS, Demand, Found, Verdict, read_demand, verdict
 from eval.paper import GENEVAL_LLAMAGEN_QLIP
-from eval.records import Judge, image_name, judge_name, judgements, supplied
+from eval.records import Judge, NoJudgeError, image_name, judge_name, judgements, supplied
 from eval.scores import Measurement, Score, bootstrap, texts_sha256
+from um3.core.distributed import is_main
 from um3.core.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -73,36 +74,45 @@ def geneval(config: GenEvalConfig) -> None:
         UserError: no images, or a model or file that is not there.
     """
     began, left_out = time.monotonic(), LeftOut()
-    images, protocol = listed(Path(config.images), left_out=left_out)
-    of = Measurement("geneval", int(protocol.get("seed", 0)), {**protocol, **SETTINGS, "judge": judge_of(config)})
+    images, drawn = listed(Path(config.images), left_out=left_out)
+    of = Measurement("geneval", drawn.seed, {**drawn.protocol, **SETTINGS, "judge": judge_of(config)})
+    pins = dict(drawn.pins)
+    if config.detections:
+        pins["detections_sha256"] = image_name(Path(config.detections))
+    common: dict[str, Any] = {"config": config, "left_out": left_out, "began": began, "pins": pins}
     if not config.detector and not config.detections:
-        rows = [
-            of.missing(tag, note=NEEDS_DETECTOR, unit="%", paper=GENEVAL_LLAMAGEN_QLIP[tag]) for tag in (*TAGS, "mean")
-        ]
-        return write_result(config.out, rows, config=config, left_out=left_out, began=began)
-    objects = find_objects(config, images=images, left_out=left_out)
+        return write_result(config.out, holes(of, note=NEEDS_DETECTOR), **common)
+    try:
+        objects = find_objects(config, images=images, left_out=left_out)
+    except NoJudgeError as error:
+        return write_result(config.out, holes(of, note=str(error)), **common) if is_main() else None
     if objects is None:
         return None
-    verdicts = judge(images, objects=objects, left_out=left_out)
+    verdicts = judge(images, objects=objects)
     has_colours = bool(config.clip) or any(each.color for given in objects.values() for each in given)
     rows = scores(images, verdicts=verdicts, has_colours=has_colours, left_out=left_out, of=of)
     samples = [{"file": file, **each._asdict()} for file, each in verdicts.items()]
-    return write_result(config.out, rows, config=config, left_out=left_out, began=began, samples=samples)
+    return write_result(config.out, rows, samples=samples, **common)
 
 
-def listed(folder: Path, *, left_out: LeftOut) -> tuple[list[Drawn], dict[str, Any]]:
-    """Every image that should be there, with its demand, and the protocol of the drawing.
+def holes(of: Measurement, *, note: str) -> list[Score]:
+    """The rows where nobody can judge."""
+    return [of.missing(name, note=note, unit="%", paper=GENEVAL_LLAMAGEN_QLIP[name]) for name in (*TAGS, "mean")]
+
+
+def listed(folder: Path, *, left_out: LeftOut) -> tuple[list[Drawn], DrawnFolder]:
+    """Every image that should be there, with its demand, and what is known of the drawing.
 
     Raises:
         UserError: no such folder, or no prompt with readable metadata in it.
     """
-    if (folder / MANIFEST).is_file():
-        protocol, prompts = read_manifest(folder)
-        names = {prompt.files[0].split("/")[0]: prompt.files for prompt in prompts}
+    if has_manifest(folder):
+        drawn = read_drawn(folder)
+        names = {prompt.files[0].split("/")[0]: prompt.files for prompt in drawn.prompts}
     else:
         places = sorted(file.parent.name for file in folder.glob("*/metadata.jsonl"))
         names = {place: [f"{place}/samples/{copy:04d}.png" for copy in range(NUM_IMAGES)] for place in places}
-        protocol = {"layout": "geneval", "images_per_prompt": NUM_IMAGES, "num_prompts": len(names)}
+        drawn = DrawnFolder({"layout": "geneval", "images_per_prompt": NUM_IMAGES, "num_prompts": len(names)}, {}, [])
     images = []
     for place, files in names.items():
         try:
@@ -116,13 +126,13 @@ def listed(folder: Path, *, left_out: LeftOut) -> tuple[list[Drawn], dict[str, A
     if not images:
         raise UserError(f"{folder} holds no prompt of GenEval (00000/metadata.jsonl); draw with layout=geneval first")
     prompts_sha256 = texts_sha256(list({each.place: each.demand.prompt for each in images}.values()))
-    return images, {"prompts_sha256": prompts_sha256, **protocol}
+    return images, drawn._replace(protocol={"prompts_sha256": prompts_sha256, **drawn.protocol})
 
 
 def judge_of(config: GenEvalConfig) -> str:
-    """Who says what is in the images; pins the weights."""
+    """Who says what is in the images, with the weights."""
     if config.detections:
-        return f"supplied {image_name(Path(config.detections))}"
+        return "supplied detections"
     detector = f"transformers Mask2Former {folder_sha256(config.detector)}" if config.detector else "none"
     return f"{detector}, CLIP {folder_sha256(config.clip)}" if config.clip else detector
 
@@ -176,7 +186,7 @@ def _from_json(value: Mapping[str, Any]) -> Found:
     return Found(str(value["class"]), float(value["score"]), (left, top, right, bottom), value.get("color") or "")
 
 
-def judge(images: Sequence[Drawn], *, objects: Mapping[str, Sequence[Found]], left_out: LeftOut) -> dict[str, Verdict]:
+def judge(images: Sequence[Drawn], *, objects: Mapping[str, Sequence[Found]]) -> dict[str, Verdict]:
     """The verdict on every image whose objects are known."""
     return {each.file: verdict(each.demand, objects[each.file]) for each in images if each.file in objects}
 
@@ -198,7 +208,7 @@ def scores(
     for tag in TAGS:
         asked = [each for each in images if each.demand.tag == tag]
         judged = [each for each in asked if each.file in verdicts]
-        note = "" if judged else f"no image for {tag} was judged"
+        note = "" if judged else "no image of this task was judged"
         if judged and not has_colours and any(each.demand.asks_colour for each in asked):
             note = NEEDS_COLOURS
         if note:

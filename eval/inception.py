@@ -15,7 +15,7 @@ features differ by some percent, so the way is part of a score's name:
 Shapes: B images, C channels, H height, W width.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from eval.config import Preprocessing
+
 SIDE = 299
-Preprocessing = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
 
 

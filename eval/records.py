@@ -24,6 +24,10 @@ Judge = Callable[[Sequence[str], "Sequence[Image.Image]"], Sequence[Any]]
 """Names of images, the images -> what is to be noted of each, as plain JSON."""
 
 
+class NoJudgeError(UserError):
+    """The model that judges cannot be had; its message says how to provide it."""
+
+
 class Records:
     """STEM.jsonl, or STEM.rankR.jsonl on several ranks: {"file", "image", "made_by", "value" or "error"} a line.
 
@@ -74,14 +78,17 @@ def judgements(
 
     The work is shared over ranks; the first returns all values, in order, the others None. Missing and unreadable
     images are left out. `open_judge` is called only if something is left to do.
+
+    Raises:
+        NoJudgeError: `open_judge` raised a UserError.
     """
     with joined_ranks():
         records = Records(stem, made_by=made_by)
         names = {file: image_name(path) for file, path in share(list(files.items()))}
         todo = [file for file, image in names.items() if image and records.get(file, image=image) is None]
         if todo:
+            judge = _open(open_judge)
             progress = Progress(len(names), label=label, start=len(names) - len(todo))
-            judge = open_judge()
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 _judge_batch({file: files[file] for file in batch}, names=names, judge=judge, records=records)
@@ -96,10 +103,17 @@ def judgements(
         if row is None:
             left_out.add("missing image", file)
         elif "error" in row:
-            left_out.add(f"image {row['error']}", file)
+            left_out.add(f"unreadable image: {row['error']}", file)
         else:
             values[file] = row["value"]
     return values
+
+
+def _open(open_judge: Callable[[], Judge]) -> Judge:
+    try:
+        return open_judge()
+    except UserError as error:
+        raise NoJudgeError(str(error)) from None
 
 
 def _judge_batch(

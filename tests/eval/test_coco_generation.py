@@ -11,8 +11,10 @@ from PIL import Image
 from eval import folder_moments
 from eval.clipscore import clip_cosines, load_clip
 from eval.coco_generation import main
+from eval.command import LeftOut
 from eval.features import inception_features, random_features
 from eval.frechet import frechet_distance
+from eval.inception import PREPROCESSINGS
 from eval.scores import read_scores
 from tests.eval import tiny_judges
 from um3.core.errors import UserError
@@ -61,7 +63,8 @@ def test_equal_sets_are_at_distance_zero_whatever_their_order(drawn, tmp_path):
     mixed = folder(tmp_path / "mixed", pictures(count=12, seed=0)[::-1])
     row = scored(drawn, f"reference={mixed}")[RANDOM]
     assert row.value == pytest.approx(0, abs=1e-6)
-    assert row.protocol["drawn_sha256"] == row.protocol["reference_sha256"]
+    pins = json.loads(drawn.with_name("drawn.json").read_text())["pins"]
+    assert pins["drawn_sha256"] == row.protocol["reference_sha256"]
 
 
 def test_without_weights_or_reference_the_rows_say_what_to_provide(drawn, real):
@@ -87,43 +90,48 @@ def inception(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_fid_by_hand(inception, tmp_path):
-    weights, sha256 = inception
-    first, second = pictures(count=2, seed=0), pictures(count=2, seed=1)
-    options = [f"reference={folder(tmp_path / 'real', second)}", f"inception_weights={weights}"]
-    drawn = folder(tmp_path / "drawn", first)
-    row = scored(drawn, *options, f"inception_sha256={sha256}", "preprocessing=[clean-fid]")["fid_clean"]
-    network = inception_features(weights, sha256=sha256, preprocessing="clean-fid")
-    assert row.value == pytest.approx(distance_of_pairs(network.extract(first), network.extract(second)), rel=1e-4)
-    assert row.protocol["features"] == "inception-2015 clean-fid" and row.paper == 44.1
-    assert "2 images for 2048 dimensions" in row.note
-    with pytest.raises(UserError, match="is not the published file"):
-        scored(drawn, *options)
-
-
-@pytest.mark.slow
-def test_statistics_of_pytorch_fid_serve_its_own_preprocessing(inception, tmp_path):
+def test_fid_by_hand_against_statistics_of_pytorch_fid(inception, tmp_path):
     weights, sha256 = inception
     network = inception_features(weights, sha256=sha256)
     first, second = pictures(count=2, seed=0), pictures(count=2, seed=1)
     features = network.extract(second).double().numpy()
     np.savez(tmp_path / "stats.npz", mu=features.mean(axis=0), sigma=np.cov(features, rowvar=False))
-    options = [f"reference={tmp_path / 'stats.npz'}", f"inception_weights={weights}", f"inception_sha256={sha256}"]
-    rows = scored(folder(tmp_path / "drawn", first), *options)
+    drawn = folder(tmp_path / "drawn", first)
+    options = [f"reference={tmp_path / 'stats.npz'}", f"inception_weights={weights}"]
+    rows = scored(drawn, *options, f"inception_sha256={sha256}")
     expected = distance_of_pairs(network.extract(first), network.extract(second))
-    assert rows["fid"].value == pytest.approx(expected, rel=1e-4)
+    assert rows["fid"].value == pytest.approx(expected, rel=1e-4) and rows["fid"].paper == 44.1
+    assert rows["fid"].protocol["features"] == "inception-2015 pytorch-fid"
+    assert "2 images for 2048 dimensions" in rows["fid"].note
     assert rows["fid_clean"].value is None and "no statistics for inception-2015 clean-fid" in rows["fid_clean"].note
+    with pytest.raises(UserError, match="is not the published file"):
+        scored(drawn, *options)
+
+
+def test_a_folder_is_measured_once_for_every_preprocessing(inception, drawn, tmp_path):
+    weights, sha256 = inception
+    networks = [inception_features(weights, sha256=sha256, preprocessing=name) for name in PREPROCESSINGS]
+    files = {file.name: file for file in sorted(drawn.iterdir())[:2]}
+    common = {"preparation": "as it is", "to_array": np.asarray, "label": "measure", "left_out": LeftOut()}
+    found = folder_moments.measure(files, networks=networks, file=tmp_path / "m.safetensors", **common)
+    assert list(found.moments) == [f"inception-2015 {name}" for name in PREPROCESSINGS]
+    for network, moments in zip(networks, found.moments.values(), strict=True):
+        expected = network.moments(pictures(count=12, seed=0)[:2])
+        torch.testing.assert_close(moments.mean, expected.mean)
+        torch.testing.assert_close(moments.covariance, expected.covariance)
+    means = [moments.mean for moments in found.moments.values()]
+    assert not torch.allclose(means[0], means[1], rtol=1e-3) and not torch.allclose(means[0], means[2], rtol=1e-3)
 
 
 def test_images_are_left_out_by_name_and_number(drawn, real):
     (drawn / "03.png").write_bytes(b"no image")
-    save_png(pictures(count=1, seed=0, side=16)[0], drawn / "05.png")
+    save_png(pictures(count=1, seed=0, side=16)[0], drawn / "00.png")
     row = scored(drawn, f"reference={real}")[RANDOM]
     assert (row.n, row.skipped) == (10, 2)
-    assert "image not an image (1, such as 03.png)" in row.note
-    assert "image of another size (1, such as 05.png)" in row.note
+    assert "unreadable image: not an image (1, such as 03.png)" in row.note
+    assert "image of another size (1, such as 00.png)" in row.note
     left_out = json.loads(drawn.with_name("drawn.json").read_text())["left_out"]
-    assert left_out["image of another size"] == {"count": 1, "first": ["05.png"]}
+    assert left_out["image of another size"] == {"count": 1, "first": ["00.png"]}
 
 
 def test_real_images_of_any_shape_are_cropped_and_resized(drawn, tmp_path):
@@ -210,6 +218,8 @@ def test_clipscore_by_three_conventions(um3_folder, tmp_path):
     assert rows["clipscore_2.5"].value == pytest.approx(float(2.5 * cosines.clamp(min=0).mean()), abs=1e-5)
     prefixed = scored(out, f"clip={clip_folder}", "clip_prefix='A photo depicts '")["clipscore"]
     assert prefixed.value != rows["clipscore"].value and prefixed.protocol["prefix"] == "A photo depicts "
+    unreachable = scored(out, "clip=nobody/nothing")["clipscore"]
+    assert unreachable.value is None and "no CLIP at 'nobody/nothing'" in unreachable.note
     (out / "00002.png").unlink()
     fewer = scored(out, f"clip={clip_folder}")["clipscore"]
     assert (fewer.n, fewer.skipped) == (3, 1) and "missing image (1, such as 00002.png)" in fewer.note

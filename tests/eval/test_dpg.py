@@ -140,6 +140,8 @@ def test_what_counts_as_yes(answer, yes):
 def test_holes_and_mistakes_are_one_line(images, questions, tmp_path):
     assert "dpg_bench.csv" in scored(images)["overall"].note
     assert "answers=FILE.jsonl" in scored(images, f"questions={questions}")["overall"].note
+    hub = scored(images, f"questions={questions}", "vqa=nobody/nothing")["overall"]
+    assert hub.value is None and "no model that answers questions about images at 'nobody/nothing'" in hub.note
     with pytest.raises(UserError, match="no model that answers questions about images"):
         (tmp_path / "none").mkdir()
         YesNo(str(tmp_path / "none"))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval.draw import main
-from eval.drawn import read_manifest
+from eval.drawn import read_drawn
 from um3.core.errors import UserError
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "cross")]
@@ -41,15 +41,15 @@ def pixels(folder):
 
 def test_a_manifest_names_every_image_with_prompt_and_seed(draw):
     folder = draw("a", "num_images=2", "seed=5")
-    protocol, drawn = read_manifest(folder)
+    protocol, pins, drawn = read_drawn(folder)
     assert [each.prompt for each in drawn] == PROMPTS
     assert (
         drawn[3].files == ["00003_0.png", "00003_1.png"] and len({seed for each in drawn for seed in each.seeds}) == 18
     )
     assert sorted(pixels(folder)) == sorted(file for each in drawn for file in each.files)
     assert len(set(pixels(folder).values())) > 12
-    assert protocol["seed"] == 5 and protocol["num_prompts"] == 9 and protocol["top_p"] == 0.95
-    assert all(len(protocol[name]) == 12 for name in ("prompts_sha256", "seeds_sha256", "model_sha256"))
+    assert pins["seed"] == 5 and protocol["num_prompts"] == 9 and protocol["top_p"] == 0.95
+    assert len(protocol["prompts_sha256"]) == len(pins["seeds_sha256"]) == len(pins["model_sha256"]) == 12
 
 
 def test_batch_size_changes_no_pixel(draw):

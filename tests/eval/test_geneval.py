@@ -132,7 +132,7 @@ def test_a_detector_and_a_clip_judge_every_image_once(images, tmp_path, capfd):
     options = (f"detector={detector}", f"clip={clip}")
     first = scored(images, *options)
     assert first["single_object"].n == 2 and first["single_object"].skipped == 2 and first["mean"].n == 22
-    assert "missing image (1" in first["mean"].note and "image not an image (1" in first["mean"].note
+    assert "missing image (1" in first["mean"].note and "unreadable image: not an image (1" in first["mean"].note
     assert "transformers Mask2Former" in first["mean"].protocol["judge"] and "CLIP" in first["mean"].protocol["judge"]
     records = (images.with_name("images.detections.jsonl")).read_text().splitlines()
     assert len(records) == 23 and "find objects 24/24" in capfd.readouterr().err
@@ -158,7 +158,8 @@ def test_drawn_folders_are_scored_as_they_are(um3_folder, tmp_path):
     )
     rows = scored(out, f"detections={detections(tmp_path / 'd.jsonl')}")
     assert rows["mean"].value == 1 and rows["mean"].protocol["temperature"] == 1.0
-    assert rows["mean"].protocol["model_sha256"] and rows["mean"].seed == 0
+    pins = json.loads(out.with_name("out.json").read_text())["pins"]
+    assert pins["model_sha256"] and pins["seeds_sha256"] and pins["detections_sha256"] and rows["mean"].seed == 0
     shutil.rmtree(out / "00002")
     rows = scored(out, f"detections={detections(tmp_path / 'd.jsonl')}")
     assert rows["counting"].value is None and rows["mean"].value is None
@@ -171,5 +172,7 @@ def test_mistakes_are_one_line(images, tmp_path):
         main([f"images={images}", "detector=a", "detections=b"])
     with pytest.raises(UserError, match="holds no prompt of GenEval"):
         main([f"images={tmp_path}"])
+    hub = scored(images, "detector=nobody/nothing")
+    assert hub["mean"].value is None and "no Mask2Former at 'nobody/nothing'" in hub["mean"].note
     with pytest.raises(UserError, match="no weights"):
         main([f"images={images}", f"detector={tmp_path}"])

@@ -70,7 +70,7 @@ def test_missing_and_unreadable_images_are_named_and_counted(files, tmp_path):
         found, left_out = judge_all(files, tmp_path, Brightness())
         assert list(found) == ["1.png", "3.png"] and left_out.count == 2
         assert "missing image (1, such as 0.png)" in left_out.note()
-        assert "image not an image (1, such as 2.png)" in left_out.note()
+        assert "unreadable image: not an image (1, such as 2.png)" in left_out.note()
 
 
 def test_two_ranks_share_the_work_and_the_first_reads_all(files, tmp_path, monkeypatch):
