@@ -49,10 +49,7 @@ class Detected(NamedTuple):
 
 
 class Detector(Protocol):
-    """Finds COCO's objects; `name` pins it and its weights."""
-
-    @property
-    def name(self) -> str: ...
+    """Finds COCO's objects."""
 
     def detect(self, image: Image.Image) -> list[Detected]:
         """All objects surer than GenEval's lower threshold."""
@@ -81,7 +78,6 @@ class Mask2Former:
         if model.config.num_labels != len(CLASSES):
             raise UserError(f"{path} tells {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)}")
         self.model = model.eval().to(device())
-        self.name = path
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detected]:
@@ -129,9 +125,9 @@ def objects_of(image: Image.Image, *, demand: Demand, detector: Detector, clip: 
     found = [Found(each.name, each.score, each.box) for each in detected]
     if clip is None or not demand.asks_colour:
         return found
-    sure = confident(found, tag=demand.tag)
+    sure, places = confident(found, tag=demand.tag), {id(each): index for index, each in enumerate(found)}
     for group in demand.include:
-        members = [found.index(each) for each in chosen(group, found=sure)] if group.color else []
+        members = [places[id(each)] for each in chosen(group, found=sure)] if group.color else []
         crops = [cut_out(image, detected[index]) for index in members]
         for index, color in zip(members, colours_of(crops, name=group.name, clip=clip), strict=True):
             found[index] = found[index]._replace(color=color)

@@ -203,7 +203,8 @@ def scores(result: Result, *, num_prompts: int, left_out: LeftOut, of: Measureme
     rows = [of.mean("overall", values, skipped=num_prompts - n, unit="x100", paper=paper["overall"], note=note)]
     for name in LEVEL_1:
         if values := result.by_level_1.get(name, []):
-            rows.append(of.mean(name, values, unit="x100", paper=paper[name]))
+            # No interval: the answers of a prompt fall together.
+            rows.append(of.score(name, statistics.fmean(values), n=len(values), unit="x100", paper=paper[name]))
         else:
             rows.append(of.missing(name, note="no question of this category", unit="x100", paper=paper[name]))
     return rows

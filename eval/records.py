@@ -5,6 +5,7 @@ format, with `file` and the judgement alone, is how results of other programs ar
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Records:
 
     def reload(self) -> None:
         """Read what all ranks have written so far."""
-        for path in sorted(self.stem.parent.glob(f"{self.stem.name}*.jsonl")):
+        for path in sorted(self.stem.parent.glob(f"{glob.escape(self.stem.name)}*.jsonl")):
             for _, row in _rows(path):
                 if row is not None and row.get("made_by") == self.made_by:
                     self._found[row["file"], row.get("image", "")] = row
@@ -84,24 +85,20 @@ def judgements(
     """
     with joined_ranks():
         records = Records(stem, made_by=made_by)
-        names = {file: image_name(path) for file, path in share(list(files.items()))}
-        todo = [file for file, image in names.items() if image and records.get(file, image=image) is None]
-        if todo:
-            judge = _open(open_judge)
-            progress = Progress(len(names), label=label, start=len(names) - len(todo))
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                _judge_batch({file: files[file] for file in batch}, names=names, judge=judge, records=records)
-                progress.advance(len(batch))
+        own = dict(share(list(files.items())))
+        problem = _judge_rest(own, records=records, open_judge=open_judge, label=label, batch_size=batch_size)
         barrier()
+    if problem is not None:
+        raise problem
     if not is_main():
         return None
     records.reload()
     values: dict[str, Any] = {}
     for file, path in files.items():
-        row = records.get(file, image=image_name(path))
+        image = image_name(path)
+        row = records.get(file, image=image)
         if row is None:
-            left_out.add("missing image", file)
+            left_out.add("not judged" if image else "missing image", file)
         elif "error" in row:
             left_out.add(f"unreadable image: {row['error']}", file)
         else:
@@ -109,11 +106,29 @@ def judgements(
     return values
 
 
-def _open(open_judge: Callable[[], Judge]) -> Judge:
+def _judge_rest(
+    files: Mapping[str, Path | bytes],
+    *,
+    records: Records,
+    open_judge: Callable[[], Judge],
+    label: str,
+    batch_size: int,
+) -> NoJudgeError | None:
+    """Judge what has no record yet. Without a judge that is told, not raised: other ranks may be waiting."""
+    names = {file: image_name(path) for file, path in files.items()}
+    todo = [file for file, image in names.items() if image and records.get(file, image=image) is None]
+    if not todo:
+        return None
     try:
-        return open_judge()
+        judge = open_judge()
     except UserError as error:
-        raise NoJudgeError(str(error)) from None
+        return NoJudgeError(str(error))
+    progress = Progress(len(names), label=label, start=len(names) - len(todo))
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        _judge_batch({file: files[file] for file in batch}, names=names, judge=judge, records=records)
+        progress.advance(len(batch))
+    return None
 
 
 def _judge_batch(

@@ -39,6 +39,7 @@ class YesNo:
             self.model: Any = loader.from_pretrained(path).eval().to(device())
             self.processor: Any = AutoProcessor.from_pretrained(path)
             self.processor.tokenizer.padding_side = "left"  # answers begin where the questions end
+            self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"no model that answers questions about images at '{path}' ({reason})") from None
@@ -51,8 +52,9 @@ class YesNo:
         return [yes for question in questions for yes in self._ask(image, [question])]
 
     def _ask(self, image: "Image.Image", texts: list[str]) -> list[bool]:
-        inputs = self.processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device)
+        # A chat template writes its own bos.
+        options = {"padding": True, "add_special_tokens": not self.chats, "return_tensors": "pt"}
+        inputs = self.processor(images=[image] * len(texts), text=texts, **options).to(self.model.device)
         tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         if not self.answers_only and not self.model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]  # they repeat the question
@@ -60,7 +62,7 @@ class YesNo:
 
     def _prompt(self, question: str) -> str:
         asked = f"{question} {SUFFIX}"
-        if getattr(self.processor, "chat_template", None):
+        if self.chats:
             content = [{"type": "image"}, {"type": "text", "text": asked}]
             chat = [{"role": "user", "content": content}]
             return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))

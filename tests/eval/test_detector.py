@@ -91,16 +91,17 @@ def test_the_colour_is_the_nearest_of_ten_averaged_texts(clip):
 
 def test_only_objects_whose_colour_is_asked_for_get_one(clip):
     class TwoDogs:
-        name = "two dogs and a cat"
-
         def detect(self, image):
             mask = np.ones((image.height, image.width), dtype=bool)
-            sure = [("dog", 0.5), ("dog", 0.9), ("cat", 0.8)]
+            sure = [("dog", 0.5), ("dog", 0.9), ("cat", 0.8), ("dog", 0.9)]
             return [Detected(name, score, (0.0, 0.0, 20.0, 20.0), mask) for name, score in sure]
 
     record = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "p"}
     found = objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=clip)
-    assert [bool(each.color) for each in found] == [False, True, False] and found[1].color in COLOURS
+    assert [bool(each.color) for each in found] == [False, True, False, False] and found[1].color in COLOURS
+    record["include"][0]["count"] = 2  # two of equal score and place are two
+    found = objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=clip)
+    assert [bool(each.color) for each in found] == [False, True, False, True]
     assert all(
         not each.color for each in objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=None)
     )

@@ -1,10 +1,11 @@
+import contextlib
 import json
 
 import numpy as np
 import pytest
 
 from eval.command import LeftOut
-from eval.records import Records, judgements, supplied
+from eval.records import NoJudgeError, Records, judgements, supplied
 from um3.core.errors import UserError
 from um3.pictures import save_png
 
@@ -75,7 +76,7 @@ def test_missing_and_unreadable_images_are_named_and_counted(files, tmp_path):
 
 def test_two_ranks_share_the_work_and_the_first_reads_all(files, tmp_path, monkeypatch):
     """Each rank in turn; the meeting of real processes is tested with the drawing."""
-    monkeypatch.setattr("eval.records.joined_ranks", __import__("contextlib").nullcontext)
+    monkeypatch.setattr("eval.records.joined_ranks", contextlib.nullcontext)
     asked = []
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -87,6 +88,24 @@ def test_two_ranks_share_the_work_and_the_first_reads_all(files, tmp_path, monke
     monkeypatch.delenv("WORLD_SIZE")
     alone = Brightness()
     assert judge_all(files, tmp_path, alone)[0] == found and alone.asked == []
+
+
+def test_a_judge_that_cannot_be_had_is_asked_for_only_where_work_is_left(files, tmp_path, monkeypatch):
+    def absent():
+        raise UserError("no judge at x; give one")
+
+    options = {"stem": tmp_path / "out.values", "made_by": "brightness", "label": "judge"}
+    with pytest.raises(NoJudgeError, match="no judge at x; give one"):
+        judgements(files, open_judge=absent, left_out=LeftOut(), **options)
+    found, _ = judge_all(files, tmp_path, Brightness())
+    assert judgements(files, open_judge=absent, left_out=LeftOut(), **options) == found
+    # The second rank has no judge for its share: the first must not take its images for missing.
+    monkeypatch.setattr("eval.records.joined_ranks", contextlib.nullcontext)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    left_out = LeftOut()
+    options["made_by"] = "another"
+    judgements(files, open_judge=Brightness, left_out=left_out, **options)
+    assert left_out.to_dict() == {"not judged": {"count": 2, "first": ["1.png", "3.png"]}}
 
 
 def test_supplied_values(tmp_path):
