@@ -89,7 +89,8 @@ eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 coco-captions: $(READY) ## BLEU to CIDEr of captions of images (REFERENCES=dataset_coco.json ARGS="images=folder")
-	@$(PY) -m eval.coco_captions 'model=$(MODEL)' 'references=$(REFERENCES)' out=$(RUN)/eval/coco_captions.json $(ARGS)
+	@$(PY) -m eval.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
+		out=$(RUN)/eval/coco_captions.json $(ARGS)
 
 coco-generation: $(READY) ## gFID and CLIPScore of drawings (PROMPTS=list ARGS="reference=folder clip=folder")
 	$(call draw,layout=flat)

@@ -18,6 +18,7 @@ from eval.caption_tokens import TOKENIZER, normalise, tokenize
 from eval.paper import UM3
 from eval.scores import Measurement, Score, bootstrap
 from um3.core.errors import UserError
+from um3.core.progress import track
 
 METEOR_TIMEOUT_S = 600.0
 # The package starts its METEOR in a way that waits for ever at exit after any error (a lock held for good), and that
@@ -140,7 +141,8 @@ def _ask_meteor(
     try:
         assert process.stdin is not None and process.stdout is not None
         statistics = []
-        for candidate, given in zip(candidates, references, strict=True):
+        pairs = zip(candidates, references, strict=True)
+        for candidate, given in track(pairs, total=len(candidates), label="METEOR"):
             fields = [*map(tokenize, given), tokenize(candidate).replace("|||", "")]
             process.stdin.write(" ||| ".join(["SCORE", *fields]) + "\n")
             process.stdin.flush()

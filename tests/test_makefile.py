@@ -178,6 +178,11 @@ def test_prompts_are_drawn_before_they_are_scored(target: str, settings: list[st
     assert f"images={folder}" in scored and scored[-1] == "x=1"
 
 
+def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
+    words = command(ready, "coco-captions", "RUN=R", "MODEL=", "REFERENCES=/my refs.json", "ARGS=captions=c.json")
+    assert words[3:] == ["references=/my refs.json", "out=R/eval/coco_captions.json", "captions=c.json"]
+
+
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])
 def test_nproc_is_the_number_of_training_processes(target: str, ready: Path) -> None:
     words = command(ready, target, "NPROC=3")
