@@ -13,6 +13,10 @@ BASE ?=
 GPUS ?= 8
 GPU ?= h100
 QLIP ?= $(RUN)/stage2/model
+MODEL ?= $(RUN)/um3/model
+PROMPTS ?=
+DRAW ?=
+REFERENCES ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -22,6 +26,10 @@ TRAIN := $(PY) -m train --processes $(NPROC)
 # DATA and TEXT put your own images and texts in the place of the config's.
 IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
+
+# The benchmarks of drawn images draw first where PROMPTS names their list; DRAW holds settings of the drawing.
+DRAWN = $(RUN)/drawings/$@
+draw = $(if $(PROMPTS),@$(PY) -m eval.draw 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'out=$(DRAWN)' $(1) $(DRAW))
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -79,6 +87,22 @@ um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
+
+coco-captions: $(READY) ## BLEU to CIDEr of captions of images (REFERENCES=dataset_coco.json ARGS="images=folder")
+	@$(PY) -m eval.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
+		out=$(RUN)/eval/coco_captions.json $(ARGS)
+
+coco-generation: $(READY) ## gFID and CLIPScore of drawings (PROMPTS=list ARGS="reference=folder clip=folder")
+	$(call draw,layout=flat)
+	@$(PY) -m eval.coco_generation 'images=$(DRAWN)' out=$(RUN)/eval/coco_generation.json $(ARGS)
+
+geneval: $(READY) ## GenEval of drawings (PROMPTS=metadata.jsonl ARGS="detector=folder clip=folder")
+	$(call draw,layout=geneval num_images=4)
+	@$(PY) -m eval.geneval 'images=$(DRAWN)' out=$(RUN)/eval/geneval.json $(ARGS)
+
+dpg: $(READY) ## DPG-Bench of drawings (PROMPTS=prompts ARGS="questions=dpg_bench.csv vqa=folder")
+	$(call draw,layout=grid num_images=4)
+	@$(PY) -m eval.dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
 
 report: $(READY) ## Write report.json, report.html and the pictures, and print the table
 	@$(PY) -m eval.report --run $(RUN) $(ARGS)

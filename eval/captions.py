@@ -10,14 +10,15 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.caption_tokens import TOKENIZER, normalise, tokenize
 from eval.paper import UM3
-from eval.scores import Measurement, Score
+from eval.scores import Measurement, Score, bootstrap
 from um3.core.errors import UserError
+from um3.core.progress import track
 
 METEOR_TIMEOUT_S = 600.0
 # The package starts its METEOR in a way that waits for ever at exit after any error (a lock held for good), and that
@@ -33,10 +34,12 @@ def caption_scores(
     of: Measurement,
     skipped: int = 0,
     meteor: bool = False,
+    left_out: str = "",
 ) -> list[Score]:
     """All caption metrics of `candidates` against the references of each.
 
-    The order of the captions and any white space inside them do not matter. An empty caption counts: it scores zero.
+    The order of the captions and any white space inside them do not matter. An empty caption counts: it scores zero,
+    and the rows' notes say how many there are. `left_out` says what was left out before.
 
     Raises:
         UserError: not one candidate and at least one reference per image.
@@ -49,27 +52,40 @@ def caption_scores(
     )
     pairs = list(zip(candidates, references, strict=True))
     common: dict[str, Any] = {"n": len(pairs), "skipped": skipped}
-    full = _share(_same(candidate, given[:1]) for candidate, given in pairs)
-    any_of_them = _share(_same(candidate, given) for candidate, given in pairs)
+    empty = sum(not tokenize(candidate) for candidate in candidates)
+    count = f"{empty} of {len(pairs)} captions are empty and count as wrong" if empty else ""
+    told = "; ".join(filter(None, [left_out, count]))
+    full = [_same(candidate, given[:1]) for candidate, given in pairs]
+    any_of_them = [_same(candidate, given) for candidate, given in pairs]
+    also: dict[str, Any] = {"skipped": skipped, "unit": "%"}
     rows = [
-        of.score("exact_match", full, unit="%", note="word for word the full caption (captions[0])", **common),
-        of.score("exact_match_any", any_of_them, unit="%", note="word for word any of the references", **common),
+        of.mean("exact_match", full, note="word for word the full caption (captions[0])", **also),
+        of.mean("exact_match_any", any_of_them, note="word for word any of the references", **also),
     ]
     longest = max(len(tokenize(given[0]).split()) for given in references)
-    for name, value in corpus_scores(candidates, references=references).items():
+    values, by_image = _scores(candidates, references=references)
+    for name, value in values.items():
         if name.startswith("bleu") and int(name[-1]) > longest:
             note = f"the longest full caption has {longest} words, so a right one has no {name[-1]}-gram to match"
             rows.append(of.missing(name, note=note, unit="x100", paper=UM3.get(name)))
         else:
-            rows.append(of.score(name, value, unit="x100", paper=UM3.get(name), **common))
+            ends = bootstrap(by_image[name])._asdict() if name in by_image else {}
+            rows.append(of.score(name, value, unit="x100", paper=UM3.get(name), note=told, **common, **ends))
     if note := _no_meteor(asked=meteor):
         return [*rows, of.missing("meteor", note=note, paper=UM3["meteor"], unit="x100")]
     value = meteor_score(candidates, references=references)
-    return [*rows, of.score("meteor", value, paper=UM3["meteor"], unit="x100", **common)]
+    return [*rows, of.score("meteor", value, paper=UM3["meteor"], unit="x100", note=told, **common)]
 
 
 def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> dict[str, float]:
     """bleu_1 .. bleu_4, rouge_l and cider of the whole set, tokenized without Java."""
+    return _scores(candidates, references=references)[0]
+
+
+def _scores(
+    candidates: Sequence[str], *, references: Sequence[Sequence[str]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The scores of the whole set, and of every image for those that are means over images."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -78,10 +94,11 @@ def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[st
     truth = {index: [tokenize(text) for text in given] for index, given in enumerate(references)}
     result = {index: [tokenize(text)] for index, text in enumerate(candidates)}
     bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
-    rouge, _ = Rouge().compute_score(truth, result)
-    cider, _ = Cider().compute_score(truth, result)
+    rouge, rouge_by_image = Rouge().compute_score(truth, result)
+    cider, cider_by_image = Cider().compute_score(truth, result)
     values = {f"bleu_{order}": float(value) for order, value in enumerate(bleu, start=1)}
-    return values | {"rouge_l": float(rouge), "cider": float(cider)}
+    values |= {"rouge_l": float(rouge), "cider": float(cider)}
+    return values, {"rouge_l": list(rouge_by_image), "cider": list(cider_by_image)}
 
 
 def meteor_score(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> float:
@@ -124,7 +141,8 @@ def _ask_meteor(
     try:
         assert process.stdin is not None and process.stdout is not None
         statistics = []
-        for candidate, given in zip(candidates, references, strict=True):
+        pairs = zip(candidates, references, strict=True)
+        for candidate, given in track(pairs, total=len(candidates), label="METEOR"):
             fields = [*map(tokenize, given), tokenize(candidate).replace("|||", "")]
             process.stdin.write(" ||| ".join(["SCORE", *fields]) + "\n")
             process.stdin.flush()
@@ -146,11 +164,6 @@ def _no_meteor(*, asked: bool) -> str:
 
 def _same(candidate: str, references: Sequence[str]) -> bool:
     return normalise(candidate) in {normalise(text) for text in references}
-
-
-def _share(hits: Iterable[bool]) -> float:
-    values = list(hits)
-    return sum(values) / len(values)
 
 
 def _fingerprint(references: Sequence[Sequence[str]]) -> str:

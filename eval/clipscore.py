@@ -1,7 +1,12 @@
-"""How well images fit their prompts: the mean cosine of image and text embedding, raw, as the paper reports it.
+"""How well images fit their prompts: the mean cosine of image and text embedding.
 
 `clipscore_qlip` uses the towers of the tokenizer itself; `clipscore`, the number of the literature, needs an OpenAI
-CLIP. No prompt prefix, no clipping at zero, no factor: torchmetrics would print 100 x, Hessel et al. 2.5 x this value.
+CLIP. It is the raw mean, as the paper reports it; the same cosines by the two other conventions stand beside it:
+
+    clipscore_100    100 max(mean, 0), as torchmetrics prints it
+    clipscore_2.5    the mean of 2.5 max(cosine, 0), the definition of Hessel et al. 2021
+
+Some put "A photo depicts " in front of every text (Hessel et al., LlamaGen): a setting, recorded with the score.
 
 Shapes: N images with one text each, D embedding dimensions.
 """
@@ -15,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from eval.command import folder_sha256
 from eval.paper import UM3
 from eval.scores import Measurement, Score
 from eval.zero_shot import image_embeddings, no_text_note, text_embeddings
@@ -62,19 +68,40 @@ def load_clip(name: str) -> Clip:
 
 
 @torch.no_grad()
-def clip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], clip: Clip) -> Tensor:
-    """Cosine (N,) of every image with its text; a text too long for CLIP is cut, its end token kept."""
+def clip_cosines(
+    images: NDArray | Sequence[Image.Image], *, texts: Sequence[str], clip: Clip, prefix: str = ""
+) -> Tensor:
+    """Cosine (N,) of every image, uint8 (N, H, W, 3) or Pillow's, with `prefix` and its text; a text too long for CLIP
+    is cut, its end token kept."""
     limit, cosines = clip.model.config.text_config.max_position_embeddings, []
     for start in range(0, len(texts), BATCH):
-        pictures = [Image.fromarray(image) for image in images_NHWC[start : start + BATCH]]
+        batch = images[start : start + BATCH]
+        pictures = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in batch]
         words = clip.text_tokenizer(
-            list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            [prefix + text for text in texts[start : start + BATCH]],
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         )
         pixels = clip.processor(pictures, return_tensors="pt")["pixel_values"]
         output = clip.model(**words.to(clip.model.device), pixel_values=pixels.to(clip.model.device))
         images_BD, texts_BD = F.normalize(output.image_embeds, dim=1), F.normalize(output.text_embeds, dim=1)
         cosines.append((images_BD * texts_BD).sum(dim=1).cpu())
     return torch.cat(cosines)
+
+
+def clip_conventions(cosines_N: Tensor, *, of: Measurement, **fields: Any) -> list[Score]:
+    """The three rows of cosines with an OpenAI CLIP."""
+    raw = of.mean("clipscore", cosines_N.tolist(), paper=UM3["clipscore"], **fields)
+    hundredfold = of.score("clipscore_100", 100 * max(raw.value or 0.0, 0.0), n=raw.n, **fields)
+    return [raw, hundredfold, of.mean("clipscore_2.5", (2.5 * cosines_N.clamp(min=0)).tolist(), **fields)]
+
+
+def missing_clip(of: Measurement, *, setting: str) -> Score:
+    """The row in their place where there is no CLIP."""
+    note = f"needs an OpenAI CLIP; set {setting} to openai/clip-vit-base-patch32 or its folder"
+    return of.missing("clipscore", note=note, paper=UM3["clipscore"])
 
 
 def clipscore_rows(
@@ -87,12 +114,12 @@ def clipscore_rows(
     of: Measurement,
 ) -> list[Score]:
     """CLIPScores of drawn images; those of the real images with the same captions stand beside, as what to aim at."""
-    n, paper = len(texts), UM3["clipscore"]
+    n = len(texts)
     if clip is None:
-        rows = [of.missing("clipscore", note="needs an OpenAI CLIP; set generation.clip to its folder", paper=paper)]
+        rows = [missing_clip(of, setting="generation.clip")]
     else:
-        value = float(clip_cosines(images_NHWC, texts=texts, clip=clip).mean())
-        rows = [of.with_protocol(towers=clip.name, prefix="").score("clipscore", value, n=n, paper=paper)]
+        towers = of.with_protocol(towers=folder_sha256(clip.name), prefix="")
+        rows = clip_conventions(clip_cosines(images_NHWC, texts=texts, clip=clip), of=towers)
     if note := no_text_note(pipeline.processor):
         return [*rows, of.missing("clipscore_qlip", note=note), of.missing("clipscore_qlip_real", note=note)]
     drawn = qlip_cosines(images_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)

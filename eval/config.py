@@ -10,6 +10,8 @@ from data_mix.text import TextSourceConfig
 PartName = Literal["language", "captions", "generation", "tokenizer"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 FeatureName = Literal["random-features", "qlip-features", "inception-2015"]
+Preprocessing = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
+"""How images come to Inception (`eval.inception`)."""
 STAGES = ("stage1", "stage2")
 KEPT_BESIDE = ("original", "flipped")
 """Pictures that are kept beside the reconstructions of each tokenizer."""

@@ -18,17 +18,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.config import FeatureName
+from eval.config import FeatureName, Preprocessing
 from eval.frechet import Moments, StreamingMoments
-from eval.inception import Inception2015
+from eval.inception import Inception2015, prepare
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
 from um3.core.errors import UserError
+from um3.core.files import sha256_of
 from um3.core.seeds import torch_generator
 from um3.core.tensors import read_tensors
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"
+"""How the published file's sha256 begins; its name ends with it."""
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 RANDOM_SEED = 0
 RANDOM_CHANNELS = (16, 32, 64)
@@ -41,6 +44,8 @@ class FeatureNetwork(NamedTuple):
     num_features: int
     extract: Callable[[NDArray], Tensor]
     weights_sha256: str
+    preprocessing: str = ""
+    """How images are brought to the network, where that is a choice."""
 
     def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
         """Mean and covariance of the features of all images."""
@@ -96,15 +101,21 @@ def qlip_features(model: QLIPModel, processor: QLIPProcessor) -> FeatureNetwork:
     return FeatureNetwork("qlip-features", extract(probe).shape[1], extract, model.fingerprint()[:12])
 
 
-def inception_features(weights: str = "") -> FeatureNetwork:
+def inception_features(
+    weights: str = "", *, preprocessing: Preprocessing = "pytorch-fid", sha256: str = INCEPTION_SHA256
+) -> FeatureNetwork:
     """The 2015 Inception, from `weights` or from torch.hub's cache; nothing is downloaded.
 
     Raises:
-        UserError: no weights there, or a file that is not the published one.
+        UserError: no weights there, or a file whose sha256 does not begin with `sha256`.
     """
     path = inception_path(weights)
     if path is None:
         raise UserError(inception_note(weights))
+    if not (found := sha256_of(path)).startswith(sha256):
+        raise UserError(
+            f"{path} is not the published file (its sha256 begins {found[:8]}, not {sha256}); take {INCEPTION_URL}"
+        )
     network = Inception2015().eval()
     try:
         network.load_state_dict(read_tensors(path))
@@ -115,9 +126,10 @@ def inception_features(weights: str = "") -> FeatureNetwork:
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
-        return network(_bchw(images_BHWC).to(device())).cpu()
+        return network(prepare(images_BHWC, preprocessing=preprocessing).to(device())).cpu()
 
-    return FeatureNetwork("inception-2015", Inception2015.num_features, extract, weights_sha256(network))
+    name: FeatureName = "inception-2015"
+    return FeatureNetwork(name, Inception2015.num_features, extract, weights_sha256(network), preprocessing)
 
 
 def weights_sha256(module: nn.Module) -> str:

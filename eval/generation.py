@@ -124,6 +124,8 @@ def frechet_rows(
     n, dims = len(images_NHWC), features.num_features
     note = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
     named = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)
+    if features.preprocessing:
+        named = named.with_protocol(preprocessing=features.preprocessing)
     common: dict[str, Any] = {"n": n, "higher_is_better": False, "note": note}
     if features.name == "inception-2015":
         return [named.score(fid, distance, paper=paper.get(fid), **common)]

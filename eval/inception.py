@@ -1,17 +1,61 @@
-"""The Inception network that FID is defined with, in plain torch: no torchvision (which breaks CPU-only torch).
+"""The Inception network that FID is defined with, and the ways in which images are brought to it, in plain torch: no
+torchvision (which breaks CPU-only torch).
 
 It is Inception v3 as TensorFlow published it in 2015, not torchvision's: 1,008 classes, average pools that leave out
 the padding, and a max pool in the last block. Module names follow the published
 `pt_inception-2015-12-05-6726825d.pth` (566 tensors), so its state dict loads as it is.
 
+Its papers do not say how images come to 299 x 299 pixels, and the programs that compute FID differ in it. Single
+features differ by some percent, so the way is part of a score's name:
+
+    pytorch-fid       bilinear between pixel centres, not antialiased
+    torch-fidelity    TensorFlow 1's bilinear between pixel corners, not antialiased: the original program's
+    clean-fid         Pillow's antialiased bicubic on floats (Parmar et al. 2022), what LlamaGen's COCO numbers use
+
 Shapes: B images, C channels, H height, W width.
 """
 
+from typing import get_args
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
+from eval.config import Preprocessing
+
 SIDE = 299
+PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
+
+
+def prepare(images_BHWC: NDArray, *, preprocessing: Preprocessing) -> Tensor:
+    """Images uint8 (B, H, W, 3) -> what the network reads: float32 (B, 3, 299, 299), about -1 to 1."""
+    if preprocessing == "clean-fid":
+        return (torch.from_numpy(np.stack([_antialiased(image) for image in images_BHWC])) - 128) / 128
+    pixels_BCHW = torch.as_tensor(images_BHWC).permute(0, 3, 1, 2).float()
+    if preprocessing == "torch-fidelity":
+        for dim in (3, 2):
+            pixels_BCHW = _between_corners(pixels_BCHW, dim=dim)
+        return (pixels_BCHW - 128) / 128
+    return F.interpolate(pixels_BCHW / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) * 2 - 1
+
+
+def _between_corners(pixels_BCHW: Tensor, *, dim: int) -> Tensor:
+    length = pixels_BCHW.shape[dim]
+    places = torch.arange(SIDE, dtype=torch.float32) * (length / SIDE)
+    lower = places.long()
+    weights = (places - lower).view(-1, *[1] * (3 - dim))
+    before = pixels_BCHW.index_select(dim, lower)
+    behind = pixels_BCHW.index_select(dim, (lower + 1).clamp(max=length - 1))
+    return before + (behind - before) * weights
+
+
+def _antialiased(image_HWC: NDArray) -> NDArray:
+    channels = [Image.fromarray(image_HWC[..., channel].astype(np.float32), mode="F") for channel in range(3)]
+    resized = [channel.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for channel in channels]
+    return np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)
 
 
 class Conv(nn.Module):
@@ -155,7 +199,7 @@ class BlockE(nn.Module):
 
 
 class Inception2015(nn.Module):
-    """Images (B, 3, H, W) in 0..255 -> pooled features (B, 2048). Resizing is bilinear, as pytorch-fid does it."""
+    """Images as `prepare` makes them (B, 3, 299, 299) -> pooled features (B, 2048)."""
 
     num_features = 2048
 
@@ -179,9 +223,8 @@ class Inception2015(nn.Module):
         self.Mixed_7c = BlockE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        x = F.interpolate(images_BCHW.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) * 2 - 1
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels_BCHW)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))

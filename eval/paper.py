@@ -79,6 +79,16 @@ GENEVAL_LLAMAGEN_QLIP: dict[str, float] = {
     "mean": 0.48,
 }
 
+# DPG-Bench of the same system, overall and by category.
+DPG_LLAMAGEN_QLIP: dict[str, float] = {
+    "overall": 0.7817,
+    "global": 0.8237,
+    "entity": 0.8468,
+    "attribute": 0.8697,
+    "relation": 0.9250,
+    "other": 0.7920,
+}
+
 UM3 = SYSTEMS["UM3 1.5B"]
 QLIP_B_16 = TOKENIZERS["QLIP-B-16-256"]
 REFERENCES: dict[str, Reference] = {
@@ -86,6 +96,8 @@ REFERENCES: dict[str, Reference] = {
     "captions": Reference("UM3 1.5B", "COCO-Karpathy test", "Table 5"),
     "generation": Reference("UM3 1.5B", "COCO-30k", "Table 5"),
     "skills": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
+    "geneval": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
+    "dpg": Reference("LlamaGen-XL on QLIP-B/16", "DPG-Bench", "section 3"),
     "tokenizer": Reference("QLIP-B-16-256", "ImageNet-1k val", "main results"),
 }
 

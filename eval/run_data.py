@@ -15,6 +15,13 @@ from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 
 TRAINING_PHASES = ("stage1", "stage2", "um3")
+BENCHMARKS = {
+    "coco_captions": "captions",
+    "coco_generation": "generation",
+    "geneval": "generation",
+    "dpg": "generation",
+}
+"""Results of commands of their own, and the part whose rows theirs stand with."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,13 @@ def load_run(folder: str | Path) -> RunData:
         part: read_json(path) for part in PARTS if (path := folder / "eval" / f"{part}.json").is_file()
     }
     rows = {part: read_scores(folder / "eval" / f"{part}.json") for part in parts}
+    for name, part in BENCHMARKS.items():
+        if (path := folder / "eval" / f"{name}.json").is_file():
+            rows[part] = [*rows.get(part, []), *read_scores(path)]
     phases = {phase: read_json(path) for phase in TRAINING_PHASES if (path := folder / phase / "done.json").is_file()}
     metrics = {phase: read_metrics(folder / phase / "metrics.jsonl") for phase in TRAINING_PHASES}
     summary = folder / "codes" / "summary.json"
-    if not parts and not phases and not any(metrics.values()):
+    if not rows and not phases and not any(metrics.values()):
         raise UserError(f"{folder} holds no training phase and no evaluation; is it a run folder such as runs/demo?")
     return RunData(
         folder=folder,

@@ -12,13 +12,44 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from um3.core import provenance
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 
 Unit = Literal["%", "x100", "dB", ""]
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """Ends of a confidence interval; None where there is none to give."""
+
+    low: float | None
+    high: float | None
+
+
+def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None) -> Interval:
+    """The 95 % percentile bootstrap interval of sum(values) / sum(weights), by default of the mean.
+
+    The items are drawn 1,000 times with replacement from a fixed seed: equal items give an equal interval. Items that
+    are all alike (or fewer than two) give none, since resampling them shows no spread although more items might.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    share = np.ones_like(array) if weights is None else np.asarray(weights, dtype=np.float64)
+    if array.shape != share.shape:
+        raise ValueError(f"{array.size} values and {share.size} weights; each value needs its own")
+    if len(np.unique(array / share)) < 2:
+        return Interval(None, None)
+    generator, drawn = np.random.default_rng(0), np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        chosen = generator.integers(array.size, size=array.size)
+        drawn[index] = array[chosen].sum() / share[chosen].sum()
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
 
 
 @functools.cache
@@ -32,10 +63,11 @@ class Score:
     say how to show them.
 
     `n` counts what was scored and `skipped` what was asked for and could not be scored; `protocol` holds every setting
-    that two values must share to be comparable.
+    that two values must share to be comparable. `low` and `high` are the ends of the 95 % interval (`bootstrap`), None
+    where the value is no mean over items (a Frechet distance).
 
     Raises:
-        ValueError: a value that is not finite, or no value and no note that says why.
+        ValueError: a value that is not finite, no value and no note that says why, or half an interval.
     """
 
     task: str
@@ -48,6 +80,8 @@ class Score:
     unit: Unit = ""
     higher_is_better: bool = True
     paper: float | None = None
+    low: float | None = None
+    high: float | None = None
     note: str = ""
     version: str = "1"
     commit: str = field(default_factory=_commit)
@@ -57,6 +91,11 @@ class Score:
             raise ValueError(f"{self.key} has no value and no note that says why")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"{self.key} = {self.value} is no number to report; give None and a note")
+        ends = [end for end in (self.low, self.high) if end is not None]
+        if len(ends) == 1 or not all(map(math.isfinite, ends)) or ends != sorted(ends):
+            raise ValueError(
+                f"{self.key} has the interval {self.low} to {self.high}; give both ends, in order, or none"
+            )
 
     @property
     def key(self) -> str:
@@ -111,6 +150,11 @@ class Measurement:
     def score(self, metric: str, value: float | None, *, n: int, **fields: Any) -> Score:
         """A row of it."""
         return Score(task=self.task, metric=metric, value=value, n=n, seed=self.seed, protocol=self.protocol, **fields)
+
+    def mean(self, metric: str, values: Sequence[float], **fields: Any) -> Score:
+        """The row of the mean of one value per item, with its interval."""
+        interval = bootstrap(values)
+        return self.score(metric, float(np.mean(values)), n=len(values), **interval._asdict(), **fields)
 
     def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
         """A row without a value, for the reason in `note`."""

@@ -103,6 +103,10 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
         ("um3-export", ["--model", "R/um3/model", "--out", "R/um3-export"]),
         ("eval", ["run=R"]),
         ("report", ["--run", "R"]),
+        ("coco-captions", ["model=R/um3/model", "out=R/eval/coco_captions.json"]),
+        ("coco-generation", ["images=R/drawings/coco-generation", "out=R/eval/coco_generation.json"]),
+        ("geneval", ["images=R/drawings/geneval", "out=R/eval/geneval.json"]),
+        ("dpg", ["images=R/drawings/dpg", "out=R/eval/dpg.json"]),
         ("sample", ["--model", "R/um3/model", "--out", "R/samples"]),
         ("mix-preview", ["--out", "R/mix.png"]),
     ],
@@ -153,6 +157,29 @@ def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
     words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=slots=4")
     assert words[1:4] == ["-m", "train.init", "out=R/um3-init"]
     assert words[4:] == ["base=/my llama", "qlip=/my qlip", "text=/my text", "slots=4"]
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("coco-generation", ["layout=flat"]),
+        ("geneval", ["layout=geneval", "num_images=4"]),
+        ("dpg", ["layout=grid", "num_images=4"]),
+    ],
+)
+def test_prompts_are_drawn_before_they_are_scored(target: str, settings: list[str], ready: Path) -> None:
+    drawn, scored = commands(
+        ready, target, "RUN=R", "PROMPTS=/my list.txt", "DRAW=seed=3", "MODEL=/a model", "ARGS=x=1"
+    )
+    folder = f"R/drawings/{target}"
+    assert drawn[1:3] == ["-m", "eval.draw"]
+    assert drawn[3:] == ["model=/a model", "prompts=/my list.txt", f"out={folder}", *settings, "seed=3"]
+    assert f"images={folder}" in scored and scored[-1] == "x=1"
+
+
+def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
+    words = command(ready, "coco-captions", "RUN=R", "MODEL=", "REFERENCES=/my refs.json", "ARGS=captions=c.json")
+    assert words[3:] == ["references=/my refs.json", "out=R/eval/coco_captions.json", "captions=c.json"]
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])

@@ -9,7 +9,7 @@ import pytest
 
 from tests.processes import ROOT
 from um3.core import progress
-from um3.core.progress import Progress, format_seconds, peak_memory_gib, track
+from um3.core.progress import Progress, format_seconds, peak_memory_gib, quiet_progress, track
 
 
 class Terminal(io.StringIO):
@@ -66,6 +66,14 @@ def test_what_a_resumed_run_had_done_counts_to_the_share_not_to_the_rate(monkeyp
 def test_track_yields_the_items_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track("abc", total=3, label="letters")) == ["a", "b", "c"]
     assert "letters 3/3" in capsys.readouterr().err
+
+
+def test_steps_of_a_longer_loop_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    outer = Progress(1, label="outer")
+    with quiet_progress():
+        list(track(range(3), total=3, label="inner"))
+    outer.advance()
+    assert "inner" not in (shown := capsys.readouterr().err) and "outer 1/1" in shown
 
 
 def test_only_the_first_rank_speaks() -> None:

@@ -79,6 +79,13 @@ def test_bleu_of_captions_too_short_for_it_is_no_value():
     assert by_metric["bleu_4"].value is None and "the longest full caption has 3 words" in by_metric["bleu_4"].note
 
 
+def test_means_over_images_have_an_interval_and_scores_of_the_whole_set_none():
+    rows = {row.metric: row for row in caption_scores(CANDIDATES, references=REFERENCES, of=T)}
+    for name in ("exact_match", "rouge_l", "cider"):
+        assert rows[name].low < rows[name].value < rows[name].high, name
+    assert rows["bleu_4"].low is rows["bleu_4"].high is None
+
+
 def test_order_does_not_matter():
     order = [2, 0, 1]
     first = caption_scores(CANDIDATES, references=REFERENCES, of=T)

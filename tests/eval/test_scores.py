@@ -1,8 +1,10 @@
 import json
+import math
 
+import numpy as np
 import pytest
 
-from eval.scores import Measurement, Score, read_scores, write_scores
+from eval.scores import Measurement, Score, bootstrap, read_scores, write_scores
 from um3.core.errors import UserError
 
 
@@ -13,6 +15,7 @@ def score(**changes):
 
 def test_round_trip_keeps_every_field(tmp_path):
     rows = [score(), score(metric="psnr", value=24.5, unit="dB", paper=23.16, skipped=2, note="why", version="2")]
+    rows.append(score(metric="ssim", low=0.2, high=0.3))
     write_scores(tmp_path / "a.json", rows, samples=[{"x": 1}], seconds=2.5)
     assert read_scores(tmp_path / "a.json") == rows
     content = json.loads((tmp_path / "a.json").read_text())
@@ -59,3 +62,44 @@ def test_a_file_of_another_kind_is_a_one_line_error(tmp_path):
     (tmp_path / "a.json").write_text('{"scores": [{"task": 1}]}')
     with pytest.raises(UserError, match="holds no scores"):
         read_scores(tmp_path / "a.json")
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    """Against the normal approximation, which holds for 2,000 items."""
+    for share in (0.1, 0.5, 0.8):
+        values = [float(index < 2000 * share) for index in range(2000)]
+        half = 1.96 * math.sqrt(share * (1 - share) / 2000)
+        low, high = bootstrap(values)
+        assert (low, high) == pytest.approx((share - half, share + half), abs=0.15 * half)
+        assert bootstrap(values) == (low, high), "equal items give an equal interval"
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap((generator.random(60) < 0.3).astype(float))
+        hits += low <= 0.3 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_weights_make_the_mean_one_over_bytes_not_documents():
+    bits, lengths = [10.0, 400.0, 30.0, 260.0], [10, 100, 20, 80]
+    low, high = bootstrap(bits, weights=lengths)
+    assert 1 <= low <= sum(bits) / sum(lengths) <= high <= 4
+    assert bootstrap([2.0, 6.0], weights=[1, 3]) == (None, None), "both have two bits a byte"
+    with pytest.raises(ValueError, match="2 values and 1 weights"):
+        bootstrap([1.0, 2.0], weights=[1])
+
+
+def test_a_mean_is_a_row_with_its_interval_and_its_items_counted():
+    row = Measurement("t", 3, {"a": 1}).mean("acc", [0, 1, 1, 1], unit="%")
+    assert (row.value, row.n, row.seed, row.protocol) == (0.75, 4, 3, {"a": 1}) and 0 <= row.low < 0.75 < row.high <= 1
+    alike = Measurement("t", 3).mean("acc", [1.0] * 9)
+    assert alike.value == 1 and alike.low is alike.high is None
+
+
+@pytest.mark.parametrize("ends", [{"low": 0.1}, {"high": 0.1}, {"low": 0.3, "high": 0.2}, {"low": 0, "high": math.inf}])
+def test_half_intervals_are_refused(ends):
+    with pytest.raises(ValueError, match="has the interval"):
+        score(**ends)

@@ -97,10 +97,10 @@ def _from_integers(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def to_square(image: Image.Image, *, size: int) -> np.ndarray:
-    """The largest centred square of an RGB image, resized with antialiased bicubic: uint8 (size, size, 3)."""
+def to_square(image: Image.Image, *, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    """The largest centred square of an RGB image, resized by Pillow's antialiased filter: uint8 (size, size, 3)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Cropped first: with resize(box=...) the filter would reach over the edge into what is cut away.
     square = image.crop((left, top, left + side, top + side))
-    return np.array(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+    return np.array(square.resize((size, size), resample), dtype=np.uint8)

@@ -1,5 +1,6 @@
 """Progress of long work: done, rate, time left, memory; a live line on a terminal, sparse lines in a log."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -41,6 +42,16 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Loops within show nothing: for steps of a longer loop that shows its own progress."""
+    Progress.quiet += 1
+    try:
+        yield
+    finally:
+        Progress.quiet -= 1
+
+
 class Progress:
     """Shows how far a loop of `total` items is; silent on every rank but the first.
 
@@ -48,12 +59,15 @@ class Progress:
     the share done, not towards the rate.
     """
 
+    quiet = 0
+
     def __init__(self, total: int, *, label: str, unit: str = "it", start: int = 0):
         self.total, self.label, self.unit = total, label, unit
         self.done = self.first = start
         self.began = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
         self.note = ""
+        self.shows = not Progress.quiet
 
     def rate(self) -> float:
         """Items per second since the loop began."""
@@ -65,7 +79,7 @@ class Progress:
         self.note = self.note if note is None else note
         now = time.monotonic()
         last = self.done >= self.total
-        if is_main() and (last or now - self.shown > (LIVE_EVERY_S if self.live else LOG_EVERY_S)):
+        if self.shows and is_main() and (last or now - self.shown > (LIVE_EVERY_S if self.live else LOG_EVERY_S)):
             self.shown = now
             self._show(last=last)
 
