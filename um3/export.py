@@ -52,6 +52,9 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     entries = int(base.get("entries", loaded.ids.text_vocab_size))
     tied = bool(base.get("tied", loaded.model.config.tie_word_embeddings))
     model = text_half(loaded.model, ids=loaded.ids, entries=entries, tie=tied)
+    if not base:
+        # Other software begins a text as training did, with bos. A base's tokenizer keeps the habit it came with.
+        loaded.text_tokenizer.add_bos_token = True
     with atomic_folder(out) as partial:
         model.save_pretrained(partial)
         _save_tokenizer(partial, loaded.text_tokenizer, entries=entries)
