@@ -17,6 +17,7 @@ MODEL ?= $(RUN)/um3/model
 PROMPTS ?=
 DRAW ?=
 REFERENCES ?=
+RUNS ?= $(RUN)
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -26,6 +27,8 @@ TRAIN := $(PY) -m train --processes $(NPROC)
 # DATA and TEXT put your own images and texts in the place of the config's.
 IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
+# Where a model's own results go, so that RUNS= can name them: runs/language/meta-llama-Llama-3.2-1B.
+OUT ?= runs/language/$(subst /,-,$(patsubst /%,%,$(MODEL:runs/%=%)))
 
 # The benchmarks of drawn images draw first where PROMPTS names their list; DRAW holds settings of the drawing.
 DRAWN = $(RUN)/drawings/$@
@@ -88,6 +91,9 @@ eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
+eval-language: $(READY) ## The paper's five language tasks for any MODEL=folder or hub id (data: LM_EVAL_DATA=folder)
+	@$(PY) -m eval.run 'model=$(MODEL)' 'out=$(OUT)/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
+
 coco-captions: $(READY) ## BLEU to CIDEr of captions of images (REFERENCES=dataset_coco.json ARGS="images=folder")
 	@$(PY) -m eval.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
 		out=$(RUN)/eval/coco_captions.json $(ARGS)
@@ -104,8 +110,8 @@ dpg: $(READY) ## DPG-Bench of drawings (PROMPTS=prompts ARGS="questions=dpg_benc
 	$(call draw,layout=grid num_images=4)
 	@$(PY) -m eval.dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
 
-report: $(READY) ## Write report.json, report.html and the pictures, and print the table
-	@$(PY) -m eval.report --run $(RUN) $(ARGS)
+report: $(READY) ## Compare RUNS="a b ..." with the paper: a table, report.md, .html, .json and the pictures
+	@$(PY) -m eval.report --run $(RUNS) $(ARGS)
 
 ablation: $(READY) ## Train and measure the rows of a table of the paper (NAME=weights; see configs/ablations)
 	@$(PY) -m eval.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \

@@ -25,11 +25,20 @@ class LanguageConfig:
     num_items: int = 1000
     num_documents: int = 200
     benchmarks: str = field(default_factory=lambda: os.environ.get("LM_EVAL_DATA", ""))
-    limit: int = 0
-    """Items of each benchmark to score; 0 for all."""
+    limit: int | None = None
+    """Items of each benchmark to score; null for all."""
     max_tokens: int = 0
     """Longest context; 0 for the model's own. A model trained on short rows has seen no later positions."""
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"language.limit is {self.limit}; it must be at least 1, or null for all items")
+        if self.batch_size < 1 or self.max_tokens < 0:
+            raise ValueError(
+                f"language: batches of {self.batch_size} and contexts of {self.max_tokens} tokens; use 1 or more in a "
+                "batch, and 0 tokens for the model's own context"
+            )
 
 
 @dataclass
@@ -145,7 +154,7 @@ class EvalConfig:
 
     run: str = ""
     model: str = ""
-    """Folder of the UM3 model; RUN/um3/model by default."""
+    """Folder of the UM3 model; RUN/um3/model by default. Language takes any language model, also by its hub id."""
     out: str = ""
     """Folder for the results; RUN/eval by default."""
     parts: list[PartName] = field(default_factory=lambda: list(PARTS))

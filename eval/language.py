@@ -1,41 +1,42 @@
-"""Language with lm-eval, offline: a cloze and bits per byte of held-out prose, and the paper's five tasks when at hand.
+"""Language with lm-eval, offline: the paper's five tasks from local copies, and a cloze and bits per byte of prose.
 
-The tasks are dictionaries over local files (`eval.language_tasks`), scored by `eval.lm.UM3LM` on the text half of the
-softmax alone: visual ids never take probability from a word.
+The five are lm-eval's own, unmodified (`eval.benchmarks`), scored by `eval.lm.UM3LM` on text ids alone: visual ids
+never take probability from a word. Every item's log-likelihoods are kept beside the scores.
 """
 
 import hashlib
 import json
-import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from eval.language_tasks import (
-    CHOICES,
-    CLOZE,
-    HUB_TASKS,
-    PROSE,
-    ClozeItem,
-    cloze_items,
-    cloze_task,
-    find_benchmarks,
-    hub_task,
-    prose_task,
-)
+from eval.benchmarks import TASKS, local_benchmarks, paper_tasks
+from eval.language_tasks import CHOICES, CLOZE, PROSE, ClozeItem, cloze_items, cloze_task, prose_task
 from eval.paper import LANGUAGE_METRICS, UM3
-from eval.scores import Measurement, Score
+from eval.scores import Interval, Measurement, Score, bootstrap
 from um3.core.errors import UserError
 from um3.core.files import write_text
-from um3.pipeline import UM3Pipeline
+
+if TYPE_CHECKING:
+    from eval.lm import UM3LM
 
 NUM_SAMPLES = 12
-SCORING = "text half of the softmax, bos before every context"
+ITEMS_FILE = "language_items.jsonl"
+SCORING = "log-likelihood over text ids, after the model's own start of a text"
+
+
+class LanguageResult(NamedTuple):
+    """Rows; a few cloze items with the model's answers; of each benchmark the first item as the model reads it."""
+
+    scores: list[Score]
+    cloze: list[dict[str, Any]]
+    prompts: dict[str, dict[str, Any]]
 
 
 def language_scores(
-    pipeline: UM3Pipeline,
+    lm: "UM3LM",
     *,
     documents: Sequence[str],
     folder: str | Path,
@@ -43,71 +44,69 @@ def language_scores(
     num_items: int = 200,
     num_documents: int = 50,
     benchmarks: str | Path = "",
-    limit: int = 0,
-    max_tokens: int = 0,
-    batch_size: int = 16,
-) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Scores of every language task, and a few cloze items with the model's answers.
+    limit: int | None = None,
+) -> LanguageResult:
+    """Scores of every language task, the log-likelihoods of every item in `folder`/language_items.jsonl.
 
-    `documents` are held-out texts; the tasks made from them are written to `folder` as JSONL. `benchmarks` is a folder
-    with local copies of the paper's tasks; `limit` above 0 scores only the first so many items of each of those.
-    `max_tokens` is the longest context, 0 for the model's own.
+    `documents` are held-out texts, from which the cloze and the bits per byte are made; without any these have no
+    value. `benchmarks` is a folder with local copies of the paper's tasks; `limit` scores the first so many items of
+    each of those.
 
     Raises:
-        UserError: too little text, or a benchmark file that cannot be read.
+        UserError: nothing to measure, too little text, or a benchmark file that cannot be read.
     """
-    found = find_benchmarks(benchmarks)
-    items = cloze_items(documents, num_items=num_items, seed=seed)
-    texts = [text for text in documents if text.strip()][:num_documents]
-    cloze_file, prose_file = Path(folder) / f"{CLOZE}.jsonl", Path(folder) / f"{PROSE}.jsonl"
-    write_text(cloze_file, "".join(json.dumps(item._asdict()) + "\n" for item in items))
-    write_text(prose_file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    with TemporaryDirectory() as temporary:
-        cache = Path(temporary)
-        own = [cloze_task(cloze_file, cache=cache), prose_task(prose_file, cache=cache)]
-        results = run_tasks(pipeline, tasks=own, batch_size=batch_size, max_tokens=max_tokens)
-        of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": max_tokens})
-        rows = _cloze_rows(results, items=items, of=of) + _prose_rows(results, texts=texts, of=of)
-        for name in HUB_TASKS:
-            path = found.get(name)
-            if path is None:
-                rows.append(_absent_row(name, of=of))
-                continue
-            task = hub_task(name, path=path, cache=cache)
-            results_of_task = run_tasks(
-                pipeline, tasks=[task], batch_size=batch_size, max_tokens=max_tokens, limit=limit
+    with local_benchmarks(benchmarks) as found:
+        if str(benchmarks) and not found:
+            raise UserError(
+                f"{benchmarks} holds none of the language benchmarks ({', '.join(TASKS)}); put files such as "
+                "piqa_valid.jsonl or folders such as baber/piqa there (docs/evaluation.md)"
             )
-            rows += _hub_rows(results_of_task, name=name, path=path, of=of.with_protocol(limit=limit))
-    return rows, _samples(results, items=items)
+        if not found and not documents:
+            raise UserError(
+                "no benchmark folder and no held-out text, so nothing to measure; set LM_EVAL_DATA to a folder with "
+                "local copies of the tasks (docs/evaluation.md), or TEXT to texts of your own"
+            )
+        of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": lm.own_max_tokens})
+        result, items = LanguageResult([], [], {}), list[dict[str, Any]]()
+        if documents:
+            cloze = cloze_items(documents, num_items=num_items, seed=seed)
+            texts = [text for text in documents if text.strip()][:num_documents]
+            results = _run_own(lm, cloze=cloze, texts=texts, folder=Path(folder))
+            result.scores.extend([*_choice_rows(results, name=CLOZE, of=of), *_prose_rows(results, of=of)])
+            result.cloze.extend(_samples(results, items=cloze))
+            items += [*_items(results, name=CLOZE), *_items(results, name=PROSE)]
+        else:
+            result.scores.extend(_absent_prose(of=of))
+        for name in TASKS:
+            if name not in found:
+                result.scores.append(_absent_row(name, of=of))
+                continue
+            results = run_tasks(lm, tasks=[name], limit=limit)
+            result.scores.extend(_choice_rows(results, name=name, of=of))
+            context, continuation = _sorted_samples(results, name=name)[0]["arguments"][0]
+            result.prompts[name] = {"context": context, "continuation": continuation}
+            items += _items(results, name=name)
+    write_text(Path(folder) / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
+    return result
 
 
-def run_tasks(
-    pipeline: UM3Pipeline, *, tasks: Sequence[dict[str, Any]], batch_size: int, max_tokens: int = 0, limit: int = 0
-) -> dict[str, Any]:
-    """lm-eval's results for task dictionaries.
+def run_tasks(lm: "UM3LM", *, tasks: Sequence[str | dict[str, Any]], limit: int | None = None) -> dict[str, Any]:
+    """lm-eval's results for tasks by name or dictionary.
 
     Raises:
         UserError: the data of a task cannot be read as that task.
     """
     import datasets
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import evaluate
 
-    from eval.lm import UM3LM
-
-    # Only what is wrong, not what is going on: UM3LM shows the progress.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    names = ", ".join(str(task["task"]) for task in tasks)
+    names = ", ".join(str(task["task"]) if isinstance(task, dict) else task for task in tasks)
     try:
-        results = simple_evaluate(
-            model=UM3LM.of(pipeline, batch_size=batch_size, max_tokens=max_tokens),
-            tasks=list(tasks),
-            task_manager=TaskManager(include_defaults=False),
-            limit=limit or None,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        loaded = paper_tasks().load(list(tasks))
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        # Not simple_evaluate: it asks pip, git and lscpu what this machine is, seconds for every task.
+        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     except (OSError, KeyError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the data of task {names} cannot be read ({type(error).__name__}: {reason})") from error
@@ -115,48 +114,99 @@ def run_tasks(
     return dict(results)
 
 
-def _cloze_rows(results: dict[str, Any], *, items: Sequence[ClozeItem], of: Measurement) -> list[Score]:
-    of = of.named(CLOZE).with_protocol(items_sha256=_sha256(items))
-    note = f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"
-    values = results["results"][CLOZE]
-    return [of.score(name, values[f"{name},none"], n=len(items), unit="%", note=note) for name in ("acc", "acc_norm")]
+def _run_own(lm: "UM3LM", *, cloze: Sequence[ClozeItem], texts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The results of the two tasks made from held-out texts, which are written to `folder` as JSONL."""
+    cloze_file, prose_file = folder / f"{CLOZE}.jsonl", folder / f"{PROSE}.jsonl"
+    write_text(cloze_file, "".join(json.dumps(item._asdict()) + "\n" for item in cloze))
+    write_text(prose_file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with TemporaryDirectory() as cache:
+        own = [cloze_task(cloze_file, cache=Path(cache)), prose_task(prose_file, cache=Path(cache))]
+        return run_tasks(lm, tasks=own)
 
 
-def _prose_rows(results: dict[str, Any], *, texts: Sequence[str], of: Measurement) -> list[Score]:
-    of = of.named(PROSE).with_protocol(documents_sha256=_sha256(texts))
-    common: dict[str, Any] = {"n": len(texts), "higher_is_better": False, "note": "over held-out documents"}
-    values = results["results"][PROSE]
-    return [of.score(name, values[f"{name},none"], **common) for name in ("bits_per_byte", "word_perplexity")]
-
-
-def _hub_rows(results: dict[str, Any], *, name: str, path: Path, of: Measurement) -> list[Score]:
-    values, counts = results["results"][name], results["n-samples"][name]
-    of = of.named(name).with_protocol(data=path.name)
+def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list[Score]:
+    """Accuracies of a multiple choice: lm-eval's values, each with the interval over its items."""
+    values, samples = results["results"][name], _sorted_samples(results, name=name)
+    counts = results["n-samples"][name]
+    of = of.named(name).with_protocol(items_sha256=_sha256([[s["arguments"], s["target"]] for s in samples]))
+    own = {"note": f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"} if name == CLOZE else {}
     return [
         of.score(
             metric,
             values[f"{metric},none"],
-            n=int(counts["effective"]),
-            skipped=int(counts["original"]) - int(counts["effective"]),
+            n=len(samples),
+            skipped=int(counts["original"]) - len(samples),
             version=str(results["versions"].get(name, "")),
             unit="%",
-            paper=UM3[name] if metric == LANGUAGE_METRICS[name] else None,
+            paper=UM3[name] if metric == LANGUAGE_METRICS.get(name) else None,
+            **bootstrap([float(sample[metric]) for sample in samples])._asdict(),
+            **own,
         )
         for metric in ("acc", "acc_norm")
         if f"{metric},none" in values
     ]
 
 
+def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
+    values, samples = results["results"][PROSE], _sorted_samples(results, name=PROSE)
+    of = of.named(PROSE).with_protocol(documents_sha256=_sha256([sample["target"] for sample in samples]))
+    losses = [-float(sample["bits_per_byte"][0]) for sample in samples]
+    per_byte = bootstrap([loss / math.log(2) for loss in losses], weights=[s["bits_per_byte"][1] for s in samples])
+    per_word = bootstrap(losses, weights=[sample["word_perplexity"][1] for sample in samples])
+    perplexity = Interval(*(None if end is None else math.exp(end) for end in per_word))
+    return [
+        of.score(
+            metric,
+            values[f"{metric},none"],
+            n=len(samples),
+            version=str(results["versions"].get(PROSE, "")),
+            higher_is_better=False,
+            note="over held-out documents",
+            **interval._asdict(),
+        )
+        for metric, interval in (("bits_per_byte", per_byte), ("word_perplexity", perplexity))
+    ]
+
+
+def _absent_prose(*, of: Measurement) -> list[Score]:
+    note = "no held-out text was given; set TEXT to texts of your own"
+    rows = ((CLOZE, "acc", "%"), (CLOZE, "acc_norm", "%"), (PROSE, "bits_per_byte", ""), (PROSE, "word_perplexity", ""))
+    return [of.named(task).missing(metric, note=note, unit=unit) for task, metric, unit in rows]
+
+
 def _absent_row(name: str, *, of: Measurement) -> Score:
-    note = f"no local copy; put {HUB_TASKS[name].hub_name} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
+    note = f"no local copy; put {TASKS[name].hub_name} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
     return of.named(name).missing(LANGUAGE_METRICS[name], note=note, paper=UM3[name], unit="%")
+
+
+def _sorted_samples(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
+    return sorted(results["samples"][name], key=lambda sample: int(sample["doc_id"]))
+
+
+def _items(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
+    """What every item got: a choice's log-likelihoods and hits, or a document's log-likelihood, bytes and words."""
+    rows = []
+    for sample in _sorted_samples(results, name=name):
+        row: dict[str, Any] = {"task": name, "item": sample["doc_id"]}
+        if name == PROSE:
+            likelihood, num_bytes = sample["bits_per_byte"]
+            row |= {"log_likelihood": likelihood, "bytes": num_bytes, "words": sample["word_perplexity"][1]}
+        else:
+            row |= {"answer": sample["target"], "log_likelihoods": _likelihoods(sample)}
+            row |= {metric: sample[metric] for metric in ("acc", "acc_norm") if metric in sample}
+        rows.append(row)
+    return rows
+
+
+def _likelihoods(sample: dict[str, Any]) -> list[float]:
+    return [float(response[0]) for response in sample["filtered_resps"]]
 
 
 def _samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:
     """The first cloze items with what the model chose."""
     shown = []
-    for sample in sorted(results["samples"][CLOZE], key=lambda sample: sample["doc_id"])[:NUM_SAMPLES]:
-        likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+    for sample in _sorted_samples(results, name=CLOZE)[:NUM_SAMPLES]:
+        likelihoods = _likelihoods(sample)
         chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         item = items[sample["doc_id"]]
         shown.append({**item._asdict(), "chosen": chosen, "right": chosen == item.label})

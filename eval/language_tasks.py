@@ -1,4 +1,4 @@
-"""The language tasks as lm-eval dictionaries over local files, and the cloze that is built from held-out prose."""
+"""Language tasks made from held-out prose, as lm-eval dictionaries: a cloze and the bits per byte."""
 
 import random
 import re
@@ -16,24 +16,6 @@ CONTEXT_SENTENCES = 3
 MIN_SENTENCE = 25  # characters; shorter ones ("Yes," said he.) could follow anything
 MAX_SENTENCE = 200  # and longer ones are lists that no small model's context holds
 POOL = 40  # the distractors are the nearest in length of so many sentences of other documents
-
-
-class HubTask(NamedTuple):
-    """One of the paper's tasks: lm-eval's YAML, the hub's name for its data, what a local file may begin with."""
-
-    yaml: str
-    hub_name: str
-    stems: tuple[str, ...]
-    split: str
-
-
-HUB_TASKS: dict[str, HubTask] = {
-    "arc_challenge": HubTask("arc/arc_challenge.yaml", "allenai/ai2_arc", ("arc_challenge", "arc-challenge"), "test"),
-    "hellaswag": HubTask("hellaswag/hellaswag.yaml", "Rowan/hellaswag", ("hellaswag",), "validation"),
-    "piqa": HubTask("piqa/piqa.yaml", "baber/piqa", ("piqa",), "validation"),
-    "social_iqa": HubTask("siqa/siqa.yaml", "lighteval/siqa", ("social_iqa", "siqa"), "validation"),
-    "winogrande": HubTask("winogrande/default.yaml", "allenai/winogrande", ("winogrande",), "validation"),
-}
 
 
 class ClozeItem(NamedTuple):
@@ -126,49 +108,6 @@ def prose_task(path: Path, *, cache: Path) -> dict[str, Any]:
         "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
         "metadata": {"version": 1.0},
     }
-
-
-def find_benchmarks(folder: str | Path) -> dict[str, Path]:
-    """Local copies of the paper's tasks in `folder`: JSONL files named after them, or folders named as on the hub.
-
-    Raises:
-        UserError: the folder does not exist, or several files could be the same task.
-    """
-    if not str(folder):
-        return {}
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"the folder of language benchmarks, {root}, does not exist; correct or empty LM_EVAL_DATA")
-    found = {}
-    for name, task in HUB_TASKS.items():
-        files = [
-            path
-            for path in sorted(root.glob("*.jsonl"))
-            if path.name.lower().startswith(task.stems) and "train" not in path.stem.lower()
-        ]
-        if len(files) > 1:
-            names = ", ".join(path.name for path in files)
-            raise UserError(f"{root} holds several files for {name} ({names}); keep its {task.split} split only")
-        if files:
-            found[name] = files[0]
-        elif (root / task.hub_name).is_dir():
-            found[name] = root / task.hub_name
-    return found
-
-
-def hub_task(name: str, *, path: Path, cache: Path) -> dict[str, Any]:
-    """lm-eval's own definition of the task, reading `path` in the place of the hub."""
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    task = HUB_TASKS[name]
-    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / task.yaml))
-    for key in ("training_split", "validation_split", "test_split"):
-        config.pop(key, None)
-    config |= {"test_split" if task.split == "test" else "validation_split": task.split}
-    if path.is_dir():
-        return config | {"dataset_path": str(path.resolve())}
-    return config | {"dataset_name": None, **_json_data(path, split=task.split, cache=cache)}
 
 
 def _json_data(path: Path, *, split: str, cache: Path) -> dict[str, Any]:

@@ -38,22 +38,31 @@ class PartResult(NamedTuple):
     images: dict[str, NDArray]
 
 
-def language(config: EvalConfig, *, pipeline: UM3Pipeline, folder: Path) -> PartResult:
-    """Cloze, perplexity, and the paper's tasks where local copies are."""
+def language(config: EvalConfig, *, model: str, folder: Path, request: str) -> PartResult:
+    """The paper's tasks where local copies are, cloze and perplexity where there is held-out text.
+
+    `model` is any causal language model. What is finished is kept in `folder` until the last score is known.
+    """
+    from eval.journal import Journal
+    from eval.lm import UM3LM, load_language_model
+
     part = config.language
-    scores, samples = language_scores(
-        pipeline,
-        documents=held_out_documents(config.texts, seed=config.seed),
+    documents = held_out_documents(config.texts, seed=config.seed) if config.texts else []
+    loaded, tokenizer = load_language_model(model)
+    journal = Journal(folder / "language.journal", request=request)
+    lm = UM3LM.of(loaded, tokenizer=tokenizer, batch_size=part.batch_size, max_tokens=part.max_tokens, journal=journal)
+    result = language_scores(
+        lm,
+        documents=documents,
         folder=folder,
         seed=config.seed,
         num_items=part.num_items,
         num_documents=part.num_documents,
         benchmarks=part.benchmarks,
         limit=part.limit,
-        max_tokens=part.max_tokens,
-        batch_size=part.batch_size,
     )
-    return PartResult(scores, {"cloze": samples}, {})
+    journal.remove()
+    return PartResult(result.scores, {"cloze": result.cloze, "prompts": result.prompts}, {})
 
 
 def captions(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:

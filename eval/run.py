@@ -1,4 +1,4 @@
-"""`python -m eval.run --config FILE [key=value ...]`: evaluate a run, part by part, and skip what is up to date."""
+"""`python -m eval.run [--config FILE] [key=value ...]`: evaluate a run or a model, and skip what is up to date."""
 
 import argparse
 import dataclasses
@@ -27,8 +27,8 @@ FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate what a config asks for; returns at once where all of it is done already."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate a run.")
-    parser.add_argument("--config", required=True, help="YAML file of an EvalConfig, such as configs/demo/eval.yaml")
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate a run or a model.")
+    parser.add_argument("--config", help="YAML file of an EvalConfig; without one, the paper's sizes and settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's")
     options = parser.parse_args(arguments)
     setup_logging()
@@ -43,6 +43,8 @@ def evaluate(config: EvalConfig) -> None:
     """
     if not config.run and not config.model:
         raise UserError("which run is to be evaluated? set run=FOLDER, such as run=runs/demo")
+    if not config.run and not config.out:
+        raise UserError("where are the results to go? set out=FOLDER, or run=FOLDER for FOLDER/eval")
     inputs = {part: part_inputs(config, part=part) for part in PARTS if part in config.parts}
     config = with_sources(config)
     load_pipeline = functools.cache(lambda: _load_pipeline(config))
@@ -68,7 +70,7 @@ def with_sources(config: EvalConfig) -> EvalConfig:
     images, texts = config.images, config.texts
     if not images and set(config.parts) - {"language"}:
         images = trained_on(config.run, phase="stage1", key="sources", kind=ImageSourceConfig)
-    if not texts and "language" in config.parts:
+    if not texts and "language" in config.parts and config.run:
         texts = trained_on(config.run, phase="um3", key="texts", kind=TextSourceConfig)
     config = dataclasses.replace(config, images=images, texts=texts)
     if (asking := sorted({"captions", "generation"} & set(config.parts))) and not config.captioned:
@@ -98,6 +100,8 @@ def part_inputs(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
             raise UserError(f"no visual tokenizer in {absent[0]}; correct tokenizer.stages")
         return found
     folder = model_folder(config)
+    if part == "language" and config.model:
+        return {"model": downloaded(config.model)}
     if not (folder / "config.json").is_file():
         raise UserError(f"no UM3 model in {folder}; run make um3 first, or set parts=[tokenizer]")
     return {"um3": folder}
@@ -106,6 +110,28 @@ def part_inputs(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
 def model_folder(config: EvalConfig) -> Path:
     """The UM3 model's folder."""
     return Path(config.model) if config.model else Path(config.run) / "um3" / "model"
+
+
+def downloaded(path_or_hub_id: str) -> Path:
+    """The folder of a language model: itself, or where the hub's files are kept.
+
+    Raises:
+        UserError: a folder without a model, or no such hub id (or no hub).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(path_or_hub_id).exists():
+        if not (Path(path_or_hub_id) / "config.json").is_file():
+            raise UserError(f"no language model in {path_or_hub_id} (no config.json); correct the model's folder")
+        return Path(path_or_hub_id)
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"no language model '{path_or_hub_id}': it is no folder, and no hub id that can be reached ({reason})"
+        ) from None
 
 
 def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) -> str:
@@ -187,7 +213,7 @@ def _run_part(
     if part == "tokenizer":
         result = tokenizer_part.tokenizer(config, stages=folders)
     elif part == "language":
-        result = parts.language(config, pipeline=load_pipeline(), folder=out)
+        result = parts.language(config, model=str(next(iter(folders.values()))), folder=out, request=request)
     elif part == "captions":
         result = parts.captions(config, pipeline=load_pipeline())
     else:
