@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval.benchmarks import TASKS, find_benchmarks, local_benchmarks
 from eval.journal import Journal
@@ -17,7 +19,9 @@ from eval.run import main
 from eval.scores import bootstrap, read_scores
 from um3.core.errors import UserError
 from um3.export import export_text_half
-from um3.text_tokenizer import encode_texts
+from um3.extend import extend_model, load_base, load_base_tokenizer
+from um3.model import save_model
+from um3.text_tokenizer import encode_texts, make_id_space
 
 BENCH = Path(__file__).parents[3] / "shared/data/bench"
 needs_bench = pytest.mark.skipif(not BENCH.is_dir(), reason="no local benchmark files")
@@ -92,18 +96,23 @@ def exported(um3_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory, pipeline):
-    """A plain Llama that was never a UM3, with a tokenizer that adds bos, as Llama 3's does."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    pipeline.text_tokenizer.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
-    tokenizer.save_pretrained(folder)
+def llama(tmp_path_factory, documents):
+    """A plain Llama that was never a UM3, with a tokenizer that adds bos and knows no image marks, as Llama 3's."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(documents, trainer=trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.4, bos_token_id=tokenizer.bos_token_id, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.4, bos_token_id=0, eos_token_id=1, **sizes)
+    folder = tmp_path_factory.mktemp("llama")
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -162,6 +171,22 @@ def test_any_other_model_gets_exactly_what_hf_gives_it(llama, bench):
     assert largest_difference(found, expected) < 1e-5
     by_name = UM3LM(str(llama), device="cpu", batch_size=2).loglikelihood(requests(pairs))
     assert largest_difference(by_name, expected) < 1e-5
+
+
+def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folder, bench, tmp_path):
+    """Neither the visual rows nor the image marks, whose rows are means of the words' here, take a share."""
+    from eval.lm import UM3LM
+
+    tokenizer, entries = load_base_tokenizer(str(llama))
+    ids = make_id_space(tokenizer, slots=2, bits_per_slot=4, num_patches=16)
+    assert ids.text_vocab_size > entries
+    model = extend_model(load_base(str(llama)), ids=ids, qk_norm=False, base_entries=entries)
+    save_model(tmp_path / "um3", model=model, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)
+    export_text_half(tmp_path / "um3", out=tmp_path / "plain")
+    pairs = [*pairs_of(bench), *PAIRS]
+    found = UM3LM(str(tmp_path / "um3"), device="cpu", batch_size=2).loglikelihood(requests(pairs))
+    for folder in (llama, tmp_path / "plain"):
+        assert largest_difference(found, stock(folder).loglikelihood(requests(pairs), disable_tqdm=True)) < 2e-5
 
 
 def test_hf_on_a_um3_itself_loses_the_visual_halfs_share(pipeline, um3_lm, um3_folder):
