@@ -1,7 +1,7 @@
 """`python -m eval.report --run RUN [RUN ...]`: one run's numbers and pictures, beside the paper's and other runs'.
 
-Writes report.json (flat keys), report.html (one file, no external asset) and figures/*.png into the first run's folder
-and prints the table. What was not measured or not run is shown as such.
+Writes report.json (flat keys), report.md, report.html (one file, no external asset) and figures/*.png into the first
+run's folder and prints the table. What was not measured or not run is shown as such.
 """
 
 import argparse
@@ -9,14 +9,15 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import NDArray
 
 from data_mix.scene_prompts import SKILLS
+from eval.comparison import Section, apart, as_markdown, compare, labels, print_table, protocols
 from eval.config import PARTS
 from eval.figures import SKILL_TITLES, bits, forgetting, losses, mix, svg, write_figures
-from eval.paper import REFERENCES, tables
+from eval.paper import tables
 from eval.run_data import TRAINING_PHASES, RunData, load_run
 from eval.scores import Score
 from um3.core.errors import UserError, run_main
@@ -26,12 +27,6 @@ from um3.core.progress import format_seconds
 from um3.core.provenance import commit, machine, versions
 
 TEMPLATE = "report_template.html"
-TITLES = {
-    "tokenizer": "Tokenizer",
-    "captions": "Captions",
-    "generation": "Drawings",
-    "language": "Language",
-}
 # What a reader wants to know first: the first key with this ending, what it is called, and what it means.
 HEADLINES = (
     ("skills/mean", "drawings right", "of the pictures show all that their prompt demands"),
@@ -44,74 +39,6 @@ HEADLINES = (
 )
 NUM_HEADLINES = 6
 TILE = 96  # pixels on the page of the side of a small picture
-METRIC_NAMES = {
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "bits_per_image": "bits per image",
-    "fid": "FID",
-    "rfid": "rFID",
-    "acc": "accuracy",
-    "acc_norm": "accuracy, length-normalised",
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "meteor": "METEOR",
-    "clipscore": "CLIPScore",
-    "clipscore_qlip": "CLIPScore, QLIP's towers",
-    "clipscore_qlip_real": "the same, real images",
-    "exact_match": "exact match",
-    "exact_match_any": "exact match, any reference",
-    "image_to_text": "image → text, top 1",
-    "text_to_image": "text → image, top 1",
-    "zero_shot": "zero-shot accuracy",
-    "probe_cls": "linear probe, class token",
-    "probe_mean": "linear probe, mean of patches",
-    "probe_cls_mean": "linear probe, both",
-    "read_back": "read back by the checker",
-    "bits_per_byte": "bits per byte",
-    "word_perplexity": "word perplexity",
-    "mean": "mean of the six",
-    **SKILL_TITLES,
-}
-
-
-class Line(NamedTuple):
-    """One line of the table: `cells` holds the printed value of every run, `counts` their n (once if all agree)."""
-
-    key: str
-    name: str
-    cells: list[str]
-    same_protocol: bool
-    counts: str
-    paper: str
-    note: str
-    measured: bool
-
-
-class Block(NamedTuple):
-    """The lines of one task; `reference` where the paper column is not the section's."""
-
-    title: str
-    reference: str
-    lines: list[Line]
-
-    @property
-    def measured(self) -> list[Line]:
-        """The lines with a value in any run."""
-        return [line for line in self.lines if line.measured]
-
-
-class Section(NamedTuple):
-    """A part of the evaluation with what the paper column refers to; no blocks if it has not run."""
-
-    part: str
-    title: str
-    reference: str
-    blocks: list[Block]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,25 +52,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_report(runs: Sequence[RunData]) -> None:
-    """report.json, report.html and figures/ of the first run; the table of all of them on the terminal."""
+    """report.json, .md, .html and figures/ in the first run's folder; the table of all runs on the terminal."""
     run = runs[0]
     if len({other.folder.resolve() for other in runs}) < len(runs):
         raise UserError("the same run is given twice; name each once")
     figures = write_figures(run, run.folder / "figures")
-    sections = table(runs)
-    write_json(run.folder / "report.json", as_json(runs))
+    sections = compare(runs)
+    write_json(run.folder / "report.json", as_json(runs, sections=sections))
+    write_text(run.folder / "report.md", as_markdown(runs, sections=sections))
     write_text(run.folder / "report.html", as_html(runs, sections=sections))
     print_table(runs, sections=sections)
-    print(f"{run.folder / 'report.html'}  ·  report.json  ·  {len(figures)} pictures in {run.folder / 'figures'}")
+    print(
+        f"{run.folder / 'report.html'}  ·  report.md  ·  report.json  ·  {len(figures)} pictures in {run.folder / 'figures'}"
+    )
 
 
-def as_json(runs: Sequence[RunData]) -> dict[str, Any]:
-    """Everything with a number, flat: `values` of the first run by key, `others` by run name."""
+def as_json(runs: Sequence[RunData], *, sections: Sequence[Section]) -> dict[str, Any]:
+    """Everything with a number, flat: `values` of the first run by key, `others` by run folder; every value with its n,
+    seed, interval and protocol hash, whose settings `protocols` holds. Values of one key under different hashes must
+    not be compared: `not_comparable` names them."""
     run = runs[0]
     return {
         "run": run.name,
         "values": _values(run),
         "others": {str(other.folder): _values(other) for other in runs[1:]},
+        "protocols": protocols(runs),
+        "not_comparable": apart(sections),
         "phases": {
             phase: {key: record.get(key) for key in ("seconds", "peak_memory_gib", "steps", "processes", "commit")}
             for phase, record in (run.phases | run.parts).items()
@@ -161,60 +95,6 @@ def _values(run: RunData) -> dict[str, dict[str, Any]]:
     return {key: {k: v for k, v in score.to_dict().items() if k != "protocol"} for key, score in run.scores.items()}
 
 
-def table(runs: Sequence[RunData]) -> list[Section]:
-    """The metrics of all runs, by part and task, in the order in which they were measured."""
-    sections = []
-    for part, title in TITLES.items():
-        rows: dict[str, Score] = {}
-        for run in runs:
-            for score in run.rows_by_part.get(part, []):
-                rows.setdefault(score.key, score)
-        blocks: dict[str, Block] = {}
-        for score in rows.values():
-            own = reference(score.task) if score.task in REFERENCES else ""
-            block = blocks.setdefault(score.task, Block(task_title(score.task), own, []))
-            block.lines.append(_line(score, runs=runs))
-        sections.append(Section(part, title, reference(part), list(blocks.values())))
-    return sections
-
-
-def reference(name: str) -> str:
-    """Whose values the paper column shows, and on which data."""
-    return f"{REFERENCES[name].system}, {REFERENCES[name].data}"
-
-
-def _line(score: Score, *, runs: Sequence[RunData]) -> Line:
-    found = [run.scores.get(score.key) for run in runs]
-    return Line(
-        key=score.key,
-        name=metric_name(score.metric),
-        cells=[each.shown() if each else "–" for each in found],
-        same_protocol=len({each.protocol_hash for each in found if each and each.value is not None}) <= 1,
-        counts=" / ".join(map(str, dict.fromkeys(each.n for each in found if each and each.value is not None))),
-        paper=score.shown(score.paper) if score.paper is not None else "",
-        note=score.note,
-        measured=any(each is not None and each.value is not None for each in found),
-    )
-
-
-def metric_name(metric: str) -> str:
-    """`frechet_distance[random-features]` -> `Frechet distance, random-features`."""
-    if metric.startswith("frechet_distance["):
-        return f"Frechet distance, {metric.removeprefix('frechet_distance[').removesuffix(']')}"
-    return METRIC_NAMES.get(metric, metric.replace("_", " "))
-
-
-def task_title(task: str) -> str:
-    """`scenes_reconstruction_stage1` -> `reconstruction · scenes · stage 1`."""
-    for kind in ("reconstruction", "retrieval", "bits", "classification", "captions", "generation"):
-        source, found, stage = task.partition(f"_{kind}")
-        if found:
-            parts = [kind.replace("generation", "drawings"), source, stage.strip("_").replace("stage", "stage ")]
-            return " · ".join(part for part in parts if part)
-    names = {"skills": "six skills", "um3_prose": "held-out prose", "um3_prose_cloze": "which sentence comes next"}
-    return names.get(task, task)
-
-
 def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
     """The page: one file, images as data URIs."""
     from jinja2 import Environment, FileSystemLoader
@@ -227,8 +107,11 @@ def as_html(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
     curves, mixed, forgotten, code_bits = losses(run), mix(run), forgetting(run), bits(run)
     return environment.get_template(TEMPLATE).render(
         run=run,
-        runs=runs,
+        labels=labels(runs),
         sections=sections,
+        protocols=protocols(runs),
+        apart=apart(sections),
+        prompts=run.samples("language").get("prompts", {}),
         headlines=headlines(run),
         large=any(array.shape[1] > TILE for arrays in run.images.values() for array in arrays.values()),
         hero=_png_uri(run.folder / "figures" / "hero.png"),
@@ -352,35 +235,6 @@ def data_uri(image: NDArray) -> str:
 
 def _png_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
-
-
-def print_table(runs: Sequence[RunData], *, sections: Sequence[Section]) -> None:
-    """The table of the page on the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 110)
-    grid = Table(box=None, pad_edge=False, header_style="dim")
-    grid.add_column("")
-    for run in runs:
-        grid.add_column(run.name, justify="right")
-    grid.add_column("paper", justify="right", style="dim")
-    grid.add_column("n", justify="right", style="dim")
-    for section in sections:
-        about = f"paper: {section.reference}" if section.blocks else "not measured: run make eval"
-        grid.add_row(f"[bold]{section.title}[/] [dim]{about}[/]")
-        for block in section.blocks:
-            if block.measured:
-                grid.add_row(f"  {block.title}" + (f" [dim]paper: {block.reference}[/]" if block.reference else ""))
-            for line in block.measured:
-                name = escape(line.name) + ("" if line.same_protocol else " ≠")
-                grid.add_row(f"    {name}", *line.cells, line.paper, line.counts)
-    console.print(grid)
-    lines = [line for section in sections for block in section.blocks for line in block.lines]
-    if missing := ", ".join(line.key for line in lines if not line.measured):
-        console.print(f"[dim]without a value (the report says why): {escape(missing)}[/]")
-    console.print("[dim]The paper's values belong to its data and scale; at demo scale they are not comparable.[/]")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,13 @@ class Score:
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
         return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
+    def shown_interval(self) -> str:
+        """The 95 % interval as it is printed, in the value's unit; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        low, high = (self.shown(end).removesuffix(f" {self.unit}") for end in (self.low, self.high))
+        return f"[{low}, {high}]"
+
     def to_dict(self) -> dict[str, Any]:
         """The row as plain JSON."""
         return dataclasses.asdict(self) | {"protocol_hash": self.protocol_hash}

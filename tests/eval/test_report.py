@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.comparison import compare, labels, metric_name, task_title
 from eval.config import PARTS
 from eval.figures import write_figures
-from eval.report import as_html, data_uri, headlines, main, metric_name, table, task_title
+from eval.report import as_html, data_uri, headlines, main
 from eval.run import main as evaluate
 from eval.run_data import load_run
 from eval.scores import Measurement, read_scores, write_scores
@@ -134,26 +136,92 @@ def test_a_run_without_evaluation_has_honest_holes(run_folder, tmp_path, capsys)
     assert "not measured: run make eval" in capsys.readouterr().out
 
 
-def test_runs_stand_side_by_side_and_other_protocols_are_marked(evaluated, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(evaluated, other)
-    rows = read_scores(other / "eval" / "tokenizer.json")
-    changed = [
-        Measurement(row.task, 0, {"other": 1}).score("psnr", 12.34, n=4, unit="dB") if row.metric == "psnr" else row
-        for row in rows
-    ]
-    content = json.loads((other / "eval" / "tokenizer.json").read_text())
-    write_scores(other / "eval" / "tokenizer.json", changed, samples=content["samples"])
+@pytest.fixture
+def other(evaluated, tmp_path):
+    """The same run with another PSNR, measured under another protocol, and another SSIM under the same."""
+
+    def changed(row):
+        if row.metric == "psnr":
+            return dataclasses.replace(row, value=12.34, low=11.5, high=13.25, protocol=row.protocol | {"images": 9})
+        return dataclasses.replace(row, value=0.4321, n=77, seed=5) if row.metric == "ssim" else row
+
+    folder = tmp_path / "other"
+    shutil.copytree(evaluated, folder)
+    path = folder / "eval" / "tokenizer.json"
+    samples = json.loads(path.read_text())["samples"]
+    write_scores(path, [changed(row) for row in read_scores(path)], samples=samples)
+    return folder
+
+
+def lines_of(runs, key):
+    return [line for s in compare(runs) for block in s.blocks for line in block.lines if line.key == key]
+
+
+def test_numbers_of_other_protocols_never_stand_on_one_line(evaluated, other):
+    runs = [load_run(evaluated), load_run(other)]
+    key = "scenes_reconstruction_stage1/psnr"
+    first, second = lines_of(runs, key)
+    own = runs[0].scores[key]
+    assert [str(cell) for cell in first.cells] == [f"{own.shown()} {own.shown_interval()}".rstrip(), "–"]
+    assert [str(cell) for cell in second.cells] == ["–", "12.34 dB [11.50, 13.25]"]
+    assert first.protocol == own.protocol_hash != second.protocol
+    assert first.differs == "" and second.differs == "images: 4 -> 9"
+    (together,) = lines_of(runs, "scenes_reconstruction_stage1/ssim")
+    assert (
+        "–" not in [str(cell) for cell in together.cells] and together.counts == "4 / 77" and together.seeds == "0 / 5"
+    )
+    for line in (line for s in compare(runs) for block in s.blocks for line in block.measured):
+        hashes = {
+            run.scores[line.key].protocol_hash for run, cell in zip(runs, line.cells, strict=True) if cell.value != "–"
+        }
+        assert hashes == {line.protocol}
+
+
+def test_every_form_of_the_report_shows_value_interval_n_seed_and_protocol(evaluated, other, capsys):
     main(["--run", str(evaluated), str(other)])
+    score = load_run(other).scores["scenes_reconstruction_stage1/psnr"]
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if "PSNR" in line)
-    assert "≠" in line and "12.34 dB" in line
-    assert "≠" not in next(line for line in said.splitlines() if "SSIM" in line)
+    markdown = (evaluated / "report.md").read_text()
+    page = read(evaluated / "report.html").text
+    for text, interval in ((said, "[11.50, 13.25]"), (markdown, r"\[11.50, 13.25\]"), (page, "[11.50, 13.25]")):
+        assert "12.34 dB" in text and interval in text and score.protocol_hash in text and "images: 4 -> 9" in text
+    row = next(line for line in markdown.splitlines() if "12.34 dB" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["–", r"12.34 dB \[11.50, 13.25\]", "24.50 dB", "4", "0", f"`{score.protocol_hash}`"]
+    columns = {line.count("|") - line.count(r"\|") for line in markdown.splitlines() if line.startswith("|")}
+    assert columns == {8}, "every row has its seven cells"
     report = json.loads((evaluated / "report.json").read_text())
-    assert report["others"][str(other)]["scenes_reconstruction_stage1/psnr"]["value"] == 12.34
-    assert "12.34 dB" in read(evaluated / "report.html").text
+    found = report["others"][str(other)]["scenes_reconstruction_stage1/psnr"]
+    assert (found["value"], found["low"], found["high"]) == (12.34, 11.5, 13.25)
+    assert report["protocols"][found["protocol_hash"]] == {"version": score.version} | score.protocol
+    assert any("reconstruction_stage1/psnr (images: 4 -> 9)" in each for each in report["not_comparable"])
     with pytest.raises(UserError, match="given twice"):
         main(["--run", str(evaluated), str(evaluated / "eval" / "..")])
+
+
+def test_many_runs_and_runs_of_one_name_are_told_apart(evaluated, tmp_path, capsys):
+    copies = [tmp_path / str(number) / "same" for number in range(5)]
+    for folder in copies:
+        shutil.copytree(evaluated / "eval", folder / "eval")
+    runs = [load_run(folder) for folder in copies]
+    assert labels(runs) == [str(folder) for folder in copies] and labels(runs[:1]) == ["same"]
+    main(["--run", *map(str, copies)])
+    said = capsys.readouterr().out
+    value = runs[0].scores["scenes_reconstruction_stage1/psnr"].shown()
+    assert max(line.count(value) for line in said.splitlines()) == 5
+    assert "| " + " | ".join(labels(runs)) in (copies[0] / "report.md").read_text().replace("\\_", "_")
+
+
+def test_a_models_language_alone_stands_beside_a_run(evaluated, tmp_path):
+    of = Measurement("piqa", 0, {"scored": "text"})
+    row = of.mean("acc", [1, 0, 1, 1] * 10, unit="%", paper=0.7465, version="1.0")
+    prompts = {"piqa": {"context": "Question: <b>", "continuation": " Turn it."}}
+    write_scores(tmp_path / "llama" / "eval" / "language.json", [row], samples={"prompts": prompts})
+    main(["--run", str(tmp_path / "llama"), str(evaluated)])
+    page = read(tmp_path / "llama" / "report.html").text
+    assert "75.0 %" in page and row.shown_interval() in page and "Question: <b>" in page
+    (line,) = lines_of([load_run(evaluated), load_run(tmp_path / "llama")], "piqa/acc")
+    assert [str(cell) for cell in line.cells] == ["–", f"75.0 % {row.shown_interval()}"] and line.paper == "74.7 %"
 
 
 def test_captions_from_outside_cannot_break_the_page(evaluated, tmp_path):
@@ -168,6 +236,16 @@ def test_captions_from_outside_cannot_break_the_page(evaluated, tmp_path):
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+def test_names_from_outside_cannot_break_the_markdown(tmp_path):
+    row = Measurement("a|b\n<img>", 0, {"c": "`|"}).score("x_[1](http://y)", 0.5, n=3)
+    hole = Measurement("t", 0).missing("m", note="say `x` | <b>no</b>\nmore")
+    write_scores(tmp_path / "eval" / "language.json", [row, hole])
+    main(["--run", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert r"**a\|b &lt;img>**" in text and r"x \[1\](http://y)" in text and "<b>" not in text
+    assert r"say \`x\` \| &lt;b>no&lt;/b> more" in text
+
+
 def test_names_and_headlines_are_readable(evaluated):
     assert task_title("scenes_reconstruction_stage1") == "reconstruction · scenes · stage 1"
     assert task_title("my_photos_captions") == "captions · my_photos"
@@ -180,7 +258,7 @@ def test_names_and_headlines_are_readable(evaluated):
         "scenes_captions/exact_match",
         "scenes_reconstruction_stage2/psnr",
     ]
-    assert as_html([run], sections=table([run]))
+    assert as_html([run], sections=compare([run]))
 
 
 def test_large_images_are_shrunk_for_the_page_and_small_ones_kept():

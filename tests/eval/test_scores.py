@@ -56,6 +56,9 @@ def test_shown_follows_the_unit():
     assert score(value=0.31249).shown() == "0.312"
     assert score(value=0.004123).shown() == "0.00412" and score(value=123456.7).shown() == "123,457"
     assert score(value=120.5).shown(44.1) == "44.10"
+    assert score(unit="%", low=0.0, high=0.3012).shown_interval() == "[0.0, 30.1]"
+    assert score(value=24.4, unit="dB", low=24, high=25).shown_interval() == "[24.00, 25.00]"
+    assert score(unit="x100", low=0.05, high=0.07).shown_interval() == "[5.0, 7.0]" and score().shown_interval() == ""
 
 
 def test_a_file_of_another_kind_is_a_one_line_error(tmp_path):
