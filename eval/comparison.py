@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eval.figures import SKILL_TITLES
-from eval.paper import REFERENCES
+from eval.paper import REFERENCES, tables
 from eval.run_data import RunData
 from eval.scores import Score
 from um3.core.config import differences
@@ -274,6 +274,13 @@ def as_markdown(runs: Sequence[RunData], *, sections: Sequence[Section]) -> str:
     }
     for title, sentences in notes.items():
         lines += [f"## {title}", "", *[f"- {sentence}" for sentence in sentences], ""] if sentences else []
+    for table in tables():
+        lines += [f"## The paper: {table.title}", "", _row(["", *table.columns])]
+        lines += [
+            _row(["---", *["--:"] * len(table.columns)]),
+            *[_row([name, *cells]) for name, cells in table.rows],
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -93,9 +93,9 @@ def probe_scores(
             note = f"the probe diverged: a feature is not finite, or tokenizer.probe.lr={config.lr:g} is too high"
             scores.append(of.missing(metric, note=note, unit="%", paper=paper))
             continue
-        right = float((probe.predict(wanted.inputs(name)) == wanted.labels_N).float().mean())
-        common: dict[str, Any] = {"n": len(wanted.labels_N), "skipped": val.skipped, "unit": "%", "paper": paper}
-        scores.append(of.score(metric, right, note=f"chance is 1 in {num_classes}", **common))
+        hits = (probe.predict(wanted.inputs(name)) == wanted.labels_N).tolist()
+        common: dict[str, Any] = {"skipped": val.skipped, "unit": "%", "paper": paper}
+        scores.append(of.mean(metric, hits, note=f"chance is 1 in {num_classes}", **common))
     return scores
 
 

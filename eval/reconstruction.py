@@ -59,28 +59,27 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
 
 
 class Quality(NamedTuple):
-    """Means over images; no `lpips` without its network."""
+    """PSNR and SSIM of every image; the mean LPIPS over them, None without its network."""
 
-    psnr: float
-    ssim: float
+    psnr: list[float]
+    ssim: list[float]
     lpips: float | None
 
 
-def mean_quality(
+def quality(
     images_NHWC: NDArray, *, originals_NHWC: NDArray, distance: PerceptualDistance | None = None, label: str = "compare"
 ) -> Quality:
-    """PSNR and SSIM of every image, and its LPIPS if `distance` is there to measure it, then their means over all."""
-    sums, progress = torch.zeros(3, dtype=torch.float64), Progress(len(images_NHWC), label=label)
+    """PSNR and SSIM of every image, and the mean LPIPS if `distance` is there to measure it."""
+    found, lpips, progress = Quality([], [], None), 0.0, Progress(len(images_NHWC), label=label)
     for start in range(0, len(images_NHWC), BATCH):
         pair = (torch.as_tensor(each[start : start + BATCH]).to(device()) for each in (images_NHWC, originals_NHWC))
         images_BHWC, originals_BHWC = pair
-        sums[0] += psnr(images_BHWC, originals_BHWC=originals_BHWC).sum().cpu()
-        sums[1] += ssim(images_BHWC, originals_BHWC=originals_BHWC).sum().cpu()
+        found.psnr.extend(psnr(images_BHWC, originals_BHWC=originals_BHWC).tolist())
+        found.ssim.extend(ssim(images_BHWC, originals_BHWC=originals_BHWC).tolist())
         if distance:
-            sums[2] += _lpips(images_BHWC, originals_BHWC, distance=distance) * len(images_BHWC)
+            lpips += _lpips(images_BHWC, originals_BHWC, distance=distance) * len(images_BHWC)
         progress.advance(len(images_BHWC))
-    means = (sums / len(images_NHWC)).tolist()
-    return Quality(means[0], means[1], means[2] if distance else None)
+    return found._replace(lpips=lpips / len(images_NHWC) if distance else None)
 
 
 @torch.inference_mode()

@@ -62,9 +62,8 @@ def write_report(runs: Sequence[RunData]) -> None:
     write_text(run.folder / "report.md", as_markdown(runs, sections=sections))
     write_text(run.folder / "report.html", as_html(runs, sections=sections))
     print_table(runs, sections=sections)
-    print(
-        f"{run.folder / 'report.html'}  ·  report.md  ·  report.json  ·  {len(figures)} pictures in {run.folder / 'figures'}"
-    )
+    written = f"{run.folder / 'report.html'}  ·  report.md  ·  report.json"
+    print(f"{written}  ·  {len(figures)} pictures in {run.folder / 'figures'}")
 
 
 def as_json(runs: Sequence[RunData], *, sections: Sequence[Section]) -> dict[str, Any]:

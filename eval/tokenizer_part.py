@@ -34,7 +34,7 @@ from eval.others import open_other
 from eval.paper import QLIP_B_16, STAGE_1
 from eval.parts import KEPT, PartResult
 from eval.probe import PROBE_FEATURES, probe_scores
-from eval.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, mean_quality
+from eval.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, quality
 from eval.scores import Measurement, Score
 from eval.zero_shot import retrieval_scores, zero_shot_score
 from tokenizer.images import ImageTokenizer, QLIPImages, decode_codes, encode_images
@@ -132,15 +132,15 @@ def _quality_rows(
     distance: PerceptualDistance | None,
     of: Measurement,
 ) -> list[Score]:
-    means = mean_quality(rebuilt_NHWC, originals_NHWC=data.images, distance=distance, label=f"compare {of.task}")
-    common: dict[str, Any] = {"n": len(data.images), "skipped": data.num_skipped, "note": "mean over images, as uint8"}
+    found = quality(rebuilt_NHWC, originals_NHWC=data.images, distance=distance, label=f"compare {of.task}")
+    common: dict[str, Any] = {"skipped": data.num_skipped, "note": "mean over images, as uint8"}
     rows = [
-        of.with_protocol(**PSNR_PROTOCOL).score("psnr", means.psnr, unit="dB", paper=paper.get("psnr"), **common),
-        of.with_protocol(**SSIM_PROTOCOL).score("ssim", means.ssim, paper=paper.get("ssim"), **common),
+        of.with_protocol(**PSNR_PROTOCOL).mean("psnr", found.psnr, unit="dB", paper=paper.get("psnr"), **common),
+        of.with_protocol(**SSIM_PROTOCOL).mean("ssim", found.ssim, paper=paper.get("ssim"), **common),
     ]
     if distance:
         named = of.with_protocol(**LPIPS_PROTOCOL, network=distance.name, weights_sha256=weights_sha256(distance))
-        rows.append(named.score("lpips", means.lpips, higher_is_better=False, **common))
+        rows.append(named.score("lpips", found.lpips, n=len(data.images), higher_is_better=False, **common))
     else:
         note = "needs VGG-16's weights and LPIPS's heads; set tokenizer.perceptual.backbone and .heads to the two files"
         rows.append(of.missing("lpips", note=note, higher_is_better=False))

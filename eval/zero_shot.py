@@ -72,19 +72,18 @@ def retrieval_scores(
         note = f"{len({*captions} - {''})} distinct captions among {len(captions)} images; a gallery needs {gallery}"
     if note:
         return [of.missing(metric, note=note, unit="%") for metric in ("image_to_text", "text_to_image")]
-    right_image, right_text = 0, 0
+    hits_image, hits_text = list[bool](), list[bool]()
     for group in groups:
         images_ND = image_embeddings(images_NHWC[group], model=model, processor=processor)
         texts_TD = text_embeddings([captions[i] for i in group], model=model, processor=processor)
         similarity_NT = images_ND @ texts_TD.T
         own = torch.arange(gallery)
-        right_image += int((similarity_NT.argmax(dim=1) == own).sum())
-        right_text += int((similarity_NT.argmax(dim=0) == own).sum())
-    scored = len(groups) * gallery
-    common: dict[str, Any] = {"n": scored, "skipped": len(captions) - scored, "unit": "%"}
+        hits_image += (similarity_NT.argmax(dim=1) == own).tolist()
+        hits_text += (similarity_NT.argmax(dim=0) == own).tolist()
+    common: dict[str, Any] = {"skipped": len(captions) - len(hits_image), "unit": "%"}
     return [
-        of.score("image_to_text", right_image / scored, note=f"chance is 1 in {gallery}", **common),
-        of.score("text_to_image", right_text / scored, note=f"chance is 1 in {gallery}", **common),
+        of.mean("image_to_text", hits_image, note=f"chance is 1 in {gallery}", **common),
+        of.mean("text_to_image", hits_text, note=f"chance is 1 in {gallery}", **common),
     ]
 
 
@@ -125,16 +124,14 @@ def zero_shot_score(
             for name in class_names
         ]
     )
-    right, count = 0, 0
+    hits = list[bool]()
     for images_NHWC, labels in data.batches():
         found_N = (image_embeddings(images_NHWC, model=model, processor=processor) @ classes_KD.T).argmax(dim=1)
-        right += int((found_N == torch.as_tensor(labels)).sum())
-        count += len(labels)
-    of = of.with_protocol(templates=list(templates), classes=list(class_names), images=count, data=data.identity)
-    return of.score(
+        hits += (found_N == torch.as_tensor(labels)).tolist()
+    of = of.with_protocol(templates=list(templates), classes=list(class_names), images=len(hits), data=data.identity)
+    return of.mean(
         "zero_shot",
-        right / count,
-        n=count,
+        hits,
         skipped=data.skipped,
         unit="%",
         paper=QLIP_B_16["zero_shot"],
