@@ -28,7 +28,7 @@ TRAIN := $(PY) -m train --processes $(NPROC)
 IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
 # Where a model's own results go, so that RUNS= can name them: runs/language/meta-llama-Llama-3.2-1B.
-OUT ?= runs/language/$(subst /,-,$(patsubst /%,%,$(MODEL:runs/%=%)))
+OUT ?= runs/language/$(subst /,-,$(patsubst /%,%,$(patsubst %/,%,$(MODEL:runs/%=%))))
 
 # The benchmarks of drawn images draw first where PROMPTS names their list; DRAW holds settings of the drawing.
 DRAWN = $(RUN)/drawings/$@

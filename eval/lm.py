@@ -4,9 +4,9 @@ LM_EVAL_DATA=data/bench python -m eval.lm --model um3 --model_args pretrained=ru
 """
 
 import argparse
+import copy
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,13 +33,15 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictData
 class UM3LM(HFLM):
     """lm-eval's own Hugging Face model; for a UM3 with three differences.
 
-    Only text ids are scored: the logits end, before the softmax, where the base's own entries end (all text entries
-    where there was no base), which is what `make um3-export` keeps. Every context begins with bos, as every text row in
-    training did, whether or not the tokenizer adds one. Text is encoded the way the training text was. So a UM3 gets
-    the log-likelihoods that lm-eval's `hf` gives its export. Any other model gets those that `hf` gives it.
+    Only text ids are scored and written: the logits end, before the softmax, where the base's own entries end (all text
+    entries where there was no base), which is what `make um3-export` keeps. Every context begins with bos, as every
+    text row in training did, whether or not the tokenizer adds one. Text is encoded the way the training text was. So a
+    UM3 gets the log-likelihoods that lm-eval's `hf` gives its export. Any other model gets those that `hf` gives it.
 
     `journal` keeps what has been scored, so that a killed evaluation goes on where it was.
     """
+
+    tokenizer: Any
 
     def __init__(self, pretrained: Any, *, journal: Journal | None = None, **options: Any) -> None:
         try:
@@ -52,13 +54,12 @@ class UM3LM(HFLM):
         self.journal = journal
         self.own_max_tokens = int(options.get("max_length") or 0)
         """The context's limit where one was given, 0 for the model's own."""
-        self.journal = journal
-        self.own_max_tokens = int(options.get("max_length") or 0)
-        """The context's limit where one was given, 0 for the model's own."""
         self.num_text_ids = int(self.model.config.vocab_size)
         if self.ids:
             self.num_text_ids = int((self.ids.get("base") or {}).get("entries", self.ids["text_vocab_size"]))
             self.custom_prefix_token_id = int(self.ids["bos_id"])
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.add_bos_token = True  # where lm-eval encodes by itself: contexts to write on from
 
     @classmethod
     def of(
@@ -117,10 +118,10 @@ class UM3LM(HFLM):
         """Log-probability of each whole document after bos."""
         return self._in_chunks(requests, super().loglikelihood_rolling, kind="documents")
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if not self.ids:
-            return list(super().generate_until(requests, disable_tqdm))
-        raise NotImplementedError("the um3 model scores text; to write some use `um3 complete`")
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        visual = range(self.num_text_ids, int(self.model.config.vocab_size))
+        options |= {"suppress_tokens": list(visual)} if visual else {}
+        return super()._model_generate(context, max_length, stop, **options)
 
     def _in_chunks(self, requests: Sequence[Instance], score: Callable[..., list[Any]], *, kind: str) -> list[Any]:
         """`score` in pieces, longest requests first, so that the remaining time is over- rather than underestimated.
@@ -184,8 +185,6 @@ def main() -> None:
     tasks = {name for given in parser.parse_known_args()[0].tasks for name in given.split(",")}
     if tasks and tasks <= TASKS.keys():
         lm_eval.tasks.TaskManager = paper_tasks
-    if "--device" not in sys.argv and not torch.cuda.is_available():
-        sys.argv += ["--device", "cpu"]
     with local_benchmarks(os.environ.get("LM_EVAL_DATA", "")):
         cli_evaluate()
 

@@ -182,6 +182,19 @@ def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
     assert words[3:] == ["references=/my refs.json", "out=R/eval/coco_captions.json", "captions=c.json"]
 
 
+def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
+    for model, place in (
+        ("runs/demo/um3/model", "demo-um3-model"),
+        ("org/Llama-1B", "org-Llama-1B"),
+        ("/my/llama/", "my-llama"),
+    ):
+        words = command(ready, "eval-language", f"MODEL={model}", "TEXT=/my text", "ARGS=language.limit=5")
+        assert words[1:6] == ["-m", "eval.run", f"model={model}", f"out=runs/language/{place}/eval", "parts=[language]"]
+        assert words[6:] == ['texts=[{name: text, path: "/my text"}]', "language.limit=5"]
+    assert command(ready, "eval-language", "RUN=R")[3:5] == ["model=R/um3/model", "out=runs/language/R-um3-model/eval"]
+    assert command(ready, "report", "RUNS=a b", "ARGS=")[3:] == ["--run", "a", "b"]
+
+
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])
 def test_nproc_is_the_number_of_training_processes(target: str, ready: Path) -> None:
     words = command(ready, target, "NPROC=3")

@@ -230,6 +230,19 @@ def test_visual_rows_have_no_say(pipeline, um3_lm):
         head.copy_(kept)
 
 
+def test_what_is_written_is_text_and_what_hf_writes_with_the_export(pipeline, exported):
+    pairs = [(context, {"max_gen_toks": 12, "until": ["\n\n"]}) for context, _ in PAIRS if context]
+    expected = stock(exported).generate_until(requests(pairs, "generate_until"), disable_tqdm=True)
+    head = pipeline.model.lm_head.weight.data
+    kept = head.clone()
+    try:
+        head[pipeline.ids.text_vocab_size :] += 100
+        assert of(pipeline).generate_until(requests(pairs, "generate_until"), disable_tqdm=True) == expected
+    finally:
+        head.copy_(kept)
+    assert all(expected)
+
+
 def test_rolling_likelihood_of_a_document_counts_every_token_once(pipeline, um3_lm):
     text = "Anna walked slowly. " * 20
     tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
