@@ -122,6 +122,7 @@ def local_benchmarks(folder: str | Path) -> Iterator[dict[str, Path]]:
             data = original(str(place), name, **options)
             if task:
                 _check(data[TASKS[task].split], name=task, where=str(place))
+                data = _with_every_split(data, scored=TASKS[task].split)
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{place} cannot be read as the hub's {path} ({reason}); fetch it again") from error
@@ -140,7 +141,7 @@ def read_files(root: Path, *, name: str) -> "DatasetDict":
     Raises:
         UserError: a file that cannot be read, has no items, or whose items are not those of the task.
     """
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
     files = _split_files(root, name=name)
     items = {split: _read_lines(file) for split, file in files.items()}
@@ -151,8 +152,14 @@ def read_files(root: Path, *, name: str) -> "DatasetDict":
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the items of {name} in {root} are not alike ({reason}); fetch its files again") from None
-    empty = data[TASKS[name].split].select([])
-    return DatasetDict({split: data.get(split, empty) for split in SPLITS})
+    return _with_every_split(data, scored=TASKS[name].split)
+
+
+def _with_every_split(data: Mapping[str, Any], *, scored: str) -> "DatasetDict":
+    """lm-eval opens the splits for few-shot prompts too, also where it shows none: those that are missing are empty."""
+    from datasets import DatasetDict
+
+    return DatasetDict({split: data[split] if split in data else data[scored].select([]) for split in SPLITS})
 
 
 def paper_tasks(include_path: Any = None, metadata: Any = None) -> "TaskManager":

@@ -16,7 +16,7 @@ from um3.model import ModelConfig, build_model, save_model
 from um3.pipeline import UM3Pipeline
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
 
-sys.path.append(str(Path(__file__).parent))  # where mean_colour is found, as on a user's PYTHONPATH
+sys.path.append(str(Path(__file__).parent))  # where mean_colour and language_items are found, as on a user's PYTHONPATH
 
 NAMES = ("Anna", "Bela", "Carl", "Dora", "Emil", "Flora", "Georg", "Hanna")
 PLACES = ("the old harbour", "a quiet garden", "the long road", "his uncle's mill", "the upper room")
@@ -107,3 +107,56 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
     sources = "data:\n  sources:\n  - {name: scenes, kind: scenes, length: 2400}\n  - {name: digits, kind: digits}\n"
     (run / "stage1" / "config.yaml").write_text(sources)
     return run
+
+
+@pytest.fixture(scope="session")
+def um3_lm(pipeline):
+    from eval.lm import UM3LM
+
+    return UM3LM.of(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A folder with small local copies of all five tasks, twelve different items each."""
+    from language_items import FILES, ITEMS
+
+    folder = tmp_path_factory.mktemp("bench")
+    for name, item in ITEMS.items():
+        text = next(key for key, value in item.items() if isinstance(value, str))
+        items = [item | {text: f"{number} {item[text]}"} for number in range(12)]
+        (folder / FILES[name]).write_text("".join(json.dumps(each) + "\n" for each in items))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(um3_folder, tmp_path_factory):
+    from um3.export import export_text_half
+
+    folder = tmp_path_factory.mktemp("exported") / "plain"
+    export_text_half(um3_folder, out=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, documents):
+    """A plain Llama that was never a UM3, with a tokenizer that adds bos and knows no image marks, as Llama 3's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(documents, trainer=trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.4, bos_token_id=0, eos_token_id=1, **sizes)
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
