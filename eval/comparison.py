@@ -172,9 +172,12 @@ def protocols(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
 
 
 def apart(sections: Sequence[Section]) -> list[str]:
-    """What may not be compared, and why, a sentence each."""
-    lines = [line for section in sections for block in section.blocks for line in block.lines if line.differs]
-    return [f"{line.key} ({line.differs})" for line in lines]
+    """What may not be compared, and why: a sentence for each way in which protocols differ."""
+    keys: dict[str, list[str]] = {}
+    for line in (line for section in sections for block in section.blocks for line in block.lines):
+        if line.differs:
+            keys.setdefault(line.differs, []).append(line.key)
+    return [f"{', '.join(dict.fromkeys(found))} ({differs})" for differs, found in keys.items()]
 
 
 def absent(sections: Sequence[Section]) -> list[Line]:

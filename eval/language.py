@@ -128,7 +128,8 @@ def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list
     """Accuracies of a multiple choice: lm-eval's values, each with the interval over its items."""
     values, samples = results["results"][name], _sorted_samples(results, name=name)
     counts = results["n-samples"][name]
-    of = of.named(name).with_protocol(items_sha256=_sha256([[s["arguments"], s["target"]] for s in samples]))
+    sha256 = _sha256([[sample["arguments"], sample["target"]] for sample in samples])
+    of = of.named(name).with_protocol(items=len(samples), items_sha256=sha256)
     own = {"note": f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"} if name == CLOZE else {}
     return [
         of.score(
@@ -149,7 +150,8 @@ def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list
 
 def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
     values, samples = results["results"][PROSE], _sorted_samples(results, name=PROSE)
-    of = of.named(PROSE).with_protocol(documents_sha256=_sha256([sample["target"] for sample in samples]))
+    sha256 = _sha256([sample["target"] for sample in samples])
+    of = of.named(PROSE).with_protocol(documents=len(samples), documents_sha256=sha256)
     losses = [-float(sample["bits_per_byte"][0]) for sample in samples]
     per_byte = bootstrap([loss / math.log(2) for loss in losses], weights=[s["bits_per_byte"][1] for s in samples])
     per_word = bootstrap(losses, weights=[sample["word_perplexity"][1] for sample in samples])
