@@ -7,7 +7,7 @@ never take probability from a word. Every item's log-likelihoods are kept beside
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,16 +56,7 @@ def language_scores(
         UserError: nothing to measure, too little text, or a benchmark file that cannot be read.
     """
     with local_benchmarks(benchmarks) as found:
-        if str(benchmarks) and not found:
-            raise UserError(
-                f"{benchmarks} holds none of the language benchmarks ({', '.join(TASKS)}); put files such as "
-                "piqa_valid.jsonl or folders such as baber/piqa there (docs/evaluation.md)"
-            )
-        if not found and not documents:
-            raise UserError(
-                "no benchmark folder and no held-out text, so nothing to measure; set LM_EVAL_DATA to a folder with "
-                "local copies of the tasks (docs/evaluation.md), or TEXT to texts of your own"
-            )
+        _check_there_is_work(benchmarks, found=found, documents=documents)
         of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": lm.own_max_tokens})
         result, items = LanguageResult([], [], {}), list[dict[str, Any]]()
         if documents:
@@ -88,6 +79,34 @@ def language_scores(
             items += _items(results, name=name)
     write_text(Path(folder) / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
     return result
+
+
+def check_data(benchmarks: str | Path, *, documents: Sequence[str]) -> None:
+    """Read what `language_scores` will read, before a model is loaded and hours are spent.
+
+    Raises:
+        UserError: nothing to measure, or a benchmark that cannot be read.
+    """
+    import datasets
+
+    with local_benchmarks(benchmarks) as found:
+        _check_there_is_work(benchmarks, found=found, documents=documents)
+        datasets.disable_progress_bars()
+        for name in found:
+            datasets.load_dataset(TASKS[name].hub_name, TASKS[name].hub_config)
+
+
+def _check_there_is_work(benchmarks: str | Path, *, found: Mapping[str, Path], documents: Sequence[str]) -> None:
+    if str(benchmarks) and not found:
+        raise UserError(
+            f"{benchmarks} holds none of the language benchmarks ({', '.join(TASKS)}); put files such as "
+            "piqa_valid.jsonl or folders such as baber/piqa there (docs/evaluation.md)"
+        )
+    if not found and not documents:
+        raise UserError(
+            "no benchmark folder and no held-out text, so nothing to measure; set LM_EVAL_DATA to a folder with "
+            "local copies of the tasks (docs/evaluation.md), or TEXT to texts of your own"
+        )
 
 
 def run_tasks(lm: "UM3LM", *, tasks: Sequence[str | dict[str, Any]], limit: int | None = None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from eval.generation import (
     skill_scores,
 )
 from eval.held_out import HeldOut, held_out_documents, held_out_images
-from eval.language import language_scores
+from eval.journal import Journal
+from eval.language import check_data, language_scores
 from eval.scores import Measurement, Score
 from um3.pipeline import UM3Pipeline
 
@@ -43,11 +44,11 @@ def language(config: EvalConfig, *, model: str, folder: Path, request: str) -> P
 
     `model` is any causal language model. What is finished is kept in `folder` until the last score is known.
     """
-    from eval.journal import Journal
     from eval.lm import UM3LM, load_language_model
 
     part = config.language
     documents = held_out_documents(config.texts, seed=config.seed) if config.texts else []
+    check_data(part.benchmarks, documents=documents)
     loaded, tokenizer = load_language_model(model)
     journal = Journal(folder / "language.journal", request=request)
     lm = UM3LM.of(loaded, tokenizer=tokenizer, batch_size=part.batch_size, max_tokens=part.max_tokens, journal=journal)

@@ -201,6 +201,15 @@ def test_models_that_are_none_are_one_line_errors(qlip_folder, um3_folder, bench
     assert "no text tokenizer" in said(cut)
 
 
+def test_data_that_cannot_be_read_are_found_before_a_model_is_loaded(llama, bench, tmp_path, monkeypatch):
+    folder = shutil.copytree(bench, tmp_path / "bench")
+    with (folder / FILES["winogrande"]).open("a") as file:
+        file.write("cut in ha")
+    monkeypatch.setattr(lm, "load_language_model", lambda path: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match="line 13, is not JSON"):
+        evaluate(llama, tmp_path / "out", bench=folder)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
