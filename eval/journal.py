@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from um3.core.files import write_text
+
 
 class Journal:
     """Results by key, in a file that only grows; without a path they live in memory.
@@ -24,8 +26,7 @@ class Journal:
         if not lines or lines[0] != {"request": request}:
             lines = [{"request": request}]
         self.results = {line["key"]: line["results"] for line in lines[1:]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __contains__(self, key: str) -> bool:
         return key in self.results
@@ -34,7 +35,7 @@ class Journal:
         return self.results[key]
 
     def add(self, key: str, results: Sequence[Any]) -> None:
-        """Keep the results of `key`, on disk when this returns."""
+        """Keep the results of `key`; they are on disk when this returns."""
         self.results[key] = list(results)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
