@@ -37,6 +37,7 @@ class PreviewConfig:
     model: Any = None
     vocabulary: Any = None
     guard: Any = None
+    evaluate: Any = None
     qlip: Any = None
 
 

@@ -317,10 +317,19 @@ class GuardConfig:
     """Go back to the mix's start, and calm down anew, where it is so many nats per token above; null for never."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0 or self.rows < 1:
-            raise ValueError(
-                f"guard.every_steps={self.every_steps}, guard.rows={self.rows}: at least 0 steps and 1 row"
-            )
+        if self.rows < 1:
+            raise ValueError(f"guard.rows={self.rows}; it must be at least 1")
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation while UM3 trains, as `make eval` does it afterwards."""
+
+    every_steps: int = 0
+    """Steps between two evaluations; 0 for none."""
+    config: str = "configs/demo/eval.yaml"
+    """What is measured, with how many samples."""
+    parts: list[Literal["language", "captions", "generation"]] = field(default_factory=lambda: ["captions"])
 
 
 @dataclass
@@ -335,16 +344,18 @@ class UM3Config:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     qlip: str = ""
     """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
 
     def __post_init__(self) -> None:
         guard, mix, often = self.guard, self.data.mix, self.loop.log_every_steps
-        if guard.every_steps % often:
-            raise ValueError(
-                f"guard.every_steps={guard.every_steps} is no multiple of loop.log_every_steps={often}, so that its "
-                "measurements would not be logged; change one of them"
-            )
+        for name, steps in (("guard", guard.every_steps), ("evaluate", self.evaluate.every_steps)):
+            if steps < 0 or steps % often:
+                raise ValueError(
+                    f"{name}.every_steps={steps} is no multiple of loop.log_every_steps={often}, so that its "
+                    "measurements would not be logged; change one of them, or set 0 for none"
+                )
         if guard.return_above is not None and (
             not mix.calm_down_steps or mix.start[0] / sum(mix.start) <= mix.end[0] / sum(mix.end)
         ):
@@ -362,6 +373,7 @@ FREE_KEYS = (
     "loop.num_threads",
     "loop.track",
     "guard.alarm_above",
+    "evaluate.",
 )
 # Where things lie may change too: what they are is compared by fingerprint.
 FREE_FOLDERS = ("loop.folder", "model.start:", "tokenizer:", "qlip:", "data.codes:")

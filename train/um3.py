@@ -25,6 +25,7 @@ from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.config import UM3Config, UM3LossConfig
 from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
+from train.evaluate import Evaluation
 from train.guard import ForgettingGuard
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
@@ -144,6 +145,7 @@ class UM3Task:
             if config.guard.every_steps
             else None
         )
+        self.evaluation = Evaluation(config) if config.evaluate.every_steps else None
         self.account = MixAccount(self.rows.keys)
         self.truncated_captions = 0
 
@@ -206,6 +208,7 @@ class UM3Task:
             values
             | self._mix_report(batch, step=step)
             | self._watch(step + 1)
+            | self._evaluate(step + 1)
             | {
                 "optim/lr": config.optimizer.lr * factor,
                 "optim/grad_norm": norm,
@@ -250,6 +253,11 @@ class UM3Task:
             values["guard/restart"] = float(restart)
         return values
 
+    def _evaluate(self, done: int) -> dict[str, float]:
+        if self.evaluation is None or not self.evaluation.is_due(done):
+            return {}
+        return self.evaluation.measure(self._write_model, step=done)
+
     def state(self, step: int) -> dict[str, Any]:
         counted = {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
         guard = {"guard_start": self.guard.start_loss} if self.guard is not None else {}
@@ -271,16 +279,20 @@ class UM3Task:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
+        self._write_model(folder / "model")
+        return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the model as it is now (a collective call)."""
         weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
         if self.objective.bits is not None:
             self.objective.bits.fold(weights)
         if is_main():
             save_model(
-                folder / "model",
+                folder,
                 model=self.model,
                 text_tokenizer=self.text_tokenizer,
                 ids=self.ids,
                 qlip_folder=self.config.qlip,
                 state_dict=weights,
             )
-        return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}

@@ -162,7 +162,7 @@ def test_it_measures_other_texts_also_where_none_is_trained(
     ("overrides", "message"),
     [
         (["guard.every_steps=15", "loop.log_every_steps=10"], r"every_steps=15 is no multiple of loop\.log_every"),
-        (["guard.every_steps=-1"], r"guard\.every_steps=-1"),
+        (["guard.every_steps=-1"], r"guard\.every_steps=-1 is no multiple"),
         (["guard.return_above=0.1", "data.mix.calm_down_steps=0"], r"return_above=0\.1 goes back to data\.mix\.start"),
         (["guard.return_above=0.1", "data.mix.start=[1, 1, 1]", "data.mix.end=[1, 1, 1]"], "no more text than its end"),
         (["guard.texts=[]", "data.texts=[]", "data.mix.start=[0, 1, 1]", "data.mix.end=[0, 1, 1]"], "0 text sources"),
