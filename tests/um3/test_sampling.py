@@ -103,7 +103,7 @@ def test_greedy_text_equals_stock_generation(setup: Setup) -> None:
     uniforms = torch.zeros(len(PROMPTS), 12)
     written = write_text(
         setup.model, prompts=setup.prompts, ids=setup.ids, sampling=Sampling(temperature=0), uniforms_BP=uniforms
-    )
+    ).token_ids
     for prompt, text in zip(setup.prompts, written, strict=True):
         stock = stock_greedy(setup, prompt, OnlyText(setup.ids), count=12)
         assert text == (stock[: stock.index(1)] if 1 in stock else stock)
@@ -118,7 +118,7 @@ def test_text_stops_at_end_of_text_whatever_the_others_do(setup: Setup) -> None:
         ids=setup.ids,
         sampling=Sampling(temperature=1),
         uniforms_BP=torch.rand(40, 30, generator=torch.Generator().manual_seed(3)),
-    )
+    ).token_ids
     assert len({len(text) for text in written}) > 3
     assert all(4 < token < setup.ids.text_vocab_size for text in written for token in text)
 
@@ -187,5 +187,5 @@ def test_bad_values_and_a_full_context_are_user_errors(setup: Setup) -> None:
         with pytest.raises(UserError, match=message):
             Sampling(**options)
     setup.prompts[0] = rows.image_prompt([10] * 50, ids=setup.ids)
-    with pytest.raises(UserError, match="prompt of 52 tokens leaves no room for 16 more in the model's context of 64"):
+    with pytest.raises(UserError, match="prompt 1 of 52 tokens leaves no room for 16 more in the model's context of 64"):
         setup.draw(Sampling())
