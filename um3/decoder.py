@@ -32,13 +32,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Product:
     """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several, one after the other."""
 
-    def __init__(self, *linears: nn.Linear, rows: slice | None = None, packed: bool = True):
-        weights = [linear.weight if rows is None else linear.weight[rows] for linear in linears]
-        weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.bias_V = None
-        if biases:
-            self.bias_V = torch.cat([_bias_of(linear) for linear in linears])
+    def __init__(self, *linears: nn.Linear, rows: slice = slice(None), packed: bool = True):
+        weights = [linear.weight.detach()[rows] for linear in linears]
+        weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0]
+        has_bias = any(linear.bias is not None for linear in linears)
+        self.bias_V = torch.cat([_bias_of(linear)[rows] for linear in linears]) if has_bias else None
         self.is_onednns = onednn.serves(weight_VD, weight_VD)
         self.weight_VD = onednn.pack(weight_VD) if packed and self.is_onednns else weight_VD
 

@@ -7,7 +7,7 @@ its own, so what comes out does not depend on what else is in the batch (see `um
 Shapes: B samples, P positions to draw, R rows (twice B under guidance), D width, V entries of one range.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,11 +52,13 @@ def draw_images(
     sampling: Sampling,
     uniforms_BP: Tensor,
     kept_BP: Tensor | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> DrawnImages:
     """Draw one image after each prompt (`um3.rows.image_prompt`), one position at a time.
 
     `uniforms_BP` are numbers in [0, 1), one per position: all the randomness there is. `kept_BP` gives visual ids
-    that are not drawn, and FREE elsewhere; they count in `logprobs`.
+    that are not drawn, and FREE elsewhere; they count in `logprobs`. `watch` is shown the ids so far (positions, B)
+    after every position.
     """
     rows = [*prompts, *[unconditional_prompt] * len(prompts)] if sampling.guided else list(prompts)
     body = Body(model)
@@ -66,6 +68,8 @@ def draw_images(
     advance = Replayed(images.advance, device=body.device)
     for position in range(1, ids.image_tokens):
         advance(decoder.window(position), position % ids.slots)
+        if watch is not None:
+            watch(images.ids_PB[: position + 1])
     return DrawnImages(visual_ids=images.ids_PB.T.contiguous(), logprobs=images.logprobs_B)
 
 
