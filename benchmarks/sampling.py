@@ -140,7 +140,7 @@ def _build(options: argparse.Namespace) -> Setting:
         intermediate_size=4 * options.width,
         max_position_embeddings=2 * options.patches + 64,
     )
-    model = build_model(sizes, ids=ids).eval().to(options.device, getattr(torch, options.dtype))  # type: ignore[arg-type]
+    model = build_model(sizes, ids=ids).eval().to(options.device, getattr(torch, options.dtype))
     captions = [torch.randint(5, options.text_entries, (12 + 3 * (row % 4),)) for row in range(options.batch)]
     return Setting(
         model=model,
@@ -248,7 +248,7 @@ def _bound_ms(setting: Setting) -> float:
     from um3.sampling import Sampling
 
     model, ids = setting.model, setting.ids
-    layers = sum(each.numel() for each in model.model.layers.parameters())  # type: ignore[union-attr,operator]
+    layers = sum(each.numel() for each in model.model.layers.parameters())
     rows = len(setting.prompts) * (2 if Sampling(guidance_scale=setting.scale).guided else 1)
     config = model.config
     places = ids.image_tokens // 2 + max(map(len, setting.prompts))

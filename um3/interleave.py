@@ -17,6 +17,7 @@ from um3 import rows
 from um3.choice import Sampling
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
+from um3.decoder import check_room
 from um3.pictures import to_picture
 from um3.results import Part
 from um3.sampling import draw_images, uniforms, write_text
@@ -47,10 +48,14 @@ def interleave(
     if answer == "image":
         conversation.draw()
         images_left -= 1
-    while tokens_left > 0 and (room := conversation.room()) > 0:
-        fits = room > pipeline.ids.image_tokens + 2
-        written = conversation.write(min(tokens_left, room), may_begin_image=images_left > 0 and fits)
-        tokens_left -= written
+    while tokens_left > 0:
+        # While a picture may still come, the room that it takes is kept free.
+        kept_free = pipeline.ids.image_tokens + 2 if images_left > 0 else 0
+        may_begin_image = 0 < kept_free < conversation.room()
+        room = conversation.room() - (kept_free if may_begin_image else 0)
+        if room <= 0:
+            break
+        tokens_left -= conversation.write(min(tokens_left, room), may_begin_image=may_begin_image)
         if not conversation.awaits_image:
             break
         conversation.draw()
@@ -71,12 +76,14 @@ class _Conversation:
         self.context: list[int] = [self.ids.bos_id]
         self.parts: list[Part] = []
         self.awaits_image = False
+        self._limit: int = pipeline.model.config.max_position_embeddings
         for message in messages:
             self.context += self._encode(message)
+        check_room([self._prompt()], num_new=1, limit=self._limit)
 
     def room(self) -> int:
         """Ids that the model's context still takes."""
-        return int(self.pipeline.model.config.max_position_embeddings) - len(self.context)
+        return self._limit - len(self.context)
 
     def write(self, most: int, *, may_begin_image: bool) -> int:
         """Text up to its end or to the begin of an image; the number of ids drawn."""

@@ -12,7 +12,9 @@ MAX_IMAGES = 1_000_000
 class Jobs:
     """The images of one call: `prompt_of` (B,) says which prompt each is of, `seeds` (B,) what it is drawn from."""
 
-    def __init__(self, prompts: list[str], *, num_images: int, best_of: int, seed: int, seeds: Sequence[int] | None):
+    def __init__(
+        self, prompts: Sequence[str], *, num_images: int, best_of: int, seed: int, seeds: Sequence[int] | None
+    ):
         check_counts(num_images=num_images)
         if best_of and best_of < num_images:
             raise UserError(

@@ -162,7 +162,8 @@ class UM3Pipeline:
         codes_BN = self.encode(images, batch_size=batch_size)
         if prompts is None:
             prompts = self.caption_codes(codes_BN, batch_size=batch_size)
-        prompts = as_texts(prompts, what="prompt")
+        else:
+            prompts = as_texts(prompts, what="prompt")
         check_pairs(codes_BN, prompts)
         jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
         frees = [regions.scattered(strength, seed=each, num_patches=self.ids.num_patches) for each in jobs.seeds]
@@ -240,7 +241,8 @@ class UM3Pipeline:
     ) -> list[Part]:
         """Go on after texts and pictures in any order, with texts and pictures as the model chooses.
 
-        `answer` "text" forbids pictures, "image" begins with one. All texts together have at most `max_new_tokens`.
+        `answer` "text" forbids pictures, "image" begins with one. All texts together have at most `max_new_tokens`;
+        while a picture may still come, the room it takes in the context is kept free.
 
         Raises:
             UserError: messages that fill the context, a message of another kind, or a value out of its range.

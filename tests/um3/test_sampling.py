@@ -242,7 +242,5 @@ def test_bad_values_and_a_full_context_are_user_errors(setup: Setup) -> None:
         with pytest.raises(UserError, match=message):
             Sampling(**options)
     setup.prompts[0] = rows.image_prompt([10] * 50, ids=setup.ids)
-    with pytest.raises(
-        UserError, match="prompt 1 of 52 tokens leaves no room for 16 more in the .* context of 64"
-    ):
+    with pytest.raises(UserError, match=r"prompt 1 of 52 tokens leaves no room for 16 more in the .* context of 64"):
         setup.draw(Sampling())
