@@ -75,6 +75,10 @@ class UM3Pipeline:
         """
         folder = model_folder(path_or_hub_id)
         loaded = load_model(folder, device=device, dtype=dtype)
+        if not (folder / QLIP_FOLDER / "config.json").is_file():
+            raise UserError(
+                f"{folder} lacks its visual tokenizer; put the QLIP it was trained with into {QLIP_FOLDER}/"
+            )
         qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
         if qlip.fingerprint() != loaded.fingerprint:
             raise UserError(
