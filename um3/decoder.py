@@ -30,9 +30,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Product:
-    """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several, one after the other."""
+    """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several, one after the other.
+
+    Raises:
+        UserError: a layer that is more than its weight (an adapter, a quantised one).
+    """
 
     def __init__(self, *linears: nn.Linear, rows: slice = slice(None), packed: bool = True):
+        for linear in linears:
+            if type(linear) is not nn.Linear:
+                raise UserError(
+                    f"sampling reads plain weights, not a {type(linear).__name__}; merge or convert it first"
+                )
         weights = [linear.weight.detach()[rows] for linear in linears]
         weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0]
         has_bias = any(linear.bias is not None for linear in linears)

@@ -131,3 +131,11 @@ def test_what_it_does_not_know_is_refused() -> None:
     sliding = make(Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(UserError, match="use_sliding_window"):
         Body(sliding)
+
+    class Adapted(torch.nn.Linear):
+        """A layer whose weight is not the whole of it."""
+
+    adapted: Any = MODELS["llama"]()
+    adapted.model.layers[1].self_attn.o_proj = Adapted(32, 32)
+    with pytest.raises(UserError, match="not a Adapted; merge or convert"):
+        Body(adapted)
