@@ -11,7 +11,9 @@ tensor.
 """
 
 import argparse
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,13 +42,19 @@ class Setting(NamedTuple):
     scale: float
 
 
+class Moment(NamedTuple):
+    """The clock and the CPU time of all threads, in seconds: the latter tells more where others use the machine."""
+
+    clock: float
+    cpu: float
+
+
 class Run(NamedTuple):
-    """One run: the ids (B, P), its seconds, its CPU seconds over all threads, and when each position was done."""
+    """One run: the ids (B, P), its seconds, and when each position was done."""
 
     visual_ids: "Tensor"
-    seconds: float
-    cpu_s: float
-    moments: list[float]
+    took: Moment
+    moments: list[Moment]
 
 
 def main() -> None:
@@ -62,23 +70,23 @@ def main() -> None:
     for repeat in range(options.repeats):
         for side, found in runs.items():
             print(f"run {repeat + 1} of {options.repeats}, {side}", flush=True)
-            found.append(_timed(draw[side], setting, device=options.device))
-    best = {side: min(found, key=lambda run: run.seconds) for side, found in runs.items()}
+            found.append(_timed(draw[side], setting))
+    best = {side: min(found, key=lambda run: run.took) for side, found in runs.items()}
     bound_ms = _bound_ms(setting)
     for side, run in best.items():
         print(_line(side, run, options=options))
     for side in options.sides[1:]:
-        ratio = best[side].seconds / best["ours"].seconds
-        cpu = best[side].cpu_s / best["ours"].cpu_s
+        ratio, cpu = (theirs / ours for theirs, ours in zip(best[side].took, best["ours"].took, strict=True))
         same = (best[side].visual_ids == best["ours"].visual_ids).all(dim=1).sum()
         print(
             f"ours against {side}: {ratio:.1f}x by the clock, {cpu:.1f}x in CPU time (goal {GOAL}x); "
             f"{same} of {options.batch} images equal to the id"
         )
-    step_ms = _late_and_early(best["ours"])
+    early, late = _early_and_late(best["ours"])
     print(
-        f"memory bound {bound_ms:.2f} ms an id, ours {sum(step_ms) / 2:.2f}; late in the image "
-        f"{step_ms[1] / step_ms[0] - 1:+.0%} of early (goal {FLATNESS_GOAL:.0%})"
+        f"memory bound {bound_ms:.2f} ms an id, ours {(early.clock + late.clock) / 2:.2f}; late in the image "
+        f"{late.clock / early.clock - 1:+.0%} of early by the clock, {late.cpu / early.cpu - 1:+.0%} in CPU time "
+        f"(goal {FLATNESS_GOAL:.0%})"
     )
     print(json.dumps(_numbers(options, runs=runs, bound_ms=bound_ms)))
     for side in options.sides[1:]:
@@ -103,6 +111,10 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     check_positive(options, "batch", "patches", "width", "layers", "text_entries", "bits_per_slot")
     check_positive(options, "repeats", "threads")
+    if options.bits_per_slot > 20:
+        raise UserError(f"--bits-per-slot is {options.bits_per_slot}; at most 20")
+    if options.text_entries < 8:
+        raise UserError(f"--text-entries is {options.text_entries}; at least 8, five of them are marks")
     if options.sides[0] != "ours":
         raise UserError(f"--sides begins with {options.sides[0]}; it must begin with ours")
     return options
@@ -151,22 +163,23 @@ def _build(options: argparse.Namespace) -> Setting:
     )
 
 
-def _timed(draw: "Callable[[Setting, list[float]], Tensor]", setting: Setting, *, device: str) -> Run:
-    import torch
-
-    moments: list[float] = []
-    start, start_cpu = time.perf_counter(), time.process_time()
+def _timed(draw: "Callable[[Setting, list[Moment]], Tensor]", setting: Setting) -> Run:
+    moments: list[Moment] = []
+    start = _now()
     visual_ids = draw(setting, moments).cpu()  # waits for a GPU
-    seconds, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
-    if device != "cpu":
-        torch.cuda.empty_cache()
-    return Run(visual_ids, seconds, cpu_s, moments)
+    end = _now()
+    return Run(visual_ids, Moment(end.clock - start.clock, end.cpu - start.cpu), moments)
 
 
-def _ours(setting: Setting, moments: list[float]) -> "Tensor":
+def _now() -> Moment:
+    return Moment(time.perf_counter(), time.process_time())
+
+
+def _ours(setting: Setting, moments: list[Moment]) -> "Tensor":
     import torch
 
-    from um3.sampling import Sampling, draw_images
+    from um3.choice import Sampling
+    from um3.sampling import draw_images
 
     return draw_images(
         setting.model,
@@ -175,17 +188,17 @@ def _ours(setting: Setting, moments: list[float]) -> "Tensor":
         ids=setting.ids,
         sampling=Sampling(temperature=0, guidance_scale=setting.scale),
         uniforms_BP=torch.zeros(len(setting.prompts), setting.ids.image_tokens),
-        watch=lambda _: moments.append(time.perf_counter()),
+        watch=lambda _: moments.append(_now()),
     ).visual_ids
 
 
-def _stock(setting: Setting, moments: list[float]) -> "Tensor":
+def _stock(setting: Setting, moments: list[Moment]) -> "Tensor":
     bare = setting.bare.repeat(len(setting.prompts), 1).to(setting.model.device)
     negative = {"negative_prompt_ids": bare, "guidance_scale": setting.scale} if setting.scale != 1 else {}
     return _generate(setting, setting.prompts, moments, [], **negative)
 
 
-def _batched(setting: Setting, moments: list[float]) -> "Tensor":
+def _batched(setting: Setting, moments: list[Moment]) -> "Tensor":
     from transformers import LogitsProcessor
 
     class Guidance(LogitsProcessor):
@@ -203,7 +216,7 @@ def _batched(setting: Setting, moments: list[float]) -> "Tensor":
 
 
 def _generate(
-    setting: Setting, prompts: "list[Tensor]", moments: list[float], first: list[Any], **options: Any
+    setting: Setting, prompts: "list[Tensor]", moments: list[Moment], first: list[Any], **options: Any
 ) -> "Tensor":
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
@@ -212,7 +225,7 @@ def _generate(
 
     class Clock(LogitsProcessor):
         def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
-            moments.append(time.perf_counter())
+            moments.append(_now())
             return scores
 
     longest, device = max(map(len, prompts)), setting.model.device
@@ -234,18 +247,24 @@ def _generate(
     return found
 
 
-def _late_and_early(run: Run) -> tuple[float, float]:
+def _early_and_late(run: Run) -> tuple[Moment, Moment]:
     """Milliseconds an id in the first and in the last quarter of the image, medians."""
-    steps = [1000 * (after - before) for before, after in zip(run.moments, run.moments[1:], strict=False)]
+    steps = [
+        Moment(1000 * (after.clock - before.clock), 1000 * (after.cpu - before.cpu))
+        for before, after in itertools.pairwise(run.moments)
+    ]
     quarter = max(1, len(steps) // 4)
-    early, late = sorted(steps[:quarter]), sorted(steps[-quarter:])
-    return early[len(early) // 2], late[len(late) // 2]
+
+    def middle(part: list[Moment]) -> Moment:
+        return Moment(statistics.median(each.clock for each in part), statistics.median(each.cpu for each in part))
+
+    return middle(steps[:quarter]), middle(steps[-quarter:])
 
 
 def _bound_ms(setting: Setting) -> float:
     """The least time of a step: what it reads, keys and values of half the image among it, at the memory's speed."""
 
-    from um3.sampling import Sampling
+    from um3.choice import Sampling
 
     model, ids = setting.model, setting.ids
     layers = sum(each.numel() for each in model.model.layers.parameters())
@@ -271,23 +290,23 @@ def _bytes_per_second(device: "torch.device") -> float:
 
 
 def _line(side: str, run: Run, *, options: argparse.Namespace) -> str:
-    early, late = _late_and_early(run)
+    early, late = _early_and_late(run)
     return (
-        f"{side}: {options.batch / run.seconds:.3f} images/s, {run.seconds:.2f} s for {options.batch}, "
-        f"{run.cpu_s:.2f} s of CPU time; {early:.2f} ms an id early, {late:.2f} late"
+        f"{side}: {options.batch / run.took.clock:.3f} images/s, {run.took.clock:.2f} s for {options.batch}, "
+        f"{run.took.cpu:.2f} s of CPU time; {early.clock:.2f} ms an id early, {late.clock:.2f} late "
+        f"({early.cpu:.2f} and {late.cpu:.2f} of CPU time)"
     )
 
 
 def _numbers(options: argparse.Namespace, *, runs: dict[str, list[Run]], bound_ms: float) -> dict[str, Any]:
-    def row(run: Run) -> dict[str, float]:
-        early, late = _late_and_early(run)
-        return {"seconds": run.seconds, "cpu_s": run.cpu_s, "early_ms": early, "late_ms": late}
+    """Options and every run; each time is a pair, by the clock and in CPU time."""
 
-    return {
-        **vars(options),
-        "bound_ms": bound_ms,
-        **{side: [row(run) for run in found] for side, found in runs.items()},
-    }
+    def row(run: Run) -> dict[str, Any]:
+        early, late = _early_and_late(run)
+        return {"seconds": run.took, "early_ms": early, "late_ms": late}
+
+    rows = {side: [row(run) for run in found] for side, found in runs.items()}
+    return {**vars(options), "bound_ms": bound_ms, **rows}
 
 
 if __name__ == "__main__":
