@@ -161,9 +161,10 @@ class Decoder:
         self.capacity = _whole_windows(self.longest + num_new)
         rows, heads = len(prompts), body.num_kv_heads
         # Zeros: what is not looked at yet is multiplied by 0, and nothing but a number gives 0 then.
-        self.cache = torch.zeros(
-            body.num_layers, 2, rows, heads, self.capacity, body.head_width, dtype=body.dtype, device=body.device
-        )
+        shape, options = (body.num_layers, rows, heads), {"dtype": body.dtype, "device": body.device}
+        self.keys = torch.zeros(*shape, self.capacity, body.head_width, **options)  # type: ignore[arg-type]
+        # Both ways round as a CPU multiplies them fastest with the few queries of a head.
+        self.values = torch.zeros(*shape, body.head_width, self.capacity, **options)  # type: ignore[arg-type]
         self.rows_R = torch.arange(rows, device=body.device)
         self.lengths_R = torch.tensor([len(prompt) for prompt in prompts], device=body.device)
 
@@ -175,9 +176,9 @@ class Decoder:
         hidden_RD: Tensor | None = None
         for token_ids, rows in rows_of.items():
 
-            def keep(layer: int, *k_and_v: Tensor, rows: list[int] = rows) -> None:
-                for each, kept_GTK in zip(self.cache[layer], k_and_v, strict=True):
-                    each[rows, :, : kept_GTK.shape[1]] = kept_GTK
+            def keep(layer: int, k_GTK: Tensor, v_GTK: Tensor, rows: list[int] = rows) -> None:
+                self.keys[layer, rows, :, : k_GTK.shape[1]] = k_GTK
+                self.values[layer, rows, :, :, : v_GTK.shape[1]] = v_GTK.transpose(1, 2)
 
             last_D = self.body.read(torch.tensor(token_ids), keep=keep)[-1]
             if hidden_RD is None:
@@ -199,13 +200,14 @@ class Decoder:
         ]
 
         def attend(layer: int, q_RHK: Tensor, k_RGK: Tensor, v_RGK: Tensor) -> Tensor:
-            keys_RGCK, values_RGCK = self.cache[layer]
+            keys_RGCK, values_RGKC = self.keys[layer], self.values[layer]
             keys_RGCK[self.rows_R, :, self.lengths_R] = k_RGK
-            values_RGCK[self.rows_R, :, self.lengths_R] = v_RGK
+            values_RGKC[self.rows_R, :, :, self.lengths_R] = v_RGK
             q_RGQK = q_RHK.unflatten(1, (self.body.num_kv_heads, -1)) * q_RHK.shape[-1] ** -0.5
-            scores_RGQW = torch.matmul(q_RGQK, keys_RGCK[:, :, :window].transpose(2, 3)).float() + bias_R11W
-            shares_RGQW = scores_RGQW.softmax(-1).to(v_RGK.dtype)
-            return torch.matmul(shares_RGQW, values_RGCK[:, :, :window]).flatten(1)
+            scores_RGWQ = torch.matmul(keys_RGCK[:, :, :window], q_RGQK.transpose(2, 3))
+            shares_RGQW = (scores_RGWQ.transpose(2, 3).contiguous().float() + bias_R11W).softmax(-1).to(v_RGK.dtype)
+            found_RGKQ = torch.matmul(values_RGKC[..., :window], shares_RGQW.transpose(2, 3))
+            return found_RGKQ.transpose(2, 3).flatten(1)
 
         hidden_RD = self.body.forward(ids_R, positions_N=self.lengths_R, attend=attend)
         self.lengths_R += 1
