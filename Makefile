@@ -146,6 +146,9 @@ bench-loss: $(READY) ## Time and memory of a step of UM3 against full-vocabulary
 bench-um3: $(READY) ## A training step of UM3 against the same model in transformers' Trainer
 	@$(PY) -m benchmarks.um3_training --config $(CONFIGS) $(ARGS)
 
+bench-sampling: $(READY) ## Images per second against transformers' generate(), same ids, and the memory's bound
+	@$(PY) -m benchmarks.sampling $(ARGS)
+
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.train.survive $(ARGS)
 

@@ -68,6 +68,11 @@ class IdSpace:
         """Visual ids of one image, begin and end of image not counted."""
         return self.num_patches * self.slots
 
+    @property
+    def marks(self) -> set[int]:
+        """The special ids among the text entries."""
+        return {self.bos_id, self.eos_id, self.pad_id, self.begin_of_image_id, self.end_of_image_id}
+
     def slot_range(self, slot: int) -> tuple[int, int]:
         """First id of `slot` and the id after its last."""
         if not 0 <= slot < self.slots:

@@ -29,6 +29,7 @@ from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
 from um3.extend import set_generation_defaults
 from um3.ids import IdSpace
+from um3.text_tokenizer import BEGIN_OF_IMAGE
 
 QLIP_FOLDER = "qlip"
 
@@ -156,17 +157,31 @@ def load_model(
     """Load what `save_model` wrote, in eval mode.
 
     Raises:
-        UserError: no such folder, or a model that is no UM3.
+        UserError: no such folder, a model that is no UM3, or one without its text tokenizer.
     """
     folder = _existing(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {folder}: {' '.join(str(error).strip().split(chr(10))[0].split())}") from None
     model.to(torch.device(device))  # type: ignore[arg-type]
     ids, fingerprint = _stored_ids(model.config, folder=folder)
+    text_tokenizer = _load_text_tokenizer(folder, ids=ids)
     return LoadedModel(model=model.eval(), text_tokenizer=text_tokenizer, ids=ids, fingerprint=fingerprint)
+
+
+def _load_text_tokenizer(folder: Path, *, ids: IdSpace) -> PreTrainedTokenizerBase:
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        found = None
+    # Without its files transformers makes an empty tokenizer of the model's type, and says nothing.
+    if found is None or found.get_vocab().get(BEGIN_OF_IMAGE) != ids.begin_of_image_id:
+        raise UserError(
+            f"{folder} has no text tokenizer with {BEGIN_OF_IMAGE} as id {ids.begin_of_image_id}; "
+            "put back the tokenizer.json and tokenizer_config.json that were saved with the model"
+        )
+    return found
 
 
 def describe_folder(folder: str | Path) -> dict[str, str]:

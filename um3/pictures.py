@@ -4,27 +4,62 @@ Shapes: N pictures or patches, H height, W width.
 """
 
 import itertools
+import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from um3.core.errors import UserError
 from um3.core.files import atomic_file
 
 MIN_SIDE = 256
 MARGIN = 12
 FONT_SIZE = 15
 MAX_LABEL_LINES = 3
+METADATA = "um3"
+"""Name of the PNG text that says how a picture was drawn, as JSON."""
+
+
+def to_picture(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = None) -> Image.Image:
+    """A uint8 array (H, W, 3) as a picture that carries `metadata`."""
+    picture = Image.fromarray(image_HW3)
+    if metadata is not None:
+        picture.info[METADATA] = json.dumps(metadata, ensure_ascii=False)
+    return picture
 
 
 def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Write a picture, or a uint8 array (H, W, 3), as PNG; whole or not at all."""
+    """Write a picture, or a uint8 array (H, W, 3), as PNG; whole or not at all, with the metadata it carries."""
+    picture = image if isinstance(image, Image.Image) else to_picture(image)
+    notes = PngInfo()
+    if METADATA in picture.info:
+        notes.add_itxt(METADATA, picture.info[METADATA])
     with atomic_file(path) as partial:
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(partial, format="PNG")
+        picture.save(partial, format="PNG", pnginfo=notes)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_png` wrote beside the pixels.
+
+    Raises:
+        UserError: no such file, no picture, or one without our metadata.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            values = json.loads(picture.info[METADATA])
+    except (OSError, ValueError, SyntaxError, KeyError) as error:
+        reason = f"no '{METADATA}' text in it" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is no PNG with what UM3 writes beside the pixels: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no PNG with what UM3 writes beside the pixels: '{METADATA}' is no table")
+    return values
 
 
 def enlarge(image_HW3: np.ndarray, *, min_side: int = MIN_SIDE) -> Image.Image:

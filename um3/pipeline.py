@@ -1,12 +1,12 @@
-"""UM3 in use: prompts -> pictures, pictures -> captions, text -> text, pictures -> codes -> pictures.
+"""UM3 in use: prompts -> pictures, pictures -> captions, text -> text, mixtures, pictures -> codes -> pictures.
 
 Shapes: B samples, N patches, P visual ids of an image, H height, W width, C channels.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -15,13 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tokenizer
 from tokenizer.images import QLIPImages, decode_codes, encode_images
-from um3 import rows
+from um3 import regions, rows
+from um3.choice import ImageOptions, Sampling, TextOptions
 from um3.core.errors import UserError
-from um3.core.progress import Progress
-from um3.core.seeds import derive_seed
+from um3.core.progress import Progress, track
+from um3.decoder import Body, check_room
+from um3.hub import model_folder
 from um3.ids import IdSpace
+from um3.interleave import Answer, interleave
+from um3.jobs import Jobs, as_texts, check_counts, check_pairs, own_seeds
 from um3.model import QLIP_FOLDER, load_model
-from um3.sampling import Sampling, draw_images, write_text
+from um3.results import Generated, PairScores, Part, Reconstruction, Texts
+from um3.sampling import draw_images, image_logprob, text_logprob, uniforms, write_text
 from um3.text_tokenizer import decode, encode_captions, encode_texts
 
 if TYPE_CHECKING:
@@ -30,35 +35,15 @@ if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
     from tokenizer.processor import QLIPProcessor
 
-
-@dataclass(frozen=True)
-class Generated:
-    """Drawn images, prompt-major: the copies of prompt 0 first.
-
-    images: uint8 (B, H, W, 3); codes: int64 (B, N); logprobs: (B,) in nats, see `um3.sampling.DrawnImages`;
-    seeds: what each image's random numbers came from.
-    """
-
-    images: np.ndarray
-    codes: Tensor
-    prompts: list[str]
-    seeds: list[int]
-    logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Pictures through the tokenizer and back: originals and images uint8 (B, H, W, 3), codes int64 (B, N)."""
-
-    originals: np.ndarray
-    images: np.ndarray
-    codes: Tensor
+    Pictures = np.ndarray | Sequence[Image.Image]
 
 
 class UM3Pipeline:
-    """A trained UM3 with its text tokenizer and its visual tokenizer.
+    """A trained UM3 with its text tokenizer and its visual tokenizer; the same calls on a CPU and on a GPU.
 
-    The same seed gives the same image for a prompt at the same place in the list, whatever the batch size.
+    Every image and text has a seed of its own, which the results carry: with the same prompt and options it gives the
+    same again, alone or beside others, in batches of any size. Without `seeds` they are derived from `seed` and the
+    place in the call.
     """
 
     def __init__(
@@ -69,6 +54,7 @@ class UM3Pipeline:
         ids: IdSpace,
         qlip: "QLIPModel",
         processor: "QLIPProcessor",
+        name: str = "",
     ):
         if (qlip.num_bits, qlip.num_patches) != (ids.num_bits, ids.num_patches):
             raise UserError(
@@ -76,19 +62,24 @@ class UM3Pipeline:
                 f"{ids.num_patches} of {ids.num_bits}; use the tokenizer it was trained with"
             )
         self.model, self.text_tokenizer, self.ids = model, text_tokenizer, ids
-        self.qlip, self.processor = qlip, processor
+        self.qlip, self.processor, self.name = qlip, processor, name
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Self:
-        """Load a folder written by `um3.model.save_model`; the visual tokenizer keeps its own precision.
+        """Load what `um3.model.save_model` wrote, a folder or a hub id; the visual tokenizer keeps its own precision.
 
         Raises:
-            UserError: no such model, or its visual tokenizer is not the one it was trained with.
+            UserError: no such model, a part of it missing, or its visual tokenizer is not the one it was trained with.
         """
+        folder = model_folder(path_or_hub_id)
         loaded = load_model(folder, device=device, dtype=dtype)
-        qlip, processor = tokenizer.load(Path(folder) / QLIP_FOLDER)
+        if not (folder / QLIP_FOLDER / "config.json").is_file():
+            raise UserError(
+                f"{folder} lacks its visual tokenizer; put the QLIP it was trained with into {QLIP_FOLDER}/"
+            )
+        qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
         if qlip.fingerprint() != loaded.fingerprint:
             raise UserError(
                 f"{folder} was trained on the visual tokenizer {loaded.fingerprint} but {QLIP_FOLDER}/ holds "
@@ -100,6 +91,7 @@ class UM3Pipeline:
             ids=loaded.ids,
             qlip=qlip.to(device),  # type: ignore[arg-type]
             processor=processor,
+            name=str(path_or_hub_id),
         )
 
     def generate(
@@ -107,105 +99,212 @@ class UM3Pipeline:
         prompts: Sequence[str],
         *,
         num_images: int = 1,
+        best_of: int = 0,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        guidance_scale: float = 1.0,
+        seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        **options: Unpack[ImageOptions],
     ) -> Generated:
-        """Draw `num_images` pictures of every prompt.
+        """Draw `num_images` pictures of every prompt; `options` are those of `um3.choice.Sampling`.
+
+        With `best_of` that many are drawn of each prompt, and those returned that fit it best by QLIP's own towers, the
+        best first. `seeds` gives each drawn image its own, prompt-major.
 
         Raises:
-            UserError: an empty prompt, one longer than the context, or a sampling value out of its range.
+            UserError: an empty prompt, one longer than the context, or a value out of its range.
         """
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, guidance_scale=guidance_scale)
-        _check_counts(num_images=num_images, batch_size=batch_size)
-        for index, prompt in enumerate(prompts):
-            if not prompt.strip():
-                raise UserError(f"prompt {index + 1} is empty; say what to draw")
-        ids = self.ids
-        starts = [rows.image_prompt(each, ids=ids) for each in encode_captions(prompts, tokenizer=self.text_tokenizer)]
-        jobs = [(index, copy) for index in range(len(prompts)) for copy in range(num_images)]
-        seeds = [derive_seed(seed, "image", index, copy) for index, copy in jobs]
-        codes, logprobs = [torch.empty(0, ids.num_patches, dtype=torch.int64)], []
-        for batch in _batches(len(jobs), batch_size=batch_size, label="draw images"):
-            drawn = draw_images(
-                self.model,
-                prompts=[starts[jobs[job][0]] for job in batch],
-                unconditional_prompt=rows.image_prompt([], ids=ids),
-                ids=ids,
-                sampling=sampling,
-                uniforms_BP=_uniforms([seeds[job] for job in batch], count=ids.image_tokens),
-            )
-            codes.append(ids.ids_to_codes(drawn.visual_ids).cpu())
-            logprobs += drawn.logprobs.tolist()
-        codes_BN = torch.cat(codes)
-        return Generated(
-            images=self.decode(codes_BN, batch_size=batch_size),
-            codes=codes_BN,
-            prompts=[prompts[index] for index, _ in jobs],
-            seeds=seeds,
-            logprobs=logprobs,
-        )
+        prompts = as_texts(prompts, what="prompt")
+        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
+        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size)
+
+    def inpaint(
+        self,
+        images: "Pictures",
+        prompts: Sequence[str],
+        *,
+        redraw: "regions.Region",
+        num_images: int = 1,
+        best_of: int = 0,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Unpack[ImageOptions],
+    ) -> Generated:
+        """Draw a region of each picture anew for its prompt; the patches outside keep their codes.
+
+        `redraw` is (left, top, right, bottom) in shares of the picture, or true where to draw on the grid of patches.
+        Patches are drawn in reading order: one knows what stays above and left of it, not what stays right and below.
+        """
+        prompts = as_texts(prompts, what="prompt")
+        free_N = regions.patches(redraw, num_patches=self.ids.num_patches)
+        codes_BN = self.encode(images, batch_size=batch_size)
+        check_pairs(codes_BN, prompts)
+        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
+        kept = [regions.keep(codes_BN[index], free_N=free_N, ids=self.ids) for index in jobs.prompt_of]
+        settings = {"redrawn_patches": free_N.nonzero().flatten().tolist()}
+        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, kept=kept, settings=settings)
+
+    def vary(
+        self,
+        images: "Pictures",
+        prompts: Sequence[str] | None = None,
+        *,
+        strength: float = 0.5,
+        num_images: int = 1,
+        best_of: int = 0,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        **options: Unpack[ImageOptions],
+    ) -> Generated:
+        """Variations of each picture: a patch is drawn anew with probability `strength`, or keeps its code.
+
+        Which patches, the image's seed says. Without prompts the model's own captions take their place.
+        """
+        if not 0 < strength <= 1:
+            raise UserError(f"strength {strength} is outside (0, 1]; 1 draws every patch anew")
+        codes_BN = self.encode(images, batch_size=batch_size)
+        if prompts is None:
+            prompts = self.caption_codes(codes_BN, batch_size=batch_size)
+        else:
+            prompts = as_texts(prompts, what="prompt")
+        check_pairs(codes_BN, prompts)
+        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
+        frees = [regions.scattered(strength, seed=each, num_patches=self.ids.num_patches) for each in jobs.seeds]
+        kept = [
+            regions.keep(codes_BN[index], free_N=free_N, ids=self.ids)
+            for index, free_N in zip(jobs.prompt_of, frees, strict=True)
+        ]
+        settings = {"strength": strength}
+        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, kept=kept, settings=settings)
 
     def caption(
         self,
-        images: "np.ndarray | Sequence[Image.Image]",
+        images: "Pictures",
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         max_new_tokens: int = 32,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> list[str]:
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> Texts:
         """One caption per picture, white space collapsed; greedy unless a temperature is given."""
         return self.caption_codes(
             self.encode(images, batch_size=batch_size),
-            temperature=temperature,
-            top_p=top_p,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
+            seeds=seeds,
+            **options,
         )
 
     def caption_codes(
         self,
         codes_BN: Tensor,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         max_new_tokens: int = 32,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> list[str]:
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> Texts:
         """`caption` for pictures that are codes (B, N) already."""
         starts = [rows.caption_prompt(visual, ids=self.ids) for visual in self.ids.codes_to_ids(codes_BN.cpu())]
-        sampling = Sampling(temperature=temperature, top_p=top_p)
-        written = self._write(
-            starts, name="caption", sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
-        )
-        return [" ".join(caption.split()) for caption in written]
+        seeds = own_seeds(seeds, names=[("caption", index) for index in range(len(starts))], seed=seed)
+        sampling = Sampling(**{"temperature": 0.0, **options})  # type: ignore[arg-type]
+        written = self._write(starts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        captions = [" ".join(caption.split()) for caption in written]
+        return Texts(captions, seeds=written.seeds, logprobs=written.logprobs)
 
     def complete(
         self,
         texts: Sequence[str],
         *,
         max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_p: float = 0.95,
         batch_size: int = 64,
         seed: int = 0,
-    ) -> list[str]:
-        """Continuations of `texts`, to be put right behind them."""
-        encoded = encode_texts(texts, tokenizer=self.text_tokenizer)
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[TextOptions],
+    ) -> Texts:
+        """Continuations of `texts`, to be put right behind them; top-p is 0.95 unless given."""
+        encoded = encode_texts(as_texts(texts, what="text", may_be_empty=True), tokenizer=self.text_tokenizer)
         starts = [rows.text_prompt(each, ids=self.ids) for each in encoded]
-        sampling = Sampling(temperature=temperature, top_p=top_p)
-        return self._write(
-            starts, name="complete", sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
+        seeds = own_seeds(seeds, names=[("complete", index) for index in range(len(starts))], seed=seed)
+        sampling = Sampling(**{"top_p": 0.95, **options})  # type: ignore[arg-type]
+        return self._write(starts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    def interleave(
+        self,
+        messages: "Sequence[str | Image.Image | np.ndarray]",
+        *,
+        answer: Answer = "any",
+        max_new_tokens: int = 64,
+        max_images: int = 1,
+        seed: int = 0,
+        **options: Unpack[ImageOptions],
+    ) -> list[Part]:
+        """Go on after texts and pictures in any order, with texts and pictures as the model chooses.
+
+        `answer` "text" forbids pictures, "image" begins with one. All texts together have at most `max_new_tokens`;
+        while a picture may still come, the room it takes in the context is kept free.
+
+        Raises:
+            UserError: messages that fill the context, a message of another kind, or a value out of its range.
+        """
+        check_counts(max_new_tokens=max_new_tokens, max_images=max_images)
+        return interleave(
+            self,
+            messages,
+            answer=answer,
+            max_new_tokens=max_new_tokens,
+            max_images=max_images,
+            seed=seed,
+            sampling=Sampling(**options),
         )
 
-    def reconstruct(self, images: "np.ndarray | Sequence[Image.Image]", *, batch_size: int = 64) -> Reconstruction:
+    def score(self, images: "Pictures", texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
+        """How likely the model finds each text given its picture and the other way round, and QLIP's cosine of the two.
+
+        Raises:
+            UserError: as many texts as pictures are needed; a text too long for the context.
+        """
+        texts, ids = as_texts(texts, what="text"), self.ids
+        codes_BN = self.encode(images, batch_size=batch_size)
+        check_pairs(codes_BN, texts)
+        tokens = [torch.tensor(each) for each in encode_captions(texts, tokenizer=self.text_tokenizer)]
+        starts = [rows.image_prompt(each, ids=ids) for each in tokens]
+        check_room(starts, num_new=ids.image_tokens + 1, limit=self.model.config.max_position_embeddings)
+        body = Body(self.model)
+        text_logprobs, image_logprobs = [], []
+        pairs = zip(ids.codes_to_ids(codes_BN), tokens, starts, strict=True)
+        for visual_ids, token_ids, start in track(pairs, total=len(texts), label="score"):
+            described = rows.caption_prompt(visual_ids, ids=ids)
+            text_logprobs.append(text_logprob(body, prompt=described, token_ids=token_ids, ids=ids))
+            image_logprobs.append(image_logprob(body, prompt=start, visual_ids=visual_ids, ids=ids))
+        try:
+            fits = self.fits(images, texts, batch_size=batch_size)
+        except UserError:
+            fits = None
+        return PairScores(text_logprobs=text_logprobs, image_logprobs=image_logprobs, fits=fits)
+
+    @torch.inference_mode()
+    def fits(self, images: "Pictures", texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
+        """Cosine of each picture and its text in QLIP's own towers; long texts are cut to the tower's positions.
+
+        Raises:
+            UserError: this QLIP came without a text tokenizer.
+        """
+        check_pairs(images, texts)
+        found: list[float] = []
+        for start in range(0, len(texts), batch_size):
+            batch = slice(start, start + batch_size)
+            pixels_BCHW = self.processor.pixels(images[batch]).to(self.qlip.device, self.qlip.dtype)
+            words = {name: each.to(self.qlip.device) for name, each in self.processor.text(texts[batch]).items()}
+            cosines_B = (self.qlip.get_image_features(pixels_BCHW) * self.qlip.get_text_features(**words)).sum(-1)
+            found += cosines_B.float().tolist()
+        return found
+
+    def reconstruct(self, images: "Pictures", *, batch_size: int = 64) -> Reconstruction:
         """Pictures -> codes -> pictures."""
         codes_BN = self.encode(images, batch_size=batch_size)
         return Reconstruction(
@@ -214,7 +313,7 @@ class UM3Pipeline:
             codes=codes_BN,
         )
 
-    def encode(self, images: "np.ndarray | Sequence[Image.Image]", *, batch_size: int = 64) -> Tensor:
+    def encode(self, images: "Pictures", *, batch_size: int = 64) -> Tensor:
         """Pictures (uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any) -> codes (B, N) on the CPU."""
         return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
 
@@ -222,27 +321,76 @@ class UM3Pipeline:
         """Codes (B, N) -> pictures uint8 (B, H, W, 3)."""
         return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
 
+    def _draw(
+        self,
+        jobs: Jobs,
+        *,
+        sampling: Sampling,
+        batch_size: int,
+        kept: Sequence[Tensor] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Generated:
+        check_counts(batch_size=batch_size)
+        ids = self.ids
+        tokens = encode_captions(jobs.prompts, tokenizer=self.text_tokenizer)
+        starts = [rows.image_prompt(each, ids=ids) for each in tokens]
+        check_room(starts, num_new=ids.image_tokens, limit=self.model.config.max_position_embeddings)
+        if jobs.best_of:
+            _ = self.processor.text_tokenizer  # without one nothing can be ranked: said before the work, not after it
+        codes, logprobs = [torch.empty(0, ids.num_patches, dtype=torch.int64)], []
+        for batch in _batches(len(jobs.seeds), batch_size=batch_size, label="draw images"):
+            drawn = draw_images(
+                self.model,
+                prompts=[starts[jobs.prompt_of[job]] for job in batch],
+                unconditional_prompt=rows.image_prompt([], ids=ids),
+                ids=ids,
+                sampling=sampling,
+                uniforms_BP=uniforms([jobs.seeds[job] for job in batch], count=ids.image_tokens),
+                kept_BP=None if kept is None else torch.stack([kept[job] for job in batch]),
+            )
+            codes.append(ids.ids_to_codes(drawn.visual_ids).cpu())
+            logprobs += drawn.logprobs.tolist()
+        codes_BN = torch.cat(codes)
+        generated = Generated(
+            images=self.decode(codes_BN, batch_size=batch_size),
+            codes=codes_BN,
+            prompts=[jobs.prompts[index] for index in jobs.prompt_of],
+            seeds=jobs.seeds,
+            logprobs=logprobs,
+            settings={**sampling.to_dict(), **(settings or {}), "model": self.name},
+        )
+        return self._best(generated, jobs=jobs, batch_size=batch_size) if jobs.best_of else generated
+
+    def _best(self, generated: Generated, *, jobs: Jobs, batch_size: int) -> Generated:
+        """Of each prompt's images the `num_images` that fit it best."""
+        fits = self.fits(generated.images, generated.prompts, batch_size=batch_size)
+        chosen: list[int] = []
+        for start in range(0, len(fits), jobs.best_of):
+            ranked = sorted(range(start, start + jobs.best_of), key=lambda index: -fits[index])
+            chosen += ranked[: jobs.num_images]
+        best = generated.take(chosen, fits=[fits[index] for index in chosen])
+        return dataclasses.replace(best, settings={**best.settings, "best_of": jobs.best_of})
+
     def _write(
-        self, starts: list[Tensor], *, name: str, sampling: Sampling, max_new_tokens: int, batch_size: int, seed: int
-    ) -> list[str]:
-        _check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        self, starts: list[Tensor], seeds: list[int], *, sampling: Sampling, max_new_tokens: int, batch_size: int
+    ) -> Texts:
+        check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if sampling.guided:
+            raise UserError("guidance is for drawing images; leave guidance_scale out for text")
+        check_room(starts, num_new=max_new_tokens, limit=self.model.config.max_position_embeddings)
         texts: list[str] = []
-        for batch in _batches(len(starts), batch_size=batch_size, label=name):
+        logprobs: list[float] = []
+        for batch in _batches(len(starts), batch_size=batch_size, label="write"):
             written = write_text(
                 self.model,
                 prompts=[starts[index] for index in batch],
                 ids=self.ids,
                 sampling=sampling,
-                uniforms_BP=_uniforms([derive_seed(seed, name, index) for index in batch], count=max_new_tokens),
+                uniforms_BP=uniforms([seeds[index] for index in batch], count=max_new_tokens),
             )
-            texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in written]
-        return texts
-
-
-def _uniforms(seeds: Sequence[int], *, count: int) -> Tensor:
-    """Uniform numbers (B, count), every row from its own seed."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in generators])
+            texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in written.token_ids]
+            logprobs += written.logprobs
+        return Texts(texts, seeds=seeds, logprobs=logprobs)
 
 
 def _batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
@@ -251,9 +399,3 @@ def _batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
         batch = range(start, min(start + batch_size, count))
         yield batch
         progress.advance(len(batch))
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name.replace('_', ' ')} is {count}; use 1 or more")

@@ -1,49 +1,26 @@
 """Drawing images and text from UM3, legal by construction.
 
 An image position computes only the head rows of its slot's range, text positions only the text rows, so nothing
-has to be masked or repaired afterwards. Prompts of a batch are padded on the left and their padding is invisible;
-every sample uses random numbers of its own, so what comes out does not depend on what else is in the batch
-(up to float rounding, which other matrix shapes can change).
+has to be masked or repaired afterwards. Guidance is a second half of the batch. Every sample uses random numbers of
+its own, so what comes out does not depend on what else is in the batch (see `um3.decoder` on rounding).
 
-Shapes: B samples, T prompt positions, P positions to draw, D width, V entries of one range, K cached positions.
+Shapes: B samples, P positions to draw, R rows (twice B under guidance), D width, V entries of one range.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
-from um3.core.errors import UserError
+from um3.choice import Sampling, choose
+from um3.decoder import Body, Decoder
 from um3.ids import IdSpace
+from um3.replay import Replayed
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next id. Applied in this order: guidance, temperature, top-k, top-p.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 switch those cuts off; guidance_scale 1 is the plain conditional
-    distribution, 0 the unconditional one (images only).
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} is negative; use 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p} is outside (0, 1]; 1 keeps everything")
-        if self.top_k < 0:
-            raise UserError(f"top-k {self.top_k} is negative; 0 keeps everything")
-        if not self.guidance_scale >= 0:
-            raise UserError(f"guidance scale {self.guidance_scale} is negative; 1 means no guidance")
+FREE = -1
+"""In `kept_BP`: this position is to be drawn."""
 
 
 class DrawnImages(NamedTuple):
@@ -52,6 +29,17 @@ class DrawnImages(NamedTuple):
 
     visual_ids: Tensor
     logprobs: Tensor
+
+
+class WrittenTexts(NamedTuple):
+    """New ids of every row without the one that ended it; `ends` is that id, None where there was no more room.
+
+    `logprobs`: the model's own log-probability of the ids and the end in nats, among all text entries.
+    """
+
+    token_ids: list[list[int]]
+    ends: list[int | None]
+    logprobs: list[float]
 
 
 @torch.inference_mode()
@@ -63,34 +51,26 @@ def draw_images(
     ids: IdSpace,
     sampling: Sampling,
     uniforms_BP: Tensor,
+    kept_BP: Tensor | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> DrawnImages:
     """Draw one image after each prompt (`um3.rows.image_prompt`), one position at a time.
 
-    `uniforms_BP` are numbers in [0, 1), one per position: all the randomness there is.
+    `uniforms_BP` are numbers in [0, 1), one per position: all the randomness there is. `kept_BP` gives visual ids
+    that are not drawn, and FREE elsewhere; they count in `logprobs`. `watch` is shown the ids so far (positions, B)
+    after every position.
     """
-    guided = sampling.guidance_scale != 1.0
-    rows = [*prompts, *[unconditional_prompt] * len(prompts)] if guided else list(prompts)
-    decoder = _Decoder(model, prompts=rows, pad_id=ids.pad_id, num_new=ids.image_tokens)
-    ranges = [ids.slot_range(slot) for slot in range(ids.slots)]
-    heads = [model.lm_head.weight[start:end] for start, end in ranges]
-    uniforms_BP = uniforms_BP.to(model.device)
-    drawn_BP = torch.empty(len(prompts), ids.image_tokens, dtype=torch.int64, device=model.device)
-    logprobs_B = torch.zeros(len(prompts), device=model.device)
-    hidden_BD = decoder.prefill()
-    for position in range(ids.image_tokens):
-        slot = position % ids.slots
-        logits_BV = F.linear(hidden_BD, heads[slot]).float()
-        own_logits_BV = logits_BV
-        if guided:
-            own_logits_BV, free_logits_BV = logits_BV.chunk(2)
-            logits_BV = free_logits_BV + sampling.guidance_scale * (own_logits_BV - free_logits_BV)
-        choice_B = choose(logits_BV, sampling=sampling, uniforms_B=uniforms_BP[:, position])
-        logprobs_B += own_logits_BV.log_softmax(-1).gather(-1, choice_B.unsqueeze(-1)).squeeze(-1)
-        drawn_BP[:, position] = choice_B + ranges[slot][0]
-        if position + 1 < ids.image_tokens:
-            next_B = drawn_BP[:, position]
-            hidden_BD = decoder.step(torch.cat([next_B, next_B]) if guided else next_B)
-    return DrawnImages(visual_ids=drawn_BP, logprobs=logprobs_B)
+    rows = [*prompts, *[unconditional_prompt] * len(prompts)] if sampling.guided else list(prompts)
+    body = Body(model)
+    decoder = Decoder(body, prompts=rows, num_new=ids.image_tokens)
+    images = _Images(decoder, ids=ids, sampling=sampling, uniforms_BP=uniforms_BP, kept_BP=kept_BP)
+    images.draw(decoder.prefill(), 0)
+    advance = Replayed(images.advance, device=body.device)
+    for position in range(1, ids.image_tokens):
+        advance(decoder.window(position), position % ids.slots)
+        if watch is not None:
+            watch(images.ids_PB[: position + 1])
+    return DrawnImages(visual_ids=images.ids_PB.T.contiguous(), logprobs=images.logprobs_B)
 
 
 @torch.inference_mode()
@@ -101,123 +81,132 @@ def write_text(
     ids: IdSpace,
     sampling: Sampling,
     uniforms_BP: Tensor,
-) -> list[list[int]]:
+    may_begin_image: bool = False,
+) -> WrittenTexts:
     """Continue each prompt with text entries until end of text or as many ids as `uniforms_BP` has columns.
 
-    Returns the new ids without the end of text. Begin of text, padding and the image marks cannot come out.
+    Begin of text, padding and the image marks cannot come out; with `may_begin_image` begin of image can, and ends
+    the text like its own end.
     """
+    body = Body(model)
     num_new = uniforms_BP.shape[1]
-    decoder = _Decoder(model, prompts=prompts, pad_id=ids.pad_id, num_new=num_new)
-    head_VD = model.lm_head.weight[: ids.text_vocab_size]
-    banned = {ids.bos_id, ids.pad_id, ids.begin_of_image_id, ids.end_of_image_id} - {ids.eos_id}
-    bias_V = torch.zeros(ids.text_vocab_size, device=model.device)
-    bias_V[sorted(banned)] = float("-inf")
-    uniforms_BP = uniforms_BP.to(model.device)
-    finished_B = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    written: list[Tensor] = []
-    hidden_BD = decoder.prefill()
-    for position in range(num_new):
-        logits_BV = F.linear(hidden_BD, head_VD).float() + bias_V
-        choice_B = choose(logits_BV, sampling=sampling, uniforms_B=uniforms_BP[:, position])
-        finished_B |= choice_B == ids.eos_id
-        written.append(choice_B.masked_fill(finished_B, ids.eos_id))
-        if position + 1 == num_new or finished_B.all():
+    decoder = Decoder(body, prompts=prompts, num_new=num_new)
+    ends = {ids.eos_id, *([ids.begin_of_image_id] if may_begin_image else [])}
+    texts = _Texts(decoder, ids=ids, sampling=sampling, uniforms_BP=uniforms_BP, ends=ends)
+    texts.draw(decoder.prefill(), 0)
+    advance = Replayed(texts.advance, device=body.device)
+    for position in range(1, num_new):
+        if texts.finished_B.all():
             break
-        hidden_BD = decoder.step(written[-1])
-    rows = torch.stack(written, dim=1).tolist() if written else [[] for _ in prompts]
-    return [row[: row.index(ids.eos_id)] if ids.eos_id in row else row for row in rows]
+        advance(decoder.window(position), 0)
+    written = texts.ids_PB[: int(texts.position_1)].T.tolist()
+    lengths = [next((place for place, each in enumerate(row) if each in ends), len(row)) for row in written]
+    return WrittenTexts(
+        token_ids=[row[:length] for row, length in zip(written, lengths, strict=True)],
+        ends=[row[length] if length < len(row) else None for row, length in zip(written, lengths, strict=True)],
+        logprobs=texts.logprobs_B.tolist(),
+    )
 
 
-def choose(logits_BV: Tensor, *, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """Index (B,) drawn from each row of float32 logits by inverting its distribution at `uniforms_B`."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        weakest_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < weakest_B1, float("-inf"))
-    probabilities_BV = logits_BV.double().softmax(-1)
-    if sampling.top_p < 1:
-        # Sorting only finds the threshold; the draw stays in id order, where a near-tie cannot swap two entries.
-        sorted_BV = probabilities_BV.sort(dim=-1, descending=True).values
-        kept_BV = sorted_BV.cumsum(-1) - sorted_BV < sampling.top_p
-        weakest_B1 = sorted_BV.masked_fill(~kept_BV, 2.0).amin(-1, keepdim=True)
-        probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < weakest_B1, 0.0)
-    cumulative_BV = probabilities_BV.cumsum(-1)
-    level_B1 = uniforms_B.double().unsqueeze(-1) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
+class _Samples:
+    """What is drawn so far. All of it tensors that stay in place, so that `advance` can be recorded."""
+
+    def __init__(self, decoder: Decoder, *, sampling: Sampling, uniforms_BP: Tensor):
+        device = decoder.body.device
+        self.decoder, self.sampling = decoder, sampling
+        self.uniforms_PB = uniforms_BP.T.contiguous().to(device)
+        self.ids_PB = torch.zeros(self.uniforms_PB.shape, dtype=torch.int64, device=device)
+        self.logprobs_B = torch.zeros(len(uniforms_BP), device=device)
+        self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def advance(self, window: int, slot: int) -> None:
+        """Append what was drawn last, under guidance to both halves, and draw the next."""
+        last_B = self.ids_PB[self.position_1 - 1][0]
+        copies = len(self.decoder.prompts) // len(last_B)
+        self.draw(self.decoder.step(last_B.repeat(copies), window=window), slot)
+
+    def draw(self, hidden_RD: Tensor, slot: int) -> None:
+        """Choose the next id of every sample given hidden states."""
+        raise NotImplementedError
+
+    def choose(self, logits_BV: Tensor) -> Tensor:
+        return choose(logits_BV, sampling=self.sampling, uniforms_B=self.uniforms_PB[self.position_1][0])
+
+    def append(self, ids_B: Tensor, *, logprobs_B: Tensor) -> None:
+        self.ids_PB[self.position_1] = ids_B
+        self.logprobs_B += logprobs_B
+        self.position_1 += 1
 
 
-class _Decoder:
-    """The decoder's body, stepped with a key-value cache over left-padded prompts."""
+class _Images(_Samples):
+    def __init__(
+        self, decoder: Decoder, *, ids: IdSpace, sampling: Sampling, uniforms_BP: Tensor, kept_BP: Tensor | None
+    ):
+        super().__init__(decoder, sampling=sampling, uniforms_BP=uniforms_BP)
+        ranges = [ids.slot_range(slot) for slot in range(ids.slots)]
+        self.starts = [start for start, _ in ranges]
+        self.heads = [decoder.body.head(slice(start, end)) for start, end in ranges]
+        device = decoder.body.device
+        self.scales_P = torch.tensor(sampling.scales(ids.image_tokens), dtype=torch.float32, device=device)
+        self.kept_PB = None if kept_BP is None else kept_BP.T.contiguous().to(device)
 
-    def __init__(self, model: PreTrainedModel, *, prompts: Sequence[Tensor], pad_id: int, num_new: int):
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        limit = model.config.max_position_embeddings
-        if longest + num_new > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens leaves no room for {num_new} more in the model's context of {limit}; "
-                "shorten the prompt"
-            )
-        self.body, device = model.model, model.device
-        self.input_ids_BT = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            self.input_ids_BT[row, longest - len(prompt) :] = prompt
-        self.input_ids_BT = self.input_ids_BT.to(device)
-        self.lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
-        self.longest = longest
-        self.visible_BK: Tensor | None = None
-        if min(lengths) < longest:
-            keys_K = torch.arange(longest + num_new, device=device)
-            self.visible_BK = keys_K >= longest - self.lengths_B1
-        num_layers, capacity = model.config.num_hidden_layers, longest + num_new
-        self.cache = Cache(layers=[_PreallocatedLayer(capacity=capacity) for _ in range(num_layers)])
-
-    def prefill(self) -> Tensor:
-        """Read the prompts; hidden states (B, D) at their last position."""
-        mask_B1TK, positions_BT = None, torch.arange(self.longest, device=self.lengths_B1.device).unsqueeze(0)
-        if self.visible_BK is not None:
-            visible_BK = self.visible_BK[:, : self.longest]
-            causal_TK = torch.ones(self.longest, self.longest, dtype=torch.bool, device=visible_BK.device).tril()
-            # A padding position sees itself: a softmax over nothing would be NaN and spread.
-            own_TK = torch.eye(self.longest, dtype=torch.bool, device=visible_BK.device)
-            mask_B1TK = ((visible_BK[:, None, :] & causal_TK) | own_TK).unsqueeze(1)
-            positions_BT = (positions_BT - (self.longest - self.lengths_B1)).clamp(min=0)
-        return self._forward(self.input_ids_BT, positions_BT=positions_BT, mask_B1TK=mask_B1TK)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """Append one id per row; hidden states (B, D) after it."""
-        done = self.cache.get_seq_length()
-        mask_B11K = None if self.visible_BK is None else self.visible_BK[:, None, None, : done + 1]
-        positions_B1 = self.lengths_B1 + (done - self.longest)
-        return self._forward(ids_B.unsqueeze(1), positions_BT=positions_B1, mask_B1TK=mask_B11K)
-
-    def _forward(self, ids_BT: Tensor, *, positions_BT: Tensor, mask_B1TK: Tensor | None) -> Tensor:
-        output = self.body(
-            input_ids=ids_BT,
-            position_ids=positions_BT,
-            attention_mask=mask_B1TK,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
+    def draw(self, hidden_RD: Tensor, slot: int) -> None:
+        logits_RV = self.heads[slot](hidden_RD).float()
+        logits_BV = own_logits_BV = logits_RV
+        if self.sampling.guided:
+            own_logits_BV, free_logits_BV = logits_RV.chunk(2)
+            logits_BV = free_logits_BV + self.scales_P[self.position_1] * (own_logits_BV - free_logits_BV)
+        choice_B = self.choose(logits_BV)
+        if self.kept_PB is not None:
+            kept_B = self.kept_PB[self.position_1][0]
+            choice_B = torch.where(kept_B == FREE, choice_B, kept_B - self.starts[slot])
+        self.append(choice_B + self.starts[slot], logprobs_B=_logprob(own_logits_BV, choice_B))
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that writes into room reserved once; the stock one copies everything at every step."""
+class _Texts(_Samples):
+    def __init__(self, decoder: Decoder, *, ids: IdSpace, sampling: Sampling, uniforms_BP: Tensor, ends: set[int]):
+        super().__init__(decoder, sampling=sampling, uniforms_BP=uniforms_BP)
+        device = decoder.body.device
+        self.head = decoder.body.head(slice(0, ids.text_vocab_size), packed=False)
+        self.bias_V = torch.zeros(ids.text_vocab_size, device=device)
+        self.bias_V[sorted(ids.marks - ends)] = float("-inf")
+        self.ends = torch.tensor(sorted(ends), device=device)
+        self.finished_B = torch.zeros(len(uniforms_BP), dtype=torch.bool, device=device)
 
-    def __init__(self, *, capacity: int):
-        super().__init__()
-        self.capacity = capacity
+    def draw(self, hidden_RD: Tensor, slot: int) -> None:
+        logits_BV = self.head(hidden_RD).float()
+        # A finished row goes on with the others; what it draws comes after its end and is not looked at.
+        choice_B = self.choose(logits_BV + self.bias_V)
+        self.append(choice_B, logprobs_B=_logprob(logits_BV, choice_B).masked_fill(self.finished_B, 0.0))
+        self.finished_B |= (choice_B.unsqueeze(-1) == self.ends).any(-1)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            batch, heads, _, width = key_states.shape
-            self.buffers = key_states.new_empty(2, batch, heads, self.capacity, width)
-            self.is_initialized, self.length = True, 0
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.buffers[0, :, :, start : self.length] = key_states
-        self.buffers[1, :, :, start : self.length] = value_states
-        self.keys, self.values = self.buffers[0, :, :, : self.length], self.buffers[1, :, :, : self.length]
-        return self.keys, self.values
+
+def _logprob(logits_BV: Tensor, choice_B: Tensor) -> Tensor:
+    return logits_BV.log_softmax(-1).gather(-1, choice_B.unsqueeze(-1)).squeeze(-1)
+
+
+def uniforms(seeds: Sequence[int], *, count: int) -> Tensor:
+    """Uniform numbers (B, count) in float64, every row from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in generators])
+
+
+@torch.inference_mode()
+def image_logprob(body: Body, *, prompt: Tensor, visual_ids: Tensor, ids: IdSpace) -> float:
+    """Log-probability in nats of an image after a prompt (`um3.rows.image_prompt`), as in `DrawnImages`."""
+    hidden_PD = body.read(torch.cat([prompt, visual_ids]))[len(prompt) - 1 : -1]
+    total = 0.0
+    for slot in range(ids.slots):
+        start, end = ids.slot_range(slot)
+        logits_NV = body.head(slice(start, end), packed=False)(hidden_PD[slot :: ids.slots].contiguous()).float()
+        total += float(_logprob(logits_NV, visual_ids[slot :: ids.slots].to(body.device) - start).sum())
+    return total
+
+
+@torch.inference_mode()
+def text_logprob(body: Body, *, prompt: Tensor, token_ids: Tensor, ids: IdSpace) -> float:
+    """Log-probability in nats of a text after a prompt, its end included, among all text entries."""
+    targets_P = torch.cat([token_ids, torch.tensor([ids.eos_id])])
+    hidden_PD = body.read(torch.cat([prompt, token_ids]))[len(prompt) - 1 :]
+    logits_PV = body.head(slice(0, ids.text_vocab_size), packed=False)(hidden_PD).float()
+    return float(_logprob(logits_PV, targets_P.to(body.device)).sum())

@@ -152,3 +152,38 @@ def test_another_visual_tokenizer_is_refused_with_both_fingerprints(model_folder
     qlip.save_pretrained(tmp_path / "model" / "qlip")
     with pytest.raises(UserError, match=f"{right}.*{qlip.fingerprint()}"):
         UM3Pipeline.from_pretrained(tmp_path / "model")
+
+
+def test_a_folder_with_a_part_missing_says_which(model_folder: Path, tmp_path: Path) -> None:
+    cases = (
+        (["tokenizer.json", "tokenizer_config.json"], "has no text tokenizer with .*begin_of_image"),
+        (["tokenizer.json"], "has no text tokenizer with .*begin_of_image"),
+        (["qlip/config.json"], "lacks its visual tokenizer"),
+        (["qlip/model.safetensors"], "cannot load a QLIP tokenizer"),
+        (["model.safetensors"], r"cannot load .*model\.safetensors"),
+    )
+    for index, (names, message) in enumerate(cases):
+        folder = tmp_path / str(index)
+        shutil.copytree(model_folder, folder)
+        for name in names:
+            (folder / name).unlink()
+        with pytest.raises(UserError, match=message) as caught:
+            UM3Pipeline.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_found_in_the_cache(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "models--somebody--um3"
+    shutil.copytree(model_folder, cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pipeline = UM3Pipeline.from_pretrained("somebody/um3")
+    assert pipeline.name == "somebody/um3"
+    assert torch.equal(
+        pipeline.generate(PROMPTS, seed=1).codes,
+        UM3Pipeline.from_pretrained(model_folder).generate(PROMPTS, seed=1).codes,
+    )
+    with pytest.raises(UserError, match="'somebody/else' is no folder, and the hub does not give it"):
+        UM3Pipeline.from_pretrained("somebody/else")
