@@ -142,11 +142,9 @@ def _open_model(config: CocoCaptionsConfig) -> Judge:
     options |= {"max_new_tokens": config.max_new_tokens}
 
     def caption(files: Sequence[str], images: "Sequence[Image.Image]") -> list[str]:
-        if config.temperature == 0:
-            return pipeline.caption(images, batch_size=config.batch_size, **options)
-        # One by one, so that an image's random numbers are its own wherever a run was stopped.
+        # Of each image's name, so that its random numbers are its own wherever a run was stopped.
         seeds = [derive_seed(config.seed, "caption", file) for file in files]
-        return [pipeline.caption([image], seed=seed, **options)[0] for image, seed in zip(images, seeds, strict=True)]
+        return list(pipeline.caption(images, seeds=seeds, batch_size=config.batch_size, **options))
 
     return caption
 

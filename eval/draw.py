@@ -7,7 +7,7 @@ which may move the last digits of the logits.)
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,28 +132,27 @@ def _draw_groups(
     left = sum(map(len, groups)) * config.num_images
     progress = Progress(total, label="draw images", start=total - left)
     for group in groups:
-        images = _draw_group(pipeline, drawn=[drawn[index] for index in group], sampling=config.sampling)
         with quiet_progress():
-            for index in group:
-                own = [next(images) for _ in range(config.num_images)]
-                files = drawn[index].files
-                write_images(Path(config.out), layout=config.layout, files=files, images=own, prompt=prompts[index])
+            images = _draw_group(pipeline, drawn=[drawn[index] for index in group], sampling=config.sampling)
+        for place, index in enumerate(group):
+            own = list(images[place * config.num_images : (place + 1) * config.num_images])
+            files = drawn[index].files
+            write_images(Path(config.out), layout=config.layout, files=files, images=own, prompt=prompts[index])
         progress.advance(len(group) * config.num_images)
 
 
-def _draw_group(
-    pipeline: "UM3Pipeline", *, drawn: Sequence[DrawnPrompt], sampling: SamplingConfig
-) -> Iterator["NDArray"]:
-    for prompt, seed in ((each.prompt, seed) for each in drawn for seed in each.seeds):
-        generated = pipeline.generate(
-            [prompt],
-            seed=seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            guidance_scale=sampling.guidance_scale,
-        )
-        yield generated.images[0]
+def _draw_group(pipeline: "UM3Pipeline", *, drawn: Sequence[DrawnPrompt], sampling: SamplingConfig) -> "NDArray":
+    generated = pipeline.generate(
+        [each.prompt for each in drawn],
+        num_images=len(drawn[0].seeds),
+        seeds=[seed for each in drawn for seed in each.seeds],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        guidance_scale=sampling.guidance_scale,
+        batch_size=sampling.batch_size,
+    )
+    return generated.images
 
 
 if __name__ == "__main__":
