@@ -1,8 +1,9 @@
 """What a call of the pipeline asks for: texts, how many images of each, and every result's seed."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 
 from um3.core.errors import UserError
+from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 
 MAX_IMAGES = 1_000_000
@@ -63,3 +64,13 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name.replace('_', ' ')} is {count}; use 1 or more")
+
+
+def batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
+    """0 .. count - 1 in ranges of at most `batch_size`; the progress is shown unless the label is empty."""
+    progress = Progress(count, label=label)
+    for start in range(0, count, batch_size):
+        batch = range(start, min(start + batch_size, count))
+        yield batch
+        if label:
+            progress.advance(len(batch))

@@ -3,6 +3,7 @@
 Shapes: N pictures or patches, H height, W width.
 """
 
+import io
 import itertools
 import json
 import math
@@ -35,14 +36,20 @@ def to_picture(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = No
     return picture
 
 
-def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Write a picture, or a uint8 array (H, W, 3), as PNG; whole or not at all, with the metadata it carries."""
+def png_bytes(image: Image.Image | np.ndarray) -> bytes:
+    """A picture, or a uint8 array (H, W, 3), as PNG with the metadata it carries."""
     picture = image if isinstance(image, Image.Image) else to_picture(image)
-    notes = PngInfo()
+    notes, buffer = PngInfo(), io.BytesIO()
     if METADATA in picture.info:
         notes.add_itxt(METADATA, picture.info[METADATA])
+    picture.save(buffer, format="PNG", pnginfo=notes)
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
+    """Write `png_bytes` to a file, whole or not at all."""
     with atomic_file(path) as partial:
-        picture.save(partial, format="PNG", pnginfo=notes)
+        partial.write_bytes(png_bytes(image))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Shapes: B samples, N patches, P visual ids of an image, H height, W width, C cha
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -18,12 +19,12 @@ from tokenizer.images import QLIPImages, decode_codes, encode_images
 from um3 import regions, rows
 from um3.choice import ImageOptions, Sampling, TextOptions
 from um3.core.errors import UserError
-from um3.core.progress import Progress, track
+from um3.core.progress import track
 from um3.decoder import Body, check_room
 from um3.hub import model_folder
 from um3.ids import IdSpace
 from um3.interleave import Answer, interleave
-from um3.jobs import Jobs, as_texts, check_counts, check_pairs, own_seeds
+from um3.jobs import Jobs, as_texts, batches, check_counts, check_pairs, own_seeds
 from um3.model import QLIP_FOLDER, load_model
 from um3.results import Generated, PairScores, Part, Reconstruction, Texts
 from um3.sampling import draw_images, image_logprob, text_logprob, uniforms, write_text
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from tokenizer.processor import QLIPProcessor
 
     Pictures = np.ndarray | Sequence[Image.Image]
+
+Watch = Callable[[range, Tensor], None]
+"""Shown a batch's places among all drawn images and their ids so far (p, B) after each position; what it raises ends the call."""
 
 
 class UM3Pipeline:
@@ -103,19 +107,20 @@ class UM3Pipeline:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        watch: Watch | None = None,
         **options: Unpack[ImageOptions],
     ) -> Generated:
         """Draw `num_images` pictures of every prompt; `options` are those of `um3.choice.Sampling`.
 
         With `best_of` that many are drawn of each prompt, and those returned that fit it best by QLIP's own towers, the
-        best first. `seeds` gives each drawn image its own, prompt-major.
+        best first. `seeds` gives each drawn image its own, prompt-major. `watch` takes the place of the progress line.
 
         Raises:
             UserError: an empty prompt, one longer than the context, or a value out of its range.
         """
         prompts = as_texts(prompts, what="prompt")
         jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
-        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size)
+        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, watch=watch)
 
     def inpaint(
         self,
@@ -329,6 +334,7 @@ class UM3Pipeline:
         batch_size: int,
         kept: Sequence[Tensor] | None = None,
         settings: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
     ) -> Generated:
         check_counts(batch_size=batch_size)
         ids = self.ids
@@ -338,7 +344,7 @@ class UM3Pipeline:
         if jobs.best_of:
             _ = self.processor.text_tokenizer  # without one nothing can be ranked: said before the work, not after it
         codes, logprobs = [torch.empty(0, ids.num_patches, dtype=torch.int64)], []
-        for batch in _batches(len(jobs.seeds), batch_size=batch_size, label="draw images"):
+        for batch in batches(len(jobs.seeds), batch_size=batch_size, label="" if watch else "draw images"):
             drawn = draw_images(
                 self.model,
                 prompts=[starts[jobs.prompt_of[job]] for job in batch],
@@ -347,6 +353,7 @@ class UM3Pipeline:
                 sampling=sampling,
                 uniforms_BP=uniforms([jobs.seeds[job] for job in batch], count=ids.image_tokens),
                 kept_BP=None if kept is None else torch.stack([kept[job] for job in batch]),
+                watch=None if watch is None else functools.partial(watch, batch),
             )
             codes.append(ids.ids_to_codes(drawn.visual_ids).cpu())
             logprobs += drawn.logprobs.tolist()
@@ -380,7 +387,7 @@ class UM3Pipeline:
         check_room(starts, num_new=max_new_tokens, limit=self.model.config.max_position_embeddings)
         texts: list[str] = []
         logprobs: list[float] = []
-        for batch in _batches(len(starts), batch_size=batch_size, label="write"):
+        for batch in batches(len(starts), batch_size=batch_size, label="write"):
             written = write_text(
                 self.model,
                 prompts=[starts[index] for index in batch],
@@ -392,10 +399,3 @@ class UM3Pipeline:
             logprobs += written.logprobs
         return Texts(texts, seeds=seeds, logprobs=logprobs)
 
-
-def _batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
-    progress = Progress(count, label=label)
-    for start in range(0, count, batch_size):
-        batch = range(start, min(start + batch_size, count))
-        yield batch
-        progress.advance(len(batch))
