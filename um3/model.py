@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -182,29 +181,6 @@ def _load_text_tokenizer(folder: Path, *, ids: IdSpace) -> PreTrainedTokenizerBa
             "put back the tokenizer.json and tokenizer_config.json that were saved with the model"
         )
     return found
-
-
-def describe_folder(folder: str | Path) -> dict[str, str]:
-    """What a UM3 folder holds, line by line, from its config alone.
-
-    Raises:
-        UserError: no such folder, or a model that is no UM3.
-    """
-    config = AutoConfig.from_pretrained(_existing(folder), trust_remote_code=False)
-    ids, fingerprint = _stored_ids(config, folder=folder)
-    model = _without_weights(config)
-    counts = count_parameters(model, ids=ids)
-    text_rows, visual_rows = counts.text_rows_in + counts.text_rows_out, counts.visual_rows_in + counts.visual_rows_out
-    return {
-        "architecture": type(model).__name__,
-        "parameters": f"{counts.total:,}",
-        "  body": f"{counts.body:,} ({config.num_hidden_layers} layers of width {config.hidden_size})",
-        "  text rows": f"{text_rows:,} ({ids.text_vocab_size:,} entries)",
-        "  visual rows": f"{visual_rows:,} ({ids.slots} slots of {1 << ids.bits_per_slot:,} entries)",
-        "context": f"{config.max_position_embeddings:,} tokens",
-        "an image": f"{ids.image_tokens} tokens ({ids.num_patches} codes of {ids.num_bits} bits)",
-        "visual tokenizer": fingerprint,
-    }
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:

@@ -398,4 +398,3 @@ class UM3Pipeline:
             texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in written.token_ids]
             logprobs += written.logprobs
         return Texts(texts, seeds=seeds, logprobs=logprobs)
-

@@ -1,0 +1,1 @@
+"""`um3 serve`: a page to draw and to look at pictures with, and the small server behind it."""
