@@ -124,6 +124,10 @@ balance: $(READY) ## The weights of stage 1's two losses, by training with each 
 sample: $(READY) ## Draw a few pictures and read them back
 	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \
 		--model $(RUN)/um3/model --out $(RUN)/samples $(ARGS)
+	@$(VENV)/bin/um3 caption $(RUN)/samples/0*.png --model $(RUN)/um3/model
+
+serve: $(READY) ## Open a page to draw and look at pictures with (Ctrl-C stops it)
+	@$(VENV)/bin/um3 serve --model $(RUN)/um3/model $(ARGS)
 
 mix-preview: $(READY) ## Draw the scheduled mix before a run starts
 	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Pictures = np.ndarray | Sequence[Image.Image]
 
 Watch = Callable[[range, Tensor], None]
-"""Shown a batch's places among all drawn images and their ids so far (p, B) after each position; what it raises ends the call."""
+"""Shown a batch's places among all images and its ids so far (positions, B) at every position; may raise to end it."""
 
 
 class UM3Pipeline:

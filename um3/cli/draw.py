@@ -24,7 +24,7 @@ from um3.defaults import image_defaults
 from um3.hub import model_folder
 
 if TYPE_CHECKING:
-    from um3.pipeline import OnProgress, UM3Pipeline
+    from um3.pipeline import UM3Pipeline, Watch
     from um3.results import Generated
 
 
@@ -94,7 +94,7 @@ def generate(
         seed=seed,
         seeds=image_seed or None,
         batch_size=batch_size,
-        on_progress=_progress(len(wanted) * (best_of or num_images), pipeline=pipeline),
+        watch=_progress(len(wanted) * (best_of or num_images), pipeline=pipeline),
         **settings,
     )
     if to_stdout:
@@ -109,12 +109,14 @@ def generate(
         typer.echo(f"{len(rows)} pictures, contact_sheet.png and samples.jsonl are in {out}")
 
 
-def _progress(count: int, *, pipeline: "UM3Pipeline") -> "OnProgress":
+def _progress(count: int, *, pipeline: "UM3Pipeline") -> "Watch":
     """Shows what is drawn of all pictures, token by token, and which are under way."""
-    progress = Progress(count * pipeline.ids.image_tokens, label="draw", unit="tokens")
+    length = pipeline.ids.image_tokens
+    progress = Progress(count * length, label="draw", unit="tokens")
 
-    def show(batch: range, ids_BP: Any) -> None:
-        progress.advance(len(batch), note=f"pictures {batch.start + 1} to {batch.stop} of {count}")
+    def show(batch: range, ids_PB: Any) -> None:
+        done = batch.start * length + len(batch) * len(ids_PB)
+        progress.advance(done - progress.done, note=f"pictures {batch.start + 1} to {batch.stop} of {count}")
 
     return show
 

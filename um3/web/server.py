@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from um3.core.errors import UserError
+from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
 from um3.web import work
 from um3.web.guard import Guard
@@ -41,6 +41,8 @@ MAX_UPLOAD = 20 * 2**20
 MAX_REQUEST = 256 * 2**10
 UPLOAD_S = 60.0
 """Seconds in which a request has to have arrived."""
+CLOSE = {"Connection": "close"}
+"""Of an answer to a request that is not read to its end: without it the rest would be waited for."""
 POLL_S = 0.2
 MAX_CONNECTIONS = 128
 STATUS_OF_IMAGE = {"too large": 413, "not an image": 415}
@@ -121,7 +123,7 @@ async def read_body(request: Request, *, most: int) -> bytes:
     Raises:
         HTTPException: more than `most` bytes, or not all of them in UPLOAD_S.
     """
-    too_long = HTTPException(413, f"more than {most:,} bytes are not taken; send less")
+    too_long = HTTPException(413, f"more than {most:,} bytes are not taken; send less", headers=CLOSE)
     if int(request.headers.get("content-length", 0)) > most:
         raise too_long
     content = bytearray()
@@ -132,7 +134,7 @@ async def read_body(request: Request, *, most: int) -> bytes:
                 if len(content) > most:
                     raise too_long
     except TimeoutError:
-        raise HTTPException(408, f"the request did not arrive within {UPLOAD_S:g} seconds") from None
+        raise HTTPException(408, f"the request did not arrive within {UPLOAD_S:g} seconds", headers=CLOSE) from None
     return bytes(content)
 
 
@@ -237,5 +239,5 @@ def run(
     print(f"UM3 is at {url} (Ctrl-C stops it)", flush=True)
     if opens:
         webbrowser.open(url)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, Terminated):
         uvicorn.Server(config).run(sockets=[listener])

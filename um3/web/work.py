@@ -48,7 +48,7 @@ class Drawing:
         """
         try:
             values = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the request is no JSON ({error})") from None
         if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
             raise UserError("the request is no object with a prompt that is text")
@@ -70,11 +70,11 @@ def draw(job: Job, *, pipeline: "UM3Pipeline", asked: Drawing) -> None:
     ids = pipeline.ids
     row_ids = math.isqrt(ids.num_patches) * ids.slots
 
-    def show(batch: range, ids_BP: Tensor) -> None:
+    def show(batch: range, ids_PB: Tensor) -> None:
         job.check()
-        num_ids = ids_BP.shape[1]
+        num_ids = len(ids_PB)
         if num_ids % row_ids == 0 and num_ids < ids.image_tokens:
-            pictures = [] if asked.best_of else unfinished(pipeline, ids_BP)
+            pictures = [] if asked.best_of else unfinished(pipeline, ids_PB.T)
             job.say({"event": "row", "done": num_ids // row_ids, "pictures": [data_url(each) for each in pictures]})
 
     generated = pipeline.generate(
@@ -83,7 +83,7 @@ def draw(job: Job, *, pipeline: "UM3Pipeline", asked: Drawing) -> None:
         best_of=asked.best_of,
         seeds=range(asked.seed, asked.seed + (asked.best_of or asked.num_images)),
         batch_size=MAX_CANDIDATES,
-        on_progress=show,
+        watch=show,
         **asked.options,
     )
     drawn = [

@@ -1,0 +1,113 @@
+"""A real `um3 serve` over a small model whose pictures take long enough to be left half-way."""
+
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tokenizer.configuration import QLIPConfig
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.model import ModelConfig, build_model, save_model
+from um3.pipeline import UM3Pipeline
+from um3.text_tokenizer import make_id_space, train_text_tokenizer
+
+TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
+SIDE = 8
+"""Rows of patches in a picture of 32 pixels."""
+MOST_WAITING = 7
+ROOT = Path(__file__).parents[3]
+
+
+class Answer(NamedTuple):
+    """What the server said: `events` are its lines."""
+
+    status: int
+    headers: dict[str, str]
+    events: list[dict[str, Any]]
+
+
+class Server(NamedTuple):
+    """A running server and how to talk to it."""
+
+    port: int
+    process: subprocess.Popen[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+        """One request with bytes, or with anything else as JSON, and its JSON lines."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, content, dict(headers or {}))
+        response = connection.getresponse()
+        lines = response.read().decode().splitlines()
+        connection.close()
+        is_json = "json" in (response.getheader("content-type") or "")
+        return Answer(response.status, dict(response.getheaders()), [json.loads(line) for line in lines if is_json])
+
+
+@pytest.fixture(scope="session")
+def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved UM3 with random weights: 64 codes of 28 bits, 256 tokens a picture."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    picture = tower | {"image_size": 32, "patch_size": 4, "rope_pretrained_grid": SIDE}
+    torch.manual_seed(0)
+    qlip = QLIPModel(
+        QLIPConfig(
+            text_config=tower | {"vocab_size": 40, "max_position_embeddings": 16},
+            vision_config=picture | {"quantizer_cfg": {"embed_dim": 28}},
+            decoder_config=picture,
+            projection_dim=16,
+            initializer_range=0.3,
+        )
+    )
+    folder = tmp_path_factory.mktemp("web")
+    qlip.save_pretrained(folder / "qlip")
+    QLIPProcessor(None, image_size=32, max_text_tokens=16).save_pretrained(folder / "qlip")
+    text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
+    ids = make_id_space(text_tokenizer, slots=4, bits_per_slot=7, num_patches=SIDE**2)
+    config = ModelConfig(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
+    config.max_position_embeddings = 512
+    model = build_model(config, ids=ids)
+    save_model(
+        folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip"
+    )
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def web_pipeline(web_model: Path) -> UM3Pipeline:
+    """What the server draws with."""
+    return UM3Pipeline.from_pretrained(web_model)
+
+
+@pytest.fixture(scope="session")
+def server(web_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`um3 serve` as a process of its own, on a free port."""
+    log = tmp_path_factory.mktemp("log") / "stderr.txt"
+    script = "from um3.cli import entry_point; entry_point()"
+    command = [sys.executable, "-c", script, "serve", "--port", "0", "--no-open", "--model", str(web_model)]
+    command += ["--device", "cpu", "--most-waiting", str(MOST_WAITING)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=log.parent, env=environment
+        )
+        assert process.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+        assert address, log.read_text()
+        yield Server(port=int(address[1]), process=process)
+        process.terminate()
+        assert process.wait(timeout=60) == 0, log.read_text()
+    assert "Traceback" not in log.read_text(), log.read_text()
