@@ -121,10 +121,9 @@ balance: $(READY) ## The weights of stage 1's two losses, by training with each 
 	@$(PY) -m eval.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \
 		--processes $(NPROC) $(ARGS)
 
-sample: $(READY) ## Draw a few pictures and read them back
+sample: $(READY) ## Draw a few pictures into RUN/samples
 	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \
 		--model $(RUN)/um3/model --out $(RUN)/samples $(ARGS)
-	@$(VENV)/bin/um3 caption $(RUN)/samples/0*.png --model $(RUN)/um3/model
 
 serve: $(READY) ## Open a page to draw and look at pictures with (Ctrl-C stops it)
 	@$(VENV)/bin/um3 serve --model $(RUN)/um3/model $(ARGS)

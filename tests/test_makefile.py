@@ -108,6 +108,7 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
         ("geneval", ["images=R/drawings/geneval", "out=R/eval/geneval.json"]),
         ("dpg", ["images=R/drawings/dpg", "out=R/eval/dpg.json"]),
         ("sample", ["--model", "R/um3/model", "--out", "R/samples"]),
+        ("serve", ["--model", "R/um3/model"]),
         ("mix-preview", ["--out", "R/mix.png"]),
     ],
 )
@@ -204,7 +205,7 @@ def test_nproc_is_the_number_of_training_processes(target: str, ready: Path) -> 
 
 
 def test_targets_that_train_nothing_take_no_processes(ready: Path) -> None:
-    for target in ("codes", "eval", "report", "sample", "mix-preview"):
+    for target in ("codes", "eval", "report", "sample", "serve", "mix-preview"):
         assert command(ready, target, "NPROC=3") == command(ready, target)
 
 

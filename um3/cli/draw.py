@@ -83,7 +83,7 @@ def generate(
         raise UserError("--out - writes one picture and nothing else; use it with one prompt, -n 1 and without --json")
     if not to_stdout:
         make_folder(out)
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     given["guidance_scale"] = None if guidance_scale is None else scales(guidance_scale)
     settings = image_defaults(model_folder(model)) | {name: each for name, each in given.items() if each is not None}
     pipeline = load(model, device=device)

@@ -1,5 +1,6 @@
 """`um3 caption`, `um3 reconstruct` and `um3 score`: pictures in."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -145,13 +146,12 @@ def score(
     if not pairs:
         pictures, paths = pictures.repeat(len(wanted), axis=0), paths * len(wanted)
     found = pipeline.score(pictures, wanted, batch_size=batch_size)
-    fits = found.fits or [None] * len(wanted)
+    fits: Sequence[float | None] = found.fits or [None] * len(wanted)
+    scored = list(zip(found.text_logprobs, found.image_logprobs, fits, paths, wanted, strict=True))
     if as_json:
-        names = ("file", "text", "text_logprob", "image_logprob", "fit")
-        values = zip(paths, wanted, found.text_logprobs, found.image_logprobs, fits, strict=True)
-        print_rows([dict(zip(names, each, strict=True)) for each in values])
+        names = ("text_logprob", "image_logprob", "fit", "file", "text")
+        print_rows([dict(zip(names, each, strict=True)) for each in scored])
         return
     typer.echo("text|picture  picture|text     fit  file: text")
-    for values in zip(found.text_logprobs, found.image_logprobs, fits, paths, wanted, strict=True):
-        text, picture, fit, path, words = values
+    for text, picture, fit, path, words in scored:
         typer.echo(f"{text:12.2f}  {picture:12.2f}  {'-' if fit is None else format(fit, '.3f'):>6}  {path}: {words}")

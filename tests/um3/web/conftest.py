@@ -80,9 +80,7 @@ def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
     config.max_position_embeddings = 512
     model = build_model(config, ids=ids)
-    save_model(
-        folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip"
-    )
+    save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
     return folder / "model"
 
 

@@ -92,7 +92,9 @@ def test_of_an_animation_the_first_frame_is_read(server: Server) -> None:
     assert np.asarray(opened(found["original"])).mean(axis=(0, 1)).round().tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("prompt", ["🦊🚀👩‍👩‍👧", "ثلاث نجوم خضراء", "שלושה כוכבים", "\x00\x1b[31m", "<script>alert(1)</script>"])
+@pytest.mark.parametrize(
+    "prompt", ["🦊🚀👩‍👩‍👧", "ثلاث نجوم خضراء", "שלושה כוכבים", "\x00\x1b[31m", "<script>alert(1)</script>"]
+)
 def test_any_writing_is_a_prompt(server: Server, prompt: str) -> None:
     answer = server.ask("POST", "/api/draw", {"prompt": prompt, "num_images": 1, "temperature": 0})
     assert answer.status == 200
@@ -174,7 +176,9 @@ def test_an_upload_without_a_length_is_cut_off(server: Server) -> None:
             yield bytes(2**20)
 
     with pytest.raises(OSError):
-        connection.request("POST", "/api/look", endless(), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+        connection.request(
+            "POST", "/api/look", endless(), encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
+        )
     assert sent < 8 * MAX_UPLOAD
 
 
