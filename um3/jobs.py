@@ -1,11 +1,17 @@
 """What a call of the pipeline asks for: texts, how many images of each, and every result's seed."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING
 
 from um3.core.errors import UserError
 from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Watch = Callable[[range, "Tensor"], None]
+"""Shown a batch's places among all images and its ids so far (positions, B) at every position; may raise to end it."""
 MAX_IMAGES = 1_000_000
 """Of one call: a slip of the finger is refused before it fills the memory."""
 

@@ -5,7 +5,7 @@ Shapes: B samples, N patches, P visual ids of an image, H height, W width, C cha
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -24,7 +24,7 @@ from um3.decoder import Body, check_room
 from um3.hub import model_folder
 from um3.ids import IdSpace
 from um3.interleave import Answer, interleave
-from um3.jobs import Jobs, as_texts, batches, check_counts, check_pairs, own_seeds
+from um3.jobs import Jobs, Watch, as_texts, batches, check_counts, check_pairs, own_seeds
 from um3.model import QLIP_FOLDER, load_model
 from um3.results import Generated, PairScores, Part, Reconstruction, Texts
 from um3.sampling import draw_images, image_logprob, text_logprob, uniforms, write_text
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from tokenizer.processor import QLIPProcessor
 
     Pictures = np.ndarray | Sequence[Image.Image]
-
-Watch = Callable[[range, Tensor], None]
-"""Shown a batch's places among all images and its ids so far (positions, B) at every position; may raise to end it."""
 
 
 class UM3Pipeline:

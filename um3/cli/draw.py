@@ -24,7 +24,8 @@ from um3.defaults import image_defaults
 from um3.hub import model_folder
 
 if TYPE_CHECKING:
-    from um3.pipeline import UM3Pipeline, Watch
+    from um3.jobs import Watch
+    from um3.pipeline import UM3Pipeline
     from um3.results import Generated
 
 
