@@ -4,13 +4,29 @@ Answers go to stdout, what is going on to stderr. torch and transformers are imp
 and a slip of the finger are answered at once.
 """
 
+import sys
+
+import typer
+
 from um3.cli import codes, describe, draw, look, serve, write  # noqa: F401 - each adds its commands
 from um3.cli.app import app
-from um3.core.errors import run_main
+from um3.core.errors import UserError, run_main
 
 __all__ = ["app", "entry_point"]
+
+USAGE_ERROR = typer.BadParameter.__mro__[1]
+"""What typer raises for a wrong command line; it has no public name there."""
 
 
 def entry_point() -> None:
     """The console script."""
-    run_main(app)
+    run_main(_run)
+
+
+def _run() -> None:
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="um3", standalone_mode=False))
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "um3"
+        raise UserError(f"{str(error).rstrip('.')}; {command} --help tells more") from None

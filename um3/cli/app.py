@@ -26,7 +26,6 @@ TopKOption = Annotated[int, typer.Option(help="Keep only the k likeliest entries
 
 app = typer.Typer(
     help="UM3: one model for text and pictures. Without --model, the model that `make demo` trains is used.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

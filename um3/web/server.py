@@ -217,7 +217,8 @@ def listen(host: str, port: int) -> socket.socket:
         remedy = "pass --port with another, or 0 for a free one"
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             remedy = "pass --host with an address of this machine"
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}); {remedy}") from None
+        reason = str(error.strerror).partition(" (while")[0]
+        raise UserError(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
 
 
 def run(
