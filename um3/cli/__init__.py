@@ -14,7 +14,7 @@ from um3.core.errors import UserError, run_main
 
 __all__ = ["app", "entry_point"]
 
-USAGE_ERROR = typer.BadParameter.__mro__[1]
+USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
 """What typer raises for a wrong command line; it has no public name there."""
 
 

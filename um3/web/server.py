@@ -11,7 +11,9 @@ import functools
 import ipaddress
 import json
 import logging
+import os
 import socket
+import sys
 import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -221,6 +223,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
 
 
+def _has_display() -> bool:
+    """Without one Python would open a browser for terminals in this very terminal, and wait for its end."""
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
 def run(
     pipeline: "UM3Pipeline", *, listener: socket.socket, sampling: dict[str, Any], most_waiting: int, opens: bool
 ) -> None:
@@ -238,7 +245,7 @@ def run(
     )
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"UM3 is at {url} (Ctrl-C stops it)", flush=True)
-    if opens:
-        webbrowser.open(url)
+    if opens and _has_display():
+        webbrowser.open(url)  # the listener holds its request until the server runs
     with contextlib.suppress(KeyboardInterrupt, Terminated):
         uvicorn.Server(config).run(sockets=[listener])
