@@ -244,7 +244,8 @@ def test_the_console_script_leaves_with_one_line_and_code_2(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate", "--help"], ["info", "MODEL"], ["generate", "a", "--model", "absent"]]
+    "arguments",
+    [["generate", "--help"], ["info", "MODEL"], ["caption", "absent.png"], ["serve", "--host", "203.0.113.9"]],
 )
 def test_what_needs_no_model_is_answered_without_torch(arguments: list[str], model_folder: Path) -> None:
     words = [str(model_folder) if each == "MODEL" else each for each in arguments]

@@ -22,12 +22,14 @@ def serve(
     device: DeviceOption = "auto",
 ) -> None:
     """Serve a page on this machine: draw prompts row by row, compare guidance, caption and reconstruct pictures."""
-    from um3.web.server import is_loopback, listen, run
+    from um3.web.address import is_loopback, listen
 
     listener = listen(host, port)  # before the model is loaded: a port in use is said at once
     if not is_loopback(host):
         typer.echo(f"warning: {host} is open to others; there is no password, and each may draw", err=True)
     pipeline = load(model, device=device)
     sampling = image_defaults(model_folder(model))
+    from um3.web.server import run
+
     run(pipeline, listener=listener, sampling=sampling, most_waiting=most_waiting, opens=opens)
     typer.echo("stopped", err=True)

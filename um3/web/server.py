@@ -6,9 +6,7 @@ path of a request ever names a file.
 
 import asyncio
 import contextlib
-import errno
 import functools
-import ipaddress
 import json
 import logging
 import os
@@ -30,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
 from um3.web import work
+from um3.web.address import is_loopback
 from um3.web.guard import Guard
 from um3.web.worker import Busy, Job, Worker
 
@@ -198,31 +197,6 @@ def build_app(
     return Guard(app, page=page, open_to_others=open_to_others)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        UserError: the port is taken or not ours to use, or the host is no address of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        remedy = "pass --port with another, or 0 for a free one"
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            remedy = "pass --host with an address of this machine"
-        reason = str(error.strerror).partition(" (while")[0]
-        raise UserError(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
-
-
 def _has_display() -> bool:
     """Without one Python would open a browser for terminals in this very terminal, and wait for its end."""
     return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
@@ -240,6 +214,7 @@ def run(
         access_log=False,
         server_header=False,
         ws="none",
+        proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )

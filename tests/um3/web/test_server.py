@@ -1,5 +1,6 @@
 """The server over real sockets: what it draws and reads, whom it refuses, and that nothing a client sends ends it."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -19,8 +20,9 @@ from tests.um3.web.conftest import MOST_WAITING, SIDE, Server
 from um3.core.errors import UserError
 from um3.pictures import METADATA, code_picture
 from um3.pipeline import UM3Pipeline
+from um3.web.address import listen
 from um3.web.guard import Guard
-from um3.web.server import MAX_UPLOAD, listen
+from um3.web.server import MAX_UPLOAD, build_app
 
 LONG = {"prompt": "a red disk", "num_images": 16, "guidance_scale": 3}
 
@@ -287,6 +289,23 @@ def test_a_full_line_is_503_and_who_leaves_makes_room(server: Server) -> None:
         if answer.status == 200:
             break
     assert answer.status == 200
+
+
+def test_a_mistake_of_ours_is_told_without_its_traceback() -> None:
+    app = build_app(None, sampling={}, most_waiting=1)  # type: ignore[arg-type]
+    said: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": picture_bytes()}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/api/look", "headers": [(b"host", b"127.0.0.1")]}
+    with pytest.raises(AttributeError):  # from there it goes into the log
+        asyncio.run(app(scope | {"query_string": b""}, receive, send))  # type: ignore[arg-type]
+    assert said[0]["status"] == 500
+    assert json.loads(said[1]["body"]) == {"error": "the server made a mistake; its own output says which"}
 
 
 def test_a_port_in_use_and_a_strange_host_are_one_line(server: Server) -> None:
