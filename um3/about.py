@@ -1,7 +1,7 @@
 """What a model folder is, from its JSON files and the headers of its weights: none are loaded, nor is torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,15 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
     about = config.get("um3") if isinstance(config, dict) else None
     if not about:
         raise UserError(f"{folder} holds no UM3 (no 'um3' in its config.json)")
-    qlip = read_json(folder / "qlip" / "config.json")
+    try:
+        return _describe(folder, config=config, about=about, qlip=read_json(folder / "qlip" / "config.json"))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"a config.json in {folder} lacks what a UM3's says ({error}); copy or train it again"
+        ) from None
+
+
+def _describe(folder: Path, *, config: dict[str, Any], about: dict[str, Any], qlip: dict[str, Any]) -> dict[str, Any]:
     tensors = list(_tensors(folder))
     text, bits = about["text_vocab_size"], about["slots"] * about["bits_per_slot"]
     visual = about["slots"] << about["bits_per_slot"]
@@ -57,7 +65,7 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
         "an image": f"{size} x {size} pixels, {about['num_patches']} codes of {bits} bits in "
         f"{about['num_patches'] * about['slots']} tokens",
         "visual tokenizer": about["tokenizer_fingerprint"],
-        "its parameters": _count(_tensors(folder / "qlip")),
+        "its parameters": _count([each for each in _tensors(folder / "qlip") if ".rope." not in each.name]),
         "sampling": image_defaults(folder),
         **_training(folder),
         **_licences(about.get("base") or {}, of_qlip=qlip.get("weights_license") or ""),
@@ -80,7 +88,7 @@ def _tensors(folder: Path) -> Iterator[Stored]:
             raise UserError(f"{file} cannot be read ({error}); copy or train it again") from None
 
 
-def _count(tensors: Iterator[Stored] | list[Stored]) -> int:
+def _count(tensors: Iterable[Stored]) -> int:
     return sum(math.prod(each.shape) for each in tensors)
 
 

@@ -174,6 +174,7 @@ def test_info_tells_sizes_fingerprint_steps_and_licences(
     counts = count_parameters(pipeline.model, ids=pipeline.ids)
     assert about["parameters"] == counts.total and about["body"] == counts.body
     assert about["visual rows"] == counts.visual_rows_in + counts.visual_rows_out
+    assert about["its parameters"] == sum(parameter.numel() for parameter in pipeline.qlip.parameters())
     assert about["training steps"] == 2000 and about["commit"] == "abc"
     assert about["base"].startswith("none") and "no restriction" in about["licence of the visual tokenizer"]
 
@@ -206,6 +207,7 @@ def test_info_tells_sizes_fingerprint_steps_and_licences(
         (["complete", "a", "--max-new-tokens", "0"], "max new tokens is 0"),
         (["info", "nowhere"], "no UM3 model in nowhere"),
         (["info", "empty"], "empty holds no UM3"),
+        (["info", "half"], "a config.json in half lacks what a UM3's says ('text_vocab_size')"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -216,6 +218,10 @@ def test_mistakes_are_one_line(
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "half" / "qlip").mkdir(parents=True)
+    (tmp_path / "half" / "config.json").write_text('{"um3": {"slots": 1}}')
+    (tmp_path / "half" / "qlip" / "config.json").write_text("{}")
+    (tmp_path / "half" / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
     if "--model" not in arguments and arguments[0] != "info":
         arguments = [*arguments, "--model", str(model_folder)]
     with pytest.raises(UserError) as caught:

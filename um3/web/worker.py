@@ -1,7 +1,6 @@
 """One thread that has the model to itself. Who comes waits for their turn; who leaves is waited for no longer."""
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,5 +92,4 @@ class Worker:
         """End all jobs and the thread."""
         for job in list(self._jobs):
             self.leave(job)
-        with contextlib.suppress(RuntimeError):
-            await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._thread.shutdown)
