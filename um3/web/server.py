@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from um3.choice import Sampling
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
 from um3.web import work
@@ -173,7 +174,12 @@ async def _refuse(request: Request, error: Exception) -> Response:
 def build_app(
     pipeline: "UM3Pipeline", *, sampling: dict[str, Any], most_waiting: int, open_to_others: bool = False
 ) -> ASGIApp:
-    """The ASGI application; `sampling` are the settings of requests that name none."""
+    """The ASGI application; `sampling` are the settings of requests that name none.
+
+    Raises:
+        UserError: one of these settings is out of its range.
+    """
+    Sampling(**sampling)
     page = PAGE.read_text(encoding="utf-8")
     site = Site(pipeline, sampling=sampling, most_waiting=most_waiting, page=page)
 

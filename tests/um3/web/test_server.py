@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.um3.web.conftest import MOST_WAITING, SIDE, Server
 from um3.core.errors import UserError
 from um3.pictures import METADATA, code_picture
 from um3.pipeline import UM3Pipeline
-from um3.web.address import listen
+from um3.web.address import is_loopback, listen
 from um3.web.guard import Guard
 from um3.web.server import MAX_UPLOAD, build_app
 
@@ -244,6 +245,16 @@ def test_only_addresses_name_the_server(host: str, own: bool, others: bool) -> N
         assert (guard.refusal(Headers({"host": host}), method="GET") == "") == expected
 
 
+def test_what_this_machine_alone_can_reach() -> None:
+    hosts = ("localhost", "127.0.0.1", "127.8.8.8", "::1", "0.0.0.0", "192.168.0.7", "::", "example.org")
+    assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
+
+
+def test_settings_of_a_model_that_cannot_be_are_said_at_the_start() -> None:
+    with pytest.raises(UserError, match="temperature -1 is negative"):
+        build_app(None, sampling={"temperature": -1}, most_waiting=1)  # type: ignore[arg-type]
+
+
 def test_every_answer_forbids_foreign_content(server: Server) -> None:
     for path in ("/", "/api/model", "/absent"):
         policy = server.ask("GET", path).headers["content-security-policy"]
@@ -284,10 +295,11 @@ def test_a_full_line_is_503_and_who_leaves_makes_room(server: Server) -> None:
     assert b"too many requests wait" in refused.read()
     for connection in waiting:
         connection.close()
-    for _ in range(200):
+    for _ in range(300):  # the server looks a few times a second who is still there
         answer = server.ask("POST", "/api/draw", {"prompt": "a", "num_images": 1})
         if answer.status == 200:
             break
+        time.sleep(0.1)
     assert answer.status == 200
 
 
