@@ -18,7 +18,7 @@ Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 PATIENCE_MS = 30_000
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
