@@ -53,7 +53,7 @@ def read_rows(path: str, *, needed: Sequence[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"line {number} of {_name(path)} is no JSON ({error})") from None
         if not isinstance(row, dict) or not row.keys() >= set(needed):
             raise UserError(f"line {number} of {_name(path)} is no object with {' and '.join(needed)}")
