@@ -259,7 +259,6 @@ def losses(run: RunData) -> "Figure | None":
     if not any(run.metrics.values()):
         return None
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 3.4), layout="constrained", facecolor=PAPER)
     for axes, (phase, (title, keys)) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
@@ -273,10 +272,7 @@ def losses(run: RunData) -> "Figure | None":
             points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
@@ -295,9 +291,18 @@ def curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, titles:
                 label = {"label": name} if run == 0 else {}
                 if points:
                     axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, **label)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
+
+
+def _logarithmic(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _style(axes: "Axes", *, title: str, across: str = "step") -> None:

@@ -61,8 +61,9 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         except Image.DecompressionBombError as error:
             raise ImageError("too large", str(error)) from None
         except Exception as error:
-            is_cut = "truncated" in str(error).lower()
-            raise ImageError("truncated" if is_cut else "cannot be decoded", _describe(error)) from error
+            if "truncated" in str(error).lower():
+                raise ImageError("truncated", str(error)) from error
+            raise ImageError("cannot be decoded", _describe(error)) from error
 
 
 def _describe(error: Exception) -> str:
