@@ -15,7 +15,7 @@ from eval.config import SamplingConfig
 from eval.features import FeatureNetwork, inception_note
 from eval.frechet import frechet_distance
 from eval.paper import GENEVAL_LLAMAGEN_QLIP, UM3
-from eval.scores import Measurement, Score, texts_sha256
+from eval.scores import Measurement, Score, bootstrap, texts_sha256
 from um3.core.errors import UserError
 from um3.core.progress import track
 from um3.pipeline import UM3Pipeline
@@ -68,14 +68,18 @@ def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt],
     """
     of = of.with_protocol(judge=JUDGE, prompts_sha256=texts_sha256([prompt.prompt for prompt in prompts]))
     rows, paper = [], GENEVAL_LLAMAGEN_QLIP
+    shares: list[float] = []
+    weights: list[float] = []
     for skill in SKILLS:
         passed = [v.passed for v, prompt in zip(verdicts, prompts, strict=True) if prompt.skill == skill]
         if not passed:
             raise UserError(f"no prompts for the skill '{skill}'; set generation.per_skill to 1 or more")
-        rows.append(of.score(skill, sum(passed) / len(passed), n=len(passed), unit="%", paper=paper[skill]))
+        rows.append(of.mean(skill, passed, unit="%", paper=paper[skill]))
+        shares += [each / len(passed) for each in passed]
+        weights += [1 / len(passed)] * len(passed)
     mean = sum(row.value or 0.0 for row in rows) / len(rows)
-    note = "mean of the six skills, as GenEval takes it"
-    return [*rows, of.score("mean", mean, n=len(verdicts), unit="%", paper=paper["mean"], note=note)]
+    note, ends = "mean of the six skills, as GenEval takes it", bootstrap(shares, weights=weights)._asdict()
+    return [*rows, of.score("mean", mean, n=len(verdicts), unit="%", paper=paper["mean"], note=note, **ends)]
 
 
 def missing_skills(of: Measurement) -> list[Score]:
@@ -87,8 +91,8 @@ def missing_skills(of: Measurement) -> list[Score]:
 def read_back_row(images_NHWC: Iterable[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:
     """Share of images whose caption the scene checker reads off the pixels, word for word."""
     read = [describe(image) for image in track(images_NHWC, total=len(captions), label="read images")]
-    right = sum(found == caption for found, caption in zip(read, captions, strict=True))
-    return of.with_protocol(judge=JUDGE).score("read_back", right / len(read), n=len(read), unit="%", note=note)
+    right = [found == caption for found, caption in zip(read, captions, strict=True)]
+    return of.with_protocol(judge=JUDGE).mean("read_back", right, unit="%", note=note)
 
 
 def distribution_scores(

@@ -54,6 +54,9 @@ def test_images_under_other_prompts_do_not(truth):
     shifted = images[9:] + images[:9]
     rows = by_metric(skill_scores(judge(shifted, prompts=prompts), prompts=prompts, of=T))
     assert rows["mean"].value < 0.5 and rows["color_attr"].value < 0.5
+    for row in rows.values():
+        assert row.low is None or row.low <= row.value <= row.high
+    assert rows["mean"].high - rows["mean"].low > 0.02
 
 
 def test_the_mean_weighs_skills_not_images(truth):
