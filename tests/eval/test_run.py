@@ -25,6 +25,12 @@ tokenizer: {num_images: 8}
 
 
 @pytest.fixture(scope="module")
+def run_folder(run_folder, tmp_path_factory):
+    """A copy, whose every part is evaluated here."""
+    return shutil.copytree(run_folder, tmp_path_factory.mktemp("whole") / run_folder.name)
+
+
+@pytest.fixture(scope="module")
 def config_file(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("config")
     (folder / "prose.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
