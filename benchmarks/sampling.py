@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from benchmarks.model import made_model
 from benchmarks.runs import check_positive
 from um3.core.errors import UserError, run_main
 
@@ -124,35 +125,9 @@ def _build(options: argparse.Namespace) -> Setting:
     import torch
 
     from um3 import rows
-    from um3.config import ModelConfig
-    from um3.ids import IdSpace
-    from um3.model import build_model
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    ids = IdSpace(
-        text_vocab_size=options.text_entries,
-        slots=2,
-        bits_per_slot=options.bits_per_slot,
-        num_patches=options.patches,
-        bos_id=0,
-        eos_id=1,
-        pad_id=2,
-        begin_of_image_id=3,
-        end_of_image_id=4,
-    )
-    heads = max(1, options.width // 64)
-    sizes = ModelConfig(
-        hidden_size=options.width,
-        num_layers=options.layers,
-        num_heads=heads,
-        num_kv_heads=heads if heads % 4 else heads // 4,
-        head_dim=64,
-        intermediate_size=4 * options.width,
-        max_position_embeddings=2 * options.patches + 64,
-    )
-    model = build_model(sizes, ids=ids).eval().to(options.device, getattr(torch, options.dtype))
+    made, ids = made_model(options, positions=2 * options.patches + 64)
+    model = made.eval().to(options.device, getattr(torch, options.dtype))
     captions = [torch.randint(5, options.text_entries, (12 + 3 * (row % 4),)) for row in range(options.batch)]
     return Setting(
         model=model,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.model import made_model
 from benchmarks.runs import check_positive, run_apart
 from um3.core.errors import UserError, run_main
 
@@ -162,38 +163,8 @@ def check(options: argparse.Namespace) -> dict[str, float]:
 
 def _build(options: argparse.Namespace) -> "tuple[nn.Module, IdSpace, list[Batch]]":
     """The model, its ids, and one batch of image rows or four of the mix; the same in every process."""
-    import torch
-
-    from um3.config import ModelConfig
-    from um3.ids import IdSpace
-    from um3.model import build_model
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    ids = IdSpace(
-        text_vocab_size=options.text_entries,
-        slots=2,
-        bits_per_slot=options.bits_per_slot,
-        num_patches=options.patches,
-        bos_id=0,
-        eos_id=1,
-        pad_id=2,
-        begin_of_image_id=3,
-        end_of_image_id=4,
-    )
-    heads = max(1, options.width // 64)
-    sizes = ModelConfig(
-        hidden_size=options.width,
-        num_layers=options.layers,
-        num_heads=heads,
-        num_kv_heads=heads if heads % 4 else heads // 4,
-        head_dim=64,
-        intermediate_size=4 * options.width,
-        max_position_embeddings=options.row_tokens,
-    )
-    model = build_model(sizes, ids=ids).train()
-    return model, ids, _batches(options, ids=ids)
+    model, ids = made_model(options, positions=options.row_tokens)
+    return model.train(), ids, _batches(options, ids=ids)
 
 
 def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
