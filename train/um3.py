@@ -120,6 +120,7 @@ class UM3Task:
         self.fingerprint = qlip.fingerprint()
         start = Start(config, qlip=qlip, texts=self._texts())
         self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
+        self.vocabulary = vocabulary_digest(self.text_tokenizer)
         self.rows = open_rows(
             config.data,
             ids=self.ids,
@@ -261,15 +262,15 @@ class UM3Task:
     def state(self, step: int) -> dict[str, Any]:
         counted = {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
         guard = {"guard_start": self.guard.start_loss} if self.guard is not None else {}
-        made_with = {"fingerprint": self.fingerprint, "vocabulary": vocabulary_digest(self.text_tokenizer)}
+        made_with = {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
         return self.rows.state(step) | counted | guard | made_with
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data, and go on counting from one that fits."""
-        if state.get("vocabulary") not in (None, ours := vocabulary_digest(self.text_tokenizer)):
+        if state.get("vocabulary") not in (None, self.vocabulary):
             raise UserError(
                 f"the checkpoint of step {state['step']} was trained with text vocabulary {state['vocabulary']}, now "
-                f"it is {ours}; bring back the tokenizer, or the texts that made it, or use another RUN="
+                f"it is {self.vocabulary}; bring back the tokenizer, or the texts that made it, or use another RUN="
             )
         self.rows.check_state(state)
         self.account.load(state.get("seen", {}))
