@@ -38,11 +38,11 @@ def make_ids() -> Callable[..., IdSpace]:
     return _make_ids
 
 
-@pytest.fixture(scope="session")
-def qlip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained QLIP of 4 patches of 28 bits."""
+def save_qlip(folder: Path, *, image_size: int, patch_size: int) -> None:
+    """Write an untrained QLIP of codes of 28 bits."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    picture = tower | {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "rope_pretrained_grid": 2}
+    grid = image_size // patch_size
+    picture = tower | {"image_size": image_size, "patch_size": patch_size, "rope_pretrained_grid": grid}
     torch.manual_seed(0)
     qlip = QLIPModel(
         QLIPConfig(
@@ -53,9 +53,15 @@ def qlip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             initializer_range=0.3,
         )
     )
-    folder = tmp_path_factory.mktemp("qlip")
     qlip.save_pretrained(folder)
-    QLIPProcessor(None, image_size=IMAGE_SIZE, max_text_tokens=16).save_pretrained(folder)
+    QLIPProcessor(None, image_size=image_size, max_text_tokens=16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def qlip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained QLIP of 4 patches of 28 bits."""
+    folder = tmp_path_factory.mktemp("qlip")
+    save_qlip(folder, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE)
     return folder
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from tokenizer.configuration import QLIPConfig
-from tokenizer.modeling import QLIPModel
-from tokenizer.processor import QLIPProcessor
+from tests.um3.conftest import save_qlip
 from um3.model import ModelConfig, build_model, save_model
 from um3.pipeline import UM3Pipeline
 from um3.text_tokenizer import make_id_space, train_text_tokenizer
@@ -60,21 +57,8 @@ class Server(NamedTuple):
 @pytest.fixture(scope="session")
 def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights: 64 codes of 28 bits, 256 tokens a picture."""
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    picture = tower | {"image_size": 32, "patch_size": 4, "rope_pretrained_grid": SIDE}
-    torch.manual_seed(0)
-    qlip = QLIPModel(
-        QLIPConfig(
-            text_config=tower | {"vocab_size": 40, "max_position_embeddings": 16},
-            vision_config=picture | {"quantizer_cfg": {"embed_dim": 28}},
-            decoder_config=picture,
-            projection_dim=16,
-            initializer_range=0.3,
-        )
-    )
     folder = tmp_path_factory.mktemp("web")
-    qlip.save_pretrained(folder / "qlip")
-    QLIPProcessor(None, image_size=32, max_text_tokens=16).save_pretrained(folder / "qlip")
+    save_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE)
     text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
     ids = make_id_space(text_tokenizer, slots=4, bits_per_slot=7, num_patches=SIDE**2)
     config = ModelConfig(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
