@@ -7,6 +7,7 @@ exact integer shares of every batch by error diffusion, and an even spread of th
 import functools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,17 @@ class SampleOrder:
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         kind = np.uint32 if self.length <= 2**32 else np.uint64
         return numpy_generator(self.seed, "order", self.name, epoch).permutation(np.arange(self.length, dtype=kind))
+
+
+def each_index(source: Any, *, seed: int, name: str) -> Iterator[int]:
+    """Every index of a source once: in an order of the seed's, or as they come where it can only be read so (streamed).
+
+    Raises:
+        UserError: the source is empty.
+    """
+    order = SampleOrder(len(source), seed=seed, name=name)
+    in_order = getattr(source, "in_order", False)
+    return (draw if in_order else order.index(draw) for draw in range(order.length))
 
 
 class ExactCounts:

@@ -19,7 +19,9 @@ def origin(config: ImageSourceConfig | TextSourceConfig, *values: str | int) -> 
     settings = to_dict(config)
     settings.pop("weight")
     # Settings that came later are left out where they are not used: what was made before them stays valid.
-    settings = {name: value for name, value in settings.items() if value or name not in ("adapter", "captions")}
+    settings = {
+        name: value for name, value in settings.items() if value or name not in ("adapter", "captions", "stream")
+    }
     captions = [_files(settings["captions"])] if "captions" in settings else []
     described = json.dumps([settings, *values, _files(config.path), *captions], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from data_mix.caption_table import CaptionTable
 from data_mix.samples import BadSample, Sample, Split
 from data_mix.set_aside import SetAside
 from data_mix.splits import SPLIT_WORDS, choose_rows
+from data_mix.streamed import StreamedPart
 from data_mix.tables import TablePart
 from um3.core.errors import UserError
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
@@ -225,7 +226,7 @@ class TableImages(OwnImages):
 
     def __init__(
         self,
-        part: TablePart,
+        part: TablePart | StreamedPart,
         *,
         name: str,
         size: int,
@@ -234,7 +235,7 @@ class TableImages(OwnImages):
         has_captions: bool = True,
     ) -> None:
         super().__init__(name=name, size=size, has_captions=has_captions)
-        self._part, self.set_aside = part, part.set_aside
+        self._part, self.set_aside, self.in_order = part, part.set_aside, part.in_order
         self._image_column = image_column
         self._caption_column = caption_column
 

@@ -12,7 +12,8 @@ from data_mix.own_images import FolderImages, TableImages, image_columns
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.scenes import ScenesSource
 from data_mix.splits import check_val_fraction
-from data_mix.tables import looks_like_hub, open_hub, open_parquet, parquet_schema
+from data_mix.streamed import StreamedPart, check_stream
+from data_mix.tables import TablePart, looks_like_hub, open_hub, open_parquet, parquet_schema
 from data_mix.webdataset import WebDatasetImages
 from um3.core.errors import UserError
 
@@ -25,8 +26,8 @@ ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset
 class ImageSourceConfig:
     """One image source.
 
-    path: a folder of images, .parquet or .tar file(s), or owner/name of a hub set; empty for scenes and digits.
-        `auto` tells the kind from it, and scenes or digits from the name.
+    path: a folder of images, .parquet or .tar file(s), or owner/name@revision:config of a hub set; empty for scenes and
+        digits. `auto` tells the kind from it, and scenes or digits from the name.
     adapter: a data set whose layout is known (`data_mix.adapters`): cc12m, sa1b, laion-coco-aesthetic, datacomp-1b or
         coco.
     weight: its share of the images, relative to the other sources.
@@ -37,6 +38,8 @@ class ImageSourceConfig:
         folders and tars: those are used, not what lies beside the images.
     has_captions: false takes images without any, for what reads none (stage 2, reconstructions).
     val_fraction: kept for val where the data does not say itself what is train and what val.
+    stream: of a hub set, read the first so many images for train as they come (`data_mix.streamed`), for what reads
+        them in order (`make codes`); 0 downloads it whole.
     """
 
     name: str = "scenes"
@@ -50,6 +53,7 @@ class ImageSourceConfig:
     captions: str = ""
     has_captions: bool = True
     val_fraction: float = 0.05
+    stream: int = 0
 
 
 def open_image_source(
@@ -67,6 +71,7 @@ def open_image_source(
     kind = image_kind(config)
     name, path, val_fraction = config.name, config.path, config.val_fraction
     where = f"source '{name}' ({path})"
+    check_stream(config.stream, kind=kind, name=name)
     if config.captions:
         return _with_captions(config, kind=kind, split=split, size=size)
     if kind in ("scenes", "digits"):
@@ -81,10 +86,14 @@ def open_image_source(
         return CocoImages(path, split=split, **common)
     given: dict[str, Any] = {"image_column": config.image_column, "caption_column": config.caption_column}
     given |= {"has_captions": config.has_captions, "classes": classes}
+    part: TablePart | StreamedPart
     if kind == "parquet":
         columns = image_columns(parquet_schema(path, source=name), **given, where=where)
         read = [column for column in columns if column]
         part = open_parquet(path, source=name, columns=read, split=split, val_fraction=val_fraction)
+    elif config.stream:
+        part = StreamedPart(path, source=name, split=split, num_train=config.stream, val_fraction=val_fraction)
+        columns = image_columns(part.schema, **given, where=where)
     else:
         part = open_hub(path, source=name, split=split, val_fraction=val_fraction)
         columns = image_columns(part.table.schema, **given, where=where)

@@ -39,6 +39,7 @@ class TablePart:
     starts: Sequence[int]
     names: Sequence[str]
     set_aside: SetAside = field(default_factory=lambda: SetAside("table"))
+    in_order = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +90,7 @@ def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split
                 raise
             table, counts = _read(files, columns=wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"source '{source}': cannot read parquet at '{path}': {_one_line(error)}") from None
+        raise UserError(f"source '{source}': cannot read parquet at '{path}': {one_line(error)}") from None
     if table.num_rows != sum(counts) or not set(wanted) <= set(table.column_names):
         raise UserError(
             f"source '{source}': the parquet files at '{path}' differ in their columns ({', '.join(wanted)})"
@@ -154,33 +155,43 @@ def parquet_schema(path: str, *, source: str) -> pa.Schema:
         try:
             return pq.read_schema(file)
         except (pa.ArrowException, OSError) as error:
-            reason = f"cannot read parquet '{file}': {_one_line(error)}"
+            reason = f"cannot read parquet '{file}': {one_line(error)}"
     raise UserError(f"source '{source}': {reason}")
 
 
+HUB_SET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]+))?")
+
+
 def looks_like_hub(path: str) -> bool:
-    """owner/name or owner/name:config, with nothing of that name on this disk."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", path) is not None and not Path(path).exists()
+    """owner/name, with @revision and :config if wanted, and nothing of that name on this disk."""
+    return HUB_SET.fullmatch(path) is not None and not Path(path).exists()
+
+
+def hub_place(path: str) -> tuple[str, str | None, str | None]:
+    """Name, revision (a commit, branch or tag) and config of owner/name@revision:config; None for what is left out."""
+    match = HUB_SET.fullmatch(path)
+    name, revision, config = match.groups() if match else (path, None, None)
+    return name, revision, config
 
 
 def open_hub(path: str, *, source: str, split: Split, val_fraction: float) -> TablePart:
-    """A set of the hub, written owner/name or owner/name:config; none of its code is run.
+    """A set of the hub (see `looks_like_hub`), downloaded whole; none of its code is run.
 
-    Only the parts that `split` needs are fetched. UserError when it cannot be had (name, network, permission).
+    UserError when it cannot be had (name, network, permission).
     """
     import datasets
 
-    name, _, config = path.partition(":")
+    name, revision, config = hub_place(path)
     where = f"source '{source}' (hub set {path})"
     try:
-        available = datasets.get_dataset_split_names(name, config or None)
+        available = datasets.get_dataset_split_names(name, config, revision=revision)
         wanted, by_hash = part_labels(available, split=split, where=where)
-        parts = [datasets.load_dataset(name, config or None, split=part) for part in sorted(wanted)]
+        parts = [datasets.load_dataset(name, config, split=part, revision=revision) for part in sorted(wanted)]
     except UserError:
         raise
     except Exception as error:
         # The hub client raises its own, requests', pyarrow's and the builder's errors for the user's mistakes.
-        raise UserError(f"{where}: cannot be opened: {_one_line(error)}") from None
+        raise UserError(f"{where}: cannot be opened: {one_line(error)}") from None
     starts = [0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()]
     table = pa.concat_tables([part.with_format("arrow")[:] for part in parts])
     names = [f"{path}/{part}" for part in sorted(wanted)]
@@ -224,5 +235,6 @@ def _labels_of_files(files: Sequence[Path], counts: Sequence[int], path: str) ->
     return labels
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Type and message, at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

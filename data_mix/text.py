@@ -1,5 +1,6 @@
 """Text sources: documents by index, from the embedded prose, files of your own, or the hub."""
 
+import functools
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ from data_mix.python_docs import packed, python_documents
 from data_mix.samples import Split
 from data_mix.set_aside import SetAside
 from data_mix.splits import check_val_fraction, choose_rows
+from data_mix.streamed import StreamedPart, check_stream
 from data_mix.tables import TablePart, find_files, looks_like_hub, open_hub, open_parquet, parquet_schema, short_names
 from um3.core.errors import UserError
 
@@ -35,12 +37,14 @@ TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
 class TextSourceConfig:
     """One text source.
 
-    path: a .txt file or folder of them, .jsonl (also .zst, .gz) or .parquet file(s), or owner/name of a hub set; empty
-        for python_docs. `auto` tells the kind from it.
+    path: a .txt file or folder of them, .jsonl (also .zst, .gz) or .parquet file(s), or owner/name@revision:config of a
+        hub set; empty for python_docs. `auto` tells the kind from it.
     adapter: a data set whose fields are known (`data_mix.adapters`): dclm-baseline.
     field: the JSON field or column that holds the text.
     weight: its share of the text samples, relative to the other sources.
     val_fraction: kept for val where the data does not say itself what is train and what val.
+    stream: of a hub set, read the first so many documents for train as they come (`data_mix.streamed`); 0 downloads it
+        whole.
     """
 
     name: str = "python_docs"
@@ -50,6 +54,7 @@ class TextSourceConfig:
     field: str = "text"
     weight: float = 1.0
     val_fraction: float = 0.02
+    stream: int = 0
 
 
 @runtime_checkable
@@ -68,6 +73,7 @@ def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
     check_val_fraction(config.val_fraction, name=config.name)
     config = adapted(config, adapters=TEXT_ADAPTERS)
     kind = text_kind(config)
+    check_stream(config.stream, kind=kind, name=config.name)
     if kind == "python_docs":
         documents = python_documents()
         texts = [document.text for document in documents]
@@ -85,6 +91,17 @@ def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
             config.path, source=config.name, columns=columns, split=split, val_fraction=config.val_fraction
         )
         return TableDocuments(config, part)
+    if config.stream:
+        check = functools.partial(_check_text_column, config=config)
+        streamed = StreamedPart(
+            config.path,
+            source=config.name,
+            split=split,
+            num_train=config.stream,
+            val_fraction=config.val_fraction,
+            check=check,
+        )
+        return TableDocuments(config, streamed)
     part = open_hub(config.path, source=config.name, split=split, val_fraction=config.val_fraction)
     _check_text_column(part.table.schema, config)
     return TableDocuments(config, part)
@@ -263,10 +280,11 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 class TableDocuments:
     """One column of a table; a null is an empty document."""
 
-    def __init__(self, config: TextSourceConfig, part: TablePart) -> None:
+    def __init__(self, config: TextSourceConfig, part: TablePart | StreamedPart) -> None:
         self.name = config.name
         self._field = config.field
         self._part, self.set_aside = part, part.set_aside
+        self.in_order = part.in_order
 
     def __len__(self) -> int:
         return len(self._part)

@@ -6,21 +6,22 @@ so every id of the corpus is read once an epoch and every row begins the way a p
 document, as in any packed pre-training. Where rows are packed (`data.packing`), the documents of a row are kept apart.
 
 Documents whose file cannot be read are left out; the stream then says so in a .json beside it, and at every opening.
+Once it is made, the documents are not needed any more: it may be made where a network is and used where none is.
 """
 
 import contextlib
 import hashlib
-import itertools
 import logging
+import os
 import platform
-from collections import Counter
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from data_mix.order import SampleOrder
+from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
 from data_mix.text import TextSource
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DOCUMENTS_AT_ONCE = 1000
+SAVE_EVERY_S = 30.0
 
 
 class TokenStream:
@@ -68,9 +70,7 @@ class TokenStream:
         path = Path(cache) / f"text-{documents.name}-{_key(origin, len(documents), tokenizer=tokenizer, ids=ids)}.bin"
         if is_main() and not path.exists():
             _write_stream(path, documents, tokenizer=tokenizer, ids=ids)
-        wait_for_main()
-        if not path.exists():
-            raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
+        _wait_for(path)
         left_out = path.with_suffix(".json")
         self.set_aside: dict[str, str] = read_json(left_out)["set_aside"] if left_out.exists() else {}
         if self.set_aside:
@@ -99,31 +99,60 @@ def scattered_rows(
     num_rows: int,
     row_tokens: int,
     seed: int,
+    cache: str | Path,
+    origin: str = "",
 ) -> list[Row]:
     """Rows as a stream has them, from anywhere in `num_rows` documents, of which no more are tokenised; where there are
     fewer, several from each. The same for the same seed.
 
+    Like a stream they are made once, by the first rank, and kept in `cache` (a collective call).
+
     Raises:
-        UserError: no document holds text.
+        UserError: no document holds text, or this process cannot see the first rank's file.
     """
-    order = SampleOrder(len(documents), seed=seed, name=f"rows/{documents.name}")
+    asked = (origin, len(documents), num_rows, row_tokens, seed)
+    path = Path(cache) / f"rows-{documents.name}-{_key(*asked, tokenizer=tokenizer, ids=ids)}.json"
+    if is_main() and not path.exists():
+        pieces = _pieces(documents, tokenizer=tokenizer, ids=ids, num_rows=num_rows, row_tokens=row_tokens, seed=seed)
+        write_json(path, [piece.tolist() for piece in pieces])
+    _wait_for(path)
+    return [_row(np.array(piece, dtype=np.uint32), ids=ids) for piece in read_json(path)]
+
+
+def _pieces(
+    documents: TextSource,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: IdSpace,
+    num_rows: int,
+    row_tokens: int,
+    seed: int,
+) -> list[np.ndarray]:
+    """The ids of `scattered_rows`, uint32, at most row_tokens - 1 each."""
     texts: list[str] = []
-    for draw in range(len(documents)):
+    for index in each_index(documents, seed=seed, name=f"rows/{documents.name}"):
         with contextlib.suppress(BadSample):
-            if (text := documents[order.index(draw)]).strip():
+            if (text := documents[index]).strip():
                 texts.append(text)
         if len(texts) == num_rows:
             break
     if not texts:
         raise UserError(f"text source '{documents.name}' holds no text; point it at other data or leave it out")
     tokens = encode_texts(texts, tokenizer=tokenizer)
-    rows = []
+    pieces = []
     for number in range(num_rows):
         document = np.array([*tokens[number % len(tokens)], ids.eos_id], dtype=np.uint32)
         places = max(len(document) - (row_tokens - 1), 0) + 1
         start = derive_seed(seed, "rows", documents.name, number) % places
-        rows.append(_row(document[start : start + row_tokens - 1], ids=ids))
-    return rows
+        pieces.append(document[start : start + row_tokens - 1])
+    return pieces
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until the first rank has made `path`; UserError where it cannot be seen."""
+    wait_for_main()
+    if not path.exists():
+        raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
 
 
 def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:
@@ -141,27 +170,48 @@ def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace)
 
 
 def _write_stream(path: Path, documents: TextSource, *, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> None:
-    progress = Progress(len(documents), label=f"tokenising {documents.name}", unit="documents")
-    left_out: Counter[str] = Counter()
-    texts = (_document(documents, index, left_out=left_out) for index in range(len(documents)))
+    """Tokenise all documents into `path`. What an interrupted run did of it, up to its last SAVE_EVERY_S, is kept."""
+    begun, notes = path.with_suffix(".begun"), path.with_suffix(".begun.json")
+    done: dict[str, Any] = {"documents": 0, "bytes": 0, "left_out": 0, "set_aside": {}}
+    if begun.exists() and notes.exists() and begun.stat().st_size >= (noted := read_json(notes))["bytes"]:
+        done = noted
+    aside = getattr(documents, "set_aside", SetAside(documents.name))
     separator = [ids.eos_id] if ids.bos_id == ids.eos_id else [ids.eos_id, ids.bos_id]
-    with atomic_file(path) as partial, open(partial, "wb") as file:
-        while batch := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
-            for tokens in encode_texts(batch, tokenizer=tokenizer):
+    progress = Progress(len(documents), label=f"tokenising {documents.name}", unit="documents", start=done["documents"])
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    with open(begun, "ab") as file:
+        file.truncate(done["bytes"])
+        saved = time.monotonic()
+        while done["documents"] < len(documents):
+            first, end = done["documents"], min(done["documents"] + DOCUMENTS_AT_ONCE, len(documents))
+            texts = [_document(documents, index) for index in range(first, end)]
+            for tokens in encode_texts([text or "" for text in texts], tokenizer=tokenizer):
                 np.array([*tokens, *separator] if tokens else [], dtype=np.uint32).tofile(file)
-            progress.advance(len(batch))
-        aside = getattr(documents, "set_aside", SetAside(documents.name))
-        if reasons := {str(file): reason for file, reason in aside.reasons.items()}:
-            write_json(path.with_suffix(".json"), {"documents_left_out": left_out.total(), "set_aside": reasons})
+            done |= {"documents": end, "left_out": done["left_out"] + texts.count(None)}
+            done["set_aside"] |= {str(name): reason for name, reason in aside.reasons.items()}
+            progress.advance(end - first)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                file.flush()
+                os.fsync(file.fileno())
+                write_json(notes, done | {"bytes": file.tell()})
+                saved = time.monotonic()
+    with atomic_file(path) as partial:
+        os.replace(begun, partial)
+        if done["left_out"]:
+            left_out = {"documents_left_out": done["left_out"], "set_aside": done["set_aside"]}
+            write_json(path.with_suffix(".json"), left_out)
         else:
             path.with_suffix(".json").unlink(missing_ok=True)
-    logger.info("%s: %d tokens in %s", documents.name, path.stat().st_size // 4, path)
+    notes.unlink(missing_ok=True)
+    logger.info(
+        "%s: %d tokens in %s; %d documents left out",
+        *(documents.name, path.stat().st_size // 4, path, done["left_out"]),
+    )
 
 
-def _document(documents: TextSource, index: int, *, left_out: Counter[str]) -> str:
-    """A document, or an empty one, counted, where its file cannot be read."""
+def _document(documents: TextSource, index: int) -> str | None:
+    """A document, None where it cannot be read."""
     try:
         return documents[index]
-    except BadSample as error:
-        left_out[error.reason] += 1
-        return ""
+    except BadSample:
+        return None

@@ -3,9 +3,11 @@
 Shapes: N images, H height, W width.
 """
 
+import contextlib
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,10 +15,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from data_mix.order import SampleOrder
+from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.sources import ImageSourceConfig, image_kind, open_image_source
-from data_mix.text import TextSourceConfig, open_text_source
+from data_mix.text import TextSource, TextSourceConfig, open_text_source
 from um3.core.errors import UserError
 
 
@@ -47,6 +49,7 @@ class HeldOut(NamedTuple):
 
 PREPARATION = "RGB, largest centred square, resized by Pillow's antialiased bicubic, uint8"
 """What um3.core.images.to_square does to every image that is not drawn here."""
+MOST_DOCUMENTS = 10_000  # of a source: more than any score reads
 SourceT = TypeVar("SourceT", ImageSourceConfig, TextSourceConfig)
 
 
@@ -70,15 +73,14 @@ def held_out_images(config: ImageSourceConfig, *, num_images: int, size: int, se
         UserError: the source cannot be opened, or fewer than two of its validation images can be used.
     """
     source = open_image_source(config, split="val", size=size, seed=seed)
-    order = SampleOrder(len(source), seed=seed, name=f"eval-{config.name}")
     images: list[NDArray] = []
     captions: list[tuple[str, ...]] = []
     skipped: Counter[str] = Counter()
-    for draw in range(len(source)):
+    for index in each_index(source, seed=seed, name=f"eval-{config.name}"):
         if len(images) == num_images:
             break
         try:
-            sample = source[order.index(draw)]
+            sample = source[index]
         except BadSample as error:
             skipped[error.reason] += 1
             continue
@@ -106,17 +108,23 @@ def _pixels_sha256(images: Sequence[NDArray]) -> str:
 
 
 def held_out_documents(configs: Sequence[TextSourceConfig], *, seed: int) -> list[str]:
-    """All validation documents of the sources, in a seeded order, blanks left out.
+    """Validation documents of the sources, at most MOST_DOCUMENTS of each, in a seeded order, blanks left out.
 
     Raises:
         UserError: no source, or no document in any.
     """
-    documents = []
+    documents: list[str] = []
     for config in configs:
         source = open_text_source(config, split="val")
-        order = SampleOrder(len(source), seed=seed, name=f"eval-{config.name}")
-        documents += [source[order.index(draw)] for draw in range(len(source))]
-    documents = [text for text in documents if text.strip()]
+        indices = each_index(source, seed=seed, name=f"eval-{config.name}")
+        documents += itertools.islice(_texts(source, indices), MOST_DOCUMENTS)
     if not documents:
         raise UserError("the text sources hold no held-out document; raise their val_fraction, or leave out language")
     return documents
+
+
+def _texts(source: TextSource, indices: Iterable[int]) -> Iterator[str]:
+    for index in indices:
+        with contextlib.suppress(BadSample):
+            if (text := source[index]).strip():
+                yield text

@@ -166,6 +166,10 @@ class ImageDataConfig:
     sources: list[ImageSourceConfig] = field(default_factory=list)
     caption: Literal["first", "random"] = "first"
 
+    def __post_init__(self) -> None:
+        if streamed := [source.name for source in self.sources if source.stream]:
+            raise ValueError(f"source '{streamed[0]}': images are drawn in any order here; stream=0 downloads the set")
+
 
 @dataclass
 class Stage1LossConfig:

@@ -8,10 +8,12 @@ Legend: B rows of a micro-batch, T tokens of a row.
 
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data_mix.origin import origin
 from data_mix.packing import lay_out, micro_batches
 from data_mix.text import open_text_source
 from data_mix.token_stream import scattered_rows
@@ -52,6 +54,8 @@ class ForgettingGuard:
                 num_rows=len(range(number, self.guard.rows, len(sources))),
                 row_tokens=row_tokens,
                 seed=config.loop.seed,
+                cache=Path(config.loop.folder) / "cache",
+                origin=origin(source, "val"),
             )
         laid = lay_out(rows[rank() :: world_size()], row_tokens=row_tokens, packed=False, pad_id=ids.pad_id)
         micro_rows, _ = split_batch(config.loop)

@@ -7,6 +7,7 @@ Shapes: T positions of a row, X those with a target, V entries, D width.
 """
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_mix.samples import BadSample
+from data_mix.tables import looks_like_hub
 from data_mix.text import ListedDocuments, TextSourceConfig, open_text_source
 from data_mix.token_stream import TokenStream
 from tokenizer.modeling import load_qlip
@@ -218,13 +221,17 @@ def _text_rows(
     """The first rows of the text, for calibration, and as many after them, held out for the loss."""
     source = TextSourceConfig(name="text", path=config.text) if config.text else TextSourceConfig()
     source.val_fraction = 0.0  # nothing here is trained on
+    needed_chars = 2 * config.rows * row_tokens * CHARS_PER_TOKEN
+    if looks_like_hub(config.text):
+        source.stream = needed_chars  # documents, more than it takes
     documents = open_text_source(source, split="train")
     texts, chars = [], 0
     for index in range(len(documents)):
-        if chars > 2 * config.rows * row_tokens * CHARS_PER_TOKEN:
+        if chars > needed_chars:
             break
-        texts.append(documents[index])
-        chars += len(texts[-1])
+        with contextlib.suppress(BadSample):
+            texts.append(documents[index])
+            chars += len(texts[-1])
     with TemporaryDirectory() as cache:
         listed = ListedDocuments(documents.name, texts)
         stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, row_tokens=row_tokens, cache=cache)

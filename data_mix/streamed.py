@@ -1,0 +1,249 @@
+"""Sets of the Hugging Face hub read as they come, file after file, without a download of the whole.
+
+A streamed set is read in its own order: what asks for its rows one after the other reads each of its bytes once. Where
+its files begin is kept in the cache folder as it is found out, so whoever goes on later starts with the file it stopped
+in. Nothing is fetched before the first row is asked for.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from data_mix import set_aside
+from data_mix.index import cache_folder
+from data_mix.samples import BadSample, Split
+from data_mix.set_aside import SET_ASIDE, SetAside
+from data_mix.splits import part_labels
+from data_mix.tables import hub_place, one_line
+from um3.core.distributed import is_main
+from um3.core.errors import UserError
+from um3.core.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+
+def check_stream(stream: int, *, kind: str, name: str) -> None:
+    """UserError unless `stream` is 0, or the number of rows to take of a hub set."""
+    if stream < 0 or (stream and kind != "hub"):
+        raise UserError(
+            f"source '{name}': stream={stream} with kind={kind}; it is the number of samples to take of a hub set as "
+            "they come, 0 for data on this disk"
+        )
+
+
+class StreamedFiles(NamedTuple):
+    """The files of a part of a set. first: the row of the part with which the split begins."""
+
+    label: str
+    files: Sequence["IterableDataset"]
+    names: Sequence[str]
+    schema: pa.Schema
+    first: int
+
+
+class StreamedPart:
+    """One split of a hub set, to be read in order; otherwise what `data_mix.tables.TablePart` is.
+
+    Train has `num_train` rows and val `val_fraction` times as many: of a part of its own where the set has one, else
+    they come before those of train. A row past the end of the set is a BadSample.
+
+    A file that fails is tried again and then set aside, unless no other can be read either. What it gave before is
+    kept; its other rows have no number.
+    """
+
+    in_order = True
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        source: str,
+        split: Split,
+        num_train: int,
+        val_fraction: float,
+        check: Callable[[pa.Schema], object] | None = None,
+    ) -> None:
+        """`check` is called with the schema before the first row is read.
+
+        Raises:
+            UserError: val_fraction keeps nothing for val.
+        """
+        self.path, self.split, self.check = path, split, check
+        self.where = f"source '{source}' (hub set {path})"
+        self.set_aside = SetAside(source)
+        self._num_val = math.ceil(num_train * val_fraction)
+        self._length = num_train if split == "train" else self._num_val
+        if not self._length:
+            raise UserError(f"{self.where}: nothing for the val split; raise val_fraction")
+        self._starts = [0]  # first row of every file up to the first that was not read to its end; then the set's end
+        self._rows: Iterator[tuple[int, dict[str, Any]]] = iter(())
+        self._current: tuple[int, dict[str, Any]] = (-1, {})
+
+    def __len__(self) -> int:
+        return self._length
+
+    def key(self, index: int) -> str:
+        """A name for sample `index`: part and row in it."""
+        return f"{self.path}/{self._files.label}#{self._files.first + index}"
+
+    def value(self, index: int, *, column: str) -> Any:
+        """The Python value of one cell.
+
+        Raises:
+            BadSample: the set ends before it, or it lay in a file that can no longer be read.
+            UserError: the set cannot be opened or, after a while of trying, read.
+        """
+        return self._record(self._files.first + index).get(column)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, from the set's description or its first rows."""
+        return self._files.schema
+
+    def _record(self, row: int) -> dict[str, Any]:
+        current, _ = self._current
+        if row < current or self._file_of(row) != self._file_of(max(current, 0)) or current < 0:
+            self._rows, self._current = self._read(row), (-1, {})
+        while self._current[0] < row:
+            if row >= self._end or (found := next(self._rows, None)) is None:
+                raise BadSample("past the end", detail=f"{self.path} has {self._end} rows")
+            self._current = found
+        number, record = self._current
+        if number > row:
+            raise BadSample(SET_ASIDE, detail=f"row {row} of {self.path}")
+        return record
+
+    @property
+    def _end(self) -> float:
+        return self._starts[-1] if len(self._starts) > len(self._files.files) else math.inf
+
+    def _file_of(self, row: int) -> int:
+        """The file that holds `row`, or the last that is known to begin before it."""
+        return min(bisect.bisect_right(self._starts, row), len(self._files.files)) - 1
+
+    def _read(self, row: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows from `row` on, each with its number."""
+        for number in range(self._file_of(row), len(self._files.files)):
+            start = self._starts[number]
+            known = self._starts[number + 1] - start if number + 1 < len(self._starts) else None
+            place = start
+            for record in itertools.islice(self._records(number), known):
+                if place >= row:
+                    yield place, record
+                place += 1
+            if known is None:
+                self._learn(number, end=place)
+
+    def _records(self, number: int) -> Iterator[dict[str, Any]]:
+        """The rows of a file, as far as they can be read."""
+        given = failures = 0
+        while True:
+            try:
+                for record in itertools.islice(self._files.files[number], given, None):
+                    yield record
+                    given, failures = given + 1, 0
+                return
+            except (
+                Exception
+            ) as error:  # the client's, the builder's, pyarrow's: any of them for the network or the file
+                waits, reason = set_aside.RETRY_WAITS_S, one_line(error)
+                if failures < len(waits):
+                    logger.info("%s: trying again in %g s: %s", self.where, waits[failures], reason)
+                    time.sleep(waits[failures])
+                    failures += 1
+                    continue
+                name = self._files.names[number]
+                if not self._another_can_be_read(number):
+                    raise UserError(
+                        f"{self.where}: cannot read {name} at its row {given}: {reason}; what is finished is kept, "
+                        "run again to go on from it"
+                    ) from None
+                self.set_aside.reasons[Path(name)] = reason
+                logger.warning("%s: set aside from its row %d on: %s: %s", self.where, given, name, reason)
+                return
+
+    def _another_can_be_read(self, number: int) -> bool:
+        """Whether the trouble is the file's, not the network's."""
+        others = [file for place, file in enumerate(self._files.files) if abs(place - number) == 1]
+        try:
+            next(iter(others[-1]), None)
+        except Exception:  # as in _records; also where there is no other
+            return False
+        return True
+
+    # --- the set, and what is known of its files
+
+    @functools.cached_property
+    def _files(self) -> StreamedFiles:
+        import datasets
+
+        name, revision, config = hub_place(self.path)
+        try:
+            builder = datasets.load_dataset_builder(name, config, revision=revision)
+            parts = builder.as_streaming_dataset()
+            labels, divided = part_labels(list(parts), split=self.split, where=self.where)
+            found = [parts[label].decode(False) for label in sorted(labels)]
+            schema = found[0].features.arrow_schema
+        except UserError:
+            raise
+        except Exception as error:
+            # The hub client raises its own, the network's, pyarrow's and the builder's errors for the user's mistakes.
+            raise UserError(f"{self.where}: cannot be opened: {one_line(error)}") from None
+        files = [rows.shard(rows.num_shards, number) for rows in found for number in range(rows.num_shards)]
+        label, by_label = "+".join(sorted(labels)), builder.config.data_files or {}
+        names = [str(file) for part in sorted(labels) for file in by_label.get(part, [])]
+        if len(names) != len(files):
+            names = [f"{self.path}/{label}/{number}" for number in range(len(files))]
+        if self.check is not None:
+            self.check(schema)
+        self._index = cache_folder() / "streamed" / f"{_digest(label, names)}.json"
+        self._take_over()
+        if self.set_aside.reasons:
+            logger.warning("%s: set aside earlier, once they can be read, remove %s", self.where, self._index)
+        return StreamedFiles(
+            label, files, names, schema, first=self._num_val if divided and self.split == "train" else 0
+        )
+
+    def _learn(self, number: int, *, end: int) -> None:
+        """Keep where file `number` ends."""
+        self._starts.append(end)
+        if len(self._starts) > len(self._files.files) and end < self._files.first + self._length:
+            logger.warning(
+                "%s: ends after %d rows, %d fewer than stream asks for",
+                *(self.where, end, self._files.first + self._length - end),
+            )
+        if not is_main():
+            return
+        try:
+            self._take_over()
+            reasons = {str(file): reason for file, reason in self.set_aside.reasons.items()}
+            write_json(self._index, {"starts": self._starts, "set_aside": reasons})
+        except OSError as error:
+            logger.warning("%s: no index is kept (%s); set UM3_CACHE to a folder of yours", self.where, error)
+
+    def _take_over(self) -> None:
+        """What another reader of the same files has found out, where that is more."""
+        if self._index.exists():
+            kept = read_json(self._index)
+            if len(kept["starts"]) > len(self._starts):
+                self._starts[:] = kept["starts"]
+                self.set_aside.reasons |= {Path(file): reason for file, reason in kept["set_aside"].items()}
+
+
+def _digest(label: str, names: Sequence[str]) -> str:
+    """Names a part by its files: those of the hub by their commit, those on this disk by their size and time."""
+    states = [Path(name).stat() if Path(name).exists() else None for name in names]
+    known = [(name, state and (state.st_size, state.st_mtime_ns)) for name, state in zip(names, states, strict=True)]
+    return hashlib.sha256(repr((label, known)).encode()).hexdigest()[:24]
