@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from data_mix import token_stream
 from data_mix.account import MixAccount
 from data_mix.mix import DataConfig, RowBatch, UM3Rows, open_rows
 from data_mix.samples import BadSample
@@ -288,12 +289,14 @@ def test_text_rows_read_the_whole_corpus_once_an_epoch(tmp_path: Path) -> None:
         stream[len(stream)]
 
 
-def test_scattered_rows_are_pieces_of_different_documents() -> None:
+def test_scattered_rows_are_pieces_of_different_documents(tmp_path: Path) -> None:
     documents = [*(f"{word} " * 50 for word in ("one", "two", "three")), "", "short"]
 
     def rows_with(seed: int) -> list[Row]:
         source = ListedDocuments("t", documents)
-        return scattered_rows(source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, row_tokens=12, seed=seed)
+        return scattered_rows(
+            source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, row_tokens=12, seed=seed, cache=tmp_path / f"{seed}"
+        )
 
     rows = rows_with(0)
     texts = [str(TOKENIZER.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
@@ -302,12 +305,49 @@ def test_scattered_rows_are_pieces_of_different_documents() -> None:
     for row in rows:
         assert row.input_ids[0] == IDS.bos_id and len(row.input_ids) <= 12
         assert torch.equal(row.targets, torch.arange(len(row.targets)) > 0)
-    again, other = rows_with(0), rows_with(1)
+    other = rows_with(1)
+    documents[:] = [""] * len(documents)  # the rows are made once, and read from the cache after that
+    again = rows_with(0)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again, strict=True))
     assert not all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, other, strict=True))
     with pytest.raises(UserError, match="'blank' holds no text"):
         blank = ListedDocuments("blank", ["", " "])
-        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, row_tokens=8, seed=0)
+        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, row_tokens=8, seed=0, cache=tmp_path)
+
+
+def test_tokenising_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_stream, "DOCUMENTS_AT_ONCE", 10)
+    monkeypatch.setattr(token_stream, "SAVE_EVERY_S", -1.0)
+
+    read: list[int] = []
+
+    class Documents(ListedDocuments):
+        """Interrupted once, at document 57."""
+
+        def __getitem__(self, index: int) -> str:
+            read.append(index)
+            if index == 57 and read.count(57) == 1:
+                raise KeyboardInterrupt
+            if index in (3, 80):
+                raise BadSample("gone")
+            return super().__getitem__(index)
+
+    documents = Documents("d", [f"document {index} " * (index % 5) for index in range(100)])
+
+    def tokens(cache: Path) -> bytes:
+        TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, row_tokens=9, cache=cache)
+        assert read_json(next(cache.glob("*.json")))["documents_left_out"] == 2
+        assert len(list(cache.iterdir())) == 2, "the stream and what was left out of it"
+        return next(cache.glob("*.bin")).read_bytes()
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens(tmp_path / "a")
+    begun = next((tmp_path / "a").glob("*.begun"))
+    begun.write_bytes(begun.read_bytes() + b"half a document")
+    stopped = len(read)
+    resumed = tokens(tmp_path / "a")
+    assert read[stopped] == 50, "what was finished is not read again"
+    assert resumed == tokens(tmp_path / "b")
 
 
 def test_text_of_a_file_that_vanishes_is_left_out_and_named(

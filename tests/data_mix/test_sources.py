@@ -315,18 +315,6 @@ def test_a_damaged_parquet_file_is_set_aside(
         opened(root)
 
 
-def test_hub_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = [{"bytes": encoded(number), "path": None} for number in range(30)]
-    captions = [f"number {number}" for number in range(30)]
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    whole = datasets.Dataset.from_dict({"image": images, "caption": captions}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, *, split: whole)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train"])
-    train, val = opened("someone/pictures"), opened("someone/pictures", "val")
-    assert sorted(numbers_of(train) + numbers_of(val)) == list(range(30)) and len(val) > 0
-    assert train[0].key.startswith("someone/pictures/train#")
-
-
 def test_drawn_sources_by_name() -> None:
     for name in ("scenes", "digits"):
         source = open_image_source(ImageSourceConfig(name=name, length=100), split="val", size=32, seed=3)

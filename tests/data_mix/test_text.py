@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -135,32 +134,6 @@ def test_parquet_mistakes(tmp_path: Path) -> None:
     file.write_bytes(b"no parquet at all")
     with pytest.raises(UserError, match="cannot read parquet"):
         open_text_source(TextSourceConfig(name="p", path=str(file)), split="train")
-
-
-def test_hub_reads_only_the_parts_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
-        return datasets.Dataset.from_dict({"text": [f"{split} {number}" for number in range(50)]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "validation", "test"])
-    config = TextSourceConfig(name="h", path="someone/words:small", val_fraction=0.2)
-    assert texts_of(config, "val") == [f"validation {number}" for number in range(50)]
-    assert len(texts_of(config, "train")) == 50
-    assert asked == [("someone/words", "small", "validation"), ("someone/words", "small", "train")]
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train"])
-    assert_splits(config, [f"train {number}" for number in range(50)])
-
-
-def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, config: str | None) -> list[str]:
-        raise ConnectionError("offline\nand more")
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(UserError, match=r"hub set a/b.*cannot be opened: ConnectionError: offline and more"):
-        open_text_source(TextSourceConfig(name="h", path="a/b"), split="train")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def text_loss(folder: Path) -> float:
     loaded = load_model(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     documents = open_text_source(TextSourceConfig(val_fraction=0.05), split="val")
-    rows = scattered_rows(documents, tokenizer=loaded.text_tokenizer, ids=loaded.ids, num_rows=5, row_tokens=28, seed=0)
+    rows = scattered_rows(
+        documents, tokenizer=loaded.text_tokenizer, ids=loaded.ids, num_rows=5, row_tokens=28, seed=0, cache=folder
+    )
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
