@@ -23,21 +23,12 @@ from torch import Tensor
 from eval.command import folder_sha256
 from eval.paper import UM3
 from eval.scores import Measurement, Score
-from eval.zero_shot import image_embeddings, no_text_note, text_embeddings
-from tokenizer.modeling import QLIPModel
-from tokenizer.processor import QLIPProcessor
+from eval.zero_shot import no_text_note
 from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.pipeline import UM3Pipeline
 
 BATCH = 64
-
-
-def qlip_cosines(images_NHWC: NDArray, *, texts: Sequence[str], model: QLIPModel, processor: QLIPProcessor) -> Tensor:
-    """Cosine (N,) of every image with its text, by the tokenizer's own towers."""
-    images_ND = image_embeddings(images_NHWC, model=model, processor=processor)
-    texts_ND = text_embeddings(texts, model=model, processor=processor)
-    return (images_ND * texts_ND).sum(dim=1)
 
 
 class Clip(NamedTuple):
@@ -114,7 +105,6 @@ def clipscore_rows(
     of: Measurement,
 ) -> list[Score]:
     """CLIPScores of drawn images; those of the real images with the same captions stand beside, as what to aim at."""
-    n = len(texts)
     if clip is None:
         rows = [missing_clip(of, setting="generation.clip")]
     else:
@@ -122,11 +112,10 @@ def clipscore_rows(
         rows = clip_conventions(clip_cosines(images_NHWC, texts=texts, clip=clip), of=towers)
     if note := no_text_note(pipeline.processor):
         return [*rows, of.missing("clipscore_qlip", note=note), of.missing("clipscore_qlip_real", note=note)]
-    drawn = qlip_cosines(images_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
-    real = qlip_cosines(originals_NHWC, texts=texts, model=pipeline.qlip, processor=pipeline.processor)
+    drawn, real = pipeline.fits(images_NHWC, texts), pipeline.fits(originals_NHWC, texts)
     own = of.with_protocol(towers="qlip", fingerprint=pipeline.qlip.fingerprint()[:12])
     return [
         *rows,
-        own.score("clipscore_qlip", float(drawn.mean()), n=n, note="by the tokenizer's own towers, not CLIP's"),
-        own.score("clipscore_qlip_real", float(real.mean()), n=n, note="the real images with these captions"),
+        own.mean("clipscore_qlip", drawn, note="by the tokenizer's own towers, not CLIP's"),
+        own.mean("clipscore_qlip_real", real, note="the real images with these captions"),
     ]

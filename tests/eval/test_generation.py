@@ -7,7 +7,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from data_mix.scene_prompts import SKILLS, evaluation_prompts
 from data_mix.scenes import ScenesSource
-from eval.clipscore import clip_cosines, load_clip, qlip_cosines
+from eval.clipscore import clip_cosines, load_clip
 from eval.config import SamplingConfig
 from eval.features import random_features
 from eval.generation import (
@@ -106,10 +106,10 @@ def test_distribution_rows_and_the_names_they_may_have(pipeline, scenes):
     assert same["clipscore_qlip"].protocol["prompts_sha256"] == texts_sha256(full)
 
 
-def test_qlip_cosines_by_hand(pipeline, scenes):
+def test_fits_by_hand(pipeline, scenes):
     images, captions = scenes
     texts = [given[0] for given in captions][:3]
-    found = qlip_cosines(images[:3], texts=texts, model=pipeline.qlip, processor=pipeline.processor)
+    found = pipeline.fits(images[:3], texts)
     for index, text in enumerate(texts):
         with torch.no_grad():
             output = pipeline.qlip(
