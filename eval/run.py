@@ -135,14 +135,16 @@ def downloaded(path_or_hub_id: str) -> Path:
 
 
 def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) -> str:
-    """What a part was asked for, in a few characters: its settings, the models' weights and the data's files."""
+    """What a part was asked for, in a few characters: its settings, the models' weights and .json files, and the
+    data's files."""
     from data_mix.origin import origin
 
     values = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
     values = {key: value for key, value in values.items() if key not in PARTS or key == part}
     values.pop("images" if part == "language" else "texts")
-    weights = {
-        name: [sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))] for name, folder in folders.items()
+    models = {
+        name: [sha256_of(file) for file in sorted(folder.rglob("*")) if file.suffix in (".safetensors", ".json")]
+        for name, folder in folders.items()
     }
     sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
     data: list[Any] = [origin(source) for source in sources.get(part, config.captioned)]
@@ -151,7 +153,7 @@ def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) 
         data += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if part == "tokenizer":
         data.append(_files_read(config.tokenizer))
-    described = json.dumps([part, values, weights, data], sort_keys=True)
+    described = json.dumps([part, values, models, data], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -51,10 +51,8 @@ class Sampling:
     guidance_scale: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} is negative; use 0 (greedy) or more")
-        if self.temperature == math.inf:
-            raise UserError("temperature inf draws blindly; use a number")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature:g} is outside [0, inf); 0 takes the likeliest")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p} is outside (0, 1]; 1 keeps everything")
         if self.top_k < 0:

@@ -154,7 +154,7 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
     config = load_config(EvalConfig, path=empty, overrides=[*settings_of(classes), perceptual])
 
     def request() -> str:
-        return request_of(config, part="tokenizer", folders={})
+        return request_of(config, part="tokenizer", folders={"qlip": classes / "model"})
 
     def later(file: Path) -> None:
         os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
@@ -162,6 +162,8 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
     def move(old: str, new: str) -> Callable[[], object]:
         return lambda: (classes / old).rename(classes / new)
 
+    (classes / "model").mkdir()
+    (classes / "model" / "tokenizer.json").write_text("{}")
     seen = [request()]
     assert request() == seen[0]
     os.utime(classes / "names.txt", ns=(0, 0))  # its lines are what counts
@@ -178,6 +180,7 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
         move("data/train/red", "data/train/scarlet"),
         lambda: later(classes / "vgg.pth"),
         lambda: (classes / "own_codec.py").write_text("def make():\n    return 3\n"),
+        lambda: (classes / "model" / "tokenizer.json").write_text('{"model": {}}'),
     ):
         change()
         seen.append(request())

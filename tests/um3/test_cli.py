@@ -189,7 +189,7 @@ def test_info_tells_sizes_fingerprint_steps_and_licences(
         (["generate", "--file", "absent.txt"], "cannot read absent.txt (No such file or directory)"),
         (["generate", "--file", "broken.png"], "broken.png is no UTF-8 text"),
         (["generate", "a disk", "-n", "0"], "num images is 0"),
-        (["generate", "a disk", "--temperature", "-1"], "temperature -1.0 is negative"),
+        (["generate", "a disk", "--temperature", "-1"], "temperature -1.0 is outside"),
         (["generate", "a disk", "--temperature", "nan"], "temperature nan is"),
         (["generate", "a disk", "--top-p", "0"], "top-p 0.0 is outside"),
         (["generate", "a disk", "--guidance-scale", "much"], "guidance scale 'much' is no number"),

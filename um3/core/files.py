@@ -39,9 +39,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for path_inside in (*partial.rglob("*"), partial):
+            _sync(path_inside)
         _replace_folder(path, by=partial)
         _sync(path.parent)
     finally:

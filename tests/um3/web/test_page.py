@@ -143,7 +143,10 @@ def test_bad_files_and_settings_are_a_sentence_and_the_page_goes_on(page: Page, 
     page.locator("#tab-draw").click()
     for fields, sentence in (
         ({"prompt": ""}, "Prompt 1 is empty; say what to draw."),
-        ({"prompt": "a", "temperature": "-3"}, "Temperature -3 is negative; use 0 (greedy) or more."),
+        (
+            {"prompt": "a", "temperature": "-3"},
+            "Temperature -3 is outside [0, inf); 0 takes the likeliest.",
+        ),
         ({"prompt": "a", "temperature": "hot"}, "Temperature is 'hot', no number that can be used."),
         ({"prompt": "red " * 10_000, "temperature": ""}, "leaves no room for 256 more"),
         ({"prompt": "a", "num_images": "10000000000"}, "use 1 to 16."),

@@ -115,7 +115,7 @@ def test_any_writing_is_a_prompt(server: Server, prompt: str) -> None:
         ({"prompt": 3}, "no object with a prompt"),
         ([1], "no object with a prompt"),
         ({"prompt": "a", "colour": 1}, "'colour' is no setting"),
-        ({"prompt": "a", "temperature": -1}, "temperature -1 is negative"),
+        ({"prompt": "a", "temperature": -1}, "temperature -1 is outside"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature nan is"),
         ({"prompt": "a", "temperature": 10**400}, "no number that can be used"),
         ({"prompt": "a", "temperature": "warm"}, "temperature is 'warm', no number"),
@@ -251,7 +251,7 @@ def test_what_this_machine_alone_can_reach() -> None:
 
 
 def test_settings_of_a_model_that_cannot_be_are_said_at_the_start() -> None:
-    with pytest.raises(UserError, match="temperature -1 is negative"):
+    with pytest.raises(UserError, match="temperature -1 is outside"):
         build_app(None, sampling={"temperature": -1}, most_waiting=1)  # type: ignore[arg-type]
 
 
