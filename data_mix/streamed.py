@@ -44,13 +44,21 @@ def check_stream(stream: int, *, kind: str, name: str) -> None:
 
 
 class StreamedFiles(NamedTuple):
-    """The files of a part of a set. first: the row of the part with which the split begins."""
+    """The files of a part of a set, one after the other. first: the row with which the split begins."""
 
     label: str
-    files: Sequence["IterableDataset"]
+    parts: Sequence["IterableDataset"]
     names: Sequence[str]
     schema: pa.Schema
     first: int
+
+    def rows(self, number: int) -> "IterableDataset":
+        """Those of one file; made when asked for, since each of them holds a list of all files."""
+        for part in self.parts:
+            if number < part.num_shards:
+                return part.shard(part.num_shards, number)
+            number -= part.num_shards
+        raise IndexError(f"file {number} is behind the last of {len(self.names)}")
 
 
 class StreamedPart:
@@ -117,7 +125,12 @@ class StreamedPart:
         if row < current or self._file_of(row) != self._file_of(max(current, 0)) or current < 0:
             self._rows, self._current = self._read(row), (-1, {})
         while self._current[0] < row:
-            if row >= self._end or (found := next(self._rows, None)) is None:
+            try:
+                found = next(self._rows, None) if row < self._end else None
+            except UserError:
+                self._current = (-1, {})  # whoever asks again begins again
+                raise
+            if found is None:
                 raise BadSample("past the end", detail=f"{self.path} has {self._end} rows")
             self._current = found
         number, record = self._current
@@ -127,15 +140,15 @@ class StreamedPart:
 
     @property
     def _end(self) -> float:
-        return self._starts[-1] if len(self._starts) > len(self._files.files) else math.inf
+        return self._starts[-1] if len(self._starts) > len(self._files.names) else math.inf
 
     def _file_of(self, row: int) -> int:
         """The file that holds `row`, or the last that is known to begin before it."""
-        return min(bisect.bisect_right(self._starts, row), len(self._files.files)) - 1
+        return min(bisect.bisect_right(self._starts, row), len(self._files.names)) - 1
 
     def _read(self, row: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows from `row` on, each with its number."""
-        for number in range(self._file_of(row), len(self._files.files)):
+        for number in range(self._file_of(row), len(self._files.names)):
             start = self._starts[number]
             known = self._starts[number + 1] - start if number + 1 < len(self._starts) else None
             place = start
@@ -151,13 +164,11 @@ class StreamedPart:
         given = failures = 0
         while True:
             try:
-                for record in itertools.islice(self._files.files[number], given, None):
+                for record in itertools.islice(self._files.rows(number), given, None):
                     yield record
                     given, failures = given + 1, 0
                 return
-            except (
-                Exception
-            ) as error:  # the client's, the builder's, pyarrow's: any of them for the network or the file
+            except Exception as error:  # the client's, the builder's, pyarrow's: for the network or for the file
                 waits, reason = set_aside.RETRY_WAITS_S, one_line(error)
                 if failures < len(waits):
                     logger.info("%s: trying again in %g s: %s", self.where, waits[failures], reason)
@@ -176,12 +187,11 @@ class StreamedPart:
 
     def _another_can_be_read(self, number: int) -> bool:
         """Whether the trouble is the file's, not the network's."""
-        others = [file for place, file in enumerate(self._files.files) if abs(place - number) == 1]
         try:
-            next(iter(others[-1]), None)
-        except Exception:  # as in _records; also where there is no other
+            next(iter(self._files.rows(number + 1 if number + 1 < len(self._files.names) else number - 1)), None)
+        except Exception:  # as in _records
             return False
-        return True
+        return len(self._files.names) > 1
 
     # --- the set, and what is known of its files
 
@@ -201,11 +211,10 @@ class StreamedPart:
         except Exception as error:
             # The hub client raises its own, the network's, pyarrow's and the builder's errors for the user's mistakes.
             raise UserError(f"{self.where}: cannot be opened: {one_line(error)}") from None
-        files = [rows.shard(rows.num_shards, number) for rows in found for number in range(rows.num_shards)]
         label, by_label = "+".join(sorted(labels)), builder.config.data_files or {}
         names = [str(file) for part in sorted(labels) for file in by_label.get(part, [])]
-        if len(names) != len(files):
-            names = [f"{self.path}/{label}/{number}" for number in range(len(files))]
+        if len(names) != (num_files := sum(part.num_shards for part in found)):
+            names = [f"{self.path}/{label}/{number}" for number in range(num_files)]
         if self.check is not None:
             self.check(schema)
         self._index = cache_folder() / "streamed" / f"{_digest(label, names)}.json"
@@ -213,13 +222,13 @@ class StreamedPart:
         if self.set_aside.reasons:
             logger.warning("%s: set aside earlier, once they can be read, remove %s", self.where, self._index)
         return StreamedFiles(
-            label, files, names, schema, first=self._num_val if divided and self.split == "train" else 0
+            label, found, names, schema, first=self._num_val if divided and self.split == "train" else 0
         )
 
     def _learn(self, number: int, *, end: int) -> None:
         """Keep where file `number` ends."""
         self._starts.append(end)
-        if len(self._starts) > len(self._files.files) and end < self._files.first + self._length:
+        if len(self._starts) > len(self._files.names) and end < self._files.first + self._length:
             logger.warning(
                 "%s: ends after %d rows, %d fewer than stream asks for",
                 *(self.where, end, self._files.first + self._length - end),
@@ -235,11 +244,17 @@ class StreamedPart:
 
     def _take_over(self) -> None:
         """What another reader of the same files has found out, where that is more."""
-        if self._index.exists():
+        if not self._index.exists():
+            return
+        try:
             kept = read_json(self._index)
-            if len(kept["starts"]) > len(self._starts):
-                self._starts[:] = kept["starts"]
-                self.set_aside.reasons |= {Path(file): reason for file, reason in kept["set_aside"].items()}
+            starts, reasons = kept["starts"], {Path(file): reason for file, reason in kept["set_aside"].items()}
+        except (UserError, OSError, KeyError, TypeError, AttributeError):
+            logger.warning("%s is damaged: the files of %s are looked through again", self._index, self.path)
+            return
+        if len(starts) > len(self._starts):
+            self._starts[:] = starts
+            self.set_aside.reasons |= reasons
 
 
 def _digest(label: str, names: Sequence[str]) -> str:
