@@ -245,9 +245,11 @@ class TableImages(OwnImages):
     def _key(self, index: int) -> str:
         return self._part.key(index)
 
-    def _image(self, index: int) -> bytes:
+    def _image(self, index: int) -> Path | bytes:
         value = self._part.value(index, column=self._image_column)
-        data = value.get("bytes") if isinstance(value, dict) else value
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if not data and path and self._part.has_files:
+            return self._part.file(path)
         if not data:
             raise BadSample("no image", detail=self._key(index))
         return data

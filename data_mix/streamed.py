@@ -23,15 +23,18 @@ from data_mix.index import cache_folder
 from data_mix.samples import BadSample, Split
 from data_mix.set_aside import SET_ASIDE, SetAside
 from data_mix.splits import part_labels
-from data_mix.tables import hub_place, one_line
+from data_mix.tables import FILES, hub_place, one_line
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
+from um3.core.images import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
+
+GO_ON = "what is finished is kept, run again to go on from it"
 
 
 def check_stream(stream: int, *, kind: str, name: str) -> None:
@@ -51,6 +54,7 @@ class StreamedFiles(NamedTuple):
     names: Sequence[str]
     schema: pa.Schema
     first: int
+    has_files: bool
 
     def rows(self, number: int) -> "IterableDataset":
         """Those of one file; made when asked for, since each of them holds a list of all files."""
@@ -116,6 +120,35 @@ class StreamedPart:
         return self._record(self._files.first + index).get(column)
 
     @property
+    def has_files(self) -> bool:
+        """Whether its images are files of their own beside the table."""
+        return self._files.has_files
+
+    def file(self, path: str) -> bytes:
+        """The file of an image, where `has_files`.
+
+        Raises:
+            BadSample: it is not there, or too large for a picture.
+            UserError: it cannot be had after a while of trying.
+        """
+        import fsspec
+
+        for wait in (*set_aside.RETRY_WAITS_S, None):
+            try:
+                with fsspec.open(path, "rb") as file:
+                    data = file.read(MAX_FILE_BYTES + 1)
+                break
+            except FileNotFoundError:
+                raise BadSample("no image", detail=path) from None
+            except Exception as error:  # as in _records
+                if wait is None:
+                    raise UserError(f"{self.where}: cannot read {path}: {one_line(error)}; {GO_ON}") from None
+                time.sleep(wait)
+        if len(data) > MAX_FILE_BYTES:
+            raise BadSample("too large", detail=path)
+        return data
+
+    @property
     def schema(self) -> pa.Schema:
         """The columns, from the set's description or its first rows."""
         return self._files.schema
@@ -177,10 +210,7 @@ class StreamedPart:
                     continue
                 name = self._files.names[number]
                 if not self._another_can_be_read(number):
-                    raise UserError(
-                        f"{self.where}: cannot read {name} at its row {given}: {reason}; what is finished is kept, "
-                        "run again to go on from it"
-                    ) from None
+                    raise UserError(f"{self.where}: cannot read {name} at its row {given}: {reason}; {GO_ON}") from None
                 self.set_aside.reasons[Path(name)] = reason
                 logger.warning("%s: set aside from its row %d on: %s: %s", self.where, given, name, reason)
                 return
@@ -221,9 +251,8 @@ class StreamedPart:
         self._take_over()
         if self.set_aside.reasons:
             logger.warning("%s: set aside earlier, once they can be read, remove %s", self.where, self._index)
-        return StreamedFiles(
-            label, found, names, schema, first=self._num_val if divided and self.split == "train" else 0
-        )
+        first = self._num_val if divided and self.split == "train" else 0
+        return StreamedFiles(label, found, names, schema, first, has_files=builder.name == FILES)
 
     def _learn(self, number: int, *, end: int) -> None:
         """Keep where file `number` ends."""

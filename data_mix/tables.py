@@ -25,6 +25,8 @@ from um3.core.errors import UserError
 
 IN_MEMORY_BYTES = 512 * 2**20
 SPLIT_COLUMN = "split"
+FILES = "imagefolder"
+"""How `datasets` calls a set whose images are files of their own."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class TablePart:
     """The rows of one split of a table. `starts` and `names` give the first row and name of each file of it.
 
     set_aside: the files that could not be read when it was opened; afterwards none is read.
+    has_files: its images may be paths of files that were downloaded with it. Paths in a table of another kind come from
+        whoever wrote it, and are not followed.
     """
 
     table: pa.Table
@@ -39,6 +43,7 @@ class TablePart:
     starts: Sequence[int]
     names: Sequence[str]
     set_aside: SetAside = field(default_factory=lambda: SetAside("table"))
+    has_files: bool = False
     in_order = False
 
     def __len__(self) -> int:
@@ -51,6 +56,10 @@ class TablePart:
     def value(self, index: int, *, column: str) -> Any:
         """The Python value of one cell."""
         return self.table.column(column)[int(self.rows[index])].as_py()
+
+    def file(self, path: str) -> Path:
+        """The file of an image, where `has_files`."""
+        return Path(path)
 
 
 def find_files(path: str, *, suffix: str | tuple[str, ...], source: str) -> list[Path]:
@@ -205,7 +214,8 @@ def open_hub(path: str, *, source: str, split: Split, val_fraction: float) -> Ta
             val_fraction=val_fraction,
             where=where,
         )
-    return TablePart(table=table, rows=rows, starts=starts, names=names)
+    has_files = parts[0].info.builder_name == FILES
+    return TablePart(table=table, rows=rows, starts=starts, names=names, has_files=has_files)
 
 
 def _row_key(row: int, *, starts: Sequence[int], names: Sequence[str]) -> str:

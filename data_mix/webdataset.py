@@ -22,12 +22,12 @@ from data_mix.set_aside import DamagedFile
 from data_mix.splits import choose_rows
 from data_mix.tables import find_files, short_names
 from um3.core.errors import UserError
+from um3.core.images import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "json", "cls")
-MAX_IMAGE_BYTES = 64 * 2**20
 MAX_CAPTION_BYTES = 2**20
 
 
@@ -123,7 +123,7 @@ class WebDatasetImages(OwnImages):
 
     def _image(self, index: int) -> bytes:
         sample = self._sample(index)
-        return self._read(index, sample.shard, Member(sample.image_offset, sample.image_size), limit=MAX_IMAGE_BYTES)
+        return self._read(index, sample.shard, Member(sample.image_offset, sample.image_size), limit=MAX_FILE_BYTES)
 
     def _captions(self, index: int) -> Any:
         sample = self._sample(index)

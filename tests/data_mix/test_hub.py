@@ -179,6 +179,37 @@ def test_images_of_tars(here: Path) -> None:
         assert np.array_equal(streamed[index].image_HWC, mapped[index].image_HWC)
 
 
+@pytest.mark.parametrize("stream", [0, 4])
+def test_images_that_are_files(here: Path, stream: int) -> None:
+    folder = here / "own" / "words" / "train"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(encoded(number))
+    rows = [json.dumps({"file_name": f"{number}.png", "text": f"number {number}"}) for number in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    config = ImageSourceConfig(name="i", kind="hub", path="own/words", stream=stream, val_fraction=0.0)
+    source = open_image_source(config, split="train", size=12, seed=0)
+    assert numbers_of(source) == list(range(stream or 6))
+    (folder / "1.png").unlink()
+    with pytest.raises(BadSample, match=r"cannot be read|no image"):
+        open_image_source(config, split="train", size=12, seed=0)[1]
+
+
+@pytest.mark.parametrize("stream", [0, 2])
+def test_paths_in_a_table_are_not_followed(here: Path, stream: int) -> None:
+    """Whoever wrote it could name any file of this machine."""
+    (here / "secret.png").write_bytes(encoded(0))
+    images = [{"bytes": encoded(1), "path": None}, {"bytes": None, "path": str(here / "secret.png")}]
+    features = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "caption": pa.string()})
+    table = pa.Table.from_pylist([{"image": image, "caption": "number 1"} for image in images], schema=features)
+    pq.write_table(table, here / "own" / "words" / "train.parquet")
+    config = ImageSourceConfig(name="i", kind="hub", path="own/words", stream=stream, val_fraction=0.0)
+    source = open_image_source(config, split="train", size=12, seed=0)
+    assert source[0].captions == ("number 1",)
+    with pytest.raises(BadSample, match="no image"):
+        source[1]
+
+
 def test_mistakes_are_one_line(here: Path) -> None:
     write_words(here / "own" / "words")
     for path, stream, message in (

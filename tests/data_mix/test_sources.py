@@ -210,7 +210,7 @@ def test_parquet_files_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_tar_with_odd_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_mix.webdataset, "MAX_IMAGE_BYTES", 5000)
+    monkeypatch.setattr(data_mix.webdataset, "MAX_FILE_BYTES", 5000)
     shard = tmp_path / "a.tar"
     write_tar(
         shard,

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB of RGB; no photo used for training comes near
 
 ImageReason = Literal[
