@@ -114,11 +114,12 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
     jobs = _plan(config, qlip=qlip)
     waiting = [job for job in jobs if not _is_finished(job)]
     _remove_outdated(Path(config.out), jobs=jobs, waiting=waiting)
+    streams = _Streams(Path(config.out) / "streams.json", jobs=jobs)
     total = sum(job.num_samples for job in jobs)
     start = total - sum(job.num_samples for job in waiting)
     progress = Progress(total, label="encoding", unit="images", start=start)
     for job in waiting:
-        _make_shard(job, qlip=qlip, batch_size=config.batch_size, progress=progress)
+        _make_shard(job, qlip=qlip, batch_size=config.batch_size, progress=progress, streams=streams)
     summary = _summary(jobs, num_patches=qlip.num_codes, request=request)
     write_json(Path(config.out) / "summary.json", summary)
     return summary
@@ -155,6 +156,7 @@ def _is_done(out: Path, *, request: str) -> bool:
 def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
     """All shards of all sources, in the order in which they are made."""
     jobs: list[ShardJob] = []
+    planned: set[tuple[str, str]] = set()
     fingerprint = qlip.model.fingerprint()
     for split in get_args(Split):
         for source_config in config.images:
@@ -165,7 +167,12 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
                 raise UserError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             num_samples = min(len(source), config.limit or len(source))
             num_shards = -(-num_samples // config.rows_per_shard)
-            plan = origin(source_config, config.seed, num_samples, config.rows_per_shard)
+            streamed = getattr(source, "streamed", None)
+            state = () if streamed is None else (streamed.digest,)  # a commit to the set makes another one of it
+            plan = origin(source_config, config.seed, num_samples, config.rows_per_shard, *state)
+            if (split, source.name) in planned:
+                raise UserError(f"two image sources are called '{source.name}'; give each a name of its own")
+            planned.add((split, source.name))
             for shard in range(num_shards):
                 header = ShardHeader(
                     fingerprint=fingerprint,
@@ -178,8 +185,6 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
                     plan=plan,
                 )
                 path = shard_path(config.out, split=split, source=source.name, shard=shard)
-                if any(job.path == path for job in jobs):
-                    raise UserError(f"two image sources are called '{source.name}'; give each a name of its own")
                 start = shard * config.rows_per_shard
                 jobs.append(ShardJob(path, header, source, start, min(config.rows_per_shard, num_samples - start)))
     if not jobs:
@@ -219,7 +224,27 @@ def _remove_outdated(out: Path, *, jobs: Sequence[ShardJob], waiting: Sequence[S
         path.unlink(missing_ok=True)
 
 
-def _make_shard(job: ShardJob, *, qlip: "QLIPImages", batch_size: int, progress: Progress) -> None:
+class _Streams:
+    """What is known of streamed sources, kept beside the shards: their rows have the same numbers in every run."""
+
+    def __init__(self, path: Path, *, jobs: Sequence[ShardJob]) -> None:
+        self.path = path
+        self.parts = {
+            f"{job.header.split}-{job.header.source}": streamed
+            for job in jobs
+            if (streamed := getattr(job.source, "streamed", None)) is not None
+        }
+        kept = read_json(path) if path.exists() else {}
+        for name in self.parts.keys() & kept.keys():
+            self.parts[name].go_on(kept[name])
+
+    def keep(self) -> None:
+        """Write it down; before a shard, which depends on it."""
+        if self.parts:
+            write_json(self.path, {name: part.state() for name, part in self.parts.items()})
+
+
+def _make_shard(job: ShardJob, *, qlip: "QLIPImages", batch_size: int, progress: Progress, streams: _Streams) -> None:
     skipped: Counter[str] = Counter()
     keys, captions, codes = [], [], [np.zeros((0, qlip.num_codes), dtype=np.int64)]
     num_batches = -(-job.num_samples // batch_size)
@@ -233,6 +258,7 @@ def _make_shard(job: ShardJob, *, qlip: "QLIPImages", batch_size: int, progress:
             skipped.update(unusable)
             progress.advance(len(samples) + len(unusable), note=f"{skipped.total()} skipped" if skipped else None)
     header = replace(job.header, skipped=dict(skipped))
+    streams.keep()
     write_shard(job.path, header=header, keys=keys, codes_BN=np.concatenate(codes), captions=captions)
 
 

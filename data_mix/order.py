@@ -55,8 +55,8 @@ def each_index(source: Any, *, seed: int, name: str) -> Iterator[int]:
         UserError: the source is empty.
     """
     order = SampleOrder(len(source), seed=seed, name=name)
-    in_order = getattr(source, "in_order", False)
-    return (draw if in_order else order.index(draw) for draw in range(order.length))
+    streamed = getattr(source, "streamed", None) is not None
+    return (draw if streamed else order.index(draw) for draw in range(order.length))
 
 
 class ExactCounts:

@@ -235,7 +235,8 @@ class TableImages(OwnImages):
         has_captions: bool = True,
     ) -> None:
         super().__init__(name=name, size=size, has_captions=has_captions)
-        self._part, self.set_aside, self.in_order = part, part.set_aside, part.in_order
+        self._part, self.set_aside = part, part.set_aside
+        self.streamed = part if isinstance(part, StreamedPart) else None
         self._image_column = image_column
         self._caption_column = caption_column
 

@@ -1,8 +1,8 @@
 """Sets of the Hugging Face hub read as they come, file after file, without a download of the whole.
 
-A streamed set is read in its own order: what asks for its rows one after the other reads each of its bytes once. Where
-its files begin is kept in the cache folder as it is found out, so whoever goes on later starts with the file it stopped
-in. Nothing is fetched before the first row is asked for.
+A streamed set is read in its own order: what asks for its rows one after the other reads each of its bytes once. Who
+stops keeps `StreamedPart.state()` beside what it has made, and whoever goes on from it starts with the file that the
+other stopped in.
 """
 
 import bisect
@@ -12,21 +12,18 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from data_mix import set_aside
-from data_mix.index import cache_folder
 from data_mix.samples import BadSample, Split
 from data_mix.set_aside import SET_ASIDE, SetAside
 from data_mix.splits import part_labels
 from data_mix.tables import FILES, hub_place, one_line
-from um3.core.distributed import is_main
 from um3.core.errors import UserError
-from um3.core.files import read_json, write_json
 from um3.core.images import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -34,7 +31,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 256  # of a parquet file, whose row groups may be as large as the file
+FIRST_ROWS = 100  # tell the columns of a set that does not
 GO_ON = "what is finished is kept, run again to go on from it"
+
+
+class PastTheEnd(BadSample):
+    """The set has fewer rows than `stream` asks for."""
 
 
 def check_stream(stream: int, *, kind: str, name: str) -> None:
@@ -47,11 +50,15 @@ def check_stream(stream: int, *, kind: str, name: str) -> None:
 
 
 class StreamedFiles(NamedTuple):
-    """The files of a part of a set, one after the other. first: the row with which the split begins."""
+    """The files of a part of a set, one after the other.
+
+    digest: names them, those of the hub by their commit. first: the row with which the split begins.
+    """
 
     label: str
     parts: Sequence["IterableDataset"]
     names: Sequence[str]
+    digest: str
     schema: pa.Schema
     first: int
     has_files: bool
@@ -66,16 +73,15 @@ class StreamedFiles(NamedTuple):
 
 
 class StreamedPart:
-    """One split of a hub set, to be read in order; otherwise what `data_mix.tables.TablePart` is.
+    """One split of a hub set, to be read in order; otherwise what `data_mix.tables.TablePart` is. It is opened when the
+    first row, or something about it, is asked for.
 
     Train has `num_train` rows and val `val_fraction` times as many: of a part of its own where the set has one, else
     they come before those of train. A row past the end of the set is a BadSample.
 
-    A file that fails is tried again and then set aside, unless no other can be read either. What it gave before is
+    A file that fails is tried again and then set aside, unless others cannot be read either. What it gave before is
     kept; its other rows have no number.
     """
-
-    in_order = True
 
     def __init__(
         self,
@@ -87,7 +93,7 @@ class StreamedPart:
         val_fraction: float,
         check: Callable[[pa.Schema], object] | None = None,
     ) -> None:
-        """`check` is called with the schema before the first row is read.
+        """`check` is called with the schema when the set is opened.
 
         Raises:
             UserError: val_fraction keeps nothing for val.
@@ -102,6 +108,7 @@ class StreamedPart:
         self._starts = [0]  # first row of every file up to the first that was not read to its end; then the set's end
         self._rows: Iterator[tuple[int, dict[str, Any]]] = iter(())
         self._current: tuple[int, dict[str, Any]] = (-1, {})
+        self._gap = range(0)  # rows that a file had once and does not give any more
 
     def __len__(self) -> int:
         return self._length
@@ -114,10 +121,20 @@ class StreamedPart:
         """The Python value of one cell.
 
         Raises:
-            BadSample: the set ends before it, or it lay in a file that can no longer be read.
+            BadSample: the set ends before it (PastTheEnd), or a file that was set aside does not give it any more.
             UserError: the set cannot be opened or, after a while of trying, read.
         """
         return self._record(self._files.first + index).get(column)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, from the set's description or its first rows."""
+        return self._files.schema
+
+    @property
+    def digest(self) -> str:
+        """Names the files, those of the hub by their commit."""
+        return self._files.digest
 
     @property
     def has_files(self) -> bool:
@@ -148,14 +165,26 @@ class StreamedPart:
             raise BadSample("too large", detail=path)
         return data
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns, from the set's description or its first rows."""
-        return self._files.schema
+    def state(self) -> dict[str, Any]:
+        """What is known of the files, as plain JSON: where they begin, which are set aside."""
+        reasons = {str(file): reason for file, reason in self.set_aside.reasons.items()}
+        return {"files": self.digest, "starts": self._starts, "set_aside": reasons}
+
+    def go_on(self, state: Mapping[str, Any]) -> bool:
+        """Number the rows as in `state`; False where it is of other files, as after a commit to the set."""
+        if state["files"] != self.digest:
+            return False
+        self._starts = list(state["starts"])
+        self.set_aside.reasons |= {Path(file): reason for file, reason in state["set_aside"].items()}
+        return True
+
+    # --- rows
 
     def _record(self, row: int) -> dict[str, Any]:
+        if row in self._gap:
+            raise BadSample(SET_ASIDE, detail=f"row {row} of {self.path}")
         current, _ = self._current
-        if row < current or self._file_of(row) != self._file_of(max(current, 0)) or current < 0:
+        if current < 0 or row < current or self._file_of(row) != self._file_of(current):
             self._rows, self._current = self._read(row), (-1, {})
         while self._current[0] < row:
             try:
@@ -164,10 +193,11 @@ class StreamedPart:
                 self._current = (-1, {})  # whoever asks again begins again
                 raise
             if found is None:
-                raise BadSample("past the end", detail=f"{self.path} has {self._end} rows")
+                raise PastTheEnd("past the end", detail=f"{self.path} has {self._end} rows")
             self._current = found
         number, record = self._current
         if number > row:
+            self._gap = range(row, number)
             raise BadSample(SET_ASIDE, detail=f"row {row} of {self.path}")
         return record
 
@@ -182,19 +212,25 @@ class StreamedPart:
     def _read(self, row: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows from `row` on, each with its number."""
         for number in range(self._file_of(row), len(self._files.names)):
-            start = self._starts[number]
+            start = place = self._starts[number]
             known = self._starts[number + 1] - start if number + 1 < len(self._starts) else None
-            place = start
             for record in itertools.islice(self._records(number), known):
                 if place >= row:
                     yield place, record
                 place += 1
             if known is None:
-                self._learn(number, end=place)
+                self._learn(end=place)
+
+    def _learn(self, *, end: int) -> None:
+        """Note where the last file that was read ends."""
+        self._starts.append(end)
+        if (missing := self._files.first + self._length - end) > 0 and end == self._end:
+            logger.warning("%s: ends after %d rows, %d fewer than stream asks for", self.where, end, missing)
 
     def _records(self, number: int) -> Iterator[dict[str, Any]]:
         """The rows of a file, as far as they can be read."""
-        given = failures = 0
+        name, given, failures = self._files.names[number], 0, 0
+        waits = set_aside.RETRY_WAITS_S
         while True:
             try:
                 for record in itertools.islice(self._files.rows(number), given, None):
@@ -202,28 +238,32 @@ class StreamedPart:
                     given, failures = given + 1, 0
                 return
             except Exception as error:  # the client's, the builder's, pyarrow's: for the network or for the file
-                waits, reason = set_aside.RETRY_WAITS_S, one_line(error)
+                reason = one_line(error)
+                if Path(name) in self.set_aside.reasons:
+                    return
                 if failures < len(waits):
                     logger.info("%s: trying again in %g s: %s", self.where, waits[failures], reason)
                     time.sleep(waits[failures])
-                    failures += 1
-                    continue
-                name = self._files.names[number]
-                if not self._another_can_be_read(number):
+                elif not self._another_can_be_read(number):
                     raise UserError(f"{self.where}: cannot read {name} at its row {given}: {reason}; {GO_ON}") from None
-                self.set_aside.reasons[Path(name)] = reason
-                logger.warning("%s: set aside from its row %d on: %s: %s", self.where, given, name, reason)
-                return
+                elif failures > len(waits):  # the others could be read already before the last try
+                    self.set_aside.reasons[Path(name)] = reason
+                    logger.warning("%s: set aside from its row %d on: %s: %s", self.where, given, name, reason)
+                    return
+                failures += 1
 
     def _another_can_be_read(self, number: int) -> bool:
         """Whether the trouble is the file's, not the network's."""
-        try:
-            next(iter(self._files.rows(number + 1 if number + 1 < len(self._files.names) else number - 1)), None)
-        except Exception:  # as in _records
-            return False
-        return len(self._files.names) > 1
+        for other in (number + 1, number - 1, 0, number + 2):
+            if other != number and 0 <= other < len(self._files.names):
+                try:
+                    next(iter(self._files.rows(other)), None)
+                except Exception:  # as in _records
+                    continue
+                return True
+        return False
 
-    # --- the set, and what is known of its files
+    # --- the set
 
     @functools.cached_property
     def _files(self) -> StreamedFiles:
@@ -232,62 +272,38 @@ class StreamedPart:
         name, revision, config = hub_place(self.path)
         try:
             builder = datasets.load_dataset_builder(name, config, revision=revision)
-            parts = builder.as_streaming_dataset()
-            labels, divided = part_labels(list(parts), split=self.split, where=self.where)
-            found = [parts[label].decode(False) for label in sorted(labels)]
-            schema = found[0].features.arrow_schema
+            if builder.name == "parquet":
+                builder.config.batch_size = ROWS_AT_ONCE
+            sets = builder.as_streaming_dataset()
+            labels, divided = part_labels(list(sets), split=self.split, where=self.where)
+            parts = [sets[label] for label in sorted(labels)]
+            # What does not know its columns holds no images to be decoded.
+            parts = [part if part.features is None else part.decode(False) for part in parts]
+            schema = _schema(parts[0])
         except UserError:
             raise
         except Exception as error:
             # The hub client raises its own, the network's, pyarrow's and the builder's errors for the user's mistakes.
             raise UserError(f"{self.where}: cannot be opened: {one_line(error)}") from None
-        label, by_label = "+".join(sorted(labels)), builder.config.data_files or {}
-        names = [str(file) for part in sorted(labels) for file in by_label.get(part, [])]
-        if len(names) != (num_files := sum(part.num_shards for part in found)):
-            names = [f"{self.path}/{label}/{number}" for number in range(num_files)]
         if self.check is not None:
             self.check(schema)
-        self._index = cache_folder() / "streamed" / f"{_digest(label, names)}.json"
-        self._take_over()
-        if self.set_aside.reasons:
-            logger.warning("%s: set aside earlier, once they can be read, remove %s", self.where, self._index)
+        label, listed = "+".join(sorted(labels)), builder.config.data_files or {}
+        names = [str(file) for part in sorted(labels) for file in listed.get(part, [])]
+        digest = _digest(label, config, names)
+        if len(names) != (num_files := sum(part.num_shards for part in parts)):
+            names = [f"{self.path}/{label}/{number}" for number in range(num_files)]
         first = self._num_val if divided and self.split == "train" else 0
-        return StreamedFiles(label, found, names, schema, first, has_files=builder.name == FILES)
-
-    def _learn(self, number: int, *, end: int) -> None:
-        """Keep where file `number` ends."""
-        self._starts.append(end)
-        if len(self._starts) > len(self._files.names) and end < self._files.first + self._length:
-            logger.warning(
-                "%s: ends after %d rows, %d fewer than stream asks for",
-                *(self.where, end, self._files.first + self._length - end),
-            )
-        if not is_main():
-            return
-        try:
-            self._take_over()
-            reasons = {str(file): reason for file, reason in self.set_aside.reasons.items()}
-            write_json(self._index, {"starts": self._starts, "set_aside": reasons})
-        except OSError as error:
-            logger.warning("%s: no index is kept (%s); set UM3_CACHE to a folder of yours", self.where, error)
-
-    def _take_over(self) -> None:
-        """What another reader of the same files has found out, where that is more."""
-        if not self._index.exists():
-            return
-        try:
-            kept = read_json(self._index)
-            starts, reasons = kept["starts"], {Path(file): reason for file, reason in kept["set_aside"].items()}
-        except (UserError, OSError, KeyError, TypeError, AttributeError):
-            logger.warning("%s is damaged: the files of %s are looked through again", self._index, self.path)
-            return
-        if len(starts) > len(self._starts):
-            self._starts[:] = starts
-            self.set_aside.reasons |= reasons
+        return StreamedFiles(label, parts, names, digest, schema, first, has_files=builder.name == FILES)
 
 
-def _digest(label: str, names: Sequence[str]) -> str:
+def _schema(part: "IterableDataset") -> pa.Schema:
+    if part.features is not None:
+        return part.features.arrow_schema
+    return pa.Table.from_pylist(list(itertools.islice(part, FIRST_ROWS))).schema
+
+
+def _digest(label: str, config: str | None, names: Sequence[str]) -> str:
     """Names a part by its files: those of the hub by their commit, those on this disk by their size and time."""
     states = [Path(name).stat() if Path(name).exists() else None for name in names]
     known = [(name, state and (state.st_size, state.st_mtime_ns)) for name, state in zip(names, states, strict=True)]
-    return hashlib.sha256(repr((label, known)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((label, config, known)).encode()).hexdigest()[:24]

@@ -44,7 +44,6 @@ class TablePart:
     names: Sequence[str]
     set_aside: SetAside = field(default_factory=lambda: SetAside("table"))
     has_files: bool = False
-    in_order = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,7 +167,7 @@ def parquet_schema(path: str, *, source: str) -> pa.Schema:
     raise UserError(f"source '{source}': {reason}")
 
 
-HUB_SET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.-]+))?(?::([\w.-]+))?")
+HUB_SET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.+-]+))?")
 
 
 def looks_like_hub(path: str) -> bool:
@@ -177,9 +176,14 @@ def looks_like_hub(path: str) -> bool:
 
 
 def hub_place(path: str) -> tuple[str, str | None, str | None]:
-    """Name, revision (a commit, branch or tag) and config of owner/name@revision:config; None for what is left out."""
-    match = HUB_SET.fullmatch(path)
-    name, revision, config = match.groups() if match else (path, None, None)
+    """Name, revision (a commit, branch or tag) and config of owner/name@revision:config; None for what is left out.
+
+    Raises:
+        UserError: `path` is not of that form.
+    """
+    if (match := HUB_SET.fullmatch(path)) is None:
+        raise UserError(f"'{path}' names no set of the hub; write owner/name, owner/name@revision or owner/name:config")
+    name, revision, config = match.groups()
     return name, revision, config
 
 

@@ -284,7 +284,7 @@ class TableDocuments:
         self.name = config.name
         self._field = config.field
         self._part, self.set_aside = part, part.set_aside
-        self.in_order = part.in_order
+        self.streamed = part if isinstance(part, StreamedPart) else None
 
     def __len__(self) -> int:
         return len(self._part)

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ import torch
 from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
+from data_mix.streamed import PastTheEnd
 from data_mix.text import TextSource
 from um3.core.distributed import is_main, wait_for_main
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, read_json, write_json
+from um3.core.files import read_json, write_json
 from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 from um3.ids import IdSpace
@@ -172,46 +173,75 @@ def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace)
 def _write_stream(path: Path, documents: TextSource, *, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> None:
     """Tokenise all documents into `path`. What an interrupted run did of it, up to its last SAVE_EVERY_S, is kept."""
     begun, notes = path.with_suffix(".begun"), path.with_suffix(".begun.json")
-    done: dict[str, Any] = {"documents": 0, "bytes": 0, "left_out": 0, "set_aside": {}}
-    if begun.exists() and notes.exists() and begun.stat().st_size >= (noted := read_json(notes))["bytes"]:
-        done = noted
+    done = _noted(documents, begun=begun, notes=notes)
     aside = getattr(documents, "set_aside", SetAside(documents.name))
     separator = [ids.eos_id] if ids.bos_id == ids.eos_id else [ids.eos_id, ids.bos_id]
     progress = Progress(len(documents), label=f"tokenising {documents.name}", unit="documents", start=done["documents"])
     begun.parent.mkdir(parents=True, exist_ok=True)
     with open(begun, "ab") as file:
         file.truncate(done["bytes"])
+        file.seek(done["bytes"])
         saved = time.monotonic()
         while done["documents"] < len(documents):
             first, end = done["documents"], min(done["documents"] + DOCUMENTS_AT_ONCE, len(documents))
-            texts = [_document(documents, index) for index in range(first, end)]
+            texts: list[str | None] = []
+            try:
+                for index in range(first, end):
+                    texts.append(_document(documents, index))
+            except PastTheEnd:
+                end = len(documents)
             for tokens in encode_texts([text or "" for text in texts], tokenizer=tokenizer):
-                np.array([*tokens, *separator] if tokens else [], dtype=np.uint32).tofile(file)
-            done |= {"documents": end, "left_out": done["left_out"] + texts.count(None)}
+                file.write(np.array([*tokens, *separator] if tokens else [], dtype=np.uint32).tobytes())
+            done |= {"documents": end, "bytes": file.tell(), "left_out": done["left_out"] + texts.count(None)}
             done["set_aside"] |= {str(name): reason for name, reason in aside.reasons.items()}
             progress.advance(end - first)
             if time.monotonic() - saved > SAVE_EVERY_S:
-                file.flush()
-                os.fsync(file.fileno())
-                write_json(notes, done | {"bytes": file.tell()})
+                _save(file, notes, done=done, documents=documents)
                 saved = time.monotonic()
-    with atomic_file(path) as partial:
-        os.replace(begun, partial)
-        if done["left_out"]:
-            left_out = {"documents_left_out": done["left_out"], "set_aside": done["set_aside"]}
-            write_json(path.with_suffix(".json"), left_out)
-        else:
-            path.with_suffix(".json").unlink(missing_ok=True)
+        _save(file, notes, done=done, documents=documents)
+    if done["left_out"] or done["set_aside"]:
+        left_out = {"documents_left_out": done["left_out"], "set_aside": done["set_aside"]}
+        write_json(path.with_suffix(".json"), left_out)
+    else:
+        path.with_suffix(".json").unlink(missing_ok=True)
+    os.replace(begun, path)
     notes.unlink(missing_ok=True)
     logger.info(
-        "%s: %d tokens in %s; %d documents left out",
-        *(documents.name, path.stat().st_size // 4, path, done["left_out"]),
+        "%s: %d tokens in %s; %d documents left out", documents.name, done["bytes"] // 4, path, done["left_out"]
     )
 
 
+def _noted(documents: TextSource, *, begun: Path, notes: Path) -> dict[str, Any]:
+    """How far an interrupted run has come, or that there is nothing to go on from."""
+    nothing = {"documents": 0, "bytes": 0, "left_out": 0, "set_aside": {}}
+    if not (begun.exists() and notes.exists()):
+        return nothing
+    done = read_json(notes)
+    streamed = getattr(documents, "streamed", None)
+    if begun.stat().st_size < done["bytes"]:
+        return nothing
+    if streamed is not None and not streamed.go_on(done["stream"]):
+        logger.warning(
+            "%s: has changed since %s was begun, which is made anew; owner/name@revision would keep to one state of it",
+            *(streamed.where, begun),
+        )
+        return nothing
+    return done
+
+
+def _save(file: BinaryIO, notes: Path, *, done: dict[str, Any], documents: TextSource) -> None:
+    """Note how far the file has come, once all of it is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    streamed = getattr(documents, "streamed", None)
+    write_json(notes, done | ({"stream": streamed.state()} if streamed is not None else {}))
+
+
 def _document(documents: TextSource, index: int) -> str | None:
-    """A document, None where it cannot be read."""
+    """A document, None where it cannot be read; PastTheEnd where there are no more."""
     try:
         return documents[index]
+    except PastTheEnd:
+        raise
     except BadSample:
         return None

@@ -12,17 +12,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-COMMIT = "c" * 40
 ROOT = Path(__file__).parents[1]
 
 
 class LocalHub:
-    """The sets below `root` (owner/name/...). missing: files that it refuses. fetched: bytes it gave of each file.
-    revisions: those it was asked for."""
+    """The sets below `root` (owner/name/...). fetched: bytes it gave of each file. revisions: those it was asked for.
+    ends_at: when this file is asked for, it and all others are refused from then on. commit: of all sets.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.port = root, 0
-        self.missing: set[str] = set()
+        self.ends_at, self.has_ended = "", False
+        self.commit = "c" * 40
         self.fetched: dict[str, int] = {}
         self.revisions: set[str] = set()
 
@@ -61,7 +62,7 @@ class _Answer(BaseHTTPRequestHandler):
             return self._refuse("RepoNotFound")
         self.hub.revisions.add(revision)
         files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-        about = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
+        about = {"id": name, "sha": self.hub.commit, "private": False, "gated": False, "disabled": False, "tags": []}
         return self._send(json.dumps(about | {"siblings": [{"rfilename": file} for file in files]}).encode())
 
     def _list(self, name: str, below: str, *, deep: bool) -> None:
@@ -77,10 +78,15 @@ class _Answer(BaseHTTPRequestHandler):
 
     def _give(self, name: str, file: str) -> None:
         path = self.hub.root / name / file
-        if not path.is_file() or path.name in self.hub.missing:
+        self.hub.has_ended |= path.name == self.hub.ends_at
+        if not path.is_file() or self.hub.has_ended:
             return self._refuse("EntryNotFound")
         data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes", "X-Repo-Commit": COMMIT}
+        headers = {
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+            "X-Repo-Commit": self.hub.commit,
+        }
         code = 200
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
@@ -91,7 +97,7 @@ class _Answer(BaseHTTPRequestHandler):
         return self._send(data, code, **headers)
 
     def _refuse(self, reason: str) -> None:
-        self._send(b"{}", 404, **{"X-Error-Code": reason, "X-Repo-Commit": COMMIT})
+        self._send(b"{}", 404, **{"X-Error-Code": reason, "X-Repo-Commit": self.hub.commit})
 
     def _send(self, body: bytes, code: int = 200, **headers: str) -> None:
         self.send_response(code)

@@ -2,29 +2,38 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from data_mix import token_stream
 from data_mix.encode import main
+from data_mix.order import each_index
 from data_mix.own_images import TableImages
 from data_mix.samples import BadSample, Split
 from data_mix.shards import CodeShards
 from data_mix.sources import ImageSourceConfig, open_image_source
+from data_mix.streamed import StreamedPart
 from data_mix.text import TableDocuments, TextSourceConfig, open_text_source
+from data_mix.token_stream import TokenStream
 from tests.data_mix.test_encode import make_qlip, shard_bytes
+from tests.data_mix.test_mix import IDS, TOKENIZER
 from tests.data_mix.test_sources import encoded, numbers_of, write_shards
 from tests.hub import LocalHub, local_hub
 from train.config import ImageDataConfig
 from um3.core.errors import UserError
+from um3.core.files import read_json
 
 ROWS_PER_FILE = 10
 
@@ -129,17 +138,136 @@ def test_a_damaged_file_is_set_aside_and_stays_so(
     third = pq.read_metadata(folder / "1.parquet").row_group(2).column(0).data_page_offset
     data[third : third + 60] = bytes(60)
     (folder / "1.parquet").write_bytes(data)
-    texts = [text.split()[0] for text in read(documents(60, val_fraction=0.0))]
+    source = documents(60, val_fraction=0.0)
+    texts = [text.split()[0] for text in read(source)]
     kept = sum(text.startswith("1-") for text in texts)  # 10 rows are sound; the reader may fail while it reads ahead
     assert 0 < kept <= 10 and texts[:20] == [f"0-{row}" for row in range(20)]
     assert texts[20:] == [f"1-{i}" for i in range(kept)] + [f"2-{i}" for i in range(20)] + ["past"] * (20 - kept)
     assert caplog.text.count(f"set aside from its row {kept} on") == 1
     later = documents(60, val_fraction=0.0)
-    assert later[20 + kept + 3].startswith("2-3 ")
-    assert [file.name for file in later.set_aside.reasons] == ["1.parquet"] and "set aside earlier" in caplog.text
-    (folder / "1.parquet").write_bytes(b"nothing")  # another file, so what was known of the set is known no more
+    assert goes_on(later, source) and [file.name for file in later.set_aside.reasons] == ["1.parquet"]
+    assert read(later, [20 + kept + 3])[0].startswith("2-3 ")
+    (folder / "1.parquet").write_bytes(b"nothing")
+    assert not goes_on(documents(60, val_fraction=0.0), source), "another file, so another set"
     again = [text.split()[0] for text in read(documents(60, val_fraction=0.0))]
     assert again[:40] == [f"{number}-{row}" for number in (0, 2) for row in range(20)]
+
+
+def goes_on(later: TableDocuments, source: TableDocuments) -> bool:
+    """Whether what one knew of the files holds for the other."""
+    assert later.streamed is not None and source.streamed is not None
+    return later.streamed.go_on(json.loads(json.dumps(source.streamed.state())))
+
+
+def test_rows_that_a_file_does_not_give_any_more(here: Path, short_waits: None) -> None:
+    """They keep their numbers, and those behind them are not read anew for each of them."""
+    write_words(here / "own" / "words")
+    source, later = documents(30, val_fraction=0.0), documents(30, val_fraction=0.0)
+    read(source)
+    assert goes_on(later, source) and later.streamed is not None
+    opened: list[int] = []
+    whole = later.streamed._files
+
+    class Failing:
+        """File 1 gives four rows."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def rows(self, number: int) -> Iterator[dict[str, Any]]:
+            opened.append(number)
+            for place, row in enumerate(whole.rows(number)):
+                if number == 1 and place == 4:
+                    raise ConnectionError("cut")
+                yield row
+
+    later.streamed.__dict__["_files"] = Failing()
+    assert read(later) == numbered(0, 14) + ["shard set aside"] * 6 + numbered(20, 30)
+    assert len(opened) < 20
+
+
+def test_neighbours_that_are_damaged_or_empty(here: Path, short_waits: None) -> None:
+    folder = here / "own" / "words"
+    write_words(folder, files=5)
+    for number in (1, 2):
+        (folder / f"train-{number:05d}-of-00005.parquet").write_bytes(b"PAR1 nothing PAR1")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "train-00003-of-00005.parquet")
+    source = documents(20, val_fraction=0.0)
+    assert read(source) == numbered(0, 10) + numbered(40, 50)
+    assert len(source.set_aside.reasons) == 2, "an empty file is no damaged one"
+
+
+def test_trouble_that_passes_costs_nothing(here: Path, short_waits: None) -> None:
+    write_words(here / "own" / "words")
+    source = documents(30, val_fraction=0.0)
+    assert source.streamed is not None
+    whole, tries = source.streamed._files, []
+
+    class Outage:
+        """Nothing can be read the first four times that file 1 is asked for."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(whole, name)
+
+        def rows(self, number: int) -> Any:
+            tries.append(number)
+            if number == 1 and tries.count(1) <= 4:
+                raise ConnectionError("cut")
+            return whole.rows(number)
+
+    source.streamed.__dict__["_files"] = Outage()
+    assert read(source) == numbered(0, 30) and not source.set_aside.reasons
+
+
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+def test_other_kinds_of_files(here: Path, kind: str) -> None:
+    lines = numbered(0, 5)
+    (here / "own" / "words" / f"a.{kind}").write_text("\n".join(["text"] * (kind == "csv") + lines))
+    assert read(documents(5, val_fraction=0.0)) == lines
+
+
+def test_what_takes_any_order_reads_a_streamed_set_in_its_own(here: Path) -> None:
+    write_words(here / "own" / "words")
+    assert list(each_index(documents(20), seed=3, name="x")) == list(range(20))
+    assert list(each_index(documents(0), seed=3, name="x")) != list(range(30))
+
+
+def texts_of(stream: TokenStream) -> str:
+    return str(TOKENIZER.decode(torch.from_numpy(stream.tokens.astype("int64")), skip_special_tokens=True))
+
+
+def test_tokens_of_a_set_that_changed_are_made_anew(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(token_stream, "DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr(token_stream, "SAVE_EVERY_S", -1.0)
+    write_words(here / "own" / "words")
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "ids": IDS, "row_tokens": 9, "cache": here / "run"}
+    record = StreamedPart._record
+
+    def stopped_at_17(part: StreamedPart, row: int) -> dict[str, Any]:
+        if row == 17:
+            raise KeyboardInterrupt
+        return record(part, row)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StreamedPart, "_record", stopped_at_17)
+        TokenStream(documents(25, val_fraction=0.0), **options)
+    assert read_json(next((here / "run").glob("*.begun.json")))["documents"] == 15
+    (here / "own" / "words" / "train-00000-of-00003.parquet").unlink()
+    write_words(here / "own" / "words", files=1, rows=5)
+    text = texts_of(TokenStream(documents(25, val_fraction=0.0), **options))
+    assert "has changed since" in caplog.text
+    found = [int(number) for number in re.findall(r"train document (\d+)", text)]
+    assert found == [*range(5), *range(10, 30)]
+
+
+def test_tokens_end_with_the_set(here: Path) -> None:
+    write_words(here / "own" / "words")
+    source = documents(10**9, val_fraction=0.0)
+    stream = TokenStream(source, tokenizer=TOKENIZER, ids=IDS, row_tokens=9, cache=here / "run")
+    assert texts_of(stream).count("train document") == 30
+    assert [file.suffix for file in (here / "run").iterdir()] == [".bin"]
 
 
 def test_a_set_that_cannot_be_read_at_all_is_one_line(here: Path, short_waits: None) -> None:
@@ -268,10 +396,6 @@ def test_only_what_is_asked_for_is_fetched(tmp_path: Path) -> None:
         assert result.stdout.splitlines()[0] == "50000" and result.stdout.splitlines()[1].startswith("1-4999 ")
         assert set(hub.fetched) == {"0.jsonl.gz", "1.jsonl.gz"} and "v2" in hub.revisions
         hub.fetched.clear()
-        result = client(hub, tmp_path, "-c", script.replace("range(45_000)", "(44_999,)"))
-        assert result.stdout.splitlines()[1].startswith("1-4999 ")
-        # The first rows of file 0 tell the columns; the rest of it is not read again.
-        assert hub.fetched["1.jsonl.gz"] > 0 and "2.jsonl.gz" not in hub.fetched
         result = client(hub, tmp_path, "-c", script.replace("50_000", "0"))  # downloads the set
         assert result.stdout.splitlines()[0] == "120000" and result.stdout.splitlines()[1].startswith("1-4999 ")
         assert "2.jsonl.gz" in hub.fetched
@@ -295,13 +419,13 @@ def test_codes_of_a_streamed_set_go_on_after_the_network_was_gone(
     )
     with local_hub(tmp_path / "hub") as hub:
         encode = ("-m", "data_mix.encode", "--config", str(config))
-        hub.missing = {"train-00001-of-00003.parquet", "train-00002-of-00003.parquet"}
+        hub.ends_at = "train-00001-of-00003.parquet"
         stopped = client(hub, tmp_path, *encode)
         assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
         assert "cannot read" in stopped.stderr and "run again to go on from it" in stopped.stderr
         finished = shard_bytes(tmp_path / "codes")
         assert sorted(finished) == ["train-i-00000.parquet"], "rows 3 to 6; the next shard needs file 1"
-        hub.missing = set()
+        hub.ends_at, hub.has_ended = "", False
         assert client(hub, tmp_path, *encode).returncode == 0
         resumed = shard_bytes(tmp_path / "codes")
         assert resumed.items() >= finished.items()
