@@ -49,7 +49,7 @@ class HeldOut(NamedTuple):
 
 PREPARATION = "RGB, largest centred square, resized by Pillow's antialiased bicubic, uint8"
 """What um3.core.images.to_square does to every image that is not drawn here."""
-MOST_DOCUMENTS = 10_000  # of a source: more than any score reads
+MOST_DOCUMENTS = 10_000  # of a source: its val split may be larger than memory
 SourceT = TypeVar("SourceT", ImageSourceConfig, TextSourceConfig)
 
 
