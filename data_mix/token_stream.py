@@ -26,7 +26,7 @@ from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
 from data_mix.streamed import PastTheEnd
 from data_mix.text import TextSource
-from um3.core.distributed import is_main, wait_for_main
+from um3.core.distributed import is_main, wait_for_file
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 from um3.core.progress import Progress
@@ -71,7 +71,7 @@ class TokenStream:
         path = Path(cache) / f"text-{documents.name}-{_key(origin, len(documents), tokenizer=tokenizer, ids=ids)}.bin"
         if is_main() and not path.exists():
             _write_stream(path, documents, tokenizer=tokenizer, ids=ids)
-        _wait_for(path)
+        wait_for_file(path)
         left_out = path.with_suffix(".json")
         self.set_aside: dict[str, str] = read_json(left_out)["set_aside"] if left_out.exists() else {}
         if self.set_aside:
@@ -116,7 +116,7 @@ def scattered_rows(
     if is_main() and not path.exists():
         pieces = _pieces(documents, tokenizer=tokenizer, ids=ids, num_rows=num_rows, row_tokens=row_tokens, seed=seed)
         write_json(path, [piece.tolist() for piece in pieces])
-    _wait_for(path)
+    wait_for_file(path)
     return [_row(np.array(piece, dtype=np.uint32), ids=ids) for piece in read_json(path)]
 
 
@@ -147,13 +147,6 @@ def _pieces(
         start = derive_seed(seed, "rows", documents.name, number) % places
         pieces.append(document[start : start + row_tokens - 1])
     return pieces
-
-
-def _wait_for(path: Path) -> None:
-    """Wait until the first rank has made `path`; UserError where it cannot be seen."""
-    wait_for_main()
-    if not path.exists():
-        raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
 
 
 def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:

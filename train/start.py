@@ -1,5 +1,6 @@
 """What UM3's training starts from: fresh weights, or `model.base`: a language model to extend, or a UM3 as it is."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,15 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_mix.origin import origin
 from data_mix.token_stream import TokenStream
 from train.config import UM3Config
 from um3.config import is_um3
-from um3.core.distributed import device, is_main, wait_for_main
+from um3.core.distributed import device, is_main, wait_for_file
 from um3.core.errors import UserError
-from um3.core.files import atomic_file
+from um3.core.files import atomic_file, sha256_of
 from um3.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
 from um3.model import LoadedModel, build_model, load_model
-from um3.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.text_tokenizer import make_id_space, read_trained_tokenizer, train_text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
@@ -48,7 +50,7 @@ class Start:
         if source := vocabulary.tokenizer or config.model.base:
             self.text_tokenizer, self.base_entries = load_base_tokenizer(source)
         else:
-            self.text_tokenizer = train_text_tokenizer(texts, vocab_size=vocabulary.text_entries)
+            self.text_tokenizer = self._vocabulary(texts)
         self.ids = make_id_space(
             self.text_tokenizer,
             slots=vocabulary.slots,
@@ -88,10 +90,22 @@ class Start:
             base.to("cpu")  # type: ignore[arg-type]
             with atomic_file(path) as partial:
                 save_file({name: gain.cpu() for name, gain in gains.items()}, partial)
-        wait_for_main()
-        if not path.exists():
-            raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
+        wait_for_file(path)
         return load_file(path)
+
+    def _vocabulary(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """One of our own, trained once a run on its text and captions, by the first rank."""
+        data, entries = self.config.data, self.config.vocabulary.text_entries
+        codes = Path(data.codes) / "summary.json"
+        made_of = [origin(source, "train") for source in data.texts], codes.exists() and sha256_of(codes), entries
+        key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+        path = Path(self.config.loop.folder) / "cache" / f"vocabulary-{key}.json"
+        if is_main() and not path.exists():
+            trained = train_text_tokenizer(texts, vocab_size=entries)
+            with atomic_file(path) as partial:
+                trained.backend_tokenizer.save(str(partial))
+        wait_for_file(path)
+        return read_trained_tokenizer(path)
 
 
 def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:

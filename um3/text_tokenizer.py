@@ -43,8 +43,17 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer=trainer)
+    return _with_specials(bpe)
+
+
+def read_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """What `train_text_tokenizer` made, from the file that its `backend_tokenizer` was saved to."""
+    return _with_specials(Tokenizer.from_file(str(path)))
+
+
+def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=backend,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,

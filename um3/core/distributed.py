@@ -7,7 +7,10 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +71,17 @@ def wait_for_main(*, hours: float = 72) -> None:
         patient = group.new_group(backend="gloo", timeout=timedelta(hours=hours))
         group.barrier(group=patient)
         group.destroy_process_group(patient)
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until the first rank has made `path`.
+
+    Raises:
+        UserError: this process cannot see it.
+    """
+    wait_for_main()
+    if not path.exists():
+        raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
 
 
 def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
