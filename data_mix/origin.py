@@ -23,7 +23,8 @@ def origin(config: ImageSourceConfig | TextSourceConfig, *values: str | int) -> 
         name: value for name, value in settings.items() if value or name not in ("adapter", "captions", "stream")
     }
     captions = [_files(settings["captions"])] if "captions" in settings else []
-    described = json.dumps([settings, *values, _files(config.path), *captions], sort_keys=True)
+    files = [] if config.kind == "hub" else _files(config.path)
+    described = json.dumps([settings, *values, files, *captions], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,9 @@
 """What UM3's training starts from: a language model, calibrated once a run, or the folder of a UM3."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.train.conftest import arguments, run_here
 from train.init import main as init
 from um3.core.errors import UserError
+from um3.core.metrics import read_metrics
 from um3.text_tokenizer import train_text_tokenizer
 
 GAINS = "cache/qk_norm_gains.safetensors"
@@ -112,3 +115,30 @@ def test_new_rows_can_be_random(base: Path, made: Path, tmp_path: Path, monkeypa
         run_here(monkeypatch, arguments("um3", made, *options, f"loop.folder={folder}", f"model.new_rows={rows}"))
         spreads[rows] = weights(folder / "model")["lm_head.weight"][280:].std(0).mean().item()
     assert spreads["mean"] < 1e-6 and spreads["random"] == pytest.approx(0.5, rel=0.1)
+
+
+def test_streamed_text_is_needed_once_a_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary, the tokens and the guard's rows are made at the first start; no later one needs the hub."""
+    monkeypatch.chdir(tmp_path)
+    words = tmp_path / "own" / "words"
+    words.mkdir(parents=True)
+    texts = [f"Sentence {number} of a text that is as long as it has to be, and not longer." for number in range(60)]
+    (words / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    source = "data.texts=[{name: h, kind: hub, path: own/words, stream: 50, val_fraction: 0.1}]"
+    command = arguments("um3", made, f"loop.folder={tmp_path}/run", source, "guard.every_steps=2", "guard.rows=2")
+
+    def losses() -> list[Any]:
+        run_here(monkeypatch, command)
+        keys = ("train/loss", "guard/text_loss")
+        return [[row.get(key) for key in keys] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+
+    first = losses()
+    shutil.rmtree(words)
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / name)
+    for name in ("done.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    assert losses() == first and first[-1][1] is not None
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"hub set own/words\): cannot be opened"):
+        losses()
