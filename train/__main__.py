@@ -44,6 +44,7 @@ def main() -> None:
         loop.run(recipe.build_task(config), config=config, inputs=inputs)
     except Interrupted:
         sys.exit(0)
+    engine.end_runtime()
 
 
 if __name__ == "__main__":
