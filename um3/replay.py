@@ -37,7 +37,7 @@ class Replayed:
 
     def _record(self, key: tuple[int, ...]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU: NCCL's asks it for news while a training run evaluates.
+        # What other threads ask of the GPU meanwhile is no error, as NCCL's may in a training run that evaluates.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             self.function(*key)
         self.graphs[key] = graph
