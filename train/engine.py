@@ -57,12 +57,6 @@ def start_runtime(loop: LoopConfig) -> None:
     setup_logging()
 
 
-def end_runtime() -> None:
-    """Leave the process group when all is done: NCCL warns where it is not left, gloo's ends with the process."""
-    if torch.distributed.get_backend() == "nccl":
-        torch.distributed.destroy_process_group()
-
-
 def _take_gpu() -> None:
     """Make this process's GPU the current one: NCCL, torch's peak memory and DeepSpeed look there.
 
