@@ -64,7 +64,7 @@ def _multiply(rank: int, precision: str, threads: int, barrier: Barrier, results
         start = time.perf_counter()
         torch.matmul(first, second, out=product)
         if gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     where = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()}-thread CPU process"
     kind = str(dtype).removeprefix("torch.")

@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, print the comparison and then the numbers as JSON.
 
     Raises:
-        UserError: bad options, or sides that draw different ids.
+        UserError: bad options, or sides that draw different ids in float32 on a CPU.
     """
     options = _options()
     setting = _build(options)
@@ -90,7 +90,9 @@ def main() -> None:
         f"(goal {FLATNESS_GOAL:.0%})"
     )
     print(json.dumps(_numbers(options, runs=runs, bound_ms=bound_ms)))
-    for side in options.sides[1:]:
+    # In bf16, or by a GPU's kernels, rounding decides between ids that are nearly as likely.
+    exact = options.device == "cpu" and options.dtype == "float32"
+    for side in options.sides[1:] if exact else []:
         if not (best[side].visual_ids == best["ours"].visual_ids).all():
             raise UserError(f"ours and {side} drew different ids")
 
@@ -147,6 +149,10 @@ def _timed(draw: "Callable[[Setting, list[Moment]], Tensor]", setting: Setting) 
 
 
 def _now() -> Moment:
+    import torch
+
+    if torch.cuda.is_initialized():  # its work is behind
+        torch.cuda.synchronize()
     return Moment(time.perf_counter(), time.process_time())
 
 

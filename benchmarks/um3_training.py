@@ -12,6 +12,7 @@ One card of the paper's size: `--config configs/paper loop.batch_size=64 data.pa
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,8 @@ def _make_base(folder: Path, *, shape: dict[str, int]) -> None:
 
 def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every step of transformers' Trainer but the warm-up, and its peak memory (GiB)."""
+    # Of several GPUs it would take all, and share one micro-batch out among them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import torch
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -1,7 +1,16 @@
-"""What all tests need: a SIGINT that is heard."""
+"""What all tests need: a SIGINT that is heard, and the CPU, where most of them compare to the bit."""
 
+import os
 import signal
+
+import pytest
 
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No GPU, even if there are some, but for `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

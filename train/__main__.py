@@ -11,6 +11,7 @@ from typing import Any
 from train.config import Stage1Config, Stage2Config, UM3Config, inputs_of, is_done, start_folder
 from train.launch import is_worker, launch
 from um3.core.config import load_config
+from um3.core.distributed import leave_group
 from um3.core.errors import Interrupted, UserError, run_main
 from um3.core.log import quiet_model_files
 
@@ -48,3 +49,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_main(main)
+    leave_group()

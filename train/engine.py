@@ -14,7 +14,7 @@ from torch import nn
 
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.optim import build_optimizer
-from um3.core.distributed import prepare_environment, world_size
+from um3.core.distributed import device, prepare_environment, world_size
 from um3.core.errors import UserError
 from um3.core.log import setup_logging
 
@@ -45,12 +45,28 @@ def start_runtime(loop: LoopConfig) -> None:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # DeepSpeed's collectives go by names that torch has begun to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-    # With several CPU processes DeepSpeed would compile a shared-memory collective with g++ (minutes);
-    # gloo's collectives are what the CPU runs need, and no config option turns that build off.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        _take_gpu()
+    else:
+        # With several CPU processes DeepSpeed would compile a shared-memory collective with g++ (minutes);
+        # gloo's collectives are what the CPU runs need, and no config option turns that build off. On a GPU the look
+        # itself would do harm: it tries the build of every operator and prints what lacks for it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     setup_logging()
+
+
+def _take_gpu() -> None:
+    """Make this process's GPU the current one: NCCL, torch's peak memory and DeepSpeed look there.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes.
+    """
+    place, count = device(), torch.cuda.device_count()
+    if place.index >= count:
+        raise UserError(f"process {place.index} has no GPU of its own, this machine has {count}; set NPROC={count}")
+    torch.cuda.set_device(place)
 
 
 def split_batch(loop: LoopConfig) -> tuple[int, int]:
@@ -185,6 +201,10 @@ def build_engine(
     }
     if precision_of(engine) == "bf16":
         options["bf16"] = {"enabled": True}
+    if precision_of(engine) == "autocast":
+        # On a GPU DeepSpeed switches off an autocast around its engine that is not in its own options. Of the modules
+        # named safe it would reduce the gradients in bf16: none is.
+        options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if engine.offload_optimizer:
         options["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         options["zero_force_ds_cpu_optimizer"] = False

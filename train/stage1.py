@@ -166,7 +166,7 @@ class Stage1Task:
     ) -> tuple[Shared, dict[str, torch.Tensor]]:
         """The micro-batch whose first image is `start`."""
         rows = slice(start, start + self.micro_images)
-        pixels_BCHW = self.processor.pixels(batch.images_BHWC[rows]).to(device())
+        pixels_BCHW = self.processor.pixels(batch.images_BHWC[rows].to(device()))  # a GPU makes them floats itself
         input_ids_BT = self.processor.text(batch.captions[rows])["input_ids"].to(device())
         with autocast(self.config.engine):
             return (self.objective if past_engine else self.engine)(pixels_BCHW, input_ids_BT)

@@ -128,7 +128,7 @@ class Stage2Task:
             set_learning_rate(self.critic.optimizer, factor=critic_factor)
         found: list[dict[str, float]] = []
         for images_BHWC in batch.images_BHWC.split(self.micro_images):
-            pixels_BCHW = self.processor.pixels(images_BHWC).to(device())
+            pixels_BCHW = self.processor.pixels(images_BHWC.to(device()))
             values, drawn_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
             if self.discriminator is not None:
                 values |= self._critic_step(self.discriminator, pixels_BCHW, drawn_BCHW, source=source)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from um3.core import onednn
 from um3.core.errors import UserError
@@ -63,7 +64,7 @@ def _bias_of(linear: nn.Linear) -> Tensor:
 
 
 class _Layer:
-    def __init__(self, layer: Any, *, num_heads: int, num_kv_heads: int):
+    def __init__(self, layer: Any, *, num_heads: int, num_kv_heads: int, activation: Callable[[Tensor], Tensor]):
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.heads = [num_heads, num_kv_heads, num_kv_heads]
@@ -71,7 +72,7 @@ class _Layer:
         self.out = Product(attention.o_proj)
         self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
         self.down = Product(mlp.down_proj)
-        self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
+        self.activation = activation
         self.qk_gain: Tensor | None = None
         if hasattr(attention, "q_norm"):
             norms = [attention.q_norm] * num_heads + [attention.k_norm] * num_kv_heads
@@ -113,8 +114,10 @@ class Body:
         self.num_kv_heads = config.num_key_value_heads
         self._embed, self._rotary, self._norm = stock.model.embed_tokens, stock.model.rotary_emb, stock.model.norm
         self._head = stock.lm_head
+        # Of the config: once Liger is in use, in a training run that evaluates, new MLPs keep none to be read.
+        activation = ACT2FN[config.hidden_act]
         heads = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
-        self._layers = [_Layer(layer, **heads) for layer in stock.model.layers]
+        self._layers = [_Layer(layer, **heads, activation=activation) for layer in stock.model.layers]
         self.num_layers, self.head_width = len(self._layers), stock.model.layers[0].self_attn.head_dim
 
     def head(self, rows: slice, *, packed: bool = True) -> Product:

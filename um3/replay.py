@@ -18,6 +18,8 @@ class Replayed:
     def __init__(self, function: Callable[..., None], *, device: torch.device):
         self.function, self.device = function, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # No tensor outlives a step, so all graphs may work in the same memory, in any order.
+        self.pool = torch.cuda.graph_pool_handle() if self.stream is not None else None
         self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, *key: int) -> None:
@@ -35,7 +37,8 @@ class Replayed:
 
     def _record(self, key: tuple[int, ...]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # What other threads ask of the GPU meanwhile is no error, as NCCL's may in a training run that evaluates.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             self.function(*key)
         self.graphs[key] = graph
         return graph

@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from tests.train.conftest import arguments, losses, run_here
-from train.config import EngineConfig, OptimizerConfig
-from train.engine import check_engine, fuse_adamw, fuse_layers, precision_of
+from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.engine import (
+    _take_gpu,
+    autocast,
+    build_engine,
+    check_engine,
+    fuse_adamw,
+    fuse_layers,
+    precision_of,
+    start_runtime,
+)
 from train.optim import build_optimizer, set_learning_rate
 from um3.core.errors import UserError
 
@@ -60,6 +69,34 @@ def test_flash_attention_without_a_gpu_is_one_line(made: Path, tmp_path: Path, m
 def test_precision_by_itself_is_the_machines() -> None:
     assert precision_of(EngineConfig()) == ("autocast" if torch.cuda.is_available() else "float32")
     assert precision_of(EngineConfig(precision="bf16")) == "bf16"
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_deepspeed_leaves_autocast_on(zero_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not know of it switches off, where torch tells of CUDA's autocast: here it tells of the CPU's."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
+    config = EngineConfig(zero_stage=zero_stage, precision="autocast")
+    start_runtime(LoopConfig(num_threads=1))
+    engine = build_engine(nn.Linear(8, 4), optimizer=OptimizerConfig(), engine=config, micro_batch_size=1)
+    with autocast(config):
+        outputs = engine(torch.ones(1, 8))
+    assert outputs.dtype == torch.bfloat16
+    assert not any(hasattr(each, "comm_dtype") for each in engine.module.parameters())  # gradients stay in float32
+
+
+def test_every_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    for name, value in {"is_available": True, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        _take_gpu()
+    assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="this machine has 2; set NPROC=2"):
+        _take_gpu()
 
 
 def test_buckets_below_one_element_are_refused() -> None:

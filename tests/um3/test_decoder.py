@@ -79,6 +79,15 @@ def stock(model: PreTrainedModel, prompt: Tensor, new_T: Tensor) -> Tensor:
     return model(torch.cat([prompt, new_T]).unsqueeze(0)).logits[0, len(prompt) - 1 :]
 
 
+def test_layers_need_no_activation_of_their_own() -> None:
+    """As Liger's have none, which stand in for the stock ones where a training run on a GPU evaluates."""
+    model = MODELS["qwen3"]()
+    expected = decoded(model, PROMPTS[:1], NEW_TP[:, :1])
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+    assert torch.equal(decoded(model, PROMPTS[:1], NEW_TP[:, :1]), expected)
+
+
 def test_logits_are_the_stock_models(model: PreTrainedModel) -> None:
     found = decoded(model, PROMPTS, NEW_TP)
     for row, prompt in enumerate(PROMPTS):

@@ -1,7 +1,9 @@
 """What the recording of steps on a GPU relies on, as far as a CPU can show it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,3 +67,33 @@ def test_without_a_gpu_every_call_is_plain() -> None:
     for key in ((1, 2), (1, 2), (1, 3)):
         run(*key)
     assert calls == [(1, 2), (1, 2), (1, 3)]
+
+
+def test_on_a_gpu_the_first_call_of_a_key_warms_up_and_the_second_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for torch's: a graph that is replayed says so, and one memory serves all."""
+    events: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def recording(graph: Graph, **options: Any) -> Iterator[None]:
+        events.append(options)
+        yield
+
+    stand_ins = {
+        "Stream": lambda device: mock.Mock(),
+        "current_stream": lambda device: mock.Mock(),
+        "stream": contextlib.nullcontext,
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": Graph,
+        "graph": recording,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    run = Replayed(lambda *key: events.append(key), device=torch.device("cuda", 0))
+    for key in ((1,), (2,), (1,), (1,), (2,)):
+        run(*key)
+    options = {"pool": "pool", "stream": run.stream, "capture_error_mode": "thread_local"}
+    assert events == [(1,), (2,), options, (1,), "replay", "replay", options, (2,), "replay"]

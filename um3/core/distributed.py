@@ -84,6 +84,12 @@ def wait_for_file(path: Path) -> None:
         raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
 
 
+def leave_group() -> None:
+    """Take leave of the other ranks at a process's very end: NCCL warns where that is left out."""
+    if (group := _process_group()) and group.get_backend() == "nccl":
+        group.destroy_process_group()
+
+
 def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     """Elementwise sum of `values` over all ranks (a new tensor, no gradient)."""
     values = values.detach().clone()

@@ -1,0 +1,45 @@
+"""On a GPU every phase learns what it learns on a CPU, and goes on where it was stopped."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.conftest import arguments, losses, run_apart
+from um3.core.files import read_json
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"]),
+]
+
+
+def train(phase: str, made: Path, folder: Path, *options: str) -> list[float]:
+    """The losses of a run in `folder`. AdamW's, since Muon multiplies in bf16 on a GPU."""
+    command = arguments(phase, made, f"loop.folder={folder}", "optimizer.kind=adamw", *options)
+    result = run_apart(command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return losses(folder)
+
+
+def test_a_gpu_learns_what_a_cpu_learns(
+    phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = train(phase, made, tmp_path / "gpu", "engine.precision=float32")
+    low = train(phase, made, tmp_path / "low")
+    assert read_json(tmp_path / "low/done.json")["peak_gpu_memory_gib"] > 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpu = train(phase, made, tmp_path / "cpu")
+    assert on_gpu == pytest.approx(on_cpu, rel=5e-3)  # TF32 in convolutions
+    assert low == pytest.approx(on_cpu, rel=0.02)
+    assert low != pytest.approx(on_gpu, rel=1e-6)  # bf16 products by default
+
+
+def test_a_run_goes_on_within_rounding(phase: str, made: Path, tmp_path: Path) -> None:
+    whole = train(phase, made, tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
+    (tmp_path / "done.json").unlink()
+    assert train(phase, made, tmp_path) == pytest.approx(whole, rel=1e-3)
