@@ -431,6 +431,10 @@ def test_codes_of_a_streamed_set_go_on_after_the_network_was_gone(
         assert resumed.items() >= finished.items()
         summary = json.loads((tmp_path / "codes" / "summary.json").read_text())["splits"]
         assert (summary["train"]["i"]["images"], summary["val"]["i"]["images"]) == (25, 3)
+        (tmp_path / "codes" / "summary.json").unlink()
+        hub.commit = "d" * 40
+        again = client(hub, tmp_path, *encode)
+        assert "8 shards of another tokenizer or config are made anew" in again.stderr, "a commit makes another set"
     shards = CodeShards(tmp_path / "codes", split="train")
     assert [shards[index].key for index in range(25)] == [f"own/pictures/train#{row}" for row in range(3, 28)]
     assert [shards[index].captions for index in range(25)] == [(f"number {row}",) for row in range(3, 28)]

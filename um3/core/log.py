@@ -12,7 +12,7 @@ def setup_logging() -> None:
     where = "" if rank() == 0 else f"rank {rank()} "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for room in ("um3", "tokenizer", "data_mix", "eval", "train"):
+    for room in ("__main__", "um3", "tokenizer", "data_mix", "eval", "train"):
         logging.getLogger(room).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     for noisy in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
