@@ -322,7 +322,7 @@ def penalty_of_this_ranks_share() -> float:
     autoencoder = Autoencoder(QLIPModel(tiny_config(quantizer_cfg={"embed_dim": 12, "inv_temperature": 20.0})))
     share = 4 // world_size()
     pixels_BCHW = torch.randn(4, 3, 16, 16)[rank() * share : (rank() + 1) * share]
-    return float(autoencoder(pixels_BCHW)[1])
+    return float(autoencoder(pixels_BCHW)[1].detach())
 
 
 def test_stage2_takes_the_entropy_of_the_mean_code_over_all_ranks(tmp_path: Path) -> None:
