@@ -26,6 +26,7 @@ from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.shards import MAX_BITS, ShardHeader, read_header, shard_path, write_shard
 from data_mix.sources import ImageSourceConfig, open_image_source
+from data_mix.streamed import streamed_part
 from um3.core.config import load_config
 from um3.core.distributed import device
 from um3.core.errors import UserError, run_main
@@ -167,7 +168,7 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
                 raise UserError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             num_samples = min(len(source), config.limit or len(source))
             num_shards = -(-num_samples // config.rows_per_shard)
-            streamed = getattr(source, "streamed", None)
+            streamed = streamed_part(source)
             state = () if streamed is None else (streamed.digest,)  # a commit to the set makes another one of it
             plan = origin(source_config, config.seed, num_samples, config.rows_per_shard, *state)
             if (split, source.name) in planned:
@@ -232,7 +233,7 @@ class _Streams:
         self.parts = {
             f"{job.header.split}-{job.header.source}": streamed
             for job in jobs
-            if (streamed := getattr(job.source, "streamed", None)) is not None
+            if (streamed := streamed_part(job.source)) is not None
         }
         kept = read_json(path) if path.exists() else {}
         for name in self.parts.keys() & kept.keys():

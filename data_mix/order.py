@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_mix.streamed import streamed_part
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
 
@@ -55,8 +56,8 @@ def each_index(source: Any, *, seed: int, name: str) -> Iterator[int]:
         UserError: the source is empty.
     """
     order = SampleOrder(len(source), seed=seed, name=name)
-    streamed = getattr(source, "streamed", None) is not None
-    return (draw if streamed else order.index(draw) for draw in range(order.length))
+    in_order = streamed_part(source) is not None
+    return (draw if in_order else order.index(draw) for draw in range(order.length))
 
 
 class ExactCounts:

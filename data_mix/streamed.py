@@ -296,6 +296,11 @@ class StreamedPart:
         return StreamedFiles(label, parts, names, digest, schema, first, has_files=builder.name == FILES)
 
 
+def streamed_part(source: object) -> StreamedPart | None:
+    """What a source of texts or images streams from; None for one that can be read in any order."""
+    return getattr(source, "streamed", None)
+
+
 def _schema(part: "IterableDataset") -> pa.Schema:
     if part.features is not None:
         return part.features.arrow_schema

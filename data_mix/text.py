@@ -1,5 +1,6 @@
 """Text sources: documents by index, from the embedded prose, files of your own, or the hub."""
 
+import contextlib
 import functools
 import io
 import json
@@ -16,8 +17,9 @@ import pyarrow as pa
 
 from data_mix.adapters import TEXT_ADAPTERS, adapted
 from data_mix.index import Listing, open_index
+from data_mix.order import each_index
 from data_mix.python_docs import packed, python_documents
-from data_mix.samples import Split
+from data_mix.samples import BadSample, Split
 from data_mix.set_aside import SetAside
 from data_mix.splits import check_val_fraction, choose_rows
 from data_mix.streamed import StreamedPart, check_stream
@@ -132,6 +134,14 @@ def text_kind(config: TextSourceConfig) -> TextKind:
 
 def _holds(folder: Path, suffix: str | tuple[str, ...]) -> bool:
     return any(file.name.endswith(suffix) for file in folder.rglob("*"))
+
+
+def readable_texts(source: TextSource, *, seed: int, name: str) -> Iterator[str]:
+    """The documents of a source in the order of `each_index`, without blanks and what cannot be read."""
+    for index in each_index(source, seed=seed, name=name):
+        with contextlib.suppress(BadSample):
+            if (text := source[index]).strip():
+                yield text
 
 
 class ListedDocuments:

@@ -9,8 +9,8 @@ Documents whose file cannot be read are left out; the stream then says so in a .
 Once it is made, the documents are not needed any more: it may be made where a network is and used where none is.
 """
 
-import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.set_aside import SetAside
-from data_mix.streamed import PastTheEnd
-from data_mix.text import TextSource
+from data_mix.streamed import PastTheEnd, streamed_part
+from data_mix.text import TextSource, readable_texts
 from um3.core.distributed import is_main, wait_for_file
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
@@ -114,39 +113,20 @@ def scattered_rows(
     asked = (origin, len(documents), num_rows, row_tokens, seed)
     path = Path(cache) / f"rows-{documents.name}-{_key(*asked, tokenizer=tokenizer, ids=ids)}.json"
     if is_main() and not path.exists():
-        pieces = _pieces(documents, tokenizer=tokenizer, ids=ids, num_rows=num_rows, row_tokens=row_tokens, seed=seed)
-        write_json(path, [piece.tolist() for piece in pieces])
+        named = f"rows/{documents.name}"
+        texts = list(itertools.islice(readable_texts(documents, seed=seed, name=named), num_rows))
+        if not texts:
+            raise UserError(f"text source '{documents.name}' holds no text; point it at other data or leave it out")
+        tokens = encode_texts(texts, tokenizer=tokenizer)
+        pieces = []
+        for number in range(num_rows):
+            document = [*tokens[number % len(tokens)], ids.eos_id]
+            places = max(len(document) - (row_tokens - 1), 0) + 1
+            start = derive_seed(seed, "rows", documents.name, number) % places
+            pieces.append(document[start : start + row_tokens - 1])
+        write_json(path, pieces)
     wait_for_file(path)
     return [_row(np.array(piece, dtype=np.uint32), ids=ids) for piece in read_json(path)]
-
-
-def _pieces(
-    documents: TextSource,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    ids: IdSpace,
-    num_rows: int,
-    row_tokens: int,
-    seed: int,
-) -> list[np.ndarray]:
-    """The ids of `scattered_rows`, uint32, at most row_tokens - 1 each."""
-    texts: list[str] = []
-    for index in each_index(documents, seed=seed, name=f"rows/{documents.name}"):
-        with contextlib.suppress(BadSample):
-            if (text := documents[index]).strip():
-                texts.append(text)
-        if len(texts) == num_rows:
-            break
-    if not texts:
-        raise UserError(f"text source '{documents.name}' holds no text; point it at other data or leave it out")
-    tokens = encode_texts(texts, tokenizer=tokenizer)
-    pieces = []
-    for number in range(num_rows):
-        document = np.array([*tokens[number % len(tokens)], ids.eos_id], dtype=np.uint32)
-        places = max(len(document) - (row_tokens - 1), 0) + 1
-        start = derive_seed(seed, "rows", documents.name, number) % places
-        pieces.append(document[start : start + row_tokens - 1])
-    return pieces
 
 
 def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:
@@ -210,7 +190,7 @@ def _noted(documents: TextSource, *, begun: Path, notes: Path) -> dict[str, Any]
     if not (begun.exists() and notes.exists()):
         return nothing
     done = read_json(notes)
-    streamed = getattr(documents, "streamed", None)
+    streamed = streamed_part(documents)
     if begun.stat().st_size < done["bytes"]:
         return nothing
     if streamed is not None and not streamed.go_on(done["stream"]):
@@ -226,7 +206,7 @@ def _save(file: BinaryIO, notes: Path, *, done: dict[str, Any], documents: TextS
     """Note how far the file has come, once all of it is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-    streamed = getattr(documents, "streamed", None)
+    streamed = streamed_part(documents)
     write_json(notes, done | ({"stream": streamed.state()} if streamed is not None else {}))
 
 

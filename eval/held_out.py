@@ -3,11 +3,10 @@
 Shapes: N images, H height, W width.
 """
 
-import contextlib
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.sources import ImageSourceConfig, image_kind, open_image_source
-from data_mix.text import TextSource, TextSourceConfig, open_text_source
+from data_mix.text import TextSourceConfig, open_text_source, readable_texts
 from um3.core.errors import UserError
 
 
@@ -116,15 +115,8 @@ def held_out_documents(configs: Sequence[TextSourceConfig], *, seed: int) -> lis
     documents: list[str] = []
     for config in configs:
         source = open_text_source(config, split="val")
-        indices = each_index(source, seed=seed, name=f"eval-{config.name}")
-        documents += itertools.islice(_texts(source, indices), MOST_DOCUMENTS)
+        texts = readable_texts(source, seed=seed, name=f"eval-{config.name}")
+        documents += itertools.islice(texts, MOST_DOCUMENTS)
     if not documents:
         raise UserError("the text sources hold no held-out document; raise their val_fraction, or leave out language")
     return documents
-
-
-def _texts(source: TextSource, indices: Iterable[int]) -> Iterator[str]:
-    for index in indices:
-        with contextlib.suppress(BadSample):
-            if (text := source[index]).strip():
-                yield text

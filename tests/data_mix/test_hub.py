@@ -42,7 +42,6 @@ ROWS_PER_FILE = 10
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, where owner/name is found like a set of the hub; caches are below it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     (tmp_path / "own" / "words").mkdir(parents=True)
     return tmp_path
