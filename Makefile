@@ -32,7 +32,7 @@ OUT ?= runs/language/$(subst /,-,$(patsubst /%,%,$(patsubst %/,%,$(MODEL:runs/%=
 
 # The benchmarks of drawn images draw first where PROMPTS names their list; DRAW holds settings of the drawing.
 DRAWN = $(RUN)/drawings/$@
-draw = $(if $(PROMPTS),@$(PY) -m eval.draw 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'out=$(DRAWN)' $(1) $(DRAW))
+draw = $(if $(PROMPTS),@$(PY) -m eval.benchmarks.generate_images 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'out=$(DRAWN)' $(1) $(DRAW))
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -74,7 +74,7 @@ stage2: $(READY) ## Fine-tune its decoder: perceptual and adversarial terms
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 codes: $(READY) ## Encode the images to code shards
-	@$(PY) -m data_mix.encode --config $(CONFIGS)/codes.yaml qlip=$(RUN)/stage2/model out=$(RUN)/codes \
+	@$(PY) -m data_mix.codes.encode --config $(CONFIGS)/codes.yaml qlip=$(RUN)/stage2/model out=$(RUN)/codes \
 		$(if $(DATA),images=$(IMAGES)) $(ARGS)
 
 um3: $(READY) ## Train the unified model on the scheduled mix
@@ -82,10 +82,10 @@ um3: $(READY) ## Train the unified model on the scheduled mix
 		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-init: $(READY) ## Make the UM3 to start from out of a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
-	@$(PY) -m train.init out=$(RUN)/um3-init $(if $(BASE),'base=$(BASE)') 'qlip=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
+	@$(PY) -m train.recipes.um3_init out=$(RUN)/um3-init $(if $(BASE),'base=$(BASE)') 'qlip=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
 
 um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
-	@$(PY) -m um3.export --model $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
+	@$(PY) -m um3.model.export --model $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
 
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
@@ -95,30 +95,30 @@ eval-language: $(READY) ## The paper's five language tasks for any MODEL=folder 
 	@$(PY) -m eval.run 'model=$(MODEL)' 'out=$(OUT)/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 coco-captions: $(READY) ## BLEU to CIDEr of captions of images (REFERENCES=dataset_coco.json ARGS="images=folder")
-	@$(PY) -m eval.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
+	@$(PY) -m eval.benchmarks.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
 		out=$(RUN)/eval/coco_captions.json $(ARGS)
 
 coco-generation: $(READY) ## gFID and CLIPScore of drawings (PROMPTS=list ARGS="reference=folder clip=folder")
 	$(call draw,layout=flat)
-	@$(PY) -m eval.coco_generation 'images=$(DRAWN)' out=$(RUN)/eval/coco_generation.json $(ARGS)
+	@$(PY) -m eval.benchmarks.coco_generation 'images=$(DRAWN)' out=$(RUN)/eval/coco_generation.json $(ARGS)
 
 geneval: $(READY) ## GenEval of drawings (PROMPTS=metadata.jsonl ARGS="detector=folder clip=folder")
 	$(call draw,layout=geneval num_images=4)
-	@$(PY) -m eval.geneval 'images=$(DRAWN)' out=$(RUN)/eval/geneval.json $(ARGS)
+	@$(PY) -m eval.benchmarks.geneval 'images=$(DRAWN)' out=$(RUN)/eval/geneval.json $(ARGS)
 
 dpg: $(READY) ## DPG-Bench of drawings (PROMPTS=prompts ARGS="questions=dpg_bench.csv vqa=folder")
 	$(call draw,layout=grid num_images=4)
-	@$(PY) -m eval.dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
+	@$(PY) -m eval.benchmarks.dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
 
 report: $(READY) ## Compare RUNS="a b ..." with the paper: a table, report.md, .html, .json and the pictures
-	@$(PY) -m eval.report --run $(RUNS) $(ARGS)
+	@$(PY) -m eval.report.report --run $(RUNS) $(ARGS)
 
 ablation: $(READY) ## Train and measure the rows of a table of the paper (NAME=weights; see configs/ablations)
-	@$(PY) -m eval.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \
+	@$(PY) -m eval.report.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \
 		--base $(RUN) --processes $(NPROC) $(ARGS)
 
 balance: $(READY) ## The weights of stage 1's two losses, by training with each alone
-	@$(PY) -m eval.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \
+	@$(PY) -m eval.report.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \
 		--processes $(NPROC) $(ARGS)
 
 sample: $(READY) ## Draw a few pictures into RUN/samples
@@ -129,10 +129,10 @@ serve: $(READY) ## Open a page to draw and look at pictures with (Ctrl-C stops i
 	@$(VENV)/bin/um3 serve --model $(RUN)/um3/model $(ARGS)
 
 mix-preview: $(READY) ## Draw the scheduled mix before a run starts
-	@$(PY) -m data_mix.preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
+	@$(PY) -m data_mix.batches.mix_preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
 
 plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
-	@$(PY) -m train.plan --config $(CONFIGS)/um3.yaml --gpus $(GPUS) --gpu $(GPU) $(ARGS)
+	@$(PY) -m train.plan.plan --config $(CONFIGS)/um3.yaml --gpus $(GPUS) --gpu $(GPU) $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks.tokenizer $(ARGS)
@@ -153,7 +153,7 @@ bench-sampling: $(READY) ## Images per second against transformers' generate(), 
 	@$(PY) -m benchmarks.sampling $(ARGS)
 
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
-	@$(PY) -m tests.train.survive $(ARGS)
+	@$(PY) -m tests.helpers.survive $(ARGS)
 
 test: $(READY) ## Run the tests
 	@$(PY) -m pytest $(ARGS)

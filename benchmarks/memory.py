@@ -91,7 +91,7 @@ def draw(curves: Sequence[Curve], *, batches: Sequence[int], title: str, path: P
     """The curves as a PNG file; a curve ends where memory did."""
     from matplotlib.figure import Figure
 
-    from eval.figures import CURVE_COLOURS, INK, MUTED, PAPER, SAVED_DPI
+    from eval.report.figures import CURVE_COLOURS, INK, MUTED, PAPER, SAVED_DPI
 
     figure = Figure(figsize=(6, 3.4), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()

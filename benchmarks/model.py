@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from um3.ids import IdSpace
+    from um3.model.vocabulary import IdSpace
 
 
 def made_model(options: argparse.Namespace, *, positions: int) -> "tuple[PreTrainedModel, IdSpace]":
@@ -16,9 +16,9 @@ def made_model(options: argparse.Namespace, *, positions: int) -> "tuple[PreTrai
     """
     import torch
 
-    from um3.config import ModelConfig
-    from um3.ids import IdSpace
-    from um3.model import build_model
+    from um3.model.configuration import ModelConfig
+    from um3.model.language_model import build_model
+    from um3.model.vocabulary import IdSpace
 
     if options.threads:
         torch.set_num_threads(options.threads)

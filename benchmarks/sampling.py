@@ -1,6 +1,6 @@
-"""`python -m benchmarks.sampling`: images drawn by `um3.sampling` against transformers' own `generate()`.
+"""`python -m benchmarks.sampling`: images drawn by `um3.inference.generate` against transformers' own `generate()`.
 
-The same weights, prompts, grammar (`um3.grammar`), guidance and greedy choice, in one process, one after the other in
+The same weights, prompts, grammar (`um3.inference.grammar`), guidance and greedy choice, in one process, one after the other in
 every repeat; the fastest run of each counts. "stock" is `generate(guidance_scale=...)`, which runs the unconditional
 rows as a batch of their own. "batched" is `generate()` with both halves in one batch, which transformers does not
 offer by itself: a logits processor of ours joins them. All must draw the same ids.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from um3.ids import IdSpace
+    from um3.model.vocabulary import IdSpace
 
 GOAL, FLATNESS_GOAL = 3.0, 0.2
 SIDES = ("ours", "stock", "batched")
@@ -126,7 +126,7 @@ def _options() -> argparse.Namespace:
 def _build(options: argparse.Namespace) -> Setting:
     import torch
 
-    from um3 import rows
+    from um3.model import sequences as rows
 
     made, ids = made_model(options, positions=2 * options.patches + 64)
     model = made.eval().to(options.device, getattr(torch, options.dtype))
@@ -159,8 +159,8 @@ def _now() -> Moment:
 def _ours(setting: Setting, moments: list[Moment]) -> "Tensor":
     import torch
 
-    from um3.choice import Sampling
-    from um3.sampling import draw_images
+    from um3.inference.generate import draw_images
+    from um3.inference.sampling_params import Sampling
 
     return draw_images(
         setting.model,
@@ -202,7 +202,7 @@ def _generate(
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    from um3.grammar import GrammarProcessor
+    from um3.inference.grammar import GrammarProcessor
 
     class Clock(LogitsProcessor):
         def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
@@ -245,7 +245,7 @@ def _early_and_late(run: Run) -> tuple[Moment, Moment]:
 def _bound_ms(setting: Setting) -> float:
     """The least time of a step: what it reads, keys and values of half the image among it, at the memory's speed."""
 
-    from um3.choice import Sampling
+    from um3.inference.sampling_params import Sampling
 
     model, ids = setting.model, setting.ids
     layers = sum(each.numel() for each in model.model.layers.parameters())

@@ -105,9 +105,9 @@ def _image_flops(config: Stage1Config | Stage2Config, run: Run) -> dict[str, int
 
 def _text_tokens(config: Stage1Config, run: Run) -> int:
     """Tokens of the longest caption of a micro-batch, to which the others are padded."""
-    from data_mix.images import ImageBatches
+    from data_mix.batches.image_batches import ImageBatches
     from tokenizer.processor import QLIPProcessor
-    from train.tokenizer_setup import open_sources
+    from train.recipes.tokenizer_setup import open_sources
 
     processor = QLIPProcessor.from_pretrained(run.folder / "model")
     loop, data = config.loop, config.data

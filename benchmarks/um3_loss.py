@@ -1,7 +1,7 @@
 """`python -m benchmarks.um3_loss`: a training step of UM3 with the split loss against the stock route.
 
 Stock is transformers' own `model(input_ids, labels)`: logits of every position over the whole vocabulary, and their
-cross entropy. Ours is what `python -m train um3` runs (`train.um3.UM3Objective`). Same Qwen3 with the same weights,
+cross entropy. Ours is what `python -m train um3` runs (`train.recipes.um3.UM3Objective`). Same Qwen3 with the same weights,
 same rows, float32; a step is forward and backward, with `--optimizer` AdamW's step too. Every run is in a process of
 its own so that its peak memory is its own; runs alternate, and the fastest of each is compared. A further process holds
 our gradients against those of the split loss written plainly over the full logits.
@@ -27,7 +27,7 @@ from um3.core.errors import UserError, run_main
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from um3.ids import IdSpace
+    from um3.model.vocabulary import IdSpace
 
     Batch = tuple[Tensor, Tensor]  # input_ids_BT, target_mask_BT
     Loss = Callable[[Batch], Tensor]
@@ -36,7 +36,7 @@ GOALS = {"image": 3.0, "mix": 1.2}
 """Times faster than stock."""
 MEMORY_GOAL, GRADIENT_GOAL = 0.25, 1e-5
 MIX_BATCHES = 4
-ROW_MARKS = 4  # as data_mix.mix has it, which imports torch
+ROW_MARKS = 4  # as data_mix.batches.mix has it, which imports torch
 
 
 def main() -> None:
@@ -171,8 +171,8 @@ def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
     """Random rows of the kind asked for."""
     import torch
 
-    from data_mix.schedule import TASKS, MixConfig, Schedule
-    from um3.rows import Row, image_to_text_row, text_row, text_to_image_row
+    from data_mix.batches.schedule import TASKS, MixConfig, Schedule
+    from um3.model.sequences import Row, image_to_text_row, text_row, text_to_image_row
 
     def text(num_tokens: int) -> "Tensor":
         return torch.randint(ids.end_of_image_id + 1, ids.text_vocab_size, (num_tokens,))
@@ -198,7 +198,7 @@ def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
 
 def _ours(model: Any, *, ids: "IdSpace", options: argparse.Namespace) -> "Loss":
     from train.config import UM3LossConfig
-    from train.um3 import UM3Objective
+    from train.recipes.um3 import UM3Objective
 
     config = UM3LossConfig(**{"chunk_tokens": options.chunk_tokens} if options.chunk_tokens else {})
     objective = UM3Objective(model, ids=ids, loss=config)

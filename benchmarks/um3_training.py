@@ -4,7 +4,7 @@ Ours is the real `python -m train um3` on data of the real formats made on the s
 random weights and 128,256 entries, codes of 256 patches of 28 bits, captions of 64 tokens, text that fills its rows.
 Stock is `transformers.Trainer` on the model that ours has left and on the very same rows, with the loss of
 `model(input_ids, labels)`. A step's time has everything in it but the first steps, which are warm-up. Utilisation is
-model FLOPs (formula: `train/plan.py`) as a share of what large matrix products reach, or of `--peak-tflops`.
+model FLOPs (formula: `train/plan/plan.py`) as a share of what large matrix products reach, or of `--peak-tflops`.
 
 One card of the paper's size: `--config configs/paper loop.batch_size=64 data.packing=documents`; add
 `--shape width=512 layers=4` and smaller rows for a CPU.
@@ -88,11 +88,11 @@ def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     """Write base/, qlip/, codes/ and texts.jsonl: random, in the real formats."""
     import numpy as np
 
-    from data_mix.shards import ShardHeader, shard_path, write_shard
-    from data_mix.sources import ImageSourceConfig, open_image_source
+    from data_mix.codes.shards import ShardHeader, shard_path, write_shard
+    from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
     from tokenizer.modeling import load_qlip
     from train.config import QLIPSizeConfig, TextTowerConfig
-    from train.tokenizer_setup import new_tokenizer, save_tokenizer
+    from train.recipes.tokenizer_setup import new_tokenizer, save_tokenizer
 
     _make_base(folder / "base", shape=shape)
     image_size = 8 * round(PATCHES**0.5)
@@ -151,11 +151,11 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from data_mix.mix import open_rows
-    from data_mix.packing import micro_batches
+    from data_mix.batches.mix import open_rows
+    from data_mix.batches.packing import micro_batches
     from train.engine import split_batch
     from um3.core.progress import peak_gpu_memory_gib, peak_memory_gib
-    from um3.model import load_model
+    from um3.model.language_model import load_model
 
     run = Path(options.folder) / "um3"
     config: UM3Config = load_config(UM3Config, path=run / "config.yaml")
@@ -226,7 +226,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
 
 def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     from train.engine import precision_of
-    from train.plan import Plan
+    from train.plan.plan import Plan
 
     config: UM3Config = load_config(UM3Config, path=ours.folder / "config.yaml")
     precision = precision_of(config.engine)

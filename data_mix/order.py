@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_mix.streamed import streamed_part
+from data_mix.sources.hub_streaming import streamed_part
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
 

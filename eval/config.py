@@ -4,14 +4,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from data_mix.sources import ImageSourceConfig
-from data_mix.text import TextSourceConfig
+from data_mix.sources.image_sources import ImageSourceConfig
+from data_mix.sources.text import TextSourceConfig
 
 PartName = Literal["language", "captions", "generation", "tokenizer"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 FeatureName = Literal["random-features", "qlip-features", "inception-2015"]
 Preprocessing = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
-"""How images come to Inception (`eval.inception`)."""
+"""How images come to Inception (`eval.metrics.inception`)."""
 STAGES = ("stage1", "stage2")
 KEPT_BESIDE = ("original", "flipped")
 """Pictures that are kept beside the reconstructions of each tokenizer."""

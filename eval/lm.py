@@ -18,12 +18,12 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.benchmarks import TASKS, local_benchmarks, paper_tasks
 from eval.journal import Journal
+from eval.tasks.lm_eval_data import TASKS, local_benchmarks, paper_tasks
 from um3.core.distributed import device
 from um3.core.errors import UserError, run_main
 from um3.core.progress import Progress
-from um3.text_tokenizer import encode_texts, read_text_tokenizer
+from um3.model.text_tokenizer import encode_texts, read_text_tokenizer
 
 CHUNK = 256  # requests between two progress lines, and between two entries of the journal
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)

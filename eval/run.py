@@ -19,7 +19,7 @@ from um3.core.log import setup_logging
 from um3.core.progress import format_seconds, peak_memory_gib
 
 if TYPE_CHECKING:
-    from um3.pipeline import UM3Pipeline
+    from um3.inference.pipeline import UM3Pipeline
 
 # Where things lie and how fast they are changes no value.
 FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
@@ -63,9 +63,9 @@ def with_sources(config: EvalConfig) -> EvalConfig:
     Raises:
         UserError: the run does not say what it was trained on, or no source has the captions that a part needs.
     """
-    from data_mix.sources import ImageSourceConfig
-    from data_mix.text import TextSourceConfig
-    from eval.held_out import trained_on
+    from data_mix.sources.image_sources import ImageSourceConfig
+    from data_mix.sources.text import TextSourceConfig
+    from eval.tasks.validation_data import trained_on
 
     images, texts = config.images, config.texts
     if not images and set(config.parts) - {"language"}:
@@ -137,7 +137,7 @@ def downloaded(path_or_hub_id: str) -> Path:
 def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) -> str:
     """What a part was asked for, in a few characters: its settings, the models' weights and .json files, and the
     data's files."""
-    from data_mix.origin import origin
+    from data_mix.sources.fingerprint import origin
 
     values = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
     values = {key: value for key, value in values.items() if key not in PARTS or key == part}
@@ -159,9 +159,9 @@ def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) 
 
 def _files_read(part: TokenizerConfig) -> dict[str, Any]:
     """What the tokenizer part reads besides models and images, each in a few characters; nothing of what is missing."""
-    from data_mix.origin import origin
-    from data_mix.sources import ImageSourceConfig
-    from eval.labelled import listing_sha256
+    from data_mix.sources.fingerprint import origin
+    from data_mix.sources.image_sources import ImageSourceConfig
+    from eval.tasks.classification_data import listing_sha256
 
     folders = [str(Path(own.path) / split) for own in part.classification for split in ("train", "val")]
     tables = [own for own in part.classification if own.label_column]
@@ -187,7 +187,7 @@ def _source_file(target: str) -> str:
 
 def _load_pipeline(config: EvalConfig) -> "UM3Pipeline":
     from um3.core.distributed import device
-    from um3.pipeline import UM3Pipeline
+    from um3.inference.pipeline import UM3Pipeline
 
     return UM3Pipeline.from_pretrained(model_folder(config), device=device())
 
@@ -204,8 +204,9 @@ def _run_part(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from eval import parts, tokenizer_part
     from eval.scores import write_scores
+    from eval.tasks import parts
+    from eval.tasks import tokenizer as tokenizer_part
     from um3.core.provenance import commit, machine, versions
 
     disable_progress_bar()

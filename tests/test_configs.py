@@ -9,20 +9,20 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from data_mix.encode import EncodeConfig
-from data_mix.schedule import Schedule
+from data_mix.batches.schedule import Schedule
+from data_mix.codes.encode import EncodeConfig
 from eval.config import EvalConfig
 from tokenizer.modeling import QLIPModel
 from train.config import OptimizerConfig, Stage1Config, Stage2Config, UM3Config
 from train.optim import build_optimizer
-from train.stage1 import Stage1Objective
-from train.stage2 import Autoencoder
-from train.tokenizer_setup import qlip_config
-from train.um3 import UM3Objective
+from train.recipes.stage1 import Stage1Objective
+from train.recipes.stage2 import Autoencoder
+from train.recipes.tokenizer_setup import qlip_config
+from train.recipes.um3 import UM3Objective
 from um3.core.config import differences, load_config, to_dict
-from um3.extend import extend_model
-from um3.ids import IdSpace
-from um3.model import count_parameters
+from um3.model.extend import extend_model
+from um3.model.language_model import count_parameters
+from um3.model.vocabulary import IdSpace
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SCHEMAS: dict[str, type[Any]] = {
@@ -64,8 +64,8 @@ def test_the_phases_of_a_folder_fit_each_other(scale: str) -> None:
     assert vocabulary.slots * vocabulary.bits_per_slot == shape.bits
     image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.slots
     assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.row_tokens
-    if not um3.model.base:
-        assert um3.data.row_tokens <= um3.model.max_position_embeddings
+    if not um3.model.language_model.base:
+        assert um3.data.row_tokens <= um3.model.language_model.max_position_embeddings
         assert evaluation.language.max_tokens == um3.data.text_row_tokens
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 

@@ -156,7 +156,7 @@ def test_data_and_text_replace_the_configs_sources(target: str, data: str, text:
 
 def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
     words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=slots=4")
-    assert words[1:4] == ["-m", "train.init", "out=R/um3-init"]
+    assert words[1:4] == ["-m", "train.recipes.um3_init", "out=R/um3-init"]
     assert words[4:] == ["base=/my llama", "qlip=/my qlip", "text=/my text", "slots=4"]
 
 
@@ -173,7 +173,7 @@ def test_prompts_are_drawn_before_they_are_scored(target: str, settings: list[st
         ready, target, "RUN=R", "PROMPTS=/my list.txt", "DRAW=seed=3", "MODEL=/a model", "ARGS=x=1"
     )
     folder = f"R/drawings/{target}"
-    assert drawn[1:3] == ["-m", "eval.draw"]
+    assert drawn[1:3] == ["-m", "eval.benchmarks.generate_images"]
     assert drawn[3:] == ["model=/a model", "prompts=/my list.txt", f"out={folder}", *settings, "seed=3"]
     assert f"images={folder}" in scored and scored[-1] == "x=1"
 

@@ -35,7 +35,7 @@ def main() -> None:
         return
     if arguments.processes > 1 and not is_worker():
         sys.exit(launch(sys.argv[1:], processes=arguments.processes))
-    recipe = importlib.import_module(f"train.{arguments.phase}")
+    recipe = importlib.import_module(f"train.recipes.{arguments.phase}")
     from train import engine, loop
 
     quiet_model_files()

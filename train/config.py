@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_mix.config import DataConfig
-from data_mix.sources import ImageSourceConfig
-from data_mix.text import TextSourceConfig
-from um3.config import ModelConfig, is_um3
+from data_mix.batches.config import DataConfig
+from data_mix.sources.image_sources import ImageSourceConfig
+from data_mix.sources.text import TextSourceConfig
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.files import read_json, sha256_of
+from um3.model.configuration import ModelConfig, is_um3
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import ROOT, run_on_ranks
+from tests.helpers.processes import ROOT, run_on_ranks
 from um3.core.distributed import (
     any_rank,
     barrier,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 PROGRAM = """
 import logging

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 from um3.core import progress
 from um3.core.progress import Progress, format_seconds, peak_memory_gib, quiet_progress, track
 

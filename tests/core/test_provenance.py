@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 from um3.core.provenance import machine, versions
 
 

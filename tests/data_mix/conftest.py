@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_mix import set_aside
+from data_mix.sources import bad_files as set_aside
 
 
 @pytest.fixture

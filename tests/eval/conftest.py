@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from data_mix.scenes import ScenesSource
+from data_mix.demo.scenes import ScenesSource
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
-from tokenizer.text import train_caption_tokenizer
-from um3.model import ModelConfig, build_model, save_model
-from um3.pipeline import UM3Pipeline
-from um3.text_tokenizer import make_id_space, train_text_tokenizer
+from tokenizer.text_tokenizer import train_caption_tokenizer
+from um3.inference.pipeline import UM3Pipeline
+from um3.model.language_model import ModelConfig, build_model, save_model
+from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
 
-sys.path.append(str(Path(__file__).parent))  # where mean_colour and language_items are found, as on a user's PYTHONPATH
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # as on a user's PYTHONPATH: mean_colour and language_items
 
 NAMES = ("Anna", "Bela", "Carl", "Dora", "Emil", "Flora", "Georg", "Hanna")
 PLACES = ("the old harbour", "a quiet garden", "the long road", "his uncle's mill", "the upper room")
@@ -131,7 +131,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(um3_folder, tmp_path_factory):
-    from um3.export import export_text_half
+    from um3.model.export import export_text_half
 
     folder = tmp_path_factory.mktemp("exported") / "plain"
     export_text_half(um3_folder, out=folder)

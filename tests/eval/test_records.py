@@ -7,7 +7,7 @@ import pytest
 from eval.command import LeftOut
 from eval.records import NoJudgeError, Records, judgements, supplied
 from um3.core.errors import UserError
-from um3.pictures import save_png
+from um3.inference.image_io import save_png
 
 
 @pytest.fixture

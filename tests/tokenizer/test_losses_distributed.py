@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.processes import run_on_ranks
+from tests.helpers.processes import run_on_ranks
 from tokenizer.losses import info_nce
 from um3.core.distributed import rank, world_size
 

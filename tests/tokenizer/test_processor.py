@@ -13,7 +13,7 @@ from tokenizer import load
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
-from tokenizer.text import load_caption_tokenizer, train_caption_tokenizer
+from tokenizer.text_tokenizer import load_caption_tokenizer, train_caption_tokenizer
 from um3.core.errors import UserError
 
 CAPTIONS = ["a red circle", "three blue squares", "a green cross above a pink triangle"] * 5

@@ -88,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         run_here(patch, arguments("stage1", folder))
         run_here(patch, arguments("stage2", folder))
-    from data_mix.encode import main as encode
+    from data_mix.codes.encode import main as encode
 
     encode([
         "--config", str(ROOT / "configs/demo/codes.yaml"), f"qlip={folder}/stage2/model", f"out={folder}/codes",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_on_ranks
+from tests.helpers.processes import run_on_ranks
+from tests.helpers.survive import Run, process_state
 from tests.train.conftest import arguments, losses, run_here
-from tests.train.survive import Run, process_state
 from train.loop import NonFiniteLoss, check_finite
 from um3.core.distributed import rank
 from um3.core.metrics import read_metrics

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.survive import long_run, outcome
 from tests.train.conftest import arguments, losses, run_here
-from tests.train.survive import long_run, outcome
 from train import checkpoint, loop
 from um3.core.errors import Interrupted, UserError
 from um3.core.metrics import read_metrics

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.train.survive import (
+from tests.helpers.survive import (
     PHASES,
     STEPS_PER_KILL,
     Run,

@@ -9,10 +9,10 @@ import torch
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
-from um3.ids import IdSpace
-from um3.model import ModelConfig, build_model, save_model
-from um3.pipeline import UM3Pipeline
-from um3.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.inference.pipeline import UM3Pipeline
+from um3.model.language_model import ModelConfig, build_model, save_model
+from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.model.vocabulary import IdSpace
 
 IMAGE_SIZE, PATCH_SIZE = 16, 8
 TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from um3.core.errors import UserError
+from um3.core.hub import model_folder
 from um3.core.progress import track
-from um3.hub import model_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from um3.pipeline import UM3Pipeline
+    from um3.inference.pipeline import UM3Pipeline
 
 STDIN = "-"
 MAX_STDIN = 200_000_000
@@ -104,7 +104,7 @@ def load(model: str, *, device: str) -> "UM3Pipeline":
     import torch
 
     from um3.core.log import quiet_model_files, setup_logging
-    from um3.pipeline import UM3Pipeline
+    from um3.inference.pipeline import UM3Pipeline
 
     setup_logging()
     quiet_model_files()

@@ -6,8 +6,8 @@ import typer
 
 from um3.cli.app import DEFAULT_MODEL, DeviceOption, ModelOption, command
 from um3.cli.inputs import load
-from um3.defaults import image_defaults
-from um3.hub import model_folder
+from um3.core.hub import model_folder
+from um3.inference.generation_defaults import image_defaults
 
 
 @command("Open a page to draw and look at pictures with.", "um3 serve", "um3 serve --port 0 --no-open")

@@ -25,16 +25,16 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from um3.choice import Sampling
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
-from um3.web import work
+from um3.inference.sampling_params import Sampling
+from um3.web import model_calls as work
 from um3.web.address import is_loopback
-from um3.web.guard import Guard
+from um3.web.security import Guard
 from um3.web.worker import Busy, Job, Worker
 
 if TYPE_CHECKING:
-    from um3.pipeline import UM3Pipeline
+    from um3.inference.pipeline import UM3Pipeline
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.um3.conftest import save_qlip
-from um3.model import ModelConfig, build_model, save_model
-from um3.pipeline import UM3Pipeline
-from um3.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.inference.pipeline import UM3Pipeline
+from um3.model.language_model import ModelConfig, build_model, save_model
+from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
 
 TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
 SIDE = 8

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.um3.web.conftest import SIDE, Server
-from um3.pictures import read_metadata
+from um3.inference.image_io import read_metadata
 
 playwright = pytest.importorskip("playwright.sync_api")
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect

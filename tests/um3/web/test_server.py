@@ -19,10 +19,10 @@ from starlette.datastructures import Headers
 
 from tests.um3.web.conftest import MOST_WAITING, SIDE, Server
 from um3.core.errors import UserError
-from um3.pictures import METADATA, code_picture
-from um3.pipeline import UM3Pipeline
+from um3.inference.image_io import METADATA, code_picture
+from um3.inference.pipeline import UM3Pipeline
 from um3.web.address import is_loopback, listen
-from um3.web.guard import Guard
+from um3.web.security import Guard
 from um3.web.server import MAX_UPLOAD, build_app
 
 LONG = {"prompt": "a red disk", "num_images": 16, "guidance_scale": 3}

@@ -1,0 +1,1 @@
+"""Batches: what one training step reads, as a function of (seed, step)."""

@@ -1,0 +1,1 @@
+"""Codes: images encoded by the visual tokenizer, stored in shards."""

@@ -1,0 +1,268 @@
+"""The judge of generated scenes: from the pixels of an image to its objects, and from those to a verdict.
+
+It sees an image and nothing else. It is built to read reconstructions too (about 25 dB): a blurred red edge
+lies on the straight line from the ground's colour to red, so a pixel is judged by its distance from such lines
+and never by the nearest palette colour alone, which would find a pink ring around every red object.
+
+Shape legend: H, W = image, N = pixels of one region, C = palette colours, S = side of a box.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from data_mix.demo.scene_prompts import (
+    COLOURS,
+    NUMBER_WORDS,
+    SHAPES,
+    Colour,
+    Demands,
+    ObjectDemand,
+    Relation,
+    Shape,
+    noun_phrase,
+    prompt_text,
+)
+from data_mix.demo.scenes import BACKGROUND, PALETTE, REFERENCE_SIZE, SceneObject, captions, relation_of, shape_mask
+
+MAX_SIZE = 64  # larger images are shrunk to this first: shapes need no more, and the search stays fast
+GROUND_DISTANCE = 45.0  # RGB distance from the ground at which a pixel may belong to an object
+FULL_COVERAGE = 0.5  # share of a pixel that must be ink for it to count as part of the object
+MIN_AREA = 12.0  # pixels at 32 x 32; the smallest drawn shape, a cross of side 8, covers 28
+MAX_RESIDUAL = 28.0  # RGB rms distance from the line of one colour above which a region may hold two
+MIN_GAIN = 2.0  # and two colours must explain it this much better, in squared distance
+FOREIGN_RESIDUAL = 60.0  # above this in the end the region has no colour of ours (noise has about 100)
+SHARPENING = 3.0  # contrast of coverage around one half before shapes are compared: undoes some of a blur
+BLUR = 0.9  # pixels at 32 x 32: shapes are compared with templates as rendered and with blurred ones
+MIN_IOU = 0.55  # of the best template; a blob below this is no shape of ours
+MIN_OFFSET = 3.0  # pixels at 32 x 32 between two centres for a relation to hold; scenes have at least 12
+
+GROUND = np.array(BACKGROUND, dtype=np.float32)
+INK_C3 = np.array([PALETTE[colour] for colour in COLOURS], dtype=np.float32)
+
+
+class Detection(NamedTuple):
+    """One object found, in pixels of the image.
+
+    `box` is (left, top, right, bottom), right and bottom excluded; `centre` is its (x, y); `score` is the
+    overlap (IoU) with the best template.
+    """
+
+    shape: Shape
+    colour: Colour
+    box: tuple[int, int, int, int]
+    centre: tuple[float, float]
+    score: float
+
+
+class Verdict(NamedTuple):
+    """`passed` when all demands are met; `demands_met` says which, by the words of the demand."""
+
+    passed: bool
+    demands_met: dict[str, bool]
+
+
+def detect(image: np.ndarray) -> list[Detection]:
+    """The objects in a uint8 RGB (H, W, 3) image, in reading order of their boxes.
+
+    Raises:
+        ValueError: any other dtype or shape.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 (height, width, 3) image, got {image.dtype} {image.shape}")
+    shrink = max(1.0, max(image.shape[:2]) / MAX_SIZE)
+    if shrink > 1:
+        smaller = (round(image.shape[1] / shrink), round(image.shape[0] / shrink))
+        image = np.asarray(Image.fromarray(image).resize(smaller, Image.Resampling.BOX))
+    scale = max(image.shape[:2]) / REFERENCE_SIZE
+    offset_HW3 = image.astype(np.float32) - GROUND
+    region_HW, _ = ndimage.label((offset_HW3**2).sum(axis=2) > GROUND_DISTANCE**2)
+    found: list[Detection] = []
+    for number, place in enumerate(ndimage.find_objects(region_HW), start=1):
+        inside_HW = region_HW[place] == number
+        if inside_HW.sum() < MIN_AREA * scale**2:
+            continue
+        for colour, coverage_HW in _split_by_colour(offset_HW3[place], inside_HW, scale=scale):
+            found += _objects(coverage_HW, colour, top=place[0].start, left=place[1].start, scale=scale)
+    if shrink > 1:
+        found = [_enlarged(detection, factor=shrink) for detection in found]
+    return sorted(found, key=lambda detection: (detection.box[1], detection.box[0]))
+
+
+def _enlarged(detection: Detection, *, factor: float) -> Detection:
+    left, top, right, bottom = (round(edge * factor) for edge in detection.box)
+    centre = (detection.centre[0] * factor, detection.centre[1] * factor)
+    return detection._replace(box=(left, top, right, bottom), centre=centre)
+
+
+def _split_by_colour(offset_HW3: np.ndarray, inside_HW: np.ndarray, *, scale: float) -> list[tuple[Colour, np.ndarray]]:
+    """The colours in one connected region, each with how much of every pixel it covers (H, W) in [0, 1].
+
+    One colour when its line explains the region; else the two that explain it best together, if each of them
+    then holds enough pixels for an object (touching objects in a bad reconstruction). None when no line comes
+    near.
+    """
+    offset_N3 = offset_HW3[inside_HW]
+    coverage_NC, squared_NC = _distances_to_lines(offset_N3)
+    total_C = squared_NC.sum(axis=0)
+    single = int(total_C.argmin())
+    coverage_HW = np.zeros(inside_HW.shape, dtype=np.float32)
+    pairs = list(itertools.combinations(range(len(COLOURS)), 2))
+    total_of_pair = [float(squared_NC[:, pair].min(axis=1).sum()) for pair in pairs]
+    worth_it = MIN_GAIN * min(total_of_pair) < total_C[single]
+    if worth_it and total_C[single] > len(offset_N3) * MAX_RESIDUAL**2:
+        best = pairs[int(np.argmin(total_of_pair))]
+        choice_N = squared_NC[:, best].argmin(axis=1)
+        parts: list[tuple[Colour, np.ndarray]] = []
+        for position, index in enumerate(best):
+            part_HW = coverage_HW.copy()
+            part_HW[inside_HW] = np.where(choice_N == position, coverage_NC[:, index], 0)
+            if part_HW.sum() >= MIN_AREA * scale**2:
+                parts.append((COLOURS[index], part_HW))
+        if len(parts) == 2 and min(total_of_pair) < len(offset_N3) * FOREIGN_RESIDUAL**2:
+            return parts
+    if total_C[single] > len(offset_N3) * FOREIGN_RESIDUAL**2:
+        return []
+    coverage_HW[inside_HW] = coverage_NC[:, single]
+    return [(COLOURS[single], coverage_HW)]
+
+
+def _distances_to_lines(offset_N3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage (N, C) and squared RGB distance (N, C) of each pixel from the line ground-to-ink of each colour."""
+    line_C3 = INK_C3 - GROUND
+    coverage_NC = np.clip(offset_N3 @ line_C3.T / (line_C3**2).sum(axis=1), 0, 1)
+    miss_NC3 = offset_N3[:, None] - coverage_NC[:, :, None] * line_C3
+    return coverage_NC, (miss_NC3**2).sum(axis=2)
+
+
+def _objects(coverage_HW: np.ndarray, colour: Colour, *, top: int, left: int, scale: float) -> list[Detection]:
+    """The connected solid parts of one colour's coverage, each matched with the shapes."""
+    part_HW, _ = ndimage.label(coverage_HW > FULL_COVERAGE)
+    found = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(part_HW), start=1):
+        part = part_HW[rows, columns] == number
+        if part.sum() < MIN_AREA * scale**2:
+            continue
+        # A rim of one pixel is kept around the part: there lie the half-covered edge pixels of its shape.
+        other_HW = (part_HW > 0) & (part_HW != number)
+        padded_HW = np.pad(np.where(other_HW, 0, coverage_HW), 1)[
+            rows.start : rows.stop + 2, columns.start : columns.stop + 2
+        ]
+        shape, score = _best_shape(padded_HW, scale=scale)
+        if score < MIN_IOU:
+            continue
+        y_1, x_1, y_2, x_2 = top + rows.start, left + columns.start, top + rows.stop, left + columns.stop
+        found.append(Detection(shape, colour, (x_1, y_1, x_2, y_2), ((x_1 + x_2) / 2, (y_1 + y_2) / 2), score))
+    return found
+
+
+def _best_shape(coverage_HW: np.ndarray, *, scale: float) -> tuple[Shape, float]:
+    """The shape whose rendered template overlaps best, over sides and places near the region's own.
+
+    coverage_HW has a rim of one pixel around the solid part.
+    """
+    coverage_HW = _sharpened(coverage_HW)
+    longest = max(coverage_HW.shape) - 2
+    reach = max(1, round(scale))
+    total = float(coverage_HW.sum())
+    best: tuple[Shape, float] = (SHAPES[0], 0.0)
+    # A blurred triangle loses up to two pixels of its side at the apex: the search reaches further up than down.
+    for side in range(max(3, longest - reach), longest + 2 * reach + 1):
+        canvas = np.pad(coverage_HW, max(0, side + 2 - min(coverage_HW.shape)) + 1)
+        windows = np.lib.stride_tricks.sliding_window_view(canvas, (side + 2, side + 2))
+        near = windows[_middle(windows.shape[0], reach=reach), _middle(windows.shape[1], reach=reach)]
+        for shape, template_SS in _templates(side, blur=BLUR * scale):
+            shared = float(np.minimum(near, template_SS).sum(axis=(2, 3)).max())
+            score = shared / (total + float(template_SS.sum()) - shared)
+            if score > best[1]:
+                best = (shape, score)
+    return best
+
+
+def _middle(length: int, *, reach: int) -> slice:
+    """The places at most `reach` from the middle of `length` of them (half a step more if it is even)."""
+    return slice(max(0, (length - 1) // 2 - reach), min(length, length // 2 + reach + 1))
+
+
+@functools.lru_cache(maxsize=256)
+def _templates(side: int, *, blur: float) -> list[tuple[Shape, np.ndarray]]:
+    """Every shape with a rim of one pixel, (side + 2, side + 2): as rendered, and blurred by `blur` pixels."""
+    templates = []
+    for shape in SHAPES:
+        mask_SS = np.pad(shape_mask(shape, side), 1)
+        for sigma in (0.0, blur):
+            templates.append((shape, _sharpened(ndimage.gaussian_filter(mask_SS, sigma, mode="constant"))))
+    return templates
+
+
+def _sharpened(coverage: np.ndarray) -> np.ndarray:
+    return np.clip((coverage - 0.5) * SHARPENING + 0.5, 0, 1)
+
+
+def check(image: np.ndarray, demands: Demands) -> Verdict:
+    """Judge a uint8 RGB (H, W, 3) image against the demands of a prompt (see `Demands` and `parse_prompt`)."""
+    return judge(detect(image), demands, size=max(image.shape[:2]))
+
+
+def judge(found: Sequence[Detection], demands: Demands, *, size: int) -> Verdict:
+    """Judge what was detected in an image of `size` pixels; `check` for many prompts on one image.
+
+    A number demands exactly that many, an article at least one; objects nobody asked for are tolerated.
+    """
+    met: dict[str, bool] = {}
+    for demand, copies in Counter(demands.objects).items():
+        # "a circle and a circle" demands two of the kind.
+        number = sum(_matches(detection, demand) for detection in found)
+        met[noun_phrase(demand)] = number == demand.count if demand.exact else number >= copies
+    if demands.relation is not None:
+        first, second = demands.objects
+        met[prompt_text(demands)] = any(
+            _relation_holds(a, b, demands.relation, size=size)
+            for a, b in itertools.permutations(found, 2)
+            if _matches(a, first) and _matches(b, second)
+        )
+    return Verdict(passed=all(met.values()), demands_met=met)
+
+
+def _matches(detection: Detection, demand: ObjectDemand) -> bool:
+    return detection.shape == demand.shape and demand.colour in (None, detection.colour)
+
+
+def _relation_holds(first: Detection, second: Detection, relation: Relation, *, size: int) -> bool:
+    """The relation of the captions: the outweighing direction decides, and the offset must be clear."""
+    offset = max(abs(a - b) for a, b in zip(first.centre, second.centre, strict=True))
+    return offset >= MIN_OFFSET * size / REFERENCE_SIZE and relation_of(first.centre, second.centre) == relation
+
+
+def describe(image: np.ndarray) -> str | None:
+    """The full caption of a scene from its pixels; None when it shows no scene of ours."""
+    return caption_of(detect(image))
+
+
+def caption_of(found: Sequence[Detection]) -> str | None:
+    """The full caption of what was detected.
+
+    None for nothing, for more than four objects, and for several that are neither all equal nor exactly two
+    unlike shapes in unlike colours.
+    """
+    kinds = {(detection.shape, detection.colour) for detection in found}
+    objects = [_as_object(detection) for detection in found]
+    if len(found) == 2 and len(kinds) == 2:
+        if found[0].shape == found[1].shape or found[0].colour == found[1].colour:
+            return None
+        if relation_of(found[0].centre, found[1].centre) in ("right of", "below"):
+            objects.reverse()
+    elif len(kinds) != 1 or len(found) > max(NUMBER_WORDS):
+        return None
+    return captions(objects)[0]
+
+
+def _as_object(detection: Detection) -> SceneObject:
+    left, top, right, bottom = detection.box
+    return SceneObject(detection.shape, detection.colour, left, top, max(right - left, bottom - top))

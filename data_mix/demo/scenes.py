@@ -1,0 +1,329 @@
+"""Procedural scenes: coloured shapes on a plain ground, with captions that say exactly what is visible.
+
+A scene is a function of (seed, split, index), so the set needs no files and any number of processes agree on
+it. Its captions cover the six skills of GenEval (arXiv:2310.11513): single_object, two_object, counting,
+colors, position and color_attr; `data_mix/demo/scene_checker.py` judges the answers from pixels alone.
+
+Shape legend: H, W = image height and width, S = side of one object's box, all in pixels.
+"""
+
+import functools
+import random
+import zlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+
+from data_mix.demo.scene_prompts import (
+    COLOURS,
+    MIRRORED,
+    SHAPES,
+    Colour,
+    Demands,
+    ObjectDemand,
+    Relation,
+    ScenePrompt,
+    Shape,
+    evaluation_prompts,
+    parse_prompt,
+    prompt_text,
+)
+from data_mix.samples import Sample, Split
+from um3.core.seeds import derive_seed
+
+__all__ = [
+    "BACKGROUND",
+    "PALETTE",
+    "SceneObject",
+    "ScenePrompt",
+    "ScenesSource",
+    "captions",
+    "evaluation_prompts",
+    "parse_prompt",
+    "render",
+    "shape_mask",
+]
+
+# Well apart from each other and from the ground in RGB (nearest pair: orange and yellow, 87), so that a
+# reconstruction at 25 dB (an error of about 14 per channel) still shows the right colour.
+PALETTE: dict[Colour, tuple[int, int, int]] = {
+    "red": (215, 30, 35),
+    "orange": (250, 135, 10),
+    "yellow": (245, 220, 30),
+    "green": (35, 160, 65),
+    "blue": (35, 80, 220),
+    "purple": (125, 40, 165),
+    "pink": (255, 125, 195),
+    "black": (20, 20, 20),
+}
+BACKGROUND: tuple[int, int, int] = (245, 243, 238)
+
+REFERENCE_SIZE = 32  # every length below is in pixels of a 32-pixel image and scales with the size asked for
+MIN_SIZE = 24  # below this a counted object has fewer than 6 pixels and its shape cannot be told
+SINGLE_SIDES = (12, 16)
+PAIR_SIDES = (8, 12)
+COUNT_SIDES = (8, 8)
+STEP = 4  # sides and places are whole steps from the smallest: what a small model can learn to draw in minutes
+GAP = 2  # between the boxes of two objects
+MARGIN = 2  # between a box and the image's border
+CLEAR_OFFSET = 4  # by this much one direction must outweigh the other, so that left/above is never in doubt
+SUPERSAMPLING = 8
+HOLD_OUT = 8  # one distinct scene in eight belongs to val, whatever the seed
+
+Family = Literal["single", "count", "pair"]
+FAMILY_SHARES: dict[Family, float] = {"single": 0.20, "count": 0.25, "pair": 0.55}
+
+
+class SceneObject(NamedTuple):
+    """A shape in the square box [left, left + side) x [top, top + side)."""
+
+    shape: Shape
+    colour: Colour
+    left: int
+    top: int
+    side: int
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """(x, y) in pixels; on a half for an even side."""
+        return self.left + self.side / 2, self.top + self.side / 2
+
+
+class ScenesSource:
+    """`length` scenes of `size` x `size` pixels. No val scene is in any train split, whatever the seed."""
+
+    name = "scenes"
+
+    def __init__(self, *, size: int = 32, length: int = 50_000, seed: int = 0, split: Split = "train") -> None:
+        if size < MIN_SIZE:
+            raise ValueError(f"size={size}: scenes need at least {MIN_SIZE} pixels to show their shapes")
+        if length < 1:
+            raise ValueError(f"length={length}: at least one scene is needed")
+        if split not in get_args(Split):
+            raise ValueError(f"split={split!r}: one of {', '.join(get_args(Split))}")
+        self.size = size
+        self.length = length
+        self.seed = seed
+        self.split: Split = split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        objects = self.objects(index)
+        image_HWC = render(objects, size=self.size)
+        key = f"scenes-{self.split}-{self.seed}-{index:08d}"
+        return Sample(key=key, image_HWC=image_HWC, captions=captions(objects))
+
+    def objects(self, index: int) -> tuple[SceneObject, ...]:
+        """What is in scene `index`; IndexError outside [0, length)."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        draw = Draw(derive_seed(self.seed, "scenes", self.split, index))
+        while True:
+            objects = draw_scene(draw, size=self.size)
+            if _belongs_to_val(objects) == (self.split == "val"):
+                return objects
+
+
+def _belongs_to_val(objects: Sequence[SceneObject]) -> bool:
+    """Split by content: two seeds that draw the same scene put it on the same side."""
+    text = ";".join(f"{o.shape},{o.colour},{o.left},{o.top},{o.side}" for o in sorted(objects))
+    return zlib.crc32(text.encode()) % HOLD_OUT == 0
+
+
+# --- drawing what is in a scene
+
+
+Option = TypeVar("Option")
+
+
+class Draw:
+    """Random choices from random() alone: only that is promised to stay the same across Python versions."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed).random
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform in [low, high], both included."""
+        return low + int(self._random() * (high - low + 1))
+
+    def stepped(self, low: int, high: int, *, step: int) -> int:
+        """Uniform among low, low + step, ... up to high."""
+        return low + step * self.integer(0, (high - low) // step)
+
+    def choice(self, options: Sequence[Option]) -> Option:
+        return options[int(self._random() * len(options))]
+
+    def family(self) -> Family:
+        point = self._random()
+        for family, share in FAMILY_SHARES.items():
+            point -= share
+            if point < 0:
+                return family
+        return "pair"
+
+
+def scaled(length: int, *, size: int) -> int:
+    """A length given for a 32-pixel image, in whole pixels of an image of `size`."""
+    return max(1, round(length * size / REFERENCE_SIZE))
+
+
+def draw_scene(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
+    """One scene, family first; its objects are in reading order (left or upper first)."""
+    family = draw.family()
+    if family == "single":
+        side = _side(draw, SINGLE_SIDES, size=size)
+        left, top = _corner(draw, side, size=size)
+        return (SceneObject(draw.choice(SHAPES), draw.choice(COLOURS), left, top, side),)
+    if family == "count":
+        return _draw_count(draw, size=size)
+    return _draw_pair(draw, size=size)
+
+
+def _side(draw: Draw, sides: tuple[int, int], *, size: int) -> int:
+    return draw.stepped(scaled(sides[0], size=size), scaled(sides[1], size=size), step=scaled(STEP, size=size))
+
+
+def _corner(draw: Draw, side: int, *, size: int) -> tuple[int, int]:
+    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
+    low, high = margin, size - margin - side
+    return draw.stepped(low, high, step=step), draw.stepped(low, high, step=step)
+
+
+def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
+    """Two to four equal shapes anywhere. A start with no room left is thrown away whole and drawn again."""
+    shape, colour, count = draw.choice(SHAPES), draw.choice(COLOURS), draw.integer(2, 4)
+    gap = scaled(GAP, size=size)
+    placed: list[SceneObject] = []
+    misses = 0
+    while len(placed) < count:
+        side = _side(draw, COUNT_SIDES, size=size)
+        left, top = _corner(draw, side, size=size)
+        if all(
+            max(left - o.left - o.side, o.left - left - side, top - o.top - o.side, o.top - top - side) >= gap
+            for o in placed
+        ):
+            placed.append(SceneObject(shape, colour, left, top, side))
+        else:
+            misses += 1
+            if misses % 8 == 0:
+                placed.clear()
+    return tuple(sorted(placed, key=lambda o: (o.top, o.left)))
+
+
+def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
+    """Two unlike shapes in two unlike colours, the first clearly left of or clearly above the second."""
+    first_shape, first_colour = draw.choice(SHAPES), draw.choice(COLOURS)
+    second_shape = draw.choice([shape for shape in SHAPES if shape != first_shape])
+    second_colour = draw.choice([colour for colour in COLOURS if colour != first_colour])
+    side_1, side_2 = _side(draw, PAIR_SIDES, size=size), _side(draw, PAIR_SIDES, size=size)
+    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
+    gap = max(step, scaled(GAP, size=size))  # a whole step, so that both objects lie on the raster
+    horizontal = draw.integer(0, 1) == 0
+    while True:
+        along_1 = draw.stepped(margin, size - margin - side_2 - gap - side_1, step=step)
+        along_2 = draw.stepped(along_1 + side_1 + gap, size - margin - side_2, step=step)
+        across_1 = draw.stepped(margin, size - margin - side_1, step=step)
+        across_2 = draw.stepped(margin, size - margin - side_2, step=step)
+        offset_along = along_2 + side_2 / 2 - along_1 - side_1 / 2
+        offset_across = abs(across_2 + side_2 / 2 - across_1 - side_1 / 2)
+        if offset_along - offset_across >= scaled(CLEAR_OFFSET, size=size):
+            break
+    if horizontal:
+        return (
+            SceneObject(first_shape, first_colour, along_1, across_1, side_1),
+            SceneObject(second_shape, second_colour, along_2, across_2, side_2),
+        )
+    return (
+        SceneObject(first_shape, first_colour, across_1, along_1, side_1),
+        SceneObject(second_shape, second_colour, across_2, along_2, side_2),
+    )
+
+
+# --- pixels
+
+
+def render(objects: Sequence[SceneObject], *, size: int) -> np.ndarray:
+    """The scene as uint8 RGB (size, size, 3). Boxes must not overlap: a patch is pasted with its ground."""
+    image_HWC = np.empty((size, size, 3), dtype=np.uint8)
+    image_HWC[:] = BACKGROUND
+    for o in objects:
+        image_HWC[o.top : o.top + o.side, o.left : o.left + o.side] = _patch(o.shape, o.colour, o.side)
+    return image_HWC
+
+
+@functools.lru_cache(maxsize=4096)
+def _patch(shape: Shape, colour: Colour, side: int) -> np.ndarray:
+    coverage_SS1 = shape_mask(shape, side)[:, :, None]
+    ground, ink = np.array(BACKGROUND, dtype=np.float32), np.array(PALETTE[colour], dtype=np.float32)
+    return np.rint(ground + coverage_SS1 * (ink - ground)).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=1024)
+def shape_mask(shape: Shape, side: int) -> np.ndarray:
+    """How much of each pixel the shape covers: float32 (S, S) in [0, 1], touching all sides of its box."""
+    steps = (np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING  # positions of the sub-pixels, in pixels
+    x, y = steps[None, :], steps[:, None]
+    inside = _inside(shape, x, y, side)
+    mask_SS = inside.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean(axis=(1, 3), dtype=np.float32)
+    mask_SS.flags.writeable = False  # it is shared by every caller
+    return mask_SS
+
+
+def _inside(shape: Shape, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+    middle = side / 2
+    if shape == "circle":
+        return (x - middle) ** 2 + (y - middle) ** 2 <= middle**2
+    if shape == "square":
+        return np.ones((x + y).shape, dtype=bool)
+    if shape == "triangle":
+        return np.abs(x - middle) <= y / 2
+    # The arm is about a third of the side, of the same parity so that its edges fall between pixels.
+    arm = min((width for width in range(1, side) if (side - width) % 2 == 0), key=lambda w: abs(w - side / 3))
+    return (np.abs(x - middle) <= arm / 2) | (np.abs(y - middle) <= arm / 2)
+
+
+# --- words
+
+
+def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
+    """What the prompts of the six skills would say of this scene; the full caption first.
+
+    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first. A
+    relation is told from both sides; "and" keeps the reading order, so that a drawer knows which comes first.
+    """
+    first = objects[0]
+    full_1, bare_1 = ObjectDemand(first.shape, first.colour), ObjectDemand(first.shape)
+    if len(objects) == 1:
+        return _texts(Demands((full_1,)), Demands((bare_1,)))
+    second = objects[1]
+    if (first.shape, first.colour) == (second.shape, second.colour):
+        counted = len(objects)
+        return _texts(
+            Demands((ObjectDemand(first.shape, first.colour, counted),)),
+            Demands((ObjectDemand(first.shape, None, counted),)),
+        )
+    full_2, bare_2 = ObjectDemand(second.shape, second.colour), ObjectDemand(second.shape)
+    relation = relation_of(first.centre, second.centre)
+    return _texts(
+        Demands((full_1, full_2), relation),
+        Demands((full_2, full_1), MIRRORED[relation]),
+        Demands((bare_1, bare_2), relation),
+        Demands((bare_2, bare_1), MIRRORED[relation]),
+        Demands((full_1, full_2)),
+        Demands((bare_1, bare_2)),
+    )
+
+
+def _texts(*all_demands: Demands) -> tuple[str, ...]:
+    return tuple(prompt_text(demands) for demands in all_demands)
+
+
+def relation_of(first: tuple[float, float], second: tuple[float, float]) -> Relation:
+    """Where the centre (x, y) of `first` lies as seen from `second`, along the direction that outweighs."""
+    offset_x, offset_y = second[0] - first[0], second[1] - first[1]
+    if abs(offset_x) > abs(offset_y):
+        return "left of" if offset_x > 0 else "right of"
+    return "above" if offset_y > 0 else "below"

@@ -1,0 +1,1 @@
+"""Sources: image and text data sets, each an index from numbers to samples."""

@@ -1,0 +1,1 @@
+"""Published benchmarks of captions and generated images, as commands."""

@@ -1,0 +1,1 @@
+"""Metrics: functions of images, captions and features."""

@@ -1,0 +1,1 @@
+"""Tasks: what `make eval` measures."""

@@ -1,0 +1,184 @@
+"""The scene checker: it agrees with the truth on fresh renders and still reads degraded ones."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data_mix.demo.scene_checker import Detection, caption_of, check, describe, detect, judge
+from data_mix.demo.scene_prompts import (
+    COLOURS,
+    MIRRORED,
+    RELATIONS,
+    SHAPES,
+    Demands,
+    ObjectDemand,
+    evaluation_prompts,
+    parse_prompt,
+)
+from data_mix.demo.scenes import BACKGROUND, SceneObject, ScenesSource, render
+
+Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def clean(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    return image
+
+
+def blur_and_noise(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """About 27 dB."""
+    blurred = ndimage.gaussian_filter(image.astype(float), (0.6, 0.6, 0))
+    return np.clip(np.rint(blurred + generator.normal(0, 8, image.shape)), 0, 255).astype(np.uint8)
+
+
+def jitter(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    return np.clip(image + generator.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
+
+
+def truth(objects: Sequence[SceneObject], demands: Demands) -> bool:
+    """The verdict from what was drawn; written apart from the checker's own rules."""
+
+    def fits(o: SceneObject, demand: ObjectDemand) -> bool:
+        return o.shape == demand.shape and (demand.colour is None or demand.colour == o.colour)
+
+    def stands(a: SceneObject, b: SceneObject) -> bool:
+        x, y = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
+        margins = {"left of": x - abs(y), "right of": -x - abs(y), "above": y - abs(x), "below": -y - abs(x)}
+        return margins[demands.relation or "above"] >= 0
+
+    for demand in demands.objects:
+        number = sum(fits(o, demand) for o in objects)
+        if number == 0 or (demand.count > 1 and number != demand.count):
+            return False
+    if demands.relation is None:
+        return True
+    first, second = demands.objects
+    return any(fits(a, first) and fits(b, second) and stands(a, b) for a in objects for b in objects if a != b)
+
+
+@pytest.mark.parametrize(
+    ("degrade", "num_scenes", "least"),
+    [(clean, 1000, 0.99), (blur_and_noise, 300, 0.95), (jitter, 300, 0.95)],
+)
+def test_agrees_with_the_truth(degrade: Degrade, num_scenes: int, least: float) -> None:
+    source = ScenesSource(size=32, seed=11, split="val")
+    generator = np.random.default_rng(0)
+    test_prompts = evaluation_prompts(per_skill=12, seed=1)
+    described = accepted = judged = judgements = 0
+    for index in range(num_scenes):
+        sample, objects = source[index], source.objects(index)
+        found = detect(degrade(sample.image_HWC, generator))
+        described += caption_of(found) == sample.captions[0]
+        accepted += all(judge(found, parse_prompt(text), size=32).passed for text in sample.captions)
+        for prompt in test_prompts:
+            judged += judge(found, prompt.demands, size=32).passed == truth(objects, prompt.demands)
+            judgements += 1
+    assert described / num_scenes >= least
+    assert accepted / num_scenes >= least
+    assert judged / judgements >= least
+
+
+def test_rejects_each_kind_of_wrong_prompt() -> None:
+    source = ScenesSource(size=32, seed=12)
+    rejected = wrong_prompts = 0
+    for index in range(300):
+        sample = source[index]
+        found = detect(sample.image_HWC)
+        for wrong in _near_misses(parse_prompt(sample.captions[0])):
+            wrong_prompts += 1
+            rejected += not judge(found, wrong, size=32).passed
+    assert wrong_prompts > 1000 and rejected / wrong_prompts >= 0.99
+
+
+def _near_misses(demands: Demands) -> list[Demands]:
+    """The full demands with one thing changed: a colour, a shape, the number, the relation."""
+    first, *rest = demands.objects
+    other_colour = COLOURS[(COLOURS.index(first.colour or "red") + 1) % len(COLOURS)]
+    other_shape = next(s for s in SHAPES if s not in {demand.shape for demand in demands.objects})
+    changes = [dataclasses.replace(first, colour=other_colour), dataclasses.replace(first, shape=other_shape)]
+    changes += [dataclasses.replace(first, count=count) for count in (2, 3, 4) if count != first.count]
+    wrong = [Demands((change, *rest), demands.relation) for change in changes]
+    if demands.relation:
+        wrong += [Demands(demands.objects, relation) for relation in RELATIONS if relation != demands.relation]
+        swapped = (
+            dataclasses.replace(first, colour=rest[0].colour),
+            dataclasses.replace(rest[0], colour=first.colour),
+        )
+        wrong.append(Demands(swapped, None))
+        assert MIRRORED[MIRRORED[demands.relation]] == demands.relation
+    return wrong
+
+
+@pytest.mark.parametrize("size", [24, 64, 256])
+def test_reads_other_sizes(size: int) -> None:
+    source = ScenesSource(size=size, seed=13)
+    agreed = sum(describe(source[index].image_HWC) == source[index].captions[0] for index in range(60))
+    assert agreed >= 59
+    detection = detect(render([SceneObject("square", "green", size // 4, size // 8, size // 2)], size=size))[0]
+    box = (size // 4, size // 8, 3 * size // 4, size // 8 + size // 2)
+    assert np.abs(np.subtract(detection.box, box)).max() <= size // 32 + 1
+    assert (detection.shape, detection.colour) == ("square", "green") and detection.score > 0.9
+
+
+def test_a_soft_red_edge_is_no_pink_object() -> None:
+    image = render([SceneObject("circle", "red", 6, 6, 18)], size=32).astype(float)
+    for sigma in (0.5, 1.0, 1.5):
+        blurred = np.rint(ndimage.gaussian_filter(image, (sigma, sigma, 0))).astype(np.uint8)
+        assert describe(blurred) == "a red circle"
+
+
+def test_touching_objects_of_two_colours_are_told_apart() -> None:
+    image = render([SceneObject("square", "red", 5, 9, 11), SceneObject("circle", "blue", 16, 9, 11)], size=32)
+    assert describe(image) == "a red square left of a blue circle"
+
+
+def test_specks_blank_and_noise_hold_nothing() -> None:
+    blank = np.empty((32, 32, 3), dtype=np.uint8)
+    blank[:] = BACKGROUND
+    assert detect(blank) == [] and describe(blank) is None
+    specks = blank.copy()
+    specks[3:5, 3:6] = (215, 30, 35)
+    assert detect(specks) == []
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert describe(noise) is None
+
+
+def test_a_verdict_says_which_demands_hold() -> None:
+    image = render([SceneObject("circle", "red", 2, 10, 11), SceneObject("square", "blue", 18, 10, 11)], size=32)
+    verdict = check(image, parse_prompt("a red circle right of a green square"))
+    assert not verdict.passed
+    assert verdict.demands_met == {
+        "a red circle": True,
+        "a green square": False,
+        "a red circle right of a green square": False,
+    }
+    assert check(image, parse_prompt("a blue square right of a red circle")).passed
+
+
+def test_a_number_is_exact_and_an_article_is_not() -> None:
+    image = render([SceneObject("cross", "black", left, 12, 8) for left in (1, 12, 23)], size=32)
+    assert check(image, parse_prompt("three crosses")).passed
+    assert check(image, parse_prompt("a cross")).passed
+    assert check(image, parse_prompt("a cross and a cross")).passed
+    assert not check(image, parse_prompt("two crosses")).passed
+    assert not check(image, parse_prompt("four crosses")).passed
+
+
+def test_scenes_of_no_family_have_no_caption() -> None:
+    def found(*kinds: tuple[str, str]) -> list[Detection]:
+        return [Detection(s, c, (9 * i, 2, 9 * i + 8, 10), (9 * i + 4, 6), 1.0) for i, (s, c) in enumerate(kinds)]  # type: ignore[arg-type]
+
+    assert caption_of(found(("circle", "red"), ("circle", "blue"))) is None
+    assert caption_of(found(("circle", "red"), ("square", "red"))) is None
+    assert caption_of(found(("circle", "red"), ("square", "blue"), ("cross", "green"))) is None
+    assert caption_of(found(*[("circle", "red")] * 5)) is None
+    assert caption_of(found(*[("circle", "red")] * 4)) == "four red circles"
+
+
+def test_other_arrays_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        detect(np.zeros((32, 32, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"):
+        detect(np.zeros((3, 32, 32), dtype=np.uint8))

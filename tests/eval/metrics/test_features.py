@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from eval.metrics.features import INCEPTION_URL, inception_features, random_features
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception import PREPROCESSINGS, Inception2015, prepare
+from tests.helpers import tiny_judges
+from um3.core.errors import UserError
+from um3.core.files import sha256_of
+
+
+def pictures(*, count=12, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+
+
+def test_random_features_are_the_same_every_time_and_tell_images_apart():
+    first, second = random_features(), random_features()
+    images = pictures()
+    assert first.extract(images).shape == (12, first.num_features)
+    assert torch.equal(first.extract(images), second.extract(images))
+    assert not torch.equal(random_features(seed=1).extract(images), first.extract(images))
+    same = frechet_distance(first.moments(images), first.moments(images, batch_size=5))
+    other = frechet_distance(first.moments(images), first.moments(images // 2))
+    assert same == pytest.approx(0, abs=1e-6) and other > 1e-3
+
+
+def test_inception_has_the_published_layout():
+    shapes = {name: tuple(tensor.shape) for name, tensor in Inception2015().state_dict().items()}
+    assert len(shapes) == 566
+    assert shapes["Conv2d_1a_3x3.conv.weight"] == (32, 3, 3, 3)
+    assert shapes["Mixed_6c.branch7x7dbl_3.conv.weight"] == (160, 160, 1, 7)
+    assert shapes["Mixed_7a.branch7x7x3_3.conv.weight"] == (192, 192, 7, 1)
+    assert shapes["Mixed_7c.branch3x3dbl_3b.bn.running_var"] == (384,)
+    assert shapes["fc.weight"] == (1008, 2048)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """Seeded weights in a file of the published layout, and how its sha256 begins."""
+    file = tiny_judges.save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
+    return str(file), sha256_of(file)[:8]
+
+
+def test_inception_loads_its_weights(inception):
+    weights, sha256 = inception
+    network = inception_features(weights, sha256=sha256)
+    features = network.extract(pictures(count=2))
+    assert features.shape == (2, 2048) and torch.isfinite(features).all()
+    assert (network.name, network.preprocessing) == ("inception-2015", "pytorch-fid")
+    other = inception_features(weights, sha256=sha256, preprocessing="clean-fid")
+    assert other.weights_sha256 == network.weights_sha256
+    assert not torch.allclose(other.extract(pictures(count=2)), features, rtol=1e-3)
+
+
+def test_missing_or_foreign_weights_are_one_line_errors(tmp_path):
+    with pytest.raises(UserError, match=INCEPTION_URL):
+        inception_features(str(tmp_path / "none.pth"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(
+        UserError, match=r"other.pth is not the published file \(its sha256 begins \w{8}, not 6726825d\)"
+    ):
+        inception_features(str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match="does not hold the Inception weights"):
+        inception_features(str(tmp_path / "other.pth"), sha256="")
+    (tmp_path / "damaged.pth").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read as tensors only"):
+        inception_features(str(tmp_path / "damaged.pth"), sha256="")
+
+
+def test_a_plain_colour_keeps_its_value_in_every_preprocessing():
+    plain = np.broadcast_to(np.array([0, 128, 255], dtype=np.uint8), (1, 20, 30, 3)).copy()
+    for name, levels in {
+        "pytorch-fid": (-1, 128 / 127.5 - 1, 1),
+        "torch-fidelity": (-1, 0, 127 / 128),
+        "clean-fid": (-1, 0, 127 / 128),
+    }.items():
+        prepared = prepare(plain, preprocessing=name)
+        assert prepared.shape == (1, 3, 299, 299) and prepared.dtype == torch.float32
+        for channel, level in enumerate(levels):
+            torch.testing.assert_close(prepared[0, channel], torch.full((299, 299), float(level)), atol=1e-5, rtol=0)
+
+
+def by_hand(image_HW, x, y, *, corners):
+    """One bilinear value: between the corners of pixels (TensorFlow 1) or between their centres (torch)."""
+    height, width = image_HW.shape
+    places = []
+    for place, length in ((y, height), (x, width)):
+        exact = place * length / 299 if corners else (place + 0.5) * length / 299 - 0.5
+        lower = int(np.floor(max(exact, 0)))
+        places.append((min(lower, length - 1), min(lower + 1, length - 1), max(exact, 0) - lower))
+    (top, bottom, down), (left, right, along) = places
+    upper = image_HW[top, left] * (1 - along) + image_HW[top, right] * along
+    return upper * (1 - down) + (image_HW[bottom, left] * (1 - along) + image_HW[bottom, right] * along) * down
+
+
+@pytest.mark.parametrize(("name", "corners"), [("pytorch-fid", False), ("torch-fidelity", True)])
+@pytest.mark.parametrize("size", [(7, 11), (299, 299), (512, 400)])
+def test_bilinear_preprocessings_by_hand(name, corners, size):
+    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.uint8)
+    prepared = prepare(image, preprocessing=name)
+    for x, y in ((0, 0), (298, 298), (150, 3), (17, 222)):
+        for channel in range(3):
+            value = by_hand(image[0, ..., channel].astype(np.float64), x, y, corners=corners)
+            expected = value / 127.5 - 1 if name == "pytorch-fid" else (value - 128) / 128
+            assert float(prepared[0, channel, y, x]) == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_clean_preprocessing_is_antialiased():
+    """A chequered image of 600 pixels is grey at 299; without antialiasing stripes are left."""
+    board = np.indices((600, 600)).sum(axis=0) % 2 * 255
+    images = np.repeat(board[None, ..., None], 3, axis=-1).astype(np.uint8)
+    spread = {name: float(prepare(images, preprocessing=name).std()) for name in PREPROCESSINGS}
+    assert spread["clean-fid"] < 0.02 < 0.1 < min(spread["pytorch-fid"], spread["torch-fidelity"])

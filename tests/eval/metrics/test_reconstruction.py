@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from eval.metrics.reconstruction import MAX_PSNR, psnr, ssim
+
+
+def pictures(*, count=3, height=16, width=20, noise=12, seed=0):
+    generator = np.random.default_rng(seed)
+    originals = generator.integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+    moved = originals.astype(int) + generator.integers(-noise, noise + 1, originals.shape)
+    return np.clip(moved, 0, 255).astype(np.uint8), originals
+
+
+def test_psnr_by_hand():
+    originals = np.zeros((2, 4, 4, 3), np.uint8)
+    images = originals.copy()
+    images[0] += 5
+    images[1, 0, 0, 0] = 48
+    expected = [10 * np.log10(255**2 / 25), 10 * np.log10(255**2 / (48**2 / 48))]
+    np.testing.assert_allclose(psnr(images, originals_BHWC=originals).numpy(), expected, rtol=1e-12)
+
+
+def test_an_identical_image_has_the_highest_values():
+    images, _ = pictures()
+    assert psnr(images, originals_BHWC=images).tolist() == [MAX_PSNR] * 3
+    np.testing.assert_allclose(ssim(images, originals_BHWC=images).numpy(), 1, rtol=1e-12)
+
+
+def slow_ssim(x, y):
+    """Wang et al. 2004, window by window, straight from the formula."""
+    offsets = np.arange(11) - 5
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    weights = np.outer(line, line) / np.outer(line, line).sum()
+    values = []
+    for channel in range(3):
+        for row in range(x.shape[0] - 10):
+            for column in range(x.shape[1] - 10):
+                a = x[row : row + 11, column : column + 11, channel].astype(float)
+                b = y[row : row + 11, column : column + 11, channel].astype(float)
+                mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+                var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+                cov = (weights * (a - mean_a) * (b - mean_b)).sum()
+                c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+                values.append(
+                    (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+                )
+    return np.mean(values)
+
+
+def test_ssim_equals_the_formula_window_by_window():
+    images, originals = pictures(noise=60)
+    expected = [slow_ssim(a, b) for a, b in zip(images, originals, strict=True)]
+    np.testing.assert_allclose(ssim(images, originals_BHWC=originals).numpy(), expected, rtol=1e-9)
+
+
+def test_values_are_per_image_and_symmetric():
+    images, originals = pictures(count=4)
+    for measure in (psnr, ssim):
+        whole = measure(images, originals_BHWC=originals)
+        single = [float(measure(images[i : i + 1], originals_BHWC=originals[i : i + 1])) for i in range(4)]
+        np.testing.assert_allclose(whole.numpy(), single, rtol=1e-12)
+        np.testing.assert_allclose(whole.numpy(), measure(originals, originals_BHWC=images).numpy(), rtol=1e-9)
+
+
+def test_images_below_the_window_are_an_error_that_names_the_size():
+    images, originals = pictures(height=10)
+    with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 10 x 20"):
+        ssim(images, originals_BHWC=originals)
+
+
+def test_floats_and_unequal_shapes_are_refused():
+    images, originals = pictures()
+    with pytest.raises(ValueError, match="uint8"):
+        psnr(images / 255, originals_BHWC=originals)
+    with pytest.raises(ValueError, match="two batches"):
+        psnr(images[:2], originals_BHWC=originals)

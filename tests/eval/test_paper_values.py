@@ -1,0 +1,16 @@
+from eval import paper_values as paper
+
+
+def test_the_tables_read_as_the_paper_prints_them():
+    unified, tokenizers, probe = paper.tables()
+    rows = dict(unified.rows)
+    assert unified.columns[0] == "ARC-C" and len(unified.columns) == 10
+    assert rows["UM3 1.5B"] == ["34.3", "45.35", "74.65", "43.09", "54.22", "8.6", "20.2", "17.3", "44.1", "0.25"]
+    assert rows["Llama-3.2 1B"] == ["34.9", "48.7", "75.95", "43.5", "61.48", "", "", "", "", ""]
+    assert dict(tokenizers.rows)["QLIP-B-8-256"] == ["75.6", "0.7", "26.79", "0.7905"]
+    assert dict(probe.rows)["BSQViT"] == ["29.3", "25.4", ""]
+
+
+def test_every_language_task_has_a_metric_and_a_value():
+    assert paper.LANGUAGE_METRICS.keys() < paper.UM3.keys()
+    assert sum(paper.GENEVAL_LLAMAGEN_QLIP[skill] for skill in list(paper.GENEVAL_LLAMAGEN_QLIP)[:6]) / 6 < 0.5

@@ -1,0 +1,53 @@
+"""One item of each language task, and lm-eval requests, for the tests of language."""
+
+import json
+
+from lm_eval.api.instance import Instance
+
+from eval.tasks.lm_eval_data import TASKS
+
+PAIRS = [("Anna walked slowly", " through the old harbour."), ("", "Bela wrote a letter."), ("Carl ", "left early.")]
+# One item of each task, as the hub's copies have it; repeated where a test needs more.
+ITEMS = {
+    "arc_challenge": {
+        "question": "Which is a planet?",
+        "choices": {"text": ["Mars", "Sirius", "Halley"], "label": ["A", "B", "C"]},
+        "answerKey": "A",
+    },
+    "hellaswag": {
+        "activity_label": "Sewing",
+        "ctx_a": "Dora threads a needle.",
+        "ctx_b": "she",
+        "endings": ["sews a button.", "paints [title] a wall.", "flies.", "eats it."],
+        "label": "0",
+    },
+    "piqa": {"goal": "Open a jar", "sol1": "Turn its lid.", "sol2": "Turn its bottom inside out.", "label": 0},
+    "social_iqa": {
+        "context": "Emil gave Flora a book.",
+        "question": "What will Flora do?",
+        "answerA": "read it",
+        "answerB": "boil it",
+        "answerC": "drive it",
+        "label": "1",
+    },
+    "winogrande": {
+        "sentence": "Anna thanked Dora, since _ had helped.",
+        "option1": "Anna",
+        "option2": "Dora",
+        "answer": "2",
+    },
+}
+FILES = {name: f"{name}_{task.split}.jsonl" for name, task in TASKS.items()}
+
+
+def requests(pairs, kind="loglikelihood"):
+    """Instances as lm-eval makes them of (context, continuation), or of what `kind` takes."""
+    return [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=0, metadata=("task", index, 1))
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def changed(name, **changes):
+    """A line of a benchmark file: the task's item with changes."""
+    return json.dumps(ITEMS[name] | changes) + "\n"

@@ -1,0 +1,57 @@
+"""Runs a function in several processes that share a gloo process group.
+
+python -m tests.helpers.processes MODULE FUNCTION RENDEZVOUS    # one rank; RANK and WORLD_SIZE in the environment
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_on_ranks(function: Callable[[], Any], *, folder: Path, num_ranks: int = 2) -> list[Any]:
+    """What `function` (of a test module, without arguments) returns on each rank; it must be JSON."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.processes",
+        function.__module__,
+        function.__name__,
+        f"{folder}/rendezvous",
+    ]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
+        )
+        for rank in range(num_ranks)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * num_ranks
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    """One rank: join the group, run the function, print its result."""
+    import torch
+
+    module, function, rendezvous = sys.argv[1:]
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks)
+    result = getattr(importlib.import_module(module), function)()
+    torch.distributed.destroy_process_group()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

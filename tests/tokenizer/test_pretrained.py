@@ -1,0 +1,155 @@
+"""Towers from published layouts: files made on the spot in EVA's names, and transformers' own CLIP."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from tests.tokenizer.conftest import tiny_config
+from tokenizer.configuration import QLIPConfig
+from tokenizer.modeling import QLIPModel
+from tokenizer.pretrained import load_encoder, load_text_tower
+from um3.core.errors import UserError
+
+
+def eva_file(qlip: QLIPModel, path: Path, *, prefix: str = "") -> Path:
+    """The encoder of `qlip` as EVA publishes one: its names, separate q and v biases, a head and tables beside it."""
+    table = {
+        "mask_token": torch.zeros(1, 1, 32),
+        "head.weight": torch.zeros(5, 32),
+        "rope.freqs_cos": torch.zeros(4, 16),
+    }
+    for name, tensor in qlip.vision_model.named_parameters():
+        name = name.replace("encoder.layers.", "blocks.").replace("self_attn.", "attn.").replace("layer_norm", "norm")
+        name = name.replace("attn.q_proj.bias", "attn.q_bias").replace("attn.v_proj.bias", "attn.v_bias")
+        name = name.replace("attn.out_proj", "attn.proj").replace("post_layernorm", "norm")
+        if name.startswith("quant"):
+            continue
+        if name == "embeddings.class_embedding":
+            name, tensor = "cls_token", tensor[None, None]
+        elif name == "embeddings.position_embedding.weight":
+            name, tensor = "pos_embed", tensor[None]
+        table[prefix + name.replace("embeddings.patch_embedding", "patch_embed.proj")] = tensor.detach().clone()
+    if prefix:
+        table["text.positional_embedding"] = torch.zeros(3)
+    if path.suffix == ".pt":
+        torch.save({"module": table}, path)
+    else:
+        save_file(table, path)
+    return path
+
+
+def fresh(config: QLIPConfig | None = None) -> QLIPModel:
+    torch.manual_seed(1)
+    return QLIPModel(config or tiny_config()).eval()
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("mim.pt", ""), ("clip.safetensors", "visual.")])
+def test_an_eva_encoder_gives_the_same_features(name: str, prefix: str, tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
+    assert not torch.allclose(qlip.vision_features(pixels), tiny_qlip.vision_features(pixels))
+    report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / name, prefix=prefix))
+    torch.testing.assert_close(qlip.vision_features(pixels), tiny_qlip.vision_features(pixels))
+    assert report["fresh"] == [] and report["resampled"] == [] and len(report["loaded"]) > 15
+
+
+def test_the_encoder_of_a_qlip_folder_serves_too(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    tiny_qlip.save_pretrained(tmp_path)
+    qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
+    report = load_encoder(qlip, tmp_path)
+    torch.testing.assert_close(qlip.vision_features(pixels), tiny_qlip.vision_features(pixels))
+    assert report["fresh"] == [] and not torch.equal(qlip.encode(pixels), tiny_qlip.encode(pixels))
+    finer = load_encoder(fresh(tiny_config(patch_size=4)), tmp_path)
+    assert len(finer["resampled"]) == 2 and finer["fresh"] == []
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds no QLIP"):
+        load_encoder(qlip, tmp_path)
+
+
+def test_an_encoder_on_the_hub_is_taken_from_its_cache(
+    tiny_qlip: QLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--owner--eva" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--owner--eva" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--eva" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "files").mkdir(parents=True)
+    eva_file(tiny_qlip, snapshot / "files" / "eva.pt")
+    assert load_encoder(fresh(), "owner/eva/files/eva.pt")["fresh"] == []
+    for wrong in ("owner/eva/other.pt", "no one/eva/eva.pt"):
+        with pytest.raises(UserError, match="is no file here, and as OWNER/NAME/FILE the hub has none"):
+            load_encoder(fresh(), wrong)
+
+
+def test_finer_patches_keep_what_an_even_patch_says(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    qlip = fresh(tiny_config(patch_size=4))
+    report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / "eva.pt"))
+    resampled = {name.removeprefix("vision_model.embeddings.") for name in report["resampled"]}
+    assert resampled == {"position_embedding.weight", "patch_embedding.weight"}
+    old, new = tiny_qlip.vision_model.embeddings, qlip.vision_model.embeddings
+    even = torch.full((1, 3, 16, 16), 0.7)
+    torch.testing.assert_close(new.patch_embedding(even)[0, :, 0, 0], old.patch_embedding(even)[0, :, 0, 0])
+    assert torch.equal(new.position_embedding.weight[0], old.position_embedding.weight[0])
+    means = [each.position_embedding.weight[1:].mean(0) for each in (old, new)]
+    torch.testing.assert_close(*means, atol=0.02, rtol=0)
+
+
+def test_what_a_file_lacks_is_told_and_stays_fresh(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    path = eva_file(fresh(tiny_config(subln=False)), tmp_path / "eva.pt")
+    report = load_encoder(tiny_qlip, path)
+    names = {name.removeprefix("vision_model.encoder.layers.0.") for name in report["fresh"]}
+    assert names == {
+        f"{part}.{kind}" for part in ("self_attn.inner_attn_ln", "mlp.ffn_ln") for kind in ("weight", "bias")
+    }
+
+
+def test_what_would_not_fit_is_refused(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    path = eva_file(tiny_qlip, tmp_path / "eva.pt")
+    with pytest.raises(UserError, match=r"mlp.ffn_ln.bias is \(48,\) in the file and \(40,\) in this QLIP"):
+        load_encoder(fresh(tiny_config(intermediate_size=40)), path)
+    with pytest.raises(UserError, match="no place for 6 of its tensors"):
+        load_encoder(fresh(tiny_config(swiglu=False, subln=True)), path)
+    torch.save({"layer.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"'layer\.weight' has no place in QLIP's encoder"):
+        load_encoder(tiny_qlip, path)
+    torch.save({"weights": [torch.zeros(2)]}, path)
+    with pytest.raises(UserError, match="holds no table of tensors"):
+        load_encoder(tiny_qlip, path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read as tensors only"):
+        load_encoder(tiny_qlip, path)
+    with pytest.raises(UserError, match=r"nowhere\.pt does not exist"):
+        load_encoder(tiny_qlip, tmp_path / "nowhere.pt")
+
+
+def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    text = tiny_qlip.config.text_tower
+    sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "hidden_act")}
+    sizes |= {name: getattr(text, name) for name in ("num_hidden_layers", "num_attention_heads", "eos_token_id")}
+    torch.manual_seed(2)
+    clip = CLIPTextModelWithProjection(
+        CLIPTextConfig(**sizes, max_position_embeddings=text.max_position_embeddings, projection_dim=24)
+    ).eval()
+    clip.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 5, 9, 299], [1, 7, 299, 0]])
+    report = load_text_tower(tiny_qlip, tmp_path)
+    assert report["fresh"] == []
+    with torch.inference_mode():
+        expected = F.normalize(clip(input_ids=ids).text_embeds, dim=-1)
+        torch.testing.assert_close(tiny_qlip.get_text_features(ids), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="cannot find CLIP's weights"):
+        load_text_tower(tiny_qlip, tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"there is no model\.safetensors or pytorch_model\.bin"):
+        load_text_tower(tiny_qlip, tmp_path)
+    torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_text_tower(tiny_qlip, tmp_path) == report
+    tiny_qlip.save_pretrained(tmp_path / "other")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no text tower"):
+        load_text_tower(tiny_qlip, tmp_path)

@@ -1,0 +1,56 @@
+"""A table whose rows train a UM3 on the codes of another run, with several seeds."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.report.ablation import main
+from tests.train.conftest import ROOT, TINY, environment, losses
+from um3.core.errors import UserError
+from um3.core.images import read_image
+from um3.model.language_model import load_model
+
+TABLE = """
+title: Before and after
+seeds: 2
+columns: {scenes_captions/exact_match: captions, um3_prose/bits_per_byte: bits per byte}
+curves: {train/loss_visual: visual loss}
+rows:
+  - {name: split, um3: []}
+  - {name: from text, after: split, um3: ["model.base={text}", optimizer.lr=1e-9, loop.total_steps=1]}
+"""
+EVAL = """
+num_threads: 1
+language: {num_items: 2, num_documents: 2, max_tokens: 28}
+captions: {num_images: 4, max_new_tokens: 4}
+generation: {num_images: 4, per_skill: 2}
+"""
+
+
+def test_a_um3_learns_the_codes_of_the_base_run(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in os.environ.keys() - environment().keys():  # the phases before ran in this process, as a rank
+        monkeypatch.delenv(name)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "um3.yaml").write_text(f"base: {ROOT}/configs/demo/um3.yaml\n")
+    (configs / "eval.yaml").write_text(EVAL)
+    (tmp_path / "table.yaml").write_text(TABLE)
+    command = ["--table", str(tmp_path / "table.yaml"), "--config", str(configs), "--run", str(tmp_path / "run")]
+    main([*command, "--base", str(made), *TINY["um3"]])
+    first, second = (losses(tmp_path / "run/split" / seed / "um3") for seed in ("seed-0", "seed-1"))
+    assert first != second and len(first) == 4
+    for seed in range(2):
+        before, after = (load_model(tmp_path / f"run/{name}/seed-{seed}/um3/model") for name in ("split", "from-text"))
+        text_rows, rows = (each.model.model.embed_tokens.weight for each in (before, after))
+        num_text = before.ids.text_vocab_size
+        torch.testing.assert_close(rows[:num_text], text_rows[:num_text])
+        assert after.ids == before.ids and not torch.allclose(rows[num_text:], text_rows[num_text:], atol=1e-3)
+    assert (tmp_path / "run/table.md").read_text().splitlines()[4].count("±") == 2
+    assert read_image(tmp_path / "run/curves.png").width > 1000
+    with pytest.raises(UserError, match="row 'split' stopped with exit code 2 in um3"):
+        main([*command, "--base", str(tmp_path / "nowhere"), *TINY["um3"], "loop.total_steps=5"])
+    assert "nowhere" in capfd.readouterr().err

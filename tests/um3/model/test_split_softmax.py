@@ -1,0 +1,245 @@
+"""The split softmax against the plain computation over the full vocabulary, in value and gradient."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from um3.core import onednn as products
+from um3.model import split_softmax as loss_module
+from um3.model.split_softmax import LossMode, split_softmax_loss
+
+NUM_TEXT, NUM_ENTRIES = 30, 75
+
+
+class Batch(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    supervised: Tensor
+
+
+def make_batch(*, kind: str = "both") -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    low, high = {"both": (0, NUM_ENTRIES), "text": (0, NUM_TEXT), "visual": (NUM_TEXT, NUM_ENTRIES)}[kind]
+    return Batch(
+        hidden=torch.randn(3, 21, 16, generator=generator).requires_grad_(),
+        weight=torch.randn(NUM_ENTRIES, 16, generator=generator).requires_grad_(),
+        targets=torch.randint(low, high, (3, 21), generator=generator),
+        supervised=torch.rand(3, 21, generator=generator) < 0.7,
+    )
+
+
+def naive(batch: Batch, *, mode: LossMode, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Full-vocabulary logits, with the other half masked out under "split"."""
+    logits_BTV = batch.hidden @ batch.weight.T
+    is_text_BT = batch.targets < NUM_TEXT
+    if mode == "split":
+        entry_is_text_V = torch.arange(NUM_ENTRIES) < NUM_TEXT
+        logits_BTV = logits_BTV.masked_fill(is_text_BT[..., None] != entry_is_text_V, float("-inf"))
+    losses_BT = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    losses_BT = losses_BT.view(3, 21) + z_loss * logits_BTV.logsumexp(-1).square()
+    return tuple((losses_BT * (batch.supervised & half)).sum() for half in (is_text_BT, ~is_text_BT))  # type: ignore[return-value]
+
+
+def ours(batch: Batch, **options: object) -> loss_module.SplitLoss:
+    return split_softmax_loss(
+        batch.hidden,
+        lm_head_weight_VD=batch.weight,
+        target_ids_BT=batch.targets,
+        supervised_BT=batch.supervised,
+        text_vocab_size=NUM_TEXT,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("mode", ["split", "joint"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("chunk_tokens", [1000, 7])
+def test_value_and_gradient_equal_the_plain_computation(mode: LossMode, z_loss: float, chunk_tokens: int) -> None:
+    batch = make_batch()
+    found = ours(batch, mode=mode, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    text, visual = naive(batch, mode=mode, z_loss=z_loss)
+    torch.testing.assert_close(found.text_sum + found.text_z_sum, text, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.visual_sum + found.visual_z_sum, visual, rtol=1e-5, atol=1e-5)
+    # Unequal weights, so that a mix-up of the halves shows in the gradient.
+    inputs = (batch.hidden, batch.weight)
+    found_gradients = torch.autograd.grad(
+        0.3 * (found.text_sum + found.text_z_sum) + 2 * (found.visual_sum + found.visual_z_sum), inputs
+    )
+    for found_gradient, gradient in zip(
+        found_gradients, torch.autograd.grad(0.3 * text + 2 * visual, inputs), strict=True
+    ):
+        torch.testing.assert_close(found_gradient, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_are_of_supervised_targets_per_half() -> None:
+    batch = make_batch()
+    found = ours(batch)
+    assert found.text_count == ((batch.targets < NUM_TEXT) & batch.supervised).sum()
+    assert found.text_count + found.visual_count == batch.supervised.sum()
+
+
+@pytest.mark.parametrize("mode", ["split", "joint"])
+def test_an_empty_half_is_zero_with_zero_gradient(mode: LossMode) -> None:
+    batch = make_batch(kind="text")
+    found = ours(batch, mode=mode, z_loss=0.1)
+    assert found.visual_sum == 0 and found.visual_count == 0
+    for gradient in torch.autograd.grad(found.visual_sum + found.visual_z_sum, (batch.hidden, batch.weight)):
+        assert gradient is not None and not gradient.any()
+
+
+def test_split_leaves_the_other_halfs_rows_alone() -> None:
+    batch = make_batch(kind="visual")
+    (gradient_VD,) = torch.autograd.grad(ours(batch).visual_sum, batch.weight)
+    assert not gradient_VD[:NUM_TEXT].any() and gradient_VD[NUM_TEXT:].any()
+    (gradient_VD,) = torch.autograd.grad(ours(batch, mode="joint").visual_sum, batch.weight)
+    assert gradient_VD[:NUM_TEXT].any()
+
+
+class Products(TorchDispatchMode):
+    """Notes the size of the largest tensor, and the shape of every matrix product, of all that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.shapes = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        tensors = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
+        if "_linear_pointwise" in str(function) or "mm" in str(function):
+            self.shapes += [tuple(tensor.shape) for tensor in tensors]
+        return result
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_the_head_is_applied_only_where_a_target_of_its_half_stands(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "AVAILABLE", onednn and products.AVAILABLE)
+    monkeypatch.setattr(loss_module, "ONEDNN_ROWS", 1)  # it takes any length
+    batch = make_batch()
+    with Products() as seen:
+        loss = ours(batch, chunk_tokens=1000)
+    text, visual = int(loss.text_count), int(loss.visual_count)
+    assert 0 < text < 63 - visual
+    assert seen.shapes == [(text, NUM_TEXT), (visual, NUM_ENTRIES - NUM_TEXT)]
+    with seen:
+        (loss.text_sum + loss.visual_sum).backward()
+    again = [shape for shape in seen.shapes[2:] if shape[1] != 16]  # the gradients have the width, 16
+    assert again == seen.shapes[:2] and len(seen.shapes) == 8
+
+
+@pytest.mark.parametrize("limit", ["tokens", "bytes"])
+@pytest.mark.parametrize("mode", ["split", "joint"])
+def test_no_tensor_is_larger_than_one_chunk_of_logits(
+    mode: LossMode, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, chunk = make_batch(), 20
+    hidden_BTD, weight_VD = (wide_D[..., :4].detach().requires_grad_() for wide_D in (wide.hidden, wide.weight))
+    batch = wide._replace(hidden=hidden_BTD, weight=weight_VD)  # both smaller than a chunk's logits
+    chunk_size = chunk * (NUM_ENTRIES if mode == "joint" else NUM_ENTRIES - NUM_TEXT)
+    if limit == "bytes":
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * chunk_size)
+    with Products() as seen:
+        loss = ours(batch, mode=mode, z_loss=0.1, chunk_tokens=chunk if limit == "tokens" else 1000)
+        (loss.text_sum + loss.visual_sum + loss.text_z_sum + loss.visual_z_sum).backward()
+    assert seen.largest == chunk_size and loss.visual_count > chunk
+
+
+def test_no_logits_wait_for_the_backward_pass() -> None:
+    batch = make_batch()
+    sizes: list[int] = []
+
+    def record(saved: Tensor) -> Tensor:
+        sizes.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved):
+        ours(batch, chunk_tokens=1000)
+    assert max(sizes) == max(batch.hidden.numel(), batch.weight.numel())
+
+
+@pytest.mark.parametrize("kind", ["derived", "tied"])
+def test_the_head_may_be_computed_from_parameters_or_shared_with_the_input(kind: str) -> None:
+    batch = make_batch()
+    base_VD, change_VD = batch.weight, torch.randn(NUM_ENTRIES, 16, requires_grad=True)
+    inputs = (batch.hidden, base_VD, change_VD)
+    if kind == "derived":
+        given = batch._replace(weight=base_VD + change_VD)
+    else:
+        given = batch._replace(hidden=batch.hidden + base_VD[batch.targets] * change_VD[0])
+    text, visual = naive(given, mode="split", z_loss=0.0)
+    expected = torch.autograd.grad(0.3 * text + 2 * visual, inputs, retain_graph=True)
+    loss = ours(given, chunk_tokens=7)
+    found = torch.autograd.grad(0.3 * loss.text_sum + 2 * loss.visual_sum, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_supervised_is_zero_with_zero_gradient() -> None:
+    batch = make_batch()
+    nothing = batch._replace(supervised=torch.zeros_like(batch.supervised))
+    found = ours(nothing, z_loss=0.1)
+    total = found.text_sum + found.visual_sum + found.text_z_sum + found.visual_z_sum
+    assert total == 0 and found.text_count == found.visual_count == 0
+    for gradient in torch.autograd.grad(total, (batch.hidden, batch.weight)):
+        assert not gradient.any()
+
+
+def test_the_gradient_of_bfloat16_weights_is_summed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_BTD, weight_VD = (
+        torch.randn(1, 600, 16, generator=generator),
+        torch.randn(NUM_ENTRIES, 16, generator=generator),
+    )
+    targets_BT = torch.randint(NUM_ENTRIES, (1, 600), generator=generator)
+    whole = Batch(hidden_BTD, weight_VD, targets_BT, torch.ones(1, 600, dtype=torch.bool))
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        weight = weight_VD.bfloat16().to(dtype).requires_grad_()
+        loss = ours(whole._replace(hidden=hidden_BTD.bfloat16().to(dtype), weight=weight), chunk_tokens=1)
+        (found,) = torch.autograd.grad(loss.text_sum + loss.visual_sum, weight)
+        assert found.dtype == dtype
+        return found.float()
+
+    exact = gradient(torch.float32)
+    # Each of the 600 terms is rounded to 8 bits, by itself; summed in 8 bits they would be 2 % off.
+    assert (gradient(torch.bfloat16) - exact).norm() < 0.005 * exact.norm()
+
+
+def test_autocast_multiplies_in_its_type_and_gives_float32_gradients() -> None:
+    batch = make_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ours(batch, z_loss=0.01, chunk_tokens=7)
+    low = ours(batch._replace(hidden=batch.hidden.bfloat16(), weight=batch.weight.bfloat16()), z_loss=0.01)
+    torch.testing.assert_close(cast.text_sum, low.text_sum)
+    assert cast.text_sum != ours(batch).text_sum
+    for gradient, exact in zip(
+        torch.autograd.grad(cast.text_sum + cast.visual_z_sum, (batch.hidden, batch.weight)),
+        torch.autograd.grad(low.text_sum + low.visual_z_sum, (batch.hidden, batch.weight)),
+        strict=True,
+    ):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
+def test_logits_are_float32_under_bfloat16_states() -> None:
+    batch = make_batch()
+    low = batch._replace(hidden=batch.hidden.bfloat16(), weight=batch.weight.bfloat16())
+    found = ours(low)
+    assert found.text_sum.dtype == torch.float32
+    torch.testing.assert_close(found.text_sum, ours(batch).text_sum, rtol=2e-2, atol=0.5)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="'both' is unknown"):
+        ours(make_batch(), mode="both")
+
+
+def test_chunks_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_tokens is 0"):
+        ours(make_batch(), chunk_tokens=0)

@@ -1,0 +1,1 @@
+"""What fits on which GPU, and how long training takes."""

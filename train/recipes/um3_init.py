@@ -1,0 +1,270 @@
+"""`make um3-init`: a Llama or Qwen and a visual tokenizer -> the UM3 that training starts from, and what that changed.
+
+Everything is computed in float32 and rounded to the type that is saved before the second text loss, so the figure is
+of the model in the folder.
+
+Shapes: T positions of a row, X those with a target, V entries, D width.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_mix.batches.token_stream import TokenStream
+from data_mix.samples import BadSample
+from data_mix.sources.tables import looks_like_hub
+from data_mix.sources.text import ListedDocuments, TextSourceConfig, open_text_source
+from tokenizer.modeling import load_qlip
+from train.config import folder_digest
+from um3.core.config import load_config, to_dict
+from um3.core.distributed import device
+from um3.core.errors import UserError, run_main
+from um3.core.files import atomic_folder, read_json, write_json
+from um3.core.log import quiet_model_files, setup_logging
+from um3.core.progress import peak_memory_gib, track
+from um3.core.provenance import commit, machine, versions
+from um3.model.configuration import NewRows
+from um3.model.extend import (
+    check_vocabulary,
+    extend_model,
+    fit_gains,
+    inserts_qk_norm,
+    load_base,
+    load_base_tokenizer,
+    read_base_config,
+)
+from um3.model.language_model import count_parameters, save_model
+from um3.model.sequences import Row
+from um3.model.text_tokenizer import make_id_space
+from um3.model.vocabulary import IdSpace
+
+MOST_BITS_PER_SLOT = 14  # the paper's cut of 28 bits: 16,384 rows a slot
+CHARS_PER_TOKEN = 12  # more than any text has: enough text is read, whatever the tokenizer
+
+
+@dataclass
+class InitConfig:
+    """What the starting model is made of.
+
+    base: Llama or Qwen language model, a folder or hub id. qlip: the visual tokenizer's. out: folder to write.
+    slots, bits_per_slot: how a code becomes tokens; 0: the fewest slots of equally many bits, at most 14.
+    text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: Python's own prose.
+    rows, row_tokens: this much text fits the gains of an inserted normalisation, and as much after it is measured.
+    dtype: of the saved weights; "base" keeps the base's.
+    """
+
+    base: str = ""
+    qlip: str = ""
+    out: str = ""
+    slots: int = 0
+    bits_per_slot: int = 0
+    qk_norm: bool = True
+    new_rows: NewRows = "mean"
+    text: str = ""
+    rows: int = 8
+    row_tokens: int = 512
+    seed: int = 0
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "bits_per_slot"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.rows < 1 or self.row_tokens < 8:
+            raise ValueError(f"rows={self.rows} row_tokens={self.row_tokens}: use 1 or more rows of 8 tokens or more")
+
+
+class TextLoss(NamedTuple):
+    """Cross entropy in nats per token: among the base's own text entries, and among all of UM3's."""
+
+    base_entries: float
+    text_entries: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the starting model a command line asks for, unless it is there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.recipes.um3_init", description="Llama or Qwen + QLIP -> starting UM3."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="base, qlip and out, and what else to set")
+    config = load_config(InitConfig, overrides=parser.parse_args(arguments).overrides)
+    # Saving imports DeepSpeed, which without this says that it looked for an accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", device().type)
+    setup_logging()
+    quiet_model_files()
+    if not config.base or not config.out:
+        raise UserError(
+            "give the language model and the folder to write: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER"
+        )
+    request = {"config": to_dict(config), "inputs": {"qlip": folder_digest(config.qlip, made_by="stage2")}}
+    if _is_done(Path(config.out), request=request):
+        print(f"{config.out} is up to date")
+        return
+    make_start(config, request=request)
+
+
+def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]:
+    """Write `out/model` and `out/done.json` (both or nothing), print and return the record; `request` goes into it.
+
+    Raises:
+        UserError: a base, tokenizer or text that cannot be used.
+    """
+    began = time.monotonic()
+    stored = read_base_config(config.base)
+    text_tokenizer, entries = load_base_tokenizer(config.base)
+    check_vocabulary(entries, rows=stored.vocab_size)
+    ids = _ids(config, text_tokenizer=text_tokenizer)
+    row_tokens = min(config.row_tokens, stored.max_position_embeddings)
+    calibration, measured = _text_rows(config, row_tokens=row_tokens, text_tokenizer=text_tokenizer, ids=ids)
+    base = load_base(config.base).to(device())  # type: ignore[arg-type]
+    architecture = type(base).__name__
+    before = text_loss(base, rows=measured, sizes=(entries, entries))
+    gains = {}
+    if inserts_qk_norm(base.config, qk_norm=config.qk_norm):
+        gains = fit_gains(base, calibration=[row.input_ids[None] for row in calibration])
+    model = extend_model(
+        base,
+        ids=ids,
+        qk_norm=config.qk_norm,
+        base_entries=entries,
+        gains=gains,
+        new_rows=config.new_rows,
+        seed=config.seed,
+    ).eval()
+    del base
+    dtype = _dtype(config, stored=stored.dtype)
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.to(dtype))
+    after = text_loss(model, rows=measured, sizes=(entries, ids.text_vocab_size))
+    parts = count_parameters(model, ids=ids).by_part()
+    model.to("cpu", dtype)
+    with atomic_folder(config.out) as partial:
+        shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": config.qlip}
+        save_model(partial / "model", model=model, trained=False, **shared)
+        record = request | {
+            "parameters": parts,
+            "base_architecture": architecture,
+            "architecture": type(model).__name__,
+        }
+        record |= {"text_loss_before": before.base_entries, "text_loss_after": after._asdict()}
+        record |= {"text_tokens": sum(int(row.targets.sum()) for row in measured), "dtype": str(dtype)}
+        record |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
+        write_json(partial / "done.json", record | {"commit": commit(), "versions": versions(), "machine": machine()})
+    _print(record, config=config, ids=ids)
+    return record
+
+
+@torch.no_grad()
+def text_loss(model: PreTrainedModel, *, rows: Sequence[Row], sizes: tuple[int, int]) -> TextLoss:
+    """The loss of text rows under the softmax over the first so many entries, for two such numbers."""
+    sums, count = [0.0, 0.0], 0
+    head_VD = model.get_output_embeddings().weight
+    for row in track(rows, total=len(rows), label="text loss", unit="rows"):
+        input_ids_T, is_target_T = (part.to(model.device) for part in row)
+        hidden_TD = model.model(input_ids=input_ids_T[None, :-1], use_cache=False).last_hidden_state[0]
+        hidden_XD, targets_X = hidden_TD[is_target_T[1:]], input_ids_T[1:][is_target_T[1:]]
+        for index, size in enumerate(sizes):
+            sums[index] += float(F.cross_entropy(F.linear(hidden_XD, head_VD[:size]), targets_X, reduction="sum"))
+        count += len(targets_X)
+    return TextLoss(*(total / count for total in sums))
+
+
+def _is_done(out: Path, *, request: dict[str, Any]) -> bool:
+    """True if `out` holds just what is asked for; UserError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    done = out / "done.json"
+    if done.exists():
+        record = read_json(done)
+        if all(record.get(key) == value for key, value in request.items()):
+            return True
+    raise UserError(f"{out} exists and holds something else; use another RUN=, or delete that folder to make it anew")
+
+
+def _dtype(config: InitConfig, *, stored: torch.dtype | str | None) -> torch.dtype:
+    if config.dtype != "base":
+        return getattr(torch, config.dtype)
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
+
+
+def _ids(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> IdSpace:
+    qlip = load_qlip(config.qlip)
+    bits = qlip.num_bits
+    slots = config.slots or (bits // config.bits_per_slot if config.bits_per_slot else _fewest_slots(bits))
+    bits_per_slot = config.bits_per_slot or bits // max(slots, 1)
+    if slots * bits_per_slot != bits:
+        raise UserError(
+            f"slots={slots} x bits_per_slot={bits_per_slot} is not the {bits} bits of a code of {config.qlip}; "
+            "choose factors of that, or leave both out"
+        )
+    try:
+        return make_id_space(text_tokenizer, slots=slots, bits_per_slot=bits_per_slot, num_patches=qlip.num_patches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _fewest_slots(bits: int) -> int:
+    return next(slots for slots in range(-(-bits // MOST_BITS_PER_SLOT), bits + 1) if bits % slots == 0)
+
+
+def _text_rows(
+    config: InitConfig, *, row_tokens: int, text_tokenizer: PreTrainedTokenizerBase, ids: IdSpace
+) -> tuple[list[Row], list[Row]]:
+    """The first rows of the text, for calibration, and as many after them, held out for the loss."""
+    source = TextSourceConfig(name="text", path=config.text) if config.text else TextSourceConfig()
+    source.val_fraction = 0.0  # nothing here is trained on
+    needed_chars = 2 * config.rows * row_tokens * CHARS_PER_TOKEN
+    if looks_like_hub(config.text):
+        source.stream = needed_chars  # documents, more than it takes
+    documents = open_text_source(source, split="train")
+    texts, chars = [], 0
+    for index in range(len(documents)):
+        if chars > needed_chars:
+            break
+        with contextlib.suppress(BadSample):
+            texts.append(documents[index])
+            chars += len(texts[-1])
+    with TemporaryDirectory() as cache:
+        listed = ListedDocuments(documents.name, texts)
+        stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, row_tokens=row_tokens, cache=cache)
+        rows = [stream[index] for index in range(min(len(stream), 2 * config.rows))]
+    if len(rows) < 2:
+        raise UserError(f"'{config.text}' has fewer than {row_tokens} tokens; give more text or a smaller row_tokens")
+    half = len(rows) // 2
+    return rows[:half], rows[half:]
+
+
+def _print(record: dict[str, Any], *, config: InitConfig, ids: IdSpace) -> None:
+    print(f"{config.out}/model: {record['base_architecture']} -> {record['architecture']}, saved as {record['dtype']}")
+    print(
+        f"  {ids.text_vocab_size:,} text entries + {ids.visual_vocab_size:,} visual "
+        f"({ids.slots} slots of {ids.bits_per_slot} bits); an image is {ids.image_tokens} tokens"
+    )
+    for part, count in record["parameters"].items():
+        print(f"  {part:<30} {count:>13,}")
+    before, after = record["text_loss_before"], TextLoss(**record["text_loss_after"])
+    print(f"  text loss, {record['text_tokens']:,} held-out tokens of {config.text or 'Python prose'}, nats per token")
+    for name, value in (
+        ("before", before),
+        ("after", after.base_entries),
+        ("after, image marks among them", after.text_entries),
+    ):
+        print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
+    print(
+        f'train from it: make um3 ARGS="model.base={config.out}/model model.qk_norm={str(config.qk_norm).lower()} '
+        f'vocabulary.slots={ids.slots} vocabulary.bits_per_slot={ids.bits_per_slot}"'
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

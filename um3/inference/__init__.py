@@ -1,0 +1,1 @@
+"""UM3 in use: the pipeline, sampling, the decoder and what they return."""

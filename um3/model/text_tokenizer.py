@@ -1,0 +1,147 @@
+"""The text tokenizer: training a small one, loading any, adding the image marks, and the one way to encode.
+
+The convention, the same in training, captioning and generation: a tokenizer never adds bos or eos by itself
+(`um3.model.sequences` puts them in), text that looks like a special token stays text, and a caption or prompt has its
+white space collapsed and starts without a leading space.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from um3.core.errors import UserError
+from um3.model.vocabulary import IdSpace
+
+BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+BEGIN_OF_IMAGE, END_OF_IMAGE = "<|begin_of_image|>", "<|end_of_image|>"
+SPECIALS = (BOS, EOS, PAD, BEGIN_OF_IMAGE, END_OF_IMAGE)
+# Llama 3 ships a padding entry without naming it in its tokenizer config; reusing it keeps the vocabulary.
+KNOWN_PADS = (PAD, "<|finetune_right_pad_id|>")
+NUM_BYTES = 256
+
+
+def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts` with the five special entries first; the same texts give the same tokenizer.
+
+    Raises:
+        UserError: `vocab_size` has no room for the 256 bytes and the special entries.
+    """
+    if vocab_size < NUM_BYTES + len(SPECIALS):
+        raise UserError(
+            f"text vocabulary of {vocab_size} is too small; it needs {NUM_BYTES + len(SPECIALS)} entries or more"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer=trainer)
+    return _with_specials(bpe)
+
+
+def read_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """What `train_text_tokenizer` made, from the file that its `backend_tokenizer` was saved to."""
+    return _with_specials(Tokenizer.from_file(str(path)))
+
+
+def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[BEGIN_OF_IMAGE, END_OF_IMAGE],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
+    """`read_text_tokenizer`, with what UM3 needs and it lacks (padding, the image marks)."""
+    return add_image_tokens(read_text_tokenizer(path_or_hub_id))
+
+
+def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer folder or hub id as it is.
+
+    Raises:
+        UserError: there is no tokenizer at that place, or it needs remote code.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no text tokenizer at '{path_or_hub_id}' ({reason}); give a folder or a hub id") from None
+
+
+def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a tokenizer's ids need: the largest of them and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Add begin/end of image as special entries, and a padding entry unless there is one; in place."""
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": next((pad for pad in KNOWN_PADS if pad in vocabulary), PAD)})
+    missing = [mark for mark in (BEGIN_OF_IMAGE, END_OF_IMAGE) if mark not in vocabulary]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    return tokenizer
+
+
+def make_id_space(tokenizer: PreTrainedTokenizerBase, *, slots: int, bits_per_slot: int, num_patches: int) -> IdSpace:
+    """The id space of a model with this text tokenizer; a tokenizer without bos (Qwen) begins rows with eos.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text entry or lacks the image marks.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the text tokenizer '{tokenizer.name_or_path}' has no end-of-text entry; use one that has")
+    vocabulary = tokenizer.get_vocab()
+    if BEGIN_OF_IMAGE not in vocabulary or END_OF_IMAGE not in vocabulary or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the text tokenizer '{tokenizer.name_or_path}' lacks the image marks; pass it to add_image_tokens"
+        )
+    return IdSpace(
+        text_vocab_size=num_entries(tokenizer),
+        slots=slots,
+        bits_per_slot=bits_per_slot,
+        num_patches=num_patches,
+        bos_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        begin_of_image_id=vocabulary[BEGIN_OF_IMAGE],
+        end_of_image_id=vocabulary[END_OF_IMAGE],
+    )
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names a vocabulary by its entries and their ids."""
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of documents as they are: no bos, no eos, and no special entry whatever the text says."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of captions or prompts under the module's convention (white space collapsed, no leading space)."""
+    return encode_texts([" ".join(caption.split()) for caption in captions], tokenizer=tokenizer)
+
+
+def decode(token_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of token ids without special entries; spaces stay as the tokens have them."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
