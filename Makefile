@@ -66,23 +66,23 @@ demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU c
 	@$(MAKE) --no-print-directory report
 
 stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignment
-	@$(TRAIN) stage1 --config $(CONFIGS)/stage1.yaml loop.folder=$(RUN)/stage1 \
+	@$(TRAIN) stage1 --config $(CONFIGS)/stage1.yaml loop.output_dir=$(RUN)/stage1 \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 stage2: $(READY) ## Fine-tune its decoder: perceptual and adversarial terms
-	@$(TRAIN) stage2 --config $(CONFIGS)/stage2.yaml loop.folder=$(RUN)/stage2 tokenizer=$(RUN)/stage1/model \
+	@$(TRAIN) stage2 --config $(CONFIGS)/stage2.yaml loop.output_dir=$(RUN)/stage2 init_from=$(RUN)/stage1/model \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 codes: $(READY) ## Encode the images to code shards
-	@$(PY) -m data_mix.codes.encode --config $(CONFIGS)/codes.yaml qlip=$(RUN)/stage2/model out=$(RUN)/codes \
+	@$(PY) -m data_mix.codes.encode --config $(CONFIGS)/codes.yaml visual_tokenizer=$(RUN)/stage2/model output_dir=$(RUN)/codes \
 		$(if $(DATA),images=$(IMAGES)) $(ARGS)
 
 um3: $(READY) ## Train the unified model on the scheduled mix
-	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.folder=$(RUN)/um3 qlip=$(RUN)/stage2/model data.codes=$(RUN)/codes \
+	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.output_dir=$(RUN)/um3 visual_tokenizer=$(RUN)/stage2/model data.codes=$(RUN)/codes \
 		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-init: $(READY) ## Make the UM3 to start from out of a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
-	@$(PY) -m train.recipes.um3_init out=$(RUN)/um3-init $(if $(BASE),'base=$(BASE)') 'qlip=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
+	@$(PY) -m train.recipes.um3_init output_dir=$(RUN)/um3-init $(if $(BASE),'base_model=$(BASE)') 'visual_tokenizer=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
 
 um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
 	@$(PY) -m um3.model.export --model $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)

@@ -66,7 +66,7 @@ def _make_tokenizer(options: argparse.Namespace, *, folder: Path) -> Path:
 
 def _run(kind: str, batch: int, tokenizer: str, *, options: argparse.Namespace) -> Run | None:
     """A finished run, its folder gone; None if it ran out of memory."""
-    settings = [f"tokenizer={tokenizer}", f"loop.batch_size={batch}", "loop.micro_batch_size=0", *KINDS[kind]]
+    settings = [f"init_from={tokenizer}", f"loop.batch_size={batch}", "loop.micro_batch_size=0", *KINDS[kind]]
     label = f"{batch} images, {kind} {TERMS}"
     with temporary_folder() as name:
         try:

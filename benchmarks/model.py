@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
 
-def made_model(options: argparse.Namespace, *, positions: int) -> "tuple[PreTrainedModel, IdSpace]":
-    """A model of `options` (width, layers, text_entries, bits_per_slot, patches), and its ids, two a patch.
+def made_model(options: argparse.Namespace, *, positions: int) -> "tuple[PreTrainedModel, UnifiedVocabulary]":
+    """A model of `options` (width, layers, text_vocab_size, bits_per_subtoken, patches), and its ids, two a patch.
 
     Also sets torch's seed, and the threads that were asked for.
     """
@@ -18,15 +18,15 @@ def made_model(options: argparse.Namespace, *, positions: int) -> "tuple[PreTrai
 
     from um3.model.configuration import ModelConfig
     from um3.model.language_model import build_model
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    ids = IdSpace(
-        text_vocab_size=options.text_entries,
-        slots=2,
-        bits_per_slot=options.bits_per_slot,
+    ids = UnifiedVocabulary(
+        text_vocab_size=options.text_vocab_size,
+        subtokens=2,
+        bits_per_subtoken=options.bits_per_subtoken,
         num_patches=options.patches,
         bos_id=0,
         eos_id=1,

@@ -54,7 +54,7 @@ def _multiply(rank: int, precision: str, threads: int, barrier: Barrier, results
         torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     size = 8192 if gpu else 2048
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, product = float("inf"), first @ second

@@ -99,7 +99,7 @@ def train_phase(
     command = ["train", phase, "--config", f"{options.config}/{phase}.yaml"]
     command += ["--processes", str(getattr(options, "processes", 1))]
     command += [*options.overrides, *getattr(options, phase), *settings]
-    command += [f"loop.folder={place}", f"loop.total_steps={steps}", "loop.log_every_steps=1"]
+    command += [f"loop.output_dir={place}", f"loop.max_steps={steps}", "loop.log_every_steps=1"]
     run_apart([*command, f"loop.save_every_steps={steps}"], label=label or f"{phase}: {steps} steps")
     return Run(place, read_metrics(place / "metrics.jsonl"), read_json(place / "done.json"))
 

@@ -6,7 +6,7 @@ rows as a batch of their own. "batched" is `generate()` with both halves in one 
 offer by itself: a logits processor of ours joins them. All must draw the same ids.
 
 Beside the ratio: time per id early and late in the image, and the time the memory needs at least: the weights that a
-step reads (layers and one slot of the head) and its keys and values, at the speed at which this machine reads a large
+step reads (layers and one subtoken of the head) and its keys and values, at the speed at which this machine reads a large
 tensor.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
 GOAL, FLATNESS_GOAL = 3.0, 0.2
 SIDES = ("ours", "stock", "batched")
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     """What is drawn: the model, its ids, prompts of unequal length, the guidance scale."""
 
     model: "PreTrainedModel"
-    ids: "IdSpace"
+    ids: "UnifiedVocabulary"
     prompts: "list[Tensor]"
     bare: "Tensor"
     scale: float
@@ -104,20 +104,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--patches", type=int, default=256, help="of an image, two ids each (default 256)")
     parser.add_argument("--width", type=int, default=512, help="of the model (default 512)")
     parser.add_argument("--layers", type=int, default=8, help="of the model (default 8)")
-    parser.add_argument("--text-entries", type=int, default=128_258, help="of the vocabulary (default 128258)")
-    parser.add_argument("--bits-per-slot", type=int, default=14, help="of a code; two slots (default 14)")
+    parser.add_argument("--text-vocab-size", type=int, default=128_258, help="of the vocabulary (default 128258)")
+    parser.add_argument("--bits-per-subtoken", type=int, default=14, help="of a code; two subtokens (default 14)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is off (default 3)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     options = parser.parse_args()
-    check_positive(options, "batch", "patches", "width", "layers", "text_entries", "bits_per_slot")
+    check_positive(options, "batch", "patches", "width", "layers", "text_vocab_size", "bits_per_subtoken")
     check_positive(options, "repeats", "threads")
-    if options.bits_per_slot > 20:
-        raise UserError(f"--bits-per-slot is {options.bits_per_slot}; at most 20")
-    if options.text_entries < 8:
-        raise UserError(f"--text-entries is {options.text_entries}; at least 8, five of them are marks")
+    if options.bits_per_subtoken > 20:
+        raise UserError(f"--bits-per-subtoken is {options.bits_per_subtoken}; at most 20")
+    if options.text_vocab_size < 8:
+        raise UserError(f"--text-vocab-size is {options.text_vocab_size}; at least 8, five of them are marks")
     if options.sides[0] != "ours":
         raise UserError(f"--sides begins with {options.sides[0]}; it must begin with ours")
     return options
@@ -130,7 +130,7 @@ def _build(options: argparse.Namespace) -> Setting:
 
     made, ids = made_model(options, positions=2 * options.patches + 64)
     model = made.eval().to(options.device, getattr(torch, options.dtype))
-    captions = [torch.randint(5, options.text_entries, (12 + 3 * (row % 4),)) for row in range(options.batch)]
+    captions = [torch.randint(5, options.text_vocab_size, (12 + 3 * (row % 4),)) for row in range(options.batch)]
     return Setting(
         model=model,
         ids=ids,
@@ -253,7 +253,7 @@ def _bound_ms(setting: Setting) -> float:
     config = model.config
     places = ids.image_tokens // 2 + max(map(len, setting.prompts))
     cache = 2 * config.num_hidden_layers * rows * places * config.num_key_value_heads * config.head_dim
-    head = (1 << ids.bits_per_slot) * config.hidden_size
+    head = (1 << ids.bits_per_subtoken) * config.hidden_size
     read = (layers + head + cache) * model.dtype.itemsize
     return 1000 * read / _bytes_per_second(model.device)
 

@@ -48,7 +48,7 @@ def main() -> None:
 
 def _run_stages(options: argparse.Namespace, *, folder: Path) -> dict[str, Run]:
     """Every stage that was asked for, before torch is imported here (`run_apart`)."""
-    settings = {"stage1": (), "stage2": (*LISTENING, f"tokenizer={options.tokenizer or folder / 'stage1/model'}")}
+    settings = {"stage1": (), "stage2": (*LISTENING, f"init_from={options.tokenizer or folder / 'stage1/model'}")}
     steps = options.warmup + options.steps
     return {
         stage: train_phase(stage, options=options, steps=steps, folder=folder, settings=settings[stage])

@@ -27,7 +27,7 @@ from um3.core.errors import UserError, run_main
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
     Batch = tuple[Tensor, Tensor]  # input_ids_BT, target_mask_BT
     Loss = Callable[[Batch], Tensor]
@@ -70,28 +70,28 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.um3_loss", description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=GOALS, default=list(GOALS), help="rows (default image mix)")
     parser.add_argument("--batch", type=int, default=4, help="rows at a time (default 4)")
-    parser.add_argument("--row-tokens", type=int, default=1024, help="ids of a row (default 1024)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="ids of a row (default 1024)")
     parser.add_argument("--patches", type=int, default=256, help="of an image, two ids each (default 256)")
     parser.add_argument("--width", type=int, default=512, help="of the model (default 512)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
-    parser.add_argument("--text-entries", type=int, default=128_258, help="of the vocabulary (default 128258)")
-    parser.add_argument("--bits-per-slot", type=int, default=14, help="of a code; two slots (default 14)")
+    parser.add_argument("--text-vocab-size", type=int, default=128_258, help="of the vocabulary (default 128258)")
+    parser.add_argument("--bits-per-subtoken", type=int, default=14, help="of a code; two subtokens (default 14)")
     parser.add_argument("--chunk-tokens", type=int, help="positions that have logits at a time (default: training's)")
     parser.add_argument("--optimizer", action="store_true", help="take AdamW's step as well, state and all")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--one", choices=("ours", "stock", "check"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    check_positive(options, "batch", "row_tokens", "patches", "width", "layers", "text_entries", "bits_per_slot")
+    check_positive(options, "batch", "seq_len", "patches", "width", "layers", "text_vocab_size", "bits_per_subtoken")
     check_positive(options, "chunk_tokens", "repeats", "threads")
-    if options.bits_per_slot > 20:
-        raise UserError(f"--bits-per-slot is {options.bits_per_slot}; at most 20")
-    if options.text_entries < 8:
-        raise UserError(f"--text-entries is {options.text_entries}; at least 8, five of them are marks")
+    if options.bits_per_subtoken > 20:
+        raise UserError(f"--bits-per-subtoken is {options.bits_per_subtoken}; at most 20")
+    if options.text_vocab_size < 8:
+        raise UserError(f"--text-vocab-size is {options.text_vocab_size}; at least 8, five of them are marks")
     shortest = 2 * options.patches + ROW_MARKS + 1
-    if options.row_tokens < shortest:
+    if options.seq_len < shortest:
         raise UserError(
-            f"--row-tokens is {options.row_tokens}; an image of {options.patches} patches and a caption need {shortest}"
+            f"--seq-len is {options.seq_len}; an image of {options.patches} patches and a caption need {shortest}"
         )
     return options
 
@@ -161,13 +161,13 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     return {"error": errors[worst]}
 
 
-def _build(options: argparse.Namespace) -> "tuple[nn.Module, IdSpace, list[Batch]]":
+def _build(options: argparse.Namespace) -> "tuple[nn.Module, UnifiedVocabulary, list[Batch]]":
     """The model, its ids, and one batch of image rows or four of the mix; the same in every process."""
-    model, ids = made_model(options, positions=options.row_tokens)
+    model, ids = made_model(options, positions=options.seq_len)
     return model.train(), ids, _batches(options, ids=ids)
 
 
-def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
+def _batches(options: argparse.Namespace, *, ids: "UnifiedVocabulary") -> "list[Batch]":
     """Random rows of the kind asked for."""
     import torch
 
@@ -179,8 +179,8 @@ def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
 
     def row(task: str) -> Row:
         if task == "text":
-            return text_row(text(options.row_tokens - 2), ids=ids)
-        caption = text(options.row_tokens - ids.image_tokens - ROW_MARKS)
+            return text_row(text(options.seq_len - 2), ids=ids)
+        caption = text(options.seq_len - ids.image_tokens - ROW_MARKS)
         visual = ids.codes_to_ids(torch.randint(1 << ids.num_bits, (ids.num_patches,)))
         if task == "i2t":
             return image_to_text_row(visual, caption, ids=ids)
@@ -196,7 +196,7 @@ def _batches(options: argparse.Namespace, *, ids: "IdSpace") -> "list[Batch]":
     return batches
 
 
-def _ours(model: Any, *, ids: "IdSpace", options: argparse.Namespace) -> "Loss":
+def _ours(model: Any, *, ids: "UnifiedVocabulary", options: argparse.Namespace) -> "Loss":
     from train.config import UM3LossConfig
     from train.recipes.um3 import UM3Objective
 
@@ -220,7 +220,7 @@ def _stock(model: Any) -> "Loss":
     return loss
 
 
-def _plain(model: Any, *, ids: "IdSpace") -> "Loss":
+def _plain(model: Any, *, ids: "UnifiedVocabulary") -> "Loss":
     """The split loss over the full logits, cut in two: the mean over each half's targets, as `_ours`."""
     import torch
     import torch.nn.functional as F

@@ -29,7 +29,7 @@ from um3.core.errors import UserError, run_main
 ENTRIES = 128_256
 PATCHES = 256
 CAPTION_TOKENS = 64
-SHAPES = {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "entries": ENTRIES}
+SHAPES = {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate_size": 8192, "entries": ENTRIES}
 """Llama-3.2-1B's."""
 IMAGES, DOCUMENTS, DOCUMENT_TOKENS = 512, 64, 20_000
 
@@ -43,8 +43,8 @@ def main() -> None:
     with temporary_folder() as name:
         folder = Path(name)
         run_apart([*_command(), "--one", "inputs", "--folder", name], label="making model and data")
-        settings = [f"model.base={folder}/base", f"qlip={folder}/qlip", f"data.codes={folder}/codes"]
-        settings += [f"data.texts=[{{name: made, path: {folder}/texts.jsonl}}]", "guard.every_steps=0"]
+        settings = [f"model.base_model={folder}/base", f"visual_tokenizer={folder}/qlip", f"data.codes={folder}/codes"]
+        settings += [f"data.texts=[{{name: made, path: {folder}/texts.jsonl}}]", "text_validation.every_steps=0"]
         steps = options.warmup + options.steps
         ours = train_phase("um3", options=options, steps=steps, folder=folder, settings=settings)
         stock = json.loads(run_apart([*_command(), "--one", "stock", "--folder", name], label="stock").splitlines()[-1])
@@ -96,8 +96,12 @@ def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
 
     _make_base(folder / "base", shape=shape)
     image_size = 8 * round(PATCHES**0.5)
-    size = QLIPSizeConfig(image_size=image_size, patch_size=8, width=32, num_layers=1, num_heads=2, mlp_width=48)
-    text = TextTowerConfig(vocab_size=300, width=32, num_layers=1, num_heads=2, mlp_width=48, max_tokens=24)
+    size = QLIPSizeConfig(
+        image_size=image_size, patch_size=8, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48
+    )
+    text = TextTowerConfig(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_tokens=24
+    )
     scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
     qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0)
     save_tokenizer(folder / "qlip", qlip=qlip, processor=processor, weights={})
@@ -124,7 +128,7 @@ def _make_base(folder: Path, *, shape: dict[str, int]) -> None:
     config = LlamaConfig(
         vocab_size=shape["entries"],
         hidden_size=shape["width"],
-        intermediate_size=shape["mlp_width"],
+        intermediate_size=shape["intermediate_size"],
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv_heads"],
@@ -172,7 +176,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     )
     _, accumulation = split_batch(config.loop)
     parts: list[dict[str, torch.Tensor]] = []
-    for step in range(config.loop.total_steps):
+    for step in range(config.loop.max_steps):
         batch = rows.batch(step)
         for input_ids_BT, target_mask_BT in micro_batches(
             batch.input_ids_BT, batch.target_mask_BT, parts=accumulation, pad_id=made.ids.pad_id
@@ -200,7 +204,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(Path(options.folder) / "stock"),
         per_device_train_batch_size=1,  # of whole micro-batches
         gradient_accumulation_steps=accumulation,
-        max_steps=config.loop.total_steps,
+        max_steps=config.loop.max_steps,
         learning_rate=config.optimizer.lr,
         bf16=gpu,
         use_cpu=not gpu,

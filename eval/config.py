@@ -166,7 +166,7 @@ class EvalConfig:
     seed: int = 0
     num_threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
-    features: FeatureName = "random-features"
+    fid_features: FeatureName = "random-features"
     """Feature network of Frechet distances; only over inception-2015 they are FID."""
     inception_weights: str = ""
     force: bool = False

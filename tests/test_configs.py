@@ -22,7 +22,7 @@ from train.recipes.um3 import UM3Objective
 from um3.core.config import differences, load_config, to_dict
 from um3.model.extend import extend_model
 from um3.model.language_model import count_parameters
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SCHEMAS: dict[str, type[Any]] = {
@@ -32,7 +32,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "um3": UM3Config,
     "eval": EvalConfig,
 }
-COMMON_ROWS = dict(total_steps=120_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.05, schedule="cosine")
+COMMON_ROWS = dict(max_steps=120_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.05, schedule="cosine")
 
 
 def load(scale: str, phase: str) -> Any:
@@ -47,7 +47,7 @@ def values(config: Any, *names: str) -> dict[str, Any]:
 def schedule_of(config: Any) -> dict[str, Any]:
     """The rows of Tables 8 and 9 that every phase has."""
     optimizer = values(config.optimizer, "warmup_steps", "betas", "weight_decay", "schedule")
-    return {"total_steps": config.loop.total_steps, **optimizer}
+    return {"max_steps": config.loop.max_steps, **optimizer}
 
 
 @pytest.mark.parametrize("scale", ["demo", "paper"])
@@ -61,12 +61,12 @@ def test_one_file_per_phase_and_every_file_loads(scale: str) -> None:
 def test_the_phases_of_a_folder_fit_each_other(scale: str) -> None:
     stage1, stage2, um3, evaluation = (load(scale, phase) for phase in ("stage1", "stage2", "um3", "eval"))
     vocabulary, shape = um3.vocabulary, stage1.model
-    assert vocabulary.slots * vocabulary.bits_per_slot == shape.bits
-    image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.slots
-    assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.row_tokens
-    if not um3.model.language_model.base:
-        assert um3.data.row_tokens <= um3.model.language_model.max_position_embeddings
-        assert evaluation.language.max_tokens == um3.data.text_row_tokens
+    assert vocabulary.subtokens * vocabulary.bits_per_subtoken == shape.bits
+    image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.subtokens
+    assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.seq_len
+    if not um3.model.base_model:
+        assert um3.data.seq_len <= um3.model.language_model.max_position_embeddings
+        assert evaluation.language.max_tokens == um3.data.text_seq_len
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 
 
@@ -79,7 +79,7 @@ def test_the_demo_needs_nothing_from_outside() -> None:
     ]
     assert {source.kind for source in sources} <= {"scenes", "digits", "python_docs"}
     assert not any(source.path for source in sources)
-    assert not load("demo", "um3").model.base and not load("demo", "stage1").text.tokenizer
+    assert not load("demo", "um3").model.base_model and not load("demo", "stage1").text.tokenizer
 
 
 def test_paper_stage_1_is_table_8() -> None:
@@ -88,7 +88,7 @@ def test_paper_stage_1_is_table_8() -> None:
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("lamb", 5e-4, 5.0)
     assert config.loop.batch_size == 65_536 == 128 * 512
     assert config.loss.mse == 1e3 and config.loss.contrastive == config.loss.entropy == config.loss.commitment == 1.0
-    shape = dict(image_size=256, patch_size=16, width=768, num_layers=12, mlp_width=2048, bits=28)
+    shape = dict(image_size=256, patch_size=16, hidden_size=768, num_layers=12, intermediate_size=2048, bits=28)
     assert values(config.model, *shape) == shape
     assert schedule_of(load("qlip_b8", "stage1")) == COMMON_ROWS  # the variant that the table is about
 
@@ -107,12 +107,12 @@ def test_paper_stage_2_is_table_8() -> None:
 
 def test_paper_um3_is_table_9() -> None:
     config: UM3Config = load("paper", "um3")
-    table = dict(total_steps=600_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.1, schedule="cosine")
+    table = dict(max_steps=600_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.1, schedule="cosine")
     assert schedule_of(config) == table
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 1e-4, 1.0)
-    assert (config.loop.batch_size, config.loop.micro_batch_size, config.data.row_tokens) == (512, 8, 4096)
-    assert (config.model.base, config.model.qk_norm) == ("meta-llama/Llama-3.2-1B", True)
-    assert (config.vocabulary.slots, config.vocabulary.bits_per_slot) == (2, 14)
+    assert (config.loop.batch_size, config.loop.micro_batch_size, config.data.seq_len) == (512, 8, 4096)
+    assert (config.model.base_model, config.model.qk_norm) == ("meta-llama/Llama-3.2-1B", True)
+    assert (config.vocabulary.subtokens, config.vocabulary.bits_per_subtoken) == (2, 14)
     assert (config.loss.mode, config.loss.z_loss) == ("split", 0.0)
 
 
@@ -129,7 +129,7 @@ def test_paper_evaluation_samples_as_the_paper_does() -> None:
     config: EvalConfig = load("paper", "eval")
     assert (config.generation.sampling.temperature, config.generation.sampling.top_p) == (1.0, 0.95)
     assert config.generation.num_images == 30_000 and config.captions.num_images == 5_000
-    assert config.tokenizer.num_images == 50_000 and config.features == "inception-2015"
+    assert config.tokenizer.num_images == 50_000 and config.fid_features == "inception-2015"
 
 
 def meta_qlip(folder: str = "paper") -> QLIPModel:
@@ -139,13 +139,15 @@ def meta_qlip(folder: str = "paper") -> QLIPModel:
         return QLIPModel(qlip_config(config.model, config.text))
 
 
-def meta_um3() -> tuple[PreTrainedModel, IdSpace]:
+def meta_um3() -> tuple[PreTrainedModel, UnifiedVocabulary]:
     """Llama-3.2-1B by its public dimensions, extended as the paper's config asks, without memory."""
     config: UM3Config = load("paper", "um3")
-    slots, bits = config.vocabulary.slots, config.vocabulary.bits_per_slot
+    subtokens, bits = config.vocabulary.subtokens, config.vocabulary.bits_per_subtoken
     specials = dict(bos_id=128_000, eos_id=128_001, pad_id=128_004)
     marks = dict(begin_of_image_id=128_256, end_of_image_id=128_257)
-    ids = IdSpace(text_vocab_size=128_258, slots=slots, bits_per_slot=bits, num_patches=256, **specials, **marks)
+    ids = UnifiedVocabulary(
+        text_vocab_size=128_258, subtokens=subtokens, bits_per_subtoken=bits, num_patches=256, **specials, **marks
+    )
     sizes: dict[str, Any] = dict(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64
     )
@@ -211,8 +213,8 @@ def test_a_control_differs_from_qlip_in_one_weight(folder: str, phase: str, chan
 def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
     config, base = load("in1k", "stage2"), load("paper", "stage2")
     changed = differences(to_dict(base), to_dict(config))
-    assert {line.partition(":")[0] for line in changed} == {"trained", "data.sources"}
-    autoencoder = Autoencoder(meta_qlip(), trained=config.trained)
+    assert {line.partition(":")[0] for line in changed} == {"trainable", "data.sources"}
+    autoencoder = Autoencoder(meta_qlip(), trainable=config.trainable)
     trained = {name for name, parameter in autoencoder.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("qlip.vision_decoder.") for name in trained)
     assert peaks(autoencoder, config=config.optimizer).keys() == trained

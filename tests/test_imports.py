@@ -163,8 +163,8 @@ def test_every_module_says_what_it_is() -> None:
         ("um3.core.files", "import um3.model.vocabulary"),
         ("um3.core.files", "from um3 import ids"),
         ("um3.core.files", "from .. import ids"),
-        ("um3.core.files", "from ..ids import IdSpace"),
-        ("tokenizer.text_tokenizer", "from um3.model.vocabulary import IdSpace"),
+        ("um3.core.files", "from ..ids import UnifiedVocabulary"),
+        ("tokenizer.text_tokenizer", "from um3.model.vocabulary import UnifiedVocabulary"),
         ("tokenizer.text_tokenizer", "def f() -> None:\n    from data_mix.batches.mix import open_rows"),
         ("um3.cli", "if TYPE_CHECKING:\n    from eval import run"),
         ("um3.cli", "import importlib\nimportlib.import_module('train.loop')"),
@@ -186,7 +186,7 @@ def test_the_checker_sees_an_import_to_the_right(module: str, line: str) -> None
     [
         ("um3.core.files", "from um3.core import errors\nfrom . import errors\nfrom .errors import UserError"),
         ("tokenizer.text_tokenizer", "from um3 import core\nfrom um3.core.files import write_json\nimport tokenizers"),
-        ("um3.model.language_model", "import tokenizer\nfrom .ids import IdSpace\nimport training_tools"),
+        ("um3.model.language_model", "import tokenizer\nfrom .ids import UnifiedVocabulary\nimport training_tools"),
         ("train.loop", "import um3, data_mix.batches.mix, eval.run\nfrom train import engine\nfrom . import optim"),
     ],
 )

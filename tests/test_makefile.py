@@ -95,11 +95,11 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("stage1", ["loop.folder=R/stage1"]),
-        ("stage2", ["loop.folder=R/stage2", "tokenizer=R/stage1/model"]),
-        ("codes", ["qlip=R/stage2/model", "out=R/codes"]),
-        ("um3", ["loop.folder=R/um3", "qlip=R/stage2/model", "data.codes=R/codes"]),
-        ("um3-init", ["out=R/um3-init", "qlip=R/stage2/model"]),
+        ("stage1", ["loop.output_dir=R/stage1"]),
+        ("stage2", ["loop.output_dir=R/stage2", "init_from=R/stage1/model"]),
+        ("codes", ["visual_tokenizer=R/stage2/model", "output_dir=R/codes"]),
+        ("um3", ["loop.output_dir=R/um3", "visual_tokenizer=R/stage2/model", "data.codes=R/codes"]),
+        ("um3-init", ["output_dir=R/um3-init", "visual_tokenizer=R/stage2/model"]),
         ("um3-export", ["--model", "R/um3/model", "--out", "R/um3-export"]),
         ("eval", ["run=R"]),
         ("report", ["--run", "R"]),
@@ -155,9 +155,9 @@ def test_data_and_text_replace_the_configs_sources(target: str, data: str, text:
 
 
 def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
-    words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=slots=4")
-    assert words[1:4] == ["-m", "train.recipes.um3_init", "out=R/um3-init"]
-    assert words[4:] == ["base=/my llama", "qlip=/my qlip", "text=/my text", "slots=4"]
+    words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=subtokens=4")
+    assert words[1:4] == ["-m", "train.recipes.um3_init", "output_dir=R/um3-init"]
+    assert words[4:] == ["base_model=/my llama", "visual_tokenizer=/my qlip", "text=/my text", "subtokens=4"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_prompts_are_drawn_before_they_are_scored(target: str, settings: list[st
     )
     folder = f"R/drawings/{target}"
     assert drawn[1:3] == ["-m", "eval.benchmarks.generate_images"]
-    assert drawn[3:] == ["model=/a model", "prompts=/my list.txt", f"out={folder}", *settings, "seed=3"]
+    assert drawn[3:] == ["model=/a model", "prompts=/my list.txt", f"output_dir={folder}", *settings, "seed=3"]
     assert f"images={folder}" in scored and scored[-1] == "x=1"
 
 

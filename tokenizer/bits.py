@@ -1,6 +1,6 @@
 """Codes, bits and sub-tokens, all in int64 (a float32 sum of 28 bits loses about four codes in five).
 
-Legend: B batch, N patches, L bits of a code, S slots of a code.
+Legend: B batch, N patches, L bits of a code, S subtokens of a code.
 """
 
 import torch
@@ -24,20 +24,22 @@ def bits_to_codes(bits_BNL: torch.Tensor) -> torch.Tensor:
     return (bits_BNL.long() << shifts_L).sum(-1)
 
 
-def codes_to_subtokens(codes_BN: torch.Tensor, *, slots: int, bits_per_slot: int) -> torch.Tensor:
-    """Cut codes (..., N) into sub-tokens (..., N, S) of `bits_per_slot` bits; slot 0 holds the high bits."""
-    _check_integers(codes_BN, name="codes", limit_bits=slots * bits_per_slot)
-    shifts_S = torch.arange(slots - 1, -1, -1, device=codes_BN.device) * bits_per_slot
-    return (codes_BN.long().unsqueeze(-1) >> shifts_S) & ((1 << bits_per_slot) - 1)
+def codes_to_subtokens(codes_BN: torch.Tensor, *, subtokens: int, bits_per_subtoken: int) -> torch.Tensor:
+    """Cut codes (..., N) into sub-tokens (..., N, S) of `bits_per_subtoken` bits; subtoken 0 holds the high bits."""
+    _check_integers(codes_BN, name="codes", limit_bits=subtokens * bits_per_subtoken)
+    shifts_S = torch.arange(subtokens - 1, -1, -1, device=codes_BN.device) * bits_per_subtoken
+    return (codes_BN.long().unsqueeze(-1) >> shifts_S) & ((1 << bits_per_subtoken) - 1)
 
 
-def subtokens_to_codes(subtokens_BNS: torch.Tensor, *, bits_per_slot: int) -> torch.Tensor:
+def subtokens_to_codes(subtokens_BNS: torch.Tensor, *, bits_per_subtoken: int) -> torch.Tensor:
     """Sub-tokens (..., N, S) -> codes (..., N) int64; the inverse of `codes_to_subtokens`."""
-    slots = subtokens_BNS.shape[-1]
-    if slots * bits_per_slot > MAX_BITS:
-        raise ValueError(f"{slots} slots of {bits_per_slot} bits do not fit an int64 code; the limit is {MAX_BITS}")
-    _check_integers(subtokens_BNS, name="sub-tokens", limit_bits=bits_per_slot)
-    shifts_S = torch.arange(slots - 1, -1, -1, device=subtokens_BNS.device) * bits_per_slot
+    subtokens = subtokens_BNS.shape[-1]
+    if subtokens * bits_per_subtoken > MAX_BITS:
+        raise ValueError(
+            f"{subtokens} subtokens of {bits_per_subtoken} bits do not fit an int64 code; the limit is {MAX_BITS}"
+        )
+    _check_integers(subtokens_BNS, name="sub-tokens", limit_bits=bits_per_subtoken)
+    shifts_S = torch.arange(subtokens - 1, -1, -1, device=subtokens_BNS.device) * bits_per_subtoken
     return (subtokens_BNS.long() << shifts_S).sum(-1)
 
 

@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
     arguments = parser.parse_intermixed_args()
     config = load_config(CONFIGS[arguments.phase], path=arguments.config, overrides=arguments.overrides)
-    if not config.loop.folder:
-        raise UserError("loop.folder is empty; set it to the folder of this phase, such as runs/demo/stage1")
+    if not config.loop.output_dir:
+        raise UserError("loop.output_dir is empty; set it to the folder of this phase, such as runs/demo/stage1")
     inputs = inputs_of(config)
     if is_done(config, inputs=inputs):
-        print(f"{arguments.phase}: {config.loop.folder} is up to date")
+        print(f"{arguments.phase}: {config.loop.output_dir} is up to date")
         return
     if arguments.processes > 1 and not is_worker():
         sys.exit(launch(sys.argv[1:], processes=arguments.processes))

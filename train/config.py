@@ -36,12 +36,12 @@ class OptimizerConfig:
     warmup_steps: int = 2000
     final_lr_ratio: float = 0.0
     """The cosine ends at this share of the peak."""
-    average_decay: float = 0.0
+    ema_decay: float = 0.0
     """Decay per step of an exponential moving average of the weights, which the finished model then holds; 0: none."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay is {self.average_decay}; it must be in [0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must be two numbers in [0, 1)")
         if self.lr <= 0 or self.warmup_steps < 0 or self.grad_clip < 0:
@@ -53,9 +53,9 @@ class EngineConfig:
     """How DeepSpeed runs the model; the same on one CPU process and on many nodes."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    precision: Literal["auto", "float32", "bf16", "autocast"] = "auto"
-    """bf16: weights in bf16 with float32 masters. autocast: float32 weights, bf16 matrix products. auto: autocast on a
-    GPU, float32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16-true"] = "auto"
+    """bf16-true: weights in bf16 with float32 masters. bf16-mixed: float32 weights, bf16 matrix products (autocast).
+    auto: bf16-mixed on a GPU, fp32 on a CPU."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (AdamW under ZeRO 1-3, GPU only)."""
     activation_checkpointing: bool = False
@@ -78,10 +78,10 @@ class EngineConfig:
 class LoopConfig:
     """The run: where, how long, how often it reports and saves."""
 
-    folder: str = ""
+    output_dir: str = ""
     """Folder of this phase, such as runs/demo/stage1."""
     seed: int = 0
-    total_steps: int = 1000
+    max_steps: int = 1000
     batch_size: int = 128
     """Samples per step over all ranks and accumulation steps."""
     micro_batch_size: int = 0
@@ -94,39 +94,39 @@ class LoopConfig:
     """Metric whose lowest mean between two saves marks the best checkpoint, which stays as well; empty: none does."""
     num_threads: int = 0
     """CPU threads per process; 0 leaves torch's choice."""
-    track: list[str] = field(default_factory=list)
+    loggers: list[str] = field(default_factory=list)
     """Further views of metrics.jsonl: tensorboard, wandb."""
 
     def is_logged(self, step: int) -> bool:
         """Whether metrics.jsonl has a row of step number `step`, counted from 1."""
-        return step % self.log_every_steps == 0 or step in (1, self.total_steps)
+        return step % self.log_every_steps == 0 or step in (1, self.max_steps)
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.micro_batch_size < 0:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it must be at least 0")
-        unknown = set(self.track) - {"tensorboard", "wandb"}
+        unknown = set(self.loggers) - {"tensorboard", "wandb"}
         if unknown:
-            raise ValueError(f"track: unknown view '{unknown.pop()}'; use tensorboard or wandb")
+            raise ValueError(f"loop.loggers: unknown logger '{unknown.pop()}'; use tensorboard or wandb")
 
 
 @dataclass
 class QLIPSizeConfig:
     """Shape of the tokenizer (SPEC section 1); decoder and encoder have the same width and depth."""
 
-    start: str = ""
+    init_from: str = ""
     """QLIP folder or hub id to start from instead of fresh weights; its own shape then counts."""
     encoder_weights: str = ""
     """File of EVA-02's (MIM) or EVA-CLIP's weights for the visual encoder (on the hub: OWNER/NAME/FILE), or a QLIP
     folder with one to take; empty leaves it fresh."""
     image_size: int = 256
     patch_size: int = 16
-    width: int = 768
+    hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
-    mlp_width: int = 2048
+    intermediate_size: int = 2048
     bits: int = 28
     group_size: int = 1
     inv_temperature: float = 1.0
@@ -135,7 +135,7 @@ class QLIPSizeConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for whole, part in (("image_size", "patch_size"), ("width", "num_heads"), ("bits", "group_size")):
+        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_heads"), ("bits", "group_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}; change one"
@@ -151,10 +151,10 @@ class TextTowerConfig:
     weights: str = ""
     """CLIP folder or hub id for the weights of the tower; empty leaves them fresh."""
     vocab_size: int = 49408
-    width: int = 512
+    hidden_size: int = 512
     num_layers: int = 12
     num_heads: int = 8
-    mlp_width: int = 2048
+    intermediate_size: int = 2048
     max_tokens: int = 77
     hidden_act: str = "quick_gelu"
 
@@ -199,7 +199,7 @@ class Stage1Config:
     bottleneck: Literal["bsq", "identity"] = "bsq"
     """identity: the decoder takes the encoder's output as it is, and the quantizer stays as it was (recipe 2 of Table
     3c, Figure 5)."""
-    trained: list[str] = field(default_factory=list)
+    trainable: list[str] = field(default_factory=list)
     """Prefixes of the parameters that train, as in `optimizer.module_lr`; empty trains all."""
     gradient_norms: bool = False
     """Log the gradient norm of each of the two losses at the encoder's last MLP (Figure 5)."""
@@ -211,9 +211,9 @@ class Stage1Config:
             raise ValueError(
                 f"source '{bare[0]}' has no captions, which the contrastive loss needs; set loss.contrastive=0"
             )
-        if self.model.start and (self.model.encoder_weights or self.text.weights):
+        if self.model.init_from and (self.model.encoder_weights or self.text.weights):
             raise ValueError(
-                "model.start brings all weights; leave model.encoder_weights and text.weights empty with it"
+                "model.init_from brings all weights; leave model.encoder_weights and text.weights empty with it"
             )
         if self.text.weights and not self.text.tokenizer:
             raise ValueError("text.weights are embeddings of one vocabulary; set text.tokenizer to their own")
@@ -266,15 +266,15 @@ class Stage2Config:
     loss: Stage2LossConfig = field(default_factory=Stage2LossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    tokenizer: str = ""
+    init_from: str = ""
     """QLIP folder or hub id that stage 1 left, such as runs/demo/stage1/model."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    trained: list[str] = field(default_factory=lambda: ["qlip.vision_model.quant_embed", "qlip.vision_decoder"])
+    trainable: list[str] = field(default_factory=lambda: ["qlip.vision_model.quant_embed", "qlip.vision_decoder"])
     """Prefixes of the parameters that train, as in `optimizer.module_lr`; of bottleneck and decoder only."""
 
     def __post_init__(self) -> None:
-        if self.discriminator_optimizer.average_decay:
-            raise ValueError("discriminator_optimizer.average_decay: no discriminator is saved, so no average of it")
+        if self.discriminator_optimizer.ema_decay:
+            raise ValueError("discriminator_optimizer.ema_decay: no discriminator is saved, so no average of it")
 
 
 @dataclass
@@ -296,22 +296,22 @@ class VocabularyConfig:
 
     tokenizer: str = ""
     """Folder or hub id; empty takes the base model's, or trains one on the texts and captions at hand."""
-    text_entries: int = 1024
+    text_vocab_size: int = 1024
     """Size of a trained text vocabulary."""
-    slots: int = 2
-    bits_per_slot: int = 14
-    shared_bits: bool = False
+    subtokens: int = 2
+    bits_per_subtoken: int = 14
+    bit_embeddings: bool = False
     """While training, give each visual row the sum of one vector per bit of its code besides its own row, so that codes
     learn from each other; folded into plain rows when saved."""
 
 
 @dataclass
-class GuardConfig:
+class TextValidationConfig:
     """Watches how much text the model forgets: its loss on held-out text against the loss before the first step."""
 
     every_steps: int = 0
     """Steps between two measurements; 0 for none."""
-    rows: int = 64
+    num_sequences: int = 64
     """Rows of held-out text, as long as those of training, shared evenly among the sources."""
     texts: list[TextSourceConfig] = field(default_factory=list)
     """Sources whose held-out part is measured; empty takes data.texts."""
@@ -321,8 +321,8 @@ class GuardConfig:
     """Go back to the mix's start, and calm down anew, where it is so many nats per token above; null for never."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"guard.rows={self.rows}; it must be at least 1")
+        if self.num_sequences < 1:
+            raise ValueError(f"text_validation.num_sequences={self.num_sequences}; it must be at least 1")
 
 
 @dataclass
@@ -347,24 +347,24 @@ class UM3Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    text_validation: TextValidationConfig = field(default_factory=TextValidationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    qlip: str = ""
+    visual_tokenizer: str = ""
     """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
 
     def __post_init__(self) -> None:
-        guard, mix, often = self.guard, self.data.mix, self.loop.log_every_steps
-        for name, steps in (("guard", guard.every_steps), ("evaluate", self.evaluate.every_steps)):
+        validation, mix, often = self.text_validation, self.data.mix, self.loop.log_every_steps
+        for name, steps in (("text_validation", validation.every_steps), ("evaluate", self.evaluate.every_steps)):
             if steps < 0 or steps % often:
                 raise ValueError(
                     f"{name}.every_steps={steps} is no multiple of loop.log_every_steps={often}, so that its "
                     "measurements would not be logged; change one of them, or set 0 for none"
                 )
-        if guard.return_above is not None and (
+        if validation.return_above is not None and (
             not mix.calm_down_steps or mix.start[0] / sum(mix.start) <= mix.end[0] / sum(mix.end)
         ):
             raise ValueError(
-                f"guard.return_above={guard.return_above} goes back to data.mix.start, which has no more text than its "
+                f"text_validation.return_above={validation.return_above} goes back to data.mix.start, which has no more text than its "
                 "end here; give it more, and data.mix.calm_down_steps above 0"
             )
 
@@ -375,12 +375,12 @@ FREE_KEYS = (
     "loop.save_every_steps",
     "loop.keep_",
     "loop.num_threads",
-    "loop.track",
-    "guard.alarm_above",
+    "loop.loggers",
+    "text_validation.alarm_above",
     "evaluate.",
 )
 # Where things lie may change too: what they are is compared by fingerprint.
-FREE_FOLDERS = ("loop.folder", "model.start:", "tokenizer:", "qlip:", "data.codes:")
+FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "data.codes:")
 FREE_PREFIXES = ("loop.micro_batch_size", "engine.", *FREE_FOLDERS)
 
 
@@ -400,7 +400,7 @@ def is_done(config: Any, *, inputs: dict[str, str] | None = None) -> bool:
     Raises:
         UserError: the folder belongs to a run with other settings or other inputs.
     """
-    folder = Path(config.loop.folder)
+    folder = Path(config.loop.output_dir)
     started = folder / "config.yaml"
     if started.exists():
         old = to_dict(load_config(type(config), path=started))
@@ -424,7 +424,7 @@ def is_done(config: Any, *, inputs: dict[str, str] | None = None) -> bool:
 
 def start_folder(config: Any) -> Path:
     """Create the phase's folder with its resolved config.yaml."""
-    folder = Path(config.loop.folder)
+    folder = Path(config.loop.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if is_main() and not (folder / "config.yaml").exists():
         save_config(config, folder / "config.yaml")
@@ -437,13 +437,17 @@ def inputs_of(config: Any) -> dict[str, str]:
     Raises:
         UserError: an earlier phase has not been run.
     """
-    if isinstance(config, Stage1Config) and config.model.start:
-        return {"start": folder_digest(config.model.start, made_by="stage1")}
+    if isinstance(config, Stage1Config) and config.model.init_from:
+        return {"init_from": folder_digest(config.model.init_from, made_by="stage1")}
     if isinstance(config, Stage2Config):
-        return {"tokenizer": folder_digest(config.tokenizer, made_by="stage1")}
+        return {"init_from": folder_digest(config.init_from, made_by="stage1")}
     if isinstance(config, UM3Config):
-        start = {"start": folder_digest(config.model.base, made_by="um3-init")} if is_um3(config.model.base) else {}
-        return {"qlip": folder_digest(config.qlip, made_by="stage2")} | start
+        start = (
+            {"init_from": folder_digest(config.model.base_model, made_by="um3-init")}
+            if is_um3(config.model.base_model)
+            else {}
+        )
+        return {"visual_tokenizer": folder_digest(config.visual_tokenizer, made_by="stage2")} | start
     return {}
 
 

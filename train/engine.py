@@ -85,10 +85,10 @@ def split_batch(loop: LoopConfig) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def precision_of(engine: EngineConfig) -> Literal["float32", "bf16", "autocast"]:
+def precision_of(engine: EngineConfig) -> Literal["fp32", "bf16-mixed", "bf16-true"]:
     """The precision that "auto" stands for on this machine, or the one that was asked for."""
     if engine.precision == "auto":
-        return "autocast" if torch.cuda.is_available() else "float32"
+        return "bf16-mixed" if torch.cuda.is_available() else "fp32"
     return engine.precision
 
 
@@ -106,9 +106,9 @@ def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
         )
     if kind == "muon" and stage == 3:
         raise UserError("Muon needs whole matrices, which ZeRO 3 cuts apart; set engine.zero_stage=2 or less")
-    if kind != "adamw" and engine.precision == "bf16":
-        raise UserError(f"{kind} needs float32 weights; set engine.precision=autocast for bf16 matrix products")
-    if engine.precision == "bf16" and stage == 0:
+    if kind != "adamw" and engine.precision == "bf16-true":
+        raise UserError(f"{kind} needs float32 weights; set engine.precision=bf16-mixed for bf16 matrix products")
+    if engine.precision == "bf16-true" and stage == 0:
         raise UserError("bf16 weights have their float32 masters in ZeRO; set engine.zero_stage=1 or more with them")
     if engine.compile and stage == 3:
         raise UserError(
@@ -127,7 +127,7 @@ def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
     Raises:
         UserError: it is not installed, or needs a GPU or bf16 products.
     """
-    if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "float32"):
+    if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "fp32"):
         raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16 products; set engine.attention=sdpa")
     try:
         model.set_attn_implementation(engine.attention)
@@ -199,9 +199,9 @@ def build_engine(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
-    if precision_of(engine) == "bf16":
+    if precision_of(engine) == "bf16-true":
         options["bf16"] = {"enabled": True}
-    if precision_of(engine) == "autocast":
+    if precision_of(engine) == "bf16-mixed":
         # On a GPU DeepSpeed switches off an autocast around its engine that is not in its own options. Of the modules
         # named safe it would reduce the gradients in bf16: none is.
         options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -233,7 +233,7 @@ def state_keys(engine: Any) -> tuple[str, ...]:
 
 
 def _average_decay(engine: Any) -> float:
-    return float(base_optimizer(engine).param_groups[0]["average_decay"])
+    return float(base_optimizer(engine).param_groups[0]["ema_decay"])
 
 
 def _create_optimizer_state(engine: Any) -> None:
@@ -260,7 +260,7 @@ def _create_optimizer_state(engine: Any) -> None:
 def autocast(engine: EngineConfig) -> torch.autocast:
     """The autocast context of the config: bf16 matrix products, or nothing."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision_of(engine) == "autocast")
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision_of(engine) == "bf16-mixed")
 
 
 def step_engine(engine: Any) -> float:

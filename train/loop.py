@@ -95,12 +95,14 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
     loop: LoopConfig = config.loop
-    folder = Path(loop.folder)
+    folder = Path(loop.output_dir)
     engines, start, spent_s = _resume(task, folder=folder / "checkpoints", inputs=inputs)
     metrics = (
-        MetricsWriter(folder, resume_step=start, views=tuple(loop.track), config=to_dict(config)) if is_main() else None
+        MetricsWriter(folder, resume_step=start, views=tuple(loop.loggers), config=to_dict(config))
+        if is_main()
+        else None
     )
-    progress = Progress(loop.total_steps, label=folder.name, unit="steps", start=start)
+    progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)
     began = time.monotonic()
     since_save: list[dict[str, float]] = []
 
@@ -112,7 +114,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         remove_old(folder / "checkpoints", keep=loop.keep_checkpoints, best_by=loop.keep_best_by)
 
     with stop_requests() as stop:
-        for step in range(start, loop.total_steps):
+        for step in range(start, loop.max_steps):
             seed_everything(loop.seed, "step", step)
             values = _guarded_step(task, step=step, folder=folder)
             since_save.append(values)
@@ -123,9 +125,9 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
                 metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))
             stopping = any_rank(stop.signal is not None)
-            if done % loop.save_every_steps == 0 or done == loop.total_steps or stopping:
+            if done % loop.save_every_steps == 0 or done == loop.max_steps or stopping:
                 save(done)
-            if stopping and done < loop.total_steps:
+            if stopping and done < loop.max_steps:
                 _leave(stop, step=done, folder=folder)
     if metrics is not None:
         metrics.close()
@@ -198,10 +200,10 @@ def _leave(stop: StopRequest, *, step: int, folder: Path) -> None:
 
 
 def _finish(task: Task, *, config: Any, inputs: dict[str, str], seconds: float) -> None:
-    folder = Path(config.loop.folder)
+    folder = Path(config.loop.output_dir)
     facts = task.finish(folder)
     if is_main():
-        record = {"inputs": inputs, "steps": config.loop.total_steps, "seconds": round(seconds, 1)}
+        record = {"inputs": inputs, "steps": config.loop.max_steps, "seconds": round(seconds, 1)}
         peaks = _memory("peak_memory_gib", "peak_gpu_memory_gib")
         record |= {name: round(gib, 3) for name, gib in peaks.items()} | {"processes": world_size(), **facts}
         record |= {"config": to_dict(config), "commit": commit(), "versions": versions(), "machine": machine()}

@@ -78,7 +78,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Group the trainable parameters by peak rate and weight decay and build the optimizer.
 
-    Each group keeps its peak under "peak_lr", which `set_learning_rate` reads, and "average_decay", which the engine
+    Each group keeps its peak under "peak_lr", which `set_learning_rate` reads, and "ema_decay", which the engine
     reads. Muon takes the matrices inside the layers.
 
     Raises:
@@ -102,7 +102,7 @@ def build_optimizer(
             f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names"
         )
     options = [
-        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay, average_decay=config.average_decay)
+        dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay, ema_decay=config.ema_decay)
         | ({"shapes": [tuple(param.shape) for param in params]} if orthogonal else {})
         for (peak, decay, orthogonal), params in groups.items()
     ]
@@ -110,13 +110,13 @@ def build_optimizer(
     return kind(options, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
-def schedule_factor(step: int, *, total_steps: int, config: OptimizerConfig) -> float:
+def schedule_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> float:
     """Share of the peak learning rate at 0-based `step`: linear warm-up, then cosine or constant."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

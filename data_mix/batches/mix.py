@@ -7,7 +7,7 @@ padded to the longest of them.
 A sample whose shard cannot be read is replaced by the next one of its source's order that can, for the same task and
 at the same place: so the counts stay exact, on every rank and after every resume, and it is counted as replaced.
 
-Shape legend: S = samples of this rank, B = its rows, T = ids of the longest of them (at most row_tokens), N = patches
+Shape legend: S = samples of this rank, B = its rows, T = ids of the longest of them (at most seq_len), N = patches
 of an image, P = visual ids of an image, K = pairs of task and source, C = what is counted of them.
 """
 
@@ -34,7 +34,7 @@ from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
 from um3.model.sequences import Row, image_to_text_row, text_to_image_row, unconditional_row
 from um3.model.text_tokenizer import encode_captions
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,7 @@ class UM3Rows:
         *,
         images: Mapping[str, CodeShards],
         texts: Mapping[str, TokenStream],
-        ids: IdSpace,
+        ids: UnifiedVocabulary,
         text_tokenizer: "PreTrainedTokenizerBase",
         batch_size: int,
         seed: int,
@@ -148,10 +148,10 @@ class UM3Rows:
         self.schedule = Schedule(config.mix)
         for source in images.values():
             _check_codes(source, ids=ids)
-        self.caption_room = config.row_tokens - ids.image_tokens - ROW_MARKS
+        self.caption_room = config.seq_len - ids.image_tokens - ROW_MARKS
         if self.caption_room < 1 and images:
             raise UserError(
-                f"data.row_tokens={config.row_tokens} cannot hold an image of {ids.image_tokens} tokens and a caption; "
+                f"data.seq_len={config.seq_len} cannot hold an image of {ids.image_tokens} tokens and a caption; "
                 f"set it to {ids.image_tokens + ROW_MARKS + 1} or more"
             )
         self.tasks: dict[Task, TaskSamples] = {}
@@ -218,7 +218,7 @@ class UM3Rows:
             else:
                 samples.append(self._image_row(planned.task, captioned[planned.place], captions[planned.place]))
         packed = self.config.packing == "documents"
-        rows = lay_out(samples, row_tokens=self.config.row_tokens, packed=packed, pad_id=self.ids.pad_id)
+        rows = lay_out(samples, seq_len=self.config.seq_len, packed=packed, pad_id=self.ids.pad_id)
         seen_KC = torch.zeros(len(self.keys), len(COUNTED), dtype=torch.int64)
         for planned, sample in zip(mine, samples, strict=True):
             num_visual = int((sample.input_ids >= self.ids.text_vocab_size).sum())
@@ -307,7 +307,7 @@ class UM3Rows:
 def open_rows(
     config: DataConfig,
     *,
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     text_tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
     seed: int,
@@ -338,7 +338,7 @@ def open_rows(
             documents,
             tokenizer=text_tokenizer,
             ids=ids,
-            row_tokens=config.text_row_tokens or config.row_tokens,
+            seq_len=config.text_seq_len or config.seq_len,
             cache=cache,
             origin=origin(source_config, split),
         )
@@ -355,10 +355,10 @@ def open_rows(
     )
 
 
-def _check_codes(source: CodeShards, *, ids: IdSpace) -> None:
+def _check_codes(source: CodeShards, *, ids: UnifiedVocabulary) -> None:
     if (source.bits, source.num_patches) != (ids.num_bits, ids.num_patches):
         raise UserError(
             f"codes of '{source.name}' are {source.num_patches} a picture of {source.bits} bits; the model takes "
-            f"{ids.num_patches} of {ids.slots} x {ids.bits_per_slot} bits: set model.slots and model.bits_per_slot to "
+            f"{ids.num_patches} of {ids.subtokens} x {ids.bits_per_subtoken} bits: set vocabulary.subtokens and vocabulary.bits_per_subtoken to "
             "make up the codes' bits"
         )

@@ -27,7 +27,7 @@ Counts = dict[str, float]
 
 @dataclass
 class PreviewConfig:
-    """The sections of a UM3 training config; only `data`, loop.total_steps and loop.batch_size are read here."""
+    """The sections of a UM3 training config; only `data`, loop.max_steps and loop.batch_size are read here."""
 
     data: DataConfig = field(default_factory=DataConfig)
     loop: dict[str, Any] = field(default_factory=dict)
@@ -36,9 +36,9 @@ class PreviewConfig:
     loss: Any = None
     model: Any = None
     vocabulary: Any = None
-    guard: Any = None
+    text_validation: Any = None
     evaluate: Any = None
-    qlip: Any = None
+    visual_tokenizer: Any = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(PreviewConfig, path=options.config, overrides=options.overrides)
-    missing = [key for key in ("total_steps", "batch_size") if not isinstance(config.loop.get(key), int)]
+    missing = [key for key in ("max_steps", "batch_size") if not isinstance(config.loop.get(key), int)]
     if missing:
         raise UserError(f"{options.config} sets no loop.{missing[0]}; add it, or give loop.{missing[0]}=NUMBER")
-    steps, batch_size = config.loop["total_steps"], config.loop["batch_size"]
+    steps, batch_size = config.loop["max_steps"], config.loop["batch_size"]
     shares = source_shares(config.data)
     realised = read_metrics(options.metrics) if options.metrics else None
     schedule = Schedule(config.data.mix, restarts=restarts(realised or []))
@@ -188,7 +188,7 @@ def _of_task(schedule: Schedule, task: Task, shares: Sequence[float], *, batch_s
 
 def restarts(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Steps at which the forgetting guard of a run had the calm-down begin anew."""
-    return [int(row["guard/restart"]) for row in rows if "guard/restart" in row]
+    return [int(row["text_validation/restart"]) for row in rows if "text_validation/restart" in row]
 
 
 def _means(had: Sequence[_Had]) -> list[tuple[float, Counts]]:

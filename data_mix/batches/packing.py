@@ -32,29 +32,29 @@ class Rows(NamedTuple):
     lengths_S: Tensor
 
 
-def first_fit(lengths: Sequence[int], *, row_tokens: int) -> list[int]:
+def first_fit(lengths: Sequence[int], *, seq_len: int) -> list[int]:
     """The row of each sample: the first with room for it, in the order of the samples."""
     room: list[int] = []
     rows = []
     for length in lengths:
         row = next((row for row, free in enumerate(room) if free >= length), len(room))
         if row == len(room):
-            room.append(row_tokens)
+            room.append(seq_len)
         room[row] -= length
         rows.append(row)
     return rows
 
 
-def lay_out(samples: Sequence[Row], *, row_tokens: int, packed: bool, pad_id: int) -> Rows:
+def lay_out(samples: Sequence[Row], *, seq_len: int, packed: bool, pad_id: int) -> Rows:
     """The rows that hold `samples`, as wide as the longest of them.
 
     Raises:
-        UserError: a sample longer than `row_tokens`.
+        UserError: a sample longer than `seq_len`.
     """
     lengths = [len(sample.input_ids) for sample in samples]
-    if max(lengths) > row_tokens:
-        raise UserError(f"a sample of {max(lengths)} ids is longer than a row of {row_tokens}; raise data.row_tokens")
-    rows = first_fit(lengths, row_tokens=row_tokens) if packed else list(range(len(samples)))
+    if max(lengths) > seq_len:
+        raise UserError(f"a sample of {max(lengths)} ids is longer than a row of {seq_len}; raise data.seq_len")
+    rows = first_fit(lengths, seq_len=seq_len) if packed else list(range(len(samples)))
     used = [0] * (max(rows) + 1)
     starts = []
     for row, length in zip(rows, lengths, strict=True):

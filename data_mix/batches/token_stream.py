@@ -1,7 +1,7 @@
 """Text for training: documents tokenised once into one stream of ids on disk, cut into rows of equal length.
 
 The stream is `document eos bos document eos ...` as raw uint32 in one file, mapped into memory; where a tokenizer
-has one entry for bos and eos, it stands between documents once. A row is bos and the next `row_tokens - 1` ids,
+has one entry for bos and eos, it stands between documents once. A row is bos and the next `seq_len - 1` ids,
 so every id of the corpus is read once an epoch and every row begins the way a prompt does; it may begin within a
 document, as in any packed pre-training. Where rows are packed (`data.packing`), the documents of a row are kept apart.
 
@@ -32,7 +32,7 @@ from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 from um3.model.sequences import Row
 from um3.model.text_tokenizer import encode_texts, vocabulary_digest
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +56,8 @@ class TokenStream:
         documents: TextSource,
         *,
         tokenizer: "PreTrainedTokenizerBase",
-        ids: IdSpace,
-        row_tokens: int,
+        ids: UnifiedVocabulary,
+        seq_len: int,
         cache: str | Path,
         origin: str = "",
     ) -> None:
@@ -66,7 +66,7 @@ class TokenStream:
         Raises:
             UserError: the source holds no text, or this process cannot see the first rank's file.
         """
-        self.name, self.ids, self.row_tokens = documents.name, ids, row_tokens
+        self.name, self.ids, self.seq_len = documents.name, ids, seq_len
         path = Path(cache) / f"text-{documents.name}-{_key(origin, len(documents), tokenizer=tokenizer, ids=ids)}.bin"
         if is_main() and not path.exists():
             _write_stream(path, documents, tokenizer=tokenizer, ids=ids)
@@ -81,23 +81,23 @@ class TokenStream:
 
     def __len__(self) -> int:
         """Rows in one epoch; the last may be shorter than the others."""
-        return -(-len(self.tokens) // (self.row_tokens - 1))
+        return -(-len(self.tokens) // (self.seq_len - 1))
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`: bos, which is no target, and the ids after it, which are (but for a bos among them)."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        start = index * (self.row_tokens - 1)
-        return _row(self.tokens[start : start + self.row_tokens - 1], ids=self.ids)
+        start = index * (self.seq_len - 1)
+        return _row(self.tokens[start : start + self.seq_len - 1], ids=self.ids)
 
 
 def scattered_rows(
     documents: TextSource,
     *,
     tokenizer: "PreTrainedTokenizerBase",
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     num_rows: int,
-    row_tokens: int,
+    seq_len: int,
     seed: int,
     cache: str | Path,
     origin: str = "",
@@ -110,7 +110,7 @@ def scattered_rows(
     Raises:
         UserError: no document holds text, or this process cannot see the first rank's file.
     """
-    asked = (origin, len(documents), num_rows, row_tokens, seed)
+    asked = (origin, len(documents), num_rows, seq_len, seed)
     path = Path(cache) / f"rows-{documents.name}-{_key(*asked, tokenizer=tokenizer, ids=ids)}.json"
     if is_main() and not path.exists():
         named = f"rows/{documents.name}"
@@ -121,15 +121,15 @@ def scattered_rows(
         pieces = []
         for number in range(num_rows):
             document = [*tokens[number % len(tokens)], ids.eos_id]
-            places = max(len(document) - (row_tokens - 1), 0) + 1
+            places = max(len(document) - (seq_len - 1), 0) + 1
             start = derive_seed(seed, "rows", documents.name, number) % places
-            pieces.append(document[start : start + row_tokens - 1])
+            pieces.append(document[start : start + seq_len - 1])
         write_json(path, pieces)
     wait_for_file(path)
     return [_row(np.array(piece, dtype=np.uint32), ids=ids) for piece in read_json(path)]
 
 
-def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:
+def _row(piece: np.ndarray, *, ids: UnifiedVocabulary) -> Row:
     input_ids = torch.from_numpy(np.concatenate([[ids.bos_id], piece.astype(np.int64)]))
     targets = torch.ones_like(input_ids, dtype=torch.bool)
     targets[0] = False
@@ -138,12 +138,14 @@ def _row(piece: np.ndarray, *, ids: IdSpace) -> Row:
     return Row(input_ids=input_ids, targets=targets)
 
 
-def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> str:
+def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: UnifiedVocabulary) -> str:
     described = repr((values, platform.python_version(), vocabulary_digest(tokenizer), ids.bos_id, ids.eos_id))
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def _write_stream(path: Path, documents: TextSource, *, tokenizer: "PreTrainedTokenizerBase", ids: IdSpace) -> None:
+def _write_stream(
+    path: Path, documents: TextSource, *, tokenizer: "PreTrainedTokenizerBase", ids: UnifiedVocabulary
+) -> None:
     """Tokenise all documents into `path`. What an interrupted run did of it, up to its last SAVE_EVERY_S, is kept."""
     begun, notes = path.with_suffix(".begun"), path.with_suffix(".begun.json")
     done = _noted(documents, begun=begun, notes=notes)

@@ -46,23 +46,23 @@ SHARD_NAME = re.compile(r"(train|val)-[A-Za-z0-9._-]+-\d{5}\.parquet(\.partial)?
 class EncodeConfig:
     """What to encode, with which tokenizer, to where.
 
-    qlip: folder of the tokenizer, or its hub id.
+    visual_tokenizer: folder of the tokenizer, or its hub id.
     limit: samples of each source and split to encode, from its beginning; 0 for all.
     """
 
-    qlip: str = ""
-    out: str = "codes"
+    visual_tokenizer: str = ""
+    output_dir: str = "codes"
     images: list[ImageSourceConfig] = field(default_factory=list)
     seed: int = 0
     batch_size: int = 64
-    rows_per_shard: int = 4096
+    samples_per_shard: int = 4096
     limit: int = 0
     num_threads: int = 1
 
     def __post_init__(self) -> None:
         if bare := [source.name for source in self.images if not source.has_captions]:
             raise ValueError(f"source '{bare[0]}' has no captions; codes are kept with captions, for UM3 to learn from")
-        for name, least in (("batch_size", 1), ("rows_per_shard", 1), ("num_threads", 1), ("limit", 0)):
+        for name, least in (("batch_size", 1), ("samples_per_shard", 1), ("num_threads", 1), ("limit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
 
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not config.images:
         raise UserError(f"{options.config}: 'images' names no source; list at least one to encode")
     request = _request(config)
-    if _is_done(Path(config.out), request=request):
-        print(f"{config.out}: up to date")
+    if _is_done(Path(config.output_dir), request=request):
+        print(f"{config.output_dir}: up to date")
         return
     encode(config, request=request)
 
@@ -108,28 +108,30 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
     from tokenizer.images import QLIPImages
 
     torch.set_num_threads(config.num_threads)
-    qlip = QLIPImages(*load(config.qlip))
+    qlip = QLIPImages(*load(config.visual_tokenizer))
     qlip.model.to(device())  # type: ignore[arg-type]
     if qlip.num_bits > MAX_BITS:
-        raise UserError(f"{config.qlip} makes codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}")
+        raise UserError(
+            f"{config.visual_tokenizer} makes codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}"
+        )
     jobs = _plan(config, qlip=qlip)
     waiting = [job for job in jobs if not _is_finished(job)]
-    _remove_outdated(Path(config.out), jobs=jobs, waiting=waiting)
-    streams = _Streams(Path(config.out) / "streams.json", jobs=jobs)
+    _remove_outdated(Path(config.output_dir), jobs=jobs, waiting=waiting)
+    streams = _Streams(Path(config.output_dir) / "streams.json", jobs=jobs)
     total = sum(job.num_samples for job in jobs)
     start = total - sum(job.num_samples for job in waiting)
     progress = Progress(total, label="encoding", unit="images", start=start)
     for job in waiting:
         _make_shard(job, qlip=qlip, batch_size=config.batch_size, progress=progress, streams=streams)
     summary = _summary(jobs, num_patches=qlip.num_codes, request=request)
-    write_json(Path(config.out) / "summary.json", summary)
+    write_json(Path(config.output_dir) / "summary.json", summary)
     return summary
 
 
 def _request(config: EncodeConfig) -> str:
     """What was asked for, in a few characters: the values that shape the shards, the sources and the tokenizer."""
-    shaping = [config.seed, config.batch_size, config.rows_per_shard, config.limit]
-    described = json.dumps([shaping, _weights(config.qlip), [origin(source) for source in config.images]])
+    shaping = [config.seed, config.batch_size, config.samples_per_shard, config.limit]
+    described = json.dumps([shaping, _weights(config.visual_tokenizer), [origin(source) for source in config.images]])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
@@ -167,10 +169,10 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
             if not re.fullmatch(r"[A-Za-z0-9._-]+", source.name):
                 raise UserError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             num_samples = min(len(source), config.limit or len(source))
-            num_shards = -(-num_samples // config.rows_per_shard)
+            num_shards = -(-num_samples // config.samples_per_shard)
             streamed = streamed_part(source)
             state = () if streamed is None else (streamed.digest,)  # a commit to the set makes another one of it
-            plan = origin(source_config, config.seed, num_samples, config.rows_per_shard, *state)
+            plan = origin(source_config, config.seed, num_samples, config.samples_per_shard, *state)
             if (split, source.name) in planned:
                 raise UserError(f"two image sources are called '{source.name}'; give each a name of its own")
             planned.add((split, source.name))
@@ -185,9 +187,9 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
                     num_shards=num_shards,
                     plan=plan,
                 )
-                path = shard_path(config.out, split=split, source=source.name, shard=shard)
-                start = shard * config.rows_per_shard
-                jobs.append(ShardJob(path, header, source, start, min(config.rows_per_shard, num_samples - start)))
+                path = shard_path(config.output_dir, split=split, source=source.name, shard=shard)
+                start = shard * config.samples_per_shard
+                jobs.append(ShardJob(path, header, source, start, min(config.samples_per_shard, num_samples - start)))
     if not jobs:
         raise UserError("the sources in 'images' hold no image; point them at data")
     return jobs

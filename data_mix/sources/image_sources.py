@@ -11,7 +11,7 @@ from data_mix.sources.caption_table import CaptionTable
 from data_mix.sources.coco import CocoImages
 from data_mix.sources.hub_streaming import StreamedPart, check_stream
 from data_mix.sources.image_folder import FolderImages, TableImages, image_columns
-from data_mix.sources.presets import IMAGE_ADAPTERS, adapted
+from data_mix.sources.presets import IMAGE_PRESETS, apply_preset
 from data_mix.sources.splits import check_val_fraction
 from data_mix.sources.tables import TablePart, looks_like_hub, open_hub, open_parquet, parquet_schema
 from data_mix.sources.webdataset import WebDatasetImages
@@ -28,7 +28,7 @@ class ImageSourceConfig:
 
     path: a folder of images, .parquet or .tar file(s), or owner/name@revision:config of a hub set; empty for scenes and
         digits. `auto` tells the kind from it, and scenes or digits from the name.
-    adapter: a data set whose layout is known (`data_mix.sources.presets`): cc12m, sa1b, laion-coco-aesthetic, datacomp-1b or
+    preset: a data set whose layout is known (`data_mix.sources.presets`): cc12m, sa1b, laion-coco-aesthetic, datacomp-1b or
         coco.
     weight: its share of the images, relative to the other sources.
     length: how many scenes there are in train; other kinds have what they have.
@@ -45,7 +45,7 @@ class ImageSourceConfig:
     name: str = "scenes"
     kind: ImageKind = "auto"
     path: str = ""
-    adapter: str = ""
+    preset: str = ""
     weight: float = 1.0
     length: int = 50_000
     image_column: str = ""
@@ -67,7 +67,7 @@ def open_image_source(
             when it is asked for.
     """
     check_val_fraction(config.val_fraction, name=config.name)
-    config = adapted(config, adapters=IMAGE_ADAPTERS)
+    config = apply_preset(config, presets=IMAGE_PRESETS)
     kind = image_kind(config)
     name, path, val_fraction = config.name, config.path, config.val_fraction
     where = f"source '{name}' ({path})"

@@ -21,7 +21,7 @@ from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import SetAside
 from data_mix.sources.file_index import Listing, open_index
 from data_mix.sources.hub_streaming import StreamedPart, check_stream
-from data_mix.sources.presets import TEXT_ADAPTERS, adapted
+from data_mix.sources.presets import TEXT_PRESETS, apply_preset
 from data_mix.sources.splits import check_val_fraction, choose_rows
 from data_mix.sources.tables import (
     TablePart,
@@ -49,7 +49,7 @@ class TextSourceConfig:
 
     path: a .txt file or folder of them, .jsonl (also .zst, .gz) or .parquet file(s), or owner/name@revision:config of a
         hub set; empty for python_docs. `auto` tells the kind from it.
-    adapter: a data set whose fields are known (`data_mix.sources.presets`): dclm-baseline.
+    preset: a data set whose fields are known (`data_mix.sources.presets`): dclm-baseline.
     field: the JSON field or column that holds the text.
     weight: its share of the text samples, relative to the other sources.
     val_fraction: kept for val where the data does not say itself what is train and what val.
@@ -60,7 +60,7 @@ class TextSourceConfig:
     name: str = "python_docs"
     kind: TextKind = "auto"
     path: str = ""
-    adapter: str = ""
+    preset: str = ""
     field: str = "text"
     weight: float = 1.0
     val_fraction: float = 0.02
@@ -81,7 +81,7 @@ class TextSource(Protocol):
 def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
     """Open `config`'s documents of one split; UserError for a missing path, a missing field or broken data."""
     check_val_fraction(config.val_fraction, name=config.name)
-    config = adapted(config, adapters=TEXT_ADAPTERS)
+    config = apply_preset(config, presets=TEXT_PRESETS)
     kind = text_kind(config)
     check_stream(config.stream, kind=kind, name=config.name)
     if kind == "python_docs":

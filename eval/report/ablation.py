@@ -134,9 +134,14 @@ def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path,
     if row.stage1 is not None:
         commands["stage1"] = [*options.overrides, *row.stage1]
     if row.stage2 is not None:
-        commands["stage2"] = [f"tokenizer={folder}/stage1/model", *row.stage2]
+        commands["stage2"] = [f"init_from={folder}/stage1/model", *row.stage2]
     if row.um3 is not None:
-        commands["um3"] = ["qlip={base}/stage2/model", "data.codes={base}/codes", *options.overrides, *row.um3]
+        commands["um3"] = [
+            "visual_tokenizer={base}/stage2/model",
+            "data.codes={base}/codes",
+            *options.overrides,
+            *row.um3,
+        ]
     text = Path(after) / "um3-export"
     if any("{text}" in each for settings in commands.values() for each in settings) and not text.exists():
         _run(
@@ -148,7 +153,7 @@ def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path,
     for phase, settings in commands.items():
         given = [_filled(each, places) for each in [*settings, *seeded]]
         train = ["train", "--processes", str(options.processes), phase, "--config", f"{configs}/{phase}.yaml"]
-        _run([*train, f"loop.folder={folder}/{phase}", *given], row=row, made=folder / phase / "done.json")
+        _run([*train, f"loop.output_dir={folder}/{phase}", *given], row=row, made=folder / phase / "done.json")
     # Whatever a row trains on, all are measured on the images that the first one, or the base run, holds out.
     held_out = str(first) if row.um3 is None else options.base
     sources = trained_on(held_out, phase="stage1", key="sources", kind=ImageSourceConfig)

@@ -356,21 +356,21 @@ def mix(run: RunData) -> "Figure | None":
 
 def forgetting(run: RunData) -> "Figure | None":
     """What held-out text costs while UM3 trains, against the model that it started from; None without a guard."""
-    rows = [row for row in run.metrics["um3"] if isinstance(row.get("guard/text_loss"), int | float)]
+    rows = [row for row in run.metrics["um3"] if isinstance(row.get("text_validation/text_loss"), int | float)]
     if not rows:
         return None
     from matplotlib.figure import Figure
 
-    start = rows[0]["guard/start"]
-    steps, values = [0, *(row["step"] for row in rows)], [start, *(row["guard/text_loss"] for row in rows)]
+    start = rows[0]["text_validation/start"]
+    steps, values = [0, *(row["step"] for row in rows)], [start, *(row["text_validation/text_loss"] for row in rows)]
     figure = Figure(figsize=(12, 2.6), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     axes.axhline(start, color=MUTED, linewidth=1, linestyle="--", label="the model at the start")
     axes.plot(steps, values, color=CURVE_COLOURS[0], linewidth=1.6, label="while it trains")
     axes.fill_between(steps, start, values, where=np.array(values) > start, color=WRONG, alpha=0.15, linewidth=0)
-    for number, row in enumerate(row for row in rows if "guard/restart" in row):
+    for number, row in enumerate(row for row in rows if "text_validation/restart" in row):
         label = "back to the mix's start" if number == 0 else None
-        axes.axvline(row["guard/restart"], color=CURVE_COLOURS[1], linewidth=1, label=label)
+        axes.axvline(row["text_validation/restart"], color=CURVE_COLOURS[1], linewidth=1, label=label)
     _style(axes, title="held-out text, nats per token")
     axes.set_xlim(0, steps[-1])
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, labelcolor=INK)

@@ -93,7 +93,7 @@ def generation(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
     """Drawings for held-out captions of every source, and for the prompts of the six skills."""
     # What may be missing is opened first, before hours of drawing.
     features = open_features(
-        config.features,
+        config.fid_features,
         model=pipeline.qlip,
         processor=pipeline.processor,
         inception_weights=config.inception_weights,

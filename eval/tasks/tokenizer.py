@@ -68,7 +68,7 @@ def tokenizer(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
     classified = [_digits(last.image_size)] if part.labelled else []
     classified += [_folder(own, size=last.image_size) for own in part.classification]
     distance = _lpips(part.perceptual)
-    features = open_features(config.features, **last._asdict(), inception_weights=config.inception_weights)
+    features = open_features(config.fid_features, **last._asdict(), inception_weights=config.inception_weights)
     # The last stage comes last: its codes and its originals are the ones that are kept.
     tokenizers: dict[str, ImageTokenizer] = {**others, **qlips}
     result, codes = PartResult([], {"stages": list(tokenizers), "bits": {}}, {}), {}

@@ -13,8 +13,8 @@ from train.recipes.um3 import UM3Objective
 from um3.core.errors import UserError
 from um3.model import split_softmax as loss_module
 
-SMALL = ["--row-tokens", "32", "--patches", "8", "--width", "32", "--layers", "1", "--text-entries", "300"]
-SMALL += ["--bits-per-slot", "4", "--repeats", "1"]
+SMALL = ["--seq-len", "32", "--patches", "8", "--width", "32", "--layers", "1", "--text-vocab-size", "300"]
+SMALL += ["--bits-per-subtoken", "4", "--repeats", "1"]
 
 
 def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
@@ -76,9 +76,9 @@ def test_a_wrong_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--batch", "0"], "--batch is 0"),
         (["--chunk-tokens", "-1"], "--chunk-tokens is -1"),
-        (["--row-tokens", "20"], "--row-tokens is 20; an image of 8 patches and a caption need 21"),
-        (["--bits-per-slot", "21"], "--bits-per-slot is 21; at most 20"),
-        (["--text-entries", "5"], "--text-entries is 5; at least 8"),
+        (["--seq-len", "20"], "--seq-len is 20; an image of 8 patches and a caption need 21"),
+        (["--bits-per-subtoken", "21"], "--bits-per-subtoken is 21; at most 20"),
+        (["--text-vocab-size", "5"], "--text-vocab-size is 5; at least 8"),
     ],
 )
 def test_bad_numbers_are_refused(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

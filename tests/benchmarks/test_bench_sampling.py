@@ -9,7 +9,7 @@ import torch
 from benchmarks import sampling
 from um3.core.errors import UserError
 
-SMALL = ["--patches", "4", "--width", "64", "--layers", "1", "--text-entries", "300", "--bits-per-slot", "4"]
+SMALL = ["--patches", "4", "--width", "64", "--layers", "1", "--text-vocab-size", "300", "--bits-per-subtoken", "4"]
 SMALL += ["--repeats", "2", "--batch", "3", "--threads", "1"]
 
 
@@ -51,8 +51,8 @@ def test_other_ids_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch is 0"),
-        (["--bits-per-slot", "21"], "--bits-per-slot is 21; at most 20"),
-        (["--text-entries", "5"], "--text-entries is 5; at least 8"),
+        (["--bits-per-subtoken", "21"], "--bits-per-subtoken is 21; at most 20"),
+        (["--text-vocab-size", "5"], "--text-vocab-size is 5; at least 8"),
         (["--sides", "stock", "ours"], "it must begin with ours"),
     ],
 )

@@ -10,8 +10,8 @@ from benchmarks import um3_training
 from um3.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--shape", "width=32", "layers=1", "heads=2", "kv_heads=1", "mlp_width=48", "entries=300"]
-ROWS = ["loop.batch_size=4", "loop.micro_batch_size=2", "data.row_tokens=600", "data.packing=documents"]
+SMALL = ["--shape", "width=32", "layers=1", "heads=2", "kv_heads=1", "intermediate_size=48", "entries=300"]
+ROWS = ["loop.batch_size=4", "loop.micro_batch_size=2", "data.seq_len=600", "data.packing=documents"]
 CPU = ["engine.precision=auto", "engine.activation_checkpointing=false", "loop.num_threads=1"]
 
 

@@ -25,7 +25,7 @@ from um3.core.config import load_config
 from um3.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TINY_TOWER = ("width=32", "num_layers=1", "num_heads=2", "mlp_width=48")
+TINY_TOWER = ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")
 TINY = [*(f"model.{key}" for key in TINY_TOWER), *(f"text.{key}" for key in (*TINY_TOWER, "vocab_size=300"))]
 SCENES = "data.sources=[{name: scenes, kind: scenes, length: 200}]"
 
@@ -41,8 +41,12 @@ def call(monkeypatch: pytest.MonkeyPatch, main: object, *arguments: str) -> None
 def qlip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained QLIP of the demo's image size."""
     folder = tmp_path_factory.mktemp("qlip") / "model"
-    model = QLIPSizeConfig(image_size=32, patch_size=8, width=32, num_layers=1, num_heads=2, mlp_width=48, bits=12)
-    text = TextTowerConfig(vocab_size=300, width=32, num_layers=1, num_heads=2, mlp_width=48, max_tokens=24)
+    model = QLIPSizeConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, bits=12
+    )
+    text = TextTowerConfig(
+        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_tokens=24
+    )
     data = Stage1Config().data
     data.sources = [ImageSourceConfig(length=200)]
     sources = open_sources(data, size=32, seed=0)
@@ -78,10 +82,10 @@ def test_the_variants_are_those_of_the_configs(variant: str, folder: str) -> Non
     assert tokenizer.VARIANTS[variant] == {
         "image_size": model.image_size,
         "patch_size": model.patch_size,
-        "hidden_size": model.width,
+        "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
-        "intermediate_size": model.mlp_width,
+        "intermediate_size": model.intermediate_size,
     }
 
 
@@ -96,7 +100,7 @@ def test_what_is_compiled_is_one_graph_each(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch, "compile", traced)
     small = {"variants": ["B-16"], "image_size": 32, "layers": 1, "batch": 2, "threads": None}
-    asked = argparse.Namespace(one="ours", device="cpu", precision="bf16", compile="reduce-overhead", **small)
+    asked = argparse.Namespace(one="ours", device="cpu", precision="bf16-true", compile="reduce-overhead", **small)
     found = tokenizer.measure(asked)
     assert compiled == ["reduce-overhead"] * 2
     assert found["seconds"] > 0 and "peak_gib" not in found
@@ -188,7 +192,7 @@ def test_a_steps_time_is_that_between_two_rows() -> None:
 
 
 def test_the_peak_is_that_of_all_processes() -> None:
-    two = measure_peak(precision="float32", processes=2, threads=1)
+    two = measure_peak(precision="fp32", processes=2, threads=1)
     assert two.flops > 1e8 and two.how.startswith("measured on 2 x ")
     assert two.how.endswith("float32 products of 2048 x 2048" if not torch.cuda.is_available() else "8192 x 8192")
 

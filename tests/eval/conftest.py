@@ -14,7 +14,7 @@ from tokenizer.processor import QLIPProcessor
 from tokenizer.text_tokenizer import train_caption_tokenizer
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.language_model import ModelConfig, build_model, save_model
-from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # as on a user's PYTHONPATH: mean_colour and language_items
 
@@ -66,10 +66,10 @@ def documents():
 
 @pytest.fixture(scope="session")
 def um3_folder(tmp_path_factory, qlip_folder, scenes, documents):
-    """A tiny UM3 with random weights over the tiny QLIP: 2 slots of 4 bits."""
+    """A tiny UM3 with random weights over the tiny QLIP: 2 subtokens of 4 bits."""
     texts = [*documents, *(caption for given in scenes[1] for caption in given)]
     text_tokenizer = train_text_tokenizer(texts, vocab_size=400)
-    ids = make_id_space(text_tokenizer, slots=2, bits_per_slot=4, num_patches=16)
+    ids = make_vocabulary(text_tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
     torch.manual_seed(0)
     model = build_model(ModelConfig(intermediate_size=32, max_position_embeddings=256, **sizes), ids=ids)
@@ -98,12 +98,16 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
             row |= {"train/mse": loss / 9, "train/infonce": loss} if phase != "um3" else {}
             row |= {"train/loss_text": loss, "train/loss_visual": loss + 1} if phase == "um3" else {}
             row |= {"data/rows_text": 6, "data/rows_i2t": 1, "data/rows_t2i": 3} if phase == "um3" else {}
-            row |= {"guard/text_loss": loss, "guard/start": 1.5} if phase == "um3" and row["step"] % 10 == 9 else {}
-            row |= {"guard/restart": 31} if row["step"] == 29 else {}
+            row |= (
+                {"text_validation/text_loss": loss, "text_validation/start": 1.5}
+                if phase == "um3" and row["step"] % 10 == 9
+                else {}
+            )
+            row |= {"text_validation/restart": 31} if row["step"] == 29 else {}
         (run / phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
         done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}
-        (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"total_steps": 60}}}))
+        (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"max_steps": 60}}}))
     sources = "data:\n  sources:\n  - {name: scenes, kind: scenes, length: 2400}\n  - {name: digits, kind: digits}\n"
     (run / "stage1" / "config.yaml").write_text(sources)
     return run

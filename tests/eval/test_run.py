@@ -16,7 +16,7 @@ images:
   - {name: scenes, kind: scenes, length: 2400}
   - {name: digits, kind: digits}
 texts: [{name: prose, kind: jsonl, path: %s, val_fraction: 0.9}]
-features: random-features
+fid_features: random-features
 language: {num_items: 8, num_documents: 4, batch_size: 8}
 captions: {num_images: 6, max_new_tokens: 4}
 generation: {num_images: 6, per_skill: 2}
@@ -134,7 +134,7 @@ def test_mistakes_in_the_config_are_one_line_errors(config_file, run_folder):
         main(["--config", str(config_file), f"run={run_folder}", "caption.num_images=3"])
     with pytest.raises(UserError, match="num_images is 1; it must be at least 2"):
         main(["--config", str(config_file), f"run={run_folder}", "captions.num_images=1"])
-    inception = ["features=inception-2015", "inception_weights=none", "parts=[tokenizer]"]
+    inception = ["fid_features=inception-2015", "inception_weights=none", "parts=[tokenizer]"]
     with pytest.raises(UserError, match="no Inception weights at none"):
         main(["--config", str(config_file), f"run={run_folder}", *inception])
 

@@ -221,7 +221,7 @@ def whole_run(command: Sequence[str], *, folder: Path, processes: int) -> float:
 
 def start(command: Sequence[str], *, folder: Path, processes: int = 1) -> Run:
     """Start `command` with `folder` as its run folder, its messages beside it."""
-    return Run([*command, f"loop.folder={folder}"], log=folder.with_suffix(".log"), processes=processes)
+    return Run([*command, f"loop.output_dir={folder}"], log=folder.with_suffix(".log"), processes=processes)
 
 
 def finish(run: Run) -> None:
@@ -253,7 +253,7 @@ def computed_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def long_run(phase: str, inputs: Path, *, steps: int) -> list[str]:
     """Command line of a tiny run of so many steps, with frequent saves and an average of the weights."""
-    options = [f"loop.total_steps={steps}", "loop.save_every_steps=2", "optimizer.average_decay=0.9"]
+    options = [f"loop.max_steps={steps}", "loop.save_every_steps=2", "optimizer.ema_decay=0.9"]
     if phase == "um3":
         (inputs / "texts").mkdir(exist_ok=True)
         (inputs / "texts/readme.txt").write_text((ROOT / "README.md").read_text())
@@ -311,7 +311,7 @@ def make_inputs(folder: Path) -> None:
     for phase in ("stage1", "stage2"):
         finish(Run(arguments(phase, folder), log=folder / f"{phase}.log"))
     images = "images=[{name: scenes, kind: scenes, length: 64}]"
-    options = [f"qlip={folder}/stage2/model", f"out={folder}/codes", images, "num_threads=1"]
+    options = [f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes", images, "num_threads=1"]
     config = ["--config", str(ROOT / "configs/demo/codes.yaml")]
     subprocess.run(
         [sys.executable, "-m", "data_mix.codes.encode", *config, *options], cwd=ROOT, env=environment(), check=True

@@ -17,16 +17,16 @@ def test_bits_are_most_significant_first() -> None:
     assert codes_to_bits(torch.tensor([[6]]), num_bits=4).tolist() == [[[0, 1, 1, 0]]]
 
 
-@pytest.mark.parametrize(("slots", "bits_per_slot"), [(2, 14), (4, 7), (1, 12), (28, 1), (4, 15)])
-def test_subtokens_round_trip(slots: int, bits_per_slot: int) -> None:
-    codes = torch.randint(0, 2 ** (slots * bits_per_slot), (3, 5), generator=torch.Generator().manual_seed(0))
-    subtokens = codes_to_subtokens(codes, slots=slots, bits_per_slot=bits_per_slot)
-    assert subtokens.shape == (3, 5, slots) and int(subtokens.max()) < 2**bits_per_slot
-    assert torch.equal(subtokens_to_codes(subtokens, bits_per_slot=bits_per_slot), codes)
+@pytest.mark.parametrize(("subtokens", "bits_per_subtoken"), [(2, 14), (4, 7), (1, 12), (28, 1), (4, 15)])
+def test_subtokens_round_trip(subtokens: int, bits_per_subtoken: int) -> None:
+    codes = torch.randint(0, 2 ** (subtokens * bits_per_subtoken), (3, 5), generator=torch.Generator().manual_seed(0))
+    cut = codes_to_subtokens(codes, subtokens=subtokens, bits_per_subtoken=bits_per_subtoken)
+    assert cut.shape == (3, 5, subtokens) and int(cut.max()) < 2**bits_per_subtoken
+    assert torch.equal(subtokens_to_codes(cut, bits_per_subtoken=bits_per_subtoken), codes)
 
 
-def test_slot_0_holds_the_high_bits() -> None:
-    subtokens = codes_to_subtokens(torch.tensor([(5 << 14) | 9]), slots=2, bits_per_slot=14)
+def test_subtoken_0_holds_the_high_bits() -> None:
+    subtokens = codes_to_subtokens(torch.tensor([(5 << 14) | 9]), subtokens=2, bits_per_subtoken=14)
     assert subtokens.tolist() == [[5, 9]]
 
 

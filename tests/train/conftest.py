@@ -16,15 +16,21 @@ COMMON = ["loop.num_threads=1", "loop.batch_size=8", "loop.log_every_steps=1", "
 TINY = {
     "stage1": [
         *COMMON,
-        "loop.total_steps=4",
+        "loop.max_steps=4",
         "optimizer.warmup_steps=1",
-        *(f"model.{key}" for key in ("width=32", "num_layers=1", "num_heads=2", "mlp_width=48", "projection_dim=24")),
-        *(f"text.{key}" for key in ("width=32", "num_layers=1", "num_heads=2", "mlp_width=48", "vocab_size=300")),
+        *(
+            f"model.{key}"
+            for key in ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48", "projection_dim=24")
+        ),
+        *(
+            f"text.{key}"
+            for key in ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48", "vocab_size=300")
+        ),
         "data.sources=[{name: scenes, kind: scenes, length: 200}]",
     ],
     "stage2": [
         *COMMON,
-        "loop.total_steps=4",
+        "loop.max_steps=4",
         "optimizer.warmup_steps=1",
         "loss.adversarial_start_step=1",
         "discriminator.channels=8",
@@ -32,13 +38,13 @@ TINY = {
     ],
     "um3": [
         *COMMON,
-        "loop.total_steps=4",
+        "loop.max_steps=4",
         "optimizer.warmup_steps=1",
-        "guard.every_steps=0",  # has tests of its own
+        "text_validation.every_steps=0",  # has tests of its own
         "optimizer.kind=adamw",  # the demo's Muon fits fewer engines; its own tests ask for it
         *(f"model.{key}" for key in ("hidden_size=32", "num_layers=1", "num_heads=2", "num_kv_heads=2", "head_dim=16")),
         "model.intermediate_size=48",
-        *(f"vocabulary.{key}" for key in ("text_entries=320", "slots=2", "bits_per_slot=6")),
+        *(f"vocabulary.{key}" for key in ("text_vocab_size=320", "subtokens=2", "bits_per_subtoken=6")),
     ],
 }
 PhaseArguments = Callable[..., list[str]]
@@ -48,11 +54,11 @@ def arguments(phase: str, folder: Path, *overrides: str) -> list[str]:
     """Command line of a tiny `phase` in `folder`/PHASE, taking earlier phases from `folder`."""
     made_from = {
         "stage1": [],
-        "stage2": [f"tokenizer={folder}/stage1/model"],
-        "um3": [f"qlip={folder}/stage2/model", f"data.codes={folder}/codes"],
+        "stage2": [f"init_from={folder}/stage1/model"],
+        "um3": [f"visual_tokenizer={folder}/stage2/model", f"data.codes={folder}/codes"],
     }[phase]
     config = ["--config", str(ROOT / f"configs/demo/{phase}.yaml")]
-    return [phase, *config, f"loop.folder={folder}/{phase}", *TINY[phase], *made_from, *overrides]
+    return [phase, *config, f"loop.output_dir={folder}/{phase}", *TINY[phase], *made_from, *overrides]
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
@@ -91,7 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_mix.codes.encode import main as encode
 
     encode([
-        "--config", str(ROOT / "configs/demo/codes.yaml"), f"qlip={folder}/stage2/model", f"out={folder}/codes",
+        "--config", str(ROOT / "configs/demo/codes.yaml"), f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes",
         "images=[{name: scenes, kind: scenes, length: 64}]", "num_threads=1",
     ])  # fmt: skip
     return folder

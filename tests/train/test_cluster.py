@@ -37,7 +37,7 @@ def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
 
 
 def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(tmp_path: Path) -> None:
-    long = ["loop.total_steps=100000", "loop.save_every_steps=100000"]
+    long = ["loop.max_steps=100000", "loop.save_every_steps=100000"]
     job = submit(tmp_path, arguments("stage1", tmp_path, *long))
     deadline = time.monotonic() + 200
     while job.poll() is None and len(read_metrics(tmp_path / "stage1/metrics.jsonl")) < 3:

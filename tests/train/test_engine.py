@@ -32,8 +32,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines
     [
         (dict(zero_stage=1), "lamb", "zero_stage=0"),
         (dict(zero_stage=3), "muon", "zero_stage=2"),
-        (dict(zero_stage=1, precision="bf16"), "muon", "precision=autocast"),
-        (dict(zero_stage=0, precision="bf16"), "adamw", "zero_stage=1"),
+        (dict(zero_stage=1, precision="bf16-true"), "muon", "precision=bf16-mixed"),
+        (dict(zero_stage=0, precision="bf16-true"), "adamw", "zero_stage=1"),
         (dict(zero_stage=3, compile=True), "adamw", "compile=false"),
         (dict(zero_stage=0, offload_optimizer=True), "adamw", "ZeRO 1 to 3"),
         (dict(zero_stage=1, offload_optimizer=True), "muon", "AdamW"),
@@ -49,26 +49,26 @@ def test_what_cannot_run_together_is_refused_with_its_remedy(engine: dict[str, A
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_every_stage_takes_adamw(zero_stage: Any) -> None:
     check_engine(EngineConfig(zero_stage=zero_stage), optimizer=OptimizerConfig())
-    check_engine(EngineConfig(zero_stage=zero_stage, precision="autocast"), optimizer=OptimizerConfig())
+    check_engine(EngineConfig(zero_stage=zero_stage, precision="bf16-mixed"), optimizer=OptimizerConfig())
 
 
 @no_gpu
 def test_offloading_without_a_gpu_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [f"loop.folder={tmp_path}/um3", "engine.zero_stage=2", "engine.offload_optimizer=true"]
+    options = [f"loop.output_dir={tmp_path}/um3", "engine.zero_stage=2", "engine.offload_optimizer=true"]
     with pytest.raises(UserError, match="no GPU here; leave it off"):
         run_here(monkeypatch, arguments("um3", made, *options))
 
 
 @no_gpu
 def test_flash_attention_without_a_gpu_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [f"loop.folder={tmp_path}/um3", "engine.attention=flash_attention_2", "data.packing=documents"]
+    options = [f"loop.output_dir={tmp_path}/um3", "engine.attention=flash_attention_2", "data.packing=documents"]
     with pytest.raises(UserError, match=r"needs a GPU and bf16 products; set engine\.attention=sdpa"):
         run_here(monkeypatch, arguments("um3", made, *options))
 
 
 def test_precision_by_itself_is_the_machines() -> None:
-    assert precision_of(EngineConfig()) == ("autocast" if torch.cuda.is_available() else "float32")
-    assert precision_of(EngineConfig(precision="bf16")) == "bf16"
+    assert precision_of(EngineConfig()) == ("bf16-mixed" if torch.cuda.is_available() else "fp32")
+    assert precision_of(EngineConfig(precision="bf16-true")) == "bf16"
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -76,7 +76,7 @@ def test_deepspeed_leaves_autocast_on(zero_stage: Any, monkeypatch: pytest.Monke
     """What it does not know of it switches off, where torch tells of CUDA's autocast: here it tells of the CPU's."""
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
-    config = EngineConfig(zero_stage=zero_stage, precision="autocast")
+    config = EngineConfig(zero_stage=zero_stage, precision="bf16-mixed")
     start_runtime(LoopConfig(num_threads=1))
     engine = build_engine(nn.Linear(8, 4), optimizer=OptimizerConfig(), engine=config, micro_batch_size=1)
     with autocast(config):
@@ -110,7 +110,7 @@ def test_losses_do_not_depend_on_the_bucket(
 ) -> None:
     """Smaller than the largest parameter, which then goes alone, and with a remainder."""
     for name, size in (("whole", 500_000_000), ("parts", 3_001)):
-        options = [f"loop.folder={tmp_path}/{name}", f"engine.zero_stage={zero_stage}", "loop.micro_batch_size=4"]
+        options = [f"loop.output_dir={tmp_path}/{name}", f"engine.zero_stage={zero_stage}", "loop.micro_batch_size=4"]
         run_here(monkeypatch, arguments("um3", made, *options, f"engine.bucket_elements={size}"))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
@@ -125,9 +125,9 @@ def test_compiled_layers_learn_the_same(
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["frames"]
     options = [f"engine.zero_stage={zero_stage}", "model.num_layers=2", "engine.activation_checkpointing=true"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain", *options))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain", *options))
     before = counted["ok"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/fast", *options, "engine.compile=true"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/fast", *options, "engine.compile=true"))
     assert counted["ok"] > before
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 

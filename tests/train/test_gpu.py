@@ -18,7 +18,7 @@ pytestmark = [
 
 def train(phase: str, made: Path, folder: Path, *options: str) -> list[float]:
     """The losses of a run in `folder`. AdamW's, since Muon multiplies in bf16 on a GPU."""
-    command = arguments(phase, made, f"loop.folder={folder}", "optimizer.kind=adamw", *options)
+    command = arguments(phase, made, f"loop.output_dir={folder}", "optimizer.kind=adamw", *options)
     result = run_apart(command)
     assert result.returncode == 0, result.stderr[-2000:]
     return losses(folder)
@@ -27,7 +27,7 @@ def train(phase: str, made: Path, folder: Path, *options: str) -> list[float]:
 def test_a_gpu_learns_what_a_cpu_learns(
     phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu = train(phase, made, tmp_path / "gpu", "engine.precision=float32")
+    on_gpu = train(phase, made, tmp_path / "gpu", "engine.precision=fp32")
     low = train(phase, made, tmp_path / "low")
     assert read_json(tmp_path / "low/done.json")["peak_gpu_memory_gib"] > 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -27,7 +27,7 @@ pytestmark = [
 
 def endless(folder: Path) -> Run:
     """Two processes that train until they are stopped, after their first steps."""
-    options = ["loop.total_steps=100000", "loop.save_every_steps=100000"]
+    options = ["loop.max_steps=100000", "loop.save_every_steps=100000"]
     run = Run(arguments("stage1", folder, *options), log=folder / "log", processes=2)
     run.wait_until(lambda: len(read_metrics(folder / "stage1/metrics.jsonl")) >= 3)
     return run

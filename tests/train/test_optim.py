@@ -99,10 +99,10 @@ def test_a_rate_for_no_parameter_is_an_error() -> None:
 
 def test_schedule_warms_up_and_falls_along_a_cosine() -> None:
     config = OptimizerConfig(warmup_steps=4, final_lr_ratio=0.1)
-    factors = [schedule_factor(step, total_steps=104, config=config) for step in range(105)]
+    factors = [schedule_factor(step, max_steps=104, config=config) for step in range(105)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[54] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[104] == pytest.approx(0.1) and min(factors) >= 0.1
     assert factors[29] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     constant = OptimizerConfig(schedule="constant", warmup_steps=0)
-    assert schedule_factor(77, total_steps=100, config=constant) == 1.0
+    assert schedule_factor(77, max_steps=100, config=constant) == 1.0

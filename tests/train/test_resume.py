@@ -37,8 +37,8 @@ def test_a_checkpoint_fits_any_zero_stage(
     kind: str, zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = f"optimizer.kind={kind}"
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole", optimizer))
-    moved = arguments("um3", made, f"loop.folder={tmp_path}/moved", optimizer)
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/whole", optimizer))
+    moved = arguments("um3", made, f"loop.output_dir={tmp_path}/moved", optimizer)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(Killed):
@@ -77,7 +77,7 @@ def test_a_phase_before_its_turn_names_the_one_to_run(
 
 
 def test_um3_before_codes_says_so(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = arguments("um3", made, f"loop.folder={tmp_path}/um3", f"data.codes={tmp_path}/none")
+    command = arguments("um3", made, f"loop.output_dir={tmp_path}/um3", f"data.codes={tmp_path}/none")
     with pytest.raises(UserError, match="make codes"):
         run_here(monkeypatch, command)
 
@@ -102,7 +102,7 @@ DAMAGES = [flip, cut, swap, Path.unlink]
 @pytest.fixture
 def stopped(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
     """Command line and checkpoints of a run of 6 steps that was stopped after its 5th, with those of steps 2 and 4."""
-    command = arguments("stage1", made, f"loop.folder={tmp_path}/run", "loop.total_steps=6")
+    command = arguments("stage1", made, f"loop.output_dir={tmp_path}/run", "loop.max_steps=6")
     with monkeypatch.context() as patch:
         kill_after(patch, 5)
         with pytest.raises(Killed):
@@ -130,7 +130,7 @@ def test_from_the_checkpoint_before_the_run_computes_the_same_bits(
     stopped: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, folder = stopped
-    run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/whole"])
+    run_here(monkeypatch, [*command, f"loop.output_dir={tmp_path}/whole"])
     flip(folder / "step-00000004/model-00000.safetensors")
     (folder / "step-00000006.partial").mkdir()  # what a kill in the middle of a save leaves
     run_here(monkeypatch, command)
@@ -185,7 +185,7 @@ def test_the_newest_checkpoints_and_the_best_stay(
         return real(task, **options) | {"train/loss": float(abs(options["step"] + 1 - 3))}
 
     monkeypatch.setattr(loop, "_guarded_step", with_its_lowest_loss_at_step_3)
-    options = ["loop.total_steps=8", "loop.save_every_steps=1", f"loop.keep_best_by={best_by}"]
+    options = ["loop.max_steps=8", "loop.save_every_steps=1", f"loop.keep_best_by={best_by}"]
     run_here(monkeypatch, arguments("stage1", tmp_path, *options))
     folder = tmp_path / "stage1/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in kept]
@@ -196,7 +196,7 @@ def test_the_newest_checkpoints_and_the_best_stay(
 def test_a_metric_that_no_step_has_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.keep_best_by=train/los", "loop.total_steps=2"))
+    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.keep_best_by=train/los", "loop.max_steps=2"))
     said = capsys.readouterr().err
     assert "keep_best_by: no step has 'train/los'; there are " in said and "train/loss" in said
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
 ) -> None:
     command, folder = stopped
     shutil.copytree(folder, tmp_path / "hot/checkpoints")
-    hot = [*command, f"loop.folder={tmp_path}/hot", "optimizer.lr=1e30", "loop.save_every_steps=1"]
+    hot = [*command, f"loop.output_dir={tmp_path}/hot", "optimizer.lr=1e30", "loop.save_every_steps=1"]
     with pytest.raises(UserError, match=r"step 6: train/mse is (nan|inf).* on rank 0 \(images of scenes: .* is kept"):
         run_here(monkeypatch, hot)
     kept = sorted(path.name for path in (tmp_path / "hot/checkpoints").iterdir())
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
     # What it advises: another folder, a copy of the checkpoints, a lower rate.
     shutil.rmtree(tmp_path / "hot/checkpoints/step-00000005")
     shutil.copytree(tmp_path / "hot/checkpoints", tmp_path / "cool/checkpoints")
-    run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/cool"])
+    run_here(monkeypatch, [*command, f"loop.output_dir={tmp_path}/cool"])
     run_here(monkeypatch, command)
     assert outcome(tmp_path / "cool")["model"] == outcome(tmp_path / "run")["model"]
 
@@ -223,9 +223,9 @@ def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["vocabulary.text_entries=300"], "the checkpoint of step 2 was trained with text vocabulary"),
+        (["vocabulary.text_vocab_size=300"], "the checkpoint of step 2 was trained with text vocabulary"),
         (
-            ["vocabulary.slots=3", "vocabulary.bits_per_slot=4"],
+            ["vocabulary.subtokens=3", "vocabulary.bits_per_subtoken=4"],
             r"step-00000002 holds '\S+' \(448, 32\), this model has \(368, 32\)",
         ),
     ],
@@ -233,25 +233,25 @@ def test_a_loss_that_is_not_finite_loses_nothing_and_the_line_says_how_to_go_on(
 def test_a_checkpoint_of_another_vocabulary_is_refused(
     changes: list[str], message: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*long_run("um3", made, steps=2), "data.row_tokens=80", f"loop.folder={tmp_path}/first"]
+    command = [*long_run("um3", made, steps=2), "data.seq_len=80", f"loop.output_dir={tmp_path}/first"]
     run_here(monkeypatch, command)
     folder = tmp_path / "other/checkpoints"
     shutil.copytree(tmp_path / "first/checkpoints", folder)
     with pytest.raises(UserError, match=message):
-        run_here(monkeypatch, [*command, f"loop.folder={tmp_path}/other", *changes])
+        run_here(monkeypatch, [*command, f"loop.output_dir={tmp_path}/other", *changes])
     assert checkpoint.find_checkpoint(folder) == folder / "step-00000002"
     assert not (tmp_path / "other/done.json").exists()
 
 
 def test_a_run_does_not_go_on_with_other_inputs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(monkeypatch, arguments("stage1", tmp_path, "loop.seed=5"))
-    command = arguments("stage2", made, f"loop.folder={tmp_path}/stage2")
+    command = arguments("stage2", made, f"loop.output_dir={tmp_path}/stage2")
     with monkeypatch.context() as patch:
         kill_after(patch, 3)
         with pytest.raises(Killed):
             run_here(patch, command)
     with pytest.raises(UserError, match=r"step-00000002 was trained from other inputs \({'tokenizer': "):
-        run_here(monkeypatch, [*command, f"tokenizer={tmp_path}/stage1/model"])
+        run_here(monkeypatch, [*command, f"init_from={tmp_path}/stage1/model"])
 
 
 def test_sigterm_inside_the_process_is_an_orderly_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,13 +94,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
         filler = disk / "filler"
         filler.write_bytes(bytes(int(1.5 * checkpoint_bytes)))  # two and a half fit beside it
         folder = disk / "run"
-        run = Run([*command, f"loop.folder={folder}"], log=tmp_path / "full.log")
+        run = Run([*command, f"loop.output_dir={folder}"], log=tmp_path / "full.log")
         assert run.wait() == 2
         last = run.text().splitlines()[-1]
         assert "Traceback" not in run.text() and last.startswith("error: the disk is full"), last
         assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
         filler.unlink()
-        finish(Run([*command, f"loop.folder={folder}"], log=tmp_path / "freed.log"))
+        finish(Run([*command, f"loop.output_dir={folder}"], log=tmp_path / "freed.log"))
         assert "step-00000004" in (tmp_path / "freed.log").read_text()
         assert outcome(folder) == outcome(whole)
 

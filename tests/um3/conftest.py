@@ -11,18 +11,20 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.language_model import ModelConfig, build_model, save_model
-from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
-from um3.model.vocabulary import IdSpace
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
+from um3.model.vocabulary import UnifiedVocabulary
 
 IMAGE_SIZE, PATCH_SIZE = 16, 8
 TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
 
 
-def _make_ids(*, slots: int = 4, bits_per_slot: int = 7, num_patches: int = 16, text_vocab_size: int = 50) -> IdSpace:
-    return IdSpace(
+def _make_ids(
+    *, subtokens: int = 4, bits_per_subtoken: int = 7, num_patches: int = 16, text_vocab_size: int = 50
+) -> UnifiedVocabulary:
+    return UnifiedVocabulary(
         text_vocab_size=text_vocab_size,
-        slots=slots,
-        bits_per_slot=bits_per_slot,
+        subtokens=subtokens,
+        bits_per_subtoken=bits_per_subtoken,
         num_patches=num_patches,
         bos_id=0,
         eos_id=1,
@@ -33,7 +35,7 @@ def _make_ids(*, slots: int = 4, bits_per_slot: int = 7, num_patches: int = 16, 
 
 
 @pytest.fixture
-def make_ids() -> Callable[..., IdSpace]:
+def make_ids() -> Callable[..., UnifiedVocabulary]:
     """An id space with bos, eos, pad, <boi>, <eoi> = 0 .. 4 and everything else adjustable."""
     return _make_ids
 
@@ -69,7 +71,7 @@ def qlip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_folder(qlip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights, loud enough that greedy choices are far apart."""
     text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
-    ids = make_id_space(text_tokenizer, slots=4, bits_per_slot=7, num_patches=4)
+    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48)
     config.max_position_embeddings = 64

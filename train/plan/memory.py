@@ -168,7 +168,7 @@ class Tracer:
         self.objective, self.body, self.precision = objective.train(), body, precision
         self.mode = FakeTensorMode()
         with self.mode:
-            _fake(objective, dtype=torch.bfloat16 if precision == "bf16" else None)
+            _fake(objective, dtype=torch.bfloat16 if precision == "bf16-true" else None)
 
     def trace(self, *inputs: Tensor, shares: Iterable[float]) -> Trace:
         """A micro-batch: integers and masks, which are followed for real, so that what they select has its size."""
@@ -177,7 +177,7 @@ class Tracer:
         hooks = [self.body.register_forward_hook(lambda *_: found.append(alive.other))]
         for parameter in self.objective.parameters():
             hooks.append(parameter.register_post_accumulate_grad_hook(alive.count_gradient))
-        with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast"):
+        with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             alive.ignore([*self.objective.parameters(), *self.objective.buffers()])
             arguments = [alive.follow(each) for each in inputs]
             with alive:

@@ -2,7 +2,7 @@
 
 One line for each ZeRO stage with and without activation checkpointing, at the largest micro-batch that fits (the
 config's at most): memory of one device at the moment of the most (`train/plan/memory.py`), tokens per second, days for
-`loop.total_steps`. Nothing is downloaded or allocated; the model is built from its config alone.
+`loop.max_steps`. Nothing is downloaded or allocated; the model is built from its config alone.
 
 Time is floating-point operations over what the GPUs reach. Counted are the matrix products, 2 operations for each
 multiply-add, 3 forward passes for forward and backward: the layers' weights for every token, scores and values of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from train.plan.memory import Trace, Tracer, Usage
     from train.recipes.um3 import UM3Objective
     from um3.model.sequences import Row
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
 GIB = 2**30
 MFU = 0.35
@@ -156,9 +156,9 @@ class Plan:
             parameters=sum(self.parameters),
             largest=max(self.parameters),
             head=self.head,
-            weight_bytes=2 if setting.precision == "bf16" else 4,
+            weight_bytes=2 if setting.precision == "bf16-true" else 4,
             bucket_elements=engine.bucket_elements,
-            average=optimizer.average_decay > 0,
+            average=optimizer.ema_decay > 0,
             fused=engine.fused_kernels == "auto" and optimizer.kind == "adamw" and not self.on_cpu,
             offload=engine.offload_optimizer and setting.zero_stage > 0,
             accumulates=setting.micro_batch < self.share,
@@ -173,7 +173,7 @@ class Plan:
     def step_seconds(self, setting: Setting, *, mfu: float) -> float:
         """Time of a step at this utilisation; nan where the device's rate is not known."""
         model, again = self.step_flops(checkpointing=setting.checkpointing)
-        rate = self.gpu.float32_tflops if setting.precision == "float32" else self.gpu.bf16_tflops
+        rate = self.gpu.float32_tflops if setting.precision == "fp32" else self.gpu.bf16_tflops
         return (model + again) / (self.devices * rate * 1e12 * mfu)
 
     def step_tokens(self) -> tuple[float, float]:
@@ -209,8 +209,8 @@ class Plan:
         from train.engine import check_engine
 
         precision = self._precision()
-        if precision == "bf16" and zero_stage == 0:
-            precision = "autocast"
+        if precision == "bf16-true" and zero_stage == 0:
+            precision = "bf16-mixed"
         engine = replace(self.config.engine, zero_stage=zero_stage, precision=precision, offload_optimizer=False)
         try:
             check_engine(engine, optimizer=self.config.optimizer)
@@ -249,7 +249,7 @@ class Plan:
         for kind, count in zip(self.kinds[1:], counts, strict=True):
             samples += [kind.row] * count
         packed = self.config.data.packing == "documents"
-        return lay_out(samples, row_tokens=self.config.data.row_tokens, packed=packed, pad_id=self.ids.pad_id)
+        return lay_out(samples, seq_len=self.config.data.seq_len, packed=packed, pad_id=self.ids.pad_id)
 
 
 class Kind(NamedTuple):
@@ -259,7 +259,7 @@ class Kind(NamedTuple):
     row: "Row"
 
 
-def _kinds(config: UM3Config, *, ids: "IdSpace") -> list[Kind]:
+def _kinds(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[Kind]:
     """The commonest first; text fills its rows, captions are of middling length."""
     from data_mix.batches.schedule import Schedule
     from um3.model.sequences import image_to_text_row, text_row, text_to_image_row
@@ -267,9 +267,9 @@ def _kinds(config: UM3Config, *, ids: "IdSpace") -> list[Kind]:
     data = config.data
     visual = [ids.text_vocab_size] * ids.image_tokens
     other = next(each for each in range(ids.text_vocab_size) if each not in (ids.bos_id, ids.pad_id))
-    room = data.row_tokens - ids.image_tokens - 4  # bos, the image's marks, eos
+    room = data.seq_len - ids.image_tokens - 4  # bos, the image's marks, eos
     caption = [other] * max(1, min(CAPTION_TOKENS, room))
-    text = [other] * ((data.text_row_tokens or data.row_tokens) - 2)
+    text = [other] * ((data.text_seq_len or data.seq_len) - 2)
     rows = {
         "text": lambda: text_row(text, ids=ids),
         "i2t": lambda: image_to_text_row(visual, caption, ids=ids, supervision=data.supervision),
@@ -279,7 +279,7 @@ def _kinds(config: UM3Config, *, ids: "IdSpace") -> list[Kind]:
     return sorted((Kind(share, rows[task]()) for task, share in shares.items() if share), key=lambda kind: -kind.share)
 
 
-def build_objective(config: UM3Config) -> tuple["UM3Objective", "IdSpace"]:
+def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabulary"]:
     """What trains, on the meta device, and its ids.
 
     Raises:
@@ -293,21 +293,21 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "IdSpace"]:
     from um3.model.configuration import is_um3
     from um3.model.extend import extend_model
     from um3.model.language_model import build_model
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
-    base = config.model.base
+    base = config.model.base_model
     with torch.device("meta"):
         if is_um3(base):
             stored = AutoConfig.from_pretrained(base, trust_remote_code=False)
-            ids, model = IdSpace.from_dict(stored.um3), AutoModelForCausalLM.from_config(stored)
+            ids, model = UnifiedVocabulary.from_dict(stored.um3), AutoModelForCausalLM.from_config(stored)
         elif base:
             shape = _base_config(base)
-            ids = _ids(config, text_entries=shape.vocab_size + 2)
+            ids = _ids(config, text_vocab_size=shape.vocab_size + 2)
             model = extend_model(AutoModelForCausalLM.from_config(shape), ids=ids, qk_norm=config.model.qk_norm)
         else:
-            ids = _ids(config, text_entries=config.vocabulary.text_entries)
+            ids = _ids(config, text_vocab_size=config.vocabulary.text_vocab_size)
             model = build_model(config.model, ids=ids)
-        bits = SharedBits(ids, model_config=model.config) if config.vocabulary.shared_bits else None
+        bits = SharedBits(ids, model_config=model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
         return UM3Objective(model, ids=ids, loss=config.loss, bits=bits, packed=packed), ids
 
@@ -320,27 +320,27 @@ def _base_config(base: str) -> "PreTrainedConfig":
     return LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
 
 
-def _ids(config: UM3Config, *, text_entries: int) -> "IdSpace":
+def _ids(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
     """Ids of the right number; which of the text entries are special does not matter here."""
     from tokenizer.configuration import QLIPConfig
     from um3.model.extend import load_base_tokenizer
-    from um3.model.vocabulary import IdSpace
+    from um3.model.vocabulary import UnifiedVocabulary
 
     vocabulary = config.vocabulary
-    patches = max(1, min(PATCHES, (config.data.row_tokens - 5) // vocabulary.slots))
+    patches = max(1, min(PATCHES, (config.data.seq_len - 5) // vocabulary.subtokens))
     if vocabulary.tokenizer:
-        text_entries = len(load_base_tokenizer(vocabulary.tokenizer)[0])
-    if (Path(config.qlip) / "config.json").is_file():
-        vision = QLIPConfig.from_pretrained(config.qlip).vision_tower
+        text_vocab_size = len(load_base_tokenizer(vocabulary.tokenizer)[0])
+    if (Path(config.visual_tokenizer) / "config.json").is_file():
+        vision = QLIPConfig.from_pretrained(config.visual_tokenizer).vision_tower
         patches = (vision.image_size // vision.patch_size) ** 2
     marks = {name: index for index, name in enumerate(("bos_id", "eos_id", "pad_id"))}
-    return IdSpace(
-        text_vocab_size=text_entries,
-        slots=vocabulary.slots,
-        bits_per_slot=vocabulary.bits_per_slot,
+    return UnifiedVocabulary(
+        text_vocab_size=text_vocab_size,
+        subtokens=vocabulary.subtokens,
+        bits_per_subtoken=vocabulary.bits_per_subtoken,
         num_patches=patches,
-        begin_of_image_id=text_entries - 2,
-        end_of_image_id=text_entries - 1,
+        begin_of_image_id=text_vocab_size - 2,
+        end_of_image_id=text_vocab_size - 1,
         **marks,
     )
 
@@ -360,7 +360,7 @@ def main() -> None:
         f"{sum(plan.parameters) / 1e9:.3f}e9 parameters on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} "
         f"GiB, {KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {rows:,.0f} tokens "
         f"({1 - own / rows:.0%} padding), {plan.step_flops(checkpointing=False)[0] / 1e15:.3g} PFLOP at "
-        f"{options.mfu:.0%} of the peak; {config.loop.total_steps:,} steps."
+        f"{options.mfu:.0%} of the peak; {config.loop.max_steps:,} steps."
     )
     heads = ["ZeRO", "precision", "checkpointing", "micro-batch", *PARTS, "GiB", "moment", "fits", "tokens/s", "days"]
     table = [heads, *(_cells(plan, *line, mfu=options.mfu) for line in plan.lines())]
@@ -376,7 +376,7 @@ def main() -> None:
 def _cells(plan: Plan, setting: Setting, found: "Usage", fits: bool, *, mfu: float) -> list[str]:
     seconds = plan.step_seconds(setting, mfu=mfu)
     tokens, _ = plan.step_tokens()
-    days = seconds * plan.config.loop.total_steps / 86_400
+    days = seconds * plan.config.loop.max_steps / 86_400
     return [
         str(setting.zero_stage),
         setting.precision,

@@ -25,7 +25,7 @@ class Evaluation:
         UserError: a config that cannot be read, or data that is not there.
         """
         self.every_steps = config.evaluate.every_steps
-        self.folder = Path(config.loop.folder)
+        self.folder = Path(config.loop.output_dir)
         given = load_config(EvalConfig, path=config.evaluate.config)
         parts: list[PartName] = list(config.evaluate.parts)
         # More threads would change the last digits of the training after it.

@@ -88,22 +88,22 @@ class Stage1Task:
     def __init__(self, config: Stage1Config):
         self.config = config
         model = config.model
-        if model.start:
-            self.qlip, self.processor = load(model.start)
+        if model.init_from:
+            self.qlip, self.processor = load(model.init_from)
             self.qlip.float().train()
             size = self.processor.image_size
         else:
             size = model.image_size
         sources = open_sources(config.data, size=size, seed=config.loop.seed)
-        if not model.start:
+        if not model.init_from:
             self.qlip, self.processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed)
         flatten_scalars(self.qlip)
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()
         self.batches = image_batches(sources, data=config.data, loop=config.loop)
         self.objective = Stage1Objective(self.qlip, bottleneck=config.bottleneck == "bsq")
-        if config.trained:
-            train_only(self.objective, config.trained)
+        if config.trainable:
+            train_only(self.objective, config.trainable)
         if config.bottleneck == "identity":
             self.qlip.vision_model.quant_embed.requires_grad_(False)
             self.qlip.vision_model.quant_embed_post.requires_grad_(False)
@@ -129,7 +129,7 @@ class Stage1Task:
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         batch = self.batches.batch(step)
-        factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
+        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
         norms = self._gradient_norms(batch) if config.gradient_norms and config.loop.is_logged(step + 1) else {}
         starts = range(0, len(batch.captions), self.micro_images)

@@ -56,12 +56,12 @@ def build_task(config: Stage2Config) -> "Stage2Task":
 class Autoencoder(nn.Module):
     """QLIP's reconstruction path; the encoder runs without gradient memory."""
 
-    def __init__(self, qlip: QLIPModel, *, trained: Sequence[str] = TRAINABLE):
+    def __init__(self, qlip: QLIPModel, *, trainable: Sequence[str] = TRAINABLE):
         super().__init__()
         self.qlip = qlip
-        if strangers := [prefix for prefix in trained if not prefix.startswith(TRAINABLE)]:
-            raise UserError(f"trained: stage 2 cannot train '{strangers[0]}'; of {' and '.join(TRAINABLE)} only")
-        train_only(self, trained)
+        if strangers := [prefix for prefix in trainable if not prefix.startswith(TRAINABLE)]:
+            raise UserError(f"trainable: stage 2 cannot train '{strangers[0]}'; of {' and '.join(TRAINABLE)} only")
+        train_only(self, trainable)
 
     def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images -> (reconstructions, entropy term of all ranks' images)."""
@@ -81,14 +81,14 @@ class Stage2Task:
 
     def __init__(self, config: Stage2Config):
         self.config = config
-        self.qlip, self.processor = load(config.tokenizer)
+        self.qlip, self.processor = load(config.init_from)
         self.qlip.float().train()
         flatten_scalars(self.qlip)
         if config.engine.activation_checkpointing:
             self.qlip.gradient_checkpointing_enable()
         sources = open_sources(config.data, size=self.processor.image_size, seed=config.loop.seed)
         self.batches = image_batches(sources, data=config.data, loop=config.loop)
-        self.autoencoder = Autoencoder(self.qlip, trained=config.trained)
+        self.autoencoder = Autoencoder(self.qlip, trainable=config.trainable)
         self.distance: PerceptualDistance | None = None
         if config.loss.perceptual > 0:
             perceptual = config.perceptual
@@ -118,13 +118,13 @@ class Stage2Task:
         return {"model": self.generator, "discriminator": self.critic}
 
     def train_step(self, step: int) -> dict[str, float]:
-        config, total = self.config, self.config.loop.total_steps
+        config, total = self.config, self.config.loop.max_steps
         batch = self.batches.batch(step)
         source = described(batch)
-        factor = schedule_factor(step, total_steps=total, config=config.optimizer)
+        factor = schedule_factor(step, max_steps=total, config=config.optimizer)
         set_learning_rate(self.generator.optimizer, factor=factor)
         if self.discriminator is not None:
-            critic_factor = schedule_factor(step, total_steps=total, config=config.discriminator_optimizer)
+            critic_factor = schedule_factor(step, max_steps=total, config=config.discriminator_optimizer)
             set_learning_rate(self.critic.optimizer, factor=critic_factor)
         found: list[dict[str, float]] = []
         for images_BHWC in batch.images_BHWC.split(self.micro_images):

@@ -21,7 +21,7 @@ from train.config import UM3Config
 from train.engine import autocast, split_batch
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,32 +32,32 @@ logger = logging.getLogger(__name__)
 class ForgettingGuard:
     """Held-out rows of text, this rank's share of them, and the loss on all before the first step."""
 
-    def __init__(self, config: UM3Config, *, ids: IdSpace, text_tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, config: UM3Config, *, ids: UnifiedVocabulary, text_tokenizer: "PreTrainedTokenizerBase"):
         """Raises:
         UserError: no text to measure on, or fewer rows than sources or processes.
         """
-        self.config, self.guard = config, config.guard
-        data, sources = config.data, config.guard.texts or config.data.texts
+        self.config, self.settings = config, config.text_validation
+        data, sources = config.data, config.text_validation.texts or config.data.texts
         least = max(len(sources), world_size())
-        if not sources or self.guard.rows < least:
+        if not sources or self.settings.num_sequences < least:
             raise UserError(
-                f"guard.rows={self.guard.rows} for {len(sources)} text sources and {world_size()} processes: give each "
-                "a row; guard.texts or data.texts names the sources"
+                f"text_validation.num_sequences={self.settings.num_sequences} for {len(sources)} text sources and {world_size()} processes: give each "
+                "a row; text_validation.texts or data.texts names the sources"
             )
-        row_tokens = data.text_row_tokens or data.row_tokens
+        seq_len = data.text_seq_len or data.seq_len
         rows = []
         for number, source in enumerate(sources):
             rows += scattered_rows(
                 open_text_source(source, split="val"),
                 tokenizer=text_tokenizer,
                 ids=ids,
-                num_rows=len(range(number, self.guard.rows, len(sources))),
-                row_tokens=row_tokens,
+                num_rows=len(range(number, self.settings.num_sequences, len(sources))),
+                seq_len=seq_len,
                 seed=config.loop.seed,
-                cache=Path(config.loop.folder) / "cache",
+                cache=Path(config.loop.output_dir) / "cache",
                 origin=origin(source, "val"),
             )
-        laid = lay_out(rows[rank() :: world_size()], row_tokens=row_tokens, packed=False, pad_id=ids.pad_id)
+        laid = lay_out(rows[rank() :: world_size()], seq_len=seq_len, packed=False, pad_id=ids.pad_id)
         micro_rows, _ = split_batch(config.loop)
         self.micro_batches = list(
             micro_batches(
@@ -76,26 +76,30 @@ class ForgettingGuard:
 
     def is_due(self, step: int) -> bool:
         """Whether to measure after `step` steps."""
-        return step % self.guard.every_steps == 0 or step == self.config.loop.total_steps
+        return step % self.settings.every_steps == 0 or step == self.config.loop.max_steps
 
     def check(self, engine: Any, *, step: int) -> dict[str, float]:
         """Measure after `step` steps; the loss, and what it is above the start's, as metrics."""
         assert self.start_loss is not None, "begin() measures it"
         loss = self.loss(engine)
         above = loss - self.start_loss
-        limit = self.guard.alarm_above
+        limit = self.settings.alarm_above
         if limit is not None and above > limit and is_main():
             logger.warning(
                 "after step %d held-out text costs %.3f nats per token, %.3f more than at the start "
-                "(guard.alarm_above=%g): the model forgets; more text in data.mix or a lower optimizer.lr would help",
+                "(text_validation.alarm_above=%g): the model forgets; more text in data.mix or a lower optimizer.lr would help",
                 *(step, loss, above, limit),
             )
-        return {"guard/text_loss": loss, "guard/start": self.start_loss, "guard/above_start": above}
+        return {
+            "text_validation/text_loss": loss,
+            "text_validation/start": self.start_loss,
+            "text_validation/above_start": above,
+        }
 
     def wants_more_text(self, values: dict[str, float]) -> bool:
         """Whether what `check` measured asks for the mix of the start."""
-        limit = self.guard.return_above
-        return limit is not None and values["guard/above_start"] > limit
+        limit = self.settings.return_above
+        return limit is not None and values["text_validation/above_start"] > limit
 
     @torch.no_grad()
     def loss(self, engine: Any) -> float:

@@ -46,7 +46,7 @@ def image_batches(sources: list[ImageSource], *, data: ImageDataConfig, loop: Lo
         world_size=world_size(),
         caption=data.caption,
     )
-    return Prefetch(batches, num_steps=loop.total_steps)
+    return Prefetch(batches, num_steps=loop.max_steps)
 
 
 def described(batch: ImageBatch) -> str:
@@ -60,8 +60,8 @@ def described(batch: ImageBatch) -> str:
 def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer: Any = None) -> QLIPConfig:
     """The QLIP configuration of a size; ids and vocabulary come from the text tokenizer when one is given."""
     tower = dict(
-        hidden_size=model.width,
-        intermediate_size=model.mlp_width,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         image_size=model.image_size,
@@ -81,8 +81,8 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
     return QLIPConfig(
         text_config={
             "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
             "num_hidden_layers": text.num_layers,
             "num_attention_heads": text.num_heads,
             "max_position_embeddings": text.max_tokens,
@@ -126,7 +126,7 @@ def train_only(module: nn.Module, prefixes: Sequence[str]) -> None:
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):
             parts = sorted({".".join(name.split(".")[:3]) for name in names})
-            raise UserError(f"trained: no parameter's name starts with '{prefix}'; there are {', '.join(parts)}")
+            raise UserError(f"trainable: no parameter's name starts with '{prefix}'; there are {', '.join(parts)}")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(prefixes)))
 

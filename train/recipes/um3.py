@@ -38,7 +38,7 @@ from um3.model.language_model import save_model
 from um3.model.sequences import document_positions
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
 from um3.model.text_tokenizer import vocabulary_digest
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 TOKENIZER_DOCUMENTS = 2000
 TOKENIZER_CAPTIONS = 5000
@@ -60,7 +60,7 @@ class UM3Objective(nn.Module):
         self,
         model: PreTrainedModel,
         *,
-        ids: IdSpace,
+        ids: UnifiedVocabulary,
         loss: UM3LossConfig,
         bits: SharedBits | None = None,
         packed: bool = False,
@@ -116,7 +116,7 @@ class UM3Task:
 
     def __init__(self, config: UM3Config):
         self.config = config
-        qlip = load_qlip(config.qlip)
+        qlip = load_qlip(config.visual_tokenizer)
         self.fingerprint = qlip.fingerprint()
         start = Start(config, qlip=qlip, texts=self._texts())
         self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
@@ -127,23 +127,23 @@ class UM3Task:
             text_tokenizer=self.text_tokenizer,
             batch_size=config.loop.batch_size,
             seed=config.loop.seed,
-            cache=Path(config.loop.folder) / "cache",
+            cache=Path(config.loop.output_dir) / "cache",
             fingerprint=self.fingerprint,
             rank=rank(),
             world_size=world_size(),
         )
-        self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.total_steps)
+        self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
         set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.shared_bits else None
+        bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
         self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits, packed=packed)
         self.guard = (
             ForgettingGuard(config, ids=self.ids, text_tokenizer=self.text_tokenizer)
-            if config.guard.every_steps
+            if config.text_validation.every_steps
             else None
         )
         self.evaluation = Evaluation(config) if config.evaluate.every_steps else None
@@ -182,7 +182,7 @@ class UM3Task:
         if self.guard is not None:
             self.guard.begin(self.engine)
         batch = self.batches.batch(step)
-        factor = schedule_factor(step, total_steps=config.loop.total_steps, config=config.optimizer)
+        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
         supervised_BT = batch.target_mask_BT[:, 1:]
         is_text_BT = batch.input_ids_BT[:, 1:] < self.ids.text_vocab_size
@@ -249,9 +249,9 @@ class UM3Task:
             return {}
         values = self.guard.check(self.engine, step=done)
         restart = done + 1  # the batch of step `done` is under way already
-        if self.guard.wants_more_text(values) and restart < self.config.loop.total_steps:
+        if self.guard.wants_more_text(values) and restart < self.config.loop.max_steps:
             self.rows.schedule.restart(restart)
-            values["guard/restart"] = float(restart)
+            values["text_validation/restart"] = float(restart)
         return values
 
     def _evaluate(self, done: int) -> dict[str, float]:
@@ -294,6 +294,6 @@ class UM3Task:
                 model=self.model,
                 text_tokenizer=self.text_tokenizer,
                 ids=self.ids,
-                qlip_folder=self.config.qlip,
+                qlip_folder=self.config.visual_tokenizer,
                 state_dict=weights,
             )

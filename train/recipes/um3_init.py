@@ -33,7 +33,7 @@ from um3.core.files import atomic_folder, read_json, write_json
 from um3.core.log import quiet_model_files, setup_logging
 from um3.core.progress import peak_memory_gib, track
 from um3.core.provenance import commit, machine, versions
-from um3.model.configuration import NewRows
+from um3.model.configuration import NewTokenInit
 from um3.model.extend import (
     check_vocabulary,
     extend_model,
@@ -45,10 +45,10 @@ from um3.model.extend import (
 )
 from um3.model.language_model import count_parameters, save_model
 from um3.model.sequences import Row
-from um3.model.text_tokenizer import make_id_space
-from um3.model.vocabulary import IdSpace
+from um3.model.text_tokenizer import make_vocabulary
+from um3.model.vocabulary import UnifiedVocabulary
 
-MOST_BITS_PER_SLOT = 14  # the paper's cut of 28 bits: 16,384 rows a slot
+MAX_BITS_PER_SUBTOKEN = 14  # the paper's cut of 28 bits: 16,384 rows a subtoken
 CHARS_PER_TOKEN = 12  # more than any text has: enough text is read, whatever the tokenizer
 
 
@@ -56,39 +56,41 @@ CHARS_PER_TOKEN = 12  # more than any text has: enough text is read, whatever th
 class InitConfig:
     """What the starting model is made of.
 
-    base: Llama or Qwen language model, a folder or hub id. qlip: the visual tokenizer's. out: folder to write.
-    slots, bits_per_slot: how a code becomes tokens; 0: the fewest slots of equally many bits, at most 14.
+    base_model: Llama or Qwen language model, a folder or hub id.
+    visual_tokenizer: QLIP folder or hub id.
+    output_dir: folder to write.
+    subtokens, bits_per_subtoken: how a code becomes tokens; 0: the fewest subtokens of equally many bits, at most 14.
     text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: Python's own prose.
-    rows, row_tokens: this much text fits the gains of an inserted normalisation, and as much after it is measured.
+    rows, seq_len: this much text fits the gains of an inserted normalisation, and as much after it is measured.
     dtype: of the saved weights; "base" keeps the base's.
     """
 
-    base: str = ""
-    qlip: str = ""
-    out: str = ""
-    slots: int = 0
-    bits_per_slot: int = 0
+    base_model: str = ""
+    visual_tokenizer: str = ""
+    output_dir: str = ""
+    subtokens: int = 0
+    bits_per_subtoken: int = 0
     qk_norm: bool = True
-    new_rows: NewRows = "mean"
+    new_token_init: NewTokenInit = "mean"
     text: str = ""
     rows: int = 8
-    row_tokens: int = 512
+    seq_len: int = 512
     seed: int = 0
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
 
     def __post_init__(self) -> None:
-        for name in ("slots", "bits_per_slot"):
+        for name in ("subtokens", "bits_per_subtoken"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.rows < 1 or self.row_tokens < 8:
-            raise ValueError(f"rows={self.rows} row_tokens={self.row_tokens}: use 1 or more rows of 8 tokens or more")
+        if self.rows < 1 or self.seq_len < 8:
+            raise ValueError(f"rows={self.rows} seq_len={self.seq_len}: use 1 or more rows of 8 tokens or more")
 
 
 class TextLoss(NamedTuple):
     """Cross entropy in nats per token: among the base's own text entries, and among all of UM3's."""
 
     base_entries: float
-    text_entries: float
+    text_vocab_size: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,13 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device().type)
     setup_logging()
     quiet_model_files()
-    if not config.base or not config.out:
+    if not config.base_model or not config.output_dir:
         raise UserError(
             "give the language model and the folder to write: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER"
         )
-    request = {"config": to_dict(config), "inputs": {"qlip": folder_digest(config.qlip, made_by="stage2")}}
-    if _is_done(Path(config.out), request=request):
-        print(f"{config.out} is up to date")
+    request = {
+        "config": to_dict(config),
+        "inputs": {"visual_tokenizer": folder_digest(config.visual_tokenizer, made_by="stage2")},
+    }
+    if _is_done(Path(config.output_dir), request=request):
+        print(f"{config.output_dir} is up to date")
         return
     make_start(config, request=request)
 
@@ -120,13 +125,13 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
         UserError: a base, tokenizer or text that cannot be used.
     """
     began = time.monotonic()
-    stored = read_base_config(config.base)
-    text_tokenizer, entries = load_base_tokenizer(config.base)
+    stored = read_base_config(config.base_model)
+    text_tokenizer, entries = load_base_tokenizer(config.base_model)
     check_vocabulary(entries, rows=stored.vocab_size)
     ids = _ids(config, text_tokenizer=text_tokenizer)
-    row_tokens = min(config.row_tokens, stored.max_position_embeddings)
-    calibration, measured = _text_rows(config, row_tokens=row_tokens, text_tokenizer=text_tokenizer, ids=ids)
-    base = load_base(config.base).to(device())  # type: ignore[arg-type]
+    seq_len = min(config.seq_len, stored.max_position_embeddings)
+    calibration, measured = _text_rows(config, seq_len=seq_len, text_tokenizer=text_tokenizer, ids=ids)
+    base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
     architecture = type(base).__name__
     before = text_loss(base, rows=measured, sizes=(entries, entries))
     gains = {}
@@ -138,7 +143,7 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
         qk_norm=config.qk_norm,
         base_entries=entries,
         gains=gains,
-        new_rows=config.new_rows,
+        new_token_init=config.new_token_init,
         seed=config.seed,
     ).eval()
     del base
@@ -148,8 +153,8 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
     after = text_loss(model, rows=measured, sizes=(entries, ids.text_vocab_size))
     parts = count_parameters(model, ids=ids).by_part()
     model.to("cpu", dtype)
-    with atomic_folder(config.out) as partial:
-        shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": config.qlip}
+    with atomic_folder(config.output_dir) as partial:
+        shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": config.visual_tokenizer}
         save_model(partial / "model", model=model, trained=False, **shared)
         record = request | {
             "parameters": parts,
@@ -197,33 +202,37 @@ def _dtype(config: InitConfig, *, stored: torch.dtype | str | None) -> torch.dty
     return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
 
 
-def _ids(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> IdSpace:
-    qlip = load_qlip(config.qlip)
+def _ids(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
+    qlip = load_qlip(config.visual_tokenizer)
     bits = qlip.num_bits
-    slots = config.slots or (bits // config.bits_per_slot if config.bits_per_slot else _fewest_slots(bits))
-    bits_per_slot = config.bits_per_slot or bits // max(slots, 1)
-    if slots * bits_per_slot != bits:
+    subtokens = config.subtokens or (
+        bits // config.bits_per_subtoken if config.bits_per_subtoken else _fewest_subtokens(bits)
+    )
+    bits_per_subtoken = config.bits_per_subtoken or bits // max(subtokens, 1)
+    if subtokens * bits_per_subtoken != bits:
         raise UserError(
-            f"slots={slots} x bits_per_slot={bits_per_slot} is not the {bits} bits of a code of {config.qlip}; "
+            f"subtokens={subtokens} x bits_per_subtoken={bits_per_subtoken} is not the {bits} bits of a code of {config.visual_tokenizer}; "
             "choose factors of that, or leave both out"
         )
     try:
-        return make_id_space(text_tokenizer, slots=slots, bits_per_slot=bits_per_slot, num_patches=qlip.num_patches)
+        return make_vocabulary(
+            text_tokenizer, subtokens=subtokens, bits_per_subtoken=bits_per_subtoken, num_patches=qlip.num_patches
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _fewest_slots(bits: int) -> int:
-    return next(slots for slots in range(-(-bits // MOST_BITS_PER_SLOT), bits + 1) if bits % slots == 0)
+def _fewest_subtokens(bits: int) -> int:
+    return next(subtokens for subtokens in range(-(-bits // MAX_BITS_PER_SUBTOKEN), bits + 1) if bits % subtokens == 0)
 
 
 def _text_rows(
-    config: InitConfig, *, row_tokens: int, text_tokenizer: PreTrainedTokenizerBase, ids: IdSpace
+    config: InitConfig, *, seq_len: int, text_tokenizer: PreTrainedTokenizerBase, ids: UnifiedVocabulary
 ) -> tuple[list[Row], list[Row]]:
     """The first rows of the text, for calibration, and as many after them, held out for the loss."""
     source = TextSourceConfig(name="text", path=config.text) if config.text else TextSourceConfig()
     source.val_fraction = 0.0  # nothing here is trained on
-    needed_chars = 2 * config.rows * row_tokens * CHARS_PER_TOKEN
+    needed_chars = 2 * config.rows * seq_len * CHARS_PER_TOKEN
     if looks_like_hub(config.text):
         source.stream = needed_chars  # documents, more than it takes
     documents = open_text_source(source, split="train")
@@ -236,19 +245,21 @@ def _text_rows(
             chars += len(texts[-1])
     with TemporaryDirectory() as cache:
         listed = ListedDocuments(documents.name, texts)
-        stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, row_tokens=row_tokens, cache=cache)
+        stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, seq_len=seq_len, cache=cache)
         rows = [stream[index] for index in range(min(len(stream), 2 * config.rows))]
     if len(rows) < 2:
-        raise UserError(f"'{config.text}' has fewer than {row_tokens} tokens; give more text or a smaller row_tokens")
+        raise UserError(f"'{config.text}' has fewer than {seq_len} tokens; give more text or a smaller seq_len")
     half = len(rows) // 2
     return rows[:half], rows[half:]
 
 
-def _print(record: dict[str, Any], *, config: InitConfig, ids: IdSpace) -> None:
-    print(f"{config.out}/model: {record['base_architecture']} -> {record['architecture']}, saved as {record['dtype']}")
+def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary) -> None:
+    print(
+        f"{config.output_dir}/model: {record['base_architecture']} -> {record['architecture']}, saved as {record['dtype']}"
+    )
     print(
         f"  {ids.text_vocab_size:,} text entries + {ids.visual_vocab_size:,} visual "
-        f"({ids.slots} slots of {ids.bits_per_slot} bits); an image is {ids.image_tokens} tokens"
+        f"({ids.subtokens} subtokens of {ids.bits_per_subtoken} bits); an image is {ids.image_tokens} tokens"
     )
     for part, count in record["parameters"].items():
         print(f"  {part:<30} {count:>13,}")
@@ -257,12 +268,12 @@ def _print(record: dict[str, Any], *, config: InitConfig, ids: IdSpace) -> None:
     for name, value in (
         ("before", before),
         ("after", after.base_entries),
-        ("after, image marks among them", after.text_entries),
+        ("after, image marks among them", after.text_vocab_size),
     ):
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     print(
-        f'train from it: make um3 ARGS="model.base={config.out}/model model.qk_norm={str(config.qk_norm).lower()} '
-        f'vocabulary.slots={ids.slots} vocabulary.bits_per_slot={ids.bits_per_slot}"'
+        f'train from it: make um3 ARGS="model.base_model={config.output_dir}/model model.qk_norm={str(config.qk_norm).lower()} '
+        f'vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
     )
 
 

@@ -1,4 +1,4 @@
-"""What UM3's training starts from: fresh weights, or `model.base`: a language model to extend, or a UM3 as it is."""
+"""What UM3's training starts from: fresh weights, or `model.base_model`: a language model to extend, or a UM3 as it is."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from um3.core.files import atomic_file, sha256_of
 from um3.model.configuration import is_um3
 from um3.model.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
 from um3.model.language_model import LoadedModel, build_model, load_model
-from um3.model.text_tokenizer import make_id_space, read_trained_tokenizer, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, read_trained_tokenizer, train_text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
@@ -42,19 +42,19 @@ class Start:
         self.text_tokenizer: PreTrainedTokenizerBase
         self.base_entries: int | None = None
         self.loaded: LoadedModel | None = None
-        if is_um3(config.model.base):
-            self.loaded = load_model(config.model.base, dtype=torch.float32)
+        if is_um3(config.model.base_model):
+            self.loaded = load_model(config.model.base_model, dtype=torch.float32)
             _check(self.loaded, config=config, fingerprint=qlip.fingerprint())
             self.text_tokenizer, self.ids = self.loaded.text_tokenizer, self.loaded.ids
             return
-        if source := vocabulary.tokenizer or config.model.base:
+        if source := vocabulary.tokenizer or config.model.base_model:
             self.text_tokenizer, self.base_entries = load_base_tokenizer(source)
         else:
             self.text_tokenizer = self._vocabulary(texts)
-        self.ids = make_id_space(
+        self.ids = make_vocabulary(
             self.text_tokenizer,
-            slots=vocabulary.slots,
-            bits_per_slot=vocabulary.bits_per_slot,
+            subtokens=vocabulary.subtokens,
+            bits_per_subtoken=vocabulary.bits_per_subtoken,
             num_patches=qlip.num_patches,
         )
 
@@ -64,9 +64,9 @@ class Start:
         config = self.config.model
         if self.loaded is not None:
             return self.loaded.model.train()
-        if not config.base:
+        if not config.base_model:
             return build_model(config, ids=self.ids)
-        base = load_base(config.base)
+        base = load_base(config.base_model)
         gains = self._gains(base, streams) if inserts_qk_norm(base.config, qk_norm=config.qk_norm) else {}
         return extend_model(
             base,
@@ -74,12 +74,12 @@ class Start:
             qk_norm=config.qk_norm,
             base_entries=self.base_entries,
             gains=gains,
-            new_rows=config.new_rows,
+            new_token_init=config.new_token_init,
             seed=self.config.loop.seed,
         )
 
     def _gains(self, base: PreTrainedModel, streams: Mapping[str, TokenStream]) -> dict[str, torch.Tensor]:
-        path = Path(self.config.loop.folder) / "cache" / "qk_norm_gains.safetensors"
+        path = Path(self.config.loop.output_dir) / "cache" / "qk_norm_gains.safetensors"
         if is_main() and not path.exists():
             rows = [
                 stream[row].input_ids[None]
@@ -95,11 +95,11 @@ class Start:
 
     def _vocabulary(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """One of our own, trained once a run on its text and captions, by the first rank."""
-        data, entries = self.config.data, self.config.vocabulary.text_entries
+        data, entries = self.config.data, self.config.vocabulary.text_vocab_size
         codes = Path(data.codes) / "summary.json"
         made_of = [origin(source, "train") for source in data.texts], codes.exists() and sha256_of(codes), entries
         key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-        path = Path(self.config.loop.folder) / "cache" / f"vocabulary-{key}.json"
+        path = Path(self.config.loop.output_dir) / "cache" / f"vocabulary-{key}.json"
         if is_main() and not path.exists():
             trained = train_text_tokenizer(texts, vocab_size=entries)
             with atomic_file(path) as partial:
@@ -110,16 +110,16 @@ class Start:
 
 def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
     """Refuse settings that a UM3 folder has decided otherwise: they would have no effect."""
-    folder, vocabulary, ids = config.model.base, config.vocabulary, start.ids
+    folder, vocabulary, ids = config.model.base_model, config.vocabulary, start.ids
     if start.fingerprint != fingerprint:
         raise UserError(
-            f"{folder} was made for visual tokenizer {start.fingerprint}, but qlip={config.qlip} is {fingerprint}; "
-            f"set qlip={folder}/qlip, or make a start for the other"
+            f"{folder} was made for visual tokenizer {start.fingerprint}, but visual_tokenizer={config.visual_tokenizer} is {fingerprint}; "
+            f"set visual_tokenizer={folder}/qlip, or make a start for the other"
         )
-    if (vocabulary.slots, vocabulary.bits_per_slot) != (ids.slots, ids.bits_per_slot):
+    if (vocabulary.subtokens, vocabulary.bits_per_subtoken) != (ids.subtokens, ids.bits_per_subtoken):
         raise UserError(
-            f"{folder} cuts a code into {ids.slots} x {ids.bits_per_slot} bits, the config into {vocabulary.slots} x "
-            f"{vocabulary.bits_per_slot}; set vocabulary.slots={ids.slots} vocabulary.bits_per_slot={ids.bits_per_slot}"
+            f"{folder} cuts a code into {ids.subtokens} x {ids.bits_per_subtoken} bits, the config into {vocabulary.subtokens} x "
+            f"{vocabulary.bits_per_subtoken}; set vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"
         )
     if vocabulary.tokenizer:
         raise UserError(f"{folder} has its own text tokenizer; leave vocabulary.tokenizer empty")

@@ -43,8 +43,8 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
 
 def _describe(folder: Path, *, config: dict[str, Any], about: dict[str, Any], qlip: dict[str, Any]) -> dict[str, Any]:
     tensors = list(_tensors(folder))
-    text, bits = about["text_vocab_size"], about["slots"] * about["bits_per_slot"]
-    visual = about["slots"] << about["bits_per_slot"]
+    text, bits = about["text_vocab_size"], about["subtokens"] * about["bits_per_subtoken"]
+    visual = about["subtokens"] << about["bits_per_subtoken"]
     tables = sum(each.name.endswith(("embed_tokens.weight", "lm_head.weight")) for each in tensors)
     total = _count(tensors)
     rows = {"text rows": tables * text * config["hidden_size"], "visual rows": tables * visual * config["hidden_size"]}
@@ -63,7 +63,7 @@ def _describe(folder: Path, *, config: dict[str, Any], about: dict[str, Any], ql
         "text entries": text,
         "visual entries": visual,
         "an image": f"{size} x {size} pixels, {about['num_patches']} codes of {bits} bits in "
-        f"{about['num_patches'] * about['slots']} tokens",
+        f"{about['num_patches'] * about['subtokens']} tokens",
         "visual tokenizer": about["tokenizer_fingerprint"],
         "its parameters": _count([each for each in _tensors(folder / "qlip") if ".rope." not in each.name]),
         "sampling": image_defaults(folder),

@@ -1,6 +1,6 @@
 """Drawing images and text from UM3, legal by construction.
 
-An image position computes only the head rows of its slot's range, text positions only the text rows, so nothing
+An image position computes only the head rows of its subtoken's range, text positions only the text rows, so nothing
 has to be masked or repaired afterwards. Guidance is a second half of the batch. Every sample uses random numbers of
 its own, so what comes out does not depend on what else is in the batch (see `um3.inference.decoder` on rounding).
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from um3.inference.cuda_graphs import Replayed
 from um3.inference.decoder import Body, Decoder
 from um3.inference.sampling_params import Sampling, choose
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 FREE = -1
 """In `kept_BP`: this position is to be drawn."""
@@ -25,7 +25,7 @@ FREE = -1
 
 class DrawnImages(NamedTuple):
     """`visual_ids` (B, P) int64; `logprobs` (B,): the conditional model's own log-probability of each image in nats,
-    every position normalised within its slot, before guidance, temperature and cuts."""
+    every position normalised within its subtoken, before guidance, temperature and cuts."""
 
     visual_ids: Tensor
     logprobs: Tensor
@@ -48,7 +48,7 @@ def draw_images(
     *,
     prompts: Sequence[Tensor],
     unconditional_prompt: Tensor,
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     sampling: Sampling,
     uniforms_BP: Tensor,
     kept_BP: Tensor | None = None,
@@ -67,7 +67,7 @@ def draw_images(
     images.draw(decoder.prefill(), 0)
     advance = Replayed(images.advance, device=body.device)
     for position in range(1, ids.image_tokens):
-        advance(decoder.window(position), position % ids.slots)
+        advance(decoder.window(position), position % ids.subtokens)
         if watch is not None:
             watch(images.ids_PB[: position + 1])
     return DrawnImages(visual_ids=images.ids_PB.T.contiguous(), logprobs=images.logprobs_B)
@@ -78,7 +78,7 @@ def write_text(
     model: PreTrainedModel,
     *,
     prompts: Sequence[Tensor],
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     sampling: Sampling,
     uniforms_BP: Tensor,
     may_begin_image: bool = False,
@@ -119,13 +119,13 @@ class _Samples:
         self.logprobs_B = torch.zeros(len(uniforms_BP), device=device)
         self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def advance(self, window: int, slot: int) -> None:
+    def advance(self, window: int, subtoken: int) -> None:
         """Append what was drawn last, under guidance to both halves, and draw the next."""
         last_B = self.ids_PB[self.position_1 - 1][0]
         copies = len(self.decoder.prompts) // len(last_B)
-        self.draw(self.decoder.step(last_B.repeat(copies), window=window), slot)
+        self.draw(self.decoder.step(last_B.repeat(copies), window=window), subtoken)
 
-    def draw(self, hidden_RD: Tensor, slot: int) -> None:
+    def draw(self, hidden_RD: Tensor, subtoken: int) -> None:
         """Choose the next id of every sample given hidden states."""
         raise NotImplementedError
 
@@ -140,18 +140,24 @@ class _Samples:
 
 class _Images(_Samples):
     def __init__(
-        self, decoder: Decoder, *, ids: IdSpace, sampling: Sampling, uniforms_BP: Tensor, kept_BP: Tensor | None
+        self,
+        decoder: Decoder,
+        *,
+        ids: UnifiedVocabulary,
+        sampling: Sampling,
+        uniforms_BP: Tensor,
+        kept_BP: Tensor | None,
     ):
         super().__init__(decoder, sampling=sampling, uniforms_BP=uniforms_BP)
-        ranges = [ids.slot_range(slot) for slot in range(ids.slots)]
+        ranges = [ids.subtoken_range(subtoken) for subtoken in range(ids.subtokens)]
         self.starts = [start for start, _ in ranges]
         self.heads = [decoder.body.head(slice(start, end)) for start, end in ranges]
         device = decoder.body.device
         self.scales_P = torch.tensor(sampling.scales(ids.image_tokens), dtype=torch.float32, device=device)
         self.kept_PB = None if kept_BP is None else kept_BP.T.contiguous().to(device)
 
-    def draw(self, hidden_RD: Tensor, slot: int) -> None:
-        logits_RV = self.heads[slot](hidden_RD).float()
+    def draw(self, hidden_RD: Tensor, subtoken: int) -> None:
+        logits_RV = self.heads[subtoken](hidden_RD).float()
         logits_BV = own_logits_BV = logits_RV
         if self.sampling.guided:
             own_logits_BV, free_logits_BV = logits_RV.chunk(2)
@@ -159,12 +165,14 @@ class _Images(_Samples):
         choice_B = self.choose(logits_BV)
         if self.kept_PB is not None:
             kept_B = self.kept_PB[self.position_1][0]
-            choice_B = torch.where(kept_B == FREE, choice_B, kept_B - self.starts[slot])
-        self.append(choice_B + self.starts[slot], logprobs_B=_logprob(own_logits_BV, choice_B))
+            choice_B = torch.where(kept_B == FREE, choice_B, kept_B - self.starts[subtoken])
+        self.append(choice_B + self.starts[subtoken], logprobs_B=_logprob(own_logits_BV, choice_B))
 
 
 class _Texts(_Samples):
-    def __init__(self, decoder: Decoder, *, ids: IdSpace, sampling: Sampling, uniforms_BP: Tensor, ends: set[int]):
+    def __init__(
+        self, decoder: Decoder, *, ids: UnifiedVocabulary, sampling: Sampling, uniforms_BP: Tensor, ends: set[int]
+    ):
         super().__init__(decoder, sampling=sampling, uniforms_BP=uniforms_BP)
         device = decoder.body.device
         self.head = decoder.body.head(slice(0, ids.text_vocab_size), packed=False)
@@ -173,7 +181,7 @@ class _Texts(_Samples):
         self.ends = torch.tensor(sorted(ends), device=device)
         self.finished_B = torch.zeros(len(uniforms_BP), dtype=torch.bool, device=device)
 
-    def draw(self, hidden_RD: Tensor, slot: int) -> None:
+    def draw(self, hidden_RD: Tensor, subtoken: int) -> None:
         logits_BV = self.head(hidden_RD).float()
         # A finished row goes on with the others; what it draws comes after its end and is not looked at.
         choice_B = self.choose(logits_BV + self.bias_V)
@@ -192,19 +200,21 @@ def uniforms(seeds: Sequence[int], *, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def image_logprob(body: Body, *, prompt: Tensor, visual_ids: Tensor, ids: IdSpace) -> float:
+def image_logprob(body: Body, *, prompt: Tensor, visual_ids: Tensor, ids: UnifiedVocabulary) -> float:
     """Log-probability in nats of an image after a prompt (`um3.model.sequences.image_prompt`), as in `DrawnImages`."""
     hidden_PD = body.read(torch.cat([prompt, visual_ids]))[len(prompt) - 1 : -1]
     total = 0.0
-    for slot in range(ids.slots):
-        start, end = ids.slot_range(slot)
-        logits_NV = body.head(slice(start, end), packed=False)(hidden_PD[slot :: ids.slots].contiguous()).float()
-        total += float(_logprob(logits_NV, visual_ids[slot :: ids.slots].to(body.device) - start).sum())
+    for subtoken in range(ids.subtokens):
+        start, end = ids.subtoken_range(subtoken)
+        logits_NV = body.head(slice(start, end), packed=False)(
+            hidden_PD[subtoken :: ids.subtokens].contiguous()
+        ).float()
+        total += float(_logprob(logits_NV, visual_ids[subtoken :: ids.subtokens].to(body.device) - start).sum())
     return total
 
 
 @torch.inference_mode()
-def text_logprob(body: Body, *, prompt: Tensor, token_ids: Tensor, ids: IdSpace) -> float:
+def text_logprob(body: Body, *, prompt: Tensor, token_ids: Tensor, ids: UnifiedVocabulary) -> float:
     """Log-probability in nats of a text after a prompt, its end included, among all text entries."""
     targets_P = torch.cat([token_ids, torch.tensor([ids.eos_id])])
     hidden_PD = body.read(torch.cat([prompt, token_ids]))[len(prompt) - 1 :]

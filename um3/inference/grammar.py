@@ -1,7 +1,7 @@
 """UM3's grammar for other software: which ids may come next.
 
     text entries (bos and padding never), or
-    <boi>, then patches x slots visual ids, each in its slot's range, then <eoi>, then text again
+    <boi>, then patches x subtokens visual ids, each in its subtoken's range, then <eoi>, then text again
 
 `um3.inference.generate` needs none of this: there no other id has a logit.
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 
 class Grammar:
@@ -23,19 +23,19 @@ class Grammar:
     `drawing` False forbids begin of image: nothing but text comes out.
     """
 
-    def __init__(self, ids: IdSpace, *, drawing: bool = True):
+    def __init__(self, ids: UnifiedVocabulary, *, drawing: bool = True):
         self.ids = ids
         never = {ids.bos_id, ids.pad_id, ids.end_of_image_id} - {ids.eos_id}
         self.forbidden_text = sorted(never if drawing else never | {ids.begin_of_image_id})
 
     def allowed(self, so_far: Sequence[int]) -> range | int | None:
-        """What may follow these ids, prompt included: a slot's range, one id alone, or None for text entries."""
+        """What may follow these ids, prompt included: a subtoken's range, one id alone, or None for text entries."""
         place = self._place_in_image(so_far)
         if place is None:
             return None
         if place == self.ids.image_tokens:
             return self.ids.end_of_image_id
-        return range(*self.ids.slot_range(place % self.ids.slots))
+        return range(*self.ids.subtoken_range(place % self.ids.subtokens))
 
     def apply(self, so_far: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits with -inf where an id may not follow; entries beyond the id space (padded heads) too."""
@@ -46,8 +46,8 @@ class Grammar:
                 masked_V[self.forbidden_text] = float("-inf")
             case int(only):
                 masked_V[only] = logits_V[only]
-            case slot:
-                masked_V[slot.start : slot.stop] = logits_V[slot.start : slot.stop]
+            case subtoken:
+                masked_V[subtoken.start : subtoken.stop] = logits_V[subtoken.start : subtoken.stop]
         return masked_V
 
     def _place_in_image(self, so_far: Sequence[int]) -> int | None:
@@ -63,7 +63,7 @@ class Grammar:
 class GrammarProcessor(LogitsProcessor):
     """The grammar for transformers' `generate()`; rows may be at different places, padded on the left."""
 
-    def __init__(self, ids: IdSpace, *, drawing: bool = True):
+    def __init__(self, ids: UnifiedVocabulary, *, drawing: bool = True):
         self.grammar = Grammar(ids, drawing=drawing)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

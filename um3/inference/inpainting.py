@@ -1,6 +1,6 @@
 """Which patches of a picture are drawn anew, and which keep their codes.
 
-Shapes: B pictures, N patches of a picture in reading order, P = N * slots visual ids.
+Shapes: B pictures, N patches of a picture in reading order, P = N * subtokens visual ids.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from um3.core.errors import UserError
 from um3.core.seeds import torch_generator
 from um3.inference.generate import FREE
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 Region = tuple[float, float, float, float] | np.ndarray
 """(left, top, right, bottom) in shares of the picture, or a bool array over the square grid of patches."""
@@ -47,9 +47,9 @@ def scattered(share: float, *, seed: int, num_patches: int) -> Tensor:
     return torch.rand(num_patches, generator=torch_generator(seed, "patches")) < share
 
 
-def keep(codes_N: Tensor, *, free_N: Tensor, ids: IdSpace) -> Tensor:
+def keep(codes_N: Tensor, *, free_N: Tensor, ids: UnifiedVocabulary) -> Tensor:
     """Visual ids (P,) of the codes, FREE where a patch is to be drawn."""
-    return ids.codes_to_ids(codes_N).masked_fill(free_N.repeat_interleave(ids.slots), FREE)
+    return ids.codes_to_ids(codes_N).masked_fill(free_N.repeat_interleave(ids.subtokens), FREE)
 
 
 def _touched(start: float, end: float, *, side: int) -> slice:

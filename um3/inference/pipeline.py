@@ -29,7 +29,7 @@ from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences as rows
 from um3.model.language_model import QLIP_FOLDER, load_model
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +53,7 @@ class UM3Pipeline:
         *,
         model: PreTrainedModel,
         text_tokenizer: PreTrainedTokenizerBase,
-        ids: IdSpace,
+        ids: UnifiedVocabulary,
         qlip: "QLIPModel",
         processor: "QLIPProcessor",
         name: str = "",

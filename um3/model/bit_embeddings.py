@@ -4,7 +4,7 @@ A free row learns only from the codes it stands for; the vectors of the bits lea
 rarely begins where its bits put it. All zero at first, and added to the plain rows when the model is saved, so a
 checkpoint stays a stock one and new rows still start as the mean of the text rows (paper, section 4).
 
-Shapes: B rows, T positions, V entries, W entries of a slot, L bits of a code, D width.
+Shapes: B rows, T positions, V entries, W entries of a subtoken, L bits of a code, D width.
 """
 
 import torch
@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig
 from tokenizer.bits import codes_to_bits
 from um3.core.errors import UserError
 from um3.model.extend import EMBEDDING, HEAD
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 
 class SharedBits(nn.Module):
-    """One vector for each bit of each slot, for the input and for the output rows of a model.
+    """One vector for each bit of each subtoken, for the input and for the output rows of a model.
 
     Raises:
         UserError: the model's output head is tied to its input rows.
@@ -26,15 +26,15 @@ class SharedBits(nn.Module):
 
     signs_VL: Tensor
 
-    def __init__(self, ids: IdSpace, *, model_config: PreTrainedConfig):
+    def __init__(self, ids: UnifiedVocabulary, *, model_config: PreTrainedConfig):
         super().__init__()
         if model_config.tie_word_embeddings:
-            raise UserError("vocabulary.shared_bits needs an output head of its own; set tie_word_embeddings=false")
+            raise UserError("vocabulary.bit_embeddings needs an output head of its own; set tie_word_embeddings=false")
         self.input_LD = nn.Parameter(torch.zeros(ids.num_bits, model_config.hidden_size))
         self.output_LD = nn.Parameter(torch.zeros(ids.num_bits, model_config.hidden_size))
-        signs_WL = 2.0 * codes_to_bits(torch.arange(1 << ids.bits_per_slot), num_bits=ids.bits_per_slot) - 1.0
+        signs_WL = 2.0 * codes_to_bits(torch.arange(1 << ids.bits_per_subtoken), num_bits=ids.bits_per_subtoken) - 1.0
         signs_VL = torch.zeros(ids.vocab_size, ids.num_bits)
-        signs_VL[ids.text_vocab_size :] = torch.block_diag(*[signs_WL] * ids.slots)
+        signs_VL[ids.text_vocab_size :] = torch.block_diag(*[signs_WL] * ids.subtokens)
         self.register_buffer("signs_VL", signs_VL, persistent=False)
 
     def add_to_inputs(self, embeddings_BTD: Tensor, *, ids_BT: Tensor) -> Tensor:

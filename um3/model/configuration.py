@@ -7,19 +7,19 @@ from typing import Literal
 
 Supervision = Literal["target", "all"]
 """Which positions of a row are targets: what it is to produce, or everything after the first."""
-NewRows = Literal["mean", "random"]
+NewTokenInit = Literal["mean", "random"]
 """How rows that a base lacks begin: as the mean of its own (the paper), or normal with their standard deviation."""
 
 
 @dataclass
 class ModelConfig:
-    """The language model. With `base` the sizes are the base's, and only `qk_norm` and `new_rows` matter.
+    """The language model. With `base_model` the sizes are the base's, and only `qk_norm` and `new_token_init` matter.
 
-    base: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (`make um3-init`, or a trained one) to
+    base_model: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (`make um3-init`, or a trained one) to
         go on from as it is.
     """
 
-    base: str = ""
+    base_model: str = ""
     hidden_size: int = 192
     num_layers: int = 6
     num_heads: int = 6
@@ -29,7 +29,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 512
     qk_norm: bool = True
-    new_rows: NewRows = "mean"
+    new_token_init: NewTokenInit = "mean"
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

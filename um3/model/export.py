@@ -20,7 +20,7 @@ from um3.core.files import atomic_folder, read_json, write_json
 from um3.core.log import quiet_model_files, setup_logging
 from um3.model.extend import EMBEDDING, HEAD, assemble_model
 from um3.model.language_model import load_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
 
 
 @torch.no_grad()
-def text_half(model: PreTrainedModel, *, ids: IdSpace, entries: int, tie: bool) -> PreTrainedModel:
+def text_half(model: PreTrainedModel, *, ids: UnifiedVocabulary, entries: int, tie: bool) -> PreTrainedModel:
     """A model of the same architecture with the first `entries` rows only; the body's tensors are shared."""
     weights: dict[str, Tensor] = dict(model.state_dict())
     weights[EMBEDDING] = weights[EMBEDDING][:entries].clone()

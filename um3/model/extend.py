@@ -25,9 +25,9 @@ from transformers.utils import cached_file
 from um3.core.errors import UserError
 from um3.core.progress import track
 from um3.core.seeds import torch_generator
-from um3.model.configuration import NewRows
+from um3.model.configuration import NewTokenInit
 from um3.model.text_tokenizer import add_image_tokens, encode_texts, num_entries, read_text_tokenizer
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SUPPORTED_BASES = ("llama", "qwen2", "qwen3")
@@ -62,7 +62,7 @@ def read_base_config(path_or_hub_id: str) -> PreTrainedConfig:
         known = ", ".join(SUPPORTED_BASES)
         raise UserError(f"base '{path_or_hub_id}' is a '{config.model_type}' model; UM3 extends one of: {known}")
     if getattr(config, "um3", None) is not None:
-        raise UserError(f"'{path_or_hub_id}' is a UM3 already; train on from its folder with model.base=FOLDER")
+        raise UserError(f"'{path_or_hub_id}' is a UM3 already; train on from its folder with model.base_model=FOLDER")
     architecture = next(iter(config.architectures or []), "")
     if architecture and not architecture.endswith("ForCausalLM"):
         raise UserError(f"base '{path_or_hub_id}' is a {architecture}, no causal language model (...ForCausalLM)")
@@ -118,11 +118,11 @@ def check_vocabulary(entries: int, *, rows: int) -> None:
 def extend_model(
     base_model: PreTrainedModel,
     *,
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     qk_norm: bool,
     base_entries: int | None = None,
     gains: Mapping[str, Tensor] | None = None,
-    new_rows: NewRows = "mean",
+    new_token_init: NewTokenInit = "mean",
     seed: int = 0,
 ) -> PreTrainedModel:
     """Add the rows of `ids` to a base and, with `qk_norm`, query-key normalisation. The body's tensors are shared.
@@ -145,7 +145,9 @@ def extend_model(
 
     def extended(name: str) -> Tensor:
         generator = torch_generator(seed, "new rows", name)
-        return _extend_rows(weights[name], kept=kept, total=ids.vocab_size, new_rows=new_rows, generator=generator)
+        return _extend_rows(
+            weights[name], kept=kept, total=ids.vocab_size, new_token_init=new_token_init, generator=generator
+        )
 
     weights[HEAD] = extended(EMBEDDING if config.tie_word_embeddings else HEAD)
     weights[EMBEDDING] = extended(EMBEDDING)
@@ -175,7 +177,7 @@ def assemble_model(
     return model
 
 
-def set_generation_defaults(model: PreTrainedModel, *, ids: IdSpace) -> PreTrainedModel:
+def set_generation_defaults(model: PreTrainedModel, *, ids: UnifiedVocabulary) -> PreTrainedModel:
     """Give `generate()` the special ids; returns the model."""
     # The padding entry goes to generation only: in the model's config it would freeze that row, which for a
     # tokenizer that pads with its end of text is a row in use.
@@ -225,12 +227,14 @@ def fit_gains(base_model: PreTrainedModel, *, calibration: Sequence[Tensor]) -> 
     }
 
 
-def _extend_rows(rows_VD: Tensor, *, kept: int, total: int, new_rows: NewRows, generator: torch.Generator) -> Tensor:
+def _extend_rows(
+    rows_VD: Tensor, *, kept: int, total: int, new_token_init: NewTokenInit, generator: torch.Generator
+) -> Tensor:
     """`total` rows: the first `kept` as they are, then new ones."""
     kept_VD = rows_VD[:kept]
     extended_VD = rows_VD.new_empty(total, rows_VD.shape[1])
     extended_VD[:kept] = kept_VD
-    if new_rows == "mean":
+    if new_token_init == "mean":
         # In parts: a double copy of 128,256 rows of width 2,048 would take 2 GiB.
         sums_D = [part_VD.double().sum(0) for part_VD in kept_VD.split(ROWS_AT_ONCE)]
         extended_VD[kept:] = (torch.stack(sums_D).sum(0) / kept).to(rows_VD.dtype)

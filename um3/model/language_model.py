@@ -28,7 +28,7 @@ from um3.model.configuration import ModelConfig
 from um3.model.extend import set_generation_defaults
 from um3.model.model_card import model_card
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 QLIP_FOLDER = "qlip"
 
@@ -71,16 +71,16 @@ class LoadedModel(NamedTuple):
 
     model: PreTrainedModel
     text_tokenizer: PreTrainedTokenizerBase
-    ids: IdSpace
+    ids: UnifiedVocabulary
     fingerprint: str
 
 
-def build_model(config: ModelConfig, *, ids: IdSpace) -> PreTrainedModel:
+def build_model(config: ModelConfig, *, ids: UnifiedVocabulary) -> PreTrainedModel:
     """A model of fresh weights and the config's sizes; a `base` is `um3.model.extend`'s business.
 
     Works under `torch.device("meta")` for counting parameters.
     """
-    assert not config.base, "a base brings its own sizes"
+    assert not config.base_model, "a base brings its own sizes"
     sizes: dict[str, Any] = {
         "vocab_size": ids.vocab_size,
         "hidden_size": config.hidden_size,
@@ -101,7 +101,7 @@ def build_model(config: ModelConfig, *, ids: IdSpace) -> PreTrainedModel:
     return set_generation_defaults(LlamaForCausalLM(LlamaConfig(**sizes)), ids=ids)
 
 
-def count_parameters(model: PreTrainedModel, *, ids: IdSpace) -> ParameterCounts:
+def count_parameters(model: PreTrainedModel, *, ids: UnifiedVocabulary) -> ParameterCounts:
     """Parameters by part; also on the meta device."""
     width, tied = model.config.hidden_size, model.config.tie_word_embeddings
     text, visual = ids.text_vocab_size * width, ids.visual_vocab_size * width
@@ -123,7 +123,7 @@ def save_model(
     *,
     model: PreTrainedModel,
     text_tokenizer: PreTrainedTokenizerBase,
-    ids: IdSpace,
+    ids: UnifiedVocabulary,
     qlip_folder: str | Path,
     state_dict: dict[str, Tensor] | None = None,
     trained: bool = True,
@@ -169,7 +169,7 @@ def load_model(
     return LoadedModel(model=model.eval(), text_tokenizer=text_tokenizer, ids=ids, fingerprint=fingerprint)
 
 
-def _load_text_tokenizer(folder: Path, *, ids: IdSpace) -> PreTrainedTokenizerBase:
+def _load_text_tokenizer(folder: Path, *, ids: UnifiedVocabulary) -> PreTrainedTokenizerBase:
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
@@ -195,8 +195,8 @@ def _existing(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _stored_ids(config: PreTrainedConfig, *, folder: str | Path) -> tuple[IdSpace, str]:
+def _stored_ids(config: PreTrainedConfig, *, folder: str | Path) -> tuple[UnifiedVocabulary, str]:
     stored = getattr(config, "um3", None)
     if stored is None:
         raise UserError(f"{folder} holds a {config.model_type} model that is no UM3 (no 'um3' in its config.json)")
-    return IdSpace.from_dict(stored), str(stored["tokenizer_fingerprint"])
+    return UnifiedVocabulary.from_dict(stored), str(stored["tokenizer_fingerprint"])

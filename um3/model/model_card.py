@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, END_OF_IMAGE
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 LLAMA_TERMS = (
     " Llama's licence asks to show 'Built with Llama' and to begin the name of a model made from it with 'Llama'."
@@ -14,7 +14,7 @@ LLAMA_TERMS = (
 
 
 def model_card(
-    config: PreTrainedConfig, *, ids: IdSpace, parts: Mapping[str, int], qlip_license: str, trained: bool
+    config: PreTrainedConfig, *, ids: UnifiedVocabulary, parts: Mapping[str, int], qlip_license: str, trained: bool
 ) -> str:
     """The card as markdown: what the model is, its ids and parameters, how to load and prompt it, licences."""
     about: dict[str, Any] = config.um3
@@ -42,10 +42,10 @@ A language model that reads and writes images as codes of the QLIP tokenizer in 
 |---|---|
 | 0 .. {ids.text_vocab_size - 1} | text: beginning {ids.bos_id}, end {ids.eos_id}, padding {ids.pad_id}, words |
 | {ids.begin_of_image_id}, {ids.end_of_image_id} | `{BEGIN_OF_IMAGE}` and `{END_OF_IMAGE}`, among the text entries |
-{_slot_lines(ids)}
+{_subtoken_lines(ids)}
 
-A code is {ids.slots} x {ids.bits_per_slot} bits, high bits first, each slot with ids of its own. Text is predicted
-among the text entries, an image token among those of its slot.
+A code is {ids.subtokens} x {ids.bits_per_subtoken} bits, high bits first, each subtoken with ids of its own. Text is predicted
+among the text entries, an image token among those of its subtoken.
 
 ## Parameters
 
@@ -103,8 +103,9 @@ def _license_line(base: Mapping[str, Any]) -> str:
     return f"`{base['license']}`, as the card of `{base['name']}` says; it holds for this model as well.{terms}"
 
 
-def _slot_lines(ids: IdSpace) -> str:
-    ranges = [ids.slot_range(slot) for slot in range(ids.slots)]
+def _subtoken_lines(ids: UnifiedVocabulary) -> str:
+    ranges = [ids.subtoken_range(subtoken) for subtoken in range(ids.subtokens)]
     return "\n".join(
-        f"| {start} .. {end - 1} | image tokens of slot {slot} |" for slot, (start, end) in enumerate(ranges)
+        f"| {start} .. {end - 1} | image tokens of subtoken {subtoken} |"
+        for subtoken, (start, end) in enumerate(ranges)
     )

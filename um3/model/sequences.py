@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from um3.model.configuration import Supervision
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 Tokens = Sequence[int] | Tensor
 
@@ -29,12 +29,14 @@ class Row(NamedTuple):
     targets: Tensor
 
 
-def text_row(tokens: Tokens, *, ids: IdSpace) -> Row:
+def text_row(tokens: Tokens, *, ids: UnifiedVocabulary) -> Row:
     """`bos tokens eos`; everything but bos is a target."""
     return _row(_given(ids.bos_id), _target(tokens, ids.eos_id))
 
 
-def image_to_text_row(visual_ids: Tokens, caption: Tokens, *, ids: IdSpace, supervision: Supervision = "target") -> Row:
+def image_to_text_row(
+    visual_ids: Tokens, caption: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
+) -> Row:
     """`bos <boi> visual <eoi> caption eos`; "target" predicts the caption and eos, "all" all but bos."""
     image = _image(visual_ids, ids=ids)
     return _row(
@@ -44,7 +46,9 @@ def image_to_text_row(visual_ids: Tokens, caption: Tokens, *, ids: IdSpace, supe
     )
 
 
-def text_to_image_row(caption: Tokens, visual_ids: Tokens, *, ids: IdSpace, supervision: Supervision = "target") -> Row:
+def text_to_image_row(
+    caption: Tokens, visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
+) -> Row:
     """`bos caption <boi> visual <eoi> eos`; "target" predicts all after the caption, "all" all but bos."""
     image = _image(visual_ids, ids=ids)
     return _row(
@@ -54,7 +58,7 @@ def text_to_image_row(caption: Tokens, visual_ids: Tokens, *, ids: IdSpace, supe
     )
 
 
-def unconditional_row(visual_ids: Tokens, *, ids: IdSpace, supervision: Supervision = "target") -> Row:
+def unconditional_row(visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target") -> Row:
     """`bos <boi> visual <eoi> eos`, what classifier-free guidance needs; under "target" all after <boi> is predicted.
 
     <boi> is not a target here: nothing asked for an image, and learning it would make text begin with one.
@@ -67,17 +71,17 @@ def unconditional_row(visual_ids: Tokens, *, ids: IdSpace, supervision: Supervis
     )
 
 
-def image_prompt(caption: Tokens, *, ids: IdSpace) -> Tensor:
+def image_prompt(caption: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     """`bos caption <boi>`: what an image is drawn after. An empty caption is the unconditional prompt."""
     return _join(ids.bos_id, caption, ids.begin_of_image_id)
 
 
-def caption_prompt(visual_ids: Tokens, *, ids: IdSpace) -> Tensor:
+def caption_prompt(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     """`bos <boi> visual <eoi>`: what a caption is written after."""
     return _join(ids.bos_id, ids.begin_of_image_id, _image(visual_ids, ids=ids), ids.end_of_image_id)
 
 
-def text_prompt(tokens: Tokens, *, ids: IdSpace) -> Tensor:
+def text_prompt(tokens: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     """`bos tokens`: what text is continued after."""
     return _join(ids.bos_id, tokens)
 
@@ -118,7 +122,7 @@ def _row(*parts: Row, supervision: Supervision = "target") -> Row:
     return Row(input_ids=input_ids, targets=targets)
 
 
-def _image(visual_ids: Tokens, *, ids: IdSpace) -> Tensor:
+def _image(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     image = torch.as_tensor(visual_ids)
     if image.shape != (ids.image_tokens,):
         raise ValueError(f"an image is {ids.image_tokens} visual ids in one dimension, not {tuple(image.shape)}")

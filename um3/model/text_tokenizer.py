@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from um3.core.errors import UserError
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<|begin_of_image|>", "<|end_of_image|>"
@@ -96,7 +96,9 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def make_id_space(tokenizer: PreTrainedTokenizerBase, *, slots: int, bits_per_slot: int, num_patches: int) -> IdSpace:
+def make_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, *, subtokens: int, bits_per_subtoken: int, num_patches: int
+) -> UnifiedVocabulary:
     """The id space of a model with this text tokenizer; a tokenizer without bos (Qwen) begins rows with eos.
 
     Raises:
@@ -109,10 +111,10 @@ def make_id_space(tokenizer: PreTrainedTokenizerBase, *, slots: int, bits_per_sl
         raise UserError(
             f"the text tokenizer '{tokenizer.name_or_path}' lacks the image marks; pass it to add_image_tokens"
         )
-    return IdSpace(
+    return UnifiedVocabulary(
         text_vocab_size=num_entries(tokenizer),
-        slots=slots,
-        bits_per_slot=bits_per_slot,
+        subtokens=subtokens,
+        bits_per_subtoken=bits_per_subtoken,
         num_patches=num_patches,
         bos_id=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
         eos_id=tokenizer.eos_token_id,

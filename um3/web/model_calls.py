@@ -68,7 +68,7 @@ class Drawing:
 def draw(job: Job, *, pipeline: "UM3Pipeline", asked: Drawing) -> None:
     """Say the pictures after each row of patches, then the finished ones. Of candidates to choose from, no pictures."""
     ids = pipeline.ids
-    row_ids = math.isqrt(ids.num_patches) * ids.slots
+    row_ids = math.isqrt(ids.num_patches) * ids.subtokens
 
     def show(batch: range, ids_PB: Tensor) -> None:
         job.check()

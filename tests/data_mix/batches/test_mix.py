@@ -24,12 +24,12 @@ from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.model.sequences import Row
-from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
-NUM_PATCHES, BITS, ROW_TOKENS = 4, 12, 24
+NUM_PATCHES, BITS, SEQ_LEN = 4, 12, 24
 PROSE = [f"chapter {i}: the quick brown fox number {i * 37} jumps over {i} lazy dogs" for i in range(30)]
 TOKENIZER = train_text_tokenizer([*PROSE, "a red circle above a blue square"], vocab_size=320)
-IDS = make_id_space(TOKENIZER, slots=2, bits_per_slot=6, num_patches=NUM_PATCHES)
+IDS = make_vocabulary(TOKENIZER, subtokens=2, bits_per_subtoken=6, num_patches=NUM_PATCHES)
 
 Make = Callable[..., UM3Rows]
 
@@ -56,7 +56,7 @@ def make(codes: Path, tmp_path: Path) -> Make:
     def _make(*, rank: int = 0, world_size: int = 1, batch_size: int = 16, seed: int = 0, **values: Any) -> UM3Rows:
         config = DataConfig(
             texts=[TextSourceConfig(name="prose", weight=2), TextSourceConfig(name="notes", weight=1)],
-            row_tokens=values.pop("row_tokens", ROW_TOKENS),
+            seq_len=values.pop("seq_len", SEQ_LEN),
             **({"mix": MixConfig(start=[6, 1, 3], end=[2, 3, 5], calm_down_steps=20)} | values),
         )
         texts = {
@@ -64,7 +64,7 @@ def make(codes: Path, tmp_path: Path) -> Make:
                 ListedDocuments(name, documents),
                 tokenizer=TOKENIZER,
                 ids=IDS,
-                row_tokens=config.text_row_tokens or config.row_tokens,
+                seq_len=config.text_seq_len or config.seq_len,
                 cache=tmp_path,
             )
             for name, documents in (("prose", PROSE), ("notes", PROSE[:7]))
@@ -100,7 +100,7 @@ def caption(row_T: torch.Tensor, *, after: int, before: int) -> str:
 
 def test_shapes_and_padding(make: Make) -> None:
     batch = make().batch(0)
-    assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, ROW_TOKENS)
+    assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, SEQ_LEN)
     assert (batch.input_ids_BT.dtype, batch.target_mask_BT.dtype) == (torch.int64, torch.bool)
     assert batch.task_S.dtype == torch.int8
     for row, targets, length in zip(batch.input_ids_BT, batch.target_mask_BT, batch.lengths_S, strict=True):
@@ -177,7 +177,7 @@ def test_state_counts_the_draws_and_is_the_same_on_every_rank(make: Make) -> Non
         ({"seed": 5}, "seed 0, now 5"),
         ({"mix": MixConfig(start=[6, 1, 3], end=[2, 3, 6], calm_down_steps=20)}, "draws"),
         ({"image_weights": {"photo": 1.0}}, "sizes"),
-        ({"row_tokens": 30}, "sizes"),
+        ({"seq_len": 30}, "sizes"),
         ({"batch_size": 8}, "batch_size 16, now 8"),
     ],
 )
@@ -196,7 +196,7 @@ def test_each_epoch_shows_every_image_once_to_each_task(make: Make) -> None:
 
 
 def test_rows_hold_the_images_codes_and_one_of_its_captions(make: Make, codes: Path) -> None:
-    rows = make(mix=MixConfig(start=[0, 1, 2], end=[0, 1, 2]), caption_dropout=0.0, row_tokens=40)
+    rows = make(mix=MixConfig(start=[0, 1, 2], end=[0, 1, 2]), caption_dropout=0.0, seq_len=40)
     shards = open_code_sources(codes, split="train")
     kinds: Counter[tuple[str, int]] = Counter()
     for step in range(10):
@@ -216,7 +216,7 @@ def test_rows_hold_the_images_codes_and_one_of_its_captions(make: Make, codes: P
 
 
 def test_i2t_rows_draw_any_caption_when_asked_to(make: Make) -> None:
-    rows = make(mix=MixConfig(start=[0, 1, 0], end=[0, 1, 0]), i2t_caption="random", row_tokens=40)
+    rows = make(mix=MixConfig(start=[0, 1, 0], end=[0, 1, 0]), i2t_caption="random", seq_len=40)
     texts = [caption(row, after=IDS.end_of_image_id, before=IDS.eos_id) for row in rows.batch(0).input_ids_BT]
     assert {text.startswith("a ") for text in texts} == {True, False}
 
@@ -238,14 +238,14 @@ def test_caption_dropout_makes_unconditional_rows_of_t2i_only(make: Make) -> Non
 def test_a_batch_is_as_wide_as_its_longest_row(make: Make) -> None:
     mix = MixConfig(start=[1, 1, 2], end=[1, 1, 2])
     for texts in (0, 8):
-        batch = make(mix=mix, text_row_tokens=texts).batch(0)
+        batch = make(mix=mix, text_seq_len=texts).batch(0)
         assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(batch.lengths_S.max()))
-        assert batch.lengths_S[batch.task_S == 0].max() == (texts or ROW_TOKENS)
+        assert batch.lengths_S[batch.task_S == 0].max() == (texts or SEQ_LEN)
     assert batch.lengths_S.max() == batch.lengths_S[batch.task_S > 0].max() > 8
-    with pytest.raises(ValueError, match="text_row_tokens=1"):
-        DataConfig(text_row_tokens=1)
-    with pytest.raises(ValueError, match="row_tokens=40"):
-        DataConfig(row_tokens=40, text_row_tokens=41)
+    with pytest.raises(ValueError, match="text_seq_len=1"):
+        DataConfig(text_seq_len=1)
+    with pytest.raises(ValueError, match="seq_len=40"):
+        DataConfig(seq_len=40, text_seq_len=41)
 
 
 def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
@@ -262,23 +262,23 @@ def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
 
 def test_long_captions_are_cut_and_counted_images_never(make: Make) -> None:
     mix = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
-    batch = make(mix=mix, row_tokens=IDS.image_tokens + 5, caption_dropout=0.0).batch(0)
+    batch = make(mix=mix, seq_len=IDS.image_tokens + 5, caption_dropout=0.0).batch(0)
     assert batch.truncated_captions == 16
     assert (batch.lengths_S == IDS.image_tokens + 5).all()
     assert ((batch.input_ids_BT >= IDS.text_vocab_size).sum(1) == IDS.image_tokens).all()
     with pytest.raises(
-        UserError, match=f"row_tokens={IDS.image_tokens + 4} cannot hold an image .* {IDS.image_tokens + 5} or"
+        UserError, match=f"seq_len={IDS.image_tokens + 4} cannot hold an image .* {IDS.image_tokens + 5} or"
     ):
-        make(mix=mix, row_tokens=IDS.image_tokens + 4)
+        make(mix=mix, seq_len=IDS.image_tokens + 4)
 
 
 def test_text_rows_read_the_whole_corpus_once_an_epoch(tmp_path: Path) -> None:
     documents = [*PROSE, "", "the end"]
     stream = TokenStream(
-        ListedDocuments("prose", documents), tokenizer=TOKENIZER, ids=IDS, row_tokens=ROW_TOKENS, cache=tmp_path
+        ListedDocuments("prose", documents), tokenizer=TOKENIZER, ids=IDS, seq_len=SEQ_LEN, cache=tmp_path
     )
     rows = [stream[i] for i in range(len(stream))]
-    assert all(len(row.input_ids) == ROW_TOKENS for row in rows[:-1])
+    assert all(len(row.input_ids) == SEQ_LEN for row in rows[:-1])
     ids = [token for row in rows for token in row.input_ids[1:].tolist()]
     assert ids.count(IDS.eos_id) == ids.count(IDS.bos_id) == len(PROSE) + 1
     text = "".join(str(TOKENIZER.decode([i for i in ids if i not in (IDS.bos_id, IDS.eos_id)])))
@@ -295,7 +295,7 @@ def test_scattered_rows_are_pieces_of_different_documents(tmp_path: Path) -> Non
     def rows_with(seed: int) -> list[Row]:
         source = ListedDocuments("t", documents)
         return scattered_rows(
-            source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, row_tokens=12, seed=seed, cache=tmp_path / f"{seed}"
+            source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, seq_len=12, seed=seed, cache=tmp_path / f"{seed}"
         )
 
     rows = rows_with(0)
@@ -312,7 +312,7 @@ def test_scattered_rows_are_pieces_of_different_documents(tmp_path: Path) -> Non
     assert not all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, other, strict=True))
     with pytest.raises(UserError, match="'blank' holds no text"):
         blank = ListedDocuments("blank", ["", " "])
-        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, row_tokens=8, seed=0, cache=tmp_path)
+        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, seq_len=8, seed=0, cache=tmp_path)
 
 
 def test_tokenising_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_tokenising_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: py
     documents = Documents("d", [f"document {index} " * (index % 5) for index in range(100)])
 
     def tokens(cache: Path) -> bytes:
-        TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, row_tokens=9, cache=cache)
+        TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, seq_len=9, cache=cache)
         assert read_json(next(cache.glob("*.json")))["documents_left_out"] == 2
         assert len(list(cache.iterdir())) == 2, "the stream and what was left out of it"
         return next(cache.glob("*.bin")).read_bytes()
@@ -365,7 +365,7 @@ def test_text_of_a_file_that_vanishes_is_left_out_and_named(
         documents[5]
 
     def stream() -> TokenStream:
-        return TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, row_tokens=5000, cache=tmp_path / "cache")
+        return TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, seq_len=5000, cache=tmp_path / "cache")
 
     text = str(TOKENIZER.decode(stream()[0].input_ids, skip_special_tokens=True))
     assert [f"document {number} 3" in text for number in range(3)] == [True, False, True]
@@ -383,7 +383,7 @@ def test_text_of_a_file_that_vanishes_is_left_out_and_named(
 
 def test_a_tokenizer_with_one_entry_for_both_ends_keeps_eos_a_target(tmp_path: Path) -> None:
     ids = replace(IDS, bos_id=IDS.eos_id)
-    stream = TokenStream(ListedDocuments("t", PROSE), tokenizer=TOKENIZER, ids=ids, row_tokens=5000, cache=tmp_path)
+    stream = TokenStream(ListedDocuments("t", PROSE), tokenizer=TOKENIZER, ids=ids, seq_len=5000, cache=tmp_path)
     row = stream[0]
     assert (row.input_ids == IDS.eos_id).sum() == len(PROSE) + 1
     assert row.targets.sum() == len(row.targets) - 1
@@ -395,7 +395,7 @@ def test_the_stream_is_made_once_and_anew_for_other_data(tmp_path: Path) -> None
             ListedDocuments("prose", values.pop("documents", PROSE)),
             tokenizer=values.pop("tokenizer", TOKENIZER),
             ids=IDS,
-            row_tokens=values.pop("row_tokens", 8),
+            seq_len=values.pop("seq_len", 8),
             cache=tmp_path,
             **values,
         )
@@ -403,7 +403,7 @@ def test_the_stream_is_made_once_and_anew_for_other_data(tmp_path: Path) -> None
 
     first = build()
     made = first.stat().st_mtime_ns
-    assert build(row_tokens=16) == first
+    assert build(seq_len=16) == first
     assert first.stat().st_mtime_ns == made
     assert len({first, build(origin="x"), build(documents=PROSE[:5])}) == 3
     other = train_text_tokenizer(PROSE, vocab_size=290)
@@ -458,7 +458,7 @@ def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(tmp_path: Pat
     def rows(rank: int = 0, world_size: int = 1) -> UM3Rows:
         mix = MixConfig(start=[0, 1, 2], end=[0, 1, 2])
         return UM3Rows(
-            DataConfig(mix=mix, row_tokens=40), images=open_code_sources(tmp_path, split="train"), texts={}, ids=IDS,
+            DataConfig(mix=mix, seq_len=40), images=open_code_sources(tmp_path, split="train"), texts={}, ids=IDS,
             text_tokenizer=TOKENIZER, batch_size=12, seed=0, rank=rank, world_size=world_size,
         )  # fmt: skip
 
@@ -502,7 +502,7 @@ def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> N
 
     def open_with(*overrides: str, fingerprint: str = "f") -> UM3Rows:
         texts = f"texts=[{{name: prose, path: {prose}, val_fraction: 0.1}}]"
-        config = load_config(DataConfig, overrides=[f"codes={codes}", texts, "row_tokens=24", *overrides])
+        config = load_config(DataConfig, overrides=[f"codes={codes}", texts, "seq_len=24", *overrides])
         return open_rows(
             config,
             ids=IDS,
@@ -519,7 +519,7 @@ def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> N
     assert weighted.counts == {"i2t/drawing": 32, "t2i/drawing": 32}
     text_only = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "codes=absent")
     assert text_only.batch(0).counts == {"text/prose": 64}
-    short = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "text_row_tokens=9")
+    short = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "text_seq_len=9")
     assert (text_only.batch(0).input_ids_BT.shape[1], short.batch(0).input_ids_BT.shape[1]) == (24, 9)
     with pytest.raises(UserError, match="fingerprint f, this run uses e"):
         open_with(fingerprint="e")
@@ -543,7 +543,7 @@ def test_codes_of_another_cut_are_refused(codes: Path) -> None:
             DataConfig(mix=MixConfig(start=[0, 1, 1], end=[0, 1, 1])),
             images={"photo": CodeShards(codes, split="train", source="photo")},
             texts={},
-            ids=replace(IDS, bits_per_slot=7),
+            ids=replace(IDS, bits_per_subtoken=7),
             text_tokenizer=TOKENIZER,
             batch_size=4,
             seed=0,

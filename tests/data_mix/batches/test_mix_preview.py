@@ -76,11 +76,11 @@ def test_half_a_run_shows_half_the_dots(tmp_path: Path) -> None:
 def test_the_mix_of_a_run_that_went_back_to_its_start(tmp_path: Path) -> None:
     config = CONFIGS / "demo/um3.yaml"
     rows = run_of(Schedule(MixConfig(calm_down_steps=60)), steps=100)
-    for name, more in (("straight", {}), ("back", {"guard/restart": 50.0})):
+    for name, more in (("straight", {}), ("back", {"text_validation/restart": 50.0})):
         lines = [json.dumps(row | (more if row["step"] == 40 else {})) + "\n" for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
         options = ["--config", str(config), "--out", str(tmp_path / f"{name}.png")]
-        main([*options, "--metrics", str(tmp_path / f"{name}.jsonl"), "loop.total_steps=100", "data.codes=absent"])
+        main([*options, "--metrics", str(tmp_path / f"{name}.jsonl"), "loop.max_steps=100", "data.codes=absent"])
     straight, back = (drawn(tmp_path / f"{name}.png")[60:400, 120:940] for name in ("straight", "back"))
     assert np.array_equal(straight[:, :350], back[:, :350]) and not np.array_equal(straight[:, 400:], back[:, 400:])
 
@@ -111,12 +111,12 @@ def test_shares_come_from_the_weights_or_from_the_codes(tmp_path: Path) -> None:
 
 def test_the_shipped_configs_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for config in sorted(CONFIGS.glob("*/um3.yaml")):
-        main(["--config", str(config), "--out", str(tmp_path / "mix.png"), "loop.total_steps=50"])
+        main(["--config", str(config), "--out", str(tmp_path / "mix.png"), "loop.max_steps=50"])
         assert Image.open(tmp_path / "mix.png").size == (960, 672)
         assert "mix.png: the mix of 50 steps of" in capsys.readouterr().out
 
 
 def test_a_config_without_a_length_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "um3.yaml").write_text("loop: {batch_size: 8}\n")
-    with pytest.raises(UserError, match=r"sets no loop\.total_steps; add it"):
+    with pytest.raises(UserError, match=r"sets no loop\.max_steps; add it"):
         main(["--config", str(tmp_path / "um3.yaml"), "--out", str(tmp_path / "mix.png")])

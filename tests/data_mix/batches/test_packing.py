@@ -25,12 +25,12 @@ from train.config import UM3LossConfig
 from train.recipes.um3 import UM3Objective
 from um3.core.errors import UserError
 from um3.model.sequences import Row
-from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
-BITS, NUM_PATCHES, ROW_TOKENS = 8, 4, 40
+BITS, NUM_PATCHES, SEQ_LEN = 8, 4, 40
 PROSE = [f"chapter {i}: the quick brown fox number {i * 37} jumps over {i} lazy dogs" for i in range(20)]
 TOKENIZER = train_text_tokenizer(PROSE, vocab_size=300)
-IDS = make_id_space(TOKENIZER, slots=2, bits_per_slot=4, num_patches=NUM_PATCHES)
+IDS = make_vocabulary(TOKENIZER, subtokens=2, bits_per_subtoken=4, num_patches=NUM_PATCHES)
 SIZES: dict[str, Any] = dict(
     vocab_size=IDS.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, intermediate_size=48,
@@ -51,9 +51,9 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(codes: Path, cache: Path, *, packing: Any, rank: int = 0, world_size: int = 1, text: float = 1) -> UM3Rows:
     mix = MixConfig(start=[text, 2, 3], end=[text, 2, 3], calm_down_steps=0)
     documents = ListedDocuments("prose", PROSE)
-    stream = TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, row_tokens=ROW_TOKENS, cache=cache)
+    stream = TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, seq_len=SEQ_LEN, cache=cache)
     return UM3Rows(
-        DataConfig(row_tokens=ROW_TOKENS, packing=packing, mix=mix, caption_dropout=0.2),
+        DataConfig(seq_len=SEQ_LEN, packing=packing, mix=mix, caption_dropout=0.2),
         images=open_code_sources(codes, split="train"), texts={"prose": stream}, ids=IDS, text_tokenizer=TOKENIZER,
         batch_size=24, seed=0, rank=rank, world_size=world_size,
     )  # fmt: skip
@@ -74,10 +74,10 @@ def model_of(kind: str) -> PreTrainedModel:
 
 
 def test_first_fit_keeps_the_order_and_the_room() -> None:
-    assert first_fit([6, 5, 4, 10, 3, 2], row_tokens=10) == [0, 1, 0, 2, 1, 1]
+    assert first_fit([6, 5, 4, 10, 3, 2], seq_len=10) == [0, 1, 0, 2, 1, 1]
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 50, size=200).tolist()
-    rows = first_fit(lengths, row_tokens=50)
+    rows = first_fit(lengths, seq_len=50)
     used = [sum(length for length, other in zip(lengths, rows, strict=True) if other == row) for row in set(rows)]
     assert max(used) <= 50 and sorted(set(rows)) == list(range(max(rows) + 1))
     assert sum(used) / (50 * len(used)) > 0.85
@@ -88,12 +88,12 @@ def test_a_packed_batch_holds_the_same_samples_in_fewer_rows(codes: Path, tmp_pa
     for step in range(8):
         one, other = plain.batch(step), packed.batch(step)
         assert len(one.input_ids_BT) == 24 and len(other.input_ids_BT) < 20
-        assert other.input_ids_BT.shape[1] <= ROW_TOKENS
+        assert other.input_ids_BT.shape[1] <= SEQ_LEN
         assert [sample_of(one, number) for number in range(24)] == [sample_of(other, number) for number in range(24)]
         assert one.counts == other.counts and torch.equal(one.task_S, other.task_S)
         assert torch.equal(one.seen_KC, other.seen_KC) and one.sources == other.sources
         assert int(other.target_mask_BT.sum()) == int(one.target_mask_BT.sum())
-        full = {int(row) for row, length in zip(other.row_S, other.lengths_S, strict=True) if length == ROW_TOKENS}
+        full = {int(row) for row, length in zip(other.row_S, other.lengths_S, strict=True) if length == SEQ_LEN}
         assert all(other.row_S.tolist().count(row) == 1 for row in full)
     assert packed.state(5) == plain.state(5)
 
@@ -178,5 +178,5 @@ def test_parts_are_equal_or_nearly_and_never_empty(codes: Path, tmp_path: Path) 
 def test_a_sample_longer_than_the_row_is_one_line() -> None:
     sample = Row(torch.arange(9), torch.ones(9, dtype=torch.bool))
     for packed in (False, True):
-        with pytest.raises(UserError, match=r"a sample of 9 ids is longer than a row of 8; raise data\.row_tokens"):
-            lay_out([sample], row_tokens=8, packed=packed, pad_id=0)
+        with pytest.raises(UserError, match=r"a sample of 9 ids is longer than a row of 8; raise data\.seq_len"):
+            lay_out([sample], seq_len=8, packed=packed, pad_id=0)

@@ -82,7 +82,9 @@ def pictures(tmp_path: Path) -> Path:
 
 def config_file(tmp_path: Path, *, qlip: Path, images: str = "[{name: scenes, length: 50}]") -> Path:
     path = tmp_path / "codes.yaml"
-    path.write_text(f"qlip: {qlip}\nout: {tmp_path / 'codes'}\nimages: {images}\nrows_per_shard: 20\nbatch_size: 8\n")
+    path.write_text(
+        f"visual_tokenizer: {qlip}\noutput_dir: {tmp_path / 'codes'}\nimages: {images}\nrows_per_shard: 20\nbatch_size: 8\n"
+    )
     return path
 
 
@@ -164,7 +166,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path: Path, qlip: Path) ->
 
 def test_unusable_images_are_counted_with_their_reason(tmp_path: Path, qlip: Path, pictures: Path) -> None:
     images = f"[{{name: noise, path: {pictures}, val_fraction: 0}}]"
-    run(config_file(tmp_path, qlip=qlip, images=images), "rows_per_shard=5")
+    run(config_file(tmp_path, qlip=qlip, images=images), "samples_per_shard=5")
     shards = CodeShards(tmp_path / "codes", split="train")
     assert len(shards) == 10
     assert {shards[i].captions[0] for i in range(10)} == {f"noise number {i}" for i in range(12) if i not in (3, 8)}
@@ -195,7 +197,7 @@ def test_another_tokenizers_shards_are_made_anew(
 ) -> None:
     run(config_file(tmp_path, qlip=qlip))
     other = make_qlip(tmp_path / "other", seed=1)
-    run(config_file(tmp_path, qlip=other), "rows_per_shard=30")
+    run(config_file(tmp_path, qlip=other), "samples_per_shard=30")
     codes = tmp_path / "codes"
     assert "4 shards of another tokenizer or config are made anew" in capsys.readouterr().err
     assert sorted(shard_bytes(codes)) == [

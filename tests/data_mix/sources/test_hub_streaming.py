@@ -241,7 +241,7 @@ def test_tokens_of_a_set_that_changed_are_made_anew(
     monkeypatch.setattr(token_stream, "DOCUMENTS_AT_ONCE", 5)
     monkeypatch.setattr(token_stream, "SAVE_EVERY_S", -1.0)
     write_words(here / "own" / "words")
-    options: dict[str, Any] = {"tokenizer": TOKENIZER, "ids": IDS, "row_tokens": 9, "cache": here / "run"}
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "ids": IDS, "seq_len": 9, "cache": here / "run"}
     record = StreamedPart._record
 
     def stopped_at_17(part: StreamedPart, row: int) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def test_tokens_of_a_set_that_changed_are_made_anew(
 def test_tokens_end_with_the_set(here: Path) -> None:
     write_words(here / "own" / "words")
     source = documents(10**9, val_fraction=0.0)
-    stream = TokenStream(source, tokenizer=TOKENIZER, ids=IDS, row_tokens=9, cache=here / "run")
+    stream = TokenStream(source, tokenizer=TOKENIZER, ids=IDS, seq_len=9, cache=here / "run")
     assert texts_of(stream).count("train document") == 30
     assert [file.suffix for file in (here / "run").iterdir()] == [".bin"]
 
@@ -413,7 +413,7 @@ def test_codes_of_a_streamed_set_go_on_after_the_network_was_gone(
     qlip = make_qlip(tmp_path / "qlip")
     config = tmp_path / "codes.yaml"
     config.write_text(
-        f"qlip: {qlip}\nout: {tmp_path / 'codes'}\nrows_per_shard: 4\nbatch_size: 2\n"
+        f"visual_tokenizer: {qlip}\noutput_dir: {tmp_path / 'codes'}\nrows_per_shard: 4\nbatch_size: 2\n"
         "images: [{name: i, path: own/pictures, stream: 25, val_fraction: 0.1}]\n"
     )
     with local_hub(tmp_path / "hub") as hub:

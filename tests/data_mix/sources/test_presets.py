@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_mix.samples import BadSample, ImageSource, Sample, Split
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
-from data_mix.sources.presets import IMAGE_ADAPTERS, TEXT_ADAPTERS
+from data_mix.sources.presets import IMAGE_PRESETS, TEXT_PRESETS
 from data_mix.sources.text import TextSource, TextSourceConfig, open_text_source
 from tests.data_mix.sources.test_sources import write_tar
 from um3.core.errors import UserError
@@ -40,9 +40,9 @@ def write_img2dataset(folder: Path, **columns: Any) -> None:
         (folder / f"{shard:05d}_stats.json").write_text("{}")
 
 
-def images(adapter: str, path: Path, split: Split = "train", **options: Any) -> ImageSource:
+def images(preset: str, path: Path, split: Split = "train", **options: Any) -> ImageSource:
     options = {"val_fraction": 0.0} | options
-    config = ImageSourceConfig(name="mine", adapter=adapter, path=str(path), **options)
+    config = ImageSourceConfig(name="mine", preset=adapter, path=str(path), **options)
     return open_image_source(config, split=split, size=8, seed=0)
 
 
@@ -51,7 +51,7 @@ def samples(source: ImageSource) -> list[Sample]:
 
 
 @pytest.mark.parametrize("adapter", ["cc12m", "laion-coco-aesthetic", "datacomp-1b"])
-def test_shards_of_img2dataset(adapter: str, tmp_path: Path) -> None:
+def test_shards_of_img2dataset(preset: str, tmp_path: Path) -> None:
     write_img2dataset(tmp_path, uid="f" * 32, recaption="a long caption", aesthetic_score=6.1)
     read = samples(images(adapter, tmp_path))
     assert [sample.captions for sample in read] == [(f"alt text {number}",) for number in range(6)]
@@ -82,7 +82,7 @@ def test_sa1b_takes_its_captions_from_a_file_of_ones_own(form: str, tmp_path: Pa
     assert [source[i].captions for i in range(3)] == [(f"number {number}", *more) for number in numbers[:3]]
     with pytest.raises(BadSample, match=r"empty caption: sa_000020.tar#./sa_223752"):
         source[3]
-    with pytest.raises(UserError, match=r"adapter=sa1b needs captions; it reads Meta's sa_NNNNNN\.tar"):
+    with pytest.raises(UserError, match=r"preset=sa1b needs captions; it reads Meta's sa_NNNNNN\.tar"):
         images("sa1b", tmp_path / "*.tar")
 
 
@@ -158,27 +158,25 @@ def test_dclm_as_distributed_and_as_parquet(tmp_path: Path) -> None:
         with pa.output_stream(str(folder / f"shard_0000000{shard}_processed.jsonl.zst"), compression="zstd") as stream:
             stream.write("".join(json.dumps(record) + "\n" for record in records[3 * shard : 3 * shard + 3]).encode())
     expected = [record["text"] for record in records]
-    config = TextSourceConfig(name="dclm", adapter="dclm-baseline", path=str(tmp_path), val_fraction=0.0)
+    config = TextSourceConfig(name="dclm", preset="dclm-baseline", path=str(tmp_path), val_fraction=0.0)
     source = open_text_source(config, split="train")
     assert texts_of(source) == expected
     assert [source[index] for index in (8, 0, 4)] == [expected[8], expected[0], expected[4]]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "part.parquet")
-    table = TextSourceConfig(
-        name="dclm", adapter="dclm-baseline", path=str(tmp_path / "part.parquet"), val_fraction=0.0
-    )
+    table = TextSourceConfig(name="dclm", preset="dclm-baseline", path=str(tmp_path / "part.parquet"), val_fraction=0.0)
     assert texts_of(open_text_source(table, split="train")) == expected
 
 
 def test_adapters_are_spelt_right_and_pointed_at_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no adapter 'cc3m'; there are cc12m, coco, datacomp-1b, laion"):
         images("cc3m", tmp_path)
-    with pytest.raises(UserError, match=r"adapter=dclm-baseline needs path; it reads the \.jsonl\.zst files"):
-        open_text_source(TextSourceConfig(adapter="dclm-baseline"), split="train")
+    with pytest.raises(UserError, match=r"preset=dclm-baseline needs path; it reads the \.jsonl\.zst files"):
+        open_text_source(TextSourceConfig(preset="dclm-baseline"), split="train")
     with pytest.raises(UserError, match="there is no adapter 'cc12m'; there are dclm-baseline"):
-        open_text_source(TextSourceConfig(adapter="cc12m", path="x"), split="train")
+        open_text_source(TextSourceConfig(preset="cc12m", path="x"), split="train")
     pq.write_table(pa.table({"url": ["https://x/1.jpg"], "caption": ["alt"]}), tmp_path / "links.parquet")
     with pytest.raises(UserError, match="image column among url, caption; download its links with img2dataset"):
         images("laion-coco-aesthetic", tmp_path / "links.parquet")
-    assert set(IMAGE_ADAPTERS) | set(TEXT_ADAPTERS) == {
+    assert set(IMAGE_PRESETS) | set(TEXT_PRESETS) == {
         "dclm-baseline", "cc12m", "sa1b", "laion-coco-aesthetic", "datacomp-1b", "coco",
     }  # fmt: skip

@@ -44,7 +44,7 @@ def data(scenes, tmp_path):
 
 def scored(data, *options):
     out = data.with_name("captions.json")
-    main([f"references={data}", f"out={out}", *options])
+    main([f"references={data}", f"output_dir={out}", *options])
     return {row.metric: row for row in read_scores(out)}
 
 

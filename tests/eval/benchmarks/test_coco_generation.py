@@ -207,7 +207,7 @@ def test_clipscore_by_three_conventions(um3_folder, tmp_path):
     prompts = ["a photo of a dog", "a red cat", "a blue dog", "yes or no"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     out = tmp_path / "out"
-    draw([f"model={um3_folder}", f"prompts={tmp_path / 'prompts.txt'}", f"out={out}"])
+    draw([f"model={um3_folder}", f"prompts={tmp_path / 'prompts.txt'}", f"output_dir={out}"])
     clip_folder = tiny_judges.save_clip(tmp_path / "clip")
     images = [np.asarray(Image.open(out / f"{index:05d}.png")) for index in range(4)]
     cosines = clip_cosines(np.stack(images), texts=prompts, clip=load_clip(str(clip_folder)))

@@ -99,7 +99,7 @@ def test_genevals_layout(um3_folder, tmp_path):
         [
             f"model={um3_folder}",
             f"prompts={tmp_path / 'metadata.jsonl'}",
-            f"out={out}",
+            f"output_dir={out}",
             "layout=geneval",
             "num_images=3",
         ]

@@ -151,7 +151,7 @@ def test_drawn_folders_are_scored_as_they_are(um3_folder, tmp_path):
         [
             f"model={um3_folder}",
             f"prompts={tmp_path / 'metadata.jsonl'}",
-            f"out={out}",
+            f"output_dir={out}",
             "layout=geneval",
             "num_images=4",
         ]

@@ -33,13 +33,13 @@ curves: {train/mse: squared error, gradients/mse: its gradient}
 rows:
   - {name: first, stage1: [gradient_norms=true]}
   - {name: second, after: first, stage1: ["model.encoder_weights={after}/stage1/model", optimizer.lr=1e-9]}
-  - {name: third, after: first, stage2: ["tokenizer={after}/stage1/model", "data.sources=[{name: digits}]"]}
+  - {name: third, after: first, stage2: ["init_from={after}/stage1/model", "data.sources=[{name: digits}]"]}
 """
 
 
 CONFIGS = {
     "stage1": f"base: {ROOT}/configs/demo/stage1.yaml\n",
-    "stage2": f"base: {ROOT}/configs/demo/stage2.yaml\nloop: {{total_steps: 2, batch_size: 8}}\n",
+    "stage2": f"base: {ROOT}/configs/demo/stage2.yaml\nloop: {{max_steps: 2, batch_size: 8}}\n",
     "eval": "tokenizer: {num_images: 4, labelled: true}\nnum_threads: 1\n",
 }
 
@@ -96,7 +96,7 @@ def test_a_table_that_is_stopped_saves_its_row_and_goes_on(
     number: signal.Signals, tmp_path: Path, configs: str
 ) -> None:
     command = ["--table", write(tmp_path, TABLE), "--config", configs, "--run", str(tmp_path / "run"), "--alone"]
-    command = [sys.executable, "-m", "eval.report.ablation", *command, *TINY["stage1"], "loop.total_steps=100000"]
+    command = [sys.executable, "-m", "eval.report.ablation", *command, *TINY["stage1"], "loop.max_steps=100000"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/1-0/stage1/metrics.jsonl"
     deadline = time.monotonic() + 120

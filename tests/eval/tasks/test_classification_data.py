@@ -148,7 +148,7 @@ def test_tables_and_shards_give_their_classes_too(
     config.write_text(
         f"tokenizer: {{num_images: 4, labelled: false, classification: [{own}], probe: {{kind: logistic}}}}"
     )
-    command = ["--config", str(config), f"run={run_folder}", f"out={out}", "parts=[tokenizer]"]
+    command = ["--config", str(config), f"run={run_folder}", f"output_dir={out}", "parts=[tokenizer]"]
     main(command)
     scores = {score.key: score for score in read_scores(out / "tokenizer.json")}
     zero_shot = scores["colours_classification/zero_shot"]

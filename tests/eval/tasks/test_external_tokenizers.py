@@ -116,7 +116,9 @@ def test_their_pictures_are_in_the_report(evaluated, run_folder, tmp_path):
 
 
 def test_qlip_features_serve_tokenizers_of_any_size(evaluated, tmp_path):
-    main(["--config", str(evaluated / "eval.yaml"), f"run={evaluated}", f"out={tmp_path}", "features=qlip-features"])
+    main(
+        ["--config", str(evaluated / "eval.yaml"), f"run={evaluated}", f"out={tmp_path}", "fid_features=qlip-features"]
+    )
     rows = {row.key: row for row in read_scores(tmp_path / "tokenizer.json")}
     values = [rows[f"scenes_reconstruction_{name}/frechet_distance[qlip-features]"].value for name in ("mean", "fine")]
     assert all(value is not None and np.isfinite(value) for value in values)

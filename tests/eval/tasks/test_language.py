@@ -108,7 +108,7 @@ def test_a_model_that_knows_the_text_solves_the_cloze(um3_lm, documents, tmp_pat
 
 
 def evaluate(model, out, *more, bench):
-    main([f"model={model}", f"out={out}", "parts=[language]", f"language.benchmarks={bench}", *more])
+    main([f"model={model}", f"output_dir={out}", "parts=[language]", f"language.benchmarks={bench}", *more])
     return {row.key: row for row in read_scores(Path(out) / "language.json")}
 
 

@@ -20,7 +20,7 @@ from um3.core.errors import UserError
 from um3.model.export import export_text_half
 from um3.model.extend import extend_model, load_base, load_base_tokenizer
 from um3.model.language_model import save_model
-from um3.model.text_tokenizer import encode_texts, make_id_space
+from um3.model.text_tokenizer import encode_texts, make_vocabulary
 
 
 def of(pipeline, **options):
@@ -77,7 +77,7 @@ def test_any_other_model_gets_exactly_what_hf_gives_it(llama, bench):
 def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folder, bench, tmp_path):
     """Neither the visual rows nor the image marks, whose rows are means of the words' here, take a share."""
     tokenizer, entries = load_base_tokenizer(str(llama))
-    ids = make_id_space(tokenizer, slots=2, bits_per_slot=4, num_patches=16)
+    ids = make_vocabulary(tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
     assert ids.text_vocab_size > entries
     model = extend_model(load_base(str(llama)), ids=ids, qk_norm=False, base_entries=entries)
     save_model(tmp_path / "um3", model=model, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)

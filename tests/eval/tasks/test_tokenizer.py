@@ -85,7 +85,7 @@ def test_a_protocol_pins_what_two_values_must_share(measure: Measure, tmp_path: 
     changes = {
         "tokenizer.num_images=7": {"psnr", "ssim", "lpips", distance},
         SCENES.replace("2400", "2000"): {"psnr", "ssim", "lpips", distance},
-        "features=qlip-features": {distance},
+        "fid_features=qlip-features": {distance},
         " ".join(other_lpips): {"lpips"},
     }
     for settings, moved in changes.items():

@@ -49,8 +49,8 @@ def options_of(name: str) -> list[str]:
     """Settings of a run of text alone; "none" is the library without a model to speak of."""
     case = CASES[name]
     rows = 8 if case.processes == 1 else 2
-    settings = {"loop.total_steps": case.steps, "loop.batch_size": rows, "loop.save_every_steps": 100}
-    settings |= {"data.row_tokens": 128, "data.text_row_tokens": 0, "vocabulary.shared_bits": False}
+    settings = {"loop.max_steps": case.steps, "loop.batch_size": rows, "loop.save_every_steps": 100}
+    settings |= {"data.seq_len": 128, "data.text_seq_len": 0, "vocabulary.bit_embeddings": False}
     settings |= {"data.mix.start": "[1,0,0]", "data.mix.end": "[1,0,0]"}
     settings |= {f"engine.{key}": value for key, value in case.engine.items()}
     settings |= {f"model.{key}": value for key, value in BODY.items()} if name != "none" else {}
@@ -64,7 +64,7 @@ def measured(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
     def run(name: str) -> float:
         place = folder / name.replace(" ", "-")
-        command = arguments("um3", made, *options_of(name), f"loop.folder={place}")
+        command = arguments("um3", made, *options_of(name), f"loop.output_dir={place}")
         result = run_apart(command, processes=CASES[name].processes)
         assert result.returncode == 0, result.stderr
         peak: float = read_metrics(place / "metrics.jsonl")[-1]["mem/peak_gib"]
@@ -112,7 +112,7 @@ def test_a_trace_counts_bytes_by_hand() -> None:
         toy = Toy()
     ids_BT, mask_BT = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool)
     mask_BT[0, :3] = True
-    trace = Tracer(toy, body=toy.layer, precision="float32").trace(ids_BT, mask_BT, shares=(0.0, 1.0))
+    trace = Tracer(toy, body=toy.layer, precision="fp32").trace(ids_BT, mask_BT, shares=(0.0, 1.0))
     embedded, through, chosen = 4 * 10 * 16, 4 * 10 * 32, 4 * 3 * 32
     assert trace.activations == embedded + through
     # At the layer's backward pass: its input, the gradient of its output, and the new gradient of its weight (32, 16);
@@ -120,14 +120,14 @@ def test_a_trace_counts_bytes_by_hand() -> None:
     least = embedded + through + 4 * 32 * 16
     assert least <= trace.peaks[0.0].other <= least + 6 * chosen + 1000
     assert trace.peaks[1.0].other + trace.peaks[1.0].gradients >= trace.peaks[0.0].other
-    low = Tracer(toy, body=toy.layer, precision="bf16").trace(ids_BT, mask_BT, shares=(1.0,))
+    low = Tracer(toy, body=toy.layer, precision="bf16-true").trace(ids_BT, mask_BT, shares=(1.0,))
     assert low.activations == trace.activations / 2
 
 
 def test_a_longer_mask_takes_more() -> None:
     with torch.device("meta"):
         toy = Toy()
-    tracer, ids_BT = Tracer(toy, body=toy.layer, precision="float32"), torch.zeros(2, 500, dtype=torch.long)
+    tracer, ids_BT = Tracer(toy, body=toy.layer, precision="fp32"), torch.zeros(2, 500, dtype=torch.long)
     few, all_of_them = (
         tracer.trace(ids_BT, torch.full((2, 500), False).index_fill(1, torch.arange(chosen), True), shares=(0.0,))
         for chosen in (5, 500)
@@ -173,9 +173,9 @@ def plan_of(*overrides: str, config: str = "demo", devices: int = 1, gpu: str = 
 def test_flops_are_those_that_torch_counts() -> None:
     """Eager attention, whose products torch's counter knows, and products in bf16, which the loss leaves to torch."""
     sizes = [f"model.{key}={value}" for key, value in dict(hidden_size=64, num_layers=2, head_dim=16).items()]
-    plan = plan_of(*sizes, "data.row_tokens=64", "data.text_row_tokens=64", "data.mix.end=[2,1,1]",
-                   "data.mix.calm_down_steps=0", "loop.batch_size=4", "vocabulary.shared_bits=false",
-                   "vocabulary.slots=1", "vocabulary.bits_per_slot=6")  # fmt: skip
+    plan = plan_of(*sizes, "data.seq_len=64", "data.text_seq_len=64", "data.mix.end=[2,1,1]",
+                   "data.mix.calm_down_steps=0", "loop.batch_size=4", "vocabulary.bit_embeddings=false",
+                   "vocabulary.subtokens=1", "vocabulary.bits_per_subtoken=6")  # fmt: skip
     rows = plan._micro_batch(4)
     objective = plan.objective.to_empty(device="cpu")
     for parameter in objective.parameters():
@@ -205,8 +205,8 @@ def test_the_papers_setting_fits_64_gpus() -> None:
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     wide = dict(hidden_size=2048, num_layers=6, num_heads=32, num_kv_heads=8, head_dim=64, intermediate_size=8192)
     sizes = [f"model.{key}={value}" for key, value in wide.items()]
-    options = ["loop.batch_size=256", "data.row_tokens=4096", "data.text_row_tokens=4096", "data.mix.end=[1,0,0]"]
-    options += ["optimizer.kind=adamw", "engine.precision=bf16", "vocabulary.shared_bits=false"]
+    options = ["loop.batch_size=256", "data.seq_len=4096", "data.text_seq_len=4096", "data.mix.end=[1,0,0]"]
+    options += ["optimizer.kind=adamw", "engine.precision=bf16-true", "vocabulary.bit_embeddings=false"]
     plan = plan_of(*sizes, *options, devices=32, gpu="l4")
     assert plan.micro_batches() == [8, 4, 2, 1]
     for setting, found, fits in plan.lines():
@@ -240,7 +240,7 @@ def test_the_table_tells_every_stage(capsys: pytest.CaptureFixture[str], monkeyp
         (["--gpus", "0"], "at least 1"),
         (["--gpus", "63"], "does not divide over 63"),
         (["--mfu", "40"], "at most 1"),
-        (["model.base=/no/such/model"], "cannot load the base model '/no/such/model'"),
+        (["model.base_model=/no/such/model"], "cannot load the base model '/no/such/model'"),
     ],
 )
 def test_mistakes_are_one_line(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def with_evaluation(made: Path, folder: Path, *overrides: str) -> list[str]:
     folder.mkdir(exist_ok=True)
     (folder / "eval.yaml").write_text(EVAL)
     config = f"evaluate.config={folder}/eval.yaml"
-    return arguments("um3", made, f"loop.folder={folder}/um3", config, *EVERY_TWO, *overrides)
+    return arguments("um3", made, f"loop.output_dir={folder}/um3", config, *EVERY_TWO, *overrides)
 
 
 def measured(folder: Path) -> list[dict[str, float]]:
@@ -50,7 +50,7 @@ def test_it_gives_what_make_eval_gives_and_changes_nothing(
                 assert steps[3][f"eval/{score['task']}/{score['metric']}"] == score["value"]
     kept = sorted(path.name for path in (tmp_path / "um3/eval/step-00000004").iterdir())
     assert "captions.json" in kept and "captions.npz" in kept and "model" not in kept
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain"))
     assert losses(tmp_path / "plain") == losses(tmp_path / "um3")
 
 

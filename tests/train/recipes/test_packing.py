@@ -18,11 +18,11 @@ NO_TEXT = [
 def test_packed_training_has_the_losses_of_one_sample_a_row(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain", *NO_TEXT))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain", *NO_TEXT))
     # Eight samples in four parts: three rows of up to three samples, and one of padding alone.
     parts = [*NO_TEXT, PACKED, "loop.micro_batch_size=2"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/packed", *parts))
-    finished = run_apart(arguments("um3", made, f"loop.folder={tmp_path}/two", *NO_TEXT, PACKED), processes=2)
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/packed", *parts))
+    finished = run_apart(arguments("um3", made, f"loop.output_dir={tmp_path}/two", *NO_TEXT, PACKED), processes=2)
     assert finished.returncode == 0, finished.stderr
     plain = read_metrics(tmp_path / "plain/metrics.jsonl")[-1]
     same = [key for key in plain if key.startswith("data/") and key != "data/padding"]
@@ -36,12 +36,12 @@ def test_packed_training_has_the_losses_of_one_sample_a_row(
 def test_a_killed_packed_run_resumes_with_its_counts(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole", PACKED))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/whole", PACKED))
     with monkeypatch.context() as patch:
         kill_after(patch, 3)
         with pytest.raises(Killed):
-            run_here(patch, arguments("um3", made, f"loop.folder={tmp_path}/killed", PACKED))
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/killed", PACKED))
+            run_here(patch, arguments("um3", made, f"loop.output_dir={tmp_path}/killed", PACKED))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/killed", PACKED))
     whole, killed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     for row, other in zip(whole, killed, strict=True):
         assert {key: row[key] for key in row if not key.startswith(("perf/", "mem/"))} == {

@@ -51,13 +51,13 @@ def test_stage1_starts_from_an_encoder_of_another_file(
 ) -> None:
     given, _ = load(made / "stage1/model")
     options = [f"model.encoder_weights={eva_file(given, tmp_path / 'eva.pt')}", "optimizer.lr=1e-9"]
-    run_here(monkeypatch, arguments("stage1", tmp_path, *options, "loop.seed=5", "loop.total_steps=1"))
+    run_here(monkeypatch, arguments("stage1", tmp_path, *options, "loop.seed=5", "loop.max_steps=1"))
     model, _ = load(tmp_path / "stage1/model")
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.vision_features(pixels), given.vision_features(pixels))
     assert not torch.allclose(model.encode(pixels).float(), given.encode(pixels).float())  # the bottleneck is fresh
     with pytest.raises(UserError, match=r"model\.start brings all weights"):
-        run_here(monkeypatch, arguments("stage1", tmp_path / "both", *options, f"model.start={made}/stage1/model"))
+        run_here(monkeypatch, arguments("stage1", tmp_path / "both", *options, f"model.init_from={made}/stage1/model"))
 
 
 def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
@@ -79,8 +79,8 @@ def test_stage2_losses_do_not_depend_on_how_the_engine_runs(
 ) -> None:
     # The entropy of the mean code is the one term that is no mean over images.
     options = ["loss.entropy=0", "loss.r1=0.1", "optimizer.kind=adamw"]
-    run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}/plain", *options))
-    run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}/other", *options, override))
+    run_here(monkeypatch, arguments("stage2", made, f"loop.output_dir={tmp_path}/plain", *options))
+    run_here(monkeypatch, arguments("stage2", made, f"loop.output_dir={tmp_path}/other", *options, override))
     plain, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "other"))
     for name in ("loss", "mse", "perceptual", "discriminator", "r1"):
         found, expected = ([row[f"train/{name}"] for row in rows] for rows in (other, plain))
@@ -95,7 +95,7 @@ def test_stage2_with_a_residual_discriminator_and_its_penalty(
     critic = ["discriminator.kind=residual", "loss.adversarial_kind=non_saturating", f"engine.zero_stage={zero_stage}"]
     for name, r1 in (("free", 0), ("held", 1000)):
         options = [*critic, f"loss.r1={r1}", "discriminator_optimizer.lr=1e-2"]
-        run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}/{name}", *options))
+        run_here(monkeypatch, arguments("stage2", made, f"loop.output_dir={tmp_path}/{name}", *options))
     free, held = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("free", "held"))
     assert "train/r1" not in free[0] and held[-1]["train/r1"] < 0.75 * held[0]["train/r1"]
     for row in held:
@@ -112,7 +112,7 @@ def changed_parts(before: Path, after: Path) -> set[str]:
 def test_recipe_2_trains_towers_then_quantizer_then_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path
 ) -> None:
-    options = [f"model.start={made}/stage1/model", "bottleneck=identity", f"loop.folder={tmp_path}/towers"]
+    options = [f"model.init_from={made}/stage1/model", "bottleneck=identity", f"loop.output_dir={tmp_path}/towers"]
     run_here(monkeypatch, arguments("stage1", tmp_path, *options))
     parts = changed_parts(made / "stage1/model", tmp_path / "towers/model")
     assert {"vision_model.encoder", "vision_decoder.encoder", "text_model.encoder"} <= parts
@@ -120,13 +120,17 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(
     row = read_metrics(tmp_path / "towers/metrics.jsonl")[-1]
     assert row["train/entropy"] == row["train/commitment"] == 0 and row["train/mse"] > 0
 
-    trained = "trained=[qlip.vision_model.quant_embed]"
-    options = [f"model.start={tmp_path}/towers/model", trained, f"loop.folder={tmp_path}/quantizer"]
+    trained = "trainable=[qlip.vision_model.quant_embed]"
+    options = [f"model.init_from={tmp_path}/towers/model", trained, f"loop.output_dir={tmp_path}/quantizer"]
     run_here(monkeypatch, arguments("stage1", tmp_path, *options, "loss.contrastive=0"))
     parts = changed_parts(tmp_path / "towers/model", tmp_path / "quantizer/model")
     assert parts == {"vision_model.quant_embed", "vision_model.quant_embed_post"}
 
-    options = [f"tokenizer={tmp_path}/quantizer/model", "trained=[qlip.vision_decoder]", f"loop.folder={tmp_path}/last"]
+    options = [
+        f"init_from={tmp_path}/quantizer/model",
+        "trainable=[qlip.vision_decoder]",
+        f"loop.output_dir={tmp_path}/last",
+    ]
     run_here(monkeypatch, arguments("stage2", tmp_path, *options))
     parts = changed_parts(tmp_path / "quantizer/model", tmp_path / "last/model")
     assert parts and all(part.startswith("vision_decoder.") for part in parts)
@@ -134,32 +138,32 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(
     # What a finished run was started from is part of it.
     shutil.copytree(made / "stage1/model", tmp_path / "towers/model", dirs_exist_ok=True)
     with pytest.raises(UserError, match="made from other inputs"):
-        run_here(monkeypatch, arguments("stage1", tmp_path, f"model.start={tmp_path}/towers/model", trained,
-                                        f"loop.folder={tmp_path}/quantizer", "loss.contrastive=0"))  # fmt: skip
+        run_here(monkeypatch, arguments("stage1", tmp_path, f"model.init_from={tmp_path}/towers/model", trained,
+                                        f"loop.output_dir={tmp_path}/quantizer", "loss.contrastive=0"))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("phase", "override", "message"),
     [
-        ("stage1", "trained=[qlip.vision_tower]", "no parameter's name starts with 'qlip.vision_tower'"),
-        ("stage2", "trained=[qlip.vision_model.encoder]", "stage 2 cannot train 'qlip.vision_model.encoder'"),
+        ("stage1", "trainable=[qlip.vision_tower]", "no parameter's name starts with 'qlip.vision_tower'"),
+        ("stage2", "trainable=[qlip.vision_model.encoder]", "stage 2 cannot train 'qlip.vision_model.encoder'"),
         ("stage2", "discriminator.num_layers=5", "does not fit images of 32 pixels"),
         ("stage1", "model.patch_size=7", "image_size 32 is not a multiple of patch_size 7"),
-        ("stage2", "discriminator_optimizer.average_decay=0.9", "no discriminator is saved"),
-        ("stage1", "optimizer.average_decay=1", "it must be in"),
+        ("stage2", "discriminator_optimizer.ema_decay=0.9", "no discriminator is saved"),
+        ("stage1", "optimizer.ema_decay=1", "it must be in"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
     phase: str, override: str, message: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}", override))
+        run_here(monkeypatch, arguments(phase, made, f"loop.output_dir={tmp_path}", override))
 
 
 def test_gradient_norms_of_the_two_losses_are_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.folder=" + str(tmp_path / "plain")))
+    run_here(monkeypatch, arguments("stage1", tmp_path, "loop.output_dir=" + str(tmp_path / "plain")))
     options = ["gradient_norms=true", "engine.activation_checkpointing=true", "loop.log_every_steps=2"]
-    run_here(monkeypatch, arguments("stage1", tmp_path, f"loop.folder={tmp_path}/logged", *options))
+    run_here(monkeypatch, arguments("stage1", tmp_path, f"loop.output_dir={tmp_path}/logged", *options))
     rows = read_metrics(tmp_path / "logged/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 4]
     assert all(row[f"gradients/{name}"] > 0 for row in rows for name in ("contrastive", "mse"))
@@ -170,7 +174,7 @@ def test_stage2_without_perceptual_and_adversarial_terms_builds_no_networks_for_
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["loss.perceptual=0", "loss.adversarial=0", "perceptual.backbone=nowhere.pth"]
-    run_here(monkeypatch, arguments("stage2", made, f"loop.folder={tmp_path}", *options))
+    run_here(monkeypatch, arguments("stage2", made, f"loop.output_dir={tmp_path}", *options))
     row = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert {name for name in row if name.startswith("train/")} == {"train/loss", "train/mse", "train/entropy"}
     assert not list((tmp_path / "checkpoints").rglob("discriminator*"))
@@ -181,8 +185,8 @@ def test_stage2_without_perceptual_and_adversarial_terms_builds_no_networks_for_
 def test_the_saved_weights_are_the_average_that_was_asked_for(
     engine: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["optimizer.kind=adamw", "optimizer.average_decay=0.75", "loop.keep_checkpoints=9", f"engine.{engine}"]
-    options += ["loop.save_every_steps=1", "loop.micro_batch_size=4", f"loop.folder={tmp_path}"]
+    options = ["optimizer.kind=adamw", "optimizer.ema_decay=0.75", "loop.keep_checkpoints=9", f"engine.{engine}"]
+    options += ["loop.save_every_steps=1", "loop.micro_batch_size=4", f"loop.output_dir={tmp_path}"]
     run_here(monkeypatch, arguments("stage2", made, *options))
     average, before = {}, load(made / "stage1/model")[0].state_dict()
     for step in range(1, 5):
@@ -203,14 +207,14 @@ def test_the_saved_weights_are_the_average_that_was_asked_for(
 def test_um3_leaves_a_stock_checkpoint_that_samples(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/um3"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/um3"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "um3/model")
     assert type(stock).__module__.startswith("transformers.")
     pipeline = UM3Pipeline.from_pretrained(tmp_path / "um3/model")
     assert pipeline.generate(["a red circle"], seed=1).images.shape == (1, 32, 32, 3)
     trained = load_file(tmp_path / "um3/checkpoints/step-00000004/model-00000.safetensors")
     own_VD, bits_LD = (trained[f"{name}/param"] for name in ("model.lm_head.weight", "bits.output_LD"))
-    last_D = own_VD[-1] + bits_LD[6:].sum(0)  # the last entry: every bit of the second slot is 1
+    last_D = own_VD[-1] + bits_LD[6:].sum(0)  # the last entry: every bit of the second subtoken is 1
     assert bits_LD.any() and torch.equal(stock.lm_head.weight[0], own_VD[0])
     torch.testing.assert_close(stock.lm_head.weight[-1], last_D)
     row = read_metrics(tmp_path / "um3/metrics.jsonl")[-1]
@@ -226,8 +230,8 @@ def test_a_base_keeps_its_text_rows_and_gets_calibrated_gains(
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(text_tokenizer), initializer_range=0.5, **sizes))
     for part in (base, text_tokenizer):
         part.save_pretrained(tmp_path / "base")
-    options = [f"model.base={tmp_path}/base", "optimizer.lr=1e-9", "loop.total_steps=1"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/um3", *options))
+    options = [f"model.base_model={tmp_path}/base", "optimizer.lr=1e-9", "loop.max_steps=1"]
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/um3", *options))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "um3/model")
     # The base's tokenizer had the image marks already: their rows are kept too.
     rows_VD, base_VD = model.model.embed_tokens.weight, base.model.embed_tokens.weight
@@ -243,30 +247,30 @@ def test_a_base_keeps_its_text_rows_and_gets_calibrated_gains(
 def test_um3_losses_do_not_depend_on_how_the_engine_runs(
     override: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain", "engine.zero_stage=1"))
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/other", override))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain", "engine.zero_stage=1"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/other", override))
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_um3_in_low_precision_follows_float32(
     precision: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/plain"))
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/low", f"engine.precision={precision}"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/low", f"engine.precision={precision}"))
     assert losses(tmp_path / "low") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
     assert losses(tmp_path / "low") != losses(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("phase", ["stage1", "stage2"])
 def test_the_tokenizer_in_low_precision_follows_float32(
     phase: str, precision: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["optimizer.kind=adamw", "engine.zero_stage=1"] + ["loss.r1=0.1"] * (phase == "stage2")
     low = [f"engine.precision={precision}", "loop.micro_batch_size=4"]
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/plain", *options))
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/low", *options, *low))
+    run_here(monkeypatch, arguments(phase, made, f"loop.output_dir={tmp_path}/plain", *options))
+    run_here(monkeypatch, arguments(phase, made, f"loop.output_dir={tmp_path}/low", *options, *low))
     assert losses(tmp_path / "low") == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
     assert losses(tmp_path / "low") != losses(tmp_path / "plain")
 
@@ -274,8 +278,8 @@ def test_the_tokenizer_in_low_precision_follows_float32(
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"])
 def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here(monkeypatch, arguments(phase, made, f"loop.folder={tmp_path}/one"))
-    result = run_apart(arguments(phase, made, f"loop.folder={tmp_path}/two"), processes=2)
+    run_here(monkeypatch, arguments(phase, made, f"loop.output_dir={tmp_path}/one"))
+    result = run_apart(arguments(phase, made, f"loop.output_dir={tmp_path}/two"), processes=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
@@ -286,27 +290,27 @@ def test_muon_takes_the_same_steps_under_zero(
     zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["optimizer.kind=muon", "model.num_layers=3"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/whole", *options, "engine.zero_stage=0"))
-    divided = arguments("um3", made, f"loop.folder={tmp_path}/divided", *options, f"engine.zero_stage={zero_stage}")
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/whole", *options, "engine.zero_stage=0"))
+    divided = arguments("um3", made, f"loop.output_dir={tmp_path}/divided", *options, f"engine.zero_stage={zero_stage}")
     result = run_apart(divided, processes=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-    run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}/adamw", "model.num_layers=3"))
+    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/adamw", "model.num_layers=3"))
     assert losses(tmp_path / "adamw")[-1] != pytest.approx(losses(tmp_path / "whole")[-1], rel=1e-4)
 
 
 def test_bf16_weights_need_zero(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="zero_stage=1 or more"):
-        low = ["engine.precision=bf16", "engine.zero_stage=0"]
-        run_here(monkeypatch, arguments("um3", made, f"loop.folder={tmp_path}", *low))
+        low = ["engine.precision=bf16-true", "engine.zero_stage=0"]
+        run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}", *low))
 
 
 def test_muon_refuses_what_it_cannot_do(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    muon = arguments("um3", made, f"loop.folder={tmp_path}", "optimizer.kind=muon")
+    muon = arguments("um3", made, f"loop.output_dir={tmp_path}", "optimizer.kind=muon")
     with pytest.raises(UserError, match="zero_stage=2"):
         run_here(monkeypatch, [*muon, "engine.zero_stage=3"])
-    with pytest.raises(UserError, match="precision=autocast"):
-        run_here(monkeypatch, [*muon, "engine.precision=bf16"])
+    with pytest.raises(UserError, match="precision=bf16-mixed"):
+        run_here(monkeypatch, [*muon, "engine.precision=bf16-true"])
 
 
 def test_lamb_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

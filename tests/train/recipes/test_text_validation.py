@@ -18,12 +18,12 @@ from um3.core.errors import UserError
 from um3.core.metrics import read_metrics
 from um3.model.language_model import load_model
 
-EVERY_STEP = ["guard.every_steps=1", "guard.rows=5"]
+EVERY_STEP = ["text_validation.every_steps=1", "text_validation.num_sequences=5"]
 MIX = ["data.mix.start=[6, 1, 1]", "data.mix.end=[0, 1, 1]", "data.mix.calm_down_steps=4"]
 
 
 def guarded(made: Path, folder: Path, *overrides: str) -> list[str]:
-    return arguments("um3", made, f"loop.folder={folder}", *EVERY_STEP, *overrides)
+    return arguments("um3", made, f"loop.output_dir={folder}", *EVERY_STEP, *overrides)
 
 
 def values(folder: Path, key: str) -> list[Any]:
@@ -36,7 +36,7 @@ def text_loss(folder: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     documents = open_text_source(TextSourceConfig(val_fraction=0.05), split="val")
     rows = scattered_rows(
-        documents, tokenizer=loaded.text_tokenizer, ids=loaded.ids, num_rows=5, row_tokens=28, seed=0, cache=folder
+        documents, tokenizer=loaded.text_tokenizer, ids=loaded.ids, num_rows=5, seq_len=28, seed=0, cache=folder
     )
     total, count = 0.0, 0
     for row in rows:
@@ -54,33 +54,33 @@ def test_it_measures_what_the_model_costs(
     override: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_here(monkeypatch, guarded(made, tmp_path, override))
-    losses, starts = values(tmp_path, "guard/text_loss"), values(tmp_path, "guard/start")
+    losses, starts = values(tmp_path, "text_validation/text_loss"), values(tmp_path, "text_validation/start")
     assert losses[-1] == pytest.approx(text_loss(tmp_path), rel=1e-5)
     assert len(set(losses)) == 4 and len(set(starts)) == 1 and losses[-1] < starts[0]
-    assert values(tmp_path, "guard/above_start") == pytest.approx([loss - starts[0] for loss in losses])
+    assert values(tmp_path, "text_validation/above_start") == pytest.approx([loss - starts[0] for loss in losses])
 
 
 def test_the_start_is_the_model_before_the_first_step(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_here(monkeypatch, guarded(made, tmp_path / "first", "loop.total_steps=2"))
-    going_on = [f"model.base={tmp_path}/first/model", "loop.total_steps=1"]
+    run_here(monkeypatch, guarded(made, tmp_path / "first", "loop.max_steps=2"))
+    going_on = [f"model.base_model={tmp_path}/first/model", "loop.max_steps=1"]
     run_here(monkeypatch, guarded(made, tmp_path / "second", *going_on))
-    start = values(tmp_path / "second", "guard/start")[0]
-    assert start == pytest.approx(values(tmp_path / "first", "guard/text_loss")[-1], rel=1e-6)
+    start = values(tmp_path / "second", "text_validation/start")[0]
+    assert start == pytest.approx(values(tmp_path / "first", "text_validation/text_loss")[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_it_changes_nothing(zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = f"engine.zero_stage={zero_stage}"
     run_here(monkeypatch, guarded(made, tmp_path / "with", stage))
-    run_here(monkeypatch, guarded(made, tmp_path / "without", stage, "guard.every_steps=0"))
+    run_here(monkeypatch, guarded(made, tmp_path / "without", stage, "text_validation.every_steps=0"))
     for key in ("train/loss", "optim/grad_norm", "data/samples/text"):
         assert values(tmp_path / "with", key) == values(tmp_path / "without", key)
-    assert values(tmp_path / "without", "guard/text_loss") == [None] * 4
+    assert values(tmp_path / "without", "text_validation/text_loss") == [None] * 4
     run_here(monkeypatch, guarded(made, tmp_path / "plain", "engine.zero_stage=1"))
-    assert values(tmp_path / "with", "guard/text_loss") == pytest.approx(
-        values(tmp_path / "plain", "guard/text_loss"), rel=1e-4
+    assert values(tmp_path / "with", "text_validation/text_loss") == pytest.approx(
+        values(tmp_path / "plain", "text_validation/text_loss"), rel=1e-4
     )
 
 
@@ -89,7 +89,7 @@ def test_two_processes_share_its_rows(made: Path, tmp_path: Path, monkeypatch: p
     run_here(monkeypatch, guarded(made, tmp_path / "one"))
     result = run_apart(guarded(made, tmp_path / "two"), processes=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    for key in ("guard/start", "guard/text_loss"):
+    for key in ("text_validation/start", "text_validation/text_loss"):
         assert values(tmp_path / "two", key) == pytest.approx(values(tmp_path / "one", key), rel=1e-4)
 
 
@@ -103,24 +103,40 @@ def test_a_rank_with_fewer_rows_has_as_many_micro_batches() -> None:
 def test_above_its_limit_the_mix_returns_to_the_start(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    often = [*MIX, "guard.every_steps=3", "loop.total_steps=9", "guard.return_above=-100"]
+    often = [*MIX, "text_validation.every_steps=3", "loop.max_steps=9", "text_validation.return_above=-100"]
     run_here(monkeypatch, guarded(made, tmp_path / "returns", *often))
     # Measured after 3, 6 and 9 steps; the fifth and the eighth step have the start's mix again.
-    assert values(tmp_path / "returns", "guard/restart") == [None, None, 4.0, None, None, 7.0, None, None, None]
+    assert values(tmp_path / "returns", "text_validation/restart") == [
+        None,
+        None,
+        4.0,
+        None,
+        None,
+        7.0,
+        None,
+        None,
+        None,
+    ]
     scheduled, had = (values(tmp_path / "returns", f"data/{name}/text") for name in ("scheduled", "samples"))
     assert scheduled == pytest.approx(list(accumulate([6, 4.5, 3, 1.5, 6, 4.5, 3, 6, 4.5])))
     assert all(abs(due - given) < 1 for due, given in zip(scheduled, had, strict=True))
     assert had == list(accumulate(values(tmp_path / "returns", "data/rows_text")))
-    run_here(monkeypatch, guarded(made, tmp_path / "stays", *often[:-1], "guard.return_above=100"))
+    run_here(monkeypatch, guarded(made, tmp_path / "stays", *often[:-1], "text_validation.return_above=100"))
     assert values(tmp_path / "stays", "data/rows_text")[4:] == [0] * 5
-    assert values(tmp_path / "stays", "guard/restart") == [None] * 9
+    assert values(tmp_path / "stays", "text_validation/restart") == [None] * 9
 
 
 @pytest.mark.parametrize("step", [4, 7])
 def test_a_resumed_run_returns_as_the_undisturbed_one(
     step: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*MIX, "guard.every_steps=3", "loop.total_steps=9", "guard.return_above=-100", "loop.save_every_steps=3"]
+    options = [
+        *MIX,
+        "text_validation.every_steps=3",
+        "loop.max_steps=9",
+        "text_validation.return_above=-100",
+        "loop.save_every_steps=3",
+    ]
     run_here(monkeypatch, guarded(made, tmp_path / "whole", *options))
     killed = guarded(made, tmp_path / "killed", *options)
     with monkeypatch.context() as patch:
@@ -134,14 +150,21 @@ def test_a_resumed_run_returns_as_the_undisturbed_one(
 def test_the_alarm_names_step_and_loss(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_here(monkeypatch, guarded(made, tmp_path / "run", "guard.every_steps=2", "guard.alarm_above=-100"))
+    run_here(
+        monkeypatch,
+        guarded(made, tmp_path / "run", "text_validation.every_steps=2", "text_validation.alarm_above=-100"),
+    )
     said = capsys.readouterr().err
     assert said.count("held-out text costs") == 2 and "after step 2 " in said and "after step 4 " in said
-    loss, start = values(tmp_path / "run", "guard/text_loss")[-1], values(tmp_path / "run", "guard/start")[-1]
-    assert (
-        f"costs {loss:.3f} nats per token, {loss - start:.3f} more than at the start (guard.alarm_above=-100)" in said
+    loss, start = (
+        values(tmp_path / "run", "text_validation/text_loss")[-1],
+        values(tmp_path / "run", "text_validation/start")[-1],
     )
-    quiet = ["guard.every_steps=2", "guard.alarm_above=100"]
+    assert (
+        f"costs {loss:.3f} nats per token, {loss - start:.3f} more than at the start (text_validation.alarm_above=-100)"
+        in said
+    )
+    quiet = ["text_validation.every_steps=2", "text_validation.alarm_above=100"]
     run_here(monkeypatch, guarded(made, tmp_path / "run", *quiet))  # free to change: the run is up to date
     assert "up to date" in capsys.readouterr().out
     run_here(monkeypatch, guarded(made, tmp_path / "quiet", *quiet))
@@ -153,21 +176,33 @@ def test_it_measures_other_texts_also_where_none_is_trained(
 ) -> None:
     (tmp_path / "other.txt").write_text("\n\n".join(f"Passage {number} " + "word " * 700 for number in range(40)))
     none = ["data.mix.start=[0, 1, 1]", "data.mix.end=[0, 1, 1]"]
-    other = ["guard.texts=[{name: other, path: '" + f"{tmp_path}/other.txt" + "', val_fraction: 0.3}]"]
+    other = ["text_validation.texts=[{name: other, path: '" + f"{tmp_path}/other.txt" + "', val_fraction: 0.3}]"]
     run_here(monkeypatch, guarded(made, tmp_path / "prose", *none))
     run_here(monkeypatch, guarded(made, tmp_path / "other", *none, *other))
-    prose, found = (values(tmp_path / name, "guard/start")[0] for name in ("prose", "other"))
+    prose, found = (values(tmp_path / name, "text_validation/start")[0] for name in ("prose", "other"))
     assert found > 0 and found != pytest.approx(prose, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["guard.every_steps=15", "loop.log_every_steps=10"], r"every_steps=15 is no multiple of loop\.log_every"),
-        (["guard.every_steps=-1"], r"guard\.every_steps=-1 is no multiple"),
-        (["guard.return_above=0.1", "data.mix.calm_down_steps=0"], r"return_above=0\.1 goes back to data\.mix\.start"),
-        (["guard.return_above=0.1", "data.mix.start=[1, 1, 1]", "data.mix.end=[1, 1, 1]"], "no more text than its end"),
-        (["guard.texts=[]", "data.texts=[]", "data.mix.start=[0, 1, 1]", "data.mix.end=[0, 1, 1]"], "0 text sources"),
+        (
+            ["text_validation.every_steps=15", "loop.log_every_steps=10"],
+            r"every_steps=15 is no multiple of loop\.log_every",
+        ),
+        (["text_validation.every_steps=-1"], r"guard\.every_steps=-1 is no multiple"),
+        (
+            ["text_validation.return_above=0.1", "data.mix.calm_down_steps=0"],
+            r"return_above=0\.1 goes back to data\.mix\.start",
+        ),
+        (
+            ["text_validation.return_above=0.1", "data.mix.start=[1, 1, 1]", "data.mix.end=[1, 1, 1]"],
+            "no more text than its end",
+        ),
+        (
+            ["text_validation.texts=[]", "data.texts=[]", "data.mix.start=[0, 1, 1]", "data.mix.end=[0, 1, 1]"],
+            "0 text sources",
+        ),
         (["data.texts=[{name: prose, kind: python_docs, val_fraction: 0}]"], "nothing for the val split"),
     ],
 )

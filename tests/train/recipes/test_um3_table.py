@@ -19,7 +19,7 @@ columns: {scenes_captions/exact_match: captions, um3_prose/bits_per_byte: bits p
 curves: {train/loss_visual: visual loss}
 rows:
   - {name: split, um3: []}
-  - {name: from text, after: split, um3: ["model.base={text}", optimizer.lr=1e-9, loop.total_steps=1]}
+  - {name: from text, after: split, um3: ["model.base_model={text}", optimizer.lr=1e-9, loop.max_steps=1]}
 """
 EVAL = """
 num_threads: 1
@@ -52,5 +52,5 @@ def test_a_um3_learns_the_codes_of_the_base_run(
     assert (tmp_path / "run/table.md").read_text().splitlines()[4].count("±") == 2
     assert read_image(tmp_path / "run/curves.png").width > 1000
     with pytest.raises(UserError, match="row 'split' stopped with exit code 2 in um3"):
-        main([*command, "--base", str(tmp_path / "nowhere"), *TINY["um3"], "loop.total_steps=5"])
+        main([*command, "--base", str(tmp_path / "nowhere"), *TINY["um3"], "loop.max_steps=5"])
     assert "nowhere" in capfd.readouterr().err

@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     (tmp_path / "half" / "qlip").mkdir(parents=True)
-    (tmp_path / "half" / "config.json").write_text('{"um3": {"slots": 1}}')
+    (tmp_path / "half" / "config.json").write_text('{"um3": {"subtokens": 1}}')
     (tmp_path / "half" / "qlip" / "config.json").write_text("{}")
     (tmp_path / "half" / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
     if "--model" not in arguments and arguments[0] != "info":

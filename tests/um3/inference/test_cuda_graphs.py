@@ -15,7 +15,7 @@ from um3.inference.generate import _Images, _Samples, _Texts
 from um3.inference.sampling_params import Sampling
 from um3.model import sequences as rows
 from um3.model.language_model import ModelConfig, build_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 LOOKING = {"_local_scalar_dense", "nonzero", "item", "_unique2", "masked_select"}
 
@@ -31,7 +31,7 @@ class Blindfold(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["image", "kept", "text"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5, "min_p": 0.01}])
 def test_a_step_looks_at_nothing_and_leaves_its_tensors_in_place(
-    make_ids: Callable[..., IdSpace], kind: str, options: dict[str, Any]
+    make_ids: Callable[..., UnifiedVocabulary], kind: str, options: dict[str, Any]
 ) -> None:
     ids = make_ids(num_patches=4)
     config = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48)
@@ -57,7 +57,7 @@ def test_a_step_looks_at_nothing_and_leaves_its_tensors_in_place(
         before = places()
         with Blindfold():
             for position in range(1, 16):
-                samples.advance(decoder.window(position), 0 if kind == "text" else position % ids.slots)
+                samples.advance(decoder.window(position), 0 if kind == "text" else position % ids.subtokens)
     assert places() == before and int(samples.position_1) == 16
 
 

@@ -14,7 +14,7 @@ from um3.inference.grammar import GrammarProcessor
 from um3.inference.sampling_params import Sampling, choose
 from um3.model import sequences as rows
 from um3.model.language_model import ModelConfig, build_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 PROMPTS: tuple[list[int], ...] = ([10, 11, 12], [20], [30, 31, 32, 33, 34], [], [40, 41])
 
@@ -22,7 +22,7 @@ PROMPTS: tuple[list[int], ...] = ([10, 11, 12], [20], [30, 31, 32, 33, 34], [], 
 class Setup:
     """A loud random model with its id space and prompts of unequal length."""
 
-    def __init__(self, ids: IdSpace, *, qk_norm: bool, num_kv_heads: int):
+    def __init__(self, ids: UnifiedVocabulary, *, qk_norm: bool, num_kv_heads: int):
         torch.manual_seed(1)
         config = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=num_kv_heads, head_dim=8)
         config.intermediate_size, config.max_position_embeddings, config.qk_norm = 48, 64, qk_norm
@@ -49,16 +49,16 @@ class Setup:
 
     @torch.no_grad()
     def logits(self, prompt: Tensor, visual_ids: Tensor) -> Tensor:
-        """Plain forward without cache: logits at every visual position, -inf outside its slot."""
+        """Plain forward without cache: logits at every visual position, -inf outside its subtoken."""
         logits_PV = self.model(torch.cat([prompt, visual_ids]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
         for position in range(len(visual_ids)):
-            start, end = self.ids.slot_range(position % self.ids.slots)
+            start, end = self.ids.subtoken_range(position % self.ids.subtokens)
             logits_PV[position, :start] = logits_PV[position, end:] = float("-inf")
         return logits_PV
 
 
 @pytest.fixture(params=[(True, 4), (True, 2), (False, 2)], ids=["qwen3", "qwen3-gqa", "llama-gqa"])
-def setup(request: pytest.FixtureRequest, make_ids: Callable[..., IdSpace]) -> Setup:
+def setup(request: pytest.FixtureRequest, make_ids: Callable[..., UnifiedVocabulary]) -> Setup:
     qk_norm, num_kv_heads = request.param
     return Setup(make_ids(num_patches=4), qk_norm=qk_norm, num_kv_heads=num_kv_heads)
 

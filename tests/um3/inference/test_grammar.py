@@ -9,29 +9,29 @@ from transformers import LogitsProcessorList, PreTrainedModel, set_seed
 from um3.inference.grammar import Grammar, GrammarProcessor
 from um3.model import sequences as rows
 from um3.model.language_model import ModelConfig, build_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 
 @pytest.fixture
-def ids(make_ids: Callable[..., IdSpace]) -> IdSpace:
-    return make_ids(num_patches=4, slots=2, bits_per_slot=4)
+def ids(make_ids: Callable[..., UnifiedVocabulary]) -> UnifiedVocabulary:
+    return make_ids(num_patches=4, subtokens=2, bits_per_subtoken=4)
 
 
 @pytest.fixture
-def model(ids: IdSpace) -> PreTrainedModel:
+def model(ids: UnifiedVocabulary) -> PreTrainedModel:
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16)
     return build_model(config, ids=ids).eval()
 
 
-def is_legal(tokens: list[int], *, ids: IdSpace) -> bool:
+def is_legal(tokens: list[int], *, ids: UnifiedVocabulary) -> bool:
     """Written apart from the grammar: every begin of image is followed by a whole image and its end."""
     place = 0
     while place < len(tokens):
         if tokens[place] == ids.begin_of_image_id:
             image = tokens[place + 1 : place + 1 + ids.image_tokens]
             for index, token in enumerate(image):
-                start, end = ids.slot_range(index % ids.slots)
+                start, end = ids.subtoken_range(index % ids.subtokens)
                 if not start <= token < end:
                     return False
             place += 1 + ids.image_tokens
@@ -44,7 +44,7 @@ def is_legal(tokens: list[int], *, ids: IdSpace) -> bool:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 100.0])
-def test_stock_generation_stays_legal(model: PreTrainedModel, ids: IdSpace, temperature: float) -> None:
+def test_stock_generation_stays_legal(model: PreTrainedModel, ids: UnifiedVocabulary, temperature: float) -> None:
     prompts = torch.tensor([[0, 10, 11, 3], [2, 0, 12, 13], [0, 14, 15, 16]])
     model.lm_head.weight.data[3] *= 0  # begin of image comes now and then
     set_seed(1)
@@ -60,7 +60,7 @@ def test_stock_generation_stays_legal(model: PreTrainedModel, ids: IdSpace, temp
     assert not is_legal([3, 50, 51], ids=ids)
 
 
-def test_what_may_follow(ids: IdSpace) -> None:
+def test_what_may_follow(ids: UnifiedVocabulary) -> None:
     grammar, image = Grammar(ids), ids.codes_to_ids(torch.tensor([1, 2, 3, 250])).tolist()
     assert grammar.allowed([0, 10]) is None
     assert grammar.allowed([0, 10, 3]) == range(50, 66)
@@ -70,7 +70,7 @@ def test_what_may_follow(ids: IdSpace) -> None:
     assert grammar.allowed([0, 3, *image, 4, 20, 3, *image[:2]]) == range(50, 66)
 
 
-def test_without_drawing_only_text_comes(ids: IdSpace) -> None:
+def test_without_drawing_only_text_comes(ids: UnifiedVocabulary) -> None:
     logits = torch.zeros(ids.vocab_size + 6)  # a head padded to a round size
     open_ids = Grammar(ids, drawing=False).apply([0, 10], logits).isfinite().nonzero().flatten().tolist()
     assert open_ids == [1, *range(5, 50)]
@@ -78,13 +78,13 @@ def test_without_drawing_only_text_comes(ids: IdSpace) -> None:
     assert Grammar(ids).apply([0, 3], logits).isfinite().nonzero().flatten().tolist() == [*range(50, 66)]
 
 
-def test_a_tokenizer_without_bos_may_still_end(ids: IdSpace) -> None:
+def test_a_tokenizer_without_bos_may_still_end(ids: UnifiedVocabulary) -> None:
     import dataclasses
 
     shared = dataclasses.replace(ids, bos_id=ids.eos_id)
     assert Grammar(shared).apply([1, 10], torch.zeros(ids.vocab_size))[ids.eos_id] == 0
 
 
-def test_prompts_of_captioning_end_in_text(ids: IdSpace) -> None:
+def test_prompts_of_captioning_end_in_text(ids: UnifiedVocabulary) -> None:
     prompt = rows.caption_prompt(ids.codes_to_ids(torch.tensor([1, 2, 3, 250])), ids=ids)
     assert Grammar(ids).allowed(prompt.tolist()) is None

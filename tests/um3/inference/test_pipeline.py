@@ -16,7 +16,7 @@ import tokenizer
 from um3.core.errors import UserError
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.language_model import load_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 PROMPTS = ["a red square", "a green disk on a blue square", "a disk"]
 
@@ -87,7 +87,7 @@ def test_the_config_carries_ids_and_fingerprint(model_folder: Path, qlip_folder:
     stored = json.loads((model_folder / "config.json").read_text())["um3"]
     qlip, _ = tokenizer.load(qlip_folder)
     assert stored["tokenizer_fingerprint"] == qlip.fingerprint()
-    assert IdSpace.from_dict(stored) == load_model(model_folder).ids
+    assert UnifiedVocabulary.from_dict(stored) == load_model(model_folder).ids
 
 
 @pytest.mark.slow

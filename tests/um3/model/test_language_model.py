@@ -22,7 +22,7 @@ from transformers import (
 from um3.core.errors import UserError
 from um3.model.extend import extend_model, fit_gains, load_base
 from um3.model.language_model import ModelConfig, build_model, count_parameters
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -65,7 +65,9 @@ def text_logits(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_extension_alone_changes_no_text_logit(kind: str, tied: bool, make_ids: Callable[..., IdSpace]) -> None:
+def test_extension_alone_changes_no_text_logit(
+    kind: str, tied: bool, make_ids: Callable[..., UnifiedVocabulary]
+) -> None:
     base = make_base(kind, tied=tied)
     before = text_logits(base)
     model = extend_model(base, ids=make_ids(), qk_norm=kind == "qwen3")
@@ -73,7 +75,7 @@ def test_extension_alone_changes_no_text_logit(kind: str, tied: bool, make_ids: 
     assert torch.equal(text_logits(model), before)
 
 
-def test_new_rows_are_the_mean_and_the_head_is_untied(make_ids: Callable[..., IdSpace]) -> None:
+def test_new_rows_are_the_mean_and_the_head_is_untied(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     base, ids = make_base("llama"), make_ids()
     rows = base.model.embed_tokens.weight[:44].mean(0)
     # The base's tokenizer has 44 entries: its last four rows are padding.
@@ -89,7 +91,7 @@ def test_new_rows_are_the_mean_and_the_head_is_untied(make_ids: Callable[..., Id
     torch.testing.assert_close(model.lm_head.weight[48], rows)
 
 
-def test_a_padded_vocabulary_is_cut(make_ids: Callable[..., IdSpace]) -> None:
+def test_a_padded_vocabulary_is_cut(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     ids = make_ids(text_vocab_size=40)
     model = extend_model(make_base("qwen3"), ids=ids, qk_norm=True)
     assert len(model.lm_head.weight) == ids.vocab_size == 40 + 512
@@ -97,7 +99,7 @@ def test_a_padded_vocabulary_is_cut(make_ids: Callable[..., IdSpace]) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_inserted_qk_norm_is_qwen3_and_calibration_brings_it_closer(
-    kind: str, make_ids: Callable[..., IdSpace]
+    kind: str, make_ids: Callable[..., UnifiedVocabulary]
 ) -> None:
     base = make_base(kind)
     for layer in base.model.layers:
@@ -113,7 +115,9 @@ def test_inserted_qk_norm_is_qwen3_and_calibration_brings_it_closer(
     assert divergence(gains=fit_gains(base, calibration=[TEXT_BT])) < 0.75 * divergence()
 
 
-def test_gains_restore_a_base_whose_queries_and_keys_have_constant_norm(make_ids: Callable[..., IdSpace]) -> None:
+def test_gains_restore_a_base_whose_queries_and_keys_have_constant_norm(
+    make_ids: Callable[..., UnifiedVocabulary],
+) -> None:
     """When rms(q) and rms(k) are the same everywhere, insertion must be exact: biases dominate to make it so."""
     base = make_base("qwen2")
     for layer in base.model.layers:
@@ -127,7 +131,9 @@ def test_gains_restore_a_base_whose_queries_and_keys_have_constant_norm(make_ids
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_a_fresh_model_trains_and_has_the_asked_shape(qk_norm: bool, make_ids: Callable[..., IdSpace]) -> None:
+def test_a_fresh_model_trains_and_has_the_asked_shape(
+    qk_norm: bool, make_ids: Callable[..., UnifiedVocabulary]
+) -> None:
     ids = make_ids()
     config = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=qk_norm)
     model = build_model(config, ids=ids)
@@ -140,10 +146,10 @@ def test_a_fresh_model_trains_and_has_the_asked_shape(qk_norm: bool, make_ids: C
 
 def test_paper_size_on_the_meta_device() -> None:
     """Llama-3.2-1B: 1,235,814,400 parameters, then an untied head and 2 x 32,768 visual rows of width 2,048."""
-    ids = IdSpace(
+    ids = UnifiedVocabulary(
         text_vocab_size=128_258,
-        slots=2,
-        bits_per_slot=14,
+        subtokens=2,
+        bits_per_subtoken=14,
         num_patches=256,
         bos_id=128_000,
         eos_id=128_001,
@@ -174,7 +180,7 @@ def test_paper_size_on_the_meta_device() -> None:
     assert counts.total == sum(parameter.numel() for parameter in model.parameters()) == 1_632_710_656
 
 
-def test_a_tied_head_counts_once(make_ids: Callable[..., IdSpace]) -> None:
+def test_a_tied_head_counts_once(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     ids = make_ids()
     model = build_model(ModelConfig(hidden_size=32, num_layers=1, tie_word_embeddings=True), ids=ids)
     counts = count_parameters(model, ids=ids)
@@ -182,7 +188,7 @@ def test_a_tied_head_counts_once(make_ids: Callable[..., IdSpace]) -> None:
     assert counts.total == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_base_on_disk_and_the_mistakes_around_it(tmp_path: Path, make_ids: Callable[..., IdSpace]) -> None:
+def test_a_base_on_disk_and_the_mistakes_around_it(tmp_path: Path, make_ids: Callable[..., UnifiedVocabulary]) -> None:
     make_base("llama").save_pretrained(tmp_path / "llama")
     base = load_base(str(tmp_path / "llama"))
     model = extend_model(base, ids=make_ids(), qk_norm=True, gains=fit_gains(base, calibration=[TEXT_BT]))

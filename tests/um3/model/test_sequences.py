@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from um3.model import sequences as rows
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
-IDS = IdSpace(
+IDS = UnifiedVocabulary(
     text_vocab_size=50,
-    slots=4,
-    bits_per_slot=7,
+    subtokens=4,
+    bits_per_subtoken=7,
     num_patches=2,
     bos_id=0,
     eos_id=1,

@@ -54,7 +54,7 @@ def test_a_saved_tokenizer_loads_with_stock_code(tmp_path: Path) -> None:
     assert stock("a red disk")["input_ids"] == tt.encode_texts(["a red disk"], tokenizer=tokenizer)[0]
     ours = tt.load_text_tokenizer(tmp_path)
     assert ours.get_vocab() == tokenizer.get_vocab() and ours.pad_token == tt.PAD
-    spaces = [tt.make_id_space(each, slots=4, bits_per_slot=7, num_patches=16) for each in (tokenizer, ours)]
+    spaces = [tt.make_vocabulary(each, subtokens=4, bits_per_subtoken=7, num_patches=16) for each in (tokenizer, ours)]
     assert spaces[0] == spaces[1]
     assert (spaces[0].text_vocab_size, spaces[0].pad_id, spaces[0].begin_of_image_id) == (280, 2, 3)
 
@@ -73,14 +73,16 @@ def foreign_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
 def test_image_marks_on_a_foreign_tokenizer() -> None:
     tokenizer = tt.add_image_tokens(foreign_tokenizer(bos=True))
     assert tokenizer.pad_token_id == 2
-    ids = tt.make_id_space(tokenizer, slots=2, bits_per_slot=14, num_patches=4)
+    ids = tt.make_vocabulary(tokenizer, subtokens=2, bits_per_subtoken=14, num_patches=4)
     assert (ids.bos_id, ids.begin_of_image_id, ids.end_of_image_id, ids.text_vocab_size) == (0, 7, 8, 9)
     assert tt.encode_captions(["a red disk"], tokenizer=tokenizer) == [[3, 4, 5]]
     assert len(tt.add_image_tokens(tokenizer)) == 9
 
 
 def test_a_tokenizer_without_bos_begins_rows_with_eos() -> None:
-    ids = tt.make_id_space(tt.add_image_tokens(foreign_tokenizer(bos=False)), slots=1, bits_per_slot=8, num_patches=4)
+    ids = tt.make_vocabulary(
+        tt.add_image_tokens(foreign_tokenizer(bos=False)), subtokens=1, bits_per_subtoken=8, num_patches=4
+    )
     assert ids.bos_id == ids.eos_id == 1
 
 
@@ -90,4 +92,4 @@ def test_mistakes_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text tokenizer at"):
         tt.load_text_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match="add_image_tokens"):
-        tt.make_id_space(foreign_tokenizer(bos=True), slots=1, bits_per_slot=8, num_patches=4)
+        tt.make_vocabulary(foreign_tokenizer(bos=True), subtokens=1, bits_per_subtoken=8, num_patches=4)

@@ -38,7 +38,7 @@ from um3.core.errors import UserError
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.export import main as export
 from um3.model.language_model import load_model
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 LLAMA_ENTRIES = 128_256
 LLAMA_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|r0|>", "<|r1|>", "<|finetune_right_pad_id|>"]
@@ -129,7 +129,7 @@ def start(llama: Path, qlip_folder: Path, text: Path, tmp_path_factory: pytest.T
 
 
 def command(base: Path | str, qlip: Path | str, text: Path | str, out: Path, *settings: str) -> list[str]:
-    options = [f"base={base}", f"qlip={qlip}", f"out={out}", "rows=2", "row_tokens=64"]
+    options = [f"base_model={base}", f"visual_tokenizer={qlip}", f"output_dir={out}", "rows=2", "seq_len=64"]
     return [*options, *([f"text={text}"] if text else []), *settings]
 
 
@@ -152,7 +152,7 @@ def test_the_start_of_a_llama_speaks_as_before(start: Callable[..., Path], llama
     assert isinstance(loaded.model, LlamaForCausalLM) and not loaded.model.config.tie_word_embeddings
     ids = loaded.ids
     assert (ids.begin_of_image_id, ids.end_of_image_id, ids.pad_id) == (LLAMA_ENTRIES, LLAMA_ENTRIES + 1, 128_004)
-    assert (ids.text_vocab_size, ids.slots, ids.bits_per_slot) == (LLAMA_ENTRIES + 2, 2, 14)
+    assert (ids.text_vocab_size, ids.subtokens, ids.bits_per_subtoken) == (LLAMA_ENTRIES + 2, 2, 14)
     rows_VD = base.model.embed_tokens.weight
     for table_VD in (loaded.model.model.embed_tokens.weight, loaded.model.lm_head.weight):
         assert torch.equal(table_VD[:LLAMA_ENTRIES], rows_VD) and len(table_VD) == ids.vocab_size
@@ -160,7 +160,7 @@ def test_the_start_of_a_llama_speaks_as_before(start: Callable[..., Path], llama
         torch.testing.assert_close(new_VD, rows_VD.mean(0).expand_as(new_VD), rtol=1e-4, atol=1e-6)
     done = record(folder)
     assert done["text_loss_after"]["base_entries"] == done["text_loss_before"] > 1
-    assert 0 <= done["text_loss_after"]["text_entries"] - done["text_loss_before"] < 1e-4
+    assert 0 <= done["text_loss_after"]["text_vocab_size"] - done["text_loss_before"] < 1e-4
     counted = sum(parameter.numel() for parameter in loaded.model.parameters())
     norms = 32 * (2 * 2 + 1)
     assert done["parameters"] == {
@@ -296,10 +296,10 @@ def test_random_rows_have_the_bases_deviation_and_the_seed_decides(
     base = AutoModelForCausalLM.from_pretrained(qwen)
     heads = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        settings = ["new_rows=random", "qk_norm=false", f"seed={seed}", "slots=4"]
+        settings = ["new_token_init=random", "qk_norm=false", f"seed={seed}", "subtokens=4"]
         init(command(qwen, qlip_folder, text, tmp_path / name, *settings))
         loaded = load_model(tmp_path / name / "model")
-        assert loaded.ids.bits_per_slot == 7
+        assert loaded.ids.bits_per_subtoken == 7
         for table_VD, rows_VD in zip(
             (loaded.model.model.embed_tokens.weight, loaded.model.lm_head.weight),
             (base.model.embed_tokens.weight, base.lm_head.weight),
@@ -334,7 +334,7 @@ def test_the_card_says_what_it_is(
     folder = start("qk_norm=true") / "model"
     card = (folder / "README.md").read_text()
     stored = json.loads((folder / "config.json").read_text())["um3"]
-    ids = IdSpace.from_dict(stored)
+    ids = UnifiedVocabulary.from_dict(stored)
     assert card.startswith("---\nlibrary_name: transformers\n") and "license: llama3.2\n" in card
     for fact in (
         stored["tokenizer_fingerprint"],
@@ -344,7 +344,7 @@ def test_the_card_says_what_it_is(
         "`Qwen3ForCausalLM`",
     ):
         assert fact in card, fact
-    for start_id, end_id in (ids.slot_range(slot) for slot in range(ids.slots)):
+    for start_id, end_id in (ids.subtoken_range(subtoken) for subtoken in range(ids.subtokens)):
         assert f"| {start_id} .. {end_id - 1} |" in card
     assert f"| total | {record(folder.parent)['parameters']['total']:,} |" in card
     released = tmp_path / "qlip"
@@ -422,10 +422,10 @@ def test_other_mistakes_are_one_line(
     refused("not a QLIP", qlip=qwen)
     refused("cannot load the base model 'nobody/llama'", base="nobody/llama")
     refused("is a UM3 already", base=start("qk_norm=false") / "model")
-    refused("slots=3 x bits_per_slot=9 is not the 28 bits", "slots=3")
-    refused("at most 20 bits", "slots=1")
-    refused("slots is -1", "slots=-1")
-    refused("has fewer than 128 tokens", "row_tokens=4000", text=short)
+    refused("subtokens=3 x bits_per_subtoken=9 is not the 28 bits", "subtokens=3")
+    refused("at most 20 bits", "subtokens=1")
+    refused("subtokens is -1", "subtokens=-1")
+    refused("has fewer than 128 tokens", "seq_len=4000", text=short)
     refused("absent.txt", text=tmp_path / "absent.txt")
     refused("unknown key 'qknorm'", "qknorm=true")
     assert not out.exists()

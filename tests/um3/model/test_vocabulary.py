@@ -6,12 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from um3.model.vocabulary import IdSpace
+from um3.model.vocabulary import UnifiedVocabulary
 
 
-@pytest.mark.parametrize(("slots", "bits_per_slot"), [(1, 1), (1, 12), (2, 14), (4, 7), (28, 1), (3, 20)])
-def test_every_code_survives_the_round_trip(make_ids: Callable[..., IdSpace], slots: int, bits_per_slot: int) -> None:
-    ids = make_ids(slots=slots, bits_per_slot=bits_per_slot)
+@pytest.mark.parametrize(("subtokens", "bits_per_subtoken"), [(1, 1), (1, 12), (2, 14), (4, 7), (28, 1), (3, 20)])
+def test_every_code_survives_the_round_trip(
+    make_ids: Callable[..., UnifiedVocabulary], subtokens: int, bits_per_subtoken: int
+) -> None:
+    ids = make_ids(subtokens=subtokens, bits_per_subtoken=bits_per_subtoken)
     codes_BN = torch.randint(0, 2**ids.num_bits, (50, 16), generator=torch.Generator().manual_seed(0))
     codes_BN[0, :2] = torch.tensor([0, 2**ids.num_bits - 1])
     visual_ids = ids.codes_to_ids(codes_BN)
@@ -19,27 +21,27 @@ def test_every_code_survives_the_round_trip(make_ids: Callable[..., IdSpace], sl
     assert torch.equal(ids.ids_to_codes(visual_ids), codes_BN)
 
 
-def test_the_papers_cut_of_28_bits(make_ids: Callable[..., IdSpace]) -> None:
-    ids = make_ids(slots=2, bits_per_slot=14, num_patches=256, text_vocab_size=128_258)
+def test_the_papers_cut_of_28_bits(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+    ids = make_ids(subtokens=2, bits_per_subtoken=14, num_patches=256, text_vocab_size=128_258)
     assert (ids.image_tokens, ids.visual_vocab_size, ids.vocab_size) == (512, 32_768, 161_026)
     code = (5 << 14) | 9
     assert ids.codes_to_ids(torch.tensor([code])).tolist() == [128_258 + 5, 128_258 + 16_384 + 9]
 
 
-def test_slot_ranges_tile_the_visual_half(make_ids: Callable[..., IdSpace]) -> None:
+def test_subtoken_ranges_tile_the_visual_half(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     ids = make_ids()
-    covered = [entry for slot in range(ids.slots) for entry in range(*ids.slot_range(slot))]
+    covered = [entry for subtoken in range(ids.subtokens) for entry in range(*ids.subtoken_range(subtoken))]
     assert covered == list(range(ids.text_vocab_size, ids.vocab_size))
-    with pytest.raises(ValueError, match="slot 4"):
-        ids.slot_range(4)
+    with pytest.raises(ValueError, match="subtoken 4"):
+        ids.subtoken_range(4)
 
 
-def test_ids_of_another_slot_or_of_text_are_refused(make_ids: Callable[..., IdSpace]) -> None:
+def test_ids_of_another_subtoken_or_of_text_are_refused(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     ids = make_ids()
     visual_ids = ids.codes_to_ids(torch.zeros(2, 16, dtype=torch.int64))
     swapped = visual_ids.clone()
-    swapped[1, 4] = ids.slot_range(1)[0]
-    with pytest.raises(ValueError, match=r"position 4 .* slot 0"):
+    swapped[1, 4] = ids.subtoken_range(1)[0]
+    with pytest.raises(ValueError, match=r"position 4 .* subtoken 0"):
         ids.ids_to_codes(swapped)
     with pytest.raises(ValueError, match="id 3"):
         ids.ids_to_codes(torch.full((1, 4), 3))
@@ -47,16 +49,16 @@ def test_ids_of_another_slot_or_of_text_are_refused(make_ids: Callable[..., IdSp
         ids.ids_to_codes(visual_ids[:, :5])
 
 
-def test_json_round_trip_ignores_neighbouring_keys(make_ids: Callable[..., IdSpace]) -> None:
+def test_json_round_trip_ignores_neighbouring_keys(make_ids: Callable[..., UnifiedVocabulary]) -> None:
     ids = make_ids()
     stored = json.loads(json.dumps(ids.to_dict() | {"fingerprint": "abc"}))
-    assert IdSpace.from_dict(stored) == ids
+    assert UnifiedVocabulary.from_dict(stored) == ids
 
 
-def test_impossible_spaces_are_refused(make_ids: Callable[..., IdSpace]) -> None:
-    with pytest.raises(ValueError, match="more slots"):
-        make_ids(slots=1, bits_per_slot=28)
+def test_impossible_spaces_are_refused(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+    with pytest.raises(ValueError, match="more subtokens"):
+        make_ids(subtokens=1, bits_per_subtoken=28)
     with pytest.raises(ValueError, match="begin_of_image_id = 3"):
         make_ids(text_vocab_size=3)
     with pytest.raises(ValueError, match="at least 1"):
-        make_ids(slots=0)
+        make_ids(subtokens=0)

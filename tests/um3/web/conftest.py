@@ -15,7 +15,7 @@ import pytest
 from tests.um3.conftest import save_qlip
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.language_model import ModelConfig, build_model, save_model
-from um3.model.text_tokenizer import make_id_space, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
 SIDE = 8
@@ -60,7 +60,7 @@ def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web")
     save_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE)
     text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
-    ids = make_id_space(text_tokenizer, slots=4, bits_per_slot=7, num_patches=SIDE**2)
+    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=SIDE**2)
     config = ModelConfig(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
     config.max_position_embeddings = 512
     model = build_model(config, ids=ids)
