@@ -1,7 +1,7 @@
 # UM3: every phase is a target; `make help` lists them. Nothing that is up to date is done again.
 
 CONFIG ?= demo
-RUN ?= runs/$(notdir $(CONFIG:%/=%))
+RUN ?= runs/$(notdir $(CONFIG:%.yaml=%))
 PYTHON ?= python3
 # Training processes: on CPUs two of one thread each beat one of two threads by a third.
 NPROC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(nproc 2>/dev/null || echo 1)" -lt 2 ] && echo 1 || echo 2)
@@ -21,9 +21,9 @@ RUNS ?= $(RUN)
 
 VENV := .venv
 READY := $(VENV)/.ready
-CONFIGS := $(if $(wildcard configs/$(CONFIG)/.),configs/$(CONFIG),$(CONFIG))
+FILE := $(if $(wildcard configs/$(CONFIG).yaml),configs/$(CONFIG).yaml,$(CONFIG))
 PY := $(VENV)/bin/python
-TRAIN := $(PY) -m train --processes $(NPROC)
+TRAIN := $(PY) -m train
 # DATA and TEXT put your own images and texts in the place of the config's.
 IMAGES = '[{name: data, path: "$(DATA)"}]'
 TEXTS = '[{name: text, path: "$(TEXT)"}]'
@@ -32,7 +32,7 @@ OUT ?= runs/language/$(subst /,-,$(patsubst /%,%,$(patsubst %/,%,$(MODEL:runs/%=
 
 # The benchmarks of drawn images draw first where PROMPTS names their list; DRAW holds settings of the drawing.
 DRAWN = $(RUN)/drawings/$@
-draw = $(if $(PROMPTS),@$(PY) -m eval.benchmarks.generate_images 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'out=$(DRAWN)' $(1) $(DRAW))
+draw = $(if $(PROMPTS),@$(PY) -m eval generate-images 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'out=$(DRAWN)' $(1) $(DRAW))
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -40,7 +40,7 @@ draw = $(if $(PROMPTS),@$(PY) -m eval.benchmarks.generate_images 'model=$(MODEL)
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo
-	@echo "  CONFIG=demo|paper|FOLDER (now $(CONFIG))   RUN=FOLDER (now $(RUN))   NPROC=processes (now $(NPROC))"
+	@echo "  CONFIG=NAME of configs/NAME.yaml or a file (now $(CONFIG))   RUN=FOLDER (now $(RUN))   NPROC=processes (now $(NPROC))"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" over the config of the one target"
 
 setup: $(READY) ## Create .venv with every pinned dependency
@@ -66,59 +66,59 @@ demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU c
 	@$(MAKE) --no-print-directory report
 
 stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignment
-	@$(TRAIN) stage1 --config $(CONFIGS)/stage1.yaml loop.output_dir=$(RUN)/stage1 \
+	@$(TRAIN) stage1 --processes $(NPROC) --config '$(FILE)' loop.output_dir=$(RUN)/stage1 \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 stage2: $(READY) ## Fine-tune its decoder: perceptual and adversarial terms
-	@$(TRAIN) stage2 --config $(CONFIGS)/stage2.yaml loop.output_dir=$(RUN)/stage2 init_from=$(RUN)/stage1/model \
+	@$(TRAIN) stage2 --processes $(NPROC) --config '$(FILE)' loop.output_dir=$(RUN)/stage2 init_from=$(RUN)/stage1/model \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 codes: $(READY) ## Encode the images to code shards
-	@$(PY) -m data_mix.codes.encode --config $(CONFIGS)/codes.yaml visual_tokenizer=$(RUN)/stage2/model output_dir=$(RUN)/codes \
+	@$(PY) -m data_mix encode --config '$(FILE)' visual_tokenizer=$(RUN)/stage2/model output_dir=$(RUN)/codes \
 		$(if $(DATA),images=$(IMAGES)) $(ARGS)
 
 um3: $(READY) ## Train the unified model on the scheduled mix
-	@$(TRAIN) um3 --config $(CONFIGS)/um3.yaml loop.output_dir=$(RUN)/um3 visual_tokenizer=$(RUN)/stage2/model data.codes=$(RUN)/codes \
+	@$(TRAIN) um3 --processes $(NPROC) --config '$(FILE)' loop.output_dir=$(RUN)/um3 visual_tokenizer=$(RUN)/stage2/model data.codes=$(RUN)/codes \
 		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-init: $(READY) ## Make the UM3 to start from out of a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
-	@$(PY) -m train.recipes.um3_init output_dir=$(RUN)/um3-init $(if $(BASE),'base_model=$(BASE)') 'visual_tokenizer=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
+	@$(PY) -m train um3-init output_dir=$(RUN)/um3-init $(if $(BASE),'base_model=$(BASE)') 'visual_tokenizer=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
 
 um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
-	@$(PY) -m um3.model.export --model $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
+	@$(PY) -m um3 export $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
 
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
-	@$(PY) -m eval.run --config $(CONFIGS)/eval.yaml run=$(RUN) \
+	@$(PY) -m eval run --config '$(FILE)' run=$(RUN) \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 eval-language: $(READY) ## The paper's five language tasks for any MODEL=folder or hub id (data: LM_EVAL_DATA=folder)
-	@$(PY) -m eval.run 'model=$(MODEL)' 'out=$(OUT)/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
+	@$(PY) -m eval run 'model=$(MODEL)' 'out=$(OUT)/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 coco-captions: $(READY) ## BLEU to CIDEr of captions of images (REFERENCES=dataset_coco.json ARGS="images=folder")
-	@$(PY) -m eval.benchmarks.coco_captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
+	@$(PY) -m eval coco-captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
 		out=$(RUN)/eval/coco_captions.json $(ARGS)
 
 coco-generation: $(READY) ## gFID and CLIPScore of drawings (PROMPTS=list ARGS="reference=folder clip=folder")
 	$(call draw,layout=flat)
-	@$(PY) -m eval.benchmarks.coco_generation 'images=$(DRAWN)' out=$(RUN)/eval/coco_generation.json $(ARGS)
+	@$(PY) -m eval coco-generation 'images=$(DRAWN)' out=$(RUN)/eval/coco_generation.json $(ARGS)
 
 geneval: $(READY) ## GenEval of drawings (PROMPTS=metadata.jsonl ARGS="detector=folder clip=folder")
 	$(call draw,layout=geneval num_images=4)
-	@$(PY) -m eval.benchmarks.geneval 'images=$(DRAWN)' out=$(RUN)/eval/geneval.json $(ARGS)
+	@$(PY) -m eval geneval 'images=$(DRAWN)' out=$(RUN)/eval/geneval.json $(ARGS)
 
 dpg: $(READY) ## DPG-Bench of drawings (PROMPTS=prompts ARGS="questions=dpg_bench.csv vqa=folder")
 	$(call draw,layout=grid num_images=4)
-	@$(PY) -m eval.benchmarks.dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
+	@$(PY) -m eval dpg 'images=$(DRAWN)' out=$(RUN)/eval/dpg.json $(ARGS)
 
 report: $(READY) ## Compare RUNS="a b ..." with the paper: a table, report.md, .html, .json and the pictures
-	@$(PY) -m eval.report.report --run $(RUNS) $(ARGS)
+	@$(PY) -m eval report --run $(RUNS) $(ARGS)
 
 ablation: $(READY) ## Train and measure the rows of a table of the paper (NAME=weights; see configs/ablations)
-	@$(PY) -m eval.report.ablation --table configs/ablations/$(NAME).yaml --config $(CONFIGS) --run $(RUN)-$(NAME) \
+	@$(PY) -m eval ablation --table configs/ablations/$(NAME).yaml --config '$(FILE)' --run $(RUN)-$(NAME) \
 		--base $(RUN) --processes $(NPROC) $(ARGS)
 
 balance: $(READY) ## The weights of stage 1's two losses, by training with each alone
-	@$(PY) -m eval.report.ablation --table configs/ablations/weights.yaml --config $(CONFIGS) --run $(RUN)-weights --alone \
+	@$(PY) -m eval ablation --table configs/ablations/weights.yaml --config '$(FILE)' --run $(RUN)-weights --alone \
 		--processes $(NPROC) $(ARGS)
 
 sample: $(READY) ## Draw a few pictures into RUN/samples
@@ -129,28 +129,28 @@ serve: $(READY) ## Open a page to draw and look at pictures with (Ctrl-C stops i
 	@$(VENV)/bin/um3 serve --model $(RUN)/um3/model $(ARGS)
 
 mix-preview: $(READY) ## Draw the scheduled mix before a run starts
-	@$(PY) -m data_mix.batches.mix_preview --config $(CONFIGS)/um3.yaml --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
+	@$(PY) -m data_mix mix-preview --config '$(FILE)' --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
 
 plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
-	@$(PY) -m train.plan.plan --config $(CONFIGS)/um3.yaml --gpus $(GPUS) --gpu $(GPU) $(ARGS)
+	@$(PY) -m train plan --config '$(FILE)' --gpus $(GPUS) --gpu $(GPU) $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
-	@$(PY) -m benchmarks.tokenizer $(ARGS)
+	@$(PY) -m benchmarks tokenizer $(ARGS)
 
 bench-training: $(READY) ## Time, memory and FLOPs utilisation of a step of stages 1 and 2
-	@$(PY) -m benchmarks.training --config $(CONFIGS) --processes $(NPROC) $(ARGS)
+	@$(PY) -m benchmarks training --config '$(FILE)' --processes $(NPROC) $(ARGS)
 
 bench-memory: $(READY) ## Memory of a step against the batch size, with and without perceptual loss and GAN
-	@$(PY) -m benchmarks.memory --config $(CONFIGS) --out $(RUN)/benchmarks $(ARGS)
+	@$(PY) -m benchmarks memory --config '$(FILE)' --out $(RUN)/benchmarks $(ARGS)
 
 bench-loss: $(READY) ## Time and memory of a step of UM3 against full-vocabulary logits and cross entropy
-	@$(PY) -m benchmarks.um3_loss $(ARGS)
+	@$(PY) -m benchmarks um3-loss $(ARGS)
 
 bench-um3: $(READY) ## A training step of UM3 against the same model in transformers' Trainer
-	@$(PY) -m benchmarks.um3_training --config $(CONFIGS) $(ARGS)
+	@$(PY) -m benchmarks um3-training --config '$(FILE)' $(ARGS)
 
 bench-sampling: $(READY) ## Images per second against transformers' generate(), same ids, and the memory's bound
-	@$(PY) -m benchmarks.sampling $(ARGS)
+	@$(PY) -m benchmarks sampling $(ARGS)
 
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.helpers.survive $(ARGS)

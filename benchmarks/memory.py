@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory`: peak memory of a tokenizer's training step against the batch size (paper, Figure 3).
+"""`python -m benchmarks memory`: peak memory of a tokenizer's training step against the batch size (paper, Figure 3).
 
 Each point is a few steps of the real `python -m train stage2` in a process of its own, in one micro-batch: with the
 perceptual and the adversarial term, and with both weights 0, when neither network is built. On a GPU it is torch's
@@ -19,7 +19,7 @@ from benchmarks.runs import (
     temporary_folder,
     train_phase,
 )
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.files import atomic_file, write_json
 
 STEPS = 3
@@ -34,13 +34,13 @@ class Curve(NamedTuple):
     peaks_gib: list[float | None]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure every point, print the table, and write memory.png and memory.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__)
     add_training_options(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64], help="default 8 16 32 64")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for memory.png and memory.json")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     check_positive(options, "batches")
     batches = options.batches = sorted(set(options.batches))
     with temporary_folder() as name:
@@ -110,7 +110,3 @@ def draw(curves: Sequence[Curve], *, batches: Sequence[int], title: str, path: P
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=SAVED_DPI, format="png")
-
-
-if __name__ == "__main__":
-    run_main(main)

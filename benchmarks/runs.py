@@ -80,7 +80,9 @@ def run_apart(command: Sequence[str], *, label: str) -> str:
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is trained, for `train_phase`."""
-    parser.add_argument("--config", default="configs/demo", help="folder of stage1.yaml and stage2.yaml")
+    parser.add_argument(
+        "--config", default="configs/demo.yaml", help="YAML file of an experiment (default configs/demo.yaml)"
+    )
     parser.add_argument("--tokenizer", help="QLIP folder for stage 2 (default: what stage 1 has just made)")
     parser.add_argument("--stage1", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 1 alone")
     parser.add_argument("--stage2", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 2 alone")
@@ -96,7 +98,7 @@ def train_phase(
         UserError: it failed.
     """
     place = folder / phase
-    command = ["train", phase, "--config", f"{options.config}/{phase}.yaml"]
+    command = ["train", phase, "--config", options.config]
     command += ["--processes", str(getattr(options, "processes", 1))]
     command += [*options.overrides, *getattr(options, phase), *settings]
     command += [f"loop.output_dir={place}", f"loop.max_steps={steps}", "loop.log_every_steps=1"]

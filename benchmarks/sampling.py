@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sampling`: images drawn by `um3.inference.generate` against transformers' own `generate()`.
+"""`python -m benchmarks sampling`: images drawn by `um3.inference.generate` against transformers' own `generate()`.
 
 The same weights, prompts, grammar (`um3.inference.grammar`), guidance and greedy choice, in one process, one after the other in
 every repeat; the fastest run of each counts. "stock" is `generate(guidance_scale=...)`, which runs the unconditional
@@ -15,12 +15,12 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.model import made_model
 from benchmarks.runs import check_positive
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +58,13 @@ class Run(NamedTuple):
     moments: list[Moment]
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure, print the comparison and then the numbers as JSON.
 
     Raises:
         UserError: bad options, or sides that draw different ids in float32 on a CPU.
     """
-    options = _options()
+    options = _options(arguments)
     setting = _build(options)
     draw = {"ours": _ours, "stock": _stock, "batched": _batched}
     runs: dict[str, list[Run]] = {side: [] for side in options.sides}
@@ -97,8 +97,8 @@ def main() -> None:
             raise UserError(f"ours and {side} drew different ids")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sampling", description=__doc__)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours first (default all)")
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default 4)")
     parser.add_argument("--patches", type=int, default=256, help="of an image, two ids each (default 256)")
@@ -111,7 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check_positive(options, "batch", "patches", "width", "layers", "text_vocab_size", "bits_per_subtoken")
     check_positive(options, "repeats", "threads")
     if options.bits_per_subtoken > 20:
@@ -288,7 +288,3 @@ def _numbers(options: argparse.Namespace, *, runs: dict[str, list[Run]], bound_m
 
     rows = {side: [row(run) for run in found] for side, found in runs.items()}
     return {**vars(options), "bound_ms": bound_ms, **rows}
-
-
-if __name__ == "__main__":
-    run_main(main)

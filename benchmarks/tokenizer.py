@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tokenizer`: QLIP's encode and decode against a plain transcription of the released code.
+"""`python -m benchmarks tokenizer`: QLIP's encode and decode against a plain transcription of the released code.
 
 The plain one writes every attention matrix out (softmax of Q K^T, then times V), has torch's own linear layers and
 computes the quantizer's entropy terms at each encode, as the released inference code does, in float32. Same weights,
@@ -13,11 +13,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.runs import check_positive, run_apart
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 BASE = dict(image_size=256, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
 LARGE = dict(image_size=392, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=2730)
@@ -30,9 +30,9 @@ ITERATIONS = {"cpu": 1, "cuda": 20}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure and print one line per variant, then the numbers as JSON."""
-    options = _options()
+    options = _options(arguments)
     if options.one:
         print(json.dumps(measure(options)))
         return
@@ -40,17 +40,17 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
         for repeat in range(options.repeats):
             for kind, found in runs.items():
-                arguments = [*sys.argv[1:], "--device", options.device, "--variants", variant, "--one", kind]
+                command = [*arguments, "--device", options.device, "--variants", variant, "--one", kind]
                 label = f"{variant}: run {repeat + 1} of {options.repeats}, {kind}"
-                output = run_apart(["benchmarks.tokenizer", *arguments], label=label)
+                output = run_apart(["benchmarks", "tokenizer", *command], label=label)
                 found.append(json.loads(output.splitlines()[-1]))
         print(_comparison(variant, runs, options=options))
         asked = {name: getattr(options, name) for name in ("batch", "device", "precision", "compile")}
         print(json.dumps({"variant": variant, **asked, **runs}))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__)
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tokenizer", description=__doc__)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default B-16 B-8, on a GPU L-14 too")
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default 8)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default 3)")
@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="pixels, in place of the variant's own")
     parser.add_argument("--layers", type=int, help="of encoder and decoder, in place of the variant's own")
     parser.add_argument("--one", choices=("ours", "plain"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check_positive(options, "batch", "repeats", "threads", "image_size", "layers")
     import torch
 
@@ -205,7 +205,3 @@ class _PlainFunctions:
         if is_causal:
             scores = scores + scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
         return scores.softmax(-1) @ v
-
-
-if __name__ == "__main__":
-    run_main(main)

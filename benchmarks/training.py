@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training`: time, memory and model FLOPs utilisation of a step of stage 1 and of stage 2.
+"""`python -m benchmarks training`: time, memory and model FLOPs utilisation of a step of stage 1 and of stage 2.
 
 A few steps of the real `python -m train` in a temporary folder; the first are warm-up and do not count. A step's time
 is that between two rows of metrics.jsonl, so that reading images, logging and the optimizer are in it. Stage 2 runs
@@ -9,6 +9,7 @@ same precision reach in as many processes of as many threads, or of `--peak-tflo
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks.peak import Peak, measure_peak
 from benchmarks.runs import Run, add_training_options, check_positive, provenance, temporary_folder, train_phase
 from train.config import Stage1Config, Stage2Config
 from um3.core.config import load_config
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 STAGES: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config}
 LISTENING = ("loss.adversarial_start_step=0",)
@@ -25,16 +26,16 @@ TEXT_IMAGES = 512
 """At most so many captions tell how long a batch's text is."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run the stages, then print one line for each and all numbers as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
     add_training_options(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("--processes", type=int, default=1, help="training processes (default 1)")
     parser.add_argument("--peak-tflops", type=float, help="the machine's TFLOP/s in all, in place of a measured one")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     check_positive(options, "steps", "warmup", "processes")
     if options.peak_tflops is not None and options.peak_tflops <= 0:
         raise UserError(f"--peak-tflops is {options.peak_tflops}; it must be above 0")
@@ -119,7 +120,3 @@ def _text_tokens(config: Stage1Config, run: Run) -> int:
         caption=data.caption,
     )
     return int(processor.text(batches.batch(0).captions)["input_ids"].shape[1])
-
-
-if __name__ == "__main__":
-    run_main(main)

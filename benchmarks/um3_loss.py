@@ -1,4 +1,4 @@
-"""`python -m benchmarks.um3_loss`: a training step of UM3 with the split loss against the stock route.
+"""`python -m benchmarks um3-loss`: a training step of UM3 with the split loss against the stock route.
 
 Stock is transformers' own `model(input_ids, labels)`: logits of every position over the whole vocabulary, and their
 cross entropy. Ours is what `python -m train um3` runs (`train.recipes.um3.UM3Objective`). Same Qwen3 with the same weights,
@@ -16,13 +16,13 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.model import made_model
 from benchmarks.runs import check_positive, run_apart
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,20 +39,20 @@ MIX_BATCHES = 4
 ROW_MARKS = 4  # as data_mix.batches.mix has it, which imports torch
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Measure and print one line per kind of rows, then the numbers as JSON.
 
     Raises:
         UserError: bad options, or gradients that are not those of the plain split loss.
     """
-    options = _options()
+    options = _options(arguments)
     if options.one:
         print(json.dumps(check(options) if options.one == "check" else measure(options)))
         return
     for kind in options.kinds:
 
         def apart(one: str, label: str, kind: str = kind) -> dict[str, float]:
-            output = run_apart(["benchmarks.um3_loss", *sys.argv[1:], "--kinds", kind, "--one", one], label=label)
+            output = run_apart(["benchmarks", "um3-loss", *arguments, "--kinds", kind, "--one", one], label=label)
             found: dict[str, float] = json.loads(output.splitlines()[-1])
             return found
 
@@ -66,8 +66,8 @@ def main() -> None:
         print(json.dumps({"kind": kind, **asked, **checked, **runs}))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.um3_loss", description=__doc__)
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks um3-loss", description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=GOALS, default=list(GOALS), help="rows (default image mix)")
     parser.add_argument("--batch", type=int, default=4, help="rows at a time (default 4)")
     parser.add_argument("--seq-len", type=int, default=1024, help="ids of a row (default 1024)")
@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--one", choices=("ours", "stock", "check"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     check_positive(options, "batch", "seq_len", "patches", "width", "layers", "text_vocab_size", "bits_per_subtoken")
     check_positive(options, "chunk_tokens", "repeats", "threads")
     if options.bits_per_subtoken > 20:
@@ -249,7 +249,3 @@ def _resident_gib() -> float:
     except OSError:
         return peak_memory_gib()
     return pages * resource.getpagesize() / 2**30
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.um3_training`: a training step of UM3, and of the same model in transformers' Trainer.
+"""`python -m benchmarks um3-training`: a training step of UM3, and of the same model in transformers' Trainer.
 
 Ours is the real `python -m train um3` on data of the real formats made on the spot: a Llama of the given shape with
 random weights and 128,256 entries, codes of 256 patches of 28 bits, captions of 64 tokens, text that fills its rows.
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.runs import Run, check_positive, provenance, run_apart, temporar
 from benchmarks.training import step_seconds
 from train.config import UM3Config
 from um3.core.config import load_config
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 ENTRIES = 128_256
 PATCHES = 256
@@ -34,27 +35,32 @@ SHAPES = {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate
 IMAGES, DOCUMENTS, DOCUMENT_TOKENS = 512, 64, 20_000
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run ours, then stock; print a line for each and all numbers as JSON."""
-    options = _options()
+    options = _options(arguments)
     if options.one:
         print(json.dumps(measure_stock(options)))
         return
+    command = ["benchmarks", "um3-training", *arguments]
     with temporary_folder() as name:
         folder = Path(name)
-        run_apart([*_command(), "--one", "inputs", "--folder", name], label="making model and data")
+        run_apart([*command, "--one", "inputs", "--folder", name], label="making model and data")
         settings = [f"model.base_model={folder}/base", f"visual_tokenizer={folder}/qlip", f"data.codes={folder}/codes"]
         settings += [f"data.texts=[{{name: made, path: {folder}/texts.jsonl}}]", "text_validation.every_steps=0"]
         steps = options.warmup + options.steps
         ours = train_phase("um3", options=options, steps=steps, folder=folder, settings=settings)
-        stock = json.loads(run_apart([*_command(), "--one", "stock", "--folder", name], label="stock").splitlines()[-1])
+        stock = json.loads(run_apart([*command, "--one", "stock", "--folder", name], label="stock").splitlines()[-1])
         numbers = _report(ours, stock=stock, options=options)
         print(json.dumps(numbers | provenance(ours)))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.um3_training", description=__doc__)
-    parser.add_argument("--config", default="configs/paper", help="folder of um3.yaml (default configs/paper)")
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks um3-training", description=__doc__)
+    parser.add_argument(
+        "--config",
+        default="configs/um3_llama3_1b.yaml",
+        help="YAML file of an experiment (default configs/um3_llama3_1b.yaml)",
+    )
     parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the base: {SHAPES}")
     parser.add_argument("--steps", type=int, default=50, help="steps that count (default 50)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
@@ -62,7 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--one", choices=("inputs", "stock"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of UM3's config")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     check_positive(options, "steps", "warmup")
     options.um3 = []
     shape = dict(SHAPES)
@@ -78,10 +84,6 @@ def _options() -> argparse.Namespace:
         make_inputs(Path(options.folder), shape=shape)
         sys.exit(0)
     return options
-
-
-def _command() -> list[str]:
-    return ["benchmarks.um3_training", *sys.argv[1:]]
 
 
 def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
@@ -270,7 +272,3 @@ def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) ->
 def _tokens(row: dict[str, Any]) -> float:
     """Tokens that the run has had up to this row, padding not counted."""
     return sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,6 +1,5 @@
 """What the benchmark commands share: the command line, an account of what was left out, the file of the result."""
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from eval.scores import Score, write_scores
-from um3.core.config import load_config, to_dict
+from um3.core.commands import command_parser, read_config
+from um3.core.config import to_dict
 from um3.core.distributed import world_size
 from um3.core.errors import UserError
 from um3.core.files import sha256_of
@@ -57,15 +57,13 @@ class LeftOut:
 
 
 def run_command(
-    schema: type[ConfigT], run: Callable[[ConfigT], None], *, module: str, about: str, arguments: Sequence[str] | None
+    schema: type[ConfigT], run: Callable[[ConfigT], None], *, name: str, about: str, arguments: Sequence[str]
 ) -> None:
     """Read `key=value` settings (and a `--config` file) of `schema` from the command line, and run with them."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
-    parser.add_argument("--config", help="YAML file with settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over the file's")
-    options = parser.parse_args(arguments)
+    parser = command_parser(f"python -m eval {name}", about, config="optional")
+    config, _ = read_config(schema, parser, arguments=arguments)
     setup_logging()
-    run(load_config(schema, path=options.config, overrides=options.overrides))
+    run(config)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """UM3 as an lm-eval model, and lm-eval's own command line with it. Importing this imports lm-eval (seconds).
 
-LM_EVAL_DATA=data/bench python -m eval.lm --model um3 --model_args pretrained=runs/demo/um3/model --tasks piqa
+LM_EVAL_DATA=data/bench python -m eval lm --model um3 --model_args pretrained=runs/demo/um3/model --tasks piqa
 """
 
 import argparse
 import copy
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from eval.journal import Journal
 from eval.tasks.lm_eval_data import TASKS, local_benchmarks, paper_tasks
 from um3.core.distributed import device
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.progress import Progress
 from um3.model.text_tokenizer import encode_texts, read_text_tokenizer
 
@@ -175,19 +176,16 @@ def _not_loadable(path_or_hub_id: str, error: Exception) -> UserError:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """lm-eval's command line, with the model `um3`; every task finds its data in the folder LM_EVAL_DATA first."""
     import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--tasks", "-t", nargs="+", default=[])
-    tasks = {name for given in parser.parse_known_args()[0].tasks for name in given.split(",")}
+    tasks = {name for given in parser.parse_known_args(arguments)[0].tasks for name in given.split(",")}
     if tasks and tasks <= TASKS.keys():
         lm_eval.tasks.TaskManager = paper_tasks
     with local_benchmarks(os.environ.get("LM_EVAL_DATA", "")):
+        sys.argv = ["lm_eval", *arguments]  # where lm-eval reads its command line
         cli_evaluate()
-
-
-if __name__ == "__main__":
-    run_main(main)

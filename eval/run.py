@@ -1,6 +1,5 @@
-"""`python -m eval.run [--config FILE] [key=value ...]`: evaluate a run or a model, and skip what is up to date."""
+"""`python -m eval run [--config FILE] [key=value ...]`: evaluate a run or a model, and skip what is up to date."""
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.config import PARTS, STAGES, EvalConfig, PartName, TokenizerConfig
-from um3.core.config import load_config, to_dict
-from um3.core.errors import UserError, run_main
+from um3.core.commands import command_parser, read_config
+from um3.core.config import to_dict
+from um3.core.errors import UserError
 from um3.core.files import atomic_file, read_json, sha256_of
 from um3.core.log import setup_logging
 from um3.core.progress import format_seconds, peak_memory_gib
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Evaluate what a config asks for; returns at once where all of it is done already."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate a run or a model.")
-    parser.add_argument("--config", help="YAML file of an EvalConfig; without one, the paper's sizes and settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's")
-    options = parser.parse_args(arguments)
+    parser = command_parser("python -m eval run", "Evaluate a run or a model.", config="optional")
+    config, _ = read_config(EvalConfig, parser, section="eval", arguments=arguments)
     setup_logging()
-    evaluate(load_config(EvalConfig, path=options.config, overrides=options.overrides))
+    evaluate(config)
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -238,7 +236,3 @@ def _run_part(
     )
     measured = sum(score.value is not None for score in result.scores)
     print(f"{part}: {measured} values of {len(result.scores)} rows in {format_seconds(seconds)} -> {out / part}.json")
-
-
-if __name__ == "__main__":
-    run_main(main)

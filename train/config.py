@@ -331,8 +331,8 @@ class EvaluateConfig:
 
     every_steps: int = 0
     """Steps between two evaluations; 0 for none."""
-    config: str = "configs/demo/eval.yaml"
-    """What is measured, with how many samples."""
+    config: str = "configs/demo.yaml"
+    """Experiment whose `eval` section says what is measured, with how many samples."""
     parts: list[Literal["language", "captions", "generation"]] = field(default_factory=lambda: ["captions"])
 
 

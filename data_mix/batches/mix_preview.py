@@ -1,6 +1,5 @@
 """The data mix as a picture: what is scheduled, and what a run has really had (`make mix-preview`)."""
 
-import argparse
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 from data_mix.batches.config import DataConfig
 from data_mix.batches.schedule import TASKS, Schedule, Task
 from data_mix.order import ExactCounts, fixed_shares
-from um3.core.config import load_config
-from um3.core.errors import UserError, run_main
+from um3.core.commands import command_parser, read_config
+from um3.core.errors import UserError
 from um3.core.files import atomic_file
 from um3.core.metrics import read_metrics
 
@@ -41,15 +40,12 @@ class PreviewConfig:
     visual_tokenizer: Any = None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Draw the mix of a UM3 config."""
-    parser = argparse.ArgumentParser(prog="python -m data_mix.batches.mix_preview", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of a UM3 training")
+    parser = command_parser("python -m data_mix mix-preview", "Draw the data mix of a UM3 config.", config="required")
     parser.add_argument("--out", required=True, help="PNG to write")
     parser.add_argument("--metrics", help="metrics.jsonl of a run, to draw the mix it has had")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
-    options = parser.parse_intermixed_args(arguments)
-    config = load_config(PreviewConfig, path=options.config, overrides=options.overrides)
+    config, options = read_config(PreviewConfig, parser, section="um3", arguments=arguments)
     missing = [key for key in ("max_steps", "batch_size") if not isinstance(config.loop.get(key), int)]
     if missing:
         raise UserError(f"{options.config} sets no loop.{missing[0]}; add it, or give loop.{missing[0]}=NUMBER")
@@ -214,7 +210,3 @@ def _shade(key: str, keys: Sequence[str]) -> tuple[float, ...]:
     mine = [other for other in keys if _task(other) == _task(key)]
     strength = 0.75 - 0.45 * mine.index(key) / max(len(mine) - 1, 1) if key in mine else 1.0
     return tuple(1 - strength * (1 - part) for part in to_rgb(COLOURS[_task(key)]))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -6,7 +6,6 @@ shards and makes the rest, byte for byte what an undisturbed run would have made
 Shape legend: B = images of one batch or shard, N = patches of one image.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -27,9 +26,9 @@ from data_mix.sources.fingerprint import origin
 from data_mix.sources.hub_streaming import streamed_part
 from data_mix.sources.image_folder import OwnImages
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
-from um3.core.config import load_config
+from um3.core.commands import command_parser, read_config
 from um3.core.distributed import device
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.files import read_json, sha256_of, write_json
 from um3.core.log import setup_logging
 from um3.core.progress import Progress
@@ -77,14 +76,11 @@ class ShardJob(NamedTuple):
     num_samples: int
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Encode what a config asks for; returns at once where that is done already."""
-    parser = argparse.ArgumentParser(prog="python -m data_mix.codes.encode", description="Images -> code shards.")
-    parser.add_argument("--config", required=True, help="YAML file of an EncodeConfig")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's")
-    options = parser.parse_intermixed_args(arguments)
+    parser = command_parser("python -m data_mix encode", "Encode images to code shards.", config="required")
+    config, options = read_config(EncodeConfig, parser, section="codes", arguments=arguments)
     setup_logging()
-    config = load_config(EncodeConfig, path=options.config, overrides=options.overrides)
     if not config.images:
         raise UserError(f"{options.config}: 'images' names no source; list at least one to encode")
     request = _request(config)
@@ -319,7 +315,3 @@ def _summary(jobs: Sequence[ShardJob], *, num_patches: int, request: str) -> dic
         "set_aside": set_aside,
         "files": [job.path.name for job in jobs],
     }
-
-
-if __name__ == "__main__":
-    run_main(main)

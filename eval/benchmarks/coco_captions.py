@@ -1,4 +1,4 @@
-"""`python -m eval.benchmarks.coco_captions model=FOLDER references=FILE images=FOLDER`: captions of images, against references.
+"""`python -m eval coco-captions model=FOLDER references=FILE images=FOLDER`: captions of images, against references.
 
 `references` is Karpathy's dataset_coco.json, a hub set of that split, or anything else that `eval.benchmarks.references` reads.
 The model captions each image once, resumable and shared over ranks; or a file does: `captions=FILE` in COCO's result
@@ -16,7 +16,7 @@ from eval.benchmarks.references import Referenced, read_references
 from eval.command import LeftOut, folder_sha256, run_command, write_result
 from eval.records import Judge, image_name, judge_name, judgements, supplied
 from eval.scores import Measurement
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,12 +65,10 @@ class CocoCaptionsConfig:
         return {"prompt": PROMPT, "style": STYLE, "decoding": how, "max_new_tokens": self.max_new_tokens}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Caption and score."""
     about = "Captions of images against references: BLEU, METEOR, ROUGE-L, CIDEr."
-    run_command(
-        CocoCaptionsConfig, coco_captions, module="eval.benchmarks.coco_captions", about=about, arguments=arguments
-    )
+    run_command(CocoCaptionsConfig, coco_captions, name="coco-captions", about=about, arguments=arguments)
 
 
 def coco_captions(config: CocoCaptionsConfig) -> None:
@@ -174,7 +172,3 @@ def read_captions(path: str, *, images: Sequence[Referenced], left_out: LeftOut)
 
 def _caption_of(image: Referenced, found: Mapping[str, str]) -> str | None:
     return found.get(image.name, found.get(image.image_id))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,4 @@
-"""`python -m eval.benchmarks.coco_generation images=FOLDER reference=FOLDER`: gFID and CLIPScore of drawn images.
+"""`python -m eval coco-generation images=FOLDER reference=FOLDER`: gFID and CLIPScore of drawn images.
 
 `images` is a folder of `eval.benchmarks.generate_images`, or any folder of images (without prompts there is no CLIPScore); `reference` the
 real ones, as a folder or as the statistics that an earlier run left. Both are cropped to their largest centred square
@@ -23,7 +23,7 @@ from eval.paper_values import UM3
 from eval.records import Judge, NoJudgeError, judge_name, judgements
 from eval.scores import Measurement, Score, texts_sha256
 from um3.core.distributed import is_main
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class CocoGenerationConfig:
         self.out = self.out or f"{self.images.rstrip('/')}.json"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Score a folder of images."""
     about = "gFID and CLIPScore of a folder of drawn images."
     run_command(
         CocoGenerationConfig,
         coco_generation,
-        module="eval.benchmarks.coco_generation",
+        name="coco-generation",
         about=about,
         arguments=arguments,
     )
@@ -298,7 +298,3 @@ def _distance(
         paper=paper,
         note="; ".join(filter(None, [few, left_out.note()])),
     )
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,4 +1,4 @@
-"""`python -m eval.benchmarks.dpg images=FOLDER questions=dpg_bench.csv vqa=FOLDER`: DPG-Bench on drawn images.
+"""`python -m eval dpg images=FOLDER questions=dpg_bench.csv vqa=FOLDER`: DPG-Bench on drawn images.
 
 `images` is a folder of `eval.benchmarks.generate_images` with layout=grid, or any with ID.png, four images in each. A vision-language model
 of transformers answers the questions, image by image, resumable and shared over ranks; or a file does:
@@ -21,7 +21,7 @@ from eval.paper_values import DPG_LLAMAGEN_QLIP
 from eval.records import Judge, NoJudgeError, image_name, judge_name, judgements, supplied
 from eval.scores import Measurement, Score, texts_sha256
 from um3.core.distributed import is_main
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,10 +62,10 @@ class DPGConfig:
         self.out = self.out or f"{self.images.rstrip('/')}.json"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Score a folder of images."""
     about = "DPG-Bench: how many of the questions about a long prompt does its image answer with yes?"
-    run_command(DPGConfig, dpg, module="eval.benchmarks.dpg", about=about, arguments=arguments)
+    run_command(DPGConfig, dpg, name="dpg", about=about, arguments=arguments)
 
 
 def dpg(config: DPGConfig) -> None:
@@ -208,7 +208,3 @@ def scores(result: Result, *, num_prompts: int, left_out: LeftOut, of: Measureme
         else:
             rows.append(of.missing(name, note="no question of this category", unit="x100", paper=paper[name]))
     return rows
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,6 +1,6 @@
-"""`python -m eval.benchmarks.generate_images model=FOLDER prompts=FILE out=FOLDER`: draw the images of a benchmark to disk.
+"""`python -m eval generate-images model=FOLDER prompts=FILE out=FOLDER`: draw the images of a benchmark to disk.
 
-It resumes from the images on disk, and `torchrun --nproc-per-node N -m eval.benchmarks.generate_images ...` shares the work. An image's
+It resumes from the images on disk, and `torchrun --nproc-per-node N -m eval generate-images ...` shares the work. An image's
 random numbers come from the seed and its place in the list alone, and prompts are drawn in fixed groups, whole or not
 at all: neither a kill nor the number of processes changes a pixel. (Another `sampling.batch_size` makes other groups,
 which may move the last digits of the logits.)
@@ -19,7 +19,7 @@ from eval.config import SamplingConfig
 from eval.records import share
 from eval.scores import texts_sha256
 from um3.core.distributed import device, is_main, rank
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.progress import Progress, format_seconds, quiet_progress
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class DrawConfig:
             raise ValueError(f"num_images is {self.num_images}; layout={self.layout} takes 1 to {most}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Draw what the settings ask for; returns at once where all of it is there."""
     about = "Draw the images of a benchmark to disk, resumable."
-    run_command(DrawConfig, draw_to_disk, module="eval.benchmarks.generate_images", about=about, arguments=arguments)
+    run_command(DrawConfig, draw_to_disk, name="generate-images", about=about, arguments=arguments)
 
 
 def draw_to_disk(config: DrawConfig) -> None:
@@ -153,7 +153,3 @@ def _draw_group(pipeline: "UM3Pipeline", *, drawn: Sequence[DrawnPrompt], sampli
         batch_size=sampling.batch_size,
     )
     return generated.images
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -114,7 +114,7 @@ def read_drawn(folder: str | Path) -> DrawnFolder:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise UserError(f"no {MANIFEST} in {folder}; draw the images with python -m eval.benchmarks.generate_images")
+        raise UserError(f"no {MANIFEST} in {folder}; draw the images with python -m eval generate-images")
     content = read_json(path)
     try:
         return DrawnFolder(content["protocol"], content["pins"], [DrawnPrompt(**each) for each in content["prompts"]])

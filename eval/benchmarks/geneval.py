@@ -1,4 +1,4 @@
-"""`python -m eval.benchmarks.geneval images=FOLDER detector=FOLDER clip=FOLDER`: GenEval on drawn images, by its own rules.
+"""`python -m eval geneval images=FOLDER detector=FOLDER clip=FOLDER`: GenEval on drawn images, by its own rules.
 
 `images` is a folder of `eval.benchmarks.generate_images` with layout=geneval, or one of GenEval's own layout. Objects come from a
 transformers Mask2Former and colours from a CLIP, image by image, resumable and shared over ranks; or from a file:
@@ -19,7 +19,7 @@ from eval.paper_values import GENEVAL_LLAMAGEN_QLIP
 from eval.records import Judge, NoJudgeError, image_name, judge_name, judgements, supplied
 from eval.scores import Measurement, Score, bootstrap, texts_sha256
 from um3.core.distributed import is_main
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,10 +61,10 @@ class Drawn(NamedTuple):
     demand: Demand
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Score a folder of images."""
     about = "GenEval: do drawn images show the objects, numbers, colours and positions of their prompts?"
-    run_command(GenEvalConfig, geneval, module="eval.benchmarks.geneval", about=about, arguments=arguments)
+    run_command(GenEvalConfig, geneval, name="geneval", about=about, arguments=arguments)
 
 
 def geneval(config: GenEvalConfig) -> None:
@@ -233,7 +233,3 @@ def scores(
         *rows,
         of.score("mean", sum(right) / len(TAGS), unit="%", paper=paper["mean"], note=note, **counted, **ends),
     ]
-
-
-if __name__ == "__main__":
-    run_main(main)

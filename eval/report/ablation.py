@@ -1,7 +1,7 @@
-"""`python -m eval.report.ablation --table FILE --config FOLDER --run FOLDER`: train and measure the rows of a table.
+"""`python -m eval ablation --table FILE --config FOLDER --run FOLDER`: train and measure the rows of a table.
 
 Every row is a run of its own below the run folder, made by the same commands as any other (`python -m train`,
-`python -m eval.run`), so that a row is resumed where it was stopped and not made again when it is up to date.
+`python -m eval run`), so that a row is resumed where it was stopped and not made again when it is up to date.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from data_mix.sources.image_sources import ImageSourceConfig
 from eval.report.figures import SAVED_DPI, curves
 from eval.scores import Score, read_scores
 from eval.tasks.validation_data import trained_on
+from um3.core.commands import command_parser
 from um3.core.config import load_config
-from um3.core.errors import Terminated, UserError, run_main
+from um3.core.errors import Terminated, UserError
 from um3.core.files import atomic_file, write_json, write_text
 from um3.core.metrics import read_metrics
 
@@ -79,18 +80,14 @@ class Table:
                 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Make the rows that are not there yet, then print and write the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report.ablation", description="Train and measure a table's rows."
-    )
+    parser = command_parser("python -m eval ablation", "Train and measure the rows of an ablation.", config="required")
     parser.add_argument("--table", required=True, help="YAML file of the table, such as configs/ablations/weights.yaml")
-    parser.add_argument("--config", required=True, help="folder of the configs the rows change, such as configs/demo")
     parser.add_argument("--run", required=True, help="folder for the rows' runs and the table")
     parser.add_argument("--base", default="", help="run whose tokenizer and codes the rows with a UM3 learn from")
     parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
     parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of stage 1 in every row")
     options = parser.parse_intermixed_args(arguments)
     table = load_config(Table, path=options.table)
     if options.alone:
@@ -129,7 +126,6 @@ def _folders(row: Row, *, table: Table, run: Path) -> list[Path]:
 
 def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path, options: argparse.Namespace) -> None:
     """Train the row's phases in `folder` and measure what they made. `first`: the folder of the table's first row."""
-    configs = Path(options.config)
     commands: dict[str, list[str]] = {}
     if row.stage1 is not None:
         commands["stage1"] = [*options.overrides, *row.stage1]
@@ -145,21 +141,21 @@ def _make(row: Row, *, folder: Path, seeded: list[str], after: str, first: Path,
     text = Path(after) / "um3-export"
     if any("{text}" in each for settings in commands.values() for each in settings) and not text.exists():
         _run(
-            ["um3.model.export", "--model", f"{after}/um3/model", "--out", str(text)],
+            ["um3", "export", f"{after}/um3/model", "--out", str(text)],
             row=row,
             made=text / "config.json",
         )
     places = {"{after}": after, "{text}": str(text), "{base}": options.base}
     for phase, settings in commands.items():
         given = [_filled(each, places) for each in [*settings, *seeded]]
-        train = ["train", "--processes", str(options.processes), phase, "--config", f"{configs}/{phase}.yaml"]
+        train = ["train", "--processes", str(options.processes), phase, "--config", options.config]
         _run([*train, f"loop.output_dir={folder}/{phase}", *given], row=row, made=folder / phase / "done.json")
     # Whatever a row trains on, all are measured on the images that the first one, or the base run, holds out.
     held_out = str(first) if row.um3 is None else options.base
     sources = trained_on(held_out, phase="stage1", key="sources", kind=ImageSourceConfig)
     images = json.dumps([dataclasses.asdict(source) for source in sources])
     parts = _parts(row)
-    measure = ["eval.run", "--config", f"{configs}/eval.yaml", f"run={folder}", f"images={images}"]
+    measure = ["eval", "run", "--config", options.config, f"run={folder}", f"images={images}"]
     _run([*measure, f"parts=[{','.join(parts)}]"], row=row, made=folder / "eval" / f"{parts[-1]}.json")
 
 
@@ -258,7 +254,3 @@ def balance(alone: dict[str, Path]) -> str:
 def _slug(name: str) -> str:
     """A folder name: letters, digits and single dashes."""
     return "-".join("".join(letter if letter.isalnum() else " " for letter in name.replace(",", "")).split())
-
-
-if __name__ == "__main__":
-    run_main(main)

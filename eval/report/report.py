@@ -1,4 +1,4 @@
-"""`python -m eval.report.report --run RUN [RUN ...]`: one run's numbers and pictures, beside the paper's and other runs'.
+"""`python -m eval report --run RUN [RUN ...]`: one run's numbers and pictures, beside the paper's and other runs'.
 
 Writes report.json (flat keys), report.md, report.html (one file, no external asset) and figures/*.png into the first
 run's folder and prints the table. What was not measured or not run is shown as such.
@@ -20,7 +20,7 @@ from eval.report.figures import SKILL_TITLES, bits, forgetting, losses, mix, svg
 from eval.report.run_folder import TRAINING_PHASES, RunData, load_run
 from eval.report.table import Section, apart, as_markdown, compare, labels, print_table, protocols
 from eval.scores import Score
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.files import write_json, write_text
 from um3.core.log import setup_logging
 from um3.core.progress import format_seconds
@@ -41,9 +41,9 @@ NUM_HEADLINES = 6
 TILE = 96  # pixels on the page of the side of a small picture
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Write the report of one or several runs."""
-    parser = argparse.ArgumentParser(prog="python -m eval.report.report", description="Numbers and pictures of a run.")
+    parser = argparse.ArgumentParser(prog="python -m eval report", description="Numbers and pictures of a run.")
     parser.add_argument("--run", nargs="+", required=True, help="run folder, such as runs/demo; more to compare with")
     options = parser.parse_args(arguments)
     setup_logging()
@@ -234,7 +234,3 @@ def data_uri(image: NDArray) -> str:
 
 def _png_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -312,7 +312,7 @@ def make_inputs(folder: Path) -> None:
         finish(Run(arguments(phase, folder), log=folder / f"{phase}.log"))
     images = "images=[{name: scenes, kind: scenes, length: 64}]"
     options = [f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes", images, "num_threads=1"]
-    config = ["--config", str(ROOT / "configs/demo/codes.yaml")]
+    config = ["--config", str(ROOT / "configs/demo.yaml")]
     subprocess.run(
         [sys.executable, "-m", "data_mix.codes.encode", *config, *options], cwd=ROOT, env=environment(), check=True
     )

@@ -97,7 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_mix.codes.encode import main as encode
 
     encode([
-        "--config", str(ROOT / "configs/demo/codes.yaml"), f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes",
+        "--config", str(ROOT / "configs/demo.yaml"), f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes",
         "images=[{name: scenes, kind: scenes, length: 64}]", "num_threads=1",
     ])  # fmt: skip
     return folder

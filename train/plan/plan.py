@@ -1,4 +1,4 @@
-"""`python -m train.plan.plan --config FILE --gpus N --gpu NAME`: what of UM3's training fits which GPUs, and its time.
+"""`python -m train plan --config FILE --gpus N --gpu NAME`: what of UM3's training fits which GPUs, and its time.
 
 One line for each ZeRO stage with and without activation checkpointing, at the largest micro-batch that fits (the
 config's at most): memory of one device at the moment of the most (`train/plan/memory.py`), tokens per second, days for
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import EngineConfig, UM3Config
-from um3.core.config import load_config
-from um3.core.errors import UserError, run_main
+from um3.core.commands import command_parser, read_config
+from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -348,12 +348,11 @@ def _ids(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
 PARTS = ("weights", "optimizer", "gradients", "activations", "working", "buffers")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Print the table, and last what the config's own setting takes."""
-    options = _options()
+    config, options = _options(arguments)
     # The name that the recipes call too; transformers 5 keeps it beside a new one.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_", category=FutureWarning)
-    config = load_config(UM3Config, path=options.config, overrides=options.overrides)
     plan = Plan(config, devices=options.gpus, gpu=options.gpu)
     rows, own = plan.step_tokens()
     print(
@@ -396,22 +395,16 @@ def _print_table(table: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.plan.plan", description=__doc__)
-    parser.add_argument("--config", required=True, help="UM3's YAML file, such as configs/paper/um3.yaml")
+def _options(arguments: Sequence[str]) -> tuple[UM3Config, argparse.Namespace]:
+    parser = command_parser("python -m train plan", str(__doc__), config="required")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs in all (default 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the GPUs' rate that is used (default {MFU})")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over the file's")
-    options = parser.parse_intermixed_args()
+    config, options = read_config(UM3Config, parser, section="um3", arguments=arguments)
     if options.gpu not in GPUS:
         raise UserError(f"--gpu '{options.gpu}' is not known; use one of {', '.join(GPUS)}")
     if options.gpus < 1:
         raise UserError(f"--gpus is {options.gpus}; it must be at least 1")
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu is {options.mfu}; it must be above 0 and at most 1")
-    return options
-
-
-if __name__ == "__main__":
-    run_main(main)
+    return config, options

@@ -26,7 +26,7 @@ class Evaluation:
         """
         self.every_steps = config.evaluate.every_steps
         self.folder = Path(config.loop.output_dir)
-        given = load_config(EvalConfig, path=config.evaluate.config)
+        given = load_config(EvalConfig, path=config.evaluate.config, section="eval")
         parts: list[PartName] = list(config.evaluate.parts)
         # More threads would change the last digits of the training after it.
         given = dataclasses.replace(

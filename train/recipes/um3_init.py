@@ -6,7 +6,6 @@ of the model in the folder.
 Shapes: T positions of a row, X those with a target, V entries, D width.
 """
 
-import argparse
 import contextlib
 import os
 import time
@@ -26,9 +25,10 @@ from data_mix.sources.tables import looks_like_hub
 from data_mix.sources.text import ListedDocuments, TextSourceConfig, open_text_source
 from tokenizer.modeling import load_qlip
 from train.config import folder_digest
-from um3.core.config import load_config, to_dict
+from um3.core.commands import command_parser, read_config
+from um3.core.config import to_dict
 from um3.core.distributed import device
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, write_json
 from um3.core.log import quiet_model_files, setup_logging
 from um3.core.progress import peak_memory_gib, track
@@ -93,13 +93,10 @@ class TextLoss(NamedTuple):
     text_vocab_size: float
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the starting model a command line asks for, unless it is there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.recipes.um3_init", description="Llama or Qwen + QLIP -> starting UM3."
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="base, qlip and out, and what else to set")
-    config = load_config(InitConfig, overrides=parser.parse_args(arguments).overrides)
+def main(arguments: Sequence[str]) -> None:
+    """Make the starting model that the settings describe, unless it exists."""
+    parser = command_parser("python -m train um3-init", "Make a starting UM3 from a Llama or Qwen and a QLIP.")
+    config, _ = read_config(InitConfig, parser, arguments=arguments)
     # Saving imports DeepSpeed, which without this says that it looked for an accelerator.
     os.environ.setdefault("DS_ACCELERATOR", device().type)
     setup_logging()
@@ -275,7 +272,3 @@ def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary
         f'train from it: make um3 ARGS="model.base_model={config.output_dir}/model model.qk_norm={str(config.qk_norm).lower()} '
         f'vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
     )
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from um3.cli import complete, encode, generate, images, info, serve  # noqa: F401 - each adds its commands
+from um3.cli import complete, encode, export, generate, images, info, serve  # noqa: F401 - each adds its commands
 from um3.cli.app import app
 from um3.core.errors import UserError, run_main
 

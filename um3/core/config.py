@@ -19,19 +19,26 @@ from um3.core.errors import UserError
 from um3.core.files import write_text
 
 ConfigT = TypeVar("ConfigT")
+SECTIONS = ("stage1", "stage2", "codes", "um3", "eval")
+"""What the YAML file of an experiment holds: a section for each phase (and `base:`, the file it builds on)."""
 
 
-def load_config(schema: type[ConfigT], *, path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    schema: type[ConfigT], *, path: str | Path | None = None, section: str = "", overrides: Sequence[str] = ()
+) -> ConfigT:
     """Build `schema` from its defaults, then the YAML file (and its `base:` files), then `a.b=c` overrides.
+
+    Args:
+        section: the section of an experiment's file that `schema` describes; empty where the file holds `schema` alone.
 
     Raises:
         UserError: missing file, invalid YAML, an unknown key (the nearest known one is named), a wrong
-            type, a mandatory value left unset, or a value that the dataclass's own checks refuse.
+            type, a section that the file lacks, a mandatory value left unset, or a value that the dataclass's own checks refuse.
     """
     config = OmegaConf.structured(schema)
     layers: list[tuple[str, Any]] = []
     if path is not None:
-        layers += _yaml_layers(Path(path), seen=())
+        layers += _sections(_yaml_layers(Path(path), seen=()), path=path, section=section)
     for override in overrides:
         if not all(override.partition("=")[0].strip().split(".")) or "=" not in override:
             raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -111,14 +118,30 @@ def _parse_override(override: str) -> DictConfig:
     return config
 
 
-def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
+def _sections(layers: list[tuple[str, DictConfig]], *, path: str | Path, section: str) -> list[tuple[str, Any]]:
+    """The layers' parts for one section; the layers themselves where no section is asked for."""
+    if not section:
+        return [(origin, layer) for origin, layer in layers]
+    for origin, layer in layers:
+        if unknown := [str(key) for key in layer if key not in SECTIONS]:
+            raise UserError(
+                f"{origin}: '{unknown[0]}' is not a section; the file of an experiment has the sections "
+                f"{', '.join(SECTIONS)}, each with the settings of one phase"
+            )
+    found = [(origin, layer[section]) for origin, layer in layers if layer.get(section) is not None]
+    if not found:
+        raise UserError(f"{path} has no section '{section}'; add one, or give a --config that has it")
+    return found
+
+
+def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     if path.resolve() in seen:
         raise UserError(f"{path}: its 'base:' files include each other; remove one of the 'base:' lines")
     try:
         layer = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(
-            f"config file {path} does not exist; CONFIG= takes demo, paper or a folder with the phases' YAML files"
+            f"config file {path} does not exist; CONFIG= takes the name of a file in configs/, such as demo, or a path"
         ) from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)

@@ -9,7 +9,7 @@ from um3.core.files import read_json
 
 FILE = "sampling.json"
 DEFAULTS: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "guidance_scale": 2.0}
-"""As in configs/demo/eval.yaml, which says how they were found."""
+"""As in configs/demo.yaml, which says how they were found."""
 
 
 def image_defaults(folder: str | Path) -> dict[str, Any]:

@@ -3,10 +3,7 @@
 Shapes: V entries, D width.
 """
 
-import argparse
 import copy
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from um3.core.distributed import device
-from um3.core.errors import UserError, run_main
+from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, write_json
-from um3.core.log import quiet_model_files, setup_logging
 from um3.model.extend import EMBEDDING, HEAD, assemble_model
 from um3.model.language_model import load_model
 from um3.model.vocabulary import UnifiedVocabulary
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Export one folder and say what came out."""
-    parser = argparse.ArgumentParser(prog="python -m um3.model.export", description="UM3 -> plain language model.")
-    parser.add_argument("--model", required=True, help="UM3 folder, such as runs/demo/um3/model")
-    parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
-    options = parser.parse_args(arguments)
-    os.environ.setdefault("DS_ACCELERATOR", device().type)  # saving imports DeepSpeed, which would tell of its search
-    setup_logging()
-    quiet_model_files()
-    print(export_text_half(options.model, out=options.out))
 
 
 def export_text_half(folder: str | Path, *, out: str | Path) -> str:
@@ -111,7 +94,3 @@ def _without(values: Any, dropped: set[str]) -> Any:
 
 def _names(value: Any, dropped: set[str]) -> bool:
     return (value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None) in dropped
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -42,7 +42,7 @@ def write_img2dataset(folder: Path, **columns: Any) -> None:
 
 def images(preset: str, path: Path, split: Split = "train", **options: Any) -> ImageSource:
     options = {"val_fraction": 0.0} | options
-    config = ImageSourceConfig(name="mine", preset=adapter, path=str(path), **options)
+    config = ImageSourceConfig(name="mine", preset=preset, path=str(path), **options)
     return open_image_source(config, split=split, size=8, seed=0)
 
 
@@ -50,13 +50,13 @@ def samples(source: ImageSource) -> list[Sample]:
     return [source[index] for index in range(len(source))]
 
 
-@pytest.mark.parametrize("adapter", ["cc12m", "laion-coco-aesthetic", "datacomp-1b"])
+@pytest.mark.parametrize("preset", ["cc12m", "laion-coco-aesthetic", "datacomp-1b"])
 def test_shards_of_img2dataset(preset: str, tmp_path: Path) -> None:
     write_img2dataset(tmp_path, uid="f" * 32, recaption="a long caption", aesthetic_score=6.1)
-    read = samples(images(adapter, tmp_path))
+    read = samples(images(preset, tmp_path))
     assert [sample.captions for sample in read] == [(f"alt text {number}",) for number in range(6)]
     assert read[3].key == "00001.tar#000010000"
-    other = samples(images(adapter, tmp_path, caption_column="recaption"))
+    other = samples(images(preset, tmp_path, caption_column="recaption"))
     assert {sample.captions for sample in other} == {("a long caption",)}
 
 

@@ -38,8 +38,8 @@ rows:
 
 
 CONFIGS = {
-    "stage1": f"base: {ROOT}/configs/demo/stage1.yaml\n",
-    "stage2": f"base: {ROOT}/configs/demo/stage2.yaml\nloop: {{max_steps: 2, batch_size: 8}}\n",
+    "stage1": f"base: {ROOT}/configs/demo.yaml\n",
+    "stage2": f"base: {ROOT}/configs/demo.yaml\nloop: {{max_steps: 2, batch_size: 8}}\n",
     "eval": "tokenizer: {num_images: 4, labelled: true}\nnum_threads: 1\n",
 }
 

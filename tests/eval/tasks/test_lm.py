@@ -168,7 +168,7 @@ def test_a_continuation_longer_than_the_window_is_scored_piece_by_piece(pipeline
 
 @pytest.fixture
 def lm_eval_says(monkeypatch, bench, tmp_path, capsys):
-    """lm-eval's command line as `python -m eval.lm` runs it: what it prints."""
+    """lm-eval's command line as `python -m eval lm` runs it: what it prints."""
 
     def said(*arguments):
         monkeypatch.setattr("sys.argv", ["lm_eval", *arguments])

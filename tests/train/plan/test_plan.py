@@ -220,7 +220,7 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
 
 
 def test_the_table_tells_every_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = str(ROOT / "configs/demo/um3.yaml")
+    config = str(ROOT / "configs/demo.yaml")
     monkeypatch.setattr("sys.argv", ["plan", "--config", config, "--gpus", "2", "--gpu", "rtx4090"])
     main()
     printed = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_the_table_tells_every_stage(capsys: pytest.CaptureFixture[str], monkeyp
     ],
 )
 def test_mistakes_are_one_line(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["plan", "--config", str(ROOT / "configs/paper/um3.yaml"), *options])
+    monkeypatch.setattr("sys.argv", ["plan", "--config", str(ROOT / "configs/um3_llama3_1b.yaml"), *options])
     with pytest.raises(UserError, match=message) as found:
         main()
     assert "\n" not in str(found.value)
@@ -261,4 +261,4 @@ def test_every_gpu_holds_what_its_name_says() -> None:
 def test_make_plan_passes_its_variables_on() -> None:
     command = ["make", "--no-print-directory", "-n", "plan", "CONFIG=paper", "GPUS=64", "GPU=h200", "ARGS=--mfu 0.5"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    assert found.endswith("-m train.plan.plan --config configs/paper/um3.yaml --gpus 64 --gpu h200 --mfu 0.5")
+    assert found.endswith("-m train.plan.plan --config configs/um3_llama3_1b.yaml --gpus 64 --gpu h200 --mfu 0.5")

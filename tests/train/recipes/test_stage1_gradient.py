@@ -17,7 +17,7 @@ from um3.core.config import load_config
 def gradients(*, micro_batch_size: int) -> dict[str, list[float]]:
     """What the optimizer is given in the first step, and the loss beside it."""
     overrides = [*TINY["stage1"], f"loop.micro_batch_size={micro_batch_size}", "engine.zero_stage=0"]
-    path = ROOT / "configs/demo/stage1.yaml"
+    path = ROOT / "configs/demo.yaml"
     config = load_config(Stage1Config, path=path, overrides=[*overrides, "optimizer.kind=adamw"])
     start_runtime(config.loop)
     task = stage1.build_task(config)

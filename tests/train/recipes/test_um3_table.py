@@ -36,7 +36,7 @@ def test_a_um3_learns_the_codes_of_the_base_run(
         monkeypatch.delenv(name)
     configs = tmp_path / "configs"
     configs.mkdir()
-    (configs / "um3.yaml").write_text(f"base: {ROOT}/configs/demo/um3.yaml\n")
+    (configs / "um3.yaml").write_text(f"base: {ROOT}/configs/demo.yaml\n")
     (configs / "eval.yaml").write_text(EVAL)
     (tmp_path / "table.yaml").write_text(TABLE)
     command = ["--table", str(tmp_path / "table.yaml"), "--config", str(configs), "--run", str(tmp_path / "run")]

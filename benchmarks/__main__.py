@@ -1,0 +1,15 @@
+"""`python -m benchmarks COMMAND ...`: time, memory and FLOPs against the reference implementations."""
+
+from um3.core.commands import Command, run_room
+
+COMMANDS = {
+    "tokenizer": Command("benchmarks.tokenizer", "encode and decode against the released forward pass"),
+    "training": Command("benchmarks.training", "a training step of stages 1 and 2: time, memory, utilisation"),
+    "memory": Command("benchmarks.memory", "memory of a training step against the batch size"),
+    "um3-loss": Command("benchmarks.um3_loss", "a step of UM3 against full-vocabulary logits and cross entropy"),
+    "um3-training": Command("benchmarks.um3_training", "a training step of UM3 against transformers' Trainer"),
+    "sampling": Command("benchmarks.sampling", "images per second against transformers' generate()"),
+}
+
+if __name__ == "__main__":
+    run_room("benchmarks", COMMANDS)

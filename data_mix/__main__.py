@@ -1,0 +1,11 @@
+"""`python -m data_mix COMMAND ...`: encode images, or draw the data mix."""
+
+from um3.core.commands import Command, run_room
+
+COMMANDS = {
+    "encode": Command("data_mix.codes.encode", "encode images to code shards"),
+    "mix-preview": Command("data_mix.batches.mix_preview", "draw the data mix of a UM3 config"),
+}
+
+if __name__ == "__main__":
+    run_room("data_mix", COMMANDS)

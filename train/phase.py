@@ -1,0 +1,40 @@
+"""`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is stage1, stage2 or um3."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from train.config import Stage1Config, Stage2Config, UM3Config, inputs_of, is_done, start_folder
+from train.launch import is_worker, launch
+from um3.core.commands import command_parser, read_config
+from um3.core.errors import Interrupted, UserError
+from um3.core.log import quiet_model_files
+
+CONFIGS: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config, "um3": UM3Config}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train the phase that `arguments` starts with; return at once if its folder is up to date."""
+    phase = arguments[0]
+    parser = command_parser(f"python -m train {phase}", f"Train {phase}.", config="required")
+    parser.add_argument("--processes", type=int, default=1, help="training processes on this machine (default 1)")
+    config, options = read_config(CONFIGS[phase], parser, section=phase, arguments=arguments[1:])
+    if not config.loop.output_dir:
+        raise UserError("loop.output_dir is empty; set it to the folder of this phase, such as runs/demo/stage1")
+    inputs = inputs_of(config)
+    if is_done(config, inputs=inputs):
+        print(f"{phase}: {config.loop.output_dir} is up to date")
+        return
+    if options.processes > 1 and not is_worker():
+        sys.exit(launch(arguments, processes=options.processes))
+    recipe = importlib.import_module(f"train.recipes.{phase}")
+    from train import engine, loop
+
+    quiet_model_files()
+    engine.start_runtime(config.loop)
+    start_folder(config)
+    try:
+        loop.run(recipe.build_task(config), config=config, inputs=inputs)
+    except Interrupted:
+        sys.exit(0)
