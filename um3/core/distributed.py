@@ -6,6 +6,7 @@ torch is imported where it is needed: who only asks for the rank should not wait
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,20 @@ def wait_for_file(path: Path) -> None:
     wait_for_main()
     if not path.exists():
         raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
+
+
+def make_once(path: Path, make: Callable[[], object]) -> Path:
+    """Have the first rank `make` the file `path` unless it exists, and return it on every rank (a collective call).
+
+    `make` must write it atomically (`um3.core.files`).
+
+    Raises:
+        UserError: this process cannot see the first rank's file.
+    """
+    if is_main() and not path.exists():
+        make()
+    wait_for_file(path)
+    return path
 
 
 def leave_group() -> None:

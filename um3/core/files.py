@@ -92,6 +92,19 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def short_hash(*values: Any) -> str:
+    """16 hex digits that name plain values (JSON types, bytes, paths): a cache entry, a protocol, a data set.
+
+    Equal values give equal hashes in every process; the order of dictionary keys does not count.
+    """
+    digest = hashlib.sha256()
+    for value in values:
+        is_bytes = isinstance(value, bytes)
+        part = value if is_bytes else json.dumps(value, sort_keys=True, default=str).encode()
+        digest.update(b"%d:%d:" % (is_bytes, len(part)) + part)
+    return digest.hexdigest()[:16]
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
