@@ -10,6 +10,7 @@ from eval.config import EvalConfig, PartName
 from eval.run import evaluate, out_folder, with_sources
 from eval.scores import read_scores
 from train.config import UM3Config
+from um3.core.commands import find_config
 from um3.core.config import load_config
 from um3.core.distributed import is_main, wait_for_main
 from um3.core.errors import UserError
@@ -26,7 +27,7 @@ class Evaluation:
         """
         self.every_steps = config.evaluate.every_steps
         self.folder = Path(config.loop.output_dir)
-        given = load_config(EvalConfig, path=config.evaluate.config, section="eval")
+        given = load_config(EvalConfig, path=find_config(config.evaluate.config), section="eval")
         parts: list[PartName] = list(config.evaluate.parts)
         # More threads would change the last digits of the training after it.
         given = dataclasses.replace(

@@ -8,12 +8,28 @@ import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from um3.core.config import load_config
 from um3.core.errors import run_main
 
 ConfigT = TypeVar("ConfigT")
+
+
+def find_config(path_or_name: str) -> Path:
+    """The file of an experiment: a path as it is, or the name of one that comes with UM3, such as demo.
+
+    Names and paths such as configs/demo.yaml are found in the checkout, and in an installed wheel.
+    """
+    path = Path(path_or_name)
+    if path.exists():
+        return path
+    name = path.name if path.suffix else f"{path.name}.yaml"
+    package = Path(__file__).parents[1]
+    candidates = (package.parent / "configs" / name, package / "_rooms" / "configs" / name)
+    is_ours = str(path.parent) in (".", "configs")
+    return next((candidate for candidate in candidates if is_ours and candidate.is_file()), path)
 
 
 class Command(NamedTuple):
@@ -57,7 +73,7 @@ def command_parser(prog: str, about: str, *, config: str = "") -> argparse.Argum
         parser.add_argument(
             "--config",
             required=config == "required",
-            help="YAML file of an experiment, such as configs/demo.yaml; this command reads its own section",
+            help="experiment: the name of a file in configs/, such as demo, or a path; this command reads its own section",
         )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     return parser
@@ -72,6 +88,8 @@ def read_config(
         UserError: as `um3.core.config.load_config`.
     """
     options = parser.parse_intermixed_args(arguments)
-    path = getattr(options, "config", None)
-    config = load_config(schema, path=path, section=section, overrides=options.overrides)
+    given = getattr(options, "config", None)
+    config = load_config(
+        schema, path=find_config(given) if given else None, section=section, overrides=options.overrides
+    )
     return config, options
