@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	@# Without a GPU, torch's CPU build saves gigabytes; if its index is unreachable, the default one is used.
+	@# Without a GPU the CPU build of torch saves gigabytes; if its index is unreachable, the default one is used.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(PY) -m pip install --quiet --retries 0 --timeout 15 \
 		--index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch 2>/dev/null || true
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'

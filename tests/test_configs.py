@@ -19,7 +19,8 @@ from train.recipes.stage1 import Stage1Objective
 from train.recipes.stage2 import Autoencoder
 from train.recipes.tokenizer_setup import qlip_config
 from train.recipes.um3 import UM3Objective
-from um3.core.config import differences, load_config, to_dict
+from um3.core.config import SECTIONS, differences, load_config, to_dict
+from um3.core.errors import UserError
 from um3.model.extend import extend_model
 from um3.model.language_model import count_parameters
 from um3.model.vocabulary import UnifiedVocabulary
@@ -35,8 +36,12 @@ SCHEMAS: dict[str, type[Any]] = {
 COMMON_ROWS = dict(max_steps=120_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.05, schedule="cosine")
 
 
-def load(scale: str, phase: str) -> Any:
-    return load_config(SCHEMAS[phase], path=FOLDER / scale / f"{phase}.yaml")
+FULL = ("demo", "um3_llama3_1b")
+"""Experiments with every phase."""
+
+
+def load(experiment: str, phase: str) -> Any:
+    return load_config(SCHEMAS[phase], path=FOLDER / f"{experiment}.yaml", section=phase)
 
 
 def values(config: Any, *names: str) -> dict[str, Any]:
@@ -50,22 +55,25 @@ def schedule_of(config: Any) -> dict[str, Any]:
     return {"max_steps": config.loop.max_steps, **optimizer}
 
 
-@pytest.mark.parametrize("scale", ["demo", "paper"])
-def test_one_file_per_phase_and_every_file_loads(scale: str) -> None:
-    assert {path.stem for path in (FOLDER / scale).iterdir()} == set(SCHEMAS)
-    for phase in SCHEMAS:
-        load(scale, phase)
+def test_every_section_of_every_experiment_loads() -> None:
+    assert set(SCHEMAS) == set(SECTIONS)
+    for path in FOLDER.glob("*.yaml"):
+        phases = SCHEMAS if path.stem in FULL else SCHEMAS.keys() - {"um3"}
+        for phase in phases:
+            load(path.stem, phase)
+    with pytest.raises(UserError, match="no section 'um3'"):
+        load("qlip_b16", "um3")
 
 
-@pytest.mark.parametrize("scale", ["demo", "paper"])
-def test_the_phases_of_a_folder_fit_each_other(scale: str) -> None:
-    stage1, stage2, um3, evaluation = (load(scale, phase) for phase in ("stage1", "stage2", "um3", "eval"))
+@pytest.mark.parametrize("experiment", FULL)
+def test_the_phases_of_an_experiment_fit_each_other(experiment: str) -> None:
+    stage1, stage2, um3, evaluation = (load(experiment, phase) for phase in ("stage1", "stage2", "um3", "eval"))
     vocabulary, shape = um3.vocabulary, stage1.model
     assert vocabulary.subtokens * vocabulary.bits_per_subtoken == shape.bits
     image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.subtokens
     assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.seq_len
     if not um3.model.base_model:
-        assert um3.data.seq_len <= um3.model.language_model.max_position_embeddings
+        assert um3.data.seq_len <= um3.model.max_position_embeddings
         assert evaluation.language.max_tokens == um3.data.text_seq_len
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 
@@ -83,7 +91,7 @@ def test_the_demo_needs_nothing_from_outside() -> None:
 
 
 def test_paper_stage_1_is_table_8() -> None:
-    config: Stage1Config = load("paper", "stage1")
+    config: Stage1Config = load("qlip_b16", "stage1")
     assert schedule_of(config) == COMMON_ROWS
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("lamb", 5e-4, 5.0)
     assert config.loop.batch_size == 65_536 == 128 * 512
@@ -94,7 +102,7 @@ def test_paper_stage_1_is_table_8() -> None:
 
 
 def test_paper_stage_2_is_table_8() -> None:
-    config: Stage2Config = load("paper", "stage2")
+    config: Stage2Config = load("qlip_b16", "stage2")
     assert schedule_of(config) == COMMON_ROWS
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 5e-4, 1.0)
     critic = config.discriminator_optimizer
@@ -106,7 +114,7 @@ def test_paper_stage_2_is_table_8() -> None:
 
 
 def test_paper_um3_is_table_9() -> None:
-    config: UM3Config = load("paper", "um3")
+    config: UM3Config = load("um3_llama3_1b", "um3")
     table = dict(max_steps=600_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.1, schedule="cosine")
     assert schedule_of(config) == table
     assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 1e-4, 1.0)
@@ -117,7 +125,7 @@ def test_paper_um3_is_table_9() -> None:
 
 
 def test_the_papers_mix_fills_its_batch() -> None:
-    config: UM3Config = load("paper", "um3")
+    config: UM3Config = load("um3_llama3_1b", "um3")
     schedule, batch = Schedule(config.data.mix), config.loop.batch_size
     assert schedule.counts(0, batch_size=batch) == {"text": 480, "i2t": 8, "t2i": 24}
     for step in (10_000, 20_000):
@@ -126,22 +134,22 @@ def test_the_papers_mix_fills_its_batch() -> None:
 
 
 def test_paper_evaluation_samples_as_the_paper_does() -> None:
-    config: EvalConfig = load("paper", "eval")
+    config: EvalConfig = load("um3_llama3_1b", "eval")
     assert (config.generation.sampling.temperature, config.generation.sampling.top_p) == (1.0, 0.95)
     assert config.generation.num_images == 30_000 and config.captions.num_images == 5_000
     assert config.tokenizer.num_images == 50_000 and config.fid_features == "inception-2015"
 
 
-def meta_qlip(folder: str = "paper") -> QLIPModel:
-    """The tokenizer that a folder's stage 1 asks for, without memory."""
-    config: Stage1Config = load(folder, "stage1")
+def meta_qlip(experiment: str = "qlip_b16") -> QLIPModel:
+    """The tokenizer of an experiment's stage 1, without memory."""
+    config: Stage1Config = load(experiment, "stage1")
     with torch.device("meta"):
         return QLIPModel(qlip_config(config.model, config.text))
 
 
 def meta_um3() -> tuple[PreTrainedModel, UnifiedVocabulary]:
     """Llama-3.2-1B by its public dimensions, extended as the paper's config asks, without memory."""
-    config: UM3Config = load("paper", "um3")
+    config: UM3Config = load("um3_llama3_1b", "um3")
     subtokens, bits = config.vocabulary.subtokens, config.vocabulary.bits_per_subtoken
     specials = dict(bos_id=128_000, eos_id=128_001, pad_id=128_004)
     marks = dict(begin_of_image_id=128_256, end_of_image_id=128_257)
@@ -184,21 +192,21 @@ def check_decay(module: nn.Module, found: dict[str, tuple[float, float]], *, dec
 
 
 @pytest.mark.parametrize(
-    ("folder", "tokens", "millions"), [("paper", 256, 87), ("qlip_b8", 1024, 87), ("qlip_l14", 784, 304)]
+    ("experiment", "tokens", "millions"), [("qlip_b16", 256, 87), ("qlip_b8", 1024, 87), ("qlip_l14", 784, 304)]
 )
-def test_every_variant_has_the_papers_size(folder: str, tokens: int, millions: float) -> None:
-    model = meta_qlip(folder)
+def test_every_variant_has_the_papers_size(experiment: str, tokens: int, millions: float) -> None:
+    model = meta_qlip(experiment)
     assert (model.num_patches, model.num_bits) == (tokens, 28)
     bottleneck = ("quant_embed.", "quant_embed_post.")
     encoder = {name: p.numel() for name, p in model.vision_model.named_parameters() if not name.startswith(bottleneck)}
     assert sum(encoder.values()) == pytest.approx(millions * 1e6, rel=0.02)
     assert sum(p.numel() for p in model.vision_decoder.parameters()) == pytest.approx(millions * 1e6, rel=0.04)
     for phase in ("stage2", "codes", "eval"):
-        load(folder, phase)
+        load(experiment, phase)
 
 
 @pytest.mark.parametrize(
-    ("folder", "phase", "changed"),
+    ("experiment", "phase", "changed"),
     [
         ("bsqvit", "stage1", ["loss.contrastive: 1.0 -> 0.0"]),
         ("bsqvit", "stage2", []),
@@ -206,12 +214,12 @@ def test_every_variant_has_the_papers_size(folder: str, tokens: int, millions: f
         ("clip_only", "stage1", ["loss.mse: 1000.0 -> 0.0"]),
     ],
 )
-def test_a_control_differs_from_qlip_in_one_weight(folder: str, phase: str, changed: list[str]) -> None:
-    assert differences(to_dict(load("paper", phase)), to_dict(load(folder, phase))) == changed
+def test_a_control_differs_from_qlip_in_one_weight(experiment: str, phase: str, changed: list[str]) -> None:
+    assert differences(to_dict(load("qlip_b16", phase)), to_dict(load(experiment, phase))) == changed
 
 
 def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
-    config, base = load("in1k", "stage2"), load("paper", "stage2")
+    config, base = load("qlip_b16_in1k", "stage2"), load("qlip_b16", "stage2")
     changed = differences(to_dict(base), to_dict(config))
     assert {line.partition(":")[0] for line in changed} == {"trainable", "data.sources"}
     autoencoder = Autoencoder(meta_qlip(), trainable=config.trainable)
@@ -223,12 +231,12 @@ def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
 def test_b_16_and_b_8_differ_by_their_patches() -> None:
     """768 positions more in encoder and decoder, smaller patches in the first and last layer."""
     finer_grid, smaller_patches = 2 * 768 * 768, -3 * (256 - 64) * (768 + 2048 + 1)
-    b16, b8 = (sum(p.numel() for p in meta_qlip(folder).parameters()) for folder in ("paper", "qlip_b8"))
+    b16, b8 = (sum(p.numel() for p in meta_qlip(experiment).parameters()) for experiment in ("qlip_b16", "qlip_b8"))
     assert b16 == 239_434_013 and b8 == b16 + finer_grid + smaller_patches == 238_991_069
 
 
 def test_the_rates_of_stage_1_reach_their_modules() -> None:
-    config: Stage1Config = load("paper", "stage1")
+    config: Stage1Config = load("qlip_b16", "stage1")
     objective = Stage1Objective(meta_qlip())
     found = peaks(objective, config=config.optimizer)
     check_decay(objective, found, decay=0.05)
@@ -244,7 +252,7 @@ def test_the_rates_of_stage_1_reach_their_modules() -> None:
 
 
 def test_stage_2_trains_bottleneck_and_decoder_only() -> None:
-    config: Stage2Config = load("paper", "stage2")
+    config: Stage2Config = load("qlip_b16", "stage2")
     autoencoder = Autoencoder(meta_qlip())
     found = peaks(autoencoder, config=config.optimizer)
     check_decay(autoencoder, found, decay=0.05)
@@ -253,7 +261,7 @@ def test_stage_2_trains_bottleneck_and_decoder_only() -> None:
 
 
 def test_um3_has_its_size_and_one_rate() -> None:
-    config: UM3Config = load("paper", "um3")
+    config: UM3Config = load("um3_llama3_1b", "um3")
     model, ids = meta_um3()
     assert count_parameters(model, ids=ids).total == 1_632_710_656
     assert type(model).__name__ == "Qwen3ForCausalLM" and not model.config.tie_word_embeddings

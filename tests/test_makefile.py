@@ -85,8 +85,14 @@ def test_every_target_is_phony_and_documented() -> None:
 
 def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
     found = [" ".join(words) for words in commands(ready, "demo", "RUN=runs/mine")]
-    patterns = ["-m train .*stage1", "-m train .*stage2", r"-m data_mix\.encode", "-m train .*um3"]
-    patterns += [r"-m eval\.run", r"-m eval\.report"]
+    patterns = [
+        "-m train stage1",
+        "-m train stage2",
+        "-m data_mix encode",
+        "-m train um3",
+        "-m eval run",
+        "-m eval report",
+    ]
     assert len(found) == len(patterns) == len(PHASES)
     for line, pattern in zip(found, patterns, strict=True):
         assert re.search(pattern, line) and "runs/mine" in line and "runs/demo" not in line, line
@@ -100,13 +106,13 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
         ("codes", ["visual_tokenizer=R/stage2/model", "output_dir=R/codes"]),
         ("um3", ["loop.output_dir=R/um3", "visual_tokenizer=R/stage2/model", "data.codes=R/codes"]),
         ("um3-init", ["output_dir=R/um3-init", "visual_tokenizer=R/stage2/model"]),
-        ("um3-export", ["--model", "R/um3/model", "--out", "R/um3-export"]),
+        ("um3-export", ["export", "R/um3/model", "--out", "R/um3-export"]),
         ("eval", ["run=R"]),
         ("report", ["--run", "R"]),
-        ("coco-captions", ["model=R/um3/model", "out=R/eval/coco_captions.json"]),
-        ("coco-generation", ["images=R/drawings/coco-generation", "out=R/eval/coco_generation.json"]),
-        ("geneval", ["images=R/drawings/geneval", "out=R/eval/geneval.json"]),
-        ("dpg", ["images=R/drawings/dpg", "out=R/eval/dpg.json"]),
+        ("coco-captions", ["model=R/um3/model", "output=R/eval/coco_captions.json"]),
+        ("coco-generation", ["images=R/generated/coco-generation", "output=R/eval/coco_generation.json"]),
+        ("geneval", ["images=R/generated/geneval", "output=R/eval/geneval.json"]),
+        ("dpg", ["images=R/generated/dpg", "output=R/eval/dpg.json"]),
         ("sample", ["--model", "R/um3/model", "--out", "R/samples"]),
         ("serve", ["--model", "R/um3/model"]),
         ("mix-preview", ["--out", "R/mix.png"]),
@@ -121,18 +127,15 @@ def test_run_is_where_everything_goes_and_args_come_last(target: str, expected: 
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview"])
-def test_config_chooses_the_folder_of_the_file(target: str, ready: Path) -> None:
-    file = "um3.yaml" if target == "mix-preview" else f"{target}.yaml"
-
-    def config_of(*arguments: str) -> tuple[str, str]:
+def test_config_names_the_experiment_and_its_run(target: str, ready: Path) -> None:
+    def config_and_run(*arguments: str) -> tuple[str, str]:
         words = command(ready, target, *arguments)
         (run,) = {word for text in words for word in re.findall(r"runs/\w+", text)}
         return words[words.index("--config") + 1], run
 
-    assert config_of() == (f"configs/demo/{file}", "runs/demo")
-    assert config_of("CONFIG=paper") == (f"configs/paper/{file}", "runs/paper")
-    assert config_of("CONFIG=/some/where") == (f"/some/where/{file}", "runs/where")
-    assert config_of("CONFIG=some/where/") == (f"some/where//{file}", "runs/where")
+    assert config_and_run() == ("demo", "runs/demo")
+    assert config_and_run("CONFIG=qlip_b8") == ("qlip_b8", "runs/qlip_b8")
+    assert config_and_run("CONFIG=/some/where.yaml") == ("/some/where.yaml", "runs/where")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +159,8 @@ def test_data_and_text_replace_the_configs_sources(target: str, data: str, text:
 
 def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
     words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=subtokens=4")
-    assert words[1:4] == ["-m", "train.recipes.um3_init", "output_dir=R/um3-init"]
-    assert words[4:] == ["base_model=/my llama", "visual_tokenizer=/my qlip", "text=/my text", "subtokens=4"]
+    assert words[1:5] == ["-m", "train", "um3-init", "output_dir=R/um3-init"]
+    assert words[5:] == ["base_model=/my llama", "visual_tokenizer=/my qlip", "text=/my text", "subtokens=4"]
 
 
 @pytest.mark.parametrize(
@@ -168,19 +171,19 @@ def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
         ("dpg", ["layout=grid", "num_images=4"]),
     ],
 )
-def test_prompts_are_drawn_before_they_are_scored(target: str, settings: list[str], ready: Path) -> None:
-    drawn, scored = commands(
-        ready, target, "RUN=R", "PROMPTS=/my list.txt", "DRAW=seed=3", "MODEL=/a model", "ARGS=x=1"
+def test_images_are_generated_before_they_are_scored(target: str, settings: list[str], ready: Path) -> None:
+    generated, scored = commands(
+        ready, target, "RUN=R", "PROMPTS=/my list.txt", "GENERATE=seed=3", "MODEL=/a model", "ARGS=x=1"
     )
-    folder = f"R/drawings/{target}"
-    assert drawn[1:3] == ["-m", "eval.benchmarks.generate_images"]
-    assert drawn[3:] == ["model=/a model", "prompts=/my list.txt", f"output_dir={folder}", *settings, "seed=3"]
+    folder = f"R/generated/{target}"
+    assert generated[1:4] == ["-m", "eval", "generate-images"]
+    assert generated[4:] == ["model=/a model", "prompts=/my list.txt", f"output_dir={folder}", *settings, "seed=3"]
     assert f"images={folder}" in scored and scored[-1] == "x=1"
 
 
 def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
     words = command(ready, "coco-captions", "RUN=R", "MODEL=", "REFERENCES=/my refs.json", "ARGS=captions=c.json")
-    assert words[3:] == ["references=/my refs.json", "out=R/eval/coco_captions.json", "captions=c.json"]
+    assert words[4:] == ["references=/my refs.json", "output=R/eval/coco_captions.json", "captions=c.json"]
 
 
 def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
@@ -190,18 +193,20 @@ def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
         ("/my/llama/", "my-llama"),
     ):
         words = command(ready, "eval-language", f"MODEL={model}", "TEXT=/my text", "ARGS=language.limit=5")
-        assert words[1:6] == ["-m", "eval.run", f"model={model}", f"out=runs/language/{place}/eval", "parts=[language]"]
-        assert words[6:] == ['texts=[{name: text, path: "/my text"}]', "language.limit=5"]
-    assert command(ready, "eval-language", "RUN=R")[3:5] == ["model=R/um3/model", "out=runs/language/R-um3-model/eval"]
-    assert command(ready, "report", "RUNS=a b", "ARGS=")[3:] == ["--run", "a", "b"]
+        assert words[1:5] == ["-m", "eval", "run", f"model={model}"]
+        assert words[5:7] == [f"output_dir=runs/language/{place}/eval", "parts=[language]"]
+        assert words[7:] == ['texts=[{name: text, path: "/my text"}]', "language.limit=5"]
+    words = command(ready, "eval-language", "RUN=R")
+    assert words[4:6] == ["model=R/um3/model", "output_dir=runs/language/R-um3-model/eval"]
+    assert command(ready, "report", "RUNS=a b", "ARGS=")[4:] == ["--run", "a", "b"]
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])
 def test_nproc_is_the_number_of_training_processes(target: str, ready: Path) -> None:
     words = command(ready, target, "NPROC=3")
-    assert words[:5] == [".venv/bin/python", "-m", "train", "--processes", "3"]
+    assert words[:6] == [".venv/bin/python", "-m", "train", target, "--processes", "3"]
     default = command(ready, target)
-    assert default[4] in ("1", "2") and default[:4] + default[5:] == words[:4] + words[5:]
+    assert default[5] in ("1", "2") and default[:5] + default[6:] == words[:5] + words[6:]
 
 
 def test_targets_that_train_nothing_take_no_processes(ready: Path) -> None:
@@ -229,9 +234,5 @@ def test_an_unknown_config_is_one_clear_line(target: str, ready: Path) -> None:
     result = make(ready, target, "CONFIG=nowhere")
     assert result.returncode != 0 and not result.stdout
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]
-    file = {"mix-preview": "um3", "demo": "stage1"}.get(target, target)
-    assert line == (
-        f"error: config file nowhere/{file}.yaml does not exist; "
-        "CONFIG= takes demo, paper or a folder with the phases' YAML files"
-    )
+    assert line.startswith("error: ") and "nowhere does not exist" in line and "CONFIG=" in line
     assert not (ready / "runs").exists()
