@@ -1,110 +1,92 @@
-"""`python -m benchmarks training`: time, memory and model FLOPs utilisation of a step of stage 1 and of stage 2.
+"""`python -m benchmarks training`: time, memory and model FLOPs utilisation of a step of stages 1 and 2.
 
-A few steps of the real `python -m train` in a temporary folder; the first are warm-up and do not count. A step's time
-is that between two rows of metrics.jsonl, so that reading images, logging and the optimizer are in it. Stage 2 runs
-with all its terms. Utilisation is model FLOPs (`benchmarks/flops.py`) as a share of what large matrix products in the
-same precision reach in as many processes of as many threads, or of `--peak-tflops`.
+Runs a few steps of `python -m train` in a temporary folder; the first are warm-up. A step's time is that between two
+rows of metrics.jsonl, so it includes reading images, logging and the optimizer. Stage 2 runs with all its losses.
+Utilisation is model FLOPs as a share of what large matrix products reach in the same precision in as many processes,
+or of --peak-tflops.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.peak import Peak, measure_peak
-from benchmarks.runs import Run, add_training_options, check_positive, provenance, temporary_folder, train_phase
+from benchmarks.harness import (
+    TrainingRun,
+    add_training_options,
+    benchmark_parser,
+    machine_peak,
+    positive,
+    temporary_folder,
+    train_phase,
+)
 from train.config import Stage1Config, Stage2Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
 STAGES: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config}
-LISTENING = ("loss.adversarial_start_step=0",)
-TEXT_IMAGES = 512
-"""At most so many captions tell how long a batch's text is."""
+CAPTIONS = 512
+"""At most so many captions decide the text length of a batch."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the stages, then print one line for each and all numbers as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
+    """Run the stages, print one line for each, then all numbers as JSON."""
+    parser = benchmark_parser("training", __doc__)
     add_training_options(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--steps", type=int, default=10, help="steps that count (default 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
-    parser.add_argument("--processes", type=int, default=1, help="training processes (default 1)")
-    parser.add_argument("--peak-tflops", type=float, help="the machine's TFLOP/s in all, in place of a measured one")
+    parser.add_argument("--steps", type=positive, default=10, help="measured steps (default 10)")
+    parser.add_argument("--warmup", type=positive, default=3, help="steps before them (default 3)")
+    parser.add_argument("--processes", type=positive, default=1, help="training processes (default 1)")
+    parser.add_argument("--peak-tflops", type=float, help="the machine's TFLOP/s; measured unless given")
     options = parser.parse_intermixed_args(arguments)
-    check_positive(options, "steps", "warmup", "processes")
-    if options.peak_tflops is not None and options.peak_tflops <= 0:
-        raise UserError(f"--peak-tflops is {options.peak_tflops}; it must be above 0")
     if options.stages == ["stage2"] and not options.tokenizer:
-        raise UserError("stage 2 alone needs a tokenizer to start from; give --tokenizer FOLDER, or run stage1 too")
+        raise UserError("stage 2 alone needs a tokenizer to start from; pass --tokenizer FOLDER, or run stage1 too")
     with temporary_folder() as name:
-        runs = _run_stages(options, folder=Path(name))
+        initial = options.tokenizer or f"{name}/stage1/model"
+        settings = {"stage1": [], "stage2": ["loss.adversarial_start_step=0", f"init_from={initial}"]}
+        steps = options.warmup + options.steps
+        runs = {
+            stage: train_phase(stage, options=options, steps=steps, folder=Path(name), settings=settings[stage])
+            for stage in STAGES
+            if stage in options.stages
+        }
         numbers = {stage: _report(stage, run, options=options) for stage, run in runs.items()}
-        print(json.dumps(numbers | provenance(*runs.values())))
+        print(json.dumps(numbers | next(iter(runs.values())).provenance))
 
 
-def _run_stages(options: argparse.Namespace, *, folder: Path) -> dict[str, Run]:
-    """Every stage that was asked for, before torch is imported here (`run_apart`)."""
-    settings = {"stage1": (), "stage2": (*LISTENING, f"init_from={options.tokenizer or folder / 'stage1/model'}")}
-    steps = options.warmup + options.steps
-    return {
-        stage: train_phase(stage, options=options, steps=steps, folder=folder, settings=settings[stage])
-        for stage in STAGES
-        if stage in options.stages
-    }
-
-
-def _report(stage: str, run: Run, *, options: argparse.Namespace) -> dict[str, Any]:
-    """Print a stage's line; returns its numbers (seconds, GiB, FLOP)."""
+def _report(stage: str, run: TrainingRun, *, options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.flops import stage1_flops, stage2_flops
+    from tokenizer.configuration import QLIPConfig
     from train.engine import precision_of
 
     config = load_config(STAGES[stage], path=run.folder / "config.yaml")
     loop, precision = config.loop, precision_of(config.engine)
-    times = step_seconds(run.rows)[options.warmup - 1 :]
+    times = run.step_seconds(warmup=options.warmup)
     images_per_s = loop.batch_size / fmean(times)
-    flops = _image_flops(config, run)
-    if options.peak_tflops:
-        peak = Peak(options.peak_tflops * 1e12, "given")
+    qlip_config = QLIPConfig.from_pretrained(run.folder / "model")
+    if stage == "stage1":
+        flops = stage1_flops(qlip_config, text_tokens=_text_tokens(config, run))
     else:
-        peak = measure_peak(precision=precision, processes=options.processes, threads=loop.num_threads)
-    total = sum(flops.values())
-    used = total * images_per_s / peak.flops
+        flops = stage2_flops(qlip_config, config)
+    peak = machine_peak(
+        precision=precision, processes=options.processes, threads=loop.num_threads, tflops=options.peak_tflops
+    )
+    utilisation = sum(flops.values()) * images_per_s / peak.flops
     print(
         f"{stage}: {fmean(times):.3g} s a step of {loop.batch_size} images, {images_per_s:.4g} images/s; "
-        f"{run.peak_kind} {run.peak_gib:.2f} GiB; {total / 1e9:.3g} GFLOP an image: {used:.1%} of "
-        f"{peak.flops / 1e12:.3g} TFLOP/s ({peak.how})"
+        f"{run.peak_kind} {run.peak_gib:.2f} GiB; {sum(flops.values()) / 1e9:.3g} GFLOP an image: {utilisation:.1%} "
+        f"of {peak.flops / 1e12:.3g} TFLOP/s ({peak.how})"
     )
-    numbers = {"step_s": times, "batch_size": loop.batch_size, "images_per_s": images_per_s, "precision": precision}
-    numbers |= {"processes": options.processes, "peak_gib": run.peak_gib, "peak_kind": run.peak_kind}
-    return numbers | {"flops_per_image": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": used}
+    return {
+        **{"step_s": times, "batch_size": loop.batch_size, "images_per_s": images_per_s, "precision": precision},
+        **{"processes": options.processes, "peak_gib": run.peak_gib, "peak_kind": run.peak_kind},
+        **{"flops_per_image": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
+    }
 
 
-def step_seconds(rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds of every step but the first, from rows of every step.
-
-    `perf/steps_per_s` is the mean rate since the loop began: a step's number over it is the time on the loop's clock.
-    """
-    clock = [row["step"] / row["perf/steps_per_s"] for row in rows]
-    return [later - earlier for earlier, later in itertools.pairwise(clock)]
-
-
-def _image_flops(config: Stage1Config | Stage2Config, run: Run) -> dict[str, int]:
-    """Model FLOPs of one image in a step, by network."""
-    from benchmarks.flops import judge_flops, qlip_flops
-    from tokenizer.configuration import QLIPConfig
-
-    size = QLIPConfig.from_pretrained(run.folder / "model")
-    if isinstance(config, Stage1Config):
-        return {"qlip": qlip_flops(size, text_tokens=_text_tokens(config, run)).stage1}
-    judges = judge_flops(config, image_size=size.vision_tower.image_size)
-    return {"qlip": qlip_flops(size, text_tokens=0).stage2, **judges}
-
-
-def _text_tokens(config: Stage1Config, run: Run) -> int:
+def _text_tokens(config: Stage1Config, run: TrainingRun) -> int:
     """Tokens of the longest caption of a micro-batch, to which the others are padded."""
     from data_mix.batches.image_batches import ImageBatches
     from tokenizer.processor import QLIPProcessor
@@ -115,7 +97,7 @@ def _text_tokens(config: Stage1Config, run: Run) -> int:
     batches = ImageBatches(
         open_sources(data, size=processor.image_size, seed=loop.seed),
         weights=[source.weight for source in data.sources],
-        batch_size=min(loop.micro_batch_size or loop.batch_size // run.done["processes"], TEXT_IMAGES),
+        batch_size=min(loop.micro_batch_size or loop.batch_size // run.done["processes"], CAPTIONS),
         seed=loop.seed,
         caption=data.caption,
     )

@@ -1,93 +1,92 @@
 """`python -m benchmarks um3-training`: a training step of UM3, and of the same model in transformers' Trainer.
 
-Ours is the real `python -m train um3` on data of the real formats made on the spot: a Llama of the given shape with
-random weights and 128,256 entries, codes of 256 patches of 28 bits, captions of 64 tokens, text that fills its rows.
-Stock is `transformers.Trainer` on the model that ours has left and on the very same rows, with the loss of
-`model(input_ids, labels)`. A step's time has everything in it but the first steps, which are warm-up. Utilisation is
-model FLOPs (formula: `train/plan/plan.py`) as a share of what large matrix products reach, or of `--peak-tflops`.
+Ours is `python -m train um3` on synthetic data in the real formats: a Llama of the given shape with random weights,
+codes of 256 patches of 28 bits, captions of 64 tokens, and long texts. Stock is `transformers.Trainer` on the model
+that our run saved and on the same sequences, with the loss of `model(input_ids, labels)`. Utilisation is model FLOPs
+(`train.plan`) as a share of what large matrix products reach, or of --peak-tflops.
 
-One card of the paper's size: `--config configs/paper loop.batch_size=64 data.packing=documents`; add
-`--shape width=512 layers=4` and smaller rows for a CPU.
+One GPU with the paper's sizes: `--config um3_llama3_1b loop.batch_size=64 data.packing=documents`. For a CPU, add
+`--shape hidden_size=512 layers=4` and a smaller data.seq_len.
 """
 
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.peak import Peak, measure_peak
-from benchmarks.runs import Run, check_positive, provenance, run_apart, temporary_folder, train_phase
-from benchmarks.training import step_seconds
+from benchmarks.harness import (
+    TrainingRun,
+    benchmark_parser,
+    machine_peak,
+    positive,
+    run_process,
+    temporary_folder,
+    train_phase,
+)
 from train.config import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
-ENTRIES = 128_256
-PATCHES = 256
-CAPTION_TOKENS = 64
-SHAPES = {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate_size": 8192, "entries": ENTRIES}
-"""Llama-3.2-1B's."""
+PATCHES, CAPTION_TOKENS = 256, 64
 IMAGES, DOCUMENTS, DOCUMENT_TOKENS = 512, 64, 20_000
+SHAPE = dict(hidden_size=2048, layers=16, heads=32, kv_heads=8, intermediate_size=8192, vocab_size=128_256)
+"""Llama-3.2-1B's."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run ours, then stock; print a line for each and all numbers as JSON."""
-    options = _options(arguments)
-    if options.one:
-        print(json.dumps(measure_stock(options)))
-        return
-    command = ["benchmarks", "um3-training", *arguments]
-    with temporary_folder() as name:
-        folder = Path(name)
-        run_apart([*command, "--one", "inputs", "--folder", name], label="making model and data")
-        settings = [f"model.base_model={folder}/base", f"visual_tokenizer={folder}/qlip", f"data.codes={folder}/codes"]
-        settings += [f"data.texts=[{{name: made, path: {folder}/texts.jsonl}}]", "text_validation.every_steps=0"]
-        steps = options.warmup + options.steps
-        ours = train_phase("um3", options=options, steps=steps, folder=folder, settings=settings)
-        stock = json.loads(run_apart([*command, "--one", "stock", "--folder", name], label="stock").splitlines()[-1])
-        numbers = _report(ours, stock=stock, options=options)
-        print(json.dumps(numbers | provenance(ours)))
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks um3-training", description=__doc__)
-    parser.add_argument(
-        "--config",
-        default="configs/um3_llama3_1b.yaml",
-        help="YAML file of an experiment (default configs/um3_llama3_1b.yaml)",
-    )
-    parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the base: {SHAPES}")
-    parser.add_argument("--steps", type=int, default=50, help="steps that count (default 50)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
-    parser.add_argument("--peak-tflops", type=float, help="the device's TFLOP/s, in place of a measured one")
-    parser.add_argument("--one", choices=("inputs", "stock"), help=argparse.SUPPRESS)
+    parser = benchmark_parser("um3-training", __doc__)
+    parser.add_argument("--config", default="um3_llama3_1b", help="experiment (default um3_llama3_1b)")
+    parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the base model: {SHAPE}")
+    parser.add_argument("--steps", type=positive, default=50, help="measured steps (default 50)")
+    parser.add_argument("--warmup", type=positive, default=5, help="steps before them (default 5)")
+    parser.add_argument("--peak-tflops", type=float, help="the device's TFLOP/s; measured unless given")
+    parser.add_argument("--side", choices=("inputs", "stock"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of UM3's config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the um3 section")
     options = parser.parse_intermixed_args(arguments)
-    check_positive(options, "steps", "warmup")
-    options.um3 = []
-    shape = dict(SHAPES)
-    for each in options.shape:
-        key, _, value = each.partition("=")
-        if key not in SHAPES or not value.isdigit() or int(value) < 1:
-            raise UserError(f"--shape {each}: give {', '.join(SHAPES)} as NAME=NUMBER, at least 1")
+    shape = read_shape(options.shape)
+    if options.side == "inputs":
+        write_inputs(Path(options.folder), shape=shape)
+    elif options.side == "stock":
+        print(json.dumps(measure_stock(options)))
+    else:
+        with temporary_folder() as name:
+            command = ["benchmarks", "um3-training", *arguments, "--folder", name]
+            run_process([*command, "--side", "inputs"], label="um3-training: synthetic model and data")
+            settings = [f"model.base_model={name}/base", f"visual_tokenizer={name}/qlip", f"data.codes={name}/codes"]
+            settings += [f"data.texts=[{{name: made, path: {name}/texts.jsonl}}]", "text_validation.every_steps=0"]
+            steps = options.warmup + options.steps
+            ours = train_phase("um3", options=options, steps=steps, folder=Path(name), settings=settings)
+            stock = json.loads(run_process([*command, "--side", "stock"], label="um3-training: stock").splitlines()[-1])
+            print(json.dumps(_report(ours, stock=stock, options=options) | {"shape": shape} | ours.provenance))
+
+
+def read_shape(settings: Sequence[str]) -> dict[str, int]:
+    """`SHAPE` with the settings NAME=NUMBER.
+
+    Raises:
+        UserError: an unknown name, a number below 1, or heads that do not divide.
+    """
+    shape = dict(SHAPE)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in SHAPE or not value.isdigit() or int(value) < 1:
+            raise UserError(f"--shape {setting}: pass {', '.join(SHAPE)} as NAME=NUMBER, at least 1")
         shape[key] = int(value)
-    if shape["entries"] < 300 or shape["width"] % shape["heads"] or shape["heads"] % shape["kv_heads"]:
-        raise UserError(f"--shape {shape}: 300 entries or more, and heads that divide the width and their groups")
-    options.shape = shape
-    if options.one == "inputs":
-        make_inputs(Path(options.folder), shape=shape)
-        sys.exit(0)
-    return options
+    if shape["vocab_size"] < 300 or shape["hidden_size"] % shape["heads"] or shape["heads"] % shape["kv_heads"]:
+        raise UserError(
+            f"--shape {shape}: vocab_size must be at least 300, heads divide hidden_size, and kv_heads divide heads"
+        )
+    return shape
 
 
-def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
-    """Write base/, qlip/, codes/ and texts.jsonl: random, in the real formats."""
+def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
+    """Write base/, qlip/, codes/ and texts.jsonl: random content in the real formats."""
     import numpy as np
 
     from data_mix.codes.shards import ShardHeader, shard_path, write_shard
@@ -96,15 +95,12 @@ def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     from train.config import QLIPSizeConfig, TextTowerConfig
     from train.recipes.tokenizer_setup import new_tokenizer, save_tokenizer
 
-    _make_base(folder / "base", shape=shape)
+    _write_base(folder / "base", shape=shape)
     image_size = 8 * round(PATCHES**0.5)
-    size = QLIPSizeConfig(
-        image_size=image_size, patch_size=8, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48
-    )
-    text = TextTowerConfig(
-        vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_tokens=24
-    )
+    tower: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
+    size = QLIPSizeConfig(image_size=image_size, patch_size=8, **tower)
     scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
+    text = TextTowerConfig(vocab_size=300, max_tokens=24, **tower)
     qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0)
     save_tokenizer(folder / "qlip", qlip=qlip, processor=processor, weights={})
     fingerprint = load_qlip(folder / "qlip").fingerprint()
@@ -117,19 +113,19 @@ def make_inputs(folder: Path, *, shape: dict[str, int]) -> None:
         captions=[["".join(generator.choice(letters, CAPTION_TOKENS))] for _ in range(IMAGES)],
     )
     documents = ("".join(generator.choice(letters, DOCUMENT_TOKENS)) for _ in range(DOCUMENTS))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
-def _make_base(folder: Path, *, shape: dict[str, int]) -> None:
-    """A Llama with random weights, whose tokenizer makes a token of every byte and has entries that no text uses."""
+def _write_base(folder: Path, *, shape: dict[str, int]) -> None:
+    """A Llama with random weights, and a tokenizer with one token per byte and otherwise unused entries."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=shape["entries"],
-        hidden_size=shape["width"],
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
         intermediate_size=shape["intermediate_size"],
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
@@ -140,21 +136,20 @@ def _make_base(folder: Path, *, shape: dict[str, int]) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
-    unused = [f"unused{number}" for number in range(shape["entries"] - len(alphabet) - len(specials))]
+    unused = [f"unused{number}" for number in range(shape["vocab_size"] - len(alphabet) - len(specials))]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet + unused)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(special) for special in specials])
-    marks = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
+    named = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
 
 
 def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every step of transformers' Trainer but the warm-up, and its peak memory (GiB)."""
-    # Of several GPUs it would take all, and share one micro-batch out among them.
+    """Seconds of every measured step of transformers' Trainer, and its peak memory (GiB)."""
+    # With several GPUs, Trainer would use all of them and split a micro-batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import torch
-    from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from data_mix.batches.mix import open_rows
@@ -163,48 +158,39 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     from um3.core.progress import peak_gpu_memory_gib, peak_memory_gib
     from um3.model.language_model import load_model
 
-    run = Path(options.folder) / "um3"
+    run, gpu = Path(options.folder) / "um3", torch.cuda.is_available()
     config: UM3Config = load_config(UM3Config, path=run / "config.yaml")
     if config.loop.num_threads:
         torch.set_num_threads(config.loop.num_threads)
-    made = load_model(run / "model", dtype=torch.float32)
-    rows = open_rows(
+    loaded = load_model(run / "model", dtype=torch.float32)
+    mix = open_rows(
         config.data,
-        ids=made.ids,
-        text_tokenizer=made.text_tokenizer,
+        ids=loaded.ids,
+        text_tokenizer=loaded.text_tokenizer,
         batch_size=config.loop.batch_size,
         seed=config.loop.seed,
         cache=run / "cache",
     )
     _, accumulation = split_batch(config.loop)
-    parts: list[dict[str, torch.Tensor]] = []
+    items: list[dict[str, torch.Tensor]] = []
     for step in range(config.loop.max_steps):
-        batch = rows.batch(step)
+        batch = mix.batch(step)
         for input_ids_BT, target_mask_BT in micro_batches(
-            batch.input_ids_BT, batch.target_mask_BT, parts=accumulation, pad_id=made.ids.pad_id
+            batch.input_ids_BT, batch.target_mask_BT, parts=accumulation, pad_id=loaded.ids.pad_id
         ):
-            parts.append({"input_ids": input_ids_BT, "labels": input_ids_BT.masked_fill(~target_mask_BT, -100)})
-
-    class Parts(Dataset[dict[str, torch.Tensor]]):
-        def __len__(self) -> int:
-            return len(parts)
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            return parts[index]
+            items.append({"input_ids": input_ids_BT, "labels": input_ids_BT.masked_fill(~target_mask_BT, -100)})
 
     class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.times: list[float] = []
+        times: list[float] = []  # noqa: RUF012 - one instance
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if torch.cuda.is_available():
+            if gpu:
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter())
 
-    gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(Path(options.folder) / "stock"),
-        per_device_train_batch_size=1,  # of whole micro-batches
+        per_device_train_batch_size=1,  # an item is a micro-batch
         gradient_accumulation_steps=accumulation,
         max_steps=config.loop.max_steps,
         learning_rate=config.optimizer.lr,
@@ -219,37 +205,31 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     )
     clock = Clock()
     Trainer(
-        model=made.model,
-        args=arguments,
-        train_dataset=Parts(),
-        data_collator=lambda items: items[0],
+        model=loaded.model,
+        args=settings,
+        train_dataset=items,
+        data_collator=lambda batch: batch[0],
         callbacks=[clock],
     ).train()
     times = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
-    peak = peak_gpu_memory_gib()
-    return {"step_s": times[options.warmup - 1 :], "peak_gib": peak_memory_gib() if peak is None else peak}
+    peak_gib = peak_gpu_memory_gib()
+    return {"step_s": times[options.warmup - 1 :], "peak_gib": peak_memory_gib() if peak_gib is None else peak_gib}
 
 
-def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _report(ours: TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     from train.engine import precision_of
     from train.plan.plan import Plan
 
     config: UM3Config = load_config(UM3Config, path=ours.folder / "config.yaml")
-    precision = precision_of(config.engine)
-    times = step_seconds(ours.rows)[options.warmup - 1 :]
+    precision, times = precision_of(config.engine), ours.step_seconds(warmup=options.warmup)
     seconds, stock_s = fmean(times), fmean(stock["step_s"])
-    plan = Plan(config, devices=1, gpu="cpu")
-    flops, _ = plan.step_flops(checkpointing=False)
-    peak = (
-        Peak(options.peak_tflops * 1e12, "given")
-        if options.peak_tflops
-        else measure_peak(precision=precision, processes=1, threads=config.loop.num_threads)
-    )
+    flops, _ = Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
+    peak = machine_peak(precision=precision, threads=config.loop.num_threads, tflops=options.peak_tflops)
     per_step = (_tokens(ours.rows[-1]) - _tokens(ours.rows[options.warmup - 1])) / options.steps
-    used = flops / seconds / peak.flops
+    utilisation = flops / seconds / peak.flops
     print(
         f"ours: {seconds:.3g} s a step of {config.loop.batch_size} samples, {per_step / seconds:,.0f} tokens/s; "
-        f"{ours.peak_kind} {ours.peak_gib:.2f} GiB; {flops / 1e12:.3g} TFLOP a step, {used:.1%} of "
+        f"{ours.peak_kind} {ours.peak_gib:.2f} GiB; {flops / 1e12:.3g} TFLOP a step, {utilisation:.1%} of "
         f"{peak.flops / 1e12:.3g} TFLOP/s ({peak.how}, {precision})"
     )
     print(
@@ -257,18 +237,12 @@ def _report(ours: Run, *, stock: dict[str, Any], options: argparse.Namespace) ->
         f"ours is {stock_s / seconds:.2f}x as fast with {ours.peak_gib / stock['peak_gib']:.2f}x the memory"
     )
     return {
-        "ours": {"step_s": times, "peak_gib": ours.peak_gib},
-        "stock": stock,
-        "tokens_per_step": per_step,
-        "flops_per_step": flops,
-        "peak_flops": peak.flops,
-        "peak_how": peak.how,
-        "utilisation": used,
+        **{"ours": {"step_s": times, "peak_gib": ours.peak_gib}, "stock": stock, "tokens_per_step": per_step},
+        **{"flops_per_step": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
         "precision": precision,
-        "shape": options.shape,
     }
 
 
 def _tokens(row: dict[str, Any]) -> float:
-    """Tokens that the run has had up to this row, padding not counted."""
+    """Tokens that the run has seen up to this row, without padding."""
     return sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))

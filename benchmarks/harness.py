@@ -1,0 +1,223 @@
+"""The harness of all benchmarks: sides in their own processes, short training runs, and the machine's peak.
+
+A process of its own gives a measurement its own peak memory. Sides alternate, and the fastest run of each is compared,
+so that other work on the machine disturbs both alike.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from um3.core.errors import UserError
+from um3.core.files import read_json
+from um3.core.metrics import read_metrics
+
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+GPU_PEAK = "peak_gpu_memory_gib"
+PEAK_S = 1.5
+"""Seconds of matrix products, of which the fastest gives the peak."""
+
+
+class OutOfMemory(UserError):
+    """A measurement does not fit this machine."""
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def benchmark_parser(name: str, about: str | None, *, sides: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of a case; a comparison of `sides` gets --repeats, --threads and the hidden --side."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=about)
+    if sides:
+        parser.add_argument("--repeats", type=positive, default=3, help="runs of each side (default 3)")
+        parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+        parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_sides(
+    name: str, arguments: Sequence[str], *, sides: Sequence[str], repeats: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Run `python -m benchmarks NAME ARGUMENTS --side SIDE` for every side in turn, `repeats` times.
+
+    Returns:
+        The results of each side: the JSON of the last line that the process printed.
+    """
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for repeat in range(repeats):
+        for side, side_results in results.items():
+            label = f"{name}: run {repeat + 1} of {repeats}, {side}"
+            output = run_process(["benchmarks", name, *arguments, "--side", side], label=label)
+            side_results.append(json.loads(output.splitlines()[-1]))
+    return results
+
+
+def fastest(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The result with the fewest `seconds`."""
+    return min(results, key=lambda result: result["seconds"])
+
+
+def run_process(command: Sequence[str], *, label: str) -> str:
+    """Run `python -m COMMAND` and return what it prints.
+
+    On Linux a process inherits the peak memory of the one that starts it, so import torch only after the last call.
+
+    Raises:
+        OutOfMemory: the process ran out of memory.
+        UserError: it failed otherwise; the message is its last error line.
+    """
+    print(label, file=sys.stderr, flush=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        if process.returncode in KILLED or "out of memory" in errors or "can't allocate memory" in errors:
+            raise OutOfMemory(f"{label}: out of memory; choose a smaller batch or model")
+        raise UserError(f"{label}: {reason.removeprefix('error: ')}")
+    return output
+
+
+class TrainingRun(NamedTuple):
+    """A finished phase: its folder, one row of metrics for every step, and its done.json."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    done: dict[str, Any]
+
+    @property
+    def peak_gib(self) -> float:
+        """Peak memory of the first process during its steps (GiB): torch's on a GPU, else resident memory."""
+        return float(self.done.get(GPU_PEAK, self.rows[-1]["mem/peak_gib"]))
+
+    @property
+    def peak_kind(self) -> str:
+        """What `peak_gib` measures."""
+        return "peak GPU memory (torch)" if GPU_PEAK in self.done else "peak resident memory of a process"
+
+    def step_seconds(self, *, warmup: int) -> list[float]:
+        """Seconds of every step after `warmup` steps (at least 1), from the loop's own clock."""
+        clock = [row["step"] / row["perf/steps_per_s"] for row in self.rows]
+        return [later - earlier for earlier, later in itertools.pairwise(clock)][warmup - 1 :]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Commit, machine and package versions of the run, and the kind of its peak memory."""
+        return {key: self.done[key] for key in ("commit", "machine", "versions")} | {"peak_kind": self.peak_kind}
+
+
+def add_training_options(parser: argparse.ArgumentParser, *, config: str = "demo") -> None:
+    """Options for `train_phase`: the experiment and settings over it."""
+    parser.add_argument("--config", default=config, help=f"experiment: a name or a YAML file (default {config})")
+    parser.add_argument("--tokenizer", help="QLIP folder that stage 2 starts from (default: trained here)")
+    parser.add_argument("--stage1", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 1 only")
+    parser.add_argument("--stage2", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 2 only")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every phase")
+
+
+def train_phase(
+    phase: str, *, options: argparse.Namespace, steps: int, folder: Path, settings: Sequence[str] = (), label: str = ""
+) -> TrainingRun:
+    """Run `python -m train PHASE` for `steps` steps in `folder`/PHASE, logging every step and saving the last.
+
+    Raises:
+        UserError: training failed.
+    """
+    output_dir = folder / phase
+    run_process(
+        [
+            *("train", phase, "--config", options.config, "--processes", str(getattr(options, "processes", 1))),
+            *(*options.overrides, *getattr(options, phase, ()), *settings),
+            *(f"loop.output_dir={output_dir}", f"loop.max_steps={steps}"),
+            *("loop.log_every_steps=1", f"loop.save_every_steps={steps}"),
+        ],
+        label=label or f"{phase}: {steps} steps",
+    )
+    return TrainingRun(output_dir, read_metrics(output_dir / "metrics.jsonl"), read_json(output_dir / "done.json"))
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for runs of which only the figures are kept."""
+    return tempfile.TemporaryDirectory(prefix="um3-benchmark-", ignore_cleanup_errors=True)
+
+
+class Peak(NamedTuple):
+    """FLOP/s that a utilisation is a share of, and how they were obtained."""
+
+    flops: float
+    how: str
+
+
+@functools.cache
+def machine_peak(*, precision: str, processes: int = 1, threads: int = 0, tflops: float | None = None) -> Peak:
+    """The FLOP/s of large matrix products in `processes` processes at the same time, or the given `tflops`.
+
+    Args:
+        precision: one of the engine's: fp32, or bf16-mixed or bf16-true for products in bf16.
+        threads: CPU threads of each process; 0 leaves torch's choice.
+
+    Raises:
+        UserError: a process failed.
+    """
+    if tflops:
+        return Peak(tflops * 1e12, "given")
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.SimpleQueue()
+    workers = [
+        context.Process(target=_multiply, args=(rank, precision, threads, barrier, results), daemon=True)
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise UserError("the machine's peak could not be measured; pass it with --peak-tflops")
+    measured = [results.get() for _ in workers]
+    return Peak(sum(flops for flops, _ in measured), f"measured on {processes} x {measured[0][1]}")
+
+
+def _multiply(rank: int, precision: str, threads: int, barrier: Barrier, results: "SimpleQueue[Any]") -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    size = 8192 if gpu else 2048
+    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best_s, product = float("inf"), first @ second
+    barrier.wait(timeout=300)
+    end = time.perf_counter() + PEAK_S
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.matmul(first, second, out=product)
+        if gpu:
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()}-thread CPU process"
+    kind = str(dtype).removeprefix("torch.")
+    results.put((2 * size**3 / best_s, f"{name}, {kind} products of {size} x {size}"))
