@@ -1,0 +1,152 @@
+"""The commands and code of README.md and docs/ are true: Python runs, targets, commands and settings exist."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import benchmarks.__main__
+import data_mix.__main__
+import eval.__main__
+import train.__main__
+from data_mix.codes.encode import EncodeConfig
+from eval.config import EvalConfig
+from tests.helpers.processes import ROOT
+from tests.um3.conftest import model_folder, qlip_folder  # noqa: F401 - fixtures
+from train.recipes.um3_init import InitConfig
+from um3.core.commands import find_config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
+VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE)) | {"OUT"}
+ROOMS = {"train": train, "data_mix": data_mix, "eval": eval, "benchmarks": benchmarks}
+ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language ("" for the shell) of a page."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in fences if name == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every shell line, comments and continuation lines resolved."""
+    lines = []
+    for block in blocks(page, ""):
+        block = re.sub(r"cat > .*?\nEND\n", "", block.replace("\\\n", " "), flags=re.DOTALL)
+        for line in block.splitlines():
+            lines += [part.strip() for part in re.split(r" && | \| ", line) if part.strip()]
+    return [shlex.split(ENVIRONMENT.sub("", line), comments=True) for line in lines if not line.startswith("#")]
+
+
+def ids(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def keys_of(schema: type, *, prefix: str = "") -> set[str]:
+    """Every dotted key of a config dataclass."""
+    keys = set()
+    for name, hint in typing.get_type_hints(schema).items():
+        keys.add(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys |= keys_of(typing.cast(type, hint), prefix=f"{prefix}{name}.")
+    return keys
+
+
+def known_keys() -> set[str]:
+    from train.phase import CONFIGS
+
+    schemas: list[type] = [*CONFIGS.values(), EncodeConfig, EvalConfig, InitConfig]
+    for module in ("coco_captions", "coco_generation", "geneval", "dpg"):
+        contents = vars(importlib.import_module(f"eval.benchmarks.{module}")).values()
+        schemas += [each for each in contents if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    generate: Any = importlib.import_module(eval.__main__.COMMANDS["generate-images"].module)
+    schemas += [each for each in vars(generate).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    return set().union(*map(keys_of, schemas))
+
+
+def settings(words: list[str]) -> list[str]:
+    """The keys of the settings among words, and of those in ARGS= and GENERATE=."""
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("ARGS", "GENERATE"):
+            found += settings(shlex.split(value))
+        elif equals and re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)*", name):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_targets_commands_and_settings_exist(page: Path) -> None:
+    keys = known_keys()
+    for words in commands(page):
+        if words[:1] == ["make"]:
+            names = [word for word in words[1:] if "=" not in word]
+            assert set(names) <= TARGETS, words
+            assert {word.split("=")[0] for word in words[1:] if "=" in word} <= VARIABLES, words
+        if "-m" in words and words[words.index("-m") + 1] in ROOMS:
+            room, command = words[words.index("-m") + 1 : words.index("-m") + 3]
+            assert command in ROOMS[room].__main__.COMMANDS, words
+            if command == "lm":
+                continue
+        elif words[:1] != ["make"] and words[:1] != ["sbatch"]:
+            continue
+        assert [key for key in settings(words) if key not in keys] == [], words
+        for word in words:
+            if word.startswith("CONFIG=") and not word.endswith(".yaml"):
+                assert find_config(word.removeprefix("CONFIG=")).is_file(), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)|(?:src|srcset)=\"([^\":]+)\"", page.read_text()):
+        path = next(filter(None, target))
+        assert (page.parent / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
+def test_python_runs(page: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a page run one after the other; the tiny model stands for every model that a page names."""
+    (tmp_path / "runs/demo/um3").mkdir(parents=True)
+    (tmp_path / "runs/demo/um3/model").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    names: dict[str, Any] = {"images": images}
+    for block in blocks(page, "python"):
+        for hub_id in ("nvidia/QLIP-B-16-256", "path/or/hub-id"):
+            block = block.replace(f'"{hub_id}"', repr(str(model_folder / "qlip")))
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.slow
+def test_um3_lines_of_the_readme_run(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs/demo/um3").mkdir(parents=True)
+    (tmp_path / "runs/demo/um3/model").symlink_to(model_folder)
+    lines = [words for words in commands(ROOT / "README.md") if words[:1] == [".venv/bin/um3"]]
+    assert {words[1] for words in lines} == {"generate", "caption", "serve"}
+    for words in lines:
+        if words[1] != "serve":
+            shell = " ".join(
+                [shlex.quote(sys.executable), "-m", "um3", *(shlex.quote(w) if "*" not in w else w for w in words[1:])]
+            )
+            result = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "api/pipeline/index.html").read_text().count("UM3Pipeline") > 5
