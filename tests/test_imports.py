@@ -1,9 +1,10 @@
-"""The house's plan, enforced: imports point left only, nothing unsafe is loaded, every room says what it is."""
+"""The plan of the rooms, enforced: import direction, safe loading, docstrings, sizes of files and folders."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,35 +19,37 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "eval": ("metrics", "tasks", "benchmarks", "report"),
     "train": ("recipes", "plan"),
 }
-"""Rooms and their sub-rooms, from left to right: a module imports its own place and those before it.
+"""Rooms and their sub-rooms, from left to right: a module imports its own sub-room and those before it.
 
-Modules that lie directly in a room (`data_mix.order`, `eval.run`) serve all its sub-rooms and may use any of them.
+Modules directly in a room (`data_mix.order`, `eval.run`) serve all its sub-rooms and may import any of them.
 """
 PACKAGES = tuple(room for room in ROOMS if "." not in room)
 FILES = sorted(path for room in PACKAGES for path in (ROOT / room).rglob("*.py"))
+PRODUCT = [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
+MAX_FILES_PER_FOLDER, MAX_LINES_PER_FILE = 14, 400
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLING_CALLS = {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
 
 
 def module_name(path: Path) -> str:
-    """`um3/core/files.py` -> `um3.core.files`; a package is named without `__init__`."""
+    """`um3/core/files.py` -> `um3.core.files`; the name of a package has no `__init__`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module of ours (the longest name that fits), None for anybody else's."""
+    """The room of one of our modules (the longest name that matches), None for another library's."""
     return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len, default=None)
 
 
 def sub_room_of(module: str) -> str | None:
-    """The sub-room of a module of ours, None outside of one."""
+    """The sub-room of one of our modules, None outside of one."""
     room = room_of(module)
     name = module.removeprefix(f"{room}.").split(".")[0]
     return name if room is not None and name in ROOMS[room] else None
 
 
 def points_right(importer: str, imported: str) -> bool:
-    """Whether an import leads to a later room, or to a later sub-room of the same room."""
+    """Whether an import is of a later room, or of a later sub-room of the same room."""
     rooms = list(ROOMS)
     here, there = room_of(importer), room_of(imported)
     if here is None or there is None or here != there:
@@ -56,10 +59,10 @@ def points_right(importer: str, imported: str) -> bool:
 
 
 def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import, wherever it stands: in functions and under TYPE_CHECKING too.
+    """(line, module) of every import, also in functions and under TYPE_CHECKING.
 
-    `from a import b` counts as `a.b`, which lies in the room of `a` unless `a.b` is a room of its own.
-    `package` is what relative imports start from.
+    `from a import b` counts as `a.b`, which is in the room of `a` unless `a.b` is a room itself. Relative imports
+    start from `package`.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -73,13 +76,13 @@ def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]
 
 
 def leading_text(node: ast.expr) -> str:
-    """The constant beginning of a string or f-string; "" where there is none."""
+    """The constant start of a string or f-string; "" without one."""
     first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
 
 
 def called(node: ast.Call) -> str:
-    """The last name of what is called: `torch.load(...)` -> `load`."""
+    """The last name of the called function: `torch.load(...)` -> `load`."""
     function = node.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
@@ -92,30 +95,30 @@ def wrong_imports(tree: ast.AST, *, module: str, package: str) -> list[str]:
 
 
 def unsafe_loads(tree: ast.AST) -> list[str]:
-    """What would run code from a file: pickle and its kin, torch.load of more than tensors, remote code."""
-    found = []
+    """Calls that could run code from a file: pickle and the like, torch.load of more than tensors, remote code."""
+    unsafe = []
     for line, other in imported_modules(tree, package=""):
         if other.split(".")[0] in PICKLERS or other == "torch.load":
-            found.append(f"{line}: imports {other}")
+            unsafe.append(f"{line}: imports {other}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             pairs = [(leading_text(key), value) for key, value in zip(node.keys, node.values, strict=True) if key]
-            found += [f"{value.lineno}: trust_remote_code" for key, value in pairs if is_trust(key, value)]
+            unsafe += [f"{value.lineno}: trust_remote_code" for key, value in pairs if is_trust(key, value)]
         if not isinstance(node, ast.Call):
             continue
         keywords = {keyword.arg or "**": keyword.value for keyword in node.keywords}
-        found += [f"{node.lineno}: trust_remote_code" for key, value in keywords.items() if is_trust(key, value)]
+        unsafe += [f"{node.lineno}: trust_remote_code" for key, value in keywords.items() if is_trust(key, value)]
         if ast.unparse(node.func) == "torch.load" and not is_constant(keywords.get("weights_only"), True):
-            found.append(f"{node.lineno}: torch.load without weights_only=True")
+            unsafe.append(f"{node.lineno}: torch.load without weights_only=True")
         if not is_constant(keywords.get("allow_pickle"), False) and "allow_pickle" in keywords:
-            found.append(f"{node.lineno}: allow_pickle")
+            unsafe.append(f"{node.lineno}: allow_pickle")
         if called(node) in PICKLING_CALLS or ast.unparse(node.func) == "yaml.load":
-            found.append(f"{node.lineno}: {ast.unparse(node.func)}")
-    return found
+            unsafe.append(f"{node.lineno}: {ast.unparse(node.func)}")
+    return unsafe
 
 
 def is_trust(key: str, value: ast.expr) -> bool:
-    """True for trust_remote_code with anything but a plain False."""
+    """True for trust_remote_code with a value other than the literal False."""
     return key == "trust_remote_code" and not is_constant(value, False)
 
 
@@ -133,8 +136,8 @@ def package_of(path: Path) -> str:
 
 
 def test_every_room_is_listed_and_packaged() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert {name.rstrip("*") for name in setuptools["packages"]["find"]["include"]} == set(PACKAGES)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {*wheel["packages"], *wheel["force-include"]} - {"configs", "scripts/um3_rooms.pth"} == set(PACKAGES)
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"tests", "benchmarks"} == set(PACKAGES)
     assert len(FILES) > 50 and {room_of(module_name(path)) for path in FILES} == set(ROOMS)
@@ -150,7 +153,15 @@ def test_nothing_unsafe_is_loaded(path: Path) -> None:
     assert not unsafe_loads(parse(path))
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_no_folder_and_no_file_is_too_large() -> None:
+    counts = Counter(path.parent for path in PRODUCT)
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PRODUCT}
+    folders = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > MAX_FILES_PER_FOLDER]
+    files = [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lines.items() if n > MAX_LINES_PER_FILE]
+    assert folders + files == []
+
+
+def test_every_module_has_a_docstring() -> None:
     assert [module_name(path) for path in FILES if not ast.get_docstring(parse(path))] == []
     folders = {path.parent for path in FILES}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
@@ -190,7 +201,7 @@ def test_the_checker_sees_an_import_to_the_right(module: str, line: str) -> None
         ("train.loop", "import um3, data_mix.batches.mix, eval.run\nfrom train import engine\nfrom . import optim"),
     ],
 )
-def test_the_checker_lets_imports_to_the_left_pass(module: str, line: str) -> None:
+def test_the_checker_accepts_imports_to_the_left(module: str, line: str) -> None:
     assert not wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
 
 
@@ -228,7 +239,7 @@ def test_the_checker_sees_an_unsafe_load(line: str) -> None:
         "options = {'trust_remote_code': False, **other}",
     ],
 )
-def test_the_checker_lets_a_safe_load_pass(line: str) -> None:
+def test_the_checker_accepts_a_safe_load(line: str) -> None:
     assert not unsafe_loads(ast.parse(line))
 
 
@@ -240,7 +251,7 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_reading_a_config_imports_no_deep_learning() -> None:
-    """A phase with nothing to do must end at once."""
+    """A phase that is up to date must return at once."""
     loaded = modules_after("import train.config, train.__main__")
     assert {"train", "omegaconf"} <= loaded
     assert not loaded & {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}

@@ -1,4 +1,4 @@
-"""The progress line: what it says, when it comes, and who stays silent."""
+"""The progress line: its figures, its times, and who prints it."""
 
 import io
 import os
@@ -26,17 +26,14 @@ def test_seconds_read_as_a_clock(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
-def test_a_log_gets_few_lines_and_always_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_sparse_lines_and_always_the_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = Progress(50, label="codes", unit="images")
     for index in range(50):
         shown.advance(note=f"loss {index}")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("codes 50/50 · ") and "images/s · took 0:0" in line and line.endswith("GiB · loss 49")
-
-
-def test_a_log_gets_a_line_whenever_it_is_time(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(progress, "LOG_EVERY_S", -1.0)
     shown = Progress(3, label="x")
     shown.advance(2, note="kept")
@@ -50,22 +47,16 @@ def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPa
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress, "LIVE_EVERY_S", -1.0)
-    for _ in track(range(3), total=3, label="x"):
-        pass
+    assert list(track("abc", total=3, label="x")) == ["a", "b", "c"]
     text = terminal.getvalue()
     assert text.count("\r") == 3 and text.count("\n") == 1 and text.endswith("\n")
 
 
-def test_what_a_resumed_run_had_done_counts_to_the_share_not_to_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_of_an_earlier_run_count_to_the_share_not_to_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Progress(1000, label="x", start=900)
     monkeypatch.setattr(progress.time, "monotonic", lambda: shown.began + 2.0)
     shown.advance(10)
     assert shown.done == 910 and shown.rate() == 5.0
-
-
-def test_track_yields_the_items_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track("abc", total=3, label="letters")) == ["a", "b", "c"]
-    assert "letters 3/3" in capsys.readouterr().err
 
 
 def test_steps_of_a_longer_loop_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,22 +67,14 @@ def test_steps_of_a_longer_loop_are_silent(capsys: pytest.CaptureFixture[str]) -
     assert "inner" not in (shown := capsys.readouterr().err) and "outer 1/1" in shown
 
 
-def test_only_the_first_rank_speaks() -> None:
-    program = "from um3.core.progress import track; print(sum(track(range(4), total=4, label='x')))"
+def test_only_rank_0_prints_and_memory_is_that_of_its_process() -> None:
+    held = bytearray(300 * 2**20)  # memory of the parent process
+    program = "from um3.core.progress import *; print(sum(track(range(4), total=4, label='x')), peak_memory_gib())"
     for rank, lines in (("0", 1), ("1", 0)):
         result = subprocess.run(
             [sys.executable, "-c", program],
             cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert result.stdout == "6\n" and len(result.stderr.splitlines()) == lines
-
-
-def test_peak_memory_is_that_of_a_python_process() -> None:
-    assert 0.005 < peak_memory_gib() < 500
-
-
-def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
-    held = bytearray(300 * 2**20)
-    program = "from um3.core.progress import peak_memory_gib; print(peak_memory_gib())"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 0.2 and len(held) > 0
+        total, memory_gib = result.stdout.split()
+        assert total == "6" and len(result.stderr.splitlines()) == lines
+        assert 0.005 < float(memory_gib) < 0.2 < peak_memory_gib() and len(held) > 0

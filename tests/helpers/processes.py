@@ -1,4 +1,4 @@
-"""Runs a function in several processes that share a gloo process group.
+"""Runs a function in several processes with a gloo process group.
 
 python -m tests.helpers.processes MODULE FUNCTION RENDEZVOUS    # one rank; RANK and WORLD_SIZE in the environment
 """
@@ -16,15 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_on_ranks(function: Callable[[], Any], *, folder: Path, num_ranks: int = 2) -> list[Any]:
-    """What `function` (of a test module, without arguments) returns on each rank; it must be JSON."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.processes",
-        function.__module__,
-        function.__name__,
-        f"{folder}/rendezvous",
-    ]
+    """The results of `function` (of a test module, without arguments) on each rank; they must be JSON values."""
+    module = "tests.helpers.processes"
+    command = [sys.executable, "-m", module, function.__module__, function.__name__, f"{folder}/rendezvous"]
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, text=True,

@@ -1,4 +1,1 @@
-"""What every room of the house needs and no model does.
-
-Configs, ranks, logging, metrics, seeds, progress, atomic files and safe image reading live here.
-"""
+"""What every room needs and no model does: configs, ranks, logging, metrics, seeds, progress, atomic files, images."""

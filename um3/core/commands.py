@@ -1,7 +1,7 @@
-"""Commands: `python -m ROOM NAME`, and one way for each of them to read its config and settings.
+"""Commands: `python -m ROOM NAME`, and one way for all of them to read a config and settings.
 
-A room lists its commands by name in `__main__.py`; the module of a command is imported only when it is called, so
-`--help` and a wrong name are answered at once.
+The `__main__.py` of a room lists its commands by name. The module of a command is imported only when the command
+runs, so `--help` and a wrong name are answered at once.
 """
 
 import argparse
@@ -18,9 +18,9 @@ ConfigT = TypeVar("ConfigT")
 
 
 def find_config(path_or_name: str) -> Path:
-    """The file of an experiment: a path as it is, or the name of one that comes with UM3, such as demo.
+    """The file of an experiment: an existing path, or the file of a name such as demo or configs/demo.yaml.
 
-    Names and paths such as configs/demo.yaml are found in the checkout, and in an installed wheel.
+    Names are searched in the checkout and in an installed wheel.
     """
     path = Path(path_or_name)
     if path.exists():
@@ -33,9 +33,9 @@ def find_config(path_or_name: str) -> Path:
 
 
 class Command(NamedTuple):
-    """`module` has a `main(arguments)`; `about` is its line in the room's `--help`.
+    """A command of a room: `module` has a `main(arguments)`, `about` is its line in the room's `--help`.
 
-    A module that serves several commands (`named`) is given the command's name as its first argument.
+    A module that serves several commands (`named`) receives the name of the command as its first argument.
     """
 
     module: str
@@ -44,13 +44,13 @@ class Command(NamedTuple):
 
 
 def run_room(room: str, commands: Mapping[str, Command]) -> None:
-    """Run the command that `sys.argv` names, with the remaining arguments; its exit code is the process's."""
+    """Run the command that `sys.argv` names with the remaining arguments; exit with its exit code."""
     width = max(map(len, commands)) + 2
     lines = [f"  {name:<{width}}{command.about}" for name, command in commands.items()]
     parser = argparse.ArgumentParser(
         prog=f"python -m {room}",
         usage=f"python -m {room} COMMAND ...",
-        description="\n".join(["commands:", *lines, "", "COMMAND --help lists the options of one."]),
+        description="\n".join(["commands:", *lines, "", "COMMAND --help lists the options of a command."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=commands, help=argparse.SUPPRESS)
@@ -61,35 +61,39 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
 
 
 def command_parser(prog: str, about: str, *, config: str = "") -> argparse.ArgumentParser:
-    """A parser with `--config` and `section.key=value` settings; the caller may add options of its own.
+    """A parser with `--config` and `section.key=value` settings; the caller may add options.
 
     Args:
-        prog: the command as it is typed, such as "python -m data_mix encode".
-        about: what it does, one line.
+        prog: the command as the user types it, such as "python -m data_mix encode".
+        about: one line that says what the command does.
         config: "required", "optional", or "" for a command without a config file.
     """
     parser = argparse.ArgumentParser(prog=prog, description=about)
     if config:
-        parser.add_argument(
-            "--config",
-            required=config == "required",
-            help="experiment: the name of a file in configs/, such as demo, or a path; this command reads its own section",
+        about_config = (
+            "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
         )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
+        parser.add_argument("--config", required=config == "required", help=about_config)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override those of the file"
+    )
     return parser
 
 
 def read_config(
-    schema: type[ConfigT], parser: argparse.ArgumentParser, *, section: str = "", arguments: Sequence[str]
+    schema: type[ConfigT],
+    parser: argparse.ArgumentParser,
+    *,
+    section: str = "",
+    arguments: Sequence[str],
+    partial: bool = False,
 ) -> tuple[ConfigT, argparse.Namespace]:
-    """Parse `arguments` and load `schema` from the file's `section` and the settings.
+    """Parse `arguments`; load `schema` from the `section` of the config file and the settings.
 
     Raises:
-        UserError: as `um3.core.config.load_config`.
+        UserError: see `um3.core.config.load_config`.
     """
     options = parser.parse_intermixed_args(arguments)
-    given = getattr(options, "config", None)
-    config = load_config(
-        schema, path=find_config(given) if given else None, section=section, overrides=options.overrides
-    )
-    return config, options
+    name = getattr(options, "config", None)
+    path = find_config(name) if name else None
+    return load_config(schema, path=path, section=section, overrides=options.overrides, partial=partial), options

@@ -1,8 +1,9 @@
-"""Ranks and the few collectives the project needs; every function also works in a single process.
+"""Ranks and the collectives of the project. Every function also works in a single process.
 
-torch is imported where it is needed: who only asks for the rank should not wait seconds for it.
+torch is imported inside the functions, because reading the rank must not take seconds.
 """
 
+import functools
 import os
 import socket
 import sys
@@ -18,26 +19,26 @@ if TYPE_CHECKING:
 
 
 def rank() -> int:
-    """Global rank of this process; 0 when nothing is launched."""
+    """Global rank of this process; 0 without a launcher."""
     group = _process_group()
     return int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes in the job; 1 when nothing is launched."""
+    """Number of processes in the job; 1 without a launcher."""
     group = _process_group()
     return int(group.get_world_size()) if group else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """True on the one process that logs and writes files."""
+    """True on rank 0, the only process that logs and writes files."""
     return rank() == 0
 
 
 def prepare_environment() -> None:
-    """Set the launcher's variables for a single process started without `torchrun` or `deepspeed`.
+    """Set the launcher's variables for a single process that neither `torchrun` nor `deepspeed` started.
 
-    Without them DeepSpeed tries to discover MPI and dies asking for mpi4py.
+    Without them DeepSpeed looks for MPI and fails without mpi4py.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
@@ -45,7 +46,7 @@ def prepare_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing uses."""
+    """An unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -67,7 +68,7 @@ def barrier() -> None:
 
 
 def wait_for_main(*, hours: float = 72) -> None:
-    """Wait for the first rank where it does alone what may take hours; in a barrier the others would give up on it."""
+    """Wait for rank 0 while it does hours of work alone; a plain barrier would time out on the other ranks."""
     if world_size() > 1 and (group := _process_group()):
         patient = group.new_group(backend="gloo", timeout=timedelta(hours=hours))
         group.barrier(group=patient)
@@ -75,23 +76,23 @@ def wait_for_main(*, hours: float = 72) -> None:
 
 
 def wait_for_file(path: Path) -> None:
-    """Wait until the first rank has made `path`.
+    """Wait until rank 0 has written `path`.
 
     Raises:
-        UserError: this process cannot see it.
+        UserError: this process cannot see the file.
     """
     wait_for_main()
     if not path.exists():
-        raise UserError(f"{path} cannot be seen by this process; put the run folder where every machine sees it")
+        raise UserError(f"this process cannot see {path}; put the run folder on a disk that every machine shares")
 
 
 def make_once(path: Path, make: Callable[[], object]) -> Path:
-    """Have the first rank `make` the file `path` unless it exists, and return it on every rank (a collective call).
+    """Let rank 0 `make` the file `path` unless it exists; return the path on every rank (a collective call).
 
-    `make` must write it atomically (`um3.core.files`).
+    `make` must write the file atomically (`um3.core.files`).
 
     Raises:
-        UserError: this process cannot see the first rank's file.
+        UserError: this process cannot see the file of rank 0.
     """
     if is_main() and not path.exists():
         make()
@@ -100,7 +101,7 @@ def make_once(path: Path, make: Callable[[], object]) -> Path:
 
 
 def leave_group() -> None:
-    """Take leave of the other ranks at a process's very end: NCCL warns where that is left out."""
+    """Destroy the process group at exit (NCCL warns otherwise)."""
     if (group := _process_group()) and group.get_backend() == "nccl":
         group.destroy_process_group()
 
@@ -114,7 +115,7 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Each value's mean over all ranks, which must hold the same keys in the same order."""
+    """The mean of each value over all ranks, which must hold the same keys in the same order."""
     if world_size() == 1:
         return values
     import torch
@@ -132,15 +133,37 @@ def any_rank(flag: bool) -> bool:
 
 def gather_with_gradient(x_BD: "torch.Tensor") -> "torch.Tensor":
     """Concatenate `x_BD` of all ranks, in rank order, along the batch; gradients flow back to each rank."""
-    if world_size() == 1:
-        return x_BD
-    from um3.core.gather import GatherRows
+    return x_BD if world_size() == 1 else _gather_function().apply(x_BD)
 
-    return GatherRows.apply(x_BD)
+
+@functools.cache
+def _gather_function() -> Any:
+    """The autograd function of `gather_with_gradient`.
+
+    torch's `torch.distributed.nn.functional.all_gather` is deprecated, and with gloo its backward pass made one
+    process in ten abort at exit (torch 2.13, CPU).
+    """
+    import torch
+
+    class GatherBatches(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_BD: torch.Tensor) -> torch.Tensor:
+            x_BD = x_BD.contiguous()
+            ctx.batch_size = len(x_BD)
+            parts = [torch.empty_like(x_BD) for _ in range(world_size())]
+            torch.distributed.all_gather(parts, x_BD)
+            return torch.cat(parts)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            total = sum_over_ranks(gradients[0].float()).to(gradients[0].dtype)  # (global batch, D)
+            return total[rank() * ctx.batch_size :][: ctx.batch_size]
+
+    return GatherBatches
 
 
 def gather_flat(part: "torch.Tensor") -> "torch.Tensor":
-    """Concatenate the equally long vectors `part` of all ranks, in rank order (no gradient)."""
+    """Concatenate the vectors `part` (equal lengths) of all ranks, in rank order (no gradient)."""
     if world_size() == 1 or not (group := _process_group()):
         return part
     whole = part.new_empty(world_size() * len(part))
@@ -149,6 +172,6 @@ def gather_flat(part: "torch.Tensor") -> "torch.Tensor":
 
 
 def _process_group() -> Any:
-    """torch.distributed where a process group runs, else None."""
+    """torch.distributed if a process group is initialized, else None."""
     module = sys.modules.get("torch.distributed")
     return module if module is not None and module.is_initialized() else None

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed into it."""
+"""Atomic files and folders: written to a temporary path, synced, then renamed."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,7 @@ PARTIAL_SUFFIX = ".partial"
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces `path`, on any failure it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    path, partial = _partial(path)
     try:
         yield partial
         _sync(partial)
@@ -32,9 +30,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder; on success it replaces `path`, on any failure it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    path, partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -45,6 +41,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: str | Path) -> tuple[Path, Path]:
+    """The path, with its parent folder created, and the temporary path next to it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def _replace_folder(path: Path, *, by: Path) -> None:
@@ -68,7 +71,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically; NaN and infinities are refused."""
+    """Write `value` to `path` as indented JSON, atomically; NaN and infinities raise ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -93,9 +96,9 @@ def sha256_of(path: str | Path) -> str:
 
 
 def short_hash(*values: Any) -> str:
-    """16 hex digits that name plain values (JSON types, bytes, paths): a cache entry, a protocol, a data set.
+    """16 hex digits of a sha256 over plain values (JSON types, bytes, paths), as the name of a cache entry or protocol.
 
-    Equal values give equal hashes in every process; the order of dictionary keys does not count.
+    Equal values have equal hashes in every process. The order of dictionary keys does not matter.
     """
     digest = hashlib.sha256()
     for value in values:

@@ -1,25 +1,25 @@
-"""Logging: rank 0 speaks at INFO, the others only when something is wrong."""
+"""Logging: rank 0 logs from INFO on, the other ranks from WARNING on."""
 
 import logging
 import sys
 
-from um3.core.distributed import rank
+from um3.core.distributed import is_main, rank
 
 
 def setup_logging() -> None:
-    """Send the project's log lines to stderr; third-party packages speak from WARNING on."""
+    """Send the project's log lines to stderr; third-party packages log from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
-    where = "" if rank() == 0 else f"rank {rank()} "
+    where = "" if is_main() else f"rank {rank()} "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {where}%(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for room in ("__main__", "um3", "tokenizer", "data_mix", "eval", "train"):
-        logging.getLogger(room).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    for room in ("__main__", "um3", "tokenizer", "data_mix", "downstream", "eval", "train"):
+        logging.getLogger(room).setLevel(logging.INFO if is_main() else logging.WARNING)
     for noisy in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def quiet_model_files() -> None:
-    """Switch off transformers' bars for reading and writing weights; downloads from a hub keep theirs."""
+    """Hide transformers' progress bars for weight files; downloads from the hub keep theirs."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -1,9 +1,7 @@
-"""Float32 products on a CPU by oneDNN.
+"""Float32 matrix products on a CPU with oneDNN, without gradient.
 
-torch gives them to MKL, which has no AVX-512 kernels for AMD's processors: there oneDNN is twice as fast, elsewhere
-equally fast (benchmarks/). Products that need a gradient have to bring their own: this one has none.
-
-Shapes: R entries of the weight, D inputs.
+torch uses MKL for them, which has no AVX-512 kernels for AMD's processors: there oneDNN is twice as fast, elsewhere
+as fast (benchmarks/). Shapes: R rows of the weight, D inputs.
 """
 
 import torch
@@ -11,12 +9,12 @@ from torch import Tensor
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED_FOR_ROWS = 16
-"""Rows of x that `pack` has in mind; others are as right, and about as fast."""
+"""Rows of x that the layout of `pack` is tuned for; other numbers of rows give the same result at about that speed."""
 
 
 def serves(x: Tensor, weight_RD: Tensor) -> bool:
-    """Whether `linear` takes these."""
-    return AVAILABLE and all(each.device.type == "cpu" and each.dtype == torch.float32 for each in (x, weight_RD))
+    """Whether `linear` supports these tensors."""
+    return AVAILABLE and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in (x, weight_RD))
 
 
 def linear(x: Tensor, weight_RD: Tensor, bias_R: Tensor | None = None) -> Tensor:
@@ -26,10 +24,9 @@ def linear(x: Tensor, weight_RD: Tensor, bias_R: Tensor | None = None) -> Tensor
 
 
 def pack(weight_RD: Tensor) -> Tensor:
-    """A copy of `weight_RD` as oneDNN wants it in memory, for `linear` alone.
+    """A copy of `weight_RD` in oneDNN's memory layout, for `linear` only.
 
-    For few rows of x, where reading the weight is all the work, it is up to twice as fast: it reads at the memory's
-    speed (benchmarks/).
+    For few rows of x, when reading the weight dominates, it is up to twice as fast (benchmarks/).
     """
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_RD.contiguous(), PACKED_FOR_ROWS)
     return packed

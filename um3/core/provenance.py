@@ -10,32 +10,30 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "lm-eval", "pycoco
 
 
 def commit() -> str:
-    """The checkout's commit, with `+changes` when the tree is not clean; "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    """The checkout's commit, with `+changes` if the tree has changes; "unknown" outside a checkout."""
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+        return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    installed = {name: "absent" for name in PACKAGES}
+    for name in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            continue
+    return {"python": platform.python_version()} | installed
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    return {
-        "platform": platform.platform(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    }
+    """The platform and number of CPU cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"platform": platform.platform(), "cpu_cores": cores}
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Every random draw is a function of the run's seed and the name of what draws it."""
+"""Random numbers: every draw is a function of the run's seed and the name of its stream."""
 
 import hashlib
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
 
 
 def seed_everything(seed: int, *names: str | int) -> None:
-    """Set torch's global generators (weight initialisation, dropout). Data never draws from them."""
+    """Set torch's global generators (weight initialization, dropout). Data never draws from them."""
     import torch
 
     torch.manual_seed(derive_seed(seed, *names))

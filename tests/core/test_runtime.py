@@ -1,0 +1,106 @@
+"""Log levels, provenance, seeds, and where models are found."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from tests.helpers.processes import ROOT
+from um3.core.errors import UserError
+from um3.core.hub import model_folder
+from um3.core.provenance import machine, versions
+from um3.core.seeds import derive_seed, numpy_generator, seed_everything, torch_generator
+
+LOG_PROGRAM = """
+import logging
+from um3.core.log import setup_logging
+setup_logging(); setup_logging()
+for name in ("train.loop", "um3.core.metrics", "somebody.else"):
+    logging.getLogger(name).info("%s info", name)
+    logging.getLogger(name).warning("%s warning", name)
+"""
+
+
+def output(command: list[str], *, cwd: Path, stream: str = "stdout", **environment: str) -> str:
+    result = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return str(getattr(result, stream)).strip()
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        ("0", "train.loop info, train.loop warning, um3.core.metrics info, um3.core.metrics warning, somebody.else"),
+        ("1", "rank 1 train.loop warning, rank 1 um3.core.metrics warning, rank 1 somebody.else"),
+    ],
+)
+def test_log_levels_by_rank(rank: str, expected: str) -> None:
+    lines = output([sys.executable, "-c", LOG_PROGRAM], cwd=ROOT, stream="stderr", RANK=rank).splitlines()
+    assert ", ".join(line.partition(" ")[2] for line in lines) == f"{expected} warning"
+
+
+def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path) -> None:
+    def commit() -> str:
+        program = "from um3.core.provenance import commit; print(commit())"
+        return output([sys.executable, "-c", program], cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+    shutil.copytree(ROOT / "um3" / "core", tmp_path / "um3" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    assert commit() == "unknown"
+    (tmp_path / ".gitignore").write_text("__pycache__\n")
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        output(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path)
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "new.txt").touch()
+    assert commit() == f"{clean}+changes"
+
+
+def test_versions_and_machine_are_named() -> None:
+    installed, cores = versions(), machine()["cpu_cores"]
+    assert installed["torch"] == torch.__version__ and installed["python"].startswith("3.")
+    assert "absent" not in installed.values() and isinstance(cores, int) and cores >= 1
+
+
+def test_seeds_never_change() -> None:
+    """Other values here would change the random numbers of every run."""
+    assert derive_seed(0) == 3456079177858693020
+    assert derive_seed(17, "step", 3) == 4789921028265567934
+
+
+def test_seeds_differ_by_seed_name_and_order() -> None:
+    names: list[tuple[str | int, ...]] = [(), ("a",), ("a", 0), ("a", 1), (1, "a"), ("b",)]
+    seeds = [derive_seed(seed, *name) for seed in (0, 1, -1) for name in names]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_generators_depend_on_seed_and_name_alone() -> None:
+    draws = []
+    for global_seed, name in ((5, "noise"), (6, "noise"), (6, "other")):
+        torch.manual_seed(global_seed)
+        seed_draw = torch.rand(3, generator=torch_generator(1, name)).tolist()
+        numpy_draw = numpy_generator(1, name).random()
+        seed_everything(3, name)
+        draws.append([seed_draw, numpy_draw, torch.rand(3).tolist()])
+    first, second, other = draws
+    assert first == second and all(a != b for a, b in zip(second, other, strict=True))
+    assert numpy_generator(1, "noise").random() != numpy_generator(2, "noise").random()
+
+
+def test_a_model_is_a_local_folder_or_a_cached_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0" * 40)
+    assert model_folder(tmp_path) == tmp_path and model_folder("owner/name") == snapshot
+    for wrong in ("owner/other", "nowhere", tmp_path / "no" / "folder"):
+        with pytest.raises(UserError, match=f"QLIP.*'{wrong}'.*hub id"):
+            model_folder(wrong, kind="QLIP tokenizer")
