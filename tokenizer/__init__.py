@@ -1,6 +1,6 @@
 """QLIP, the text-aligned visual tokenizer: images -> codes -> images, its text tower, losses and released layout.
 
-Knows nothing of language models or training loops. Importing it tells transformers' Auto classes what a QLIP is.
+It knows nothing of language models or training loops. Importing it registers QLIP with transformers' Auto classes.
 """
 
 from pathlib import Path
@@ -18,6 +18,6 @@ AutoModel.register(QLIPConfig, QLIPModel)
 AutoProcessor.register(QLIPConfig, QLIPProcessor)
 
 
-def load(folder: str | Path) -> tuple[QLIPModel, QLIPProcessor]:
-    """Load a QLIP folder or hub id: the model in eval mode and its processor."""
-    return load_qlip(folder).eval(), QLIPProcessor.from_pretrained(folder)
+def load(path_or_hub_id: str | Path) -> tuple[QLIPModel, QLIPProcessor]:
+    """Load a QLIP folder or hub id: the model in eval mode and its processor. Raises as `load_qlip` does."""
+    return load_qlip(path_or_hub_id).eval(), QLIPProcessor.from_pretrained(path_or_hub_id)

@@ -1,19 +1,55 @@
 """The configuration of a QLIP model, in the layout of the released checkpoints' config.json."""
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedConfig
 
 from um3.core.errors import UserError
 
 RELEASED_MODEL_TYPE = "clip"
 RELEASED_LICENSE = "non-commercial use only (NVIDIA's licence of the released QLIP weights)"
+NEUTRAL_OPTIONS = {
+    "dropout", "attention_dropout", "initializer_range", "initializer_factor", "tie_word_embeddings", "torch_dtype",
+    "model_type", "auto_map", "tokenizer_class", "processor_class", "num_labels", "name_or_path", "_name_or_path",
+    "_commit_hash", "attn_implementation", "experts_implementation", *GenerationConfig().to_dict(),
+}  # fmt: skip
+"""Options of transformers' configs that change no output of a trained QLIP; they are ignored."""
 
 
-class _TowerChecks:
-    hidden_size: int
-    num_attention_heads: int
+def check_options(options: Mapping[str, Any], *, known: Collection[str], where: str) -> None:
+    """Refuse options that this code does not know.
+
+    Raises:
+        ValueError: names the first unknown option, and `where` it is.
+    """
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"{where} has the unknown option {unknown[0]}={options[unknown[0]]!r}, which may change the outputs; "
+            "remove it if it does not"
+        )
+
+
+def _switched_on(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that are null, false, 0 or empty, with which other libraries' configs are full."""
+    return {name: value for name, value in options.items() if value}
+
+
+@strict
+class _TowerConfig(PreTrainedConfig):
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **options: Any) -> None:
+        check_options(_switched_on(options), known=NEUTRAL_OPTIONS, where=self.base_config_key)
+        super().__post_init__(**options)
 
     def validate_architecture(self) -> None:
         """Refuse head counts that do not divide the width, and patches that do not divide the image."""
@@ -27,7 +63,7 @@ class _TowerChecks:
 
 
 @strict
-class QLIPTextConfig(_TowerChecks, PreTrainedConfig):
+class QLIPTextConfig(_TowerConfig):
     """The CLIP text tower. `eos_token_id == 2` pools at the largest token id (old CLIP), else at the first eos."""
 
     model_type = "qlip_text"
@@ -35,9 +71,7 @@ class QLIPTextConfig(_TowerChecks, PreTrainedConfig):
 
     vocab_size: int = 49408
     hidden_size: int = 512
-    intermediate_size: int = 2048
     projection_dim: int = 512
-    num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
@@ -48,26 +82,24 @@ class QLIPTextConfig(_TowerChecks, PreTrainedConfig):
 
 
 @strict
-class QLIPVisionConfig(_TowerChecks, PreTrainedConfig):
-    """The EVA-02 style visual encoder and its quantizer."""
-
-    model_type = "qlip_vision"
-    base_config_key = "vision_config"
-
-    hidden_size: int = 768
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+class _VisualTowerConfig(_TowerConfig):
     num_channels: int = 3
     image_size: int = 256
     patch_size: int = 16
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
     k_bias: bool = False
     rope: bool = True
     subln: bool = True
     swiglu: bool = True
     rope_pretrained_grid: int = 16
+
+
+@strict
+class QLIPVisionConfig(_VisualTowerConfig):
+    """The EVA-02 style visual encoder and its quantizer (`quantizer_cfg`: see `tokenizer.quantizer`)."""
+
+    model_type = "qlip_vision"
+    base_config_key = "vision_config"
+
     hidden_size_post_q: int | None = None
     quantizer: str = "bsq"
     quantizer_embed_type: str = "mlp"
@@ -76,32 +108,15 @@ class QLIPVisionConfig(_TowerChecks, PreTrainedConfig):
 
 
 @strict
-class QLIPDecoderConfig(_TowerChecks, PreTrainedConfig):
-    """The visual decoder: rotary on every token, then LayerNorm, Linear+tanh, Linear to pixels."""
+class QLIPDecoderConfig(_VisualTowerConfig):
+    """The visual decoder: rotary embedding on every token, then LayerNorm, Linear+tanh, Linear to pixels."""
 
     model_type = "qlip_decoder"
     base_config_key = "decoder_config"
 
-    hidden_size: int = 768
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 256
-    patch_size: int = 16
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
-    k_bias: bool = False
-    rope: bool = True
-    subln: bool = True
-    swiglu: bool = True
-    rope_pretrained_grid: int = 16
-
 
 SUB_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "text_config": QLIPTextConfig,
-    "vision_config": QLIPVisionConfig,
-    "decoder_config": QLIPDecoderConfig,
+    kind.base_config_key: kind for kind in (QLIPTextConfig, QLIPVisionConfig, QLIPDecoderConfig)
 }
 
 
@@ -109,8 +124,8 @@ SUB_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 class QLIPConfig(PreTrainedConfig):
     """QLIP: text tower, visual encoder with its quantizer, visual decoder (SPEC section 1).
 
-    The defaults are QLIP-B-16-256. A released folder calls itself `clip`; it is read as what it is, and
-    `weights_license` remembers where the weights came from, in every folder saved from them.
+    The defaults are QLIP-B-16-256. A released folder has the model type `clip`. For weights from such a folder
+    `weights_license` holds their licence; every folder saved from them keeps it.
     """
 
     model_type = "qlip"
@@ -126,35 +141,32 @@ class QLIPConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     weights_license: str = ""
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **options: Any) -> None:
+        check_options(_switched_on(options), known=NEUTRAL_OPTIONS, where="config.json")
         for name, kind in SUB_CONFIGS.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
-                values = {key: item for key, item in (value or {}).items() if key != "model_type"}
-                setattr(self, name, kind(**values))
-        super().__post_init__(**kwargs)
+                setattr(self, name, kind(**{key: item for key, item in (value or {}).items() if key != "model_type"}))
+        super().__post_init__(**options)
 
     @property
     def text_tower(self) -> QLIPTextConfig:
-        """`text_config`, built by now whatever it was given as."""
-        assert isinstance(self.text_config, QLIPTextConfig)
-        return self.text_config
+        """`text_config` as an object."""
+        return cast(QLIPTextConfig, self.text_config)
 
     @property
     def vision_tower(self) -> QLIPVisionConfig:
-        """`vision_config`, built by now whatever it was given as."""
-        assert isinstance(self.vision_config, QLIPVisionConfig)
-        return self.vision_config
+        """`vision_config` as an object."""
+        return cast(QLIPVisionConfig, self.vision_config)
 
     @property
     def decoder_tower(self) -> QLIPDecoderConfig:
-        """`decoder_config`, built by now whatever it was given as."""
-        assert isinstance(self.decoder_config, QLIPDecoderConfig)
-        return self.decoder_config
+        """`decoder_config` as an object."""
+        return cast(QLIPDecoderConfig, self.decoder_config)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json; a released folder's `model_type: clip` is renamed, anything else is refused later."""
+        """Read config.json; rename the released `model_type: clip`, and refuse other models."""
         values, rest = super().get_config_dict(*args, **kwargs)
         if values.get("architectures") == ["QLIPModel"]:
             if values.get("model_type") == RELEASED_MODEL_TYPE:
@@ -163,6 +175,21 @@ class QLIPConfig(PreTrainedConfig):
         elif values.get("model_type") != cls.model_type:
             raise UserError(
                 f"{args[0] if args else 'config.json'} holds a '{values.get('model_type')}' model, not a QLIP; "
-                "give the folder or hub id of a visual tokenizer"
+                "use the folder or hub id of a visual tokenizer"
             )
         return values, rest
+
+
+def read_qlip_config(folder: Path) -> QLIPConfig:
+    """The config of a QLIP folder.
+
+    Raises:
+        UserError: no config.json, another kind of model, an unknown option or an invalid value.
+    """
+    try:
+        return QLIPConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        # The last line of a strict dataclass's error gives the reason, the first of any other.
+        line = str(error).strip().split("\n")[-1 if isinstance(error, StrictDataclassError) else 0]
+        reason = " ".join(line.split()).removeprefix("ValueError: ").removeprefix("TypeError: ")
+        raise UserError(f"cannot load a QLIP tokenizer from {folder}: {reason}") from None

@@ -1,7 +1,7 @@
-"""Discriminators: PatchGAN, which judges overlapping patches of an image, and a residual one, which judges it whole.
+"""Discriminators: PatchGAN with a logit per overlapping patch, and a residual one with a logit per image.
 
-Neither has statistics over the batch (BatchNorm, minibatch deviation): they would differ between ranks, micro-batches
-and a resumed run. Legend: B batch, C channels.
+Neither has batch statistics (BatchNorm, minibatch deviation), which would differ between ranks, micro-batches and a
+resumed run. Legend: B batch, C channels.
 """
 
 import itertools
@@ -18,7 +18,7 @@ DiscriminatorKind = Literal["patch", "residual"]
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions of stride 2 up to `num_layers`, then two of stride 1; one logit per receptive field."""
+    """`num_layers` convolutions of stride 2, then two of stride 1; one logit per receptive field."""
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, in_channels: int = 3):
         super().__init__()
@@ -46,8 +46,8 @@ class PatchDiscriminator(nn.Module):
 class ResidualDiscriminator(nn.Module):
     """The discriminator of StyleGAN2 (Karras et al. 2020): residual blocks that halve the image, one logit per image.
 
-    `num_layers` blocks, the width doubling up to 8 times `channels`; then a convolution and two linear layers over
-    what is left, the mean over places.
+    Each of the `num_layers` blocks doubles the width, up to 8 times `channels`. A convolution, the mean over all
+    positions and two linear layers follow.
     """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, in_channels: int = 3):
@@ -56,7 +56,7 @@ class ResidualDiscriminator(nn.Module):
         self.stem = nn.Conv2d(in_channels, widths[0], 1)
         self.blocks = nn.ModuleList(_HalvingBlock(*pair) for pair in itertools.pairwise(widths))
         self.last = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
-        self.judge = nn.Sequential(nn.Linear(widths[-1], widths[-1]), nn.LeakyReLU(0.2), nn.Linear(widths[-1], 1))
+        self.head = nn.Sequential(nn.Linear(widths[-1], widths[-1]), nn.LeakyReLU(0.2), nn.Linear(widths[-1], 1))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.2)
@@ -68,7 +68,7 @@ class ResidualDiscriminator(nn.Module):
         x = F.leaky_relu(self.stem(pixels_BCHW.to(self.stem.weight.dtype)), 0.2)
         for block in self.blocks:
             x = block(x)
-        return self.judge(F.leaky_relu(self.last(x), 0.2).mean(dim=(-2, -1)))
+        return self.head(F.leaky_relu(self.last(x), 0.2).mean(dim=(-2, -1)))
 
 
 class _HalvingBlock(nn.Module):
@@ -86,16 +86,17 @@ def build_discriminator(kind: DiscriminatorKind, *, channels: int, num_layers: i
     """A discriminator with fresh weights.
 
     Raises:
-        UserError: too deep for images of `image_size` pixels a side, or a width that does not divide into its groups.
+        UserError: too many layers for images of `image_size` pixels a side, or `channels` that GroupNorm's 8 groups do
+            not divide.
     """
-    made = {"patch": PatchDiscriminator, "residual": ResidualDiscriminator}[kind]
+    build = {"patch": PatchDiscriminator, "residual": ResidualDiscriminator}[kind]
     try:
         with torch.device("meta"):
-            made(channels=channels, num_layers=num_layers)(torch.empty(1, 3, image_size, image_size))
+            build(channels=channels, num_layers=num_layers)(torch.empty(1, 3, image_size, image_size))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
             f"discriminator of kind {kind} with channels={channels} and num_layers={num_layers} does not fit images of "
-            f"{image_size} pixels ({reason}); change its channels or take fewer layers"
+            f"{image_size} pixels ({reason}); set discriminator.channels to a multiple of 8, or num_layers lower"
         ) from None
-    return made(channels=channels, num_layers=num_layers)
+    return build(channels=channels, num_layers=num_layers)

@@ -1,6 +1,6 @@
-"""Pictures to codes and back, as uint8 and in batches: what QLIP, or any other image tokenizer, is asked for.
+"""Images to codes and back, images and texts to embeddings: whole data sets, in batches.
 
-Legend: B images, H, W pixels, N codes of an image.
+Legend: B images, H, W pixels, N codes of an image, T texts, P embedding dimensions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,16 @@ from um3.core.progress import Progress
 if TYPE_CHECKING:
     from PIL import Image
 
-BATCH = 64
+CODE_BATCH = 64
+EMBEDDING_BATCH = 256
 
 
 class ImageTokenizer(Protocol):
-    """Square RGB pictures of one size to integer codes and back. Where it computes is its own business."""
+    """Converts square RGB images of one size to integer codes and back, on a device of its choice."""
 
     @property
     def image_size(self) -> int:
-        """Side of a picture, in pixels."""
+        """Side of an image, in pixels."""
         ...
 
     @property
@@ -35,15 +36,15 @@ class ImageTokenizer(Protocol):
 
     @property
     def num_codes(self) -> int:
-        """Codes of one picture."""
+        """Codes of one image."""
         ...
 
     def encode(self, images_BHWC: NDArray, /) -> torch.Tensor:
-        """Pictures uint8 (B, H, W, 3) -> codes int64 (B, N) on the CPU."""
+        """Images uint8 (B, H, W, 3) -> codes int64 (B, N) on the CPU."""
         ...
 
     def decode(self, codes_BN: torch.Tensor, /) -> NDArray:
-        """Codes int64 (B, N) on the CPU -> pictures uint8 (B, H, W, 3)."""
+        """Codes int64 (B, N) on the CPU -> images uint8 (B, H, W, 3)."""
         ...
 
 
@@ -67,20 +68,24 @@ class QLIPImages(NamedTuple):
 
     @torch.inference_mode()
     def encode(self, images: "NDArray | Sequence[Image.Image]", /) -> torch.Tensor:
-        """Pictures, uint8 (B, H, W, 3) or PIL images of any size (cropped, resized) -> codes int64 (B, N)."""
+        """Images, uint8 (B, H, W, 3) or PIL images of any size (cropped, resized) -> codes int64 (B, N)."""
         pixels_BCHW = self.processor.pixels(images)
         return self.model.encode(pixels_BCHW.to(self.model.device, self.model.dtype)).cpu()
 
     @torch.inference_mode()
     def decode(self, codes_BN: torch.Tensor, /) -> NDArray:
-        """Codes int64 (B, N) -> pictures uint8 (B, H, W, 3), clipped and rounded."""
+        """Codes int64 (B, N) -> images uint8 (B, H, W, 3), clipped and rounded."""
         return self.processor.images(self.model.decode(codes_BN.to(self.model.device)))
 
 
 def encode_images(
-    tokenizer: ImageTokenizer, images: "NDArray | Sequence[Image.Image]", *, batch_size: int = BATCH, label: str = ""
+    tokenizer: ImageTokenizer,
+    images: "NDArray | Sequence[Image.Image]",
+    *,
+    batch_size: int = CODE_BATCH,
+    label: str = "",
 ) -> torch.Tensor:
-    """All pictures -> codes int64 (B, N), `batch_size` at a time; with a `label` the progress is shown."""
+    """All images -> codes int64 (B, N), `batch_size` at a time; a `label` shows the progress."""
     codes = [torch.empty(0, tokenizer.num_codes, dtype=torch.int64)]
     for batch in _batches(len(images), batch_size=batch_size, label=label):
         codes.append(tokenizer.encode(images[batch]))  # type: ignore[arg-type]
@@ -88,9 +93,9 @@ def encode_images(
 
 
 def decode_codes(
-    tokenizer: ImageTokenizer, codes_BN: torch.Tensor, *, batch_size: int = BATCH, label: str = ""
+    tokenizer: ImageTokenizer, codes_BN: torch.Tensor, *, batch_size: int = CODE_BATCH, label: str = ""
 ) -> NDArray:
-    """All codes (B, N) -> pictures uint8 (B, H, W, 3), `batch_size` at a time; with a `label` the progress is shown."""
+    """All codes (B, N) -> images uint8 (B, H, W, 3), `batch_size` at a time; a `label` shows the progress."""
     size = tokenizer.image_size
     images_BHWC = np.empty((len(codes_BN), size, size, 3), dtype=np.uint8)
     for batch in _batches(len(codes_BN), batch_size=batch_size, label=label):
@@ -98,7 +103,29 @@ def decode_codes(
     return images_BHWC
 
 
-def _batches(count: int, *, batch_size: int, label: str) -> Iterator[slice]:
+@torch.no_grad()
+def embed_images(
+    images: "NDArray | Sequence[Image.Image]", *, model: QLIPModel, processor: QLIPProcessor
+) -> torch.Tensor:
+    """All images, uint8 (B, H, W, 3) or PIL images -> l2-normalised embeddings (B, P), float32 on the CPU."""
+    embeddings = []
+    for batch in _batches(len(images), batch_size=EMBEDDING_BATCH):
+        pixels_BCHW = processor.pixels(images[batch]).to(model.device, model.dtype)
+        embeddings.append(model.get_image_features(pixels_BCHW).float().cpu())
+    return torch.cat(embeddings)
+
+
+@torch.no_grad()
+def embed_texts(texts: Sequence[str], *, model: QLIPModel, processor: QLIPProcessor) -> torch.Tensor:
+    """All texts -> l2-normalised embeddings (T, P), float32 on the CPU."""
+    embeddings = []
+    for batch in _batches(len(texts), batch_size=EMBEDDING_BATCH):
+        inputs = {name: ids.to(model.device) for name, ids in processor.text(texts[batch]).items()}
+        embeddings.append(model.get_text_features(**inputs).float().cpu())
+    return torch.cat(embeddings)
+
+
+def _batches(count: int, *, batch_size: int, label: str = "") -> Iterator[slice]:
     progress = Progress(count, label=label) if label else None
     for start in range(0, count, batch_size):
         yield slice(start, start + batch_size)

@@ -1,7 +1,7 @@
-"""The layers that QLIP's three towers are built of: rotary tables, attention, MLPs, blocks.
+"""The layers of QLIP's three towers: rotary tables, attention, MLPs, blocks.
 
-Attribute names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width, E heads,
-H head width.
+Attribute names are those of the released checkpoints.
+Legend: B batch, T tokens, N patches, D width, E heads, H head width.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ROPE_THETA = 10000.0
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose products go to oneDNN where it serves and no gradient is wanted."""
+    """nn.Linear that uses oneDNN without gradient, where oneDNN supports the tensors."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not onednn.serves(x, self.weight):
@@ -28,9 +28,9 @@ class Linear(nn.Linear):
 
 
 class RotaryEmbedding2D(nn.Module):
-    """EVA-02's 2-D rotary tables: half of each head turns with the row, half with the column.
+    """EVA-02's 2-D rotary tables: half of each head rotates with the row, half with the column.
 
-    Positions are scaled to a grid of `pretrained_grid` patches a side, so a finer grid interpolates.
+    Positions are scaled to a grid of `pretrained_grid` patches a side, so that a finer grid interpolates.
     """
 
     freqs_cos: torch.Tensor
@@ -47,18 +47,17 @@ class RotaryEmbedding2D(nn.Module):
         self.register_buffer("freqs_sin", angle_NH.sin())
 
     def forward(self, x_BETH: torch.Tensor) -> torch.Tensor:
-        """Turn the last N tokens; tokens before them (a class token) stay as they are."""
+        """Rotate the last N tokens; tokens before them (a class token) are unchanged."""
         num_prefix = x_BETH.shape[2] - self.freqs_cos.shape[0]
         prefix, patches = x_BETH[:, :, :num_prefix], x_BETH[:, :, num_prefix:]
         even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        patches = patches * self.freqs_cos + turned * self.freqs_sin
-        patches = patches.to(x_BETH.dtype)
+        rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
+        patches = (patches * self.freqs_cos + rotated * self.freqs_sin).to(x_BETH.dtype)
         return torch.cat([prefix, patches], dim=2) if num_prefix else patches
 
 
 def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
-    """The rotary tables of a visual tower, or None where the config has none."""
+    """The rotary tables of a visual tower; None if its config has none."""
     if isinstance(config, QLIPTextConfig) or not config.rope:
         return None
     return RotaryEmbedding2D(
@@ -69,7 +68,7 @@ def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with optional rotary, sub-LayerNorm and biasless k."""
+    """Multi-head self-attention with optional rotary embedding, sub-LayerNorm and k without bias."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -79,7 +78,8 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width, bias=getattr(config, "k_bias", True))
         self.v_proj = Linear(width, width)
-        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if getattr(config, "subln", False) else None
+        subln = getattr(config, "subln", False)
+        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if subln else None
         self.out_proj = Linear(width, width)
         self.rope = build_rope(config)
 
@@ -118,11 +118,8 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.ffn_ln = (
-            nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-            if getattr(config, "subln", False)
-            else None
-        )
+        subln = getattr(config, "subln", False)
+        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if subln else None
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The QLIP model: visual encoder -> binary spherical quantization -> visual decoder, with a CLIP text tower.
 
-State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width,
-L bits, P projection, C channels, H, W pixels.
+State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width, L bits,
+P projection, C channels, H, W pixels.
 """
 
 import hashlib
@@ -12,20 +12,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+from tokenizer.configuration import (
+    QLIPConfig,
+    QLIPDecoderConfig,
+    QLIPTextConfig,
+    QLIPVisionConfig,
+    read_qlip_config,
+)
 from tokenizer.layers import Encoder, Linear, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
+from um3.core.hub import model_folder
 
 logger = logging.getLogger(__name__)
 
 OLD_CLIP_END_ID = 2
-"""This eos id in a config means "the largest id ends the text", the old CLIP convention."""
+"""With this eos id in its config, the text tower pools at the largest token id (the old CLIP convention)."""
 
 
 @dataclass
@@ -63,7 +70,7 @@ class TextModel(nn.Module):
     def __init__(self, config: QLIPTextConfig):
         super().__init__()
         if not isinstance(config.eos_token_id, int):
-            raise UserError(f"text_config.eos_token_id is {config.eos_token_id}; the text tower needs exactly one")
+            raise ValueError(f"text_config.eos_token_id is {config.eos_token_id}; set it to a single id")
         self.max_tokens, self.end_id = config.max_position_embeddings, config.eos_token_id
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
@@ -72,7 +79,7 @@ class TextModel(nn.Module):
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         if input_ids_BT.shape[1] > self.max_tokens:
             raise ValueError(
-                f"{input_ids_BT.shape[1]} text tokens exceed the tower's {self.max_tokens} positions; truncate them"
+                f"{input_ids_BT.shape[1]} text tokens exceed the tower's {self.max_tokens} positions; truncate the text"
             )
         x_BTD = self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
         if self.end_id == OLD_CLIP_END_ID:
@@ -98,8 +105,8 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
         if pixel_values_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; "
-                f"this model takes {self.image_size}x{self.image_size}: resize them with its processor"
+                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; this model takes "
+                f"{self.image_size}x{self.image_size} pixels: resize the images with its processor"
             )
         pixel_values_BCHW = pixel_values_BCHW.to(self.class_embedding.dtype)
         patches_BND = self.patch_embedding(pixel_values_BCHW).flatten(2).transpose(1, 2)
@@ -120,24 +127,23 @@ class QuantizerEmbed(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Visual encoder with the bottleneck's two MLPs around the (parameterless) quantizer."""
+    """Visual encoder, and the bottleneck: a quantizer without parameters between two MLPs."""
 
     def __init__(self, config: QLIPVisionConfig):
         super().__init__()
         if config.quantizer != "bsq" or config.quantizer_embed_type != "mlp":
-            raise UserError(
-                f"quantizer '{config.quantizer}' with '{config.quantizer_embed_type}' embedding is not supported; "
-                "released QLIP checkpoints use 'bsq' with 'mlp'"
+            raise ValueError(
+                f"vision_config: quantizer '{config.quantizer}' with embedding '{config.quantizer_embed_type}' is not "
+                "supported; use 'bsq' with 'mlp', as the released QLIP checkpoints do"
             )
-        width, options = config.hidden_size, dict(config.quantizer_cfg or {})
-        # `input_format` names the released code's tensor layout; ours is always (batch, patches, bits).
-        options.pop("input_format", None)
-        options["l2_norm"] = config.quantizer_l2_norm
+        width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
         self.encoder = Encoder(config)
         self.rope = build_rope(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.quantizer = BinarySphericalQuantizer(**options)
+        self.quantizer = BinarySphericalQuantizer.from_options(
+            config.quantizer_cfg or {}, l2_norm=config.quantizer_l2_norm
+        )
         bits, width_post = self.quantizer.embed_dim, config.hidden_size_post_q or width
         self.quant_embed = QuantizerEmbed(width, bits, hidden=width)
         self.quant_embed_post = QuantizerEmbed(bits, width_post, hidden=width_post)
@@ -152,7 +158,7 @@ class VisionModel(nn.Module):
 
 
 class VisionDecoder(nn.Module):
-    """Quantized patches, brought up to the decoder's width -> pixels."""
+    """Quantized patches, projected to the decoder's width -> pixels."""
 
     def __init__(self, config: QLIPDecoderConfig):
         super().__init__()
@@ -194,7 +200,7 @@ class QLIPModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, QuantizerEmbed):
-            # With a fixed small std the code's signal would reach the decoder at a tenth of its position embedding.
+            # With a small fixed std the decoder's input would be a tenth of its position embedding.
             for linear in (module.c_fc, module.c_proj):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
                 nn.init.zeros_(linear.bias)
@@ -212,7 +218,7 @@ class QLIPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """Load a QLIP folder or hub id, released or ours; says so where the weights' licence restricts their use."""
+        """Load a QLIP folder or hub id, released or ours; warn if the licence of the weights restricts their use."""
         loaded = super().from_pretrained(*args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.weights_license:
@@ -229,11 +235,6 @@ class QLIPModel(PreTrainedModel):
         """Codes per image."""
         return self.vision_decoder.grid**2
 
-    @property
-    def image_size(self) -> int:
-        """Side of the square images, in pixels."""
-        return self.vision_model.embeddings.image_size
-
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> last hidden states (B, 1 + N, D), class token first."""
         return self.vision_model(pixel_values)
@@ -243,8 +244,11 @@ class QLIPModel(PreTrainedModel):
         return self._image_embeds(self.vision_model(pixel_values))
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) -> l2-normalised (B, P). The tower is causal and pools at the end of text, so padding
-        after it changes nothing and `attention_mask` is accepted only for symmetry with CLIP."""
+        """Token ids (B, T) -> l2-normalised (B, P).
+
+        The tower is causal and pools at the end of the text, so that padding changes nothing. `attention_mask` is
+        accepted for compatibility with CLIP, and unused.
+        """
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -267,9 +271,9 @@ class QLIPModel(PreTrainedModel):
         bottleneck: bool = True,
         **kwargs: Any,
     ) -> QLIPOutput:
-        """Everything at once: embeddings, logits, reconstructions, codes and quantizer terms.
+        """Embeddings, logits, reconstructions, codes and quantizer terms in one pass.
 
-        Without `bottleneck` the decoder takes the encoder's output as it is: there are no codes, and the quantizer's
+        Without `bottleneck` the decoder reads the encoder's output directly: there are no codes, and the quantizer's
         terms are those of a code with a single state.
         """
         hidden_BTD = self.vision_model(pixel_values)
@@ -293,7 +297,7 @@ class QLIPModel(PreTrainedModel):
         return output
 
     def fingerprint(self) -> str:
-        """sha256 over the names, shapes and bytes of the weights: what a code shard or a UM3 is tied to."""
+        """sha256 over the names, shapes and bytes of the weights; code shards and UM3 models record it."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -305,41 +309,34 @@ class QLIPModel(PreTrainedModel):
         return F.normalize(self.visual_projection(pooled_BD), dim=-1)
 
 
-def load_qlip(path: str | Path, **options: Any) -> QLIPModel:
-    """`QLIPModel.from_pretrained` with one-line errors.
+def load_qlip(path_or_hub_id: str | Path) -> QLIPModel:
+    """Load a QLIP folder or hub id, with one-line errors.
 
     Raises:
-        UserError: no such folder or hub id, another kind of model, damaged weights, or weights that are not those of
-            the model that config.json describes (missing, extra, of another shape).
+        UserError: no such folder or hub id, another kind of model, an unknown option or invalid value in config.json,
+            damaged weights, or tensors that do not match config.json (missing, extra, of another shape).
     """
-    # Its own table of what does not fit would come on top of the line below.
+    folder = model_folder(path_or_hub_id, kind="QLIP tokenizer")
+    config = read_qlip_config(folder)
     reporter = logging.getLogger("transformers.modeling_utils")
-    reporter.addFilter(_no_record)
+    reporter.disabled = True  # its table of mismatches would repeat the errors below
     try:
-        loaded: Any = QLIPModel.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        # A config that contradicts itself says so in its last line.
-        lines = str(error).strip().split("\n")
-        line = " ".join(lines[-1 if isinstance(error, StrictDataclassError) else 0].split())
-        reason = line.removeprefix("ValueError: ").removeprefix("TypeError: ")
-        raise UserError(f"cannot load a QLIP tokenizer from {path}: {reason}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"the weights in {path} are damaged ({error}); fetch or train them again") from None
+        model, report = QLIPModel.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise UserError(f"the weights in {folder} are damaged ({error}); fetch or train them again") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).strip().split("\n")[0].split())
+        raise UserError(f"cannot load a QLIP tokenizer from {folder}: {reason}") from None
     finally:
-        reporter.removeFilter(_no_record)
-    model, report = loaded
-    for names, what in (
+        reporter.disabled = False
+    for names, problem in (
         (report["missing_keys"], "lacks {} of QLIP's tensors"),
-        (report["unexpected_keys"], "holds {} tensors that its config.json has no place for"),
-        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than config.json says"),
+        (report["unexpected_keys"], "holds {} tensors that config.json does not describe"),
+        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than in config.json"),
     ):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise UserError(f"{path} {what.format(len(names))} ({some}); fetch it or train it again")
+            raise UserError(f"{folder} {problem.format(len(names))} ({some}); fetch it or train it again")
     return model
-
-
-def _no_record(record: logging.LogRecord) -> bool:
-    return False

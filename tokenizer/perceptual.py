@@ -1,6 +1,6 @@
-"""The perceptual term of stage 2: LPIPS with VGG-16, or a seeded random-feature network where its weights are absent.
+"""The perceptual loss of stage 2: LPIPS with VGG-16, or a seeded random-feature network without its weights.
 
-The two are never called by one name. Legend: B batch, C channels.
+The two have different names in every metric. Legend: B batch, C channels.
 """
 
 import logging
@@ -11,22 +11,22 @@ import torch
 from torch import nn
 
 from um3.core.errors import UserError
+from um3.core.hub import read_tensors
 from um3.core.seeds import derive_seed
-from um3.core.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 
 VGG16_PLAN = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# LPIPS's own input normalisation, for images in [-1, 1].
+# LPIPS's input normalisation, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class PerceptualDistance(nn.Module):
-    """Distance of two images in the unit-normalised features of a convolutional network, layer by layer.
+    """Distance of two images in the unit-normalised features of a convolutional network, summed over its stages.
 
-    With VGG-16's ImageNet weights and LPIPS's linear heads this is LPIPS (Zhang et al. 2018) and `name` is
-    "lpips_vgg". Without them the same network, narrower and randomly initialised from a fixed seed, with
-    uniform heads, is "random_features": a multi-scale texture distance, not comparable with any LPIPS.
+    With VGG-16's ImageNet weights and LPIPS's linear heads it is LPIPS (Zhang et al. 2018), `name` "lpips_vgg". With
+    fewer channels, random weights of a fixed seed and uniform heads it is "random_features": a multi-scale texture
+    distance that is not comparable with LPIPS.
     """
 
     shift: torch.Tensor
@@ -63,7 +63,7 @@ class PerceptualDistance(nn.Module):
 
 
 def random_feature_distance(*, width: int = 16, num_stages: int = 3) -> PerceptualDistance:
-    """The offline stand-in: seeded, frozen, and named for what it is."""
+    """The distance without downloaded weights: seeded and frozen."""
     plan = [(min(width * 2**index, 8 * width),) * 2 for index in range(num_stages)]
     distance = PerceptualDistance(plan=plan, name="random_features")
     generator = torch.Generator().manual_seed(derive_seed(0, "random-feature distance"))
@@ -98,16 +98,16 @@ def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
             distance.heads[index].data.copy_(linear[f"lin{index}.model.1.weight"].flatten())
     except (KeyError, RuntimeError) as error:
         raise UserError(
-            f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error}); see docs on stage 2"
+            f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error}); docs/tokenizer.md names the two files"
         ) from None
     return distance.requires_grad_(False).eval()
 
 
 def build_perceptual_distance(*, backbone: str, heads: str) -> PerceptualDistance:
-    """LPIPS-VGG where both files are given, else the random-feature distance with a line that says so."""
+    """LPIPS-VGG if both files are set, else the random-feature distance, which is logged."""
     if backbone and heads:
         return lpips_vgg(backbone=backbone, heads=heads)
     if backbone or heads:
-        raise UserError("LPIPS needs both perceptual.backbone and perceptual.heads; give both files, or neither")
-    logger.info("no VGG weights given: the perceptual term is a seeded random-feature distance, not LPIPS")
+        raise UserError("LPIPS needs both perceptual.backbone and perceptual.heads; set both, or neither")
+    logger.info("perceptual.backbone is empty: the perceptual loss is a seeded random-feature distance, not LPIPS")
     return random_feature_distance()

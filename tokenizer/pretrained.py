@@ -1,11 +1,10 @@
-"""Towers to start from: EVA-02's or EVA-CLIP's visual encoder, CLIP's text tower (paper, section 3 and Table 3b).
+"""Initialization from pretrained towers: EVA-02's or EVA-CLIP's visual encoder, CLIP's text tower (paper, Table 3b).
 
-The names are those of the published files. What has no place in QLIP is either known to have none or an error; what
-QLIP has and the file has not stays fresh and is reported. Legend: C channels, D width, G side of a patch grid.
+The names are those of the published files. A tensor that QLIP lacks is in a list of known ones, or an error. A tensor
+that the file lacks keeps its fresh values and is reported. Legend: D width, P patch size, G side of a patch grid.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizer.modeling import QLIPModel
 from um3.core.errors import UserError
-from um3.core.tensors import read_tensors
+from um3.core.hub import model_folder, read_tensors
 
 LAYER = r"blocks\.(\d+)\."
 EVA_NAMES: tuple[tuple[str, str], ...] = (
@@ -29,58 +28,66 @@ EVA_NAMES: tuple[tuple[str, str], ...] = (
     (LAYER + r"mlp\.(w[123]|ffn_ln|fc[12])\.(weight|bias)", r"encoder.layers.\1.mlp.\2.\3"),
     (r"norm\.(weight|bias)", r"post_layernorm.\1"),
 )
-CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
-EVA_LEFT_OUT = re.compile(r"mask_token|lm_head\..*|head\..*|fc_norm\..*|(.*\.)?rope\..*|rel_pos_bias\..*|.*\.k_bias")
+EVA_SKIPPED = re.compile(r"mask_token|lm_head\..*|head\..*|fc_norm\..*|(.*\.)?rope\..*|rel_pos_bias\..*|.*\.k_bias")
 """Heads of other tasks, and tables that QLIP computes itself."""
+CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Some of CLIP's repositories have only the older of the two; it is read as tensors only."""
 
 
 def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
-    """Give `qlip` the visual encoder of an EVA-02 (MIM) or EVA-CLIP file, safetensors or tensors-only `.pt`, or that of
-    a QLIP folder. `path` is that of the file or folder, or OWNER/NAME/FILE for a file on the hub.
+    """Initialize the visual encoder of `qlip` from an EVA-02 (MIM) or EVA-CLIP file, or from a QLIP folder.
 
+    `path` names a local safetensors or tensors-only `.pt` file, a QLIP folder, or a file on the hub: OWNER/NAME/FILE.
     Position embeddings and the patch convolution are resampled (bicubic) to QLIP's grid and patch size. EVA-CLIP's
-    projection is not taken: its dimension is that of another text tower.
+    projection is skipped: its dimension is that of another text tower.
 
     Returns:
-        Names of QLIP's encoder tensors that came from the file as they are ("loaded"), were resampled ("resampled"),
-        and have no counterpart in the file ("fresh").
+        Names of QLIP's encoder tensors by source: copied from the file ("loaded"), resampled ("resampled"), or
+        missing in the file ("fresh").
 
     Raises:
-        UserError: no such file, a damaged one, a tensor of another architecture or shape.
+        UserError: no such file, a damaged one, or a tensor of another architecture or shape.
     """
     parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
-    path = _on_this_machine(str(path))
+    path = _local_path(str(path))
     if path.is_dir():
-        given = read_tensors(path / "model.safetensors")
-        own = {name: tensor for name, tensor in given.items() if name.startswith(parts) and ".rope." not in name}
-        if not own:
-            raise UserError(f"{path} holds no QLIP, so no encoder to start from")
-        return _copy(own, qlip=qlip, parts=parts, path=path)
-    found: dict[str, Tensor] = {}
-    for name, tensor in _vision_part(read_tensors(path)).items():
-        place = _place(name)
-        if place:
-            found[f"vision_model.{place}"] = tensor
-        elif not EVA_LEFT_OUT.fullmatch(name):
-            raise UserError(f"{path}: '{name}' has no place in QLIP's encoder; is it an EVA-02 or EVA-CLIP file?")
-    return _copy(found, qlip=qlip, parts=parts, path=path)
+        published = read_tensors(path / "model.safetensors")
+        table = {name: x for name, x in published.items() if name.startswith(parts) and ".rope." not in name}
+        if not table:
+            raise UserError(f"{path} holds no QLIP encoder; set model.encoder_weights to a QLIP folder or an EVA file")
+        return _copy(table, qlip=qlip, parts=parts, path=path)
+    published, table = read_tensors(path), {}
+    # EVA-CLIP keeps its encoder under `visual.`, beside a text tower.
+    visual = {name.removeprefix("visual."): x for name, x in published.items() if name.startswith("visual.")}
+    for name, tensor in (visual or published).items():
+        if target := _qlip_name(name):
+            table[f"vision_model.{target}"] = tensor
+        elif not EVA_SKIPPED.fullmatch(name):
+            raise UserError(f"{path}: QLIP's encoder has no tensor for '{name}'; use an EVA-02 or EVA-CLIP file")
+    return _copy(table, qlip=qlip, parts=parts, path=path)
 
 
-def load_text_tower(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
-    """Give `qlip` the text tower and text projection of a CLIP folder or hub id in transformers' layout.
+def load_text_tower(qlip: QLIPModel, path_or_hub_id: str | Path) -> dict[str, list[str]]:
+    """Initialize text tower and text projection of `qlip` from a CLIP folder or hub id in transformers' layout.
 
-    Returns and raises as `load_encoder` does; nothing is resampled.
+    Returns and raises as `load_encoder`; nothing is resampled.
     """
-    given = read_tensors(_clip_file(path))
-    found = {name: tensor for name, tensor in given.items() if name.startswith(("text_model.", "text_projection."))}
-    found.pop("text_model.embeddings.position_ids", None)
-    if not found:
-        raise UserError(f"{path} holds no text tower in transformers' CLIP layout (text_model.*)")
-    return _copy(found, qlip=qlip, parts=("text_model.", "text_projection."), path=path)
+    for file in CLIP_FILES:
+        path = model_folder(path_or_hub_id, kind="CLIP", files=[file]) / file
+        if path.exists():
+            break
+    else:
+        raise UserError(f"{path_or_hub_id} has no {' or '.join(CLIP_FILES)}; set text.weights to a CLIP")
+    parts = ("text_model.", "text_projection.")
+    table = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(parts)}
+    table.pop("text_model.embeddings.position_ids", None)
+    if not table:
+        raise UserError(f"{path} holds no text tower in transformers' CLIP layout (text_model.*); use a CLIP's weights")
+    return _copy(table, qlip=qlip, parts=parts, path=path)
 
 
-def _on_this_machine(path: str) -> Path:
-    """The path itself, or the cached file of a hub's OWNER/NAME/FILE, fetched if need be."""
+def _local_path(path: str) -> Path:
+    """The path itself, or the cached file of OWNER/NAME/FILE on the hub, which is downloaded if needed."""
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
     if Path(path).exists() or owner in ("", ".", "..") or not file:
@@ -92,40 +99,36 @@ def _on_this_machine(path: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} is no file here, and as OWNER/NAME/FILE the hub has none: {reason}") from None
+        raise UserError(
+            f"{path} is neither a local file nor OWNER/NAME/FILE on the hub ({reason}); check model.encoder_weights"
+        ) from None
 
 
-def _place(name: str) -> str:
+def _qlip_name(name: str) -> str:
     for pattern, replacement in EVA_NAMES:
         if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
     return ""
 
 
-def _vision_part(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """EVA-CLIP keeps its encoder below `visual.`, beside a text tower."""
-    visual = {name.removeprefix("visual."): tensor for name, tensor in given.items() if name.startswith("visual.")}
-    return visual or dict(given)
-
-
 def _copy(
-    found: dict[str, Tensor], *, qlip: QLIPModel, parts: tuple[str, ...], path: str | Path
+    table: dict[str, Tensor], *, qlip: QLIPModel, parts: tuple[str, ...], path: str | Path
 ) -> dict[str, list[str]]:
-    ours = {name: value for name, value in qlip.named_parameters() if name.startswith(parts)}
-    if strangers := sorted(found.keys() - ours.keys()):
+    parameters = {name: value for name, value in qlip.named_parameters() if name.startswith(parts)}
+    if unknown := sorted(table.keys() - parameters.keys()):
         raise UserError(
-            f"{path}: this QLIP has no place for {len(strangers)} of its tensors ({strangers[0]}, ...); change the "
-            "config's depth or kind of layers"
+            f"{path}: this QLIP lacks {len(unknown)} of its tensors ({unknown[0]}, ...); change the config's depth or "
+            "kind of layers"
         )
-    report: dict[str, list[str]] = {"loaded": [], "resampled": [], "fresh": sorted(ours.keys() - found.keys())}
-    for name, tensor in sorted(found.items()):
-        fitted, wanted = _fit(name, tensor.float(), like=ours[name]), tuple(ours[name].shape)
-        if fitted.shape != ours[name].shape:
-            sizes = f"{tuple(tensor.shape)} in the file and {wanted} in this QLIP"
+    report: dict[str, list[str]] = {"loaded": [], "resampled": [], "fresh": sorted(parameters.keys() - table.keys())}
+    for name, tensor in sorted(table.items()):
+        fitted = _fit(name, tensor.float(), like=parameters[name])
+        if fitted.shape != parameters[name].shape:
+            sizes = f"{tuple(tensor.shape)} in the file and {tuple(parameters[name].shape)} in this QLIP"
             raise UserError(f"{path}: {name} is {sizes}; change the config's sizes")
         report["loaded" if fitted.numel() == tensor.numel() else "resampled"].append(name)
         with torch.no_grad():
-            ours[name].copy_(fitted)
+            parameters[name].copy_(fitted)
     return report
 
 
@@ -150,22 +153,8 @@ def _resample_positions(positions_XD: Tensor, *, num_positions: int) -> Tensor:
 
 
 def _resample_patches(kernel_DCPP: Tensor, *, size: int) -> Tensor:
-    """A patch convolution for patches of another size, scaled so that an even patch answers as before."""
+    """A patch convolution for another patch size, scaled so that a uniform patch gives the same output."""
     kernel = F.interpolate(kernel_DCPP, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
     kernel = kernel * (kernel_DCPP.shape[-1] / size) ** 2
     lost_DC11 = kernel_DCPP.sum(dim=(-2, -1), keepdim=True) - kernel.sum(dim=(-2, -1), keepdim=True)
     return kernel + lost_DC11 / size**2
-
-
-def _clip_file(path: str | Path) -> str:
-    """CLIP's weights in a folder or hub id: safetensors, or the older file that some of its repositories have only."""
-    from transformers.utils import cached_file
-
-    try:
-        for name in CLIP_FILES:
-            if found := cached_file(str(path), name, _raise_exceptions_for_missing_entries=False):
-                return str(found)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot find CLIP's weights in {path}: {reason}") from None
-    raise UserError(f"cannot find CLIP's weights in {path}: there is no {' or '.join(CLIP_FILES)}")

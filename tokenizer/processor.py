@@ -1,6 +1,6 @@
-"""QLIPProcessor: pictures and captions -> tensors for QLIP, and back to pictures.
+"""QLIPProcessor: images and captions -> tensors for QLIP, and back to images.
 
-Legend: B batch, C channels, H height, W width.
+Legend: B batch, C channels, H height, W width, T tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tokenizer.configuration import check_options, read_qlip_config
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
+from um3.core.hub import model_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,13 +22,20 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SCALES = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+"""Options of CLIP's image processor; QLIP's images go through all of these steps."""
+OTHER_OPTIONS = (
+    "size", "crop_size", "resample", "rescale_factor", "image_processor_type", "feature_extractor_type",
+    "processor_class", "_valid_processor_keys",
+)  # fmt: skip
+"""Options that do not matter: the size is that of config.json, and images are scaled by 1/255."""
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 
 
 class QLIPProcessor:
-    """Turns pictures into normalised pixels and back, captions into token ids.
+    """Converts images to normalised pixels and back, and captions to token ids.
 
-    Normalisation is that of preprocessor_config.json beside the weights; without the file CLIP's is used.
+    preprocessor_config.json beside the weights gives the normalisation; without that file it is CLIP's.
     """
 
     def __init__(
@@ -47,44 +56,34 @@ class QLIPProcessor:
         """The tokenizer of the text tower.
 
         Raises:
-            UserError: the folder holds none.
+            UserError: the folder has none.
         """
         if self._text_tokenizer is None:
             raise UserError("this QLIP folder has no text tokenizer files; add CLIP's vocab.json and merges.txt to it")
         return self._text_tokenizer
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> "QLIPProcessor":
-        """Load from a QLIP folder or hub id; `options` such as `revision` are transformers' for finding its files."""
-        from transformers import AutoTokenizer
-        from transformers.utils import cached_file
+    def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> "QLIPProcessor":
+        """Load from a QLIP folder or hub id; `options` such as `revision` are the hub's.
 
-        from tokenizer.configuration import QLIPConfig
+        Raises:
+            UserError: no QLIP there, or an unknown option or invalid value in preprocessor_config.json.
+        """
+        from transformers import AutoTokenizer
 
         options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
-        config = QLIPConfig.from_pretrained(path, **options)
-        found = cached_file(
-            str(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, **options,
-        )  # fmt: skip
-        values = read_json(found) if found else {}
-        scales = (
-            {name: values.get(name, default) for name, default in SCALES.items()} if isinstance(values, dict) else {}
-        )
-        if not scales or not all(_is_per_channel(scale) for scale in scales.values()):
-            raise UserError(
-                f"{found}: {' and '.join(SCALES)} must be three numbers each; correct it or delete the file"
-            )
+        folder = model_folder(path_or_hub_id, kind="QLIP tokenizer", **options)
+        config = read_qlip_config(folder)
         try:
-            # The folder's model type says nothing about its text tokenizer: the tokenizer files do.
-            text_tokenizer = AutoTokenizer.from_pretrained(path, config=config.text_tower, **options)
+            # The folder's model type does not determine its text tokenizer; the tokenizer files do.
+            text_tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_tower)
         except (OSError, ValueError, KeyError, AttributeError):
             text_tokenizer = None
         return cls(
             text_tokenizer,
             image_size=config.vision_tower.image_size,
             max_text_tokens=config.text_tower.max_position_embeddings,
-            **scales,
+            **_read_scales(folder / "preprocessor_config.json"),
         )
 
     def __call__(
@@ -93,12 +92,12 @@ class QLIPProcessor:
         images: "np.ndarray | torch.Tensor | Sequence[Image.Image] | None" = None,
         text: Iterable[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What `QLIPModel.forward` takes of pictures and captions: `pixel_values`, `input_ids`, `attention_mask`."""
+        """Images and captions -> inputs of `QLIPModel.forward`: `pixel_values`, `input_ids`, `attention_mask`."""
         inputs = {} if images is None else {"pixel_values": self.pixels(images)}
         return inputs if text is None else inputs | self.text([text] if isinstance(text, str) else text)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json and the text tokenizer's files."""
+        """Write preprocessor_config.json and the files of the text tokenizer."""
         size = {"height": self.image_size, "width": self.image_size}
         values = {
             "image_processor_type": "CLIPImageProcessor",
@@ -115,10 +114,10 @@ class QLIPProcessor:
         write_json(Path(folder) / "preprocessor_config.json", values)
 
     def pixels(self, images: "np.ndarray | torch.Tensor | Sequence[Image.Image]") -> torch.Tensor:
-        """Pictures -> normalised float32 (B, C, H, W).
+        """Images -> normalised float32 (B, C, H, W).
 
-        `images` is uint8 (B, H, W, 3) already at the model's size, or a sequence of PIL images of any size
-        (centre-cropped and resized).
+        `images` is uint8 (B, H, W, 3) at the model's size, or a sequence of PIL images of any size, which are
+        centre-cropped and resized.
         """
         if not isinstance(images, np.ndarray | torch.Tensor):
             from um3.core.images import to_square
@@ -130,10 +129,8 @@ class QLIPProcessor:
                 f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; "
                 f"expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
             )
-        pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
-        return (pixels_BCHW - self._per_channel(self.image_mean, pixels_BCHW)) / self._per_channel(
-            self.image_std, pixels_BCHW
-        )
+        unit_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
+        return (unit_BCHW - _channels(self.image_mean, unit_BCHW)) / _channels(self.image_std, unit_BCHW)
 
     def images(self, pixel_values_BCHW: torch.Tensor) -> np.ndarray:
         """Normalised pixels (B, C, H, W) -> uint8 (B, H, W, 3), clipped and rounded."""
@@ -141,23 +138,37 @@ class QLIPProcessor:
         return (unit_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def unit_range(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels -> the same pictures with black 0 and white 1, unclipped, with gradient."""
+        """Normalised pixels -> pixels with black 0 and white 1, unclipped, with gradient."""
         x_BCHW = pixel_values_BCHW
-        return x_BCHW * self._per_channel(self.image_std, x_BCHW) + self._per_channel(self.image_mean, x_BCHW)
+        return x_BCHW * _channels(self.image_std, x_BCHW) + _channels(self.image_mean, x_BCHW)
 
     def text(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Captions -> `input_ids` and `attention_mask` (B, T).
-
-        Padded to the longest, truncated to the tower's positions.
-        """
+        """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, cut to the tower's positions."""
         encoded = self.text_tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
-    @staticmethod
-    def _per_channel(values: Sequence[float], like_BCHW: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=like_BCHW.dtype, device=like_BCHW.device).view(1, -1, 1, 1)
+
+def _channels(values: Sequence[float], like_BCHW: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like_BCHW.dtype, device=like_BCHW.device).view(1, -1, 1, 1)
+
+
+def _read_scales(path: Path) -> dict[str, Any]:
+    """`image_mean` and `image_std` of a preprocessor_config.json; empty without the file."""
+    values = read_json(path) if path.exists() else {}
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold an object")
+        check_options(values, known={*SCALES, *STEPS, *OTHER_OPTIONS}, where=str(path))
+        if skipped := [step for step in STEPS if not values.get(step, True)]:
+            raise ValueError(f"{path} switches {skipped[0]} off, which QLIP's images need; remove that line")
+        scales = {name: values[name] for name in SCALES if name in values}
+        if not all(_is_per_channel(scale) for scale in scales.values()):
+            raise ValueError(f"{path}: {' and '.join(SCALES)} must be three numbers each; correct or delete them")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return scales
 
 
 def _is_per_channel(values: Any) -> bool:

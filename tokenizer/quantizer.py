@@ -1,22 +1,39 @@
 """Binary spherical quantization (BSQ): l2-normalise, take signs, pass the gradient straight through.
 
-Legend: B batch, N patches, L bits, G groups of g bits (L = G * g), K = 2^g states of a group.
-The implicit codebook has 2^L corners; nothing here ever has that size.
+Legend: B batch, N patches, M = B * N, L bits, G groups of g bits (L = G * g), K = 2^g states of a group.
+The implicit codebook has 2^L corners; no tensor here ever has that size.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tokenizer.bits import bits_to_codes, codes_to_bits
+from tokenizer.configuration import check_options
 
 MAX_GROUP_SIZE = 12
+USED_OPTIONS = {
+    **{name: name for name in ("embed_dim", "group_size", "inv_temperature", "gamma0", "gamma1")},
+    **{"gamma_0": "gamma0", "gamma_1": "gamma1", "gamma": "gamma1"},
+}
+"""Options of `quantizer_cfg` that the released quantizers (QLIP's and BSQ-ViT's) and this one share -> our names."""
+UNUSED_OPTIONS = {
+    "beta": "weight of the commitment loss; the training's is loss.commitment",
+    "zeta": "weight of the entropy penalty; the training's is loss.entropy",
+    "soft_entropy": "always true here; entropies of hard codes have no gradient for the encoder",
+    "persample_entropy_compute": "group and analytical give the same value; it is computed analytically",
+    "cb_entropy_compute": "always by group",
+    "input_format": "always (batch, patches, bits)",
+    "l2_norm": "must be true, for codes of +-1/sqrt(L); vision_config.quantizer_l2_norm decides on z",
+}
+"""Options of the released quantizers that change a loss at most, and never codes or images -> why they are unused."""
 
 
 class QuantizerOutput(NamedTuple):
-    """What the quantizer says about a batch of patches."""
+    """The result for a batch of patches."""
 
     quantized_BNL: torch.Tensor
     """+-1/sqrt(L), with the straight-through gradient."""
@@ -31,7 +48,7 @@ class QuantizerOutput(NamedTuple):
     commitment: torch.Tensor
     """Mean over patches of ||sg(zhat) - z||^2 (SPEC stage 1, weight a_z)."""
     mean_GK: torch.Tensor
-    """E[Q]: the mean soft code of each group, K states; the codebook entropy of several batches needs no more."""
+    """E[Q]: the mean soft code of each group, K states; it suffices for the codebook entropy of several batches."""
 
 
 class BinarySphericalQuantizer(nn.Module):
@@ -58,11 +75,28 @@ class BinarySphericalQuantizer(nn.Module):
         self.l2_norm, self.gamma0, self.gamma1 = l2_norm, gamma0, gamma1
         self.scale = embed_dim**-0.5
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], *, l2_norm: bool) -> "BinarySphericalQuantizer":
+        """The quantizer of a config's `quantizer_cfg`, which may hold every option of the released quantizers.
+
+        Raises:
+            ValueError: an unknown option, or one that is not a number.
+        """
+        check_options(options, known={*USED_OPTIONS, *UNUSED_OPTIONS}, where="quantizer_cfg")
+        if not options.get("l2_norm", True):
+            raise ValueError("quantizer_cfg.l2_norm is false; only codes of +-1/sqrt(bits) are supported")
+        values = {new: options[name] for name, new in USED_OPTIONS.items() if name in options}
+        for name, value in values.items():
+            is_count = name in ("embed_dim", "group_size")
+            if isinstance(value, bool) or not isinstance(value, int if is_count else int | float) or value < is_count:
+                raise ValueError(f"quantizer_cfg.{name} is {value!r}; it must be a {'positive ' * is_count}number")
+        return cls(l2_norm=l2_norm, **values)
+
     def extra_repr(self) -> str:
         return f"bits={self.embed_dim}, group_size={self.group_size}, inv_temperature={self.inv_temperature}"
 
     def forward(self, z_BNL: torch.Tensor, *, entropy: bool = True) -> QuantizerOutput:
-        """Quantize; math in float32 also under autocast. `entropy=False` skips the loss terms (they are zero)."""
+        """Quantize, in float32 also under autocast. `entropy=False` skips the loss terms, which are zero then."""
         with torch.autocast(z_BNL.device.type, enabled=False):
             z_BNL = z_BNL.float()
             if self.l2_norm:
@@ -70,7 +104,7 @@ class BinarySphericalQuantizer(nn.Module):
             positive_BNL = z_BNL > 0
             hard_BNL = torch.where(positive_BNL, self.scale, -self.scale)
             # The released model passes the gradient through sign() and then scales by 1/sqrt(L), so the gradient
-            # carries that factor too (checked against its pixel gradient); the value is hard_BNL exactly.
+            # has that factor too (checked against its pixel gradient). The value is hard_BNL exactly.
             quantized_BNL = hard_BNL + (z_BNL - z_BNL.detach()) * self.scale
             zero = z_BNL.new_zeros(())
             sample, codebook, commitment, mean_GK = zero, zero, zero, zero
@@ -82,19 +116,19 @@ class BinarySphericalQuantizer(nn.Module):
         return QuantizerOutput(quantized_BNL, bits_to_codes(positive_BNL), loss, sample, codebook, commitment, mean_GK)
 
     def penalty(self, sample: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """(gamma0 * E[H(Q)] - gamma1 * H(E[Q])) / inv_temperature of the two entropies, as the released code has it."""
+        """(gamma0 * E[H(Q)] - gamma1 * H(E[Q])) / inv_temperature, as in the released code."""
         return (self.gamma0 * sample - self.gamma1 * codebook) / self.inv_temperature
 
     def soft_code(self, z_BNL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """E[H(Q)] in nats and E[Q] (G, K), of normalised z.
 
-        The soft code of a group is a softmax over its corners of 2 * inv_temperature * <z, corner>. That
-        factorises into independent bits with logit 4 * inv_temperature * z / sqrt(L), so the sample entropy is
-        a sum over bits; only the batch average of a group needs its 2^g states.
+        The soft code of a group is a softmax over its corners of 2 * inv_temperature * <z, corner>. It factorises into
+        independent bits with logit 4 * inv_temperature * z / sqrt(L). The sample entropy is therefore a sum over bits;
+        only the batch average of a group needs its 2^g states.
         """
         logit_ML = z_BNL.reshape(-1, self.embed_dim) * (4.0 * self.inv_temperature * self.scale)
         probability_ML = torch.sigmoid(logit_ML)
-        # H(p) = softplus(logit) - p * logit, exact and finite where p log p is not.
+        # H(p) = softplus(logit) - p * logit, which is exact and finite where p log p is not.
         sample = (F.softplus(logit_ML) - probability_ML * logit_ML).sum(-1).mean()
         if self.group_size == 1:
             mean_L = probability_ML.mean(0)
@@ -108,8 +142,7 @@ class BinarySphericalQuantizer(nn.Module):
 
     def codes_to_quantized(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) -> float32 (B, N, L) of +-1/sqrt(L)."""
-        bits_BNL = codes_to_bits(codes_BN, num_bits=self.embed_dim)
-        return (2 * bits_BNL - 1).float() * self.scale
+        return (2 * codes_to_bits(codes_BN, num_bits=self.embed_dim) - 1).float() * self.scale
 
     def group_indices(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) -> index of each group's state (B, N, G), most significant bit first."""

@@ -1,4 +1,4 @@
-"""A small text tokenizer for the text tower, trained on the captions at hand when CLIP's own is not used."""
+"""The text tower's tokenizer: CLIP's, or a small one trained on the run's captions."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ def train_caption_tokenizer(captions: Iterable[str], *, vocab_size: int) -> PreT
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # END must not be entry 2: QLIP's config reads that id as the old CLIP convention (see `TextModel`).
+        # END must not have id 2, which QLIP's config reads as the old CLIP convention (see `TextModel`).
         special_tokens=[PAD, END, BEGIN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -35,7 +35,7 @@ def load_caption_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the text tower's tokenizer (CLIP's, for example) from a folder or hub id.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: no tokenizer there.
     """
     try:
         return AutoTokenizer.from_pretrained(path)

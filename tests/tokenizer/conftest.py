@@ -1,6 +1,8 @@
-"""A very small QLIP, built on the spot."""
+"""A tiny QLIP with random weights, and files in the published layouts."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import VGG16_PLAN
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def tiny_config(**changes: object) -> QLIPConfig:
@@ -26,6 +30,14 @@ def tiny_config(**changes: object) -> QLIPConfig:
 def tiny_qlip() -> QLIPModel:
     torch.manual_seed(0)
     return QLIPModel(tiny_config()).eval()
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set values in a JSON file; a dictionary sets values of a section."""
+    values = json.loads(path.read_text())
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(values))
 
 
 def lpips_files(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:

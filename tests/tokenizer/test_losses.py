@@ -19,15 +19,14 @@ def test_info_nce_equals_the_textbook_form() -> None:
     image, text = (F.normalize(torch.randn(5, 8, generator=generator), dim=-1) for _ in range(2))
     logits = 10 * image @ text.T
     expected = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
-    found = info_nce(image, text, logit_scale=torch.tensor(10.0))
-    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(info_nce(image, text, logit_scale=torch.tensor(10.0)).loss, expected)
     assert float(info_nce(image, image, logit_scale=torch.tensor(100.0)).accuracy) == 1.0
 
 
-def test_info_nce_in_chunks_is_the_same_and_keeps_no_logits() -> None:
+def test_info_nce_in_chunks_is_the_same_and_saves_no_logits() -> None:
     generator = torch.Generator().manual_seed(0)
-    found: list[tuple[torch.Tensor, ...]] = []
-    kept: list[int] = []
+    results: list[tuple[torch.Tensor, ...]] = []
+    largest: list[int] = []
     for chunk_rows in (7, 2):
         image, text = (torch.randn(7, 3, generator=generator.manual_seed(s)).requires_grad_() for s in (1, 2))
         scale = torch.tensor(5.0, requires_grad=True)
@@ -35,11 +34,11 @@ def test_info_nce_in_chunks_is_the_same_and_keeps_no_logits() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
             loss, accuracy = info_nce(image, text, logit_scale=scale, chunk_rows=chunk_rows)
         loss.backward()
-        found.append((loss.detach(), accuracy, image.grad, text.grad, scale.grad))
-        kept.append(max(sizes))
-    for whole, chunked in zip(*found, strict=True):
+        results.append((loss.detach(), accuracy, image.grad, text.grad, scale.grad))
+        largest.append(max(sizes))
+    for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole)
-    assert kept == [7 * 7, 7 * 3]  # the logits; the embeddings
+    assert largest == [7 * 7, 7 * 3]  # the logits; the embeddings
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
@@ -50,20 +49,20 @@ def test_adversarial_terms_pull_apart_and_together(kind: AdversarialKind) -> Non
 
 
 @pytest.mark.parametrize("kind", get_args(DiscriminatorKind))
-def test_discriminator_learns_to_tell_two_sets_apart(kind: DiscriminatorKind) -> None:
+def test_discriminator_learns_to_separate_two_sets(kind: DiscriminatorKind) -> None:
     torch.manual_seed(0)
     model = build_discriminator(kind, channels=8, num_layers=2, image_size=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     real, fake = torch.rand(8, 3, 32, 32) * 2 - 1, torch.zeros(8, 3, 32, 32)
     losses = []
-    for _ in range(20):
+    for _ in range(12):
         loss = discriminator_loss(model(real), model(fake), kind="hinge")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.5 * losses[0]
-    # Judged alone or beside others, an image gets the same verdict.
+    assert losses[-1] < 0.6 * losses[0]
+    # The logit of an image does not depend on the rest of the batch.
     torch.testing.assert_close(model(real)[:1], model(real[:1]))
 
 
@@ -91,7 +90,7 @@ def test_lpips_loads_the_published_layout_and_refuses_others(tmp_path: Path) -> 
     assert distance.name == "lpips_vgg"
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     assert float(distance(image, -image)) > float(distance(image, image)) == 0.0
-    with pytest.raises(UserError, match="not VGG-16"):
+    with pytest.raises(UserError, match="VGG-16"):
         lpips_vgg(backbone=heads, heads=backbone)
     with pytest.raises(UserError, match="does not exist"):
         lpips_vgg(backbone=tmp_path / "absent.pth", heads=heads)

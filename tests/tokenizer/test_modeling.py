@@ -1,11 +1,11 @@
 """QLIP beyond the golden checkpoint: other layouts, bad input, the paper's sizes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from tests.tokenizer.conftest import tiny_config
@@ -29,8 +29,7 @@ from um3.core.errors import UserError
 def test_every_layout_encodes_decodes_and_reloads(changes: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = QLIPModel(tiny_config(**changes)).eval()
-    pixels = torch.randn(2, 3, 16, 16)
-    codes = model.encode(pixels)
+    codes = model.encode(torch.randn(2, 3, 16, 16))
     assert codes.shape == (2, 4) and codes.dtype == torch.int64
     assert model.decode(codes).shape == (2, 3, 16, 16)
     model.save_pretrained(tmp_path)
@@ -43,20 +42,12 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
     old = tiny_qlip.get_text_features(ids)
     config = tiny_config()
     config.text_tower.eos_token_id = 7
-    config.text_tower.pad_token_id = 0
     new = QLIPModel(config).eval()
     new.load_state_dict(tiny_qlip.state_dict())
     largest = tiny_qlip.text_model.encoder(tiny_qlip.text_model.embeddings(ids))[1, 1]
     pooled = tiny_qlip.text_model.final_layer_norm(largest)
-    torch.testing.assert_close(old[1], torch.nn.functional.normalize(tiny_qlip.text_projection(pooled), dim=-1))
+    torch.testing.assert_close(old[1], F.normalize(tiny_qlip.text_projection(pooled), dim=-1))
     assert not torch.allclose(new.get_text_features(ids)[1], old[1])
-
-
-def test_a_text_tower_with_several_ends_is_refused() -> None:
-    config = tiny_config()
-    config.text_tower.eos_token_id = [1, 2]
-    with pytest.raises(UserError, match="eos_token_id is \\[1, 2\\]"):
-        QLIPModel(config)
 
 
 def test_padding_after_the_end_changes_nothing(tiny_qlip: QLIPModel) -> None:
@@ -65,17 +56,18 @@ def test_padding_after_the_end_changes_nothing(tiny_qlip: QLIPModel) -> None:
     torch.testing.assert_close(short, padded)
 
 
-def test_images_of_another_size_are_refused(tiny_qlip: QLIPModel) -> None:
+def test_images_of_another_size_and_long_texts_are_refused(tiny_qlip: QLIPModel) -> None:
     with pytest.raises(ValueError, match="16x16"):
         tiny_qlip.encode(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match=r"17 text tokens .* 16 positions"):
+        tiny_qlip.get_text_features(torch.ones(1, 17, dtype=torch.long))
 
 
 def test_training_reaches_every_parameter(tiny_qlip: QLIPModel) -> None:
     output = tiny_qlip.train()(torch.randn(3, 3, 16, 16), torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]))
     total = output.reconstructions.square().mean() + output.logits_per_image.diag().sum() + output.quantizer_loss
     total.backward()
-    without = [name for name, parameter in tiny_qlip.named_parameters() if parameter.grad is None]
-    assert without == []
+    assert [name for name, parameter in tiny_qlip.named_parameters() if parameter.grad is None] == []
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny_qlip: QLIPModel) -> None:
@@ -98,32 +90,28 @@ def test_qlip_b_16_has_the_released_size() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 239_434_013
 
 
-def test_missing_foreign_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        load_qlip(tmp_path / "nowhere")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="'bert' model"):
-        load_qlip(foreign)
-    damaged = tmp_path / "damaged"
-    tiny_qlip.save_pretrained(damaged)
-    weights = damaged / "model.safetensors"
+def test_missing_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        with pytest.raises(UserError, match=name):
+            load_qlip(tmp_path / name)
+    tiny_qlip.save_pretrained(tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
-        load_qlip(damaged)
+        load_qlip(tmp_path / "damaged")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("visual_projection.weight"), r"lacks 1 of QLIP's tensors \(visual_proj"),
-        (lambda tensors: tensors.update(stranger=torch.zeros(1)), r"holds 1 tensors .* no place for \(stranger\)"),
-        (lambda tensors: tensors.update({"logit_scale": torch.zeros(3)}), r"of other shapes .* \(logit_scale\)"),
+        (lambda tensors: tensors.pop("visual_projection.weight"), r"lacks 1 .*\(visual_projection.weight\)"),
+        (lambda tensors: tensors.update(stranger=torch.zeros(1)), r"1 tensors .*config.json.*\(stranger\)"),
+        (lambda tensors: tensors.update({"logit_scale": torch.zeros(3)}), r"other shapes .*\(logit_scale\)"),
     ],
     ids=("missing", "extra", "shape"),
 )
-def test_weights_of_another_model_are_refused(
+def test_weights_of_another_model_are_one_line(
     tiny_qlip: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable, message: str
 ) -> None:
     tiny_qlip.save_pretrained(tmp_path)
@@ -135,30 +123,11 @@ def test_weights_of_another_model_are_refused(
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize(
-    ("tower", "setting", "value", "message"),
-    [
-        ("vision_config", "patch_size", 7, "image_size 16 is not a multiple of patch_size 7"),
-        ("decoder_config", "image_size", 18, "image_size 18 is not a multiple of patch_size 8"),
-        ("text_config", "num_attention_heads", 3, "hidden_size 32 is not a multiple of num_attention_heads 3"),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(
-    tiny_qlip: QLIPModel, tmp_path: Path, tower: str, setting: str, value: int, message: str
-) -> None:
-    tiny_qlip.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values[tower][setting] = value
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=f"cannot load .*: {message}"):
-        load_qlip(tmp_path)
-
-
-def test_a_linear_layer_multiplies_alike_with_and_without_gradient() -> None:
+def test_a_linear_layer_gives_the_same_with_and_without_gradient() -> None:
     torch.manual_seed(0)
     for bias in (True, False):
         linear, x = Linear(48, 32, bias=bias), torch.randn(2, 5, 48)
-        expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+        expected = F.linear(x, linear.weight, linear.bias)
         with torch.no_grad():
             torch.testing.assert_close(linear(x), expected)
             torch.testing.assert_close(linear(x[:, ::2]), expected[:, ::2])

@@ -1,8 +1,8 @@
-"""Towers from published layouts: files made on the spot in EVA's names, and transformers' own CLIP."""
+"""Towers from published layouts: generated files with EVA's names, and transformers' own CLIP."""
 
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from um3.core.errors import UserError
 
 
 def eva_file(qlip: QLIPModel, path: Path, *, prefix: str = "") -> Path:
-    """The encoder of `qlip` as EVA publishes one: its names, separate q and v biases, a head and tables beside it."""
+    """Write the encoder of `qlip` as EVA publishes one: its names, separate q and v biases, a head and tables."""
     table = {
         "mask_token": torch.zeros(1, 1, 32),
         "head.weight": torch.zeros(5, 32),
@@ -57,7 +57,7 @@ def test_an_eva_encoder_gives_the_same_features(name: str, prefix: str, tiny_qli
     assert report["fresh"] == [] and report["resampled"] == [] and len(report["loaded"]) > 15
 
 
-def test_the_encoder_of_a_qlip_folder_serves_too(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_the_encoder_of_a_qlip_folder_is_loaded_too(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
     tiny_qlip.save_pretrained(tmp_path)
     qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
     report = load_encoder(qlip, tmp_path)
@@ -66,11 +66,11 @@ def test_the_encoder_of_a_qlip_folder_serves_too(tiny_qlip: QLIPModel, tmp_path:
     finer = load_encoder(fresh(tiny_config(patch_size=4)), tmp_path)
     assert len(finer["resampled"]) == 2 and finer["fresh"] == []
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="holds no QLIP"):
+    with pytest.raises(UserError, match="no QLIP encoder"):
         load_encoder(qlip, tmp_path)
 
 
-def test_an_encoder_on_the_hub_is_taken_from_its_cache(
+def test_an_encoder_on_the_hub_is_read_from_the_cache(
     tiny_qlip: QLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -82,47 +82,50 @@ def test_an_encoder_on_the_hub_is_taken_from_its_cache(
     eva_file(tiny_qlip, snapshot / "files" / "eva.pt")
     assert load_encoder(fresh(), "owner/eva/files/eva.pt")["fresh"] == []
     for wrong in ("owner/eva/other.pt", "no one/eva/eva.pt"):
-        with pytest.raises(UserError, match="is no file here, and as OWNER/NAME/FILE the hub has none"):
+        with pytest.raises(UserError, match=f"{wrong} .*OWNER/NAME/FILE"):
             load_encoder(fresh(), wrong)
 
 
-def test_finer_patches_keep_what_an_even_patch_says(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_finer_patches_keep_the_output_of_a_uniform_patch(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
     qlip = fresh(tiny_config(patch_size=4))
     report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / "eva.pt"))
     resampled = {name.removeprefix("vision_model.embeddings.") for name in report["resampled"]}
     assert resampled == {"position_embedding.weight", "patch_embedding.weight"}
     old, new = tiny_qlip.vision_model.embeddings, qlip.vision_model.embeddings
-    even = torch.full((1, 3, 16, 16), 0.7)
-    torch.testing.assert_close(new.patch_embedding(even)[0, :, 0, 0], old.patch_embedding(even)[0, :, 0, 0])
+    uniform = torch.full((1, 3, 16, 16), 0.7)
+    torch.testing.assert_close(new.patch_embedding(uniform)[0, :, 0, 0], old.patch_embedding(uniform)[0, :, 0, 0])
     assert torch.equal(new.position_embedding.weight[0], old.position_embedding.weight[0])
-    means = [each.position_embedding.weight[1:].mean(0) for each in (old, new)]
+    means = [embeddings.position_embedding.weight[1:].mean(0) for embeddings in (old, new)]
     torch.testing.assert_close(*means, atol=0.02, rtol=0)
 
 
-def test_what_a_file_lacks_is_told_and_stays_fresh(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_tensors_that_a_file_lacks_are_reported_and_fresh(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
     path = eva_file(fresh(tiny_config(subln=False)), tmp_path / "eva.pt")
     report = load_encoder(tiny_qlip, path)
-    names = {name.removeprefix("vision_model.encoder.layers.0.") for name in report["fresh"]}
-    assert names == {
-        f"{part}.{kind}" for part in ("self_attn.inner_attn_ln", "mlp.ffn_ln") for kind in ("weight", "bias")
-    }
+    names = {name.removeprefix("vision_model.encoder.layers.0.").rpartition(".")[0] for name in report["fresh"]}
+    assert names == {"self_attn.inner_attn_ln", "mlp.ffn_ln"} and len(report["fresh"]) == 4
 
 
-def test_what_would_not_fit_is_refused(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (None, {"intermediate_size": 40}, r"mlp.ffn_ln.bias is \(48,\) in the file and \(40,\) in this QLIP"),
+        (None, {"swiglu": False, "subln": True}, "lacks 6 of its tensors"),
+        ({"layer.weight": torch.zeros(2)}, {}, r"no tensor for 'layer\.weight'"),
+        ({"weights": [torch.zeros(2)]}, {}, "no table of tensors"),
+        (b"no tensors", {}, "cannot be read as tensors only"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(
+    content: object, changes: dict[str, object], message: str, tiny_qlip: QLIPModel, tmp_path: Path
+) -> None:
     path = eva_file(tiny_qlip, tmp_path / "eva.pt")
-    with pytest.raises(UserError, match=r"mlp.ffn_ln.bias is \(48,\) in the file and \(40,\) in this QLIP"):
-        load_encoder(fresh(tiny_config(intermediate_size=40)), path)
-    with pytest.raises(UserError, match="no place for 6 of its tensors"):
-        load_encoder(fresh(tiny_config(swiglu=False, subln=True)), path)
-    torch.save({"layer.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"'layer\.weight' has no place in QLIP's encoder"):
-        load_encoder(tiny_qlip, path)
-    torch.save({"weights": [torch.zeros(2)]}, path)
-    with pytest.raises(UserError, match="holds no table of tensors"):
-        load_encoder(tiny_qlip, path)
-    path.write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="cannot be read as tensors only"):
-        load_encoder(tiny_qlip, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        load_encoder(fresh(tiny_config(**changes)), path)
     with pytest.raises(UserError, match=r"nowhere\.pt does not exist"):
         load_encoder(tiny_qlip, tmp_path / "nowhere.pt")
 
@@ -142,14 +145,13 @@ def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip
     with torch.inference_mode():
         expected = F.normalize(clip(input_ids=ids).text_embeds, dim=-1)
         torch.testing.assert_close(tiny_qlip.get_text_features(ids), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="cannot find CLIP's weights"):
+    with pytest.raises(UserError, match=r"CLIP .*nowhere"):
         load_text_tower(tiny_qlip, tmp_path / "nowhere")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"there is no model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors or pytorch_model\.bin"):
         load_text_tower(tiny_qlip, tmp_path)
     torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
     assert load_text_tower(tiny_qlip, tmp_path) == report
-    tiny_qlip.save_pretrained(tmp_path / "other")
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no text tower"):
         load_text_tower(tiny_qlip, tmp_path)

@@ -11,28 +11,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokenizer.quantizer import BinarySphericalQuantizer, codebook_entropy
 
 
-def brute_force_entropies(z: torch.Tensor, *, inv_temperature: float, groups: list[list[int]]) -> tuple[float, float]:
-    """(E[H], H[E]) from an explicit softmax over every corner of every group."""
-    sample, codebook = 0.0, 0.0
-    for group in groups:
-        corners = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=len(group)))) / math.sqrt(z.shape[-1])
-        p = (2 * inv_temperature * z[:, group] @ corners.T).softmax(-1)
-        sample += float(-(p * p.log()).sum(-1).mean())
-        codebook += float(-(p.mean(0) * p.mean(0).log()).sum())
-    return sample, codebook
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 6])
 @pytest.mark.parametrize("inv_temperature", [1.0, 10.0])
 def test_entropies_equal_brute_force(group_size: int, inv_temperature: float) -> None:
+    """(E[H], H[E]) from an explicit softmax over every corner of every group."""
     quantizer = BinarySphericalQuantizer(embed_dim=6, group_size=group_size, inv_temperature=inv_temperature)
-    z = torch.nn.functional.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
-    groups = [list(range(start, start + group_size)) for start in range(0, 6, group_size)]
-    expected = brute_force_entropies(z, inv_temperature=inv_temperature, groups=groups)
+    z = torch.nn.functional.normalize(normal(40, 6), dim=-1)
+    corners = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=group_size))) / math.sqrt(6)
+    expected_sample = expected_codebook = 0.0
+    for z_group in z.split(group_size, dim=-1):
+        p = (2 * inv_temperature * z_group @ corners.T).softmax(-1)
+        expected_sample += float(-(p * p.log()).sum(-1).mean())
+        expected_codebook += float(-(p.mean(0) * p.mean(0).log()).sum())
     sample, mean_GK = quantizer.soft_code(z.view(4, 10, 6))
-    codebook = codebook_entropy(mean_GK)
-    assert float(sample) == pytest.approx(expected[0], rel=1e-5)
-    assert float(codebook) == pytest.approx(expected[1], rel=1e-5)
+    assert float(sample) == pytest.approx(expected_sample, rel=1e-5)
+    assert float(codebook_entropy(mean_GK)) == pytest.approx(expected_codebook, rel=1e-5)
 
 
 def test_values_codes_and_straight_through_gradient() -> None:
@@ -49,49 +46,40 @@ def test_values_codes_and_straight_through_gradient() -> None:
 
 
 def test_quantizer_stays_in_float32_under_autocast() -> None:
-    quantizer = BinarySphericalQuantizer(embed_dim=28)
-    z = torch.randn(2, 16, 28, generator=torch.Generator().manual_seed(1))
+    quantizer, z = BinarySphericalQuantizer(embed_dim=28), normal(2, 16, 28)
+    outside = quantizer(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = quantizer(z)
-    outside = quantizer(z)
     assert inside.quantized_BNL.dtype == torch.float32
     assert torch.equal(inside.loss, outside.loss) and torch.equal(inside.codes_BN, outside.codes_BN)
 
 
-def test_memory_grows_with_bits_not_with_corners() -> None:
-    """60 bits: anything of size 2^L would not fit any machine."""
-    quantizer = BinarySphericalQuantizer(embed_dim=60)
-    z = torch.randn(2, 8, 60, requires_grad=True)
-    output = quantizer(z)
-    (output.loss + output.commitment).backward()
-    assert z.grad is not None and torch.isfinite(z.grad).all() and int(output.codes_BN.min()) >= 0
-
-
 @pytest.mark.parametrize("group_size", [3, 14])
-def test_senseless_groups_are_refused(group_size: int) -> None:
+def test_invalid_groups_are_refused(group_size: int) -> None:
     with pytest.raises(ValueError, match="group_size"):
         BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any tensor made under it has."""
+    """Records the largest number of elements of any tensor created under it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in made if isinstance(made, tuple | list) else [made]:
-            self.elements = max(self.elements, each.numel() if isinstance(each, torch.Tensor) else 0)
-        return made
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
 
 
-@pytest.mark.parametrize("group_size", [1, 4])
-def test_nothing_grows_beyond_a_few_times_the_input(group_size: int) -> None:
-    z = torch.randn(64, 1024, 28, requires_grad=True)
-    quantizer = BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
+@pytest.mark.parametrize(("bits", "group_size"), [(28, 1), (28, 4), (60, 1)])
+def test_memory_grows_with_bits_not_with_corners(bits: int, group_size: int) -> None:
+    z = normal(4, 1024, bits).requires_grad_()
+    quantizer = BinarySphericalQuantizer(embed_dim=bits, group_size=group_size)
     with Largest() as largest:
         output = quantizer(z)
         (output.loss + output.quantized_BNL.square().sum() + output.commitment).backward()
-    assert z.grad is not None and z.numel() <= largest.elements <= 8 * z.numel()
+    assert z.grad is not None and torch.isfinite(z.grad).all() and int(output.codes_BN.min()) >= 0
+    assert z.numel() <= largest.elements <= 8 * z.numel()
