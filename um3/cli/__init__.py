@@ -1,7 +1,7 @@
-"""The `um3` command: draw, describe, continue, compare and look at pictures and texts with a trained model.
+"""The `um3` command: generate, caption, complete, score and reconstruct with a trained model.
 
-Answers go to stdout, what is going on to stderr. torch and transformers are imported inside the commands: `um3 --help`
-and a slip of the finger are answered at once.
+Results go to stdout, progress to stderr. The commands import torch and transformers only when they need them, so
+`um3 --help` and wrong options are answered at once.
 """
 
 import sys
@@ -9,13 +9,13 @@ import sys
 import typer
 
 from um3.cli import complete, encode, export, generate, images, info, serve  # noqa: F401 - each adds its commands
-from um3.cli.app import app
+from um3.cli.options import app
 from um3.core.errors import UserError, run_main
 
 __all__ = ["app", "entry_point"]
 
 USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
-"""What typer raises for a wrong command line; it has no public name there."""
+"""The exception of typer for a wrong command line; it has no public name there."""
 
 
 def entry_point() -> None:
@@ -29,4 +29,4 @@ def _run() -> None:
     except USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "um3"
-        raise UserError(f"{str(error).rstrip('.')}; {command} --help tells more") from None
+        raise UserError(f"{str(error).rstrip('.')}; see {command} --help") from None

@@ -4,46 +4,33 @@ from typing import Annotated
 
 import typer
 
-from um3.cli.app import (
-    DEFAULT_MODEL,
-    BatchOption,
-    DeviceOption,
-    FileOption,
-    JsonOption,
-    MinPOption,
-    ModelOption,
-    SeedOption,
-    TokensOption,
-    TopKOption,
-    TopPOption,
-    command,
-)
-from um3.cli.inputs import load, print_rows, read_texts
+from um3.cli import options
+from um3.cli.inputs import load, read_texts, show
 
 
-@command(
+@options.command(
     "Continue texts.",
     'um3 complete "There is a red" --temperature 0.7 --max-new-tokens 20',
     "um3 complete --file beginnings.txt --json",
 )
 def complete(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to continue; - reads stdin.")] = None,
-    file: FileOption = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: TopPOption = 0.95,
-    top_k: TopKOption = 0,
-    min_p: MinPOption = 0.0,
-    max_new_tokens: TokensOption = 64,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = 64,
-    as_json: JsonOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    file: options.TextFile = None,
+    temperature: options.Temperature = 1.0,
+    top_p: options.TopP = 0.95,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    max_new_tokens: options.MaxNewTokens = 64,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
-    """Continue TEXTS; no picture can come out of this."""
-    wanted = read_texts(texts or [], file=file, what="text")
+    """Continue TEXTS. The model writes text only, no images."""
+    texts = read_texts(texts, file=file, kind="text")
     written = load(model, device=device).complete(
-        wanted,
+        texts,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -52,9 +39,8 @@ def complete(
         seed=seed,
         batch_size=batch_size,
     )
-    found = zip(wanted, written, written.seeds, written.logprobs, strict=True)
-    if as_json:
-        print_rows([dict(zip(("text", "continuation", "seed", "logprob"), each, strict=True)) for each in found])
-    else:
-        for text, continuation, *_ in found:
-            typer.echo(text + continuation)
+    show(
+        {"text": texts, "continuation": written, "seed": written.seeds, "logprob": written.logprobs},
+        "{text}{continuation}",
+        as_json=as_json,
+    )

@@ -1,4 +1,4 @@
-"""`um3 generate`."""
+"""`um3 generate`: prompts in, images out."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from um3.cli.app import (
-    DEFAULT_MODEL,
-    BatchOption,
-    DeviceOption,
-    FileOption,
-    JsonOption,
-    ModelOption,
-    SeedOption,
-    command,
-)
-from um3.cli.inputs import STDIN, file_names, load, make_folder, print_rows, read_texts
+from um3.cli import options
+from um3.cli.inputs import STDIN, file_names, load, make_folder, read_texts
 from um3.core.errors import UserError
 from um3.core.files import write_text
 from um3.core.hub import model_folder
 from um3.core.progress import Progress
-from um3.inference.generation_defaults import image_defaults
+from um3.inference.sampling_params import image_defaults
 
 if TYPE_CHECKING:
     from um3.inference.outputs import Generated
@@ -29,97 +20,95 @@ if TYPE_CHECKING:
     from um3.inference.requests import Watch
 
 
-def scales(text: str) -> float | list[float]:
-    """`2` -> 2.0, `4,1` -> [4.0, 1.0]."""
-    try:
-        points = [float(each) for each in text.split(",")]
-    except ValueError:
-        raise UserError(f"guidance scale '{text}' is no number and no list such as 4,1") from None
-    return points[0] if len(points) == 1 else points
-
-
-@command(
-    "Draw pictures of prompts.",
+@options.command(
+    "Generate images from prompts.",
     'um3 generate "a red circle above a blue square" -n 8 --out samples',
     'um3 generate "two green stars" "three stars" --guidance-scale 3 --seed 7',
     "um3 generate --file prompts.txt --best-of 8 -n 1 --json > samples.jsonl",
     'um3 generate "a red circle" -n 1 --out - | um3 caption -',
 )
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; - reads stdin.")] = None,
-    file: FileOption = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Pictures per prompt.")] = 4,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; - reads stdin.")] = None,
+    file: options.TextFile = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images per prompt.")] = 4,
     best_of: Annotated[
-        int, typer.Option(help="Draw that many per prompt, keep those that fit it best by QLIP's towers; 0 ranks none.")
+        int, typer.Option(help="Generate that many per prompt and keep the best matches by QLIP; 0 for no ranking.")
     ] = 0,
     out: Annotated[
-        Path, typer.Option(help="Folder for pictures, contact sheet and samples.jsonl; - is stdout, for one picture.")
+        Path, typer.Option(help="Folder for images, contact sheet and samples.jsonl; - writes one PNG to stdout.")
     ] = Path("samples"),
-    seed: SeedOption = 0,
+    seed: options.Seed = 0,
     image_seed: Annotated[
-        list[int] | None, typer.Option(help="The seed of one picture, to draw it again; repeat it for each.")
+        list[int] | None, typer.Option(help="Seed of one image, to generate it again; repeat it for each image.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy, 1 the model's own distribution.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest entries up to this share.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep only the k likeliest entries; 0 keeps all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Keep what is this share as probable as the likeliest; 0 keeps all.")
-    ] = None,
+    temperature: Annotated[float | None, options.TEMPERATURE] = None,
+    top_p: Annotated[float | None, options.TOP_P] = None,
+    top_k: Annotated[int | None, options.TOP_K] = None,
+    min_p: Annotated[float | None, options.MIN_P] = None,
     guidance_scale: Annotated[
-        str | None, typer.Option(help="Classifier-free guidance; 1 is off; 4,1 goes from 4 to 1 over the picture.")
+        str | None, typer.Option(help="Classifier-free guidance; 1 is off; 4,1 goes from 4 to 1 over the image.")
     ] = None,
-    batch_size: BatchOption = 64,
-    as_json: JsonOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
-    """Draw pictures of PROMPTS: one PNG each, a contact sheet, and samples.jsonl with prompts, seeds and codes.
+    """Generate images from PROMPTS: a PNG each, a contact sheet, and samples.jsonl with prompts, seeds and codes.
 
-    Settings that are left out are those of sampling.json in the model's folder; without one temperature 0.5, top-p 0.9
-    and guidance 2, with which the demo is measured.
+    Sampling options that are not given come from image_sampling in the model's generation_config.json; a new model has
+    temperature 0.5, top-p 0.9 and guidance 2, with which the demo is measured.
     """
-    wanted = read_texts(prompts or [], file=file, what="prompt")
+    prompts = read_texts(prompts, file=file, kind="prompt")
     to_stdout = str(out) == STDIN
-    if to_stdout and (len(wanted) * num_images != 1 or as_json):
-        raise UserError("--out - writes one picture and nothing else; use it with one prompt, -n 1 and without --json")
+    if to_stdout and (len(prompts) * num_images != 1 or as_json):
+        raise UserError("--out - writes a single PNG; use it with one prompt and -n 1, without --json")
     if not to_stdout:
         make_folder(out)
-    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    given["guidance_scale"] = None if guidance_scale is None else scales(guidance_scale)
-    settings = image_defaults(model_folder(model)) | {name: each for name, each in given.items() if each is not None}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    sampling["guidance_scale"] = None if guidance_scale is None else parse_scales(guidance_scale)
+    defaults = image_defaults(model_folder(model, kind="UM3 model"))
     pipeline = load(model, device=device)
     generated = pipeline.generate(
-        wanted,
+        prompts,
         num_images=num_images,
         best_of=best_of,
         seed=seed,
         seeds=image_seed or None,
         batch_size=batch_size,
-        watch=_progress(len(wanted) * (best_of or num_images), pipeline=pipeline),
-        **settings,
+        watch=_progress(len(prompts) * (best_of or num_images), pipeline=pipeline),
+        **(defaults | {name: value for name, value in sampling.items() if value is not None}),
     )
     if to_stdout:
         from um3.inference.image_io import png_bytes
 
-        typer.echo(png_bytes(generated.pictures[0]), nl=False)
+        typer.echo(png_bytes(generated.pil_images[0]), nl=False)
         return
     rows = _write(generated, out=out, columns=min(num_images, 8) if num_images > 1 else 0, pipeline=pipeline)
-    if as_json:
-        print_rows([row | {"file": str(out / row["file"])} for row in rows])
-    else:
-        typer.echo(f"{len(rows)} pictures, contact_sheet.png and samples.jsonl are in {out}")
+    if not as_json:
+        typer.echo(f"{len(rows)} images, contact_sheet.png and samples.jsonl are in {out}")
+    for row in rows if as_json else ():
+        typer.echo(json.dumps(row | {"file": str(out / row["file"])}, ensure_ascii=False))
 
 
-def _progress(count: int, *, pipeline: "UM3Pipeline") -> "Watch":
-    """Shows what is drawn of all pictures, token by token, and which are under way."""
+def parse_scales(text: str) -> float | list[float]:
+    """`2` -> 2.0, `4,1` -> [4.0, 1.0]."""
+    try:
+        scales = [float(scale) for scale in text.split(",")]
+    except ValueError:
+        raise UserError(f"guidance scale '{text}' is neither a number nor a list such as 4,1") from None
+    return scales[0] if len(scales) == 1 else scales
+
+
+def _progress(num_images: int, *, pipeline: "UM3Pipeline") -> "Watch":
+    """A progress line that counts the tokens of all images."""
     length = pipeline.ids.image_tokens
-    progress = Progress(count * length, label="draw", unit="tokens")
+    progress = Progress(num_images * length, label="generate", unit="tokens")
 
-    def show(batch: range, ids_PB: Any) -> None:
+    def watch(batch: range, ids_PB: Any) -> None:
         done = batch.start * length + len(batch) * len(ids_PB)
-        progress.advance(done - progress.done, note=f"pictures {batch.start + 1} to {batch.stop} of {count}")
+        progress.advance(done - progress.done, note=f"images {batch.start + 1} to {batch.stop} of {num_images}")
 
-    return show
+    return watch
 
 
 def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "UM3Pipeline") -> list[dict[str, Any]]:
@@ -127,8 +116,8 @@ def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "UM3Pip
 
     fingerprint = pipeline.model.config.um3["tokenizer_fingerprint"]
     rows = []
-    for index, (name, picture) in enumerate(zip(file_names(generated.prompts), generated.pictures, strict=True)):
-        save_png(picture, out / name)
+    for index, (name, image) in enumerate(zip(file_names(generated.prompts), generated.pil_images, strict=True)):
+        save_png(image, out / name)
         rows.append({"file": name, **generated.metadata(index), "tokenizer": fingerprint})
     write_text(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     save_png(contact_sheet(generated.images, labels=generated.prompts, columns=columns), out / "contact_sheet.png")

@@ -1,63 +1,38 @@
-"""`um3 caption`, `um3 reconstruct` and `um3 score`: pictures in."""
+"""`um3 caption`, `um3 reconstruct` and `um3 score`: images in."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from um3.cli.app import (
-    DEFAULT_MODEL,
-    BatchOption,
-    DeviceOption,
-    FileOption,
-    ImagesArgument,
-    JsonOption,
-    MinPOption,
-    ModelOption,
-    SeedOption,
-    TokensOption,
-    TopKOption,
-    TopPOption,
-    command,
-)
-from um3.cli.inputs import (
-    check_pictures,
-    file_names,
-    load,
-    make_folder,
-    print_rows,
-    read_pictures,
-    read_rows,
-    read_texts,
-)
+from um3.cli import options
+from um3.cli.inputs import file_names, load_with_images, make_folder, read_json_lines, read_texts, show
 from um3.core.errors import UserError
 
 
-@command(
-    "Describe pictures.",
+@options.command(
+    "Caption images.",
     "um3 caption holiday.jpg",
     "um3 caption samples/0*.png --temperature 0.7 --seed 1",
     "um3 caption --json *.jpg | jq -r .caption",
 )
 def caption(
-    images: ImagesArgument,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    min_p: MinPOption = 0.0,
-    max_new_tokens: TokensOption = 32,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = 64,
-    as_json: JsonOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    images: options.Images,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    max_new_tokens: options.MaxNewTokens = 32,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
-    """Describe IMAGES: one line each, the file and its caption."""
-    check_pictures(images)
-    pipeline = load(model, device=device)
+    """Caption IMAGES: one line each, the file and its caption."""
+    pipeline, images_BHW3 = load_with_images(model, device=device, paths=images)
     captions = pipeline.caption(
-        read_pictures(images, size=pipeline.processor.image_size),
+        images_BHW3,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -66,92 +41,82 @@ def caption(
         seed=seed,
         batch_size=batch_size,
     )
-    found = zip(images, captions, captions.seeds, captions.logprobs, strict=True)
-    if as_json:
-        print_rows([dict(zip(("file", "caption", "seed", "logprob"), each, strict=True)) for each in found])
-    else:
-        for path, text, *_ in found:
-            typer.echo(f"{path}: {text}")
+    show(
+        {"file": images, "caption": captions, "seed": captions.seeds, "logprob": captions.logprobs},
+        "{file}: {caption}",
+        as_json=as_json,
+    )
 
 
-@command(
-    "Send pictures through the visual tokenizer and back.",
+@options.command(
+    "Encode images with the visual tokenizer and decode them.",
     "um3 reconstruct holiday.jpg --out reconstructions",
 )
 def reconstruct(
-    images: ImagesArgument,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("reconstructions"),
-    batch_size: BatchOption = 64,
-    as_json: JsonOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    images: options.Images,
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("reconstructions"),
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
-    """Send IMAGES through the visual tokenizer: a PNG each with the original, its codes as colours, what came back."""
-    check_pictures(images)
+    """Reconstruct IMAGES: a PNG each with the original, its codes as colours, and the reconstruction."""
     make_folder(out)
-    pipeline = load(model, device=device)
+    pipeline, images_BHW3 = load_with_images(model, device=device, paths=images)
     ids = pipeline.ids
-    result = pipeline.reconstruct(read_pictures(images, size=pipeline.processor.image_size), batch_size=batch_size)
-    from um3.inference.image_io import code_picture, contact_sheet, save_png
+    result = pipeline.reconstruct(images_BHW3, batch_size=batch_size)
+    from um3.inference.image_io import code_image, contact_sheet, save_png
 
     labels = ["original", f"{ids.num_patches} codes of {ids.num_bits} bits", "reconstruction"]
-    rows = []
-    for index, (path, name) in enumerate(zip(images, file_names([Path(each).stem for each in images]), strict=True)):
-        codes_N = result.codes[index]
-        panels = [result.originals[index], code_picture(codes_N, num_bits=ids.num_bits), result.images[index]]
-        save_png(contact_sheet(panels, labels=labels, columns=3), out / name)
-        rows.append({"file": path, "out": str(out / name), "codes": codes_N.tolist()})
-    if as_json:
-        print_rows(rows)
-    else:
-        for row in rows:
-            typer.echo(row["out"])
+    paths = [out / name for name in file_names(Path(image).stem for image in images)]
+    for path, original, codes_N, image in zip(paths, result.originals, result.codes, result.images, strict=True):
+        panels = [original, code_image(codes_N, num_bits=ids.num_bits), image]
+        save_png(contact_sheet(panels, labels=labels, columns=3), path)
+    show({"file": images, "out": list(map(str, paths)), "codes": result.codes.tolist()}, "{out}", as_json=as_json)
 
 
-@command(
-    "Say how well pictures and texts fit.",
+@options.command(
+    "Score how well images and texts match.",
     'um3 score photo.png "a red circle" "a blue square"',
     "um3 score photo.png --file captions.txt --json",
     "um3 score --pairs samples/samples.jsonl",
 )
 def score(
-    image: Annotated[str, typer.Argument(help="A picture; - is stdin.")] = "",
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to score it with.")] = None,
-    file: FileOption = None,
+    image: Annotated[str, typer.Argument(help="An image file; - is stdin.")] = "",
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to score with the image.")] = None,
+    file: options.TextFile = None,
     pairs: Annotated[
-        str, typer.Option(help="JSON lines with file (from there) and prompt, such as samples.jsonl; - is stdin.")
+        str, typer.Option(help="JSON lines with prompt and file (relative to them), such as samples.jsonl.")
     ] = "",
-    batch_size: BatchOption = 64,
-    as_json: JsonOption = False,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
     """Score IMAGE with each of TEXTS, or the pairs of a file.
 
-    Log-probabilities in nats, of the text given the picture and of the picture given the text; fit is the cosine of the
-    two in QLIP's own towers, where it has a text tokenizer.
+    Prints log-probabilities in nats, of the text given the image and of the image given the text, and the cosine
+    similarity of both in QLIP's towers if the model's QLIP has a text tokenizer.
     """
     if bool(image) == bool(pairs):
-        raise UserError("give a picture and texts, or --pairs with a file, and not both")
+        raise UserError("give either an image and texts, or --pairs with a file")
     if pairs:
-        rows = read_rows(pairs, needed=("file", "prompt"))
+        rows = read_json_lines(pairs, keys=("file", "prompt"))
         paths = [str(Path(pairs).parent / str(row["file"])) for row in rows]
-        wanted = [str(row["prompt"]) for row in rows]
+        texts = [str(row["prompt"]) for row in rows]
     else:
-        wanted = read_texts(texts or [], file=file, what="text")
-        paths = [image]
-    check_pictures(paths)
-    pipeline = load(model, device=device)
-    pictures = read_pictures(paths, size=pipeline.processor.image_size)
-    if not pairs:
-        pictures, paths = pictures.repeat(len(wanted), axis=0), paths * len(wanted)
-    found = pipeline.score(pictures, wanted, batch_size=batch_size)
-    fits: Sequence[float | None] = found.fits or [None] * len(wanted)
-    scored = list(zip(found.text_logprobs, found.image_logprobs, fits, paths, wanted, strict=True))
-    if as_json:
-        names = ("text_logprob", "image_logprob", "fit", "file", "text")
-        print_rows([dict(zip(names, each, strict=True)) for each in scored])
-        return
-    typer.echo("text|picture  picture|text     fit  file: text")
-    for text, picture, fit, path, words in scored:
-        typer.echo(f"{text:12.2f}  {picture:12.2f}  {'-' if fit is None else format(fit, '.3f'):>6}  {path}: {words}")
+        texts, paths = read_texts(texts, file=file, kind="text"), [image]
+    pipeline, images_BHW3 = load_with_images(model, device=device, paths=paths)
+    if image:
+        images_BHW3, paths = images_BHW3.repeat(len(texts), axis=0), paths * len(texts)
+    scores = pipeline.score(images_BHW3, texts, batch_size=batch_size)
+    similarities: list[Any] = scores.similarities or [None] * len(texts)
+    if not as_json:
+        typer.echo("text|image  image|text  similarity  file: text")
+        similarities = ["-" if value is None else f"{value:.3f}" for value in similarities]
+    logprobs = {"text_logprob": scores.text_logprobs, "image_logprob": scores.image_logprobs}
+    show(
+        {**logprobs, "similarity": similarities, "file": paths, "text": texts},
+        "{text_logprob:10.2f}  {image_logprob:10.2f}  {similarity:>10}  {file}: {text}",
+        as_json=as_json,
+    )

@@ -1,31 +1,105 @@
-"""`um3 info`."""
+"""`um3 info`: facts about a model folder from its JSON files and the headers of its weights; loads no weights."""
 
 import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from um3.cli.app import DEFAULT_MODEL, JsonOption, command
-from um3.cli.model_info import describe_folder
+from um3.cli import options
+from um3.core.errors import UserError
+from um3.core.files import read_json
 from um3.core.hub import model_folder
+from um3.inference.sampling_params import image_defaults
+from um3.model.configuration import OLD_KEYS
+
+UNKNOWN = "not recorded beside this folder"
 
 
-@command("Say what a model folder is.", "um3 info runs/demo/um3/model", "um3 info --json | jq .parameters")
+@options.command("Describe a model folder.", "um3 info runs/demo/um3/model", "um3 info --json | jq .parameters")
 def info(
-    folder: Annotated[str, typer.Argument(help="Folder of a trained UM3, or a hub id.")] = DEFAULT_MODEL,
-    as_json: JsonOption = False,
+    folder: Annotated[str, typer.Argument(help="Folder of a trained UM3, or a hub id.")] = options.DEFAULT_MODEL,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Say what FOLDER is: sizes, fingerprint of the visual tokenizer, training steps, licences, sampling settings."""
-    about = describe_folder(model_folder(folder))
+    """Describe FOLDER: sizes, fingerprint of the visual tokenizer, training steps, licences, sampling options."""
+    facts = describe_folder(model_folder(folder, kind="UM3 model"))
     if as_json:
-        typer.echo(json.dumps(about, ensure_ascii=False, indent=2))
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
         return
-    width = max(map(len, about)) + 2
-    for name, value in about.items():
-        typer.echo(f"{name:<{width}}{_in_words(value)}")
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {item}" for key, item in value.items())
+        typer.echo(f"{name:<{width}}{f'{value:,}' if isinstance(value, int) else value}")
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def describe_folder(folder: str | Path) -> dict[str, Any]:
+    """Sizes, fingerprint, training steps and licences of a UM3 folder, as JSON values.
+
+    Raises:
+        UserError: the model is not a UM3, or a file of it is missing or unreadable.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict) or not config.get("um3"):
+        raise UserError(f"{folder} is not a UM3 model (no 'um3' in a config.json); give the folder of a trained one")
+    try:
+        um3 = {new: config["um3"][old] for new, old in OLD_KEYS.items() if old in config["um3"]} | config["um3"]
+        return _describe(folder, config=config, um3=um3, qlip=read_json(folder / "qlip" / "config.json"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: a config.json lacks an entry ({error}); copy or train the model again") from None
+
+
+def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip: dict[str, Any]) -> dict[str, Any]:
+    tensors = dict(_tensors(folder))
+    text, bits = um3["text_vocab_size"], um3["subtokens"] * um3["bits_per_subtoken"]
+    visual = um3["subtokens"] << um3["bits_per_subtoken"]
+    num_tables = sum(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in tensors)
+    total, per_entry = sum(math.prod(shape) for shape, _ in tensors.values()), num_tables * config["hidden_size"]
+    size, num_tokens = qlip["vision_config"]["image_size"], um3["num_patches"] * um3["subtokens"]
+    base, done = um3.get("base") or {}, folder.resolve().parent / "done.json"
+    record = read_json(done) if done.is_file() else {}
+    qlip_total = sum(math.prod(shape) for name, (shape, _) in _tensors(folder / "qlip") if ".rope." not in name)
+    return {
+        "folder": str(folder),
+        "architecture": ", ".join(config.get("architectures") or [config["model_type"]]),
+        "parameters": total,
+        "of the layers": total - per_entry * (text + visual),
+        "of the text entries": per_entry * text,
+        "of the visual entries": per_entry * visual,
+        "dtype": ", ".join(sorted({dtype for _, dtype in tensors.values()})),
+        "bytes on disk": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "layers": config["num_hidden_layers"],
+        "hidden size": config["hidden_size"],
+        "context": config["max_position_embeddings"],
+        "text vocabulary": text,
+        "visual vocabulary": visual,
+        "image": f"{size} x {size} pixels, {um3['num_patches']} codes of {bits} bits in {num_tokens} tokens",
+        "visual tokenizer": um3["tokenizer_fingerprint"],
+        "visual tokenizer parameters": qlip_total,
+        "visual tokenizer licence": qlip.get("weights_license") or "no restriction recorded",
+        "image sampling": image_defaults(folder),
+        "training steps": record.get("steps", UNKNOWN),
+        "commit": record.get("commit", UNKNOWN),
+        "base model": base.get("name") or "none, trained from random weights",
+        "base model licence": base.get("license") or ("not recorded" if base else "none"),
+    }
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[list[int], str]]]:
+    """Name, shape and dtype of every stored tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"no weights in {folder} (no .safetensors file); copy the whole model folder")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a dict
+                    tensor = weights.get_slice(name)
+                    yield name, (list(tensor.get_shape()), str(tensor.get_dtype()))
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be read ({error}); copy or train the model again") from None

@@ -1,11 +1,11 @@
-"""What the commands read and where they write: texts, pictures, codes, the model; with one clear line if it fails.
+"""What the commands share: reading texts, images, JSON lines and the model, and printing results.
 
-Shapes: B pictures, H height, W width.
+Shapes: B images, H height, W width.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,85 +21,93 @@ if TYPE_CHECKING:
     from um3.inference.pipeline import UM3Pipeline
 
 STDIN = "-"
-MAX_STDIN = 200_000_000
+MAX_STDIN_BYTES = 200_000_000
+FORMATS = "give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
 
 
-def read_texts(arguments: Sequence[str], *, file: Path | None, what: str) -> list[str]:
-    """The arguments, or else the lines of a file or of stdin that are not empty.
+def read_texts(arguments: Sequence[str] | None, *, file: Path | None, kind: str) -> list[str]:
+    """The arguments, else the non-empty lines of `file`, by default stdin; `kind` is prompt or text, for messages.
 
     Raises:
-        UserError: both or none of them, or bytes that are no UTF-8.
+        UserError: both arguments and a file, no text, or a file that is not UTF-8.
     """
-    if list(arguments) == [STDIN]:
+    arguments = list(arguments or [])
+    if arguments == [STDIN]:
         arguments, file = [], file or Path(STDIN)
     if arguments and file is not None:
-        raise UserError(f"{what}s both as arguments and by --file; give one of the two")
+        raise UserError(f"{kind}s are given both as arguments and by --file; use one of them")
     if arguments:
-        return list(arguments)
+        return arguments
     if file is None and sys.stdin.isatty():
-        raise UserError(f"no {what}; give it as an argument, by --file, or on stdin")
-    lines = [line.rstrip("\r") for line in _read_text(str(file or STDIN)).split("\n")]
-    texts = [line for line in lines if line.strip()]
+        raise UserError(f"no {kind}; give it as an argument, by --file, or on stdin")
+    source = str(file or STDIN)
+    texts = [line.rstrip("\r") for line in _read(source).split("\n") if line.strip()]
     if not texts:
-        raise UserError(f"no {what} in {_name(str(file or STDIN))}; write one a line")
+        raise UserError(f"no {kind} in {_name(source)}; write one per line")
     return texts
 
 
-def read_rows(path: str, *, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, or of stdin, each with the `needed` keys."""
+def read_json_lines(path: str, *, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file or of stdin; each has the `keys`.
+
+    Raises:
+        UserError: no line, or a line that is not such an object.
+    """
     rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"line {number} of {_name(path)} is no JSON ({error})") from None
-        if not isinstance(row, dict) or not row.keys() >= set(needed):
-            raise UserError(f"line {number} of {_name(path)} is no object with {' and '.join(needed)}")
+            raise UserError(f"line {number} of {_name(path)} is not JSON ({error})") from None
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            raise UserError(f"line {number} of {_name(path)} is not an object with {' and '.join(keys)}")
         rows.append(row)
     if not rows:
-        raise UserError(f"{_name(path)} has no lines; write one object a line with {' and '.join(needed)}")
+        raise UserError(f"{_name(path)} is empty; write one object per line, with {' and '.join(keys)}")
     return rows
 
 
-def check_pictures(paths: Sequence[str | Path]) -> None:
-    """Say that a file is missing before a model is loaded for it."""
-    for path in paths:
-        if str(path) != STDIN and not Path(path).is_file():
-            raise UserError(f"{path}: no such file; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file")
+def load_with_images(
+    model: str, *, device: str, paths: Sequence[str | Path]
+) -> "tuple[UM3Pipeline, np.ndarray[Any, Any]]":
+    """The pipeline, and the images as uint8 (B, size, size, 3): centred squares at the tokenizer's size.
 
-
-def read_pictures(paths: Sequence[str | Path], *, size: int) -> "np.ndarray":
-    """The centred square of every picture at the tokenizer's size: uint8 (B, size, size, 3); one whole in memory."""
+    Raises:
+        UserError: a file that is missing (before the model is loaded) or not an image.
+    """
+    if missing := [path for path in paths if str(path) != STDIN and not Path(path).is_file()]:
+        raise UserError(f"{missing[0]} does not exist; {FORMATS}")
+    pipeline = load(model, device=device)
     import numpy as np
 
     from um3.core.images import ImageError, read_image, to_square
 
-    pictures = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    size = pipeline.processor.image_size
+    images_BHW3 = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for index, path in enumerate(track(paths, total=len(paths), label="read")):
         try:
-            source = _bytes_from_stdin() if str(path) == STDIN else Path(path)
-            pictures[index] = to_square(read_image(source), size=size)
+            source = _read_stdin() if str(path) == STDIN else Path(path)
+            images_BHW3[index] = to_square(read_image(source), size=size)
         except ImageError as error:
-            raise UserError(f"{path}: {error}; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file") from None
-    return pictures
+            raise UserError(f"{path}: {error}; {FORMATS}") from None
+    return pipeline, images_BHW3
 
 
-def make_folder(out: Path) -> Path:
-    """The folder, made if need be."""
+def make_folder(out: Path) -> None:
+    """Create the output folder unless it exists."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}); pass --out with a folder of yours") from None
-    return out
+        raise UserError(f"cannot write to {out} ({error.strerror}); pass another folder as --out") from None
 
 
 def load(model: str, *, device: str) -> "UM3Pipeline":
-    """The pipeline of a folder or hub id, on `device` or, for auto, on the GPU if there is one."""
-    folder = model_folder(model)
+    """The pipeline of a folder or hub id; `device` auto is the GPU if there is one."""
+    folder = model_folder(model, kind="UM3 model")
     if not (folder / "config.json").is_file():
-        raise UserError(f"no UM3 model in {folder}; run make demo or pass --model with the folder of a trained one")
+        raise UserError(f"{folder} has no config.json; run make demo, or pass the folder of a trained UM3 as --model")
     typer.echo(f"loading {model}", err=True)
     import torch
 
@@ -113,39 +121,39 @@ def load(model: str, *, device: str) -> "UM3Pipeline":
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0]}); use cpu or auto") from None
+        raise UserError(f"device '{device}' is not available ({str(error).splitlines()[0]}); use cpu or auto") from None
     return UM3Pipeline.from_pretrained(model, device=device)
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines on stdout."""
-    for row in rows:
-        typer.echo(json.dumps(row, ensure_ascii=False))
+def show(columns: Mapping[str, Sequence[Any]], line: str = "", *, as_json: bool) -> None:
+    """Print a result per item of the columns: as JSON, or in the format string `line`."""
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else line.format(**row))
 
 
-def file_names(labels: Sequence[str]) -> Iterator[str]:
+def file_names(labels: Iterable[str]) -> Iterator[str]:
     """`A red disk!` -> `0000-a-red-disk.png`, numbered."""
     for index, label in enumerate(labels):
         words = "".join(letter if letter.isalnum() else " " for letter in label.lower()).split()
-        yield f"{index:04d}-{'-'.join(words)[:40].strip('-') or 'picture'}.png"
+        yield f"{index:04d}-{'-'.join(words)[:40].strip('-') or 'image'}.png"
 
 
 def _name(path: str) -> str:
     return "stdin" if path == STDIN else path
 
 
-def _bytes_from_stdin() -> bytes:
-    content = sys.stdin.buffer.read(MAX_STDIN + 1)
-    if len(content) > MAX_STDIN:
-        raise UserError(f"more than {MAX_STDIN:,} bytes on stdin; pass files")
+def _read_stdin() -> bytes:
+    content = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(content) > MAX_STDIN_BYTES:
+        raise UserError(f"stdin has more than {MAX_STDIN_BYTES:,} bytes; pass files")
     return content
 
 
-def _read_text(path: str) -> str:
+def _read(path: str) -> str:
     try:
-        content = _bytes_from_stdin() if path == STDIN else Path(path).read_bytes()
-        return content.decode("utf-8-sig")
+        return (_read_stdin() if path == STDIN else Path(path).read_bytes()).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{_name(path)} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{_name(path)} is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -4,32 +4,32 @@ from typing import Annotated
 
 import typer
 
-from um3.cli.app import DEFAULT_MODEL, DeviceOption, ModelOption, command
+from um3.cli import options
 from um3.cli.inputs import load
 from um3.core.hub import model_folder
-from um3.inference.generation_defaults import image_defaults
+from um3.inference.sampling_params import image_defaults
 
 
-@command("Open a page to draw and look at pictures with.", "um3 serve", "um3 serve --port 0 --no-open")
+@options.command("Serve a web page that generates and captions images.", "um3 serve", "um3 serve --port 0 --no-open")
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own lets others in.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let other machines in.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    most_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for the one that is drawn.")] = 32,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    most_waiting: Annotated[int, typer.Option(min=0, help="Limit of the request queue.")] = 32,
     opens: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = "auto",
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = "auto",
 ) -> None:
-    """Serve a page on this machine: draw prompts row by row, compare guidance, caption and reconstruct pictures."""
-    from um3.web.address import is_loopback, listen
+    """Serve a page on this machine: generate images row by row, compare guidance, caption and reconstruct images."""
+    from um3.web.security import is_loopback, listen
 
-    listener = listen(host, port)  # before the model is loaded: a port in use is said at once
+    listener = listen(host, port)  # before the model is loaded: a taken port is reported at once
     if not is_loopback(host):
-        typer.echo(f"warning: {host} is open to others; there is no password, and each may draw", err=True)
+        typer.echo(f"warning: other machines can reach {host}; the page has no password", err=True)
     pipeline = load(model, device=device)
-    sampling = image_defaults(model_folder(model))
+    sampling = image_defaults(model_folder(model, kind="UM3 model"))
     from um3.web.server import run
 
-    run(pipeline, listener=listener, sampling=sampling, most_waiting=most_waiting, opens=opens)
+    run(pipeline, listener=listener, sampling=sampling, max_waiting=most_waiting, open_page=opens)
     typer.echo("stopped", err=True)

@@ -1,13 +1,13 @@
-"""A stock Llama, Qwen2 or Qwen3 as sampling needs it: every prompt read once, then one id a row at a time.
+"""Fast decoding for stock Llama, Qwen2 and Qwen3 models: prefill each prompt once, then one token per sequence a step.
 
-The model's own weights without transformers' layers between them. The products of a layer that read the same input
-are one; on a CPU their weights are laid out as oneDNN reads them fastest, a copy that lives as long as the `Body`.
-Keys and values go into room reserved once. A prompt is read alone, whatever else is in the batch, and every row's
-keys begin at place 0: a row's numbers do not depend on its neighbours. What is left is the rounding of attention's
-products, which can change with the number of keys looked at.
+`FastDecoder` runs the model's own weights without transformers' layers between them. Products of a layer that read the
+same input are merged into one; on a CPU their weights are copied into oneDNN's fastest layout. `DecodingBatch` holds
+the key-value cache of a batch, reserved once. Each prompt is prefilled alone and each sequence's cache starts at
+position 0, so a sequence does not depend on the others in its batch. Only the rounding of attention's products can
+change, with the number of positions that attention reads.
 
-Shapes: R rows, N rows or positions, T positions of a prompt, D width, H query heads, G key-value heads,
-K width of a head, C reserved places, W places looked at, V entries.
+Shapes: R sequences, N sequences or positions, T positions of a prompt, D width, H query heads, G key-value heads,
+K head dimension, C reserved positions, W positions that attention reads, V entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,37 +24,35 @@ from um3.core.errors import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 WINDOW = 64
-"""Attention looks at a multiple of this many places: few lengths for kernels and recorded graphs to know."""
+"""Attention reads a multiple of this many positions, so kernels and recorded graphs see few different lengths."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries (N, H, K), keys (N, G, K), values (N, G, K)) -> (N, H * K)."""
 
 
-class Product:
-    """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several, one after the other.
+class PackedLinear:
+    """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several concatenated ones.
 
     Raises:
-        UserError: a layer that is more than its weight (an adapter, a quantised one).
+        UserError: a layer that is not a plain linear one (an adapter, quantised).
     """
 
     def __init__(self, *linears: nn.Linear, rows: slice = slice(None), packed: bool = True):
         for linear in linears:
             if type(linear) is not nn.Linear:
-                raise UserError(
-                    f"sampling reads plain weights, not a {type(linear).__name__}; merge or convert it first"
-                )
+                raise UserError(f"sampling needs plain linear layers, not {type(linear).__name__}; merge or convert it")
         weights = [linear.weight.detach()[rows] for linear in linears]
         weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0]
         has_bias = any(linear.bias is not None for linear in linears)
         self.bias_V = torch.cat([_bias_of(linear)[rows] for linear in linears]) if has_bias else None
-        self.is_onednns = onednn.serves(weight_VD, weight_VD)
-        self.weight_VD = onednn.pack(weight_VD) if packed and self.is_onednns else weight_VD
+        self.uses_onednn = onednn.serves(weight_VD, weight_VD)
+        self.weight_VD = onednn.pack(weight_VD) if packed and self.uses_onednn else weight_VD
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        if not self.is_onednns:
+        if not self.uses_onednn:
             return F.linear(x_ND, self.weight_VD, self.bias_V)
         if len(x_ND) == 1:
-            # One row alone has a kernel of its own, which rounds otherwise than that for several.
+            # A single row has a kernel of its own, which rounds differently.
             return onednn.linear(x_ND.expand(2, -1).contiguous(), self.weight_VD, self.bias_V)[:1]
         return onednn.linear(x_ND, self.weight_VD, self.bias_V)
 
@@ -68,10 +66,10 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.heads = [num_heads, num_kv_heads, num_kv_heads]
-        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = Product(attention.o_proj)
-        self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
-        self.down = Product(mlp.down_proj)
+        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = PackedLinear(attention.o_proj)
+        self.gate_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
+        self.down = PackedLinear(mlp.down_proj)
         self.activation = activation
         self.qk_gain: Tensor | None = None
         if hasattr(attention, "q_norm"):
@@ -80,7 +78,7 @@ class _Layer:
             self.qk_epsilon = attention.q_norm.variance_epsilon
 
     def project(self, x_ND: Tensor, *, rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Queries, keys and values (N, heads, K) of normalised and, but for the values, rotated heads."""
+        """Queries, keys and values (N, heads, K); queries and keys are normalised and rotated."""
         projected = self.qkv(_normalise(x_ND, self.input_norm)).unflatten(-1, (sum(self.heads), -1))
         qk, values_NGK = projected.split([sum(self.heads[:2]), self.heads[2]], dim=1)
         if self.qk_gain is not None:
@@ -90,51 +88,59 @@ class _Layer:
         qk = qk * cos_N1K + torch.cat([-second, first], dim=-1) * sin_N1K
         return [*qk.split(self.heads[:2], dim=1), values_NGK]
 
-    def think(self, x_ND: Tensor) -> Tensor:
+    def mlp(self, x_ND: Tensor) -> Tensor:
         gate, up = self.gate_up(_normalise(x_ND, self.mlp_norm)).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)
 
 
-class Body:
-    """The decoder of a stock model with its head; the same hidden states as the model's own forward.
+class FastDecoder:
+    """The layers and head of a stock model; gives the hidden states of the model's own forward.
 
     Raises:
-        UserError: another architecture, or layers that look at a sliding window.
+        UserError: another architecture, or layers with sliding-window attention.
     """
 
+    @torch.no_grad()
     def __init__(self, model: PreTrainedModel):
         config, stock = model.config, cast(Any, model)
         if config.model_type not in SUPPORTED:
-            raise UserError(f"sampling knows models of type {', '.join(SUPPORTED)}, not '{config.model_type}'")
+            raise UserError(f"sampling supports models of type {', '.join(SUPPORTED)}, not '{config.model_type}'")
         if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-            raise UserError(
-                "sampling knows no sliding-window attention; set use_sliding_window to false in config.json"
-            )
+            raise UserError("sampling needs full attention; set use_sliding_window to false in the model's config.json")
         self.config, self.device, self.dtype = config, model.device, model.dtype
         self.num_kv_heads = config.num_key_value_heads
         self._embed, self._rotary, self._norm = stock.model.embed_tokens, stock.model.rotary_emb, stock.model.norm
         self._head = stock.lm_head
-        # Of the config: once Liger is in use, in a training run that evaluates, new MLPs keep none to be read.
+        # From the config: Liger's MLPs, in a training run that evaluates, have no activation to read.
         activation = ACT2FN[config.hidden_act]
         heads = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
         self._layers = [_Layer(layer, **heads, activation=activation) for layer in stock.model.layers]
-        self.num_layers, self.head_width = len(self._layers), stock.model.layers[0].self_attn.head_dim
+        self.num_layers, self.head_dim = len(self._layers), stock.model.layers[0].self_attn.head_dim
+        self._heads: dict[tuple[int, int, bool], PackedLinear] = {}
+        self._parameters, self._versions = list(model.parameters()), _versions(model)
 
-    def head(self, rows: slice, *, packed: bool = True) -> Product:
-        """The output head for some of its entries; not `packed` where a copy would cost more than it gives."""
-        return Product(self._head, rows=rows, packed=packed)
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """False after the model's weights were replaced, moved or changed. An edit through `.data` is not noticed."""
+        return self._versions == _versions(model)
 
-    def read(self, ids_T: Tensor, *, keep: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-        """Hidden states (T, D) of one sequence; `keep` is given every layer's keys and values (G, T, K)."""
+    def head(self, start: int, end: int, *, packed: bool = True) -> PackedLinear:
+        """The output head for the entries from `start` to `end` - 1; not `packed` where a copy would cost too much."""
+        key = (start, end, packed)
+        if key not in self._heads:
+            self._heads[key] = PackedLinear(self._head, rows=slice(start, end), packed=packed)
+        return self._heads[key]
+
+    def prefill(self, ids_T: Tensor, *, store: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Hidden states (T, D) of one sequence; `store` receives every layer's keys and values (G, T, K)."""
 
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            q_HTK, k_GTK, v_GTK = (each.transpose(0, 1) for each in (q_THK, k_TGK, v_TGK))
-            if keep is not None:
-                keep(layer, k_GTK, v_GTK)
-            found = F.scaled_dot_product_attention(
+            q_HTK, k_GTK, v_GTK = (heads.transpose(0, 1) for heads in (q_THK, k_TGK, v_TGK))
+            if store is not None:
+                store(layer, k_GTK, v_GTK)
+            attended_1HTK = F.scaled_dot_product_attention(
                 q_HTK[None], k_GTK[None], v_GTK[None], is_causal=True, enable_gqa=len(k_GTK) < len(q_HTK)
             )
-            return found[0].transpose(0, 1).flatten(1)
+            return attended_1HTK[0].transpose(0, 1).flatten(1)
 
         ids_T = ids_T.to(self.device)
         return self.forward(ids_T, positions_N=torch.arange(len(ids_T), device=self.device), attend=attend)
@@ -146,83 +152,75 @@ class Body:
         rotary = cos_1NK[0].unsqueeze(1), sin_1NK[0].unsqueeze(1)
         for index, layer in enumerate(self._layers):
             x_ND = x_ND + layer.out(attend(index, *layer.project(x_ND, rotary=rotary)))
-            x_ND = x_ND + layer.think(x_ND)
+            x_ND = x_ND + layer.mlp(x_ND)
         return _normalise(x_ND, self._norm)
 
 
-class Decoder:
-    """Rows that begin with `prompts` and grow by one id a step.
+class DecodingBatch:
+    """A batch of sequences with its key-value cache; `start` fills it with prompts, `step` appends a token to each.
 
-    Raises:
-        UserError: a prompt that leaves no room for `num_new` ids.
+    All its tensors keep their place in memory, also from one batch of prompts to the next.
     """
 
-    def __init__(self, body: Body, *, prompts: Sequence[Tensor], num_new: int):
-        check_room(prompts, num_new=num_new, limit=body.config.max_position_embeddings)
-        self.body, self.prompts = body, prompts
+    def __init__(self, decoder: FastDecoder, *, num_sequences: int, capacity: int):
+        self.decoder, self.longest = decoder, 0
+        # Zeros, because attention multiplies unused positions by 0, which only gives 0 for finite numbers. This layout
+        # suits a CPU's products with the few queries of a head; others make late steps of an image a fifth slower.
+        sizes = (2, decoder.num_layers, num_sequences, decoder.num_kv_heads, capacity * decoder.head_dim)
+        self.cache = torch.zeros(sizes, dtype=decoder.dtype, device=decoder.device)
+        self.keys = self.cache[0].unflatten(-1, (capacity, decoder.head_dim))
+        self.values = self.cache[1].unflatten(-1, (decoder.head_dim, capacity))
+        self.sequences_R = torch.arange(num_sequences, device=decoder.device)
+        self.lengths_R = torch.zeros_like(self.sequences_R)
+
+    def start(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Prefill every distinct prompt once, for all its sequences; hidden states (R, D) at the last tokens."""
+        self.cache.zero_()
         self.longest = max(len(prompt) for prompt in prompts)
-        self.capacity = _whole_windows(self.longest + num_new)
-        rows, heads = len(prompts), body.num_kv_heads
-        # Zeros: what is not looked at yet is multiplied by 0, and nothing but a number gives 0 then. The two lie as a
-        # CPU multiplies them fastest with the few queries of a head; else a step takes a fifth longer late in an image.
-        sizes = (2, body.num_layers, rows, heads, self.capacity * body.head_width)
-        places = torch.zeros(sizes, dtype=body.dtype, device=body.device)
-        self.keys = places[0].unflatten(-1, (self.capacity, body.head_width))
-        self.values = places[1].unflatten(-1, (body.head_width, self.capacity))
-        self.rows_R = torch.arange(rows, device=body.device)
-        self.lengths_R = torch.tensor([len(prompt) for prompt in prompts], device=body.device)
+        self.lengths_R.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+        indices_of: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            indices_of.setdefault(tuple(prompt.tolist()), []).append(index)
+        hidden: dict[int, Tensor] = {}
+        for token_ids, indices in indices_of.items():
 
-    def prefill(self) -> Tensor:
-        """Read every distinct prompt once, for all rows that begin with it; hidden states (R, D) at their last ids."""
-        rows_of: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            rows_of.setdefault(tuple(prompt.tolist()), []).append(row)
-        hidden_RD: Tensor | None = None
-        for token_ids, rows in rows_of.items():
+            def store(layer: int, k_GTK: Tensor, v_GTK: Tensor, indices: list[int] = indices) -> None:
+                self.keys[layer, indices, :, : k_GTK.shape[1]] = k_GTK
+                self.values[layer, indices, :, :, : v_GTK.shape[1]] = v_GTK.transpose(1, 2)
 
-            def keep(layer: int, k_GTK: Tensor, v_GTK: Tensor, rows: list[int] = rows) -> None:
-                self.keys[layer, rows, :, : k_GTK.shape[1]] = k_GTK
-                self.values[layer, rows, :, :, : v_GTK.shape[1]] = v_GTK.transpose(1, 2)
-
-            last_D = self.body.read(torch.tensor(token_ids), keep=keep)[-1]
-            if hidden_RD is None:
-                hidden_RD = last_D.new_empty(len(self.prompts), len(last_D))
-            hidden_RD[rows] = last_D
-        assert hidden_RD is not None, "there is always a prompt"
-        return hidden_RD
+            hidden |= dict.fromkeys(indices, self.decoder.prefill(torch.tensor(token_ids), store=store)[-1])
+        return torch.stack([hidden[index] for index in range(len(prompts))])
 
     def window(self, num_new: int) -> int:
-        """Places that the step which appends the `num_new`-th id looks at."""
-        return _whole_windows(self.longest + num_new)
+        """Number of positions that the step which appends the `num_new`-th token reads."""
+        return whole_windows(self.longest + num_new)
 
     def step(self, ids_R: Tensor, *, window: int) -> Tensor:
-        """Append an id to every row; hidden states (R, D) after it. Nothing but tensors changes: it can be recorded."""
-        places_W = torch.arange(window, device=ids_R.device)
-        unseen_RW = places_W > self.lengths_R.unsqueeze(1)
-        bias_R11W = torch.zeros(unseen_RW.shape, device=ids_R.device).masked_fill_(unseen_RW, float("-inf"))[
-            :, None, None
-        ]
+        """Append a token to every sequence; hidden states (R, D) after it. A CUDA graph can record it."""
+        unused_RW = torch.arange(window, device=ids_R.device) > self.lengths_R.unsqueeze(1)
+        bias_RW = torch.zeros(unused_RW.shape, device=ids_R.device).masked_fill_(unused_RW, float("-inf"))
+        bias_R11W = bias_RW[:, None, None]
 
         def attend(layer: int, q_RHK: Tensor, k_RGK: Tensor, v_RGK: Tensor) -> Tensor:
             keys_RGCK, values_RGKC = self.keys[layer], self.values[layer]
-            keys_RGCK[self.rows_R, :, self.lengths_R] = k_RGK
-            values_RGKC[self.rows_R, :, :, self.lengths_R] = v_RGK
-            q_RGQK = q_RHK.unflatten(1, (self.body.num_kv_heads, -1)) * q_RHK.shape[-1] ** -0.5
+            keys_RGCK[self.sequences_R, :, self.lengths_R] = k_RGK
+            values_RGKC[self.sequences_R, :, :, self.lengths_R] = v_RGK
+            q_RGQK = q_RHK.unflatten(1, (self.decoder.num_kv_heads, -1)) * q_RHK.shape[-1] ** -0.5
             scores_RGWQ = torch.matmul(keys_RGCK[:, :, :window], q_RGQK.transpose(2, 3))
             shares_RGQW = (scores_RGWQ.transpose(2, 3).contiguous().float() + bias_R11W).softmax(-1).to(v_RGK.dtype)
-            found_RGKQ = torch.matmul(values_RGKC[..., :window], shares_RGQW.transpose(2, 3))
-            return found_RGKQ.transpose(2, 3).flatten(1)
+            attended_RGKQ = torch.matmul(values_RGKC[..., :window], shares_RGQW.transpose(2, 3))
+            return attended_RGKQ.transpose(2, 3).flatten(1)
 
-        hidden_RD = self.body.forward(ids_R, positions_N=self.lengths_R, attend=attend)
+        hidden_RD = self.decoder.forward(ids_R, positions_N=self.lengths_R, attend=attend)
         self.lengths_R += 1
         return hidden_RD
 
 
 def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:
-    """Refuse a prompt with which `num_new` more ids exceed the model's context.
+    """Refuse prompts that do not leave room for `num_new` tokens in the model's context.
 
     Raises:
-        UserError: names the prompt.
+        UserError: names the first such prompt.
     """
     for index, prompt in enumerate(prompts):
         if len(prompt) + num_new > limit:
@@ -232,8 +230,16 @@ def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:
             )
 
 
-def _whole_windows(places: int) -> int:
-    return -(-places // WINDOW) * WINDOW
+def whole_windows(positions: int) -> int:
+    """`positions`, rounded up to a multiple of WINDOW."""
+    return -(-positions // WINDOW) * WINDOW
+
+
+def _versions(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    return [
+        (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        for weight in model.parameters()
+    ]
 
 
 def _normalise(x: Tensor, norm: Any) -> Tensor:

@@ -1,11 +1,11 @@
-"""UM3's grammar for other software: which ids may come next.
+"""UM3's grammar for other inference engines: which ids may come next.
 
-    text entries (bos and padding never), or
-    <boi>, then patches x subtokens visual ids, each in its subtoken's range, then <eoi>, then text again
+    text entries (never bos and padding), or
+    <boi>, then patches x subtokens visual ids, each in its sub-token's range, then <eoi>, then text again
 
-`um3.inference.generate` needs none of this: there no other id has a logit.
+`um3.inference.generate` does not need it: there no other id has a logit.
 
-Shapes: B rows, T ids so far, V entries.
+Shapes: B sequences, T ids so far, V entries.
 """
 
 from collections.abc import Sequence
@@ -18,40 +18,37 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 
 class Grammar:
-    """The state of one sequence, for engines that call a function of the ids so far (vLLM).
+    """The grammar of one sequence, for engines that call a function of the ids so far (vLLM).
 
-    `drawing` False forbids begin of image: nothing but text comes out.
+    With `images` False begin of image is forbidden, so the model writes text only.
     """
 
-    def __init__(self, ids: UnifiedVocabulary, *, drawing: bool = True):
+    def __init__(self, ids: UnifiedVocabulary, *, images: bool = True):
         self.ids = ids
-        never = {ids.bos_id, ids.pad_id, ids.end_of_image_id} - {ids.eos_id}
-        self.forbidden_text = sorted(never if drawing else never | {ids.begin_of_image_id})
+        forbidden = {ids.bos_id, ids.pad_id, ids.end_of_image_id} - {ids.eos_id}
+        self.forbidden_text = sorted(forbidden if images else forbidden | {ids.begin_of_image_id})
 
-    def allowed(self, so_far: Sequence[int]) -> range | int | None:
-        """What may follow these ids, prompt included: a subtoken's range, one id alone, or None for text entries."""
+    def allowed(self, so_far: Sequence[int]) -> range | None:
+        """The ids that may follow `so_far`, prompt included; None for the text entries."""
         place = self._place_in_image(so_far)
         if place is None:
             return None
         if place == self.ids.image_tokens:
-            return self.ids.end_of_image_id
+            return range(self.ids.end_of_image_id, self.ids.end_of_image_id + 1)
         return range(*self.ids.subtoken_range(place % self.ids.subtokens))
 
     def apply(self, so_far: Sequence[int], logits_V: Tensor) -> Tensor:
-        """The logits with -inf where an id may not follow; entries beyond the id space (padded heads) too."""
+        """The logits with -inf for ids that may not follow, including entries beyond the vocabulary (padded heads)."""
         masked_V = torch.full_like(logits_V, float("-inf"))
-        match self.allowed(so_far):
-            case None:
-                masked_V[: self.ids.text_vocab_size] = logits_V[: self.ids.text_vocab_size]
-                masked_V[self.forbidden_text] = float("-inf")
-            case int(only):
-                masked_V[only] = logits_V[only]
-            case subtoken:
-                masked_V[subtoken.start : subtoken.stop] = logits_V[subtoken.start : subtoken.stop]
+        allowed = self.allowed(so_far)
+        entries = range(self.ids.text_vocab_size) if allowed is None else allowed
+        masked_V[entries.start : entries.stop] = logits_V[entries.start : entries.stop]
+        if allowed is None:
+            masked_V[self.forbidden_text] = float("-inf")
         return masked_V
 
     def _place_in_image(self, so_far: Sequence[int]) -> int | None:
-        """How many visual ids stand after a begin of image that is still open; None in text."""
+        """Number of visual ids after a begin of image without an end; None in text."""
         for place, token in enumerate(reversed(so_far[-self.ids.image_tokens - 1 :])):
             if token == self.ids.begin_of_image_id:
                 return place
@@ -61,12 +58,12 @@ class Grammar:
 
 
 class GrammarProcessor(LogitsProcessor):
-    """The grammar for transformers' `generate()`; rows may be at different places, padded on the left."""
+    """The grammar for transformers' `generate()`; sequences may be at different places, padded on the left."""
 
-    def __init__(self, ids: UnifiedVocabulary, *, drawing: bool = True):
-        self.grammar = Grammar(ids, drawing=drawing)
+    def __init__(self, ids: UnifiedVocabulary, *, images: bool = True):
+        self.grammar = Grammar(ids, images=images)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Ids (B, T) and scores (B, V) -> scores with -inf where an id may not come next."""
+        """Ids (B, T) and scores (B, V) -> scores with -inf for ids that may not come next."""
         tail_BT = input_ids[:, -self.grammar.ids.image_tokens - 1 :].tolist()
-        return torch.stack([self.grammar.apply(tail, row) for tail, row in zip(tail_BT, scores, strict=True)])
+        return torch.stack([self.grammar.apply(tail, logits) for tail, logits in zip(tail_BT, scores, strict=True)])

@@ -1,6 +1,6 @@
-"""Pictures for people: contact sheets with labels, codes as colours, before and after.
+"""Images for people: PNG files with metadata, contact sheets with labels, codes as colours.
 
-Shapes: N pictures or patches, H height, W width.
+Shapes: N patches, H height, W width.
 """
 
 import io
@@ -25,52 +25,49 @@ MARGIN = 12
 FONT_SIZE = 15
 MAX_LABEL_LINES = 3
 METADATA = "um3"
-"""Name of the PNG text that says how a picture was drawn, as JSON."""
+"""Name of the PNG text entry that describes how an image was generated, as JSON."""
 
 
-def to_picture(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = None) -> Image.Image:
-    """A uint8 array (H, W, 3) as a picture that carries `metadata`."""
-    picture = Image.fromarray(image_HW3)
+def to_pil(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = None) -> Image.Image:
+    """A uint8 array (H, W, 3) as a PIL image with `metadata`, which `save_png` writes to the file."""
+    image = Image.fromarray(image_HW3)
     if metadata is not None:
-        picture.info[METADATA] = json.dumps(metadata, ensure_ascii=False)
-    return picture
+        image.info[METADATA] = json.dumps(metadata, ensure_ascii=False)
+    return image
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
-    """A picture, or a uint8 array (H, W, 3), as PNG with the metadata it carries."""
-    picture = image if isinstance(image, Image.Image) else to_picture(image)
-    notes, buffer = PngInfo(), io.BytesIO()
-    if METADATA in picture.info:
-        notes.add_itxt(METADATA, picture.info[METADATA])
-    picture.save(buffer, format="PNG", pnginfo=notes)
+    """A PIL image with its metadata, or a uint8 array (H, W, 3), as PNG."""
+    image = image if isinstance(image, Image.Image) else to_pil(image)
+    text, buffer = PngInfo(), io.BytesIO()
+    if METADATA in image.info:
+        text.add_itxt(METADATA, image.info[METADATA])
+    image.save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
 
 
 def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Write `png_bytes` to a file, whole or not at all."""
+    """Write `png_bytes` to a file, atomically."""
     with atomic_file(path) as partial:
         partial.write_bytes(png_bytes(image))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_png` wrote beside the pixels.
+    """The metadata that `save_png` wrote.
 
     Raises:
-        UserError: no such file, no picture, or one without our metadata.
+        UserError: no such file, not a PNG, or one without our metadata.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            values = json.loads(picture.info[METADATA])
-    except (OSError, ValueError, SyntaxError, KeyError) as error:
-        reason = f"no '{METADATA}' text in it" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is no PNG with what UM3 writes beside the pixels: {reason}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no PNG with what UM3 writes beside the pixels: '{METADATA}' is no table")
-    return values
+        with Image.open(path, formats=["PNG"]) as image:
+            return dict(json.loads(image.info[METADATA]))
+    except (OSError, ValueError, TypeError, SyntaxError, KeyError) as error:
+        reason = f"no text entry '{METADATA}'" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a PNG with the metadata of UM3: {reason}") from None
 
 
 def enlarge(image_HW3: np.ndarray, *, min_side: int = MIN_SIDE) -> Image.Image:
-    """A picture at least `min_side` on its shorter side: tiny ones in whole pixels, others smoothly."""
+    """Scale a small image up to `min_side` on its shorter side: in whole pixels from a factor of 2, else smoothly."""
     image = Image.fromarray(image_HW3)
     factor = min_side / min(image.size)
     if factor <= 1:
@@ -84,9 +81,9 @@ def enlarge(image_HW3: np.ndarray, *, min_side: int = MIN_SIDE) -> Image.Image:
 def contact_sheet(
     images: np.ndarray | Sequence[np.ndarray], *, labels: Sequence[str] = (), columns: int = 0, min_side: int = MIN_SIDE
 ) -> Image.Image:
-    """All pictures on one white sheet, row by row, each over its label; `columns` 0 makes it about square."""
+    """All images on one white sheet, row by row, each above its label; `columns` 0 makes it about square."""
     if not len(images):
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     tiles = [enlarge(image, min_side=min_side) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
@@ -107,15 +104,15 @@ def contact_sheet(
     return sheet
 
 
-def code_picture(codes_N: Tensor, *, num_bits: int) -> np.ndarray:
-    """The codes of a square picture as a picture of one pixel per patch: uint8 (side, side, 3).
+def code_image(codes_N: Tensor, *, num_bits: int) -> np.ndarray:
+    """The codes of a square image as an image of one pixel per patch: uint8 (side, side, 3).
 
-    Red, green and blue are the first, second and last third of the bits read as a number, so equal codes have
-    equal colours and codes that differ in late bits of a third have similar ones.
+    Red, green and blue are the first, second and last third of the bits read as a number: equal codes have equal
+    colours, and codes that differ in late bits of a third have similar ones.
     """
     side = math.isqrt(len(codes_N))
     if side * side != len(codes_N):
-        raise ValueError(f"{len(codes_N)} codes are no square picture")
+        raise ValueError(f"{len(codes_N)} codes do not form a square")
     edges = [num_bits * part // 3 for part in range(4)]
     codes = codes_N.cpu().numpy()
     channels = []

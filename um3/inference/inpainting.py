@@ -1,6 +1,6 @@
-"""Which patches of a picture are drawn anew, and which keep their codes.
+"""Which patches of an image are sampled anew, and which keep their codes.
 
-Shapes: B pictures, N patches of a picture in reading order, P = N * subtokens visual ids.
+Shapes: N patches of an image in reading order, P = N * subtokens visual ids.
 """
 
 import math
@@ -15,43 +15,41 @@ from um3.inference.generate import FREE
 from um3.model.vocabulary import UnifiedVocabulary
 
 Region = tuple[float, float, float, float] | np.ndarray
-"""(left, top, right, bottom) in shares of the picture, or a bool array over the square grid of patches."""
+"""(left, top, right, bottom) as shares of the image, or a bool array over the square grid of patches."""
 
 
-def patches(region: Region, *, num_patches: int) -> Tensor:
-    """bool (N,): true for the patches of a region, those that a box touches with more than an edge.
+def region_patches(region: Region, *, num_patches: int) -> Tensor:
+    """bool (N,): true for the patches of a region. A box includes every patch that it overlaps.
 
     Raises:
-        UserError: a box outside the picture or an array of another shape, and one without any patch.
+        UserError: a box outside the image, an array of another shape, or a region without a patch.
     """
     side = math.isqrt(num_patches)
     if isinstance(region, np.ndarray):
         if region.shape != (side, side) or region.dtype != np.bool_:
-            raise UserError(
-                f"the region is {region.dtype} {region.shape}; it must be bool ({side}, {side}), one a patch"
-            )
+            raise UserError(f"the region is {region.dtype} {region.shape}; it must be bool ({side}, {side})")
         free_HW = torch.from_numpy(region.copy())
     else:
         left, top, right, bottom = region
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise UserError(f"the box {region} is no (left, top, right, bottom) in shares of the picture, 0 to 1")
+            raise UserError(f"the box {region} must be (left, top, right, bottom) as shares of the image, 0 to 1")
         free_HW = torch.zeros(side, side, dtype=torch.bool)
-        free_HW[_touched(top, bottom, side=side), _touched(left, right, side=side)] = True
+        free_HW[_overlap(top, bottom, side=side), _overlap(left, right, side=side)] = True
     if not free_HW.any():
-        raise UserError("the region holds no patch; nothing would be drawn")
+        raise UserError("the region contains no patch; mark at least one")
     return free_HW.flatten()
 
 
-def scattered(share: float, *, seed: int, num_patches: int) -> Tensor:
+def random_patches(share: float, *, seed: int, num_patches: int) -> Tensor:
     """bool (N,): each patch true with probability `share`."""
     return torch.rand(num_patches, generator=torch_generator(seed, "patches")) < share
 
 
-def keep(codes_N: Tensor, *, free_N: Tensor, ids: UnifiedVocabulary) -> Tensor:
-    """Visual ids (P,) of the codes, FREE where a patch is to be drawn."""
+def kept_ids(codes_N: Tensor, *, free_N: Tensor, ids: UnifiedVocabulary) -> Tensor:
+    """Visual ids (P,) of the codes, FREE where a patch is sampled."""
     return ids.codes_to_ids(codes_N).masked_fill(free_N.repeat_interleave(ids.subtokens), FREE)
 
 
-def _touched(start: float, end: float, *, side: int) -> slice:
-    # Rounded so that 1/3 of 3 patches is one patch and not a hair more.
+def _overlap(start: float, end: float, *, side: int) -> slice:
+    # Rounded, so that 1/3 of 3 patches is exactly one patch.
     return slice(math.floor(round(start * side, 6)), math.ceil(round(end * side, 6)))

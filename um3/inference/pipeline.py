@@ -1,13 +1,12 @@
-"""UM3 in use: prompts -> pictures, pictures -> captions, text -> text, mixtures, pictures -> codes -> pictures.
+"""The pipeline: prompts -> images, images -> captions, text -> text, mixtures, images -> codes -> images.
 
 Shapes: B samples, N patches, P visual ids of an image, H height, W width, C channels.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 import torch
@@ -19,14 +18,14 @@ from tokenizer.images import QLIPImages, decode_codes, encode_images
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
 from um3.core.progress import track
-from um3.inference import inpainting as regions
-from um3.inference.decoder import Body, check_room
-from um3.inference.generate import draw_images, image_logprob, text_logprob, uniforms, write_text
-from um3.inference.interleave import Answer, interleave
+from um3.inference.decoder import check_room
+from um3.inference.generate import Sampler, uniforms
+from um3.inference.inpainting import Region, kept_ids, random_patches, region_patches
+from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Reconstruction, Texts
-from um3.inference.requests import Jobs, Watch, as_texts, batches, check_counts, check_pairs, own_seeds
+from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, image_seeds, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
-from um3.model import sequences as rows
+from um3.model import sequences
 from um3.model.language_model import QLIP_FOLDER, load_model
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.vocabulary import UnifiedVocabulary
@@ -37,15 +36,35 @@ if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
     from tokenizer.processor import QLIPProcessor
 
-    Pictures = np.ndarray | Sequence[Image.Image]
+    Images = np.ndarray | Sequence[Image.Image]
+
+
+class CaptionOptions(TextOptions, total=False):
+    """The options of `UM3Pipeline.caption_codes`."""
+
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    seeds: Sequence[int] | None
+
+
+class GenerateOptions(ImageOptions, total=False):
+    """The options of `UM3Pipeline.generate`."""
+
+    num_images: int
+    best_of: int
+    seed: int
+    seeds: Sequence[int] | None
+    batch_size: int
+    watch: Watch | None
 
 
 class UM3Pipeline:
     """A trained UM3 with its text tokenizer and its visual tokenizer; the same calls on a CPU and on a GPU.
 
-    Every image and text has a seed of its own, which the results carry: with the same prompt and options it gives the
-    same again, alone or beside others, in batches of any size. Without `seeds` they are derived from `seed` and the
-    place in the call.
+    Every image and text has a seed of its own, which the results return. The same seed, prompt and options give the
+    same result again, alone or with others, in batches of any size. Without `seeds` they are derived from `seed` and
+    the index in the call. `images` are uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any size.
     """
 
     def __init__(
@@ -65,27 +84,28 @@ class UM3Pipeline:
             )
         self.model, self.text_tokenizer, self.ids = model, text_tokenizer, ids
         self.qlip, self.processor, self.name = qlip, processor, name
+        self._sampler: Sampler | None = None
 
     @classmethod
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Self:
-        """Load what `um3.model.language_model.save_model` wrote, a folder or a hub id; the visual tokenizer keeps its own precision.
+        """Load a folder that `um3.model.language_model.save_model` wrote, or a hub id.
+
+        `dtype` is that of the language model; the visual tokenizer keeps its own.
 
         Raises:
-            UserError: no such model, a part of it missing, or its visual tokenizer is not the one it was trained with.
+            UserError: no such model, an incomplete one, or a visual tokenizer other than the one of its training.
         """
-        folder = model_folder(path_or_hub_id)
+        folder = model_folder(path_or_hub_id, kind="UM3 model")
         loaded = load_model(folder, device=device, dtype=dtype)
         if not (folder / QLIP_FOLDER / "config.json").is_file():
-            raise UserError(
-                f"{folder} lacks its visual tokenizer; put the QLIP it was trained with into {QLIP_FOLDER}/"
-            )
+            raise UserError(f"{folder} lacks its visual tokenizer; put the QLIP of its training into {QLIP_FOLDER}/")
         qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
         if qlip.fingerprint() != loaded.fingerprint:
             raise UserError(
-                f"{folder} was trained on the visual tokenizer {loaded.fingerprint} but {QLIP_FOLDER}/ holds "
-                f"{qlip.fingerprint()}; put the right one back"
+                f"{folder} was trained with the visual tokenizer {loaded.fingerprint} but {QLIP_FOLDER}/ holds "
+                f"{qlip.fingerprint()}; restore the right one"
             )
         return cls(
             model=loaded.model,
@@ -96,6 +116,17 @@ class UM3Pipeline:
             name=str(path_or_hub_id),
         )
 
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler over the model's weights: built on first use, and again after the weights changed or moved.
+
+        It does not notice edits through `parameter.data`; set `pipeline.model` anew or use in-place operations.
+        """
+        if self._sampler is None or not self._sampler.decoder.is_current(self.model):
+            self._sampler = None  # free the old weights first
+            self._sampler = Sampler(self.model, ids=self.ids)
+        return self._sampler
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -105,101 +136,102 @@ class UM3Pipeline:
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
+        keep: Callable[[int, int], Tensor] | None = None,
         watch: Watch | None = None,
         **options: Unpack[ImageOptions],
     ) -> Generated:
-        """Draw `num_images` pictures of every prompt; `options` are those of `um3.inference.sampling_params.Sampling`.
+        """Generate `num_images` images of every prompt; `options` are those of `Sampling`.
 
-        With `best_of` that many are drawn of each prompt, and those returned that fit it best by QLIP's own towers, the
-        best first. `seeds` gives each drawn image its own, prompt-major. `watch` takes the place of the progress line.
+        Args:
+            best_of: generate that many per prompt and return the `num_images` that match it best by QLIP's own towers,
+                the best first; 0 for no ranking.
+            seeds: one seed per generated image, prompt-major.
+            keep: (index of the prompt, seed of the image) -> visual ids (P,) to keep, FREE where to sample.
+            watch: called at every position; replaces the progress line.
 
         Raises:
             UserError: an empty prompt, one longer than the context, or a value out of its range.
         """
-        prompts = as_texts(prompts, what="prompt")
-        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
-        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, watch=watch)
+        prompts, ids, sampling = (
+            check_texts(prompts, kind="prompt", may_be_empty=bool(keep)),
+            self.ids,
+            Sampling(**options),
+        )
+        check_counts(batch_size=batch_size, num_images=num_images)
+        seeds = image_seeds(seeds, num_prompts=len(prompts), num_images=num_images, best_of=best_of, seed=seed)
+        prompt_of = [index // (best_of or num_images) for index in range(len(seeds))]
+        tokens = encode_captions(prompts, tokenizer=self.text_tokenizer)
+        starts = [sequences.image_prompt(token_ids, ids=ids) for token_ids in tokens]
+        check_room(starts, num_new=ids.image_tokens, limit=self.model.config.max_position_embeddings)
+        if best_of:
+            _ = self.processor.text_tokenizer  # ranking needs it: raise before the work, not after it
+        codes, logprobs = [torch.empty(0, ids.num_patches, dtype=torch.int64)], []
+        for batch in batches(len(seeds), batch_size=batch_size, label="" if watch else "generate images"):
+            sampled = self.sampler.images(
+                prompts=[starts[prompt_of[index]] for index in batch],
+                unconditional_prompt=sequences.image_prompt([], ids=ids),
+                sampling=sampling,
+                uniforms_BP=uniforms([seeds[index] for index in batch], count=ids.image_tokens),
+                kept_BP=torch.stack([keep(prompt_of[index], seeds[index]) for index in batch]) if keep else None,
+                watch=None if watch is None else functools.partial(watch, batch),
+            )
+            codes.append(ids.ids_to_codes(sampled.visual_ids).cpu())
+            logprobs += sampled.logprobs.tolist()
+        codes_BN = torch.cat(codes)
+        images_BHWC = self.decode(codes_BN, batch_size=batch_size)
+        settings = {**sampling.to_dict(), "model": self.name}
+        generated = Generated(images_BHWC, codes_BN, [prompts[index] for index in prompt_of], seeds, logprobs, settings)
+        return self._best(generated, num_images, best_of=best_of, batch_size=batch_size) if best_of else generated
 
     def inpaint(
-        self,
-        images: "Pictures",
-        prompts: Sequence[str],
-        *,
-        redraw: "regions.Region",
-        num_images: int = 1,
-        best_of: int = 0,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = 64,
-        **options: Unpack[ImageOptions],
+        self, images: "Images", prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
     ) -> Generated:
-        """Draw a region of each picture anew for its prompt; the patches outside keep their codes.
+        """Generate a region of each image anew for its prompt; patches outside the region keep their codes.
 
-        `redraw` is (left, top, right, bottom) in shares of the picture, or true where to draw on the grid of patches.
-        Patches are drawn in reading order: one knows what stays above and left of it, not what stays right and below.
+        `redraw` is (left, top, right, bottom) as shares of the image, or a bool array over the grid of patches. Patches
+        are generated in reading order: each depends on what is kept above and left of it, not right of or below it.
+        `options` are those of `generate`.
         """
-        prompts = as_texts(prompts, what="prompt")
-        free_N = regions.patches(redraw, num_patches=self.ids.num_patches)
-        codes_BN = self.encode(images, batch_size=batch_size)
+        prompts = check_texts(prompts, kind="prompt")
+        free_N = region_patches(redraw, num_patches=self.ids.num_patches)
+        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
         check_pairs(codes_BN, prompts)
-        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
-        kept = [regions.keep(codes_BN[index], free_N=free_N, ids=self.ids) for index in jobs.prompt_of]
-        settings = {"redrawn_patches": free_N.nonzero().flatten().tolist()}
-        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, kept=kept, settings=settings)
+        kept_BP = [kept_ids(codes_N, free_N=free_N, ids=self.ids) for codes_N in codes_BN]
+        generated = self.generate(prompts, keep=lambda index, seed: kept_BP[index], **options)
+        return generated.with_settings(redrawn_patches=free_N.nonzero().flatten().tolist())
 
     def vary(
         self,
-        images: "Pictures",
+        images: "Images",
         prompts: Sequence[str] | None = None,
         *,
         strength: float = 0.5,
-        num_images: int = 1,
-        best_of: int = 0,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = 64,
-        **options: Unpack[ImageOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Generated:
-        """Variations of each picture: a patch is drawn anew with probability `strength`, or keeps its code.
+        """Variations of each image: every patch is generated anew with probability `strength`, else it keeps its code.
 
-        Which patches, the image's seed says. Without prompts the model's own captions take their place.
+        An image's seed chooses its patches. Without prompts the model captions the images. `options` are those of
+        `generate`.
         """
         if not 0 < strength <= 1:
-            raise UserError(f"strength {strength} is outside (0, 1]; 1 draws every patch anew")
-        codes_BN = self.encode(images, batch_size=batch_size)
+            raise UserError(f"strength {strength} is outside (0, 1]; 1 generates every patch anew")
+        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
         if prompts is None:
-            prompts = self.caption_codes(codes_BN, batch_size=batch_size)
+            prompts = self.caption_codes(codes_BN, batch_size=options.get("batch_size", 64))
         else:
-            prompts = as_texts(prompts, what="prompt")
+            prompts = check_texts(prompts, kind="prompt")
         check_pairs(codes_BN, prompts)
-        jobs = Jobs(prompts, num_images=num_images, best_of=best_of, seed=seed, seeds=seeds)
-        frees = [regions.scattered(strength, seed=each, num_patches=self.ids.num_patches) for each in jobs.seeds]
-        kept = [
-            regions.keep(codes_BN[index], free_N=free_N, ids=self.ids)
-            for index, free_N in zip(jobs.prompt_of, frees, strict=True)
-        ]
-        settings = {"strength": strength}
-        return self._draw(jobs, sampling=Sampling(**options), batch_size=batch_size, kept=kept, settings=settings)
 
-    def caption(
-        self,
-        images: "Pictures",
-        *,
-        max_new_tokens: int = 32,
-        batch_size: int = 64,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        **options: Unpack[TextOptions],
-    ) -> Texts:
-        """One caption per picture, white space collapsed; greedy unless a temperature is given."""
-        return self.caption_codes(
-            self.encode(images, batch_size=batch_size),
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            seeds=seeds,
-            **options,
-        )
+        def keep(index: int, seed: int) -> Tensor:
+            free_N = random_patches(strength, seed=seed, num_patches=self.ids.num_patches)
+            return kept_ids(codes_BN[index], free_N=free_N, ids=self.ids)
+
+        return self.generate(prompts, keep=keep, **options).with_settings(strength=strength)
+
+    def caption(self, images: "Images", **options: Unpack[CaptionOptions]) -> Texts:
+        """One caption per image; `options` are those of `caption_codes`."""
+        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
+        return self.caption_codes(codes_BN, **options)
 
     def caption_codes(
         self,
@@ -211,13 +243,13 @@ class UM3Pipeline:
         seeds: Sequence[int] | None = None,
         **options: Unpack[TextOptions],
     ) -> Texts:
-        """`caption` for pictures that are codes (B, N) already."""
-        starts = [rows.caption_prompt(visual, ids=self.ids) for visual in self.ids.codes_to_ids(codes_BN.cpu())]
-        seeds = own_seeds(seeds, names=[("caption", index) for index in range(len(starts))], seed=seed)
+        """One caption per image, from its codes (B, N), with collapsed white space; greedy without a temperature."""
+        visual_BP = self.ids.codes_to_ids(codes_BN.cpu())
+        prompts = [sequences.caption_prompt(visual_P, ids=self.ids) for visual_P in visual_BP]
+        seeds = resolve_seeds(seeds, names=[("caption", index) for index in range(len(prompts))], seed=seed)
         sampling = Sampling(**{"temperature": 0.0, **options})  # type: ignore[arg-type]
-        written = self._write(starts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        captions = [" ".join(caption.split()) for caption in written]
-        return Texts(captions, seeds=written.seeds, logprobs=written.logprobs)
+        texts = self._write(prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return Texts([" ".join(text.split()) for text in texts], seeds=texts.seeds, logprobs=texts.logprobs)
 
     def complete(
         self,
@@ -229,16 +261,16 @@ class UM3Pipeline:
         seeds: Sequence[int] | None = None,
         **options: Unpack[TextOptions],
     ) -> Texts:
-        """Continuations of `texts`, to be put right behind them; top-p is 0.95 unless given."""
-        encoded = encode_texts(as_texts(texts, what="text", may_be_empty=True), tokenizer=self.text_tokenizer)
-        starts = [rows.text_prompt(each, ids=self.ids) for each in encoded]
-        seeds = own_seeds(seeds, names=[("complete", index) for index in range(len(starts))], seed=seed)
+        """Continuations of `texts`, to be appended to them without a space; top-p is 0.95 unless given."""
+        encoded = encode_texts(check_texts(texts, kind="text", may_be_empty=True), tokenizer=self.text_tokenizer)
+        prompts = [sequences.text_prompt(tokens, ids=self.ids) for tokens in encoded]
+        seeds = resolve_seeds(seeds, names=[("complete", index) for index in range(len(prompts))], seed=seed)
         sampling = Sampling(**{"top_p": 0.95, **options})  # type: ignore[arg-type]
-        return self._write(starts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return self._write(prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     def interleave(
         self,
-        messages: "Sequence[str | Image.Image | np.ndarray]",
+        messages: Sequence[Message],
         *,
         answer: Answer = "any",
         max_new_tokens: int = 64,
@@ -246,69 +278,63 @@ class UM3Pipeline:
         seed: int = 0,
         **options: Unpack[ImageOptions],
     ) -> list[Part]:
-        """Go on after texts and pictures in any order, with texts and pictures as the model chooses.
+        """Continue texts and images in any order with texts and images, as the model chooses.
 
-        `answer` "text" forbids pictures, "image" begins with one. All texts together have at most `max_new_tokens`;
-        while a picture may still come, the room it takes in the context is kept free.
+        `answer` "text" forbids images, "image" begins with one. All texts together have at most `max_new_tokens`; the
+        room of an image that may still come is reserved in the context. UM3 is trained on single images with captions,
+        so longer mixtures are outside its training data.
 
         Raises:
-            UserError: messages that fill the context, a message of another kind, or a value out of its range.
+            UserError: messages that fill the context, a message of another type, or a value out of its range.
         """
         check_counts(max_new_tokens=max_new_tokens, max_images=max_images)
-        return interleave(
-            self,
-            messages,
-            answer=answer,
-            max_new_tokens=max_new_tokens,
-            max_images=max_images,
-            seed=seed,
-            sampling=Sampling(**options),
-        )
+        conversation = Conversation(self, messages, seed=seed, sampling=Sampling(**options))
+        return conversation.answer(answer, max_new_tokens=max_new_tokens, max_images=max_images)
 
-    def score(self, images: "Pictures", texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
-        """How likely the model finds each text given its picture and the other way round, and QLIP's cosine of the two.
+    def score(self, images: "Images", texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
+        """The model's log-probability of each text given its image and vice versa, and their `similarity`.
 
         Raises:
-            UserError: as many texts as pictures are needed; a text too long for the context.
+            UserError: a text too long for the context, or not one text per image.
         """
-        texts, ids = as_texts(texts, what="text"), self.ids
+        texts, ids = check_texts(texts, kind="text"), self.ids
         codes_BN = self.encode(images, batch_size=batch_size)
         check_pairs(codes_BN, texts)
-        tokens = [torch.tensor(each) for each in encode_captions(texts, tokenizer=self.text_tokenizer)]
-        starts = [rows.image_prompt(each, ids=ids) for each in tokens]
-        check_room(starts, num_new=ids.image_tokens + 1, limit=self.model.config.max_position_embeddings)
-        body = Body(self.model)
+        tokens = [torch.tensor(token_ids) for token_ids in encode_captions(texts, tokenizer=self.text_tokenizer)]
+        prompts = [sequences.image_prompt(token_ids, ids=ids) for token_ids in tokens]
+        check_room(prompts, num_new=ids.image_tokens + 1, limit=self.model.config.max_position_embeddings)
+        sampler = self.sampler
         text_logprobs, image_logprobs = [], []
-        pairs = zip(ids.codes_to_ids(codes_BN), tokens, starts, strict=True)
-        for visual_ids, token_ids, start in track(pairs, total=len(texts), label="score"):
-            described = rows.caption_prompt(visual_ids, ids=ids)
-            text_logprobs.append(text_logprob(body, prompt=described, token_ids=token_ids, ids=ids))
-            image_logprobs.append(image_logprob(body, prompt=start, visual_ids=visual_ids, ids=ids))
+        pairs = zip(ids.codes_to_ids(codes_BN), tokens, prompts, strict=True)
+        for visual_ids, token_ids, prompt in track(pairs, total=len(texts), label="score"):
+            caption_prompt = sequences.caption_prompt(visual_ids, ids=ids)
+            text_logprobs.append(sampler.text_logprob(caption_prompt, token_ids=token_ids))
+            image_logprobs.append(sampler.image_logprob(prompt, visual_ids=visual_ids))
         try:
-            fits = self.fits(images, texts, batch_size=batch_size)
+            similarities = self.similarity(images, texts, batch_size=batch_size)
         except UserError:
-            fits = None
-        return PairScores(text_logprobs=text_logprobs, image_logprobs=image_logprobs, fits=fits)
+            similarities = None
+        return PairScores(text_logprobs, image_logprobs, similarities)
 
     @torch.inference_mode()
-    def fits(self, images: "Pictures", texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """Cosine of each picture and its text in QLIP's own towers; long texts are cut to the tower's positions.
+    def similarity(self, images: "Images", texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
+        """Cosine of each image and its text in QLIP's own towers; long texts are truncated to the tower's positions.
 
         Raises:
-            UserError: this QLIP came without a text tokenizer.
+            UserError: this QLIP has no text tokenizer.
         """
         check_pairs(images, texts)
-        found: list[float] = []
+        cosines: list[float] = []
         for start in range(0, len(texts), batch_size):
             batch = slice(start, start + batch_size)
             pixels_BCHW = self.processor.pixels(images[batch]).to(self.qlip.device, self.qlip.dtype)
-            words = {name: each.to(self.qlip.device) for name, each in self.processor.text(texts[batch]).items()}
-            cosines_B = (self.qlip.get_image_features(pixels_BCHW) * self.qlip.get_text_features(**words)).sum(-1)
-            found += cosines_B.float().tolist()
-        return found
+            inputs = {name: tensor.to(self.qlip.device) for name, tensor in self.processor.text(texts[batch]).items()}
+            cosines_B = (self.qlip.get_image_features(pixels_BCHW) * self.qlip.get_text_features(**inputs)).sum(-1)
+            cosines += cosines_B.float().tolist()
+        return cosines
 
-    def reconstruct(self, images: "Pictures", *, batch_size: int = 64) -> Reconstruction:
-        """Pictures -> codes -> pictures."""
+    def reconstruct(self, images: "Images", *, batch_size: int = 64) -> Reconstruction:
+        """Images -> codes -> images."""
         codes_BN = self.encode(images, batch_size=batch_size)
         return Reconstruction(
             originals=self.processor.images(self.processor.pixels(images)),
@@ -316,83 +342,39 @@ class UM3Pipeline:
             codes=codes_BN,
         )
 
-    def encode(self, images: "Pictures", *, batch_size: int = 64) -> Tensor:
-        """Pictures (uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any) -> codes (B, N) on the CPU."""
+    def encode(self, images: "Images", *, batch_size: int = 64) -> Tensor:
+        """Images -> codes int64 (B, N) on the CPU."""
         return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
 
     def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
-        """Codes (B, N) -> pictures uint8 (B, H, W, 3)."""
+        """Codes (B, N) -> images uint8 (B, H, W, 3)."""
         return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
 
-    def _draw(
-        self,
-        jobs: Jobs,
-        *,
-        sampling: Sampling,
-        batch_size: int,
-        kept: Sequence[Tensor] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        watch: Watch | None = None,
-    ) -> Generated:
-        check_counts(batch_size=batch_size)
-        ids = self.ids
-        tokens = encode_captions(jobs.prompts, tokenizer=self.text_tokenizer)
-        starts = [rows.image_prompt(each, ids=ids) for each in tokens]
-        check_room(starts, num_new=ids.image_tokens, limit=self.model.config.max_position_embeddings)
-        if jobs.best_of:
-            _ = self.processor.text_tokenizer  # without one nothing can be ranked: said before the work, not after it
-        codes, logprobs = [torch.empty(0, ids.num_patches, dtype=torch.int64)], []
-        for batch in batches(len(jobs.seeds), batch_size=batch_size, label="" if watch else "draw images"):
-            drawn = draw_images(
-                self.model,
-                prompts=[starts[jobs.prompt_of[job]] for job in batch],
-                unconditional_prompt=rows.image_prompt([], ids=ids),
-                ids=ids,
-                sampling=sampling,
-                uniforms_BP=uniforms([jobs.seeds[job] for job in batch], count=ids.image_tokens),
-                kept_BP=None if kept is None else torch.stack([kept[job] for job in batch]),
-                watch=None if watch is None else functools.partial(watch, batch),
-            )
-            codes.append(ids.ids_to_codes(drawn.visual_ids).cpu())
-            logprobs += drawn.logprobs.tolist()
-        codes_BN = torch.cat(codes)
-        generated = Generated(
-            images=self.decode(codes_BN, batch_size=batch_size),
-            codes=codes_BN,
-            prompts=[jobs.prompts[index] for index in jobs.prompt_of],
-            seeds=jobs.seeds,
-            logprobs=logprobs,
-            settings={**sampling.to_dict(), **(settings or {}), "model": self.name},
-        )
-        return self._best(generated, jobs=jobs, batch_size=batch_size) if jobs.best_of else generated
-
-    def _best(self, generated: Generated, *, jobs: Jobs, batch_size: int) -> Generated:
-        """Of each prompt's images the `num_images` that fit it best."""
-        fits = self.fits(generated.images, generated.prompts, batch_size=batch_size)
+    def _best(self, generated: Generated, num_images: int, *, best_of: int, batch_size: int) -> Generated:
+        """The `num_images` of each prompt's images that match it best."""
+        similarities = self.similarity(generated.images, generated.prompts, batch_size=batch_size)
         chosen: list[int] = []
-        for start in range(0, len(fits), jobs.best_of):
-            ranked = sorted(range(start, start + jobs.best_of), key=lambda index: -fits[index])
-            chosen += ranked[: jobs.num_images]
-        best = generated.take(chosen, fits=[fits[index] for index in chosen])
-        return dataclasses.replace(best, settings={**best.settings, "best_of": jobs.best_of})
+        for start in range(0, len(similarities), best_of):
+            ranked = sorted(range(start, start + best_of), key=lambda index: -similarities[index])
+            chosen += ranked[:num_images]
+        best = generated.take(chosen, similarities=[similarities[index] for index in chosen])
+        return best.with_settings(best_of=best_of)
 
     def _write(
-        self, starts: list[Tensor], seeds: list[int], *, sampling: Sampling, max_new_tokens: int, batch_size: int
+        self, prompts: list[Tensor], seeds: list[int], *, sampling: Sampling, max_new_tokens: int, batch_size: int
     ) -> Texts:
         check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
         if sampling.guided:
-            raise UserError("guidance is for drawing images; leave guidance_scale out for text")
-        check_room(starts, num_new=max_new_tokens, limit=self.model.config.max_position_embeddings)
+            raise UserError("guidance_scale is an option for images; remove it for text")
+        check_room(prompts, num_new=max_new_tokens, limit=self.model.config.max_position_embeddings)
         texts: list[str] = []
         logprobs: list[float] = []
-        for batch in batches(len(starts), batch_size=batch_size, label="write"):
-            written = write_text(
-                self.model,
-                prompts=[starts[index] for index in batch],
-                ids=self.ids,
+        for batch in batches(len(prompts), batch_size=batch_size, label="write"):
+            sampled = self.sampler.texts(
+                prompts=[prompts[index] for index in batch],
                 sampling=sampling,
                 uniforms_BP=uniforms([seeds[index] for index in batch], count=max_new_tokens),
             )
-            texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in written.token_ids]
-            logprobs += written.logprobs
+            texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in sampled.token_ids]
+            logprobs += sampled.logprobs
         return Texts(texts, seeds=seeds, logprobs=logprobs)

@@ -1,7 +1,7 @@
-"""What a call of the pipeline asks for: texts, how many images of each, and every result's seed."""
+"""Checks of the pipeline's arguments, the seed of every result of a call, and batches of them."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from um3.core.errors import UserError
 from um3.core.progress import Progress
@@ -11,69 +11,62 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Watch = Callable[[range, "Tensor"], None]
-"""Shown a batch's places among all images and its ids so far (positions, B) at every position; may raise to end it."""
+"""Receives, at every position, a batch's indices among all images and its ids so far (positions, B); may raise."""
 MAX_IMAGES = 1_000_000
-"""Of one call: a slip of the finger is refused before it fills the memory."""
+"""Upper limit per call, to catch typos."""
 
 
-class Jobs:
-    """The images of one call: `prompt_of` (B,) says which prompt each is of, `seeds` (B,) what it is drawn from."""
-
-    def __init__(
-        self, prompts: Sequence[str], *, num_images: int, best_of: int, seed: int, seeds: Sequence[int] | None
-    ):
-        check_counts(num_images=num_images)
-        if best_of and best_of < num_images:
-            raise UserError(
-                f"best of {best_of} leaves no {num_images} images to choose; draw as many or more, or 0 to rank none"
-            )
-        copies = best_of or num_images
-        if len(prompts) * copies > MAX_IMAGES:
-            raise UserError(f"{len(prompts) * copies:,} images in one call; at most {MAX_IMAGES:,}")
-        self.prompts, self.num_images, self.best_of = prompts, num_images, best_of
-        self.prompt_of = [index for index in range(len(prompts)) for _ in range(copies)]
-        names = [("image", index, copy) for index in range(len(prompts)) for copy in range(copies)]
-        self.seeds = own_seeds(seeds, names=names, seed=seed)
+def image_seeds(
+    seeds: Sequence[int] | None, *, num_prompts: int, num_images: int, best_of: int, seed: int
+) -> list[int]:
+    """The seed of every image that a call generates, prompt-major: `best_of` or `num_images` per prompt."""
+    if best_of and best_of < num_images:
+        raise UserError(f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking")
+    copies = best_of or num_images
+    if num_prompts * copies > MAX_IMAGES:
+        raise UserError(f"{num_prompts * copies:,} images in one call; at most {MAX_IMAGES:,}")
+    names = [("image", index, copy) for index in range(num_prompts) for copy in range(copies)]
+    return resolve_seeds(seeds, names=names, seed=seed)
 
 
-def own_seeds(given: Sequence[int] | None, *, names: Sequence[tuple[str | int, ...]], seed: int) -> list[int]:
-    """The given seeds, or one for each of `names` under `seed`."""
-    if given is None:
+def resolve_seeds(seeds: Sequence[int] | None, *, names: Sequence[tuple[str | int, ...]], seed: int) -> list[int]:
+    """`seeds` after a check, or one seed for each of `names`, derived from `seed`."""
+    if seeds is None:
         return [derive_seed(seed, *name) for name in names]
-    if len(given) != len(names):
-        raise UserError(f"{len(given)} seeds for {len(names)} results; give each its own")
-    for each in given:
-        if not 0 <= each < 2**63:
-            raise UserError(f"seed {each} is outside 0 .. 2**63 - 1")
-    return list(given)
+    if len(seeds) != len(names):
+        raise UserError(f"{len(seeds)} seeds for {len(names)} results; give one seed per result")
+    for value in seeds:
+        if not 0 <= value < 2**63:
+            raise UserError(f"seed {value} is outside 0 .. 2**63 - 1")
+    return list(seeds)
 
 
-def as_texts(texts: Sequence[str], *, what: str, may_be_empty: bool = False) -> list[str]:
-    """A list of texts; one text alone is a list of one."""
+def check_texts(texts: Sequence[Any] | str, *, kind: str, may_be_empty: bool = False) -> list[str]:
+    """`texts` as a list after a check; a single text becomes a list of one."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise UserError(f"{what} {index + 1} is a {type(text).__name__}, not a text")
+            raise UserError(f"{kind} {index + 1} is of type {type(text).__name__}; it must be a text")
         if not (may_be_empty or text.strip()):
-            raise UserError(f"{what} {index + 1} is empty; say what {'to draw' if what == 'prompt' else 'it is'}")
+            raise UserError(f"{kind} {index + 1} is empty; describe the image")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{what} {index + 1} holds half a surrogate pair, which is no character")
+            raise UserError(f"{kind} {index + 1} contains half a surrogate pair, which is not valid Unicode")
     return texts
 
 
 def check_pairs(images: Sized, texts: Sized) -> None:
     if len(images) != len(texts):
-        raise UserError(f"{len(images)} pictures and {len(texts)} texts; give each picture its own")
+        raise UserError(f"{len(images)} images and {len(texts)} texts; give one text per image")
 
 
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise UserError(f"{name.replace('_', ' ')} is {count}; use 1 or more")
+            raise UserError(f"{name} is {count}; use 1 or more")
 
 
 def batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
-    """0 .. count - 1 in ranges of at most `batch_size`; the progress is shown unless the label is empty."""
+    """0 .. count - 1 in ranges of at most `batch_size`; an empty label shows no progress."""
     progress = Progress(count, label=label)
     for start in range(0, count, batch_size):
         batch = range(start, min(start + batch_size, count))

@@ -1,22 +1,28 @@
-"""The language model's config, apart from the model so that reading it costs nothing."""
+"""The language model's config; importing it loads neither torch nor transformers."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Supervision = Literal["target", "all"]
-"""Which positions of a row are targets: what it is to produce, or everything after the first."""
+"""Which positions of a training sequence are predicted: its answer, or everything after the first token."""
 NewTokenInit = Literal["mean", "random"]
-"""How rows that a base lacks begin: as the mean of its own (the paper), or normal with their standard deviation."""
+"""How rows that a base lacks start: as the mean of its rows (the paper), or normal with their standard deviation."""
+IMAGE_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "guidance_scale": 2.0}
+"""Default sampling options for images, as measured in configs/demo.yaml. `um3.model.language_model.save_model` writes
+them to `generation_config.json` under "image_sampling", where a model's owner can change them."""
+
+OLD_KEYS = {"text_vocab_size": "text_entries", "subtokens": "slots", "bits_per_subtoken": "bits_per_slot"}
+"""Names of versions before 0.2 in the "um3" table of a model's config.json."""
 
 
 @dataclass
 class ModelConfig:
-    """The language model. With `base_model` the sizes are the base's, and only `qk_norm` and `new_token_init` matter.
+    """The language model. With `base_model` the sizes come from it; only `qk_norm` and `new_token_init` apply.
 
-    base_model: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (`make um3-init`, or a trained one) to
-        go on from as it is.
+    base_model: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (from `make um3-init` or a finished
+        training) to train on.
     """
 
     base_model: str = ""
@@ -37,11 +43,11 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim} must be even: rotary embedding turns pairs")
+            raise ValueError(f"head_dim = {self.head_dim} must be even for rotary position embedding")
 
 
 def is_um3(path: str | Path) -> bool:
-    """Whether a folder holds a UM3: its config.json has an id space."""
+    """True if `path` is the folder of a UM3: its config.json has a "um3" section."""
     try:
         return "um3" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

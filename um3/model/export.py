@@ -1,4 +1,4 @@
-"""`make um3-export`: the text half of a UM3 as a plain language model, without visual rows and image marks.
+"""`um3 export`: the text half of a UM3 as a plain language model, without visual rows and image tokens.
 
 Shapes: V entries, D width.
 """
@@ -19,24 +19,23 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 
 def export_text_half(folder: str | Path, *, out: str | Path) -> str:
-    """Write the text half of the UM3 in `folder` to `out`; returns a sentence or two on what it is.
+    """Write the text half of the UM3 in `folder` to `out` and return a summary for the user.
 
-    The rows are those of the base's own tokenizer (of all text entries where there was no base), so text logits stay
-    what they were. The head is tied again if the base's was and its rows still equal the embedding's.
+    It keeps the rows of the base's own tokenizer (without a base: of all text entries), so the text logits are
+    unchanged. The head is tied again if the base's was tied and its rows still equal those of the embedding.
 
     Raises:
-        UserError: no UM3 there, or `out` exists.
+        UserError: `folder` does not contain a UM3, or `out` exists.
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} exists already; choose another folder or delete it")
+        raise UserError(f"{out} already exists; choose another folder or delete it")
     loaded = load_model(folder)
     base: dict[str, Any] = loaded.model.config.um3.get("base") or {}
     entries = int(base.get("entries", loaded.ids.text_vocab_size))
     tied = bool(base.get("tied", loaded.model.config.tie_word_embeddings))
     model = text_half(loaded.model, ids=loaded.ids, entries=entries, tie=tied)
-    if not base:
-        # Other software begins a text as training did, with bos. A base's tokenizer keeps the habit it came with.
+    if not base:  # Training started texts with bos. A base's tokenizer keeps its own setting.
         loaded.text_tokenizer.add_bos_token = True
     with atomic_folder(out) as partial:
         model.save_pretrained(partial)
@@ -44,18 +43,15 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     name = type(model).__name__
     count = sum(parameter.numel() for parameter in model.parameters())
     head = "tied" if model.config.tie_word_embeddings else "untied"
-    lines = [f"{out}: {name}, {entries:,} text entries, {count:,} parameters, {head} head."]
+    summary = f"{out}: {name}, {entries:,} text entries, {count:,} parameters, {head} head."
     if base and base["architecture"] != name:
-        lines.append(
-            f"The base was a {base['architecture']}; the query-key normalisation inserted since does not fit that, so "
-            "this is the Qwen3 layout."
-        )
-    return " ".join(lines)
+        summary += f" The base was a {base['architecture']}; with the inserted query-key normalisation it is a Qwen3."
+    return summary
 
 
 @torch.no_grad()
 def text_half(model: PreTrainedModel, *, ids: UnifiedVocabulary, entries: int, tie: bool) -> PreTrainedModel:
-    """A model of the same architecture with the first `entries` rows only; the body's tensors are shared."""
+    """A model of the same architecture with the first `entries` rows; it shares the tensors of the layers."""
     weights: dict[str, Tensor] = dict(model.state_dict())
     weights[EMBEDDING] = weights[EMBEDDING][:entries].clone()
     head_VD = model.get_output_embeddings().weight[:entries]
@@ -71,26 +67,21 @@ def text_half(model: PreTrainedModel, *, ids: UnifiedVocabulary, entries: int, t
 
 
 def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, *, entries: int) -> None:
-    """Save a tokenizer without the entries from `entries` on, which UM3 added to it."""
-    added = {token for token, index in tokenizer.get_vocab().items() if index >= entries}
+    """Save a tokenizer without the entries that UM3 added: those with ids from `entries` on."""
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    backend = read_json(file)
-    backend["added_tokens"] = [entry for entry in backend["added_tokens"] if entry["id"] < entries]
-    write_json(file, backend)
-    file = folder / "tokenizer_config.json"
-    write_json(file, _without(read_json(file), added))
+    backend = read_json(folder / "tokenizer.json")
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < entries]
+    write_json(folder / "tokenizer.json", backend)
+    removed = {token for token, index in tokenizer.get_vocab().items() if index >= entries}
 
+    def is_kept(value: Any) -> bool:
+        content = value.get("content") if isinstance(value, dict) else value
+        return not (isinstance(content, str) and content in removed)
 
-def _without(values: Any, dropped: set[str]) -> Any:
-    """JSON without the tokens `dropped`: as value, in a list, or as the content of an added token."""
-    if isinstance(values, dict):
-        kept = {key: value for key, value in values.items() if not _names(value, dropped)}
-        return {key: _without(value, dropped) for key, value in kept.items()}
-    if isinstance(values, list):
-        return [_without(value, dropped) for value in values if not _names(value, dropped)]
-    return values
-
-
-def _names(value: Any, dropped: set[str]) -> bool:
-    return (value.get("content") if isinstance(value, dict) else value if isinstance(value, str) else None) in dropped
+    config = {key: value for key, value in read_json(folder / "tokenizer_config.json").items() if is_kept(value)}
+    for key, value in config.items():
+        if isinstance(value, list):
+            config[key] = [token for token in value if is_kept(token)]
+        elif isinstance(value, dict):
+            config[key] = {name: token for name, token in value.items() if is_kept(token)}
+    write_json(folder / "tokenizer_config.json", config)

@@ -1,13 +1,12 @@
-"""The four row layouts UM3 is trained on, and the prompts that sampling starts from.
+"""The four layouts of a training sequence, and the prompts that generation starts from.
 
     text            bos tokens eos
     image-to-text   bos <boi> visual <eoi> caption eos
     text-to-image   bos caption <boi> visual <eoi> eos
-    unconditional   bos <boi> visual <eoi> eos              (a text-to-image row whose caption was dropped)
+    unconditional   bos <boi> visual <eoi> eos              (text-to-image with a dropped caption)
 
-A prompt is the beginning of such a row; tests hold the two together.
-bos is never a target: rows can be packed one after the other and shifted by one without a target that
-reaches across a boundary. Where a row holds several of them, `document_positions` tells them apart.
+A prompt is the beginning of such a sequence; the tests compare the two. bos is never a target, so packed sequences can
+be shifted by one without a target that crosses a boundary. `document_positions` separates packed documents.
 """
 
 from collections.abc import Sequence
@@ -22,108 +21,88 @@ from um3.model.vocabulary import UnifiedVocabulary
 Tokens = Sequence[int] | Tensor
 
 
-class Row(NamedTuple):
-    """One training sequence: `input_ids` int64 (T,) and `targets` bool (T,), true where the id is to be predicted."""
+class TrainingSequence(NamedTuple):
+    """`input_ids` int64 (T,) and `targets` bool (T,): true where the token is predicted."""
 
     input_ids: Tensor
     targets: Tensor
 
 
-def text_row(tokens: Tokens, *, ids: UnifiedVocabulary) -> Row:
-    """`bos tokens eos`; everything but bos is a target."""
-    return _row(_given(ids.bos_id), _target(tokens, ids.eos_id))
+def text_sequence(tokens: Tokens, *, ids: UnifiedVocabulary) -> TrainingSequence:
+    """`bos tokens eos`; every token except bos is a target."""
+    return _sequence(context=[ids.bos_id], answer=[tokens, ids.eos_id])
 
 
-def image_to_text_row(
+def image_to_text_sequence(
     visual_ids: Tokens, caption: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
-) -> Row:
-    """`bos <boi> visual <eoi> caption eos`; "target" predicts the caption and eos, "all" all but bos."""
-    image = _image(visual_ids, ids=ids)
-    return _row(
-        _given(ids.bos_id, ids.begin_of_image_id, image, ids.end_of_image_id),
-        _target(caption, ids.eos_id),
-        supervision=supervision,
+) -> TrainingSequence:
+    """`bos <boi> visual <eoi> caption eos`; "target" predicts caption and eos, "all" every token except bos."""
+    return _sequence(
+        context=[ids.bos_id, *_image(visual_ids, ids=ids)], answer=[caption, ids.eos_id], supervision=supervision
     )
 
 
-def text_to_image_row(
+def text_to_image_sequence(
     caption: Tokens, visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
-) -> Row:
-    """`bos caption <boi> visual <eoi> eos`; "target" predicts all after the caption, "all" all but bos."""
+) -> TrainingSequence:
+    """`bos caption <boi> visual <eoi> eos`; "target" predicts all after the caption, "all" every token except bos."""
     image = _image(visual_ids, ids=ids)
-    return _row(
-        _given(ids.bos_id, caption),
-        _target(ids.begin_of_image_id, image, ids.end_of_image_id, ids.eos_id),
-        supervision=supervision,
-    )
+    return _sequence(context=[ids.bos_id, caption], answer=[*image, ids.eos_id], supervision=supervision)
 
 
-def unconditional_row(visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target") -> Row:
-    """`bos <boi> visual <eoi> eos`, what classifier-free guidance needs; under "target" all after <boi> is predicted.
+def unconditional_sequence(
+    visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
+) -> TrainingSequence:
+    """`bos <boi> visual <eoi> eos`, for classifier-free guidance; "target" predicts all after <boi>.
 
-    <boi> is not a target here: nothing asked for an image, and learning it would make text begin with one.
+    <boi> is not a target: no caption asked for an image, and a model that learns it would start texts with an image.
     """
-    image = _image(visual_ids, ids=ids)
-    return _row(
-        _given(ids.bos_id, ids.begin_of_image_id),
-        _target(image, ids.end_of_image_id, ids.eos_id),
-        supervision=supervision,
-    )
+    begin, image, end = _image(visual_ids, ids=ids)
+    return _sequence(context=[ids.bos_id, begin], answer=[image, end, ids.eos_id], supervision=supervision)
 
 
 def image_prompt(caption: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
-    """`bos caption <boi>`: what an image is drawn after. An empty caption is the unconditional prompt."""
+    """`bos caption <boi>`: the prompt for an image. An empty caption gives the unconditional prompt."""
     return _join(ids.bos_id, caption, ids.begin_of_image_id)
 
 
 def caption_prompt(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
-    """`bos <boi> visual <eoi>`: what a caption is written after."""
-    return _join(ids.bos_id, ids.begin_of_image_id, _image(visual_ids, ids=ids), ids.end_of_image_id)
+    """`bos <boi> visual <eoi>`: the prompt for a caption."""
+    return _join(ids.bos_id, *_image(visual_ids, ids=ids))
 
 
 def text_prompt(tokens: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
-    """`bos tokens`: what text is continued after."""
+    """`bos tokens`: the prompt for a continuation."""
     return _join(ids.bos_id, tokens)
 
 
 def document_positions(input_ids_BT: Tensor, *, bos_id: int) -> Tensor:
-    """The place of every id in its document, int64 (B, T): a document begins at each bos and at the row's beginning.
+    """Position of every token in its document, int64 (B, T); a document starts at each bos and at position 0.
 
-    Given as position ids without an attention mask, they keep documents apart in transformers' models: attention is
-    causal within each document and stops at its beginning. Padding at the end counts as part of the last document.
+    Passed as position ids without an attention mask, they separate documents in transformers' models: attention is
+    causal within each document and stops at its start. Padding at the end counts as part of the last document.
     """
-    places_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
-    starts_BT = torch.where(input_ids_BT == bos_id, places_BT, 0).cummax(dim=1).values
-    return places_BT - starts_BT
+    positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    starts_BT = torch.where(input_ids_BT == bos_id, positions_BT, 0).cummax(dim=1).values
+    return positions_BT - starts_BT
+
+
+def _sequence(
+    *, context: Sequence[int | Tokens], answer: Sequence[int | Tokens], supervision: Supervision = "target"
+) -> TrainingSequence:
+    if supervision not in ("target", "all"):
+        raise ValueError(f"supervision '{supervision}' is unknown; use 'target' or 'all'")
+    input_ids = _join(*context, *answer)
+    targets = torch.arange(len(input_ids)) >= (1 if supervision == "all" else len(_join(*context)))
+    return TrainingSequence(input_ids=input_ids, targets=targets)
 
 
 def _join(*pieces: int | Tokens) -> Tensor:
     return torch.cat([torch.as_tensor(piece, dtype=torch.int64).reshape(-1) for piece in pieces])
 
 
-def _given(*pieces: int | Tokens) -> Row:
-    tokens = _join(*pieces)
-    return Row(tokens, torch.zeros_like(tokens, dtype=torch.bool))
-
-
-def _target(*pieces: int | Tokens) -> Row:
-    tokens = _join(*pieces)
-    return Row(tokens, torch.ones_like(tokens, dtype=torch.bool))
-
-
-def _row(*parts: Row, supervision: Supervision = "target") -> Row:
-    if supervision not in ("target", "all"):
-        raise ValueError(f"supervision '{supervision}' is unknown; use 'target' or 'all'")
-    input_ids = torch.cat([part.input_ids for part in parts])
-    targets = torch.cat([part.targets for part in parts])
-    if supervision == "all":
-        targets = torch.ones_like(targets)
-        targets[0] = False
-    return Row(input_ids=input_ids, targets=targets)
-
-
-def _image(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
+def _image(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> tuple[int, Tensor, int]:
     image = torch.as_tensor(visual_ids)
     if image.shape != (ids.image_tokens,):
         raise ValueError(f"an image is {ids.image_tokens} visual ids in one dimension, not {tuple(image.shape)}")
-    return image
+    return ids.begin_of_image_id, image, ids.end_of_image_id

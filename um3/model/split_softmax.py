@@ -1,9 +1,9 @@
 """The split softmax: a text target competes with text entries only, a visual target with visual entries only.
 
-Equation 6 of the paper, against logit shift between the modalities; "joint" is the usual softmax over all
-entries, kept for the ablation. The head is applied only where there is a target and only with the rows of the
-target's half, chunk by chunk; the backward pass computes a chunk's logits again and turns them into their gradient
-where they stand. So no (positions x full vocabulary) tensor ever exists, and of the logits no more than one chunk.
+Equation 6 of the paper, against logit shift between the modalities. "joint" is the usual softmax over all entries, for
+the ablation. The head is applied only at positions with a target and only with the rows of the target's half, chunk by
+chunk. The backward pass computes a chunk's logits again and turns them into their gradient in place. So no tensor of
+(positions x full vocabulary) ever exists, and at most one chunk of logits.
 
 Shapes: B batch, T positions, N = B * T of them, C positions of a chunk, D width, V entries, R entries of a half.
 """
@@ -19,17 +19,17 @@ from um3.core import onednn
 
 LossMode = Literal["split", "joint"]
 DEFAULT_CHUNK_TOKENS = 2048
-# Of a chunk's logits, in float32: 523 positions of 128,258 text entries, 2,048 of 32,768 visual ones.
+# Limit of a chunk's float32 logits: 523 positions of 128,258 text entries, 2,048 positions of 32,768 visual ones.
 CHUNK_BYTES = 2**28
 ONEDNN_ROWS = 64
-"""oneDNN keeps a kernel for every length that it has seen, so it is given multiples of this one only."""
+"""oneDNN keeps a kernel for every length it has seen, so it gets multiples of this only."""
 
 
 class SplitLoss(NamedTuple):
-    """Sums over this batch, to be divided by the counts of all ranks together; sums carry gradient, counts do not.
+    """Sums over this batch, to be divided by the counts of all ranks; sums have a gradient, counts do not.
 
-    `text_sum` and `visual_sum` are cross entropies in nats; `text_z_sum` and `visual_z_sum` are the z-losses,
-    coefficient included.
+    `text_sum` and `visual_sum` are cross entropies in nats; `text_z_sum` and `visual_z_sum` are z-losses times their
+    coefficient.
     """
 
     text_sum: Tensor
@@ -53,14 +53,14 @@ def split_softmax_loss(
 ) -> SplitLoss:
     """Cross entropy of `target_ids_BT` given the hidden states at the same index, per half of the vocabulary.
 
-    The caller has shifted already: `hidden_BTD[:, t]` predicts `target_ids_BT[:, t]`. Matrix products are in the type
-    of the hidden states (under autocast, in its type); softmax, sums, and the head's gradient over the chunks are in
-    float32. Both inputs have a gradient even where nothing is supervised, so that a sharded backward cannot hang.
-    `z_loss` is the coefficient of logsumexp^2 (0 switches it off). At a time, logits exist for `chunk_tokens` positions
-    at most, and for fewer where these would take more than CHUNK_BYTES.
+    The caller has shifted the targets: `hidden_BTD[:, t]` predicts `target_ids_BT[:, t]`. Matrix products have the type
+    of the hidden states (or autocast's); softmax, sums and the head's gradient over the chunks are float32. Both inputs
+    get a gradient even where nothing is supervised, so that a sharded backward cannot hang. `z_loss` is the coefficient
+    of logsumexp^2 (0: off). Logits exist for at most `chunk_tokens` positions at a time, fewer if these would exceed
+    CHUNK_BYTES.
 
     Raises:
-        ValueError: an unknown mode, or chunks of no position.
+        ValueError: an unknown mode, or `chunk_tokens` below 1.
     """
     if mode not in ("split", "joint"):
         raise ValueError(f"loss mode '{mode}' is unknown; use 'split' or 'joint'")
@@ -73,9 +73,9 @@ def split_softmax_loss(
     is_text_N = supervised_N & (target_ids_N < text_vocab_size)
     is_visual_N = supervised_N & (target_ids_N >= text_vocab_size)
     chunks = [
-        _Chunk(places_C, target_ids_N[places_C] - rows.start, rows)
+        _Chunk(positions_C, target_ids_N[positions_C] - rows.start, rows)
         for is_half_N, rows in ((is_text_N, text_rows), (is_visual_N, visual_rows))
-        for places_C in _pieces(is_half_N.nonzero().squeeze(-1), longest=_chunk_length(rows, chunk_tokens=chunk_tokens))
+        for positions_C in _split(is_half_N.nonzero().squeeze(-1), rows=rows, chunk_tokens=chunk_tokens)
     ]
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
@@ -92,28 +92,24 @@ def split_softmax_loss(
 
 
 class _Chunk(NamedTuple):
-    """Positions of one half, their targets counted from the first of `rows`, and the head's rows that compete there."""
+    """Positions of one half, their targets relative to the first of `rows`, and the head's rows that compete."""
 
-    places_C: Tensor
+    positions_C: Tensor
     targets_C: Tensor
     rows: slice
 
 
-def _chunk_length(rows: slice, *, chunk_tokens: int) -> int:
-    logits_bytes = 4 * max(rows.stop - rows.start, 1)
-    length = min(chunk_tokens, max(CHUNK_BYTES // logits_bytes, 1))
-    return length - length % ONEDNN_ROWS if length > ONEDNN_ROWS else length
-
-
-def _pieces(places_N: Tensor, *, longest: int) -> tuple[Tensor, ...]:
-    """Chunks of the longest length, then what is left in two: a multiple of ONEDNN_ROWS, and fewer."""
-    full, rest = divmod(len(places_N), longest)
+def _split(positions_N: Tensor, *, rows: slice, chunk_tokens: int) -> tuple[Tensor, ...]:
+    """Chunks of the longest length, then the remainder in two: a multiple of ONEDNN_ROWS, and fewer."""
+    longest = min(chunk_tokens, max(CHUNK_BYTES // (4 * max(rows.stop - rows.start, 1)), 1))
+    longest -= longest % ONEDNN_ROWS if longest > ONEDNN_ROWS else 0
+    full, rest = divmod(len(positions_N), longest)
     few = rest % ONEDNN_ROWS
-    return places_N.split([size for size in (*[longest] * full, rest - few, few) if size])
+    return positions_N.split([size for size in (*[longest] * full, rest - few, few) if size])
 
 
 class _Logits(torch.autograd.Function):
-    """(hidden_ND, weight_VD) -> the target's logit and the logsumexp of its rivals, (N,) each, 0 outside the chunks."""
+    """(hidden_ND, weight_VD) -> the target's logit and the logsumexp of its half, (N,) each, 0 outside the chunks."""
 
     @staticmethod
     def forward(
@@ -121,11 +117,11 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows_VD = weight_VD.to(dtype)
         target_logits_N, logsumexp_N = hidden_ND.new_zeros(2, len(hidden_ND), dtype=torch.float32)
-        for places_C, targets_C, rows in chunks:
-            target_logits_N[places_C], logsumexp_N[places_C] = _reduce(
-                hidden_ND[places_C].to(dtype), rows_VD[rows], targets_C=targets_C
+        for positions_C, targets_C, rows in chunks:
+            target_logits_N[positions_C], logsumexp_N[positions_C] = _reduce(
+                hidden_ND[positions_C].to(dtype), rows_VD[rows], targets_C=targets_C
             )
-        # Detached, the weight stays whole until the backward pass, where ZeRO 3 has let go of the parameter.
+        # Detached, the weight stays whole until the backward pass, when ZeRO 3 has released the parameter.
         ctx.save_for_backward(hidden_ND, weight_VD.detach(), logsumexp_N)
         ctx.chunks, ctx.dtype = chunks, dtype
         return target_logits_N, logsumexp_N
@@ -138,28 +134,28 @@ class _Logits(torch.autograd.Function):
         rows_VD = weight_VD.to(ctx.dtype)
         grad_hidden_ND = torch.zeros_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for places_C, targets_C, rows in ctx.chunks:
-            hidden_CD = hidden_ND[places_C].to(ctx.dtype)
-            grad_CR = _linear(hidden_CD, rows_VD[rows]).float().sub_(logsumexp_N[places_C, None]).exp_()
-            grad_CR.mul_(grad_logsumexp_N[places_C, None])
-            grad_CR[torch.arange(len(grad_CR), device=grad_CR.device), targets_C] += grad_target_N[places_C]
+        for positions_C, targets_C, rows in ctx.chunks:
+            hidden_CD = hidden_ND[positions_C].to(ctx.dtype)
+            grad_CR = _linear(hidden_CD, rows_VD[rows]).float().sub_(logsumexp_N[positions_C, None]).exp_()
+            grad_CR.mul_(grad_logsumexp_N[positions_C, None])
+            grad_CR[torch.arange(len(grad_CR), device=grad_CR.device), targets_C] += grad_target_N[positions_C]
             _add_product(grad_weight_VD[rows], grad_CR.to(ctx.dtype).T, hidden_CD)
-            grad_hidden_ND[places_C] = _linear(grad_CR.to(ctx.dtype), rows_VD[rows].T).to(hidden_ND.dtype)
-            del grad_CR  # before the next one is made
+            grad_hidden_ND[positions_C] = _linear(grad_CR.to(ctx.dtype), rows_VD[rows].T).to(hidden_ND.dtype)
+            del grad_CR  # free it before the next chunk
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
 
 
 def _reduce(hidden_CD: Tensor, rows_RD: Tensor, *, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets' logits and the logsumexp of all."""
+    """The targets' logits and the logsumexp over all rows, (C,) each."""
     logits_CR = _linear(hidden_CD, rows_RD).float()
     target_logits_C = logits_CR.gather(-1, targets_C[:, None]).squeeze(-1)
-    # torch.logsumexp in place: to fill a second tensor of this size takes a CPU as long as the exponentials.
+    # torch.logsumexp in place: on a CPU, filling a second tensor of this size takes as long as the exponentials.
     highest_C = logits_CR.amax(-1)
     return target_logits_C, logits_CR.sub_(highest_C[:, None]).exp_().sum(-1).log() + highest_C
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where `total` may be of a finer type."""
+    """total += a @ b, where `total` may have higher precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -167,7 +163,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _linear(x_CD: Tensor, rows_RD: Tensor) -> Tensor:
-    """x W^T."""
     if len(x_CD) % ONEDNN_ROWS == 0 and onednn.serves(x_CD, rows_RD):
         return onednn.linear(x_CD, rows_RD)
     return F.linear(x_CD, rows_RD)

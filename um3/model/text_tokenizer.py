@@ -1,11 +1,10 @@
-"""The text tokenizer: training a small one, loading any, adding the image marks, and the one way to encode.
+"""The text tokenizer: train a small one, load any, add the image tokens, and encode text.
 
-The convention, the same in training, captioning and generation: a tokenizer never adds bos or eos by itself
-(`um3.model.sequences` puts them in), text that looks like a special token stays text, and a caption or prompt has its
-white space collapsed and starts without a leading space.
+One convention holds in training, captioning and generation: a tokenizer adds neither bos nor eos
+(`um3.model.sequences` does), text that looks like a special token stays text, and the white space of a caption or
+prompt is collapsed, without a leading space.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,26 +12,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.model.vocabulary import UnifiedVocabulary
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 BEGIN_OF_IMAGE, END_OF_IMAGE = "<|begin_of_image|>", "<|end_of_image|>"
 SPECIALS = (BOS, EOS, PAD, BEGIN_OF_IMAGE, END_OF_IMAGE)
-# Llama 3 ships a padding entry without naming it in its tokenizer config; reusing it keeps the vocabulary.
+# Llama 3 has a padding entry that its tokenizer config does not name; reusing it keeps the vocabulary.
 KNOWN_PADS = (PAD, "<|finetune_right_pad_id|>")
 NUM_BYTES = 256
 
 
 def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts` with the five special entries first; the same texts give the same tokenizer.
+    """Byte-level BPE over `texts` with the five special tokens first; deterministic.
 
     Raises:
-        UserError: `vocab_size` has no room for the 256 bytes and the special entries.
+        UserError: `vocab_size` is too small for the 256 bytes and the special tokens.
     """
-    if vocab_size < NUM_BYTES + len(SPECIALS):
-        raise UserError(
-            f"text vocabulary of {vocab_size} is too small; it needs {NUM_BYTES + len(SPECIALS)} entries or more"
-        )
+    smallest = NUM_BYTES + len(SPECIALS)
+    if vocab_size < smallest:
+        raise UserError(f"text_vocab_size of {vocab_size} is too small; use {smallest} or more")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -47,7 +46,7 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
 
 
 def read_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """What `train_text_tokenizer` made, from the file that its `backend_tokenizer` was saved to."""
+    """Load a tokenizer of `train_text_tokenizer` from the file that its `backend_tokenizer` was saved to."""
     return _with_specials(Tokenizer.from_file(str(path)))
 
 
@@ -62,36 +61,30 @@ def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def load_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """`read_text_tokenizer`, with what UM3 needs and it lacks (padding, the image marks)."""
-    return add_image_tokens(read_text_tokenizer(path_or_hub_id))
-
-
 def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder or hub id as it is.
+    """Load the tokenizer of a folder or hub id without a change.
 
     Raises:
-        UserError: there is no tokenizer at that place, or it needs remote code.
+        UserError: no tokenizer there, or one that needs remote code.
     """
     try:
         return AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no text tokenizer at '{path_or_hub_id}' ({reason}); give a folder or a hub id") from None
+        raise UserError(f"no text tokenizer at '{path_or_hub_id}' ({reason}); use a folder or a hub id") from None
 
 
 def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that a tokenizer's ids need: the largest of them and one."""
+    """Number of embedding rows that a tokenizer needs: its largest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Add begin/end of image as special entries, and a padding entry unless there is one; in place."""
+    """Add begin and end of image, and a padding token if there is none; in place."""
     vocabulary = tokenizer.get_vocab()
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": next((pad for pad in KNOWN_PADS if pad in vocabulary), PAD)})
-    missing = [mark for mark in (BEGIN_OF_IMAGE, END_OF_IMAGE) if mark not in vocabulary]
-    if missing:
+    if missing := [token for token in (BEGIN_OF_IMAGE, END_OF_IMAGE) if token not in vocabulary]:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
 
@@ -99,17 +92,17 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 def make_vocabulary(
     tokenizer: PreTrainedTokenizerBase, *, subtokens: int, bits_per_subtoken: int, num_patches: int
 ) -> UnifiedVocabulary:
-    """The id space of a model with this text tokenizer; a tokenizer without bos (Qwen) begins rows with eos.
+    """The vocabulary of a model with this text tokenizer; without a bos token (Qwen) sequences begin with eos.
 
     Raises:
-        UserError: the tokenizer has no end-of-text entry or lacks the image marks.
+        UserError: the tokenizer has no end-of-text token or lacks the image tokens.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the text tokenizer '{tokenizer.name_or_path}' has no end-of-text entry; use one that has")
+        raise UserError(f"the text tokenizer '{tokenizer.name_or_path}' has no end-of-text token; use one that has")
     vocabulary = tokenizer.get_vocab()
     if BEGIN_OF_IMAGE not in vocabulary or END_OF_IMAGE not in vocabulary or tokenizer.pad_token_id is None:
         raise UserError(
-            f"the text tokenizer '{tokenizer.name_or_path}' lacks the image marks; pass it to add_image_tokens"
+            f"the text tokenizer '{tokenizer.name_or_path}' lacks the image tokens; pass it to add_image_tokens"
         )
     return UnifiedVocabulary(
         text_vocab_size=num_entries(tokenizer),
@@ -125,12 +118,12 @@ def make_vocabulary(
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names a vocabulary by its entries and their ids."""
-    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    """Hash of a tokenizer's entries and their ids."""
+    return short_hash(sorted(tokenizer.get_vocab().items()))
 
 
 def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of documents as they are: no bos, no eos, and no special entry whatever the text says."""
+    """Token ids of documents, without bos and eos; text never becomes a special token."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -140,10 +133,10 @@ def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of captions or prompts under the module's convention (white space collapsed, no leading space)."""
+    """Token ids of captions or prompts, with collapsed white space and without a leading space."""
     return encode_texts([" ".join(caption.split()) for caption in captions], tokenizer=tokenizer)
 
 
 def decode(token_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of token ids without special entries; spaces stay as the tokens have them."""
+    """Text of token ids, without special tokens and with the spaces that the tokens have."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

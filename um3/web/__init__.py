@@ -1,1 +1,1 @@
-"""`um3 serve`: a page to draw and to look at pictures with, and the small server behind it."""
+"""`um3 serve`: a web page that generates and captions images, and the server behind it."""

@@ -1,20 +1,24 @@
-"""Who may talk to the server, and what the page may do: checked and said for every request, before any handler.
+"""Where the server listens, who may call it, and what the page may load. Importing this loads no torch.
 
-A page of another site can make a browser send requests here, and with DNS rebinding even under that site's own name;
-neither passes. The policy lets the page load nothing but what it carries.
+A page of another site can make a browser send requests to this server, and with DNS rebinding even under that site's
+own name. Both are refused. The content policy lets the page load nothing but what it contains.
 """
 
 import base64
+import errno
 import hashlib
 import ipaddress
 import logging
 import re
+import socket
 import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from um3.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +32,34 @@ HEADERS = {
 }
 
 
-class Guard:
-    """Answers strangers with 403, gives every answer its headers, writes a line per request.
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
-    `open_to_others`: the server listens beyond this machine, and may be called by any address, but by no name except
-    localhost.
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        UserError: the port is taken or needs more rights, or the host is not an address of this machine.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        remedy = "pass another --port, or --port 0 for a free one"
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            remedy = "pass an address of this machine as --host"
+        reason = str(error.strerror).partition(" (while")[0]
+        raise UserError(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
+
+
+class RequestGuard:
+    """ASGI middleware: answers foreign requests with 403, adds the security headers, logs a line per request.
+
+    With `open_to_others` the server may be called by any IP address, but by no host name except localhost.
     """
 
     def __init__(self, app: ASGIApp, *, page: str, open_to_others: bool):
@@ -44,32 +71,32 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
+        start = time.monotonic()
 
-        async def send_guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.headers)
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - start
                 logger.info("%s %s -> %d after %.2f s", scope["method"], scope["path"][:80], message["status"], seconds)
             await send(message)
 
         refusal = self.refusal(Headers(scope=scope), method=scope["method"])
         app = JSONResponse({"error": refusal}, status_code=403) if refusal else self.app
-        await app(scope, receive, send_guarded)
+        await app(scope, receive, send_with_headers)
 
     def refusal(self, headers: Headers, *, method: str) -> str:
-        """Why a request is not answered; "" if it is."""
+        """The reason to refuse a request; empty for a request to answer."""
         host = headers.get("host", "")
-        if not self.is_ours(host):
-            return f"this server does not answer to the name '{host[:80]}'; use its address"
+        if not self._is_own_host(host):
+            return f"this server does not answer to the host name '{host[:80]}'; use its address"
         if headers.get("origin", f"http://{host}") != f"http://{host}":
-            return "this request comes from the page of another site"
+            return "the request comes from a page of another site"
         if method != "GET" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            return "this request comes from the page of another site"
+            return "the request comes from a page of another site"
         return ""
 
-    def is_ours(self, host: str) -> bool:
-        """Whether a Host header is an address or name by which only this server is meant."""
+    def _is_own_host(self, host: str) -> bool:
+        """Whether no other server can be meant by a Host header."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             return name == "localhost" or ipaddress.ip_address(name).is_loopback or self.open_to_others
@@ -78,13 +105,13 @@ class Guard:
 
 
 def content_policy(page: str) -> str:
-    """A Content-Security-Policy: the page's own inline script and style, and calls to this server, and nothing else."""
-    allowed = {}
+    """A Content-Security-Policy that allows the page's own script and style and calls to this server, nothing else."""
+    hashes = {}
     for tag in ("script", "style"):
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
         digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
-        allowed[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data: blob:; "
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data: blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

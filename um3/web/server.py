@@ -1,7 +1,7 @@
-"""The server: the page, what it may know of the model, and two calls that draw and look.
+"""The web server: the page, a description of the model, and two calls that generate and caption images.
 
-Answers to the calls are JSON lines, one an event; what goes wrong is {"error": one sentence} with a fitting status. No
-path of a request ever names a file.
+The calls answer with JSON lines; the last line holds the result. An error is {"error": one sentence}: with a fitting
+status, or as the last line if it occurs after the first one. No path of a request names a file.
 """
 
 import asyncio
@@ -23,15 +23,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
 from um3.inference.sampling_params import Sampling
-from um3.web import model_calls as work
-from um3.web.address import is_loopback
-from um3.web.security import Guard
-from um3.web.worker import Busy, Job, Worker
+from um3.web import model_calls
+from um3.web.security import RequestGuard, is_loopback
+from um3.web.worker import Event, Job, QueueFull, Worker
 
 if TYPE_CHECKING:
     from um3.inference.pipeline import UM3Pipeline
@@ -39,181 +38,146 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
-MAX_UPLOAD = 20 * 2**20
-MAX_REQUEST = 256 * 2**10
-UPLOAD_S = 60.0
-"""Seconds in which a request has to have arrived."""
-CLOSE = {"Connection": "close"}
-"""Of an answer to a request that is not read to its end: without it the rest would be waited for."""
-POLL_S = 0.2
+MAX_UPLOAD_BYTES, MAX_REQUEST_BYTES = 20 * 2**20, 256 * 2**10
+UPLOAD_TIMEOUT_S, POLL_S = 60.0, 0.2
 MAX_CONNECTIONS = 128
-STATUS_OF_IMAGE = {"too large": 413, "not an image": 415}
+CLOSE = {"Connection": "close"}
+"""For the answer to a request whose body is not read to its end; the server would wait for the rest otherwise."""
+IMAGE_STATUS = {"too large": 413, "not an image": 415}
 
 
 class Site:
-    """The handlers, over one pipeline and its worker."""
+    """The handlers of the server, over one pipeline and its worker."""
 
-    def __init__(self, pipeline: "UM3Pipeline", *, sampling: dict[str, Any], most_waiting: int, page: str):
+    def __init__(self, pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int, page: str):
         self.pipeline, self.sampling, self.page = pipeline, sampling, page
-        self.worker = Worker(most_waiting=most_waiting)
+        self.worker = Worker(max_waiting=max_waiting)
 
-    async def show_page(self, request: Request) -> Response:
+    async def index(self, request: Request) -> Response:
         """GET /"""
         return HTMLResponse(self.page)
 
     async def model(self, request: Request) -> Response:
         """GET /api/model"""
-        return JSONResponse(work.facts(self.pipeline) | {"sampling": self.sampling, "max_upload": MAX_UPLOAD})
+        description = model_calls.describe_model(self.pipeline)
+        return JSONResponse(description | {"sampling": self.sampling, "max_upload": MAX_UPLOAD_BYTES})
 
-    async def draw(self, request: Request) -> Response:
-        """POST /api/draw with the JSON of a `work.Drawing`."""
-        content = await read_body(request, most=MAX_REQUEST)
-        asked = work.Drawing.from_json(content, sampling=self.sampling)
-        return await self.answer(request, functools.partial(work.draw, pipeline=self.pipeline, asked=asked))
+    async def generate(self, request: Request) -> Response:
+        """POST /api/generate with the JSON of a `model_calls.GenerateRequest`"""
+        content = await read_body(request, max_bytes=MAX_REQUEST_BYTES)
+        parsed = model_calls.GenerateRequest.from_json(content, sampling=self.sampling)
+        return await self._stream(request, functools.partial(model_calls.generate, request=parsed))
 
-    async def look(self, request: Request) -> Response:
-        """POST /api/look with the bytes of an image file."""
-        content = await read_body(request, most=MAX_UPLOAD)
-        return await self.answer(request, functools.partial(work.look, pipeline=self.pipeline, content=content))
+    async def caption(self, request: Request) -> Response:
+        """POST /api/caption with the bytes of an image file"""
+        content = await read_body(request, max_bytes=MAX_UPLOAD_BYTES)
+        return await self._stream(request, functools.partial(model_calls.caption, content=content))
 
-    async def answer(self, request: Request, task: Callable[[Job], None]) -> Response:
-        """Wait for the first event, which decides on the status; the others follow as they come."""
-        job = self.worker.submit(task)
-        events = job.events()
-        waiting = asyncio.ensure_future(anext(events))
+    async def _stream(self, request: Request, call: Callable[..., None]) -> Response:
+        """Run a model call and stream its events. The first event, or the error in its place, decides on the status."""
+        work: Callable[[Job], None] = functools.partial(call, pipeline=self.pipeline)
+        events = self.worker.stream(work)
+        first = asyncio.ensure_future(anext(events))
         try:
-            while not (await asyncio.wait([waiting], timeout=POLL_S))[0]:
+            while not (await asyncio.wait([first], timeout=POLL_S))[0]:
                 if await request.is_disconnected():
                     raise ClientDisconnect
-            first = waiting.result()
-        except BaseException:
-            waiting.cancel()
-            self.worker.leave(job)
-            raise
-        return Lines(_lines(first, events), leave=functools.partial(self.worker.leave, job))
-
-
-class Lines(StreamingResponse):
-    """JSON lines that say so when they are not wanted any longer, or when they are all sent."""
-
-    def __init__(self, content: AsyncIterator[str], *, leave: Callable[[], None]):
-        super().__init__(content, media_type="application/x-ndjson")
-        self.leave = leave
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them (ASGI)."""
-        try:
-            await super().__call__(scope, receive, send)
         finally:
-            self.leave()
+            first.cancel()  # cancels the job unless the event is here
+        # The response cancels its iterator, and thereby the job, when the client disconnects.
+        return StreamingResponse(_lines(first.result(), events), media_type="application/x-ndjson")
 
 
-async def _lines(first: dict[str, Any], events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _lines(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     yield json.dumps(first) + "\n"
     try:
         async for event in events:
             yield json.dumps(event) + "\n"
-    except Exception as error:  # the status is long sent: this line has to tell it
+    except Exception as error:
         if not isinstance(error, UserError):
             logger.exception("the model failed")
-        yield json.dumps({"event": "error", "error": _sentence(error)}) + "\n"
+        yield json.dumps({"error": describe_error(error)[1]}) + "\n"
 
 
-async def read_body(request: Request, *, most: int) -> bytes:
-    """The body of a request, refused as soon as it is known to be too long.
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The body of a request; reading stops as soon as the body is known to be too long.
 
     Raises:
-        HTTPException: more than `most` bytes, or not all of them in UPLOAD_S.
+        HTTPException: more than `max_bytes`, or not all of them within UPLOAD_TIMEOUT_S.
     """
-    too_long = HTTPException(413, f"more than {most:,} bytes are not taken; send less", headers=CLOSE)
-    if int(request.headers.get("content-length", 0)) > most:
+    too_long = HTTPException(413, f"the request has more than {max_bytes:,} bytes; send less", headers=CLOSE)
+    if int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_long
     content = bytearray()
     try:
-        async with asyncio.timeout(UPLOAD_S):
+        async with asyncio.timeout(UPLOAD_TIMEOUT_S):
             async for chunk in request.stream():
                 content += chunk
-                if len(content) > most:
+                if len(content) > max_bytes:
                     raise too_long
     except TimeoutError:
-        raise HTTPException(408, f"the request did not arrive within {UPLOAD_S:g} seconds", headers=CLOSE) from None
+        message = f"the request did not arrive within {UPLOAD_TIMEOUT_S:g} seconds"
+        raise HTTPException(408, message, headers=CLOSE) from None
     return bytes(content)
 
 
-def _sentence(error: Exception) -> str:
+def describe_error(error: Exception) -> tuple[int, str]:
+    """The HTTP status of an error, and one sentence for the client."""
     match error:
         case UserError():
-            return str(error)
+            return 400, str(error)
         case ImageError():
-            return f"{error}; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
-        case Busy():
-            return "too many requests wait already; try again in a moment"
+            status = IMAGE_STATUS.get(error.reason, 422)
+            return status, f"{error}; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
+        case QueueFull():
+            return 503, "the request queue is full; try again in a moment"
         case HTTPException():
-            return error.detail
-    return "the server made a mistake; its own output says which"
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    headers = {}
-    match error:
-        case UserError():
-            status = 400
-        case ImageError():
-            status = STATUS_OF_IMAGE.get(error.reason, 422)
-        case Busy():
-            status, headers = 503, {"Retry-After": "2"}
-        case HTTPException():
-            status, headers = error.status_code, dict(error.headers or {})
+            return error.status_code, error.detail
         case ClientDisconnect():
-            status = 499  # nobody reads it
-        case _:
-            status = 500
-    return JSONResponse({"error": _sentence(error)}, status_code=status, headers=headers)
+            return 499, "the client has disconnected"
+    return 500, "internal error of the server; see its log"
+
+
+async def _error_response(request: Request, error: Exception) -> Response:
+    status, message = describe_error(error)
+    headers = {"Retry-After": "2"} if isinstance(error, QueueFull) else dict(getattr(error, "headers", None) or {})
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
 
 
 def build_app(
-    pipeline: "UM3Pipeline", *, sampling: dict[str, Any], most_waiting: int, open_to_others: bool = False
+    pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int, open_to_others: bool = False
 ) -> ASGIApp:
-    """The ASGI application; `sampling` are the settings of requests that name none.
+    """The ASGI application; `sampling` holds the options of requests that set none.
 
     Raises:
-        UserError: one of these settings is out of its range.
+        UserError: an option of `sampling` is out of its range.
     """
     Sampling(**sampling)
     page = PAGE.read_text(encoding="utf-8")
-    site = Site(pipeline, sampling=sampling, most_waiting=most_waiting, page=page)
+    site = Site(pipeline, sampling=sampling, max_waiting=max_waiting, page=page)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await site.worker.close()
 
-    app = Starlette(
-        routes=[
-            Route("/", site.show_page),
-            Route("/api/model", site.model),
-            Route("/api/draw", site.draw, methods=["POST"]),
-            Route("/api/look", site.look, methods=["POST"]),
-        ],
-        exception_handlers=dict.fromkeys(
-            (UserError, ImageError, Busy, HTTPException, ClientDisconnect, Exception), _refuse
-        ),
-        lifespan=lifespan,
-    )
-    return Guard(app, page=page, open_to_others=open_to_others)
-
-
-def _has_display() -> bool:
-    """Without one Python would open a browser for terminals in this very terminal, and wait for its end."""
-    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    routes = [
+        Route("/", site.index),
+        Route("/api/model", site.model),
+        Route("/api/generate", site.generate, methods=["POST"]),
+        Route("/api/caption", site.caption, methods=["POST"]),
+    ]
+    errors = (UserError, ImageError, QueueFull, HTTPException, ClientDisconnect, Exception)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response), lifespan=lifespan)
+    return RequestGuard(app, page=page, open_to_others=open_to_others)
 
 
 def run(
-    pipeline: "UM3Pipeline", *, listener: socket.socket, sampling: dict[str, Any], most_waiting: int, opens: bool
+    pipeline: "UM3Pipeline", *, listener: socket.socket, sampling: dict[str, Any], max_waiting: int, open_page: bool
 ) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     host, port = listener.getsockname()[:2]
-    app = build_app(pipeline, sampling=sampling, most_waiting=most_waiting, open_to_others=not is_loopback(host))
+    app = build_app(pipeline, sampling=sampling, max_waiting=max_waiting, open_to_others=not is_loopback(host))
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -226,7 +190,9 @@ def run(
     )
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"UM3 is at {url} (Ctrl-C stops it)", flush=True)
-    if opens and _has_display():
-        webbrowser.open(url)  # the listener holds its request until the server runs
+    # Without a display, Python would open a text browser in this terminal and wait for it.
+    has_display = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    if open_page and has_display:
+        webbrowser.open(url)  # the listener holds the request until the server runs
     with contextlib.suppress(KeyboardInterrupt, Terminated):
         uvicorn.Server(config).run(sockets=[listener])

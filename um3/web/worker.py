@@ -1,4 +1,4 @@
-"""One thread that has the model to itself. Who comes waits for their turn; who leaves is waited for no longer."""
+"""Runs model requests one at a time in a worker thread; a disconnected client cancels its job."""
 
 import asyncio
 import threading
@@ -9,87 +9,81 @@ from typing import Any
 Event = dict[str, Any]
 
 
-class Busy(Exception):
-    """As many wait as may."""
+class QueueFull(Exception):
+    """The request queue is full."""
 
 
-class Left(Exception):
-    """Whoever asked is gone: raised in the worker's thread to end the work."""
+class Cancelled(Exception):
+    """The client has disconnected; raised in the worker thread to end the job."""
 
 
 class Job:
-    """A piece of work: the thread says events, the event loop reads them, and can end the work."""
+    """A request as the worker thread sees it: `send` passes an event to the client, `check` ends a cancelled job."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        self._left = threading.Event()
+        self._is_cancelled = threading.Event()
+        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.future: Future[None] | None = None
 
     def check(self) -> None:
-        """In the thread: stop here if nobody waits any longer."""
-        if self._left.is_set():
-            raise Left
+        """Raise Cancelled if the client has disconnected."""
+        if self._is_cancelled.is_set():
+            raise Cancelled
 
-    def say(self, event: Event) -> None:
-        """In the thread: send an event."""
+    def send(self, event: Event) -> None:
+        """Pass an event to the client."""
         self.check()
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self.put(event)
 
-    def run(self, work: "Callable[[Job], None]", *, ended: Callable[[], None]) -> None:
-        """In the thread: all of it. What `work` raises is an event too."""
-        end: Exception | None = None
-        try:
-            self.check()
-            work(self)
-        except Left:
-            pass
-        except Exception as error:
-            end = error
-        self._loop.call_soon_threadsafe(self._events.put_nowait, end)
-        self._loop.call_soon_threadsafe(ended)
+    def put(self, event: Event | None) -> None:
+        """Put an event into the queue, from any thread; None ends the stream."""
+        self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """In the loop: the events up to the last; raises what the work raised."""
-        while (event := await self._events.get()) is not None:
-            if isinstance(event, Exception):
-                raise event
-            yield event
-
-    def leave(self) -> bool:
-        """In the loop: nobody waits for this. True if it had not begun and never will."""
-        self._left.set()
-        return self.future is not None and self.future.cancel()
+    def cancel(self) -> None:
+        """End the job: at once if it has not started, else at its next `check` or `send`."""
+        self._is_cancelled.set()
+        if self.future is not None:
+            self.future.cancel()
 
 
 class Worker:
-    """Runs jobs in order of arrival; at most `most_waiting` wait for the one that runs."""
+    """One thread that runs jobs in order of arrival; at most `max_waiting` jobs wait for the running one."""
 
-    def __init__(self, *, most_waiting: int):
-        self.most_waiting = most_waiting
+    def __init__(self, *, max_waiting: int):
+        self.max_waiting = max_waiting
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._jobs: set[Job] = set()
 
-    def submit(self, work: Callable[[Job], None]) -> Job:
-        """Put work in the line.
+    async def stream(self, work: Callable[[Job], None]) -> AsyncIterator[Event]:
+        """Run `work` and yield the events that it sends; closing the iterator cancels the job.
 
         Raises:
-            Busy: the line is as long as it may be.
+            QueueFull: too many jobs are waiting.
+            Exception: whatever `work` raises, after its events.
         """
-        if len(self._jobs) > self.most_waiting:
-            raise Busy
+        if len(self._jobs) > self.max_waiting:
+            raise QueueFull
         job = Job()
         self._jobs.add(job)
-        job.future = self._thread.submit(job.run, work, ended=lambda: self._jobs.discard(job))
-        return job
-
-    def leave(self, job: Job) -> None:
-        """Whoever asked for the job is gone."""
-        if job.leave():
-            self._jobs.discard(job)
+        job.future = future = self._thread.submit(work, job)
+        future.add_done_callback(lambda _: job.put(None))
+        try:
+            while (event := await job.events.get()) is not None:
+                yield event
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not isinstance(error, Cancelled):
+                raise error
+        finally:
+            job.cancel()
+            if future.cancelled():
+                self._jobs.discard(job)
+            else:  # a running job keeps its place until it has ended
+                loop = asyncio.get_running_loop()
+                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._jobs.discard, job))
 
     async def close(self) -> None:
-        """End all jobs and the thread."""
+        """Cancel all jobs and end the thread."""
         for job in list(self._jobs):
-            self.leave(job)
+            job.cancel()
         await asyncio.to_thread(self._thread.shutdown)

@@ -1,90 +1,73 @@
-"""The grammar keeps stock generation legal at any temperature, and agrees with what sampling draws."""
+"""The grammar keeps stock generation legal at any temperature, and agrees with our sampling."""
 
-from collections.abc import Callable
+import dataclasses
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, set_seed
+from transformers import LogitsProcessorList, set_seed
 
+from tests.helpers.tiny_um3 import make_ids, make_model
 from um3.inference.grammar import Grammar, GrammarProcessor
-from um3.model import sequences as rows
-from um3.model.language_model import ModelConfig, build_model
-from um3.model.vocabulary import UnifiedVocabulary
+from um3.model import sequences
+
+IDS = make_ids(num_patches=4, subtokens=2, bits_per_subtoken=4)
+IMAGE = IDS.codes_to_ids(torch.tensor([1, 2, 3, 250])).tolist()
 
 
-@pytest.fixture
-def ids(make_ids: Callable[..., UnifiedVocabulary]) -> UnifiedVocabulary:
-    return make_ids(num_patches=4, subtokens=2, bits_per_subtoken=4)
-
-
-@pytest.fixture
-def model(ids: UnifiedVocabulary) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16)
-    return build_model(config, ids=ids).eval()
-
-
-def is_legal(tokens: list[int], *, ids: UnifiedVocabulary) -> bool:
-    """Written apart from the grammar: every begin of image is followed by a whole image and its end."""
+def is_legal(tokens: list[int]) -> bool:
+    """Independent of the grammar: every begin of image is followed by a whole image and its end."""
     place = 0
     while place < len(tokens):
-        if tokens[place] == ids.begin_of_image_id:
-            image = tokens[place + 1 : place + 1 + ids.image_tokens]
-            for index, token in enumerate(image):
-                start, end = ids.subtoken_range(index % ids.subtokens)
-                if not start <= token < end:
+        if tokens[place] == IDS.begin_of_image_id:
+            for index, token in enumerate(tokens[place + 1 : place + 1 + IDS.image_tokens]):
+                if token not in range(*IDS.subtoken_range(index % IDS.subtokens)):
                     return False
-            place += 1 + ids.image_tokens
-            if place < len(tokens) and tokens[place] != ids.end_of_image_id:
+            place += 1 + IDS.image_tokens
+            if place < len(tokens) and tokens[place] != IDS.end_of_image_id:
                 return False
-        elif not 4 < tokens[place] < ids.text_vocab_size and tokens[place] != ids.eos_id:
+        elif not 4 < tokens[place] < IDS.text_vocab_size and tokens[place] != IDS.eos_id:
             return False
         place += 1
     return True
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 100.0])
-def test_stock_generation_stays_legal(model: PreTrainedModel, ids: UnifiedVocabulary, temperature: float) -> None:
-    prompts = torch.tensor([[0, 10, 11, 3], [2, 0, 12, 13], [0, 14, 15, 16]])
+def test_stock_generation_stays_legal(temperature: float) -> None:
+    model = make_model(IDS, hidden_size=16, num_layers=1)
+    prompts = torch.tensor([[0, 10, 11, 3], [2, 0, 12, 13], [0, 14, 15, 16]]).repeat(8, 1)
     model.lm_head.weight.data[3] *= 0  # begin of image comes now and then
     set_seed(1)
     output = model.generate(  # type: ignore[operator]
-        prompts.repeat(8, 1), attention_mask=(prompts != 2).long().repeat(8, 1), do_sample=True, max_new_tokens=40,
-        temperature=temperature, top_k=0, eos_token_id=95, pad_token_id=2,
-        logits_processor=LogitsProcessorList([GrammarProcessor(ids)]),
+        prompts, attention_mask=(prompts != 2).long(), do_sample=True, max_new_tokens=40, temperature=temperature,
+        top_k=0, eos_token_id=95, pad_token_id=2, logits_processor=LogitsProcessorList([GrammarProcessor(IDS)]),
     )  # fmt: skip
     answers = output[:, 4:].tolist()
-    for row, answer in zip(prompts.repeat(8, 1).tolist(), answers, strict=True):
-        assert is_legal(([3] if row[-1] == 3 else []) + answer, ids=ids)
-    assert sum(answer.count(3) for answer in answers) > 2, "text rows must begin images as well"
-    assert not is_legal([3, 50, 51], ids=ids)
+    for prompt, answer in zip(prompts.tolist(), answers, strict=True):
+        assert is_legal(([3] if prompt[-1] == 3 else []) + answer)
+    assert sum(answer.count(3) for answer in answers) > 2, "texts must begin images as well"
+    assert not is_legal([3, 50, 51])
 
 
-def test_what_may_follow(ids: UnifiedVocabulary) -> None:
-    grammar, image = Grammar(ids), ids.codes_to_ids(torch.tensor([1, 2, 3, 250])).tolist()
-    assert grammar.allowed([0, 10]) is None
-    assert grammar.allowed([0, 10, 3]) == range(50, 66)
-    assert grammar.allowed([0, 10, 3, image[0]]) == range(66, 82)
-    assert grammar.allowed([0, 10, 3, *image]) == ids.end_of_image_id
-    assert grammar.allowed([0, 10, 3, *image, 4]) is None
-    assert grammar.allowed([0, 3, *image, 4, 20, 3, *image[:2]]) == range(50, 66)
+def test_allowed_ids() -> None:
+    allowed = Grammar(IDS).allowed
+    assert allowed([0, 10]) is None
+    assert allowed([0, 10, 3]) == range(50, 66)
+    assert allowed([0, 10, 3, IMAGE[0]]) == range(66, 82)
+    assert allowed([0, 10, 3, *IMAGE]) == range(IDS.end_of_image_id, IDS.end_of_image_id + 1)
+    assert allowed([0, 10, 3, *IMAGE, 4]) is None
+    assert allowed([0, 3, *IMAGE, 4, 20, 3, *IMAGE[:2]]) == range(50, 66)
+    assert allowed(sequences.caption_prompt(IMAGE, ids=IDS).tolist()) is None
 
 
-def test_without_drawing_only_text_comes(ids: UnifiedVocabulary) -> None:
-    logits = torch.zeros(ids.vocab_size + 6)  # a head padded to a round size
-    open_ids = Grammar(ids, drawing=False).apply([0, 10], logits).isfinite().nonzero().flatten().tolist()
-    assert open_ids == [1, *range(5, 50)]
-    assert Grammar(ids).apply([0, 10], logits).isfinite().nonzero().flatten().tolist() == [1, 3, *range(5, 50)]
-    assert Grammar(ids).apply([0, 3], logits).isfinite().nonzero().flatten().tolist() == [*range(50, 66)]
+@pytest.mark.parametrize(
+    ("images", "so_far", "open_ids"),
+    [(False, [0, 10], [1, *range(5, 50)]), (True, [0, 10], [1, 3, *range(5, 50)]), (True, [0, 3], [*range(50, 66)])],
+)
+def test_the_logits_of_other_ids_are_masked(images: bool, so_far: list[int], open_ids: list[int]) -> None:
+    logits_V = torch.zeros(IDS.vocab_size + 6)  # a head padded to a round size
+    assert Grammar(IDS, images=images).apply(so_far, logits_V).isfinite().nonzero().flatten().tolist() == open_ids
 
 
-def test_a_tokenizer_without_bos_may_still_end(ids: UnifiedVocabulary) -> None:
-    import dataclasses
-
-    shared = dataclasses.replace(ids, bos_id=ids.eos_id)
-    assert Grammar(shared).apply([1, 10], torch.zeros(ids.vocab_size))[ids.eos_id] == 0
-
-
-def test_prompts_of_captioning_end_in_text(ids: UnifiedVocabulary) -> None:
-    prompt = rows.caption_prompt(ids.codes_to_ids(torch.tensor([1, 2, 3, 250])), ids=ids)
-    assert Grammar(ids).allowed(prompt.tolist()) is None
+def test_a_tokenizer_without_bos_may_still_end() -> None:
+    shared = dataclasses.replace(IDS, bos_id=IDS.eos_id)
+    assert Grammar(shared).apply([1, 10], torch.zeros(IDS.vocab_size))[IDS.eos_id] == 0

@@ -1,4 +1,4 @@
-"""Contact sheets are large enough to see and in order; code pictures show the codes."""
+"""PNG files, contact sheets and code images."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from um3.inference.image_io import MARGIN, code_picture, contact_sheet, enlarge, save_png
+from um3.inference.image_io import MARGIN, code_image, contact_sheet, enlarge, save_png
 
 
-def test_small_pictures_are_enlarged_in_whole_pixels_and_large_ones_left() -> None:
+def test_small_images_are_enlarged_in_whole_pixels_and_large_ones_unchanged() -> None:
     small = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     big = enlarge(small)
     assert big.size == (32 * 11, 24 * 11)
@@ -19,7 +19,7 @@ def test_small_pictures_are_enlarged_in_whole_pixels_and_large_ones_left() -> No
     assert enlarge(np.zeros((400, 300, 3), dtype=np.uint8)).size == (300, 400)
 
 
-def test_a_sheet_holds_every_picture_in_reading_order() -> None:
+def test_a_sheet_has_every_image_in_reading_order() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90), (1, 2, 3)]
     images = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
     sheet = contact_sheet(images, columns=3)
@@ -35,11 +35,11 @@ def test_a_sheet_holds_every_picture_in_reading_order() -> None:
 
 def test_codes_become_colours() -> None:
     codes = torch.tensor([0, 2**28 - 1, (2**9 - 1) << 19, 0])
-    picture = code_picture(codes, num_bits=28)
-    assert picture.shape == (2, 2, 3) and picture.dtype == np.uint8
-    assert picture.reshape(4, 3).tolist() == [[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 0]]
-    with pytest.raises(ValueError, match="no square"):
-        code_picture(codes[:3], num_bits=28)
+    image = code_image(codes, num_bits=28)
+    assert image.shape == (2, 2, 3) and image.dtype == np.uint8
+    assert image.reshape(4, 3).tolist() == [[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="do not form a square"):
+        code_image(codes[:3], num_bits=28)
 
 
 def test_png_round_trip(tmp_path: Path) -> None:

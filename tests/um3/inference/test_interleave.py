@@ -1,64 +1,67 @@
-"""Texts and pictures in any order: the answer is legal, repeatable and what the model would choose."""
+"""Text and images in any order: the answer is legal, repeatable and the model's choice."""
+
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from um3.core.errors import UserError
-from um3.inference.generate import draw_images, uniforms
+from um3.inference.generate import uniforms
 from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling
-from um3.model import sequences as rows
+from um3.model import sequences
 from um3.model.text_tokenizer import encode_captions
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def test_an_image_can_be_asked_for(pipeline: UM3Pipeline) -> None:
+def test_an_image_can_be_requested(pipeline: UM3Pipeline) -> None:
     parts = pipeline.interleave(["a red square"], answer="image", max_new_tokens=4, seed=3, guidance_scale=2.0)
     first = parts[0]
     assert isinstance(first.content, Image.Image) and first.content.size == (16, 16)
     caption = encode_captions(["a red square"], tokenizer=pipeline.text_tokenizer)[0]
-    drawn = draw_images(
-        pipeline.model, prompts=[rows.image_prompt(caption, ids=pipeline.ids)], ids=pipeline.ids,
-        unconditional_prompt=rows.image_prompt([], ids=pipeline.ids), sampling=Sampling(guidance_scale=2.0),
+    sampled = pipeline.sampler.images(
+        prompts=[sequences.image_prompt(caption, ids=pipeline.ids)],
+        unconditional_prompt=sequences.image_prompt([], ids=pipeline.ids),
+        sampling=Sampling(guidance_scale=2.0),
         uniforms_BP=uniforms([first.seed], count=pipeline.ids.image_tokens),
-    )  # fmt: skip
-    image = pipeline.decode(pipeline.ids.ids_to_codes(drawn.visual_ids))[0]
+    )
+    image = pipeline.decode(pipeline.ids.ids_to_codes(sampled.visual_ids))[0]
     assert np.array_equal(np.asarray(first.content), image)
-    assert first.logprob == pytest.approx(float(drawn.logprobs[0]), rel=1e-4)
+    assert first.logprob == pytest.approx(float(sampled.logprobs[0]), rel=1e-4)
     assert not any(isinstance(part.content, Image.Image) for part in parts[1:])
 
 
-def test_the_model_begins_a_picture_where_it_draws_the_mark(pipeline: UM3Pipeline) -> None:
-    head = pipeline.model.lm_head.weight
-    mark, before = pipeline.ids.begin_of_image_id, head.data.clone()
+@torch.no_grad()
+def test_the_model_begins_an_image_where_it_samples_begin_of_image(pipeline: UM3Pipeline) -> None:
+    head_VD = pipeline.model.lm_head.weight
+    begin_of_image, before = pipeline.ids.begin_of_image_id, head_VD.clone()
+    options: dict[str, Any] = {"temperature": 20.0, "max_images": 2}
     try:
-        head.data[mark] = 0  # as likely as an average entry
-        options = {"temperature": 20.0, "max_images": 2}
-        found = [pipeline.interleave(["a", PICTURE, "red"], seed=seed, **options) for seed in range(40)]
+        head_VD[begin_of_image] = 0  # as likely as an average entry
+        answers = [pipeline.interleave(["a", IMAGE, "red"], seed=seed, **options) for seed in range(25)]
     finally:
-        head.data.copy_(before)
-    kinds = {tuple(isinstance(part.content, str) for part in parts) for parts in found}
-    assert any(False in each for each in kinds) and any(each == (True,) for each in kinds)
-    assert all(sum(not is_text for is_text in each) <= 2 for each in kinds)
+        head_VD.copy_(before)
+    kinds = {tuple(isinstance(part.content, str) for part in parts) for parts in answers}
+    assert any(False in kind for kind in kinds) and (True,) in kinds
+    assert all(kind.count(False) <= 2 for kind in kinds)
 
 
-def test_text_alone_and_repeatable(pipeline: UM3Pipeline) -> None:
-    messages = [Image.fromarray(PICTURE).resize((40, 30)), "a red", "square"]
-    parts = pipeline.interleave(messages, answer="text", seed=1, max_new_tokens=8)
-    assert [part.content for part in parts] == [
-        part.content for part in pipeline.interleave(messages, answer="text", seed=1, max_new_tokens=8)
-    ]
-    assert len(parts) <= 1 and all(isinstance(part.content, str) for part in parts)
+def test_text_alone_is_repeatable(pipeline: UM3Pipeline) -> None:
+    messages = [Image.fromarray(IMAGE).resize((40, 30)), "a red", "square"]
+    first, second = (pipeline.interleave(messages, answer="text", seed=1, max_new_tokens=8) for _ in range(2))
+    assert first == second and len(first) <= 1 and all(isinstance(part.content, str) for part in first)
 
 
 def test_a_full_context_and_other_mistakes(pipeline: UM3Pipeline) -> None:
-    with pytest.raises(UserError, match="leaves no room"):
-        pipeline.interleave([PICTURE, PICTURE, PICTURE], answer="image")
-    with pytest.raises(UserError, match="leaves no room"):
-        pipeline.interleave(["word " * 1000])
-    with pytest.raises(UserError, match="not a int"):
-        pipeline.interleave([3])  # type: ignore[list-item]
-    with pytest.raises(UserError, match="answer 'video'"):
-        pipeline.interleave(["a"], answer="video")  # type: ignore[arg-type]
+    calls: tuple[tuple[list[Any], dict[str, Any], str], ...] = (
+        ([IMAGE, IMAGE, IMAGE], {"answer": "image"}, "leaves no room"),
+        (["word " * 1000], {}, "leaves no room"),
+        ([3], {}, "type int"),
+        (["a"], {"answer": "video"}, "answer 'video'"),
+    )
+    for messages, options, message in calls:
+        with pytest.raises(UserError, match=message):
+            pipeline.interleave(messages, **options)

@@ -1,18 +1,17 @@
-"""The id space: round trips, disjoint ranges, refusals."""
+"""The vocabulary: round trips, disjoint ranges, stored form, invalid sizes."""
 
 import json
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from um3.model.vocabulary import UnifiedVocabulary
+from tests.helpers.tiny_um3 import make_ids
+from um3.model.vocabulary import OLD_KEYS, UnifiedVocabulary
 
 
 @pytest.mark.parametrize(("subtokens", "bits_per_subtoken"), [(1, 1), (1, 12), (2, 14), (4, 7), (28, 1), (3, 20)])
-def test_every_code_survives_the_round_trip(
-    make_ids: Callable[..., UnifiedVocabulary], subtokens: int, bits_per_subtoken: int
-) -> None:
+def test_every_code_survives_the_round_trip(subtokens: int, bits_per_subtoken: int) -> None:
     ids = make_ids(subtokens=subtokens, bits_per_subtoken=bits_per_subtoken)
     codes_BN = torch.randint(0, 2**ids.num_bits, (50, 16), generator=torch.Generator().manual_seed(0))
     codes_BN[0, :2] = torch.tensor([0, 2**ids.num_bits - 1])
@@ -21,14 +20,14 @@ def test_every_code_survives_the_round_trip(
     assert torch.equal(ids.ids_to_codes(visual_ids), codes_BN)
 
 
-def test_the_papers_cut_of_28_bits(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+def test_the_papers_split_of_28_bits() -> None:
     ids = make_ids(subtokens=2, bits_per_subtoken=14, num_patches=256, text_vocab_size=128_258)
     assert (ids.image_tokens, ids.visual_vocab_size, ids.vocab_size) == (512, 32_768, 161_026)
     code = (5 << 14) | 9
     assert ids.codes_to_ids(torch.tensor([code])).tolist() == [128_258 + 5, 128_258 + 16_384 + 9]
 
 
-def test_subtoken_ranges_tile_the_visual_half(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+def test_subtoken_ranges_cover_the_visual_half() -> None:
     ids = make_ids()
     covered = [entry for subtoken in range(ids.subtokens) for entry in range(*ids.subtoken_range(subtoken))]
     assert covered == list(range(ids.text_vocab_size, ids.vocab_size))
@@ -36,7 +35,7 @@ def test_subtoken_ranges_tile_the_visual_half(make_ids: Callable[..., UnifiedVoc
         ids.subtoken_range(4)
 
 
-def test_ids_of_another_subtoken_or_of_text_are_refused(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+def test_ids_of_another_subtoken_or_of_text_are_refused() -> None:
     ids = make_ids()
     visual_ids = ids.codes_to_ids(torch.zeros(2, 16, dtype=torch.int64))
     swapped = visual_ids.clone()
@@ -45,20 +44,27 @@ def test_ids_of_another_subtoken_or_of_text_are_refused(make_ids: Callable[..., 
         ids.ids_to_codes(swapped)
     with pytest.raises(ValueError, match="id 3"):
         ids.ids_to_codes(torch.full((1, 4), 3))
-    with pytest.raises(ValueError, match="whole number"):
+    with pytest.raises(ValueError, match="5 visual ids"):
         ids.ids_to_codes(visual_ids[:, :5])
 
 
-def test_json_round_trip_ignores_neighbouring_keys(make_ids: Callable[..., UnifiedVocabulary]) -> None:
+def test_the_stored_form_may_have_other_keys_and_the_names_of_older_versions() -> None:
     ids = make_ids()
-    stored = json.loads(json.dumps(ids.to_dict() | {"fingerprint": "abc"}))
+    stored: dict[str, Any] = json.loads(json.dumps(ids.to_dict() | {"fingerprint": "abc"}))
+    assert UnifiedVocabulary.from_dict(stored) == ids
+    for name, old_name in OLD_KEYS.items():
+        stored[old_name] = stored.pop(name)
     assert UnifiedVocabulary.from_dict(stored) == ids
 
 
-def test_impossible_spaces_are_refused(make_ids: Callable[..., UnifiedVocabulary]) -> None:
-    with pytest.raises(ValueError, match="more subtokens"):
-        make_ids(subtokens=1, bits_per_subtoken=28)
-    with pytest.raises(ValueError, match="begin_of_image_id = 3"):
-        make_ids(text_vocab_size=3)
-    with pytest.raises(ValueError, match="at least 1"):
-        make_ids(subtokens=0)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"subtokens": 1, "bits_per_subtoken": 28}, "more subtokens"),
+        ({"text_vocab_size": 3}, "begin_of_image_id = 3"),
+        ({"subtokens": 0}, "at least 1"),
+    ],
+)
+def test_invalid_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_ids(**sizes)

@@ -1,4 +1,4 @@
-"""A real `um3 serve` over a small model whose pictures take long enough to be left half-way."""
+"""A real `um3 serve` over a small model whose images take long enough to be cancelled."""
 
 import http.client
 import json
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.um3.conftest import save_qlip
+from tests.helpers.tiny_um3 import make_model, save_qlip
 from um3.inference.pipeline import UM3Pipeline
-from um3.model.language_model import ModelConfig, build_model, save_model
+from um3.model.language_model import save_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
-SIDE = 8
-"""Rows of patches in a picture of 32 pixels."""
-MOST_WAITING = 7
+SIDE = 4
+"""Rows of patches in an image of 32 pixels."""
+MAX_WAITING = 7
 ROOT = Path(__file__).parents[3]
 
 
 class Answer(NamedTuple):
-    """What the server said: `events` are its lines."""
+    """An answer of the server; `events` are its lines."""
 
     status: int
     headers: dict[str, str]
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 class Server(NamedTuple):
-    """A running server and how to talk to it."""
+    """A running server."""
 
     port: int
     process: subprocess.Popen[str]
@@ -42,8 +42,8 @@ class Server(NamedTuple):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
-        """One request with bytes, or with anything else as JSON, and its JSON lines."""
+    def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+        """Send bytes as they are and anything else as JSON; read the answer's JSON lines."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, content, dict(headers or {}))
@@ -56,31 +56,30 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="session")
 def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved UM3 with random weights: 64 codes of 28 bits, 256 tokens a picture."""
+    """A saved UM3 with random weights: 16 codes of 28 bits, 64 tokens per image."""
     folder = tmp_path_factory.mktemp("web")
     save_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE)
     text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
     ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=SIDE**2)
-    config = ModelConfig(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96)
-    config.max_position_embeddings = 512
-    model = build_model(config, ids=ids)
+    sizes = {"hidden_size": 64, "num_layers": 4, "head_dim": 16, "intermediate_size": 96}
+    model = make_model(ids, max_position_embeddings=256, **sizes)
     save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
     return folder / "model"
 
 
 @pytest.fixture(scope="session")
 def web_pipeline(web_model: Path) -> UM3Pipeline:
-    """What the server draws with."""
+    """The pipeline of the server."""
     return UM3Pipeline.from_pretrained(web_model)
 
 
 @pytest.fixture(scope="session")
 def server(web_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`um3 serve` as a process of its own, on a free port."""
+    """`um3 serve` in its own process, on a free port."""
     log = tmp_path_factory.mktemp("log") / "stderr.txt"
     script = "from um3.cli import entry_point; entry_point()"
     command = [sys.executable, "-c", script, "serve", "--port", "0", "--no-open", "--model", str(web_model)]
-    command += ["--device", "cpu", "--most-waiting", str(MOST_WAITING)]
+    command += ["--device", "cpu", "--most-waiting", str(MAX_WAITING)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as stderr:
         process = subprocess.Popen(

@@ -1,96 +1,106 @@
-"""The one thread: order, a bounded line, and work that ends when nobody waits for it."""
+"""The worker: order of jobs, a bounded queue, and jobs that end when their client disconnects."""
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
 
-from um3.web.worker import Busy, Job, Worker
+from um3.web.worker import Event, Job, QueueFull, Worker
 
 
-def test_jobs_run_in_order_of_arrival_and_say_their_events() -> None:
+def run(main: Callable[[Worker], Coroutine[Any, Any, Any]], *, max_waiting: int) -> Any:
+    """Run a coroutine over a worker, and close the worker."""
+
+    async def with_worker() -> Any:
+        worker = Worker(max_waiting=max_waiting)
+        try:
+            return await main(worker)
+        finally:
+            await worker.close()
+
+    return asyncio.run(asyncio.wait_for(with_worker(), 60))
+
+
+def forever(job: Job) -> None:
+    """Work that ends only when it is cancelled."""
+    job.send({"started": True})
+    while True:
+        job.check()
+
+
+async def events_of(stream: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in stream]
+
+
+def test_jobs_run_in_order_of_arrival_and_send_their_events() -> None:
     order: list[int] = []
 
-    async def main() -> list[list[int]]:
-        worker = Worker(most_waiting=5)
+    def numbered(number: int) -> Callable[[Job], None]:
+        def work(job: Job) -> None:
+            order.append(number)
+            for step in range(3):
+                job.send({"step": 10 * number + step})
 
-        def work(number: int) -> Job:
-            def say(job: Job) -> None:
-                order.append(number)
-                for step in range(3):
-                    job.say({"step": 10 * number + step})
+        return work
 
-            return worker.submit(say)
+    async def main(worker: Worker) -> list[list[Event]]:
+        return await asyncio.gather(*(events_of(worker.stream(numbered(number))) for number in range(5)))
 
-        jobs = [work(number) for number in range(5)]
-        found = [[event["step"] async for event in job.events()] for job in jobs]
-        await worker.close()
-        return found
-
-    assert asyncio.run(main()) == [[10 * number + step for step in range(3)] for number in range(5)]
+    assert run(main, max_waiting=5) == [[{"step": 10 * number + step} for step in range(3)] for number in range(5)]
     assert order == list(range(5))
 
 
-def test_what_the_work_raises_reaches_who_waits_and_the_next_runs() -> None:
-    async def main() -> dict[str, int]:
-        worker = Worker(most_waiting=1)
+def test_an_error_reaches_its_client_and_the_next_job_runs() -> None:
+    def fail(job: Job) -> None:
+        raise ZeroDivisionError
 
-        def fail(job: Job) -> None:
-            raise ZeroDivisionError
+    async def main(worker: Worker) -> list[Any]:
+        streams = [worker.stream(fail), worker.stream(lambda job: job.send({"fine": 1}))]
+        return await asyncio.gather(*map(events_of, streams), return_exceptions=True)
 
-        failing, next_one = worker.submit(fail), worker.submit(lambda job: job.say({"fine": 1}))
-        with pytest.raises(ZeroDivisionError):
-            await anext(failing.events())
-        found = await anext(next_one.events())
-        await worker.close()
-        return found
-
-    assert asyncio.run(main()) == {"fine": 1}
+    error, events = run(main, max_waiting=1)
+    assert isinstance(error, ZeroDivisionError) and events == [{"fine": 1}]
 
 
-def test_endless_work_ends_when_who_asked_leaves_and_a_waiting_place_is_free_at_once() -> None:
+def test_a_disconnected_client_cancels_its_job_and_frees_its_place() -> None:
     ended = threading.Event()
 
-    async def main() -> None:
-        worker = Worker(most_waiting=1)
+    def work(job: Job) -> None:
+        try:
+            forever(job)
+        finally:
+            ended.set()
 
-        def forever(job: Job) -> None:
-            try:
-                job.say({"began": True})
-                while True:
-                    job.check()
-            finally:
-                ended.set()
+    async def main(worker: Worker) -> list[Event]:
+        running = worker.stream(work)
+        await anext(running)
+        waiting = asyncio.ensure_future(anext(worker.stream(forever)))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await anext(worker.stream(forever))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        last = asyncio.ensure_future(events_of(worker.stream(lambda job: job.send({"last": True}))))
+        await asyncio.sleep(0)
+        await running.aclose()  # type: ignore[attr-defined]
+        return await last
 
-        running = worker.submit(forever)
-        await anext(running.events())
-        waiting = worker.submit(lambda job: job.say({}))
-        with pytest.raises(Busy):
-            worker.submit(lambda job: None)
-        worker.leave(waiting)
-        last = worker.submit(lambda job: job.say({"last": True}))
-        worker.leave(running)
-        assert await anext(last.events()) == {"last": True}
-        assert [event async for event in running.events()] == []
-        await worker.close()
-
-    asyncio.run(asyncio.wait_for(main(), 60))
+    assert run(main, max_waiting=1) == [{"last": True}]
     assert ended.is_set()
 
 
-def test_closing_ends_what_runs_and_drops_what_waits() -> None:
-    ran = []
+def test_closing_ends_the_running_job_and_drops_the_waiting_ones() -> None:
+    ran: list[int] = []
 
-    async def main() -> None:
-        worker = Worker(most_waiting=3)
-
-        def forever(job: Job) -> None:
-            while True:
-                job.check()
-
-        worker.submit(forever)
-        worker.submit(lambda job: ran.append(1))
+    async def main(worker: Worker) -> list[list[Event]]:
+        streams = [worker.stream(forever), worker.stream(lambda job: ran.append(1))]
+        clients = [asyncio.ensure_future(events_of(stream)) for stream in streams]
+        await asyncio.sleep(0.1)
         await worker.close()
+        return await asyncio.gather(*clients)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    assert run(main, max_waiting=3) == [[{"started": True}], []]
     assert ran == []

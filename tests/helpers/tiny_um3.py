@@ -1,0 +1,93 @@
+"""Tiny vocabularies, language models and visual tokenizers for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tokenizer.configuration import QLIPConfig
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.model.configuration import ModelConfig
+from um3.model.language_model import build_model
+from um3.model.vocabulary import UnifiedVocabulary
+
+
+def make_ids(
+    *, subtokens: int = 4, bits_per_subtoken: int = 7, num_patches: int = 16, text_vocab_size: int = 50
+) -> UnifiedVocabulary:
+    """A vocabulary with bos, eos, pad, <boi>, <eoi> = 0 .. 4."""
+    special_ids = ("bos_id", "eos_id", "pad_id", "begin_of_image_id", "end_of_image_id")
+    return UnifiedVocabulary(
+        text_vocab_size=text_vocab_size,
+        subtokens=subtokens,
+        bits_per_subtoken=bits_per_subtoken,
+        num_patches=num_patches,
+        **{name: index for index, name in enumerate(special_ids)},
+    )
+
+
+def make_model(ids: UnifiedVocabulary, *, scale: float = 1.0, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """A model with random weights; a `scale` of 8 or more moves its greedy choices far apart."""
+    torch.manual_seed(seed)
+    config = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    config |= {"intermediate_size": 48, "max_position_embeddings": 64}
+    model = build_model(ModelConfig(**config | sizes), ids=ids).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(scale)
+    return model
+
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+BASES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def make_base(kind: str, **options: Any) -> PreTrainedModel:
+    """A stock Llama or Qwen with random weights, biases and gains."""
+    sizes = {
+        "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config_class, model_class = BASES[kind]
+    base: PreTrainedModel = model_class(config_class(**sizes | options)).eval()
+    for name, parameter in base.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return base
+
+
+def save_qlip(folder: Path, *, image_size: int, patch_size: int, text_vocab_size: int = 40) -> None:
+    """Write an untrained QLIP with codes of 28 bits."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    grid = image_size // patch_size
+    image = tower | {"image_size": image_size, "patch_size": patch_size, "rope_pretrained_grid": grid}
+    torch.manual_seed(0)
+    qlip = QLIPModel(
+        QLIPConfig(
+            text_config=tower | {"vocab_size": text_vocab_size, "max_position_embeddings": 16},
+            vision_config=image | {"quantizer_cfg": {"embed_dim": 28}},
+            decoder_config=image,
+            projection_dim=16,
+            initializer_range=0.3,
+        )
+    )
+    qlip.save_pretrained(folder)
+    QLIPProcessor(None, image_size=image_size, max_text_tokens=16).save_pretrained(folder)
