@@ -1,4 +1,4 @@
-"""One batch ahead: the next batch is put together in a thread while the current one is computed on."""
+"""Prepare the next batch in a thread while the model computes on the current one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -9,28 +9,28 @@ MadeT = TypeVar("MadeT", covariant=True)
 
 
 class Batches(Protocol[MadeT]):
-    """Anything that can make the batch of any step."""
+    """Makes the batch of any step."""
 
     def batch(self, step: int) -> MadeT:
-        """The batch of `step`, the same whenever it is asked for."""
+        """The batch of `step`; the same step gives the same batch."""
         ...
 
 
 class Prefetch(Generic[BatchT]):
-    """The batches of `batches`, with the batch of the step after the one asked for already under way.
+    """Returns the batch of a step and starts preparing the batch of the next step.
 
-    What goes wrong in the thread is raised where that step's batch is asked for, and only there. `close` (or
-    leaving the `with` block) waits for the batch in flight.
+    An error in the thread is raised when the batch of that step is requested. `close` (or leaving the `with` block)
+    waits for the batch in preparation.
     """
 
     def __init__(self, batches: Batches[BatchT], *, num_steps: int | None = None) -> None:
-        """`num_steps`: the run's length; no batch at or after it is prepared ahead."""
+        """`num_steps`: length of the run; batches from this step on are not prepared in advance."""
         self.batches, self.num_steps = batches, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future[BatchT]] | None = None
 
     def batch(self, step: int) -> BatchT:
-        """The batch of `step`; steps may be asked for in any order, in sequence they come without waiting."""
+        """The batch of `step`; any order of steps works, only consecutive steps are prepared in advance."""
         if self._ahead is None or self._ahead[0] != step:
             self._start(step)
         assert self._ahead is not None

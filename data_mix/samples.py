@@ -1,4 +1,4 @@
-"""What an image source yields: the one type that crosses the door between sources and their readers."""
+"""The samples of an image source, and the interface of all image sources."""
 
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -9,10 +9,9 @@ CaptionChoice = Literal["first", "random"]
 
 
 class Sample(NamedTuple):
-    """One picture with everything that may be said of it.
+    """One image with its captions.
 
-    image_HWC is uint8 RGB, square, at the source's size; captions holds at least one non-blank string,
-    the fullest first.
+    image_HWC: uint8 RGB, square, of the source's size. captions: at least one, the most detailed first.
     """
 
     key: str
@@ -21,7 +20,7 @@ class Sample(NamedTuple):
 
 
 class BadSample(Exception):
-    """This index holds nothing usable. The reader skips it and counts `reason`, a short fixed phrase."""
+    """The sample at this index cannot be used. The caller skips it and counts `reason`, a short fixed phrase."""
 
     def __init__(self, reason: str, *, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -30,12 +29,12 @@ class BadSample(Exception):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A map from index to sample: the same index gives the same sample in every process."""
+    """A map from index to sample; an index gives the same sample in every process."""
 
     name: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`; raises BadSample when it cannot be used, IndexError past the end."""
+        """The sample at `index`; raises BadSample if it cannot be used, IndexError past the end."""
         ...

@@ -1,31 +1,31 @@
-"""The config of UM3's data, apart from what reads it, so that a phase with nothing to do need not import torch."""
+"""The config of UM3's data, in a module that does not import torch: a command that only reads configs starts faster."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from data_mix.batches.schedule import MixConfig
 from data_mix.samples import CaptionChoice
-from data_mix.sources.text import TextSourceConfig
+from data_mix.sources.config import TextSourceConfig
 from um3.model.configuration import Supervision
 
 
 @dataclass
 class DataConfig:
-    """What UM3 is trained on.
+    """The data that UM3 is trained on.
 
     codes: folder of code shards.
     texts: text sources; their `weight` is their share of the text samples.
-    image_weights: share of each source of codes by name, those left out are not used; empty: every source in
-        proportion to its size.
-    seq_len: longest row; captions are cut to fit, images never are.
-    packing: "none" gives every sample a row of its own (the paper); "documents" lays as many side by side as fit, each
-        seeing only itself, its positions counted from 0. A batch holds the same samples either way: ratios and
-        loop.batch_size count samples, not rows.
-    text_seq_len: length of text samples, 0 for `seq_len`. A batch is as wide as its longest row: where captions
+    image_weights: share of each source of codes by name; sources that are not named are not used. Empty: every source
+        in proportion to its size.
+    seq_len: maximum length of a sequence, in tokens. Captions are cut to fit, images never are.
+    packing: "none" gives every sample its own sequence (the paper). "documents" puts as many samples into a sequence as
+        fit; each attends only to itself, with positions from 0. A batch holds the same samples either way: ratios and
+        loop.batch_size count samples, not sequences.
+    text_seq_len: length of text samples, 0 for `seq_len`. A batch is as wide as its longest sequence: where captions
         are short, shorter text samples save time.
     caption_dropout: share of the text-to-image samples without their caption (for classifier-free guidance).
-    supervision: "target" trains on what the row is to produce, "all" on its condition as well.
-    i2t_caption: the caption an image-to-text row is to produce; text-to-image rows draw any.
+    supervision: "target" trains on the output of a sample (the caption or the image), "all" on its condition as well.
+    i2t_caption: which caption an image-to-text sample has; text-to-image samples draw a random one.
     """
 
     codes: str = "codes"
@@ -41,8 +41,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
-            raise ValueError(f"data.seq_len={self.seq_len}: a row needs at least 2")
+            raise ValueError(f"data.seq_len={self.seq_len}: must be at least 2")
         if self.text_seq_len and not 2 <= self.text_seq_len <= self.seq_len:
             raise ValueError(f"data.text_seq_len={self.text_seq_len}: 0, or from 2 to data.seq_len={self.seq_len}")
+        names = [source.name for source in self.texts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.texts have the names {names}; give each source its own name")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")

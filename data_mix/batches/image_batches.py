@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_mix.order import ExactCounts, SampleOrder, fixed_shares, interleave, shared_rows
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
 from data_mix.samples import BadSample, CaptionChoice, ImageSource, Sample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
@@ -23,14 +23,13 @@ class ImageBatch(NamedTuple):
     """One rank's part of a global batch.
 
     images_BHWC: uint8.
-    captions: the caption chosen for each image; all_captions: everything that may be said of it.
+    captions: the caption chosen for each image.
     sources: name of the source of each image.
-    skipped: how many unusable samples were passed over, by (source, reason).
+    skipped: number of unusable samples that were replaced, by (source, reason).
     """
 
     images_BHWC: torch.Tensor
     captions: list[str]
-    all_captions: list[tuple[str, ...]]
     keys: list[str]
     sources: list[str]
     skipped: Mapping[tuple[str, str], int]
@@ -43,22 +42,22 @@ class ImageReader:
         self.source = source
         self.order = SampleOrder(len(source), seed=seed, name=source.name)
         self._bad: dict[int, str] = {}
-        self._reasons: set[str] = set()
 
     def read(self, draw: int, *, skipped: Counter[tuple[str, str]]) -> Sample:
-        """The sample of the `draw`-th turn; what is passed over on the way is counted in `skipped`.
+        """The sample of the `draw`-th turn; samples that are skipped on the way are added to `skipped`.
 
         Raises:
-            UserError: nothing in the source can be read.
+            UserError: no sample of the source can be used.
         """
         for index in self.order.substitutes(draw):
             if index not in self._bad:
                 try:
                     return self.source[index]
                 except BadSample as error:
-                    if error.reason not in self._reasons:
-                        logger.warning("%s: left out, as more may be: sample %d: %s", self.source.name, index, error)
-                    self._reasons.add(error.reason)
+                    if error.reason not in self._bad.values():
+                        logger.warning(
+                            "%s: skipping sample %d, and all others like it: %s", self.source.name, index, error
+                        )
                     self._bad[index] = error.reason
             skipped[self.source.name, self._bad[index]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
@@ -68,10 +67,10 @@ class ImageReader:
 
 
 class ImageBatches:
-    """Global batches of `batch_size` images from several sources, cut into equal parts for the ranks last.
+    """Global batches of `batch_size` images from several sources, cut into equal parts for the ranks.
 
-    Each source has had its share of the images to within one image after every step (by error diffusion,
-    never by random draws), so every batch can be made anew from (seed, step) on any number of ranks.
+    After every step, the number of images of each source is its share to within one image (by error diffusion, never
+    by random draws). So every batch can be made again from (seed, step) on any number of ranks.
     """
 
     def __init__(
@@ -88,21 +87,21 @@ class ImageBatches:
         """`weights`: relative share of each source; None draws from each in proportion to its length.
 
         Raises:
-            UserError: no sources, an empty source, two of one name, senseless weights, or a batch that
-                does not divide among the ranks.
+            UserError: no sources, an empty source, two of one name, invalid weights, or a batch that does not divide
+                among the ranks.
         """
         names = [source.name for source in sources]
         if not names:
             raise UserError("no image sources are given; name at least one in the config's list of images")
         if len(set(names)) < len(names):
-            raise UserError(f"image sources {names}: each needs a name of its own")
+            raise UserError(f"image sources {names}: give each its own name")
         shares = fixed_shares(
             [float(len(source)) for source in sources] if weights is None else weights, of=f"image sources {names}"
         )
         if len(shares) != len(names):
             raise UserError(f"{len(shares)} weights for {len(names)} image sources {names}; give one each")
         self.batch_size, self.seed, self.caption = batch_size, seed, caption
-        self.rows = shared_rows(batch_size, rank=rank, world_size=world_size)
+        self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.readers = [ImageReader(source, seed=seed) for source in sources]
         self.counts = ExactCounts(lambda step: shares, batch_size=batch_size)
 
@@ -110,28 +109,26 @@ class ImageBatches:
         """This rank's part of the batch of `step`.
 
         Raises:
-            UserError: a source has nothing that can be read, or yields images of different sizes.
+            UserError: no sample of a source can be used, or the sources yield images of different sizes.
         """
         skipped: Counter[tuple[str, str]] = Counter()
-        draws = list(self.counts.before(step))
+        draws = self.counts.draws(step)
         samples, captions, sources = [], [], []
-        for row, i in enumerate(interleave(self.counts.at(step))):
-            if row in self.rows:
-                sample = self.readers[i].read(draws[i], skipped=skipped)
-                samples.append(sample)
-                captions.append(self._choose(sample.captions, step=step, row=row))
-                sources.append(self.readers[i].source.name)
-            draws[i] += 1
+        for position in self.positions:
+            reader, draw = self.readers[draws[position][0]], draws[position][1]
+            sample = reader.read(draw, skipped=skipped)
+            samples.append(sample)
+            captions.append(self._choose(sample.captions, step=step, position=position))
+            sources.append(reader.source.name)
         sizes = {sample.image_HWC.shape for sample in samples}
         if len(sizes) > 1:
             raise UserError(
                 f"images of different sizes in one batch: {sorted(sizes)}; open every source at the same size"
             )
         images_BHWC = torch.from_numpy(np.stack([sample.image_HWC for sample in samples]))
-        keys, all_captions = [sample.key for sample in samples], [sample.captions for sample in samples]
-        return ImageBatch(images_BHWC, captions, all_captions, keys, sources, dict(skipped))
+        return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
 
-    def _choose(self, captions: Sequence[str], *, step: int, row: int) -> str:
+    def _choose(self, captions: Sequence[str], *, step: int, position: int) -> str:
         if self.caption == "first" or len(captions) == 1:
             return captions[0]
-        return captions[derive_seed(self.seed, "caption", step, row) % len(captions)]
+        return captions[derive_seed(self.seed, "caption", step, position) % len(captions)]

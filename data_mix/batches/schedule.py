@@ -1,9 +1,7 @@
-"""Calm-down: how the share of text-only rows falls at the start of UM3's training (paper, section 4, Eq 7)."""
+"""Calm-down: how the share of text samples falls at the start of UM3's training (paper, section 4, Eq 7)."""
 
-import bisect
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,10 +13,10 @@ TASKS: tuple[Task, ...] = get_args(Task)
 
 @dataclass
 class MixConfig:
-    """Rows of text only : image-to-text : text-to-image, at step 0 and from `calm_down_steps` on.
+    """Ratios of text-only : image-to-text : text-to-image samples, at step 0 and from `calm_down_steps` on.
 
-    mode says what is linear in between: the "proportion" of each task (Eq 7 as the paper words it: text goes
-    from 60/64 = 0.9375 to 12/16 = 0.75), or its "weight" (text goes from 60 to 12, then all are normalised).
+    mode: what is linear in between. "proportion": the share of each task (Eq 7 as the paper words it: text goes from
+        60/64 = 0.9375 to 12/16 = 0.75). "weight": the ratios themselves (text goes from 60 to 12).
     """
 
     start: list[float] = field(default_factory=lambda: [60.0, 1.0, 3.0])
@@ -39,14 +37,10 @@ class MixConfig:
 
 
 class Schedule:
-    """The mix of every step: as real proportions, and as the exact row counts of every global batch.
+    """The mix of every step: the real-valued shares, and the exact sample counts of every global batch."""
 
-    `restarts`: steps at which the calm-down begins anew, ascending.
-    """
-
-    def __init__(self, config: MixConfig, *, restarts: Sequence[int] = ()) -> None:
+    def __init__(self, config: MixConfig) -> None:
         self.config = config
-        self.restarts = list(restarts)
         self._exact = functools.cache(self._make_counts)
 
     def proportions(self, step: int) -> dict[Task, float]:
@@ -54,43 +48,38 @@ class Schedule:
         return dict(zip(TASKS, self._proportions(step), strict=True))
 
     def counts(self, step: int, *, batch_size: int) -> dict[Task, int]:
-        """Rows of each task in the batch of `step`; they sum to `batch_size`.
+        """Samples of each task in the batch of `step`; they sum to `batch_size`.
 
-        Summed over all steps up to any one, they differ by less than one row from the proportions' sum.
+        Their sum over the steps from 0 to any step differs by less than one sample from the sum of the proportions.
         """
         return dict(zip(TASKS, self._exact(batch_size).at(step), strict=True))
 
     def counts_before(self, step: int, *, batch_size: int) -> dict[Task, int]:
-        """Rows of each task in all batches before `step`."""
+        """Samples of each task in all batches before `step`."""
         return dict(zip(TASKS, self._exact(batch_size).before(step), strict=True))
 
     def due(self, step: int, *, batch_size: int) -> dict[Task, float]:
-        """What the proportions of all batches before `step` add up to, which `counts_before` rounds to whole rows."""
+        """Sum of the proportions over all batches before `step`, in samples; `counts_before` rounds it."""
         return dict(zip(TASKS, self._exact(batch_size).due(step), strict=True))
-
-    def restart(self, step: int) -> None:
-        """Begin the calm-down anew at `step`, which must come after every step whose counts were asked for so far."""
-        self.restarts.append(step)
 
     def _make_counts(self, batch_size: int) -> ExactCounts:
         end = fixed_shares(self.config.end)
 
         def shares(step: int) -> tuple[int, ...]:
-            return end if self._calm(step) == 1 else fixed_shares(self._proportions(step))
+            return end if self._progress(step) == 1 else fixed_shares(self._proportions(step))
 
         return ExactCounts(shares, batch_size=batch_size)
 
     def _proportions(self, step: int) -> list[float]:
-        start, end, done = self.config.start, self.config.end, self._calm(step)
+        start, end, progress = self.config.start, self.config.end, self._progress(step)
         if self.config.mode == "proportion":
             start, end = _normalised(start), _normalised(end)
-        return _normalised([r0 + (rT - r0) * done for r0, rT in zip(start, end, strict=True)])
+        return _normalised([r0 + (rT - r0) * progress for r0, rT in zip(start, end, strict=True)])
 
-    def _calm(self, step: int) -> float:
-        """How much of the way from `start` to `end` is behind."""
-        began = self.restarts[place - 1] if (place := bisect.bisect_right(self.restarts, step)) else 0
+    def _progress(self, step: int) -> float:
+        """Finished share of the calm-down, 0 to 1."""
         total = self.config.calm_down_steps
-        return min((step - began) / total, 1.0) if total else 1.0
+        return min(step / total, 1.0) if total else 1.0
 
 
 def _normalised(ratios: list[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a run has had of every source for every task: samples and tokens, against what the schedule asks for.
+"""Samples and tokens seen per task and source, compared with the schedule.
 
 Shape legend: K = pairs of task and source, C = the columns of COUNTED.
 """
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 COUNTED = ("samples", "text_tokens", "visual_tokens", "replaced")
-"""tokens: ids of the samples, padding not counted, by the half of the vocabulary they belong to; replaced: samples that
-stand for others whose shard cannot be read."""
+"""Tokens are counted without padding, by the half of the vocabulary that they belong to. A sample is replaced where its
+shard cannot be read."""
 
 
-class MixAccount:
+class MixStatistics:
     """Sums over all steps and ranks; `keys` are "task/source"."""
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -21,32 +21,33 @@ class MixAccount:
         self.total_KC = np.zeros((len(self.keys), len(COUNTED)), dtype=np.int64)
 
     def add(self, seen_KC: np.ndarray) -> None:
-        """Count what all ranks together have had in one step."""
+        """Add what all ranks together saw in one step."""
         self.total_KC += seen_KC.astype(np.int64)
 
-    def metrics(self, *, due: Mapping[str, float]) -> dict[str, float]:
-        """data/samples/TASK, data/samples/TASK/SOURCE and so on; what is scheduled, `due`, as data/scheduled/..."""
-        values = {f"data/scheduled/{key}": count for key, count in due.items()}
+    def metrics(self, *, scheduled: Mapping[str, float]) -> dict[str, float]:
+        """The sums as data/samples/TASK, data/samples/TASK/SOURCE, data/text_tokens/TASK/SOURCE and so on.
+
+        Args:
+            scheduled: scheduled samples by "task" and "task/source"; becomes data/scheduled/...
+        """
+        values = {f"data/scheduled/{key}": count for key, count in scheduled.items()}
+        samples = dict(zip(self.keys, self.total_KC[:, 0].tolist(), strict=True))
         for task in dict.fromkeys(key.partition("/")[0] for key in self.keys):
-            mine = [number for number, key in enumerate(self.keys) if key.startswith(f"{task}/")]
-            values[f"data/samples/{task}"] = float(self.total_KC[mine, 0].sum())
-        for key, row_C in zip(self.keys, self.total_KC.tolist(), strict=True):
-            counts = dict(zip(COUNTED, map(float, row_C), strict=True))
+            values[f"data/samples/{task}"] = float(sum(samples[key] for key in self.keys if key.startswith(f"{task}/")))
+        for key, counts in self.state().items():
             if key.startswith("text/"):
                 del counts["visual_tokens"]
             if not counts["replaced"]:
                 del counts["replaced"]
-            values |= {f"data/{name}/{key}": count for name, count in counts.items()}
+            values |= {f"data/{name}/{key}": float(count) for name, count in counts.items()}
         return values
 
     def state(self) -> dict[str, dict[str, int]]:
         """The sums as JSON."""
-        return {
-            key: dict(zip(COUNTED, row, strict=True))
-            for key, row in zip(self.keys, self.total_KC.tolist(), strict=True)
-        }
+        sums = (dict(zip(COUNTED, row, strict=True)) for row in self.total_KC.tolist())
+        return dict(zip(self.keys, sums, strict=True))
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; what an older checkpoint did not count begins at 0."""
+        """Continue from a `state()`; counts that an older checkpoint lacks begin at 0."""
         for row_C, key in zip(self.total_KC, self.keys, strict=True):
             row_C[:] = [state.get(key, {}).get(name, 0) for name in COUNTED]

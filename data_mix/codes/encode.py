@@ -1,15 +1,15 @@
-"""`make codes`: every image of the sources as codes of the visual tokenizer, in shards.
+"""`make codes`: encode every image of the sources with the visual tokenizer and write code shards.
 
-A shard holds what is usable of a fixed range of a source's samples, so an interrupted run keeps the finished
-shards and makes the rest, byte for byte what an undisturbed run would have made.
+A shard holds the usable ones of a fixed range of a source's samples. So an interrupted run keeps the finished shards,
+and resuming it gives the same bytes as a run without interruption.
 
 Shape legend: B = images of one batch or shard, N = patches of one image.
 """
 
-import hashlib
-import json
 import logging
+import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,14 +22,14 @@ import torch
 from data_mix.codes.shards import MAX_BITS, ShardHeader, read_header, shard_path, write_shard
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample, ImageSource, Sample, Split
-from data_mix.sources.fingerprint import origin
-from data_mix.sources.hub_streaming import streamed_part
-from data_mix.sources.image_folder import OwnImages
+from data_mix.sources.fingerprint import source_fingerprint
+from data_mix.sources.hub_streaming import HubStream, hub_stream
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import device
 from um3.core.errors import UserError
-from um3.core.files import read_json, sha256_of, write_json
+from um3.core.files import read_json, sha256_of, short_hash, write_json
+from um3.core.hub import HUB_ID
 from um3.core.log import setup_logging
 from um3.core.progress import Progress
 
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARD_NAME = re.compile(r"(train|val)-[A-Za-z0-9._-]+-\d{5}\.parquet(\.partial)?")
+SOURCE_NAME = r"[A-Za-z0-9._-]+"
+SHARD_NAME = re.compile(rf"(train|val)-{SOURCE_NAME}-\d{{5}}\.(arrow|parquet)(\.partial)?")  # .parquet: version 1
 
 
 @dataclass
 class EncodeConfig:
-    """What to encode, with which tokenizer, to where.
+    """What to encode, with which tokenizer, and where to.
 
-    visual_tokenizer: folder of the tokenizer, or its hub id.
-    limit: samples of each source and split to encode, from its beginning; 0 for all.
+    visual_tokenizer: folder or hub id of the tokenizer.
+    limit: number of samples to encode of each source and split, from the first on; 0 for all.
     """
 
     visual_tokenizer: str = ""
@@ -59,47 +60,63 @@ class EncodeConfig:
     num_threads: int = 1
 
     def __post_init__(self) -> None:
-        if bare := [source.name for source in self.images if not source.has_captions]:
-            raise ValueError(f"source '{bare[0]}' has no captions; codes are kept with captions, for UM3 to learn from")
+        names = [source.name for source in self.images]
+        for source in self.images:
+            if not source.has_captions:
+                raise ValueError(f"source '{source.name}' has no captions; UM3 needs them: remove has_captions=false")
+            if not re.fullmatch(SOURCE_NAME, source.name):
+                raise ValueError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
+            if names.count(source.name) > 1:
+                raise ValueError(f"two image sources have the name '{source.name}'; give each its own name")
         for name, least in (("batch_size", 1), ("samples_per_shard", 1), ("num_threads", 1), ("limit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
 
 
 class ShardJob(NamedTuple):
-    """One shard to make: `num_samples` samples of `source` from `start` on."""
+    """One shard to make, of the samples `indices` of `source`; `Prefetch` reads them in batches."""
 
     path: Path
     header: ShardHeader
     source: ImageSource
-    start: int
-    num_samples: int
+    indices: range
+    batch_size: int
+
+    def batch(self, step: int) -> tuple[list[Sample], list[str]]:
+        """The usable samples of batch `step`, and the reasons why others are skipped."""
+        samples, reasons = [], []
+        for index in self.indices[step * self.batch_size : (step + 1) * self.batch_size]:
+            try:
+                samples.append(self.source[index])
+            except BadSample as error:
+                reasons.append(error.reason)
+        return samples, reasons
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Encode what a config asks for; returns at once where that is done already."""
+    """Encode the images of a config; return at once if the shards are up to date."""
     parser = command_parser("python -m data_mix encode", "Encode images to code shards.", config="required")
     config, options = read_config(EncodeConfig, parser, section="codes", arguments=arguments)
     setup_logging()
     if not config.images:
-        raise UserError(f"{options.config}: 'images' names no source; list at least one to encode")
-    request = _request(config)
-    if _is_done(Path(config.output_dir), request=request):
+        raise UserError(f"{options.config}: 'images' is empty; list at least one image source")
+    inputs_hash = _inputs_hash(config)
+    if _is_up_to_date(Path(config.output_dir), inputs_hash=inputs_hash):
         print(f"{config.output_dir}: up to date")
         return
-    encode(config, request=request)
+    encode(config, inputs_hash=inputs_hash)
 
 
-def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
-    """Make the shards that are not there yet and summary.json; returns the summary.
+def encode(config: EncodeConfig, *, inputs_hash: str) -> dict[str, Any]:
+    """Write the missing shards and summary.json to `config.output_dir`; returns the summary.
 
-    `request` is kept in the summary, to know later what was asked for.
+    `inputs_hash` is kept in the summary; `main` compares it to see whether the shards are up to date.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, its codes do not fit the shards, a source cannot be
-            opened, or nothing in it can be used.
+        UserError: the tokenizer cannot be loaded, its codes do not fit the shards, a source cannot be opened, or a
+            source has no usable image.
     """
-    # Both take seconds, which a run with nothing to do should not.
+    # These imports take seconds, which a run that is up to date should not spend.
     from tokenizer import load
     from tokenizer.images import QLIPImages
 
@@ -110,95 +127,86 @@ def encode(config: EncodeConfig, *, request: str) -> dict[str, Any]:
         raise UserError(
             f"{config.visual_tokenizer} makes codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}"
         )
+    out = Path(config.output_dir)
     jobs = _plan(config, qlip=qlip)
-    waiting = [job for job in jobs if not _is_finished(job)]
-    _remove_outdated(Path(config.output_dir), jobs=jobs, waiting=waiting)
-    streams = _Streams(Path(config.output_dir) / "streams.json", jobs=jobs)
-    total = sum(job.num_samples for job in jobs)
-    start = total - sum(job.num_samples for job in waiting)
-    progress = Progress(total, label="encoding", unit="images", start=start)
-    for job in waiting:
-        _make_shard(job, qlip=qlip, batch_size=config.batch_size, progress=progress, streams=streams)
-    summary = _summary(jobs, num_patches=qlip.num_codes, request=request)
-    write_json(Path(config.output_dir) / "summary.json", summary)
+    missing = [job for job in jobs if not _is_finished(job)]
+    _remove_outdated(out, kept={job.path for job in jobs} - {job.path for job in missing})
+    streams = _resume_streams(out / "streams.json", jobs=jobs)
+    total, num_missing = (sum(len(job.indices) for job in some) for some in (jobs, missing))
+    progress = Progress(total, label="encoding", unit="images", start=total - num_missing)
+    for job in missing:
+        skipped, keys, codes_BN, captions = _encode_shard(job, qlip=qlip, progress=progress)
+        if streams:  # saved before the shard, which depends on it
+            write_json(out / "streams.json", {name: part.state() for name, part in streams.items()})
+        header = replace(job.header, skipped=skipped)
+        write_shard(job.path, header=header, keys=keys, codes_BN=codes_BN, captions=captions)
+    summary = _summary(jobs, inputs_hash=inputs_hash)
+    write_json(out / "summary.json", summary)
     return summary
 
 
-def _request(config: EncodeConfig) -> str:
-    """What was asked for, in a few characters: the values that shape the shards, the sources and the tokenizer."""
-    shaping = [config.seed, config.batch_size, config.samples_per_shard, config.limit]
-    described = json.dumps([shaping, _weights(config.visual_tokenizer), [origin(source) for source in config.images]])
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def _weights(qlip: str) -> str:
-    """sha256 of a folder's weights; a hub id (owner/name, with no folder `owner` here) stands for itself.
+def _inputs_hash(config: EncodeConfig) -> str:
+    """Hash of all that decides what the shards hold: settings, sources and the tokenizer's weights.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no tokenizer in the folder.
     """
-    weights = Path(qlip) / "model.safetensors"
+    weights = Path(config.visual_tokenizer) / "model.safetensors"
     if weights.exists():
-        return sha256_of(weights)
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", qlip) and not Path(qlip).parent.exists():
-        return qlip
-    raise UserError(f"there is no visual tokenizer in '{qlip}'; run make stage2 first, or set qlip to one")
+        qlip = sha256_of(weights)
+    elif HUB_ID.fullmatch(config.visual_tokenizer) and not weights.parent.parent.exists():
+        qlip = config.visual_tokenizer  # hashing the weights would need a download
+    else:
+        raise UserError(
+            f"there is no visual tokenizer in '{config.visual_tokenizer}'; run make stage2 first, or set "
+            "visual_tokenizer to the folder or hub id of one"
+        )
+    sources = [source_fingerprint(source) for source in config.images]
+    return short_hash(config.seed, config.batch_size, config.samples_per_shard, config.limit, qlip, sources)
 
 
-def _is_done(out: Path, *, request: str) -> bool:
+def _is_up_to_date(out: Path, *, inputs_hash: str) -> bool:
     if not (out / "summary.json").exists():
         return False
     summary = read_json(out / "summary.json")
-    return summary.get("request") == request and all((out / name).exists() for name in summary.get("files", []))
+    return summary.get("inputs_hash") == inputs_hash and all((out / name).exists() for name in summary["files"])
 
 
 def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
     """All shards of all sources, in the order in which they are made."""
     jobs: list[ShardJob] = []
-    planned: set[tuple[str, str]] = set()
-    fingerprint = qlip.model.fingerprint()
+    tokenizer = ShardHeader(
+        qlip.model.fingerprint(), bits=qlip.num_bits, image_size=qlip.image_size, num_patches=qlip.num_codes
+    )
     for split in get_args(Split):
         for source_config in config.images:
             source = _open(source_config, split=split, size=qlip.image_size, seed=config.seed)
             if source is None:
                 continue
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", source.name):
-                raise UserError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             num_samples = min(len(source), config.limit or len(source))
-            num_shards = -(-num_samples // config.samples_per_shard)
-            streamed = streamed_part(source)
-            state = () if streamed is None else (streamed.digest,)  # a commit to the set makes another one of it
-            plan = origin(source_config, config.seed, num_samples, config.samples_per_shard, *state)
-            if (split, source.name) in planned:
-                raise UserError(f"two image sources are called '{source.name}'; give each a name of its own")
-            planned.add((split, source.name))
-            for shard in range(num_shards):
-                header = ShardHeader(
-                    fingerprint=fingerprint,
-                    bits=qlip.num_bits,
-                    image_size=qlip.image_size,
-                    split=split,
-                    source=source.name,
-                    shard=shard,
-                    num_shards=num_shards,
-                    plan=plan,
-                )
-                path = shard_path(config.output_dir, split=split, source=source.name, shard=shard)
-                start = shard * config.samples_per_shard
-                jobs.append(ShardJob(path, header, source, start, min(config.samples_per_shard, num_samples - start)))
+            streamed = hub_stream(source)
+            # The files of a streamed set are part of the plan: a new commit to the set means new codes.
+            files = () if streamed is None else (streamed.digest,)
+            plan = source_fingerprint(source_config, config.seed, num_samples, config.samples_per_shard, *files)
+            name, starts = source.name, range(0, num_samples, config.samples_per_shard)
+            for shard, start in enumerate(starts):
+                path = shard_path(config.output_dir, split=split, source=name, shard=shard)
+                header = replace(tokenizer, split=split, source=name, shard=shard, num_shards=len(starts), plan=plan)
+                indices = range(start, min(start + config.samples_per_shard, num_samples))
+                jobs.append(ShardJob(path, header, source, indices, config.batch_size))
     if not jobs:
-        raise UserError("the sources in 'images' hold no image; point them at data")
+        raise UserError("the sources in 'images' hold no image; check their paths")
     return jobs
 
 
 def _open(config: ImageSourceConfig, *, split: Split, size: int, seed: int) -> ImageSource | None:
-    """The source, or None for the val split of one that keeps nothing for it."""
+    """The source, or None for the val split of a source without one."""
     try:
         return open_image_source(config, split=split, size=size, seed=seed)
     except UserError:
         if split == "train" or config.val_fraction > 0:
             raise
-        logger.info("%s: has no val split, and val_fraction=0 keeps none", config.name)
+        logger.info("%s: no val split, because val_fraction=0", config.name)
         return None
 
 
@@ -206,112 +214,75 @@ def _is_finished(job: ShardJob) -> bool:
     if not job.path.exists():
         return False
     try:
-        return replace(read_header(job.path), skipped={}) == job.header
+        return replace(read_header(job.path), skipped={}, num_images=0) == job.header
     except UserError as error:
         logger.warning("%s", error)
         return False
 
 
-def _remove_outdated(out: Path, *, jobs: Sequence[ShardJob], waiting: Sequence[ShardJob]) -> None:
-    """Remove shards of another tokenizer or plan, and what a killed run left half-written."""
-    kept = {job.path for job in jobs} - {job.path for job in waiting}
+def _remove_outdated(out: Path, *, kept: set[Path]) -> None:
+    """Remove the summary, shards of another tokenizer or plan, and the partial files of a killed run."""
     outdated = [path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name) and path not in kept]
-    shards = [path for path in outdated if path.suffix == ".parquet"]
-    if shards:
-        logger.info("%s: %d shards of another tokenizer or config are made anew", out, len(shards))
+    num_shards = sum(path.suffix != ".partial" for path in outdated)
+    if num_shards:
+        logger.info("%s: replacing %d shards of another tokenizer, config or format", out, num_shards)
     for path in [out / "summary.json", *outdated]:
         path.unlink(missing_ok=True)
+    shutil.rmtree(out / ".arrow", ignore_errors=True)  # copies that version 1 made of its .parquet shards
 
 
-class _Streams:
-    """What is known of streamed sources, kept beside the shards: their rows have the same numbers in every run."""
-
-    def __init__(self, path: Path, *, jobs: Sequence[ShardJob]) -> None:
-        self.path = path
-        self.parts = {
-            f"{job.header.split}-{job.header.source}": streamed
-            for job in jobs
-            if (streamed := streamed_part(job.source)) is not None
-        }
-        kept = read_json(path) if path.exists() else {}
-        for name in self.parts.keys() & kept.keys():
-            self.parts[name].go_on(kept[name])
-
-    def keep(self) -> None:
-        """Write it down; before a shard, which depends on it."""
-        if self.parts:
-            write_json(self.path, {name: part.state() for name, part in self.parts.items()})
+def _resume_streams(path: Path, *, jobs: Sequence[ShardJob]) -> dict[str, HubStream]:
+    """The streamed sources by split and name. Each resumes from its state in `path`, so that its samples keep their
+    numbers."""
+    streams = {f"{job.header.split}-{job.header.source}": hub_stream(job.source) for job in jobs}
+    states = read_json(path) if path.exists() else {}
+    parts = {name: part for name, part in streams.items() if part is not None}
+    for name in parts.keys() & states.keys():
+        parts[name].resume(states[name])
+    return parts
 
 
-def _make_shard(job: ShardJob, *, qlip: "QLIPImages", batch_size: int, progress: Progress, streams: _Streams) -> None:
+def _encode_shard(
+    job: ShardJob, *, qlip: "QLIPImages", progress: Progress
+) -> tuple[dict[str, int], list[str], np.ndarray, list[tuple[str, ...]]]:
+    """Skipped samples by reason; keys, codes_BN and captions of the others."""
     skipped: Counter[str] = Counter()
     keys, captions, codes = [], [], [np.zeros((0, qlip.num_codes), dtype=np.int64)]
-    num_batches = -(-job.num_samples // batch_size)
-    with Prefetch(_Reader(job, batch_size=batch_size), num_steps=num_batches) as batches:
-        for number in range(num_batches):
-            samples, unusable = batches.batch(number)
+    num_batches = math.ceil(len(job.indices) / job.batch_size)
+    with Prefetch(job, num_steps=num_batches) as batches:
+        for step in range(num_batches):
+            samples, reasons = batches.batch(step)
             if samples:
                 codes.append(qlip.encode(np.stack([sample.image_HWC for sample in samples])).numpy())
             keys += [sample.key for sample in samples]
             captions += [sample.captions for sample in samples]
-            skipped.update(unusable)
-            progress.advance(len(samples) + len(unusable), note=f"{skipped.total()} skipped" if skipped else None)
-    header = replace(job.header, skipped=dict(skipped))
-    streams.keep()
-    write_shard(job.path, header=header, keys=keys, codes_BN=np.concatenate(codes), captions=captions)
+            skipped.update(reasons)
+            progress.advance(len(samples) + len(reasons), note=f"{skipped.total()} skipped" if skipped else None)
+    return dict(skipped), keys, np.concatenate(codes), captions
 
 
-class _Reader:
-    """Reads the samples of a shard, batch by batch."""
-
-    def __init__(self, job: ShardJob, *, batch_size: int) -> None:
-        self.job, self.batch_size = job, batch_size
-
-    def batch(self, step: int) -> tuple[list[Sample], list[str]]:
-        """The usable samples of the `step`-th batch, and for each of the others why it is not."""
-        samples, unusable = [], []
-        first = step * self.batch_size
-        for place in range(first, min(first + self.batch_size, self.job.num_samples)):
-            try:
-                samples.append(self.job.source[self.job.start + place])
-            except BadSample as error:
-                unusable.append(error.reason)
-        return samples, unusable
-
-
-def _summary(jobs: Sequence[ShardJob], *, num_patches: int, request: str) -> dict[str, Any]:
+def _summary(jobs: Sequence[ShardJob], *, inputs_hash: str) -> dict[str, Any]:
     """Counts by split and source, from the headers of the finished shards."""
     splits: dict[str, dict[str, dict[str, Any]]] = {}
+    bad_files: dict[str, str] = {}
     for job in jobs:
-        skipped = read_header(job.path).skipped
-        counts = splits.setdefault(job.header.split, {}).setdefault(
-            job.header.source, {"samples": 0, "images": 0, "shards": 0, "skipped": {}}
+        header = read_header(job.path)
+        counts = splits.setdefault(header.split, {}).setdefault(
+            header.source, {"samples": 0, "images": 0, "shards": 0, "skipped": {}}
         )
-        counts["samples"] += job.num_samples
-        counts["images"] += job.num_samples - sum(skipped.values())
+        counts["samples"] += len(job.indices)
+        counts["images"] += header.num_images
         counts["shards"] += 1
-        counts["skipped"] = dict(Counter(counts["skipped"]) + Counter(skipped))
+        counts["skipped"] = dict(Counter(counts["skipped"]) + Counter(header.skipped))
+        if hasattr(job.source, "bad_files"):
+            bad_files |= {str(file): reason for file, reason in job.source.bad_files.reasons.items()}
     for split, sources in splits.items():
         for name, counts in sources.items():
-            if counts["skipped"]:
-                reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(counts["skipped"].items()))
-                logger.warning("%s of '%s': %d images, left out: %s", split, name, counts["images"], reasons)
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(counts["skipped"].items()))
             if not counts["images"]:
                 raise UserError(f"no {split} image of source '{name}' can be used: {reasons}")
-    header = jobs[0].header
-    set_aside = {
-        str(file): reason
-        for source in {id(job.source): job.source for job in jobs}.values()
-        if isinstance(source, OwnImages)
-        for file, reason in source.set_aside.reasons.items()
-    }
-    return {
-        "request": request,
-        "fingerprint": header.fingerprint,
-        "bits": header.bits,
-        "image_size": header.image_size,
-        "num_patches": num_patches,
-        "splits": splits,
-        "set_aside": set_aside,
-        "files": [job.path.name for job in jobs],
-    }
+            if reasons:
+                logger.warning("%s of '%s': %d images; skipped: %s", split, name, counts["images"], reasons)
+    tokenizer = {name: getattr(header, name) for name in ("fingerprint", "bits", "image_size", "num_patches")}
+    files = [job.path.name for job in jobs]
+    return {"inputs_hash": inputs_hash, **tokenizer, "splits": splits, "bad_files": bad_files, "files": files}

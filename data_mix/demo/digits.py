@@ -1,13 +1,13 @@
-"""Real handwriting that every installation carries: the 1,797 digits bundled with scikit-learn.
+"""Handwriting that every installation carries: the 1,797 digits bundled with scikit-learn.
 
-They are the one set of real images with classes that needs no download, so the demo measures zero-shot and
-linear-probe accuracy on them. Source: UCI "Optical Recognition of Handwritten Digits" (CC BY 4.0), 8 x 8 ink maps.
+They are the only real images with classes that need no download, so the demo measures zero-shot and linear-probe
+accuracy on them. Source: UCI "Optical Recognition of Handwritten Digits" (CC BY 4.0), 8 x 8 maps of ink.
 """
 
 import numpy as np
 from PIL import Image
 
-from data_mix.demo.scenes import BACKGROUND
+from data_mix.demo.scenes import blend
 from data_mix.samples import Sample, Split
 from um3.core.seeds import derive_seed
 
@@ -15,11 +15,11 @@ CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 INK = (25, 25, 35)
 FULL_INK = 16.0  # the data set's darkest value
 VAL_FRACTION = 0.2
-SPLIT_SEED = 0  # fixed for good: numbers measured on the val part must stay comparable
+SPLIT_SEED = 0  # never change it: numbers measured on the val split must stay comparable
 
 
 class DigitsSource:
-    """The digits of one split, dark ink on the ground of the scenes, (size, size, 3) uint8."""
+    """The digits of one split, dark ink on the background of the scenes, uint8 (size, size, 3)."""
 
     name = "digits"
     class_names = CLASS_NAMES
@@ -31,7 +31,7 @@ class DigitsSource:
 
         bundle = load_digits()
         self.size = size
-        self.rows = _rows_of(bundle.target, split=split)
+        self.rows = _split_rows(bundle.target, split=split)
         self.labels = [int(label) for label in bundle.target[self.rows]]
         self._ink_N88 = (bundle.images[self.rows] / FULL_INK).astype(np.float32)
 
@@ -41,13 +41,13 @@ class DigitsSource:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"digit {index} of {len(self)}")
-        name = CLASS_NAMES[self.labels[index]]
-        image_HWC = _drawn(self._ink_N88[index], size=self.size)
-        return Sample(key=f"digits-{self.rows[index]:04d}", image_HWC=image_HWC, captions=captions_of(name))
+        image_HWC = _render(self._ink_N88[index], size=self.size)
+        captions = captions_of(CLASS_NAMES[self.labels[index]])
+        return Sample(key=f"digits-{self.rows[index]:04d}", image_HWC=image_HWC, captions=captions)
 
 
-def _rows_of(labels: np.ndarray, *, split: Split) -> np.ndarray:
-    """The rows of a split, ascending: of every class the same share, chosen by hash and so the same for ever."""
+def _split_rows(labels: np.ndarray, *, split: Split) -> np.ndarray:
+    """The rows of a split, ascending: the same share of every class, chosen by hash."""
     chosen: list[int] = []
     for label in range(len(CLASS_NAMES)):
         rows = [int(row) for row in np.flatnonzero(labels == label)]
@@ -58,15 +58,12 @@ def _rows_of(labels: np.ndarray, *, split: Split) -> np.ndarray:
 
 
 def captions_of(class_name: str) -> tuple[str, ...]:
-    """What is said of a digit called `class_name`; also the prompts of the zero-shot test."""
+    """The captions of a digit called `class_name`, which are also the prompts of the zero-shot test."""
     return (f"a handwritten {class_name}", f"the digit {class_name}", f"the number {class_name} in ink")
 
 
-def _drawn(ink_88: np.ndarray, *, size: int) -> np.ndarray:
-    """An 8 x 8 ink map in [0, 1], enlarged smoothly and laid on the ground."""
-    # A frame of one blank cell: the strokes reach the border of the map and would end in a hard cut.
-    framed = Image.fromarray(np.pad(ink_88, 1))
-    enlarged = framed.resize((size, size), Image.Resampling.BICUBIC)
-    coverage_HW1 = np.clip(np.asarray(enlarged), 0, 1)[:, :, None]
-    ground, ink = np.array(BACKGROUND, dtype=np.float32), np.array(INK, dtype=np.float32)
-    return np.rint(ground + coverage_HW1 * (ink - ground)).astype(np.uint8)
+def _render(ink_88: np.ndarray, *, size: int) -> np.ndarray:
+    """An 8 x 8 map of ink in [0, 1], enlarged smoothly and blended with the background."""
+    # One blank cell on each side: the strokes reach the border of the map and would end in a hard cut.
+    enlarged = Image.fromarray(np.pad(ink_88, 1)).resize((size, size), Image.Resampling.BICUBIC)
+    return blend(np.clip(np.asarray(enlarged), 0, 1), ink=INK)

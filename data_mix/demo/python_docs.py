@@ -1,8 +1,8 @@
 """English prose that every Python carries: the language reference and the docstrings of the standard library.
 
-It is the text of the demo, where nothing may be downloaded. The library's modules are read, never imported:
-importing some of them opens a browser or draws a window. What is found depends on the Python version a little,
-so numbers measured on it are to be given with that version. Licence: PSF License Agreement.
+This is the text of the demo, which needs no download. The modules are parsed, never imported: some open a browser or a
+window at import. The text depends a little on the Python version, so report that version with numbers measured on it.
+Licence: PSF License Agreement.
 """
 
 import ast
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Tests, tools with windows, tables of code points, and packages that are not part of the library.
+# Packages that are not part of the library; tests, tools with windows, and tables of code points.
 _FOREIGN = {"site-packages", "dist-packages", "ensurepip"}
 _UNFIT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
 SKIPPED_FOLDERS = frozenset(_FOREIGN | _UNFIT)
@@ -29,7 +29,7 @@ _CODE_START = (">>>", "...", "$ ", "::=", "|", "+-", "@", "#", "def ", "class ",
 
 
 class Document(NamedTuple):
-    """A piece of prose of a few thousand characters; paragraphs are set apart by a blank line."""
+    """A piece of prose of a few thousand characters, with a blank line between paragraphs."""
 
     key: str
     text: str
@@ -37,16 +37,14 @@ class Document(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def python_documents() -> tuple[Document, ...]:
-    """All documents of this Python, in a fixed order, no paragraph twice. Takes about 3 s, once per process."""
+    """All documents of this Python in a fixed order, without repeated paragraphs. Takes about 3 s, once a process."""
     seen: set[str] = set()
     documents: list[Document] = []
     for name, texts in (*_topics(), *_modules()):
-        fresh = []
-        for paragraph in (paragraph for text in texts for paragraph in prose_paragraphs(text)):
-            if paragraph not in seen:
-                seen.add(paragraph)
-                fresh.append(paragraph)
-        for number, text in enumerate(packed(fresh, max_chars=MAX_DOCUMENT_CHARS)):
+        paragraphs = dict.fromkeys(paragraph for text in texts for paragraph in prose_paragraphs(text))
+        new = [paragraph for paragraph in paragraphs if paragraph not in seen]
+        seen.update(new)
+        for number, text in enumerate(packed(new, max_chars=MAX_DOCUMENT_CHARS)):
             if len(text) >= MIN_DOCUMENT_CHARS:
                 documents.append(Document(f"{name}#{number}", text))
     return tuple(documents)
@@ -60,16 +58,16 @@ def _topics() -> Iterator[tuple[str, list[str]]]:
 
 
 def _modules() -> Iterator[tuple[str, list[str]]]:
-    """(module path, its docstrings in the order of the file) for every module of the standard library."""
+    """Path and docstrings, in the order of the file, of every module of the standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(library.rglob("*.py")):
-        place = file.relative_to(library)
-        if SKIPPED_FOLDERS.isdisjoint(place.parts):
+        path = file.relative_to(library)
+        if SKIPPED_FOLDERS.isdisjoint(path.parts):
             try:
                 tree = ast.parse(file.read_bytes())
-            except (SyntaxError, ValueError):  # templates and files kept broken on purpose
+            except (SyntaxError, ValueError):  # templates, and files that are invalid on purpose
                 continue
-            yield f"library/{place.as_posix()}", list(_docstrings(tree))
+            yield f"library/{path.as_posix()}", list(_docstrings(tree))
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
@@ -86,7 +84,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 def prose_paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a documentation text that are English sentences, each on one line.
 
-    Code, grammar, tables, signatures, headings and option lists are left out.
+    Code, grammar, tables, signatures, headings and option lists are skipped.
     """
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.splitlines()]
@@ -107,14 +105,14 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def packed(paragraphs: Iterable[str], *, max_chars: int) -> Iterator[str]:
-    """Neighbouring paragraphs joined by blank lines into texts of at most `max_chars` (unless one alone is longer)."""
-    held: list[str] = []
+    """Join consecutive paragraphs by blank lines to texts of at most `max_chars`, or one longer paragraph."""
+    texts: list[str] = []
     num_chars = 0
     for paragraph in paragraphs:
-        if held and num_chars + len(paragraph) > max_chars:
-            yield "\n\n".join(held)
-            held, num_chars = [], 0
-        held.append(paragraph)
+        if texts and num_chars + len(paragraph) > max_chars:
+            yield "\n\n".join(texts)
+            texts, num_chars = [], 0
+        texts.append(paragraph)
         num_chars += len(paragraph) + 2
-    if held:
-        yield "\n\n".join(held)
+    if texts:
+        yield "\n\n".join(texts)

@@ -1,9 +1,9 @@
-"""The language of the scenes: which words exist, what a prompt demands of a picture, and the test prompts.
+"""The language of the scenes: the words, what a prompt demands of an image, and the test prompts.
 
     "a circle"   "three red circles"   "a circle and a blue square"   "a red circle left of a blue square"
 
-The six skills and the way a prompt is judged follow GenEval (arXiv:2310.11513): a number demands exactly that
-many, everything else demands presence and tolerates further objects.
+The six skills and the rules for a prompt follow GenEval (arXiv:2310.11513): a number demands exactly that many objects;
+anything else demands that an object is there and tolerates others.
 """
 
 import itertools
@@ -23,19 +23,9 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 COLOURS: tuple[Colour, ...] = get_args(Colour)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 SKILLS: tuple[Skill, ...] = get_args(Skill)
-MIRRORED: dict[Relation, Relation] = {
-    "left of": "right of",
-    "right of": "left of",
-    "above": "below",
-    "below": "above",
-}
+MIRRORED: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBER_WORDS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
-PLURALS: dict[Shape, str] = {
-    "circle": "circles",
-    "square": "squares",
-    "triangle": "triangles",
-    "cross": "crosses",
-}
+PLURALS: dict[Shape, str] = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class ObjectDemand:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a picture must show. `relation` says where the first object stands as seen from the second."""
+    """What an image must show. `relation`: the position of the first object as seen from the second."""
 
     objects: tuple[ObjectDemand, ...]
     relation: Relation | None = None
@@ -62,7 +52,7 @@ class Demands:
 
 @dataclass(frozen=True)
 class ScenePrompt:
-    """One test prompt, the skill it tests, and its demands."""
+    """One test prompt, the skill that it tests, and its demands."""
 
     skill: Skill
     prompt: str
@@ -79,7 +69,7 @@ def noun_phrase(demand: ObjectDemand) -> str:
 
 
 def prompt_text(demands: Demands) -> str:
-    """The one way to say these demands; `parse_prompt` undoes it."""
+    """The prompt for these demands; `parse_prompt` is the inverse."""
     phrases = [noun_phrase(demand) for demand in demands.objects]
     return f" {demands.relation or 'and'} ".join(phrases)
 
@@ -90,7 +80,7 @@ _JOINT = re.compile(rf" (and|{'|'.join(RELATIONS)}) ")
 
 
 def parse_prompt(prompt: str) -> Demands:
-    """The demands of a prompt written in the language of the scenes; ValueError for any other text."""
+    """The demands of a prompt in the language of the scenes; ValueError for any other text."""
     text = " ".join(prompt.lower().strip().rstrip(".").split())
     first, *rest = _JOINT.split(text)
     if len(rest) not in (0, 2):
@@ -103,55 +93,47 @@ def parse_prompt(prompt: str) -> Demands:
 def _parse_phrase(phrase: str, *, prompt: str) -> ObjectDemand:
     match = _PHRASE.fullmatch(phrase)
     if match is None:
-        raise ValueError(f"{prompt!r} is no scene prompt: cannot read {phrase!r}")
+        raise ValueError(f"{prompt!r} is not a scene prompt: cannot read {phrase!r}")
     number, colour_word, noun = match.groups()
     count = _COUNTS[number]
     if (noun in PLURALS.values()) != (count > 1):
-        raise ValueError(f"{prompt!r} is no scene prompt: {number!r} does not agree with {noun!r}")
+        raise ValueError(f"{prompt!r} is not a scene prompt: {number!r} does not agree with {noun!r}")
     shape = next(shape for shape in SHAPES if noun in (shape, PLURALS[shape]))
     colour = next((colour for colour in COLOURS if colour == colour_word), None)
     return ObjectDemand(shape=shape, colour=colour, count=count)
 
 
 def evaluation_prompts(*, per_skill: int, seed: int) -> list[ScenePrompt]:
-    """`per_skill` prompts of every skill, skills in GenEval's order.
+    """`per_skill` prompts of every skill, with the skills in GenEval's order.
 
-    Distinct prompts are drawn without replacement; a skill with fewer of them than asked for (there are 4 for
-    single_object, 12 for counting and two_object) starts over, so that every skill weighs the same.
+    Different prompts are drawn without replacement. A skill with fewer of them (4 for single_object, 12 for counting
+    and two_object) starts over, so that every skill has the same weight.
     """
     if per_skill < 1:
         raise ValueError(f"per_skill={per_skill}: at least one prompt per skill is needed")
-    chosen: list[ScenePrompt] = []
+    prompts: list[ScenePrompt] = []
     for skill in SKILLS:
-        every = _every_demand(skill)
-        # random() alone is stable across Python versions; shuffle() is not promised to be.
+        possible = _possible_demands(skill)
+        # Only random() gives the same values in all Python versions; shuffle() does not promise it.
         draw = random.Random(derive_seed(seed, "evaluation_prompts", skill)).random
-        order = sorted(range(len(every)), key=lambda _: draw())
+        order = sorted(range(len(possible)), key=lambda _: draw())
         for position in range(per_skill):
-            demands = every[order[position % len(every)]]
-            chosen.append(ScenePrompt(skill=skill, prompt=prompt_text(demands), demands=demands))
-    return chosen
+            demands = possible[order[position % len(possible)]]
+            prompts.append(ScenePrompt(skill=skill, prompt=prompt_text(demands), demands=demands))
+    return prompts
 
 
-def _every_demand(skill: Skill) -> list[Demands]:
-    """All demands that test `skill`, each of them possible in a scene."""
-    pairs = list(itertools.permutations(SHAPES, 2))
+def _possible_demands(skill: Skill) -> list[Demands]:
+    """All demands that test `skill` and are possible in a scene."""
     if skill == "single_object":
         return [Demands((ObjectDemand(shape),)) for shape in SHAPES]
-    if skill == "two_object":
-        return [Demands((ObjectDemand(first), ObjectDemand(second))) for first, second in pairs]
     if skill == "counting":
         return [Demands((ObjectDemand(shape, count=count),)) for shape in SHAPES for count in NUMBER_WORDS]
     if skill == "colors":
         return [Demands((ObjectDemand(shape, colour),)) for shape in SHAPES for colour in COLOURS]
-    if skill == "position":
-        return [
-            Demands((ObjectDemand(first), ObjectDemand(second)), relation)
-            for first, second in pairs
-            for relation in RELATIONS
-        ]
-    return [
-        Demands((ObjectDemand(first, first_colour), ObjectDemand(second, second_colour)))
-        for first, second in pairs
-        for first_colour, second_colour in itertools.permutations(COLOURS, 2)
-    ]
+    shapes = list(itertools.permutations(SHAPES, 2))
+    if skill == "color_attr":
+        colours = list(itertools.permutations(COLOURS, 2))
+        return [Demands((ObjectDemand(a, c), ObjectDemand(b, d))) for a, b in shapes for c, d in colours]
+    relations = RELATIONS if skill == "position" else (None,)
+    return [Demands((ObjectDemand(a), ObjectDemand(b)), relation) for a, b in shapes for relation in relations]

@@ -1,8 +1,8 @@
-"""Procedural scenes: coloured shapes on a plain ground, with captions that say exactly what is visible.
+"""Procedural scenes: coloured shapes on a plain background, with captions that say exactly what is visible.
 
-A scene is a function of (seed, split, index), so the set needs no files and any number of processes agree on
-it. Its captions cover the six skills of GenEval (arXiv:2310.11513): single_object, two_object, counting,
-colors, position and color_attr; `data_mix/demo/scene_checker.py` judges the answers from pixels alone.
+A scene is a function of (seed, split, index), so the data set needs no files and any number of processes agree on it.
+The captions cover the six skills of GenEval (arXiv:2310.11513): single_object, two_object, counting, colors, position
+and color_attr. `data_mix.demo.scene_checker` checks generated images from their pixels alone.
 
 Shape legend: H, W = image height and width, S = side of one object's box, all in pixels.
 """
@@ -23,29 +23,13 @@ from data_mix.demo.scene_prompts import (
     Demands,
     ObjectDemand,
     Relation,
-    ScenePrompt,
     Shape,
-    evaluation_prompts,
-    parse_prompt,
     prompt_text,
 )
 from data_mix.samples import Sample, Split
 from um3.core.seeds import derive_seed
 
-__all__ = [
-    "BACKGROUND",
-    "PALETTE",
-    "SceneObject",
-    "ScenePrompt",
-    "ScenesSource",
-    "captions",
-    "evaluation_prompts",
-    "parse_prompt",
-    "render",
-    "shape_mask",
-]
-
-# Well apart from each other and from the ground in RGB (nearest pair: orange and yellow, 87), so that a
+# Far apart from each other and from the background in RGB (closest pair: orange and yellow, 87), so that a
 # reconstruction at 25 dB (an error of about 14 per channel) still shows the right colour.
 PALETTE: dict[Colour, tuple[int, int, int]] = {
     "red": (215, 30, 35),
@@ -59,17 +43,17 @@ PALETTE: dict[Colour, tuple[int, int, int]] = {
 }
 BACKGROUND: tuple[int, int, int] = (245, 243, 238)
 
-REFERENCE_SIZE = 32  # every length below is in pixels of a 32-pixel image and scales with the size asked for
-MIN_SIZE = 24  # below this a counted object has fewer than 6 pixels and its shape cannot be told
+REFERENCE_SIZE = 32  # every length below is in pixels of a 32-pixel image and scales with the image
+MIN_SIZE = 24  # in a smaller image a counted object has fewer than 6 pixels and no clear shape
 SINGLE_SIDES = (12, 16)
 PAIR_SIDES = (8, 12)
 COUNT_SIDES = (8, 8)
-STEP = 4  # sides and places are whole steps from the smallest: what a small model can learn to draw in minutes
+STEP = 4  # sides and positions are whole steps from the smallest, so that a small model learns them in minutes
 GAP = 2  # between the boxes of two objects
 MARGIN = 2  # between a box and the image's border
-CLEAR_OFFSET = 4  # by this much one direction must outweigh the other, so that left/above is never in doubt
+CLEAR_OFFSET = 4  # the larger offset (horizontal or vertical) exceeds the other by this, so that left/above is clear
 SUPERSAMPLING = 8
-HOLD_OUT = 8  # one distinct scene in eight belongs to val, whatever the seed
+VAL_EVERY = 8  # one different scene in eight belongs to val, for any seed
 
 Family = Literal["single", "count", "pair"]
 FAMILY_SHARES: dict[Family, float] = {"single": 0.20, "count": 0.25, "pair": 0.55}
@@ -86,12 +70,12 @@ class SceneObject(NamedTuple):
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(x, y) in pixels; on a half for an even side."""
+        """(x, y) in pixels."""
         return self.left + self.side / 2, self.top + self.side / 2
 
 
 class ScenesSource:
-    """`length` scenes of `size` x `size` pixels. No val scene is in any train split, whatever the seed."""
+    """`length` scenes of `size` x `size` pixels. No val scene is in the train split of any seed."""
 
     name = "scenes"
 
@@ -102,9 +86,7 @@ class ScenesSource:
             raise ValueError(f"length={length}: at least one scene is needed")
         if split not in get_args(Split):
             raise ValueError(f"split={split!r}: one of {', '.join(get_args(Split))}")
-        self.size = size
-        self.length = length
-        self.seed = seed
+        self.size, self.length, self.seed = size, length, seed
         self.split: Split = split
 
     def __len__(self) -> int:
@@ -117,7 +99,7 @@ class ScenesSource:
         return Sample(key=key, image_HWC=image_HWC, captions=captions(objects))
 
     def objects(self, index: int) -> tuple[SceneObject, ...]:
-        """What is in scene `index`; IndexError outside [0, length)."""
+        """The objects of scene `index`; IndexError outside [0, length)."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         draw = Draw(derive_seed(self.seed, "scenes", self.split, index))
@@ -128,19 +110,19 @@ class ScenesSource:
 
 
 def _belongs_to_val(objects: Sequence[SceneObject]) -> bool:
-    """Split by content: two seeds that draw the same scene put it on the same side."""
+    """The split depends on the content: two seeds that draw the same scene put it into the same split."""
     text = ";".join(f"{o.shape},{o.colour},{o.left},{o.top},{o.side}" for o in sorted(objects))
-    return zlib.crc32(text.encode()) % HOLD_OUT == 0
+    return zlib.crc32(text.encode()) % VAL_EVERY == 0
 
 
-# --- drawing what is in a scene
+# --- random choices
 
 
 Option = TypeVar("Option")
 
 
 class Draw:
-    """Random choices from random() alone: only that is promised to stay the same across Python versions."""
+    """Random choices from random() alone: only random() gives the same values in all Python versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -166,7 +148,7 @@ class Draw:
 
 
 def scaled(length: int, *, size: int) -> int:
-    """A length given for a 32-pixel image, in whole pixels of an image of `size`."""
+    """A length in a 32-pixel image, in whole pixels of an image of `size`."""
     return max(1, round(length * size / REFERENCE_SIZE))
 
 
@@ -193,7 +175,7 @@ def _corner(draw: Draw, side: int, *, size: int) -> tuple[int, int]:
 
 
 def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
-    """Two to four equal shapes anywhere. A start with no room left is thrown away whole and drawn again."""
+    """Two to four equal shapes anywhere. If there is no room for the next one, all are drawn again."""
     shape, colour, count = draw.choice(SHAPES), draw.choice(COLOURS), draw.integer(2, 4)
     gap = scaled(GAP, size=size)
     placed: list[SceneObject] = []
@@ -214,13 +196,13 @@ def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
 
 
 def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
-    """Two unlike shapes in two unlike colours, the first clearly left of or clearly above the second."""
+    """Two different shapes in two different colours, the first clearly left of or clearly above the second."""
     first_shape, first_colour = draw.choice(SHAPES), draw.choice(COLOURS)
     second_shape = draw.choice([shape for shape in SHAPES if shape != first_shape])
     second_colour = draw.choice([colour for colour in COLOURS if colour != first_colour])
     side_1, side_2 = _side(draw, PAIR_SIDES, size=size), _side(draw, PAIR_SIDES, size=size)
     margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
-    gap = max(step, scaled(GAP, size=size))  # a whole step, so that both objects lie on the raster
+    gap = max(step, scaled(GAP, size=size))  # a whole step, so that both objects lie on the grid
     horizontal = draw.integer(0, 1) == 0
     while True:
         along_1 = draw.stepped(margin, size - margin - side_2 - gap - side_1, step=step)
@@ -231,22 +213,18 @@ def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
         offset_across = abs(across_2 + side_2 / 2 - across_1 - side_1 / 2)
         if offset_along - offset_across >= scaled(CLEAR_OFFSET, size=size):
             break
-    if horizontal:
-        return (
-            SceneObject(first_shape, first_colour, along_1, across_1, side_1),
-            SceneObject(second_shape, second_colour, along_2, across_2, side_2),
-        )
-    return (
-        SceneObject(first_shape, first_colour, across_1, along_1, side_1),
-        SceneObject(second_shape, second_colour, across_2, along_2, side_2),
-    )
+    corner_1, corner_2 = ((along_1, across_1), (along_2, across_2))
+    if not horizontal:
+        corner_1, corner_2 = ((across_1, along_1), (across_2, along_2))
+    first = SceneObject(first_shape, first_colour, *corner_1, side_1)
+    return first, SceneObject(second_shape, second_colour, *corner_2, side_2)
 
 
 # --- pixels
 
 
 def render(objects: Sequence[SceneObject], *, size: int) -> np.ndarray:
-    """The scene as uint8 RGB (size, size, 3). Boxes must not overlap: a patch is pasted with its ground."""
+    """The scene as uint8 RGB (size, size, 3). Boxes must not overlap: a patch is pasted with its background."""
     image_HWC = np.empty((size, size, 3), dtype=np.uint8)
     image_HWC[:] = BACKGROUND
     for o in objects:
@@ -256,19 +234,23 @@ def render(objects: Sequence[SceneObject], *, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def _patch(shape: Shape, colour: Colour, side: int) -> np.ndarray:
-    coverage_SS1 = shape_mask(shape, side)[:, :, None]
-    ground, ink = np.array(BACKGROUND, dtype=np.float32), np.array(PALETTE[colour], dtype=np.float32)
-    return np.rint(ground + coverage_SS1 * (ink - ground)).astype(np.uint8)
+    return blend(shape_mask(shape, side), ink=PALETTE[colour])
+
+
+def blend(coverage_HW: np.ndarray, *, ink: tuple[int, int, int]) -> np.ndarray:
+    """The background with the share `coverage_HW` of ink in every pixel, uint8 RGB (H, W, 3)."""
+    background_3, ink_3 = np.array(BACKGROUND, dtype=np.float32), np.array(ink, dtype=np.float32)
+    return np.rint(background_3 + coverage_HW[:, :, None] * (ink_3 - background_3)).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=1024)
 def shape_mask(shape: Shape, side: int) -> np.ndarray:
-    """How much of each pixel the shape covers: float32 (S, S) in [0, 1], touching all sides of its box."""
+    """The share of each pixel that the shape covers: float32 (S, S) in [0, 1]. It touches all sides of its box."""
     steps = (np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING  # positions of the sub-pixels, in pixels
     x, y = steps[None, :], steps[:, None]
     inside = _inside(shape, x, y, side)
     mask_SS = inside.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean(axis=(1, 3), dtype=np.float32)
-    mask_SS.flags.writeable = False  # it is shared by every caller
+    mask_SS.flags.writeable = False  # all callers share the array
     return mask_SS
 
 
@@ -280,49 +262,41 @@ def _inside(shape: Shape, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray
         return np.ones((x + y).shape, dtype=bool)
     if shape == "triangle":
         return np.abs(x - middle) <= y / 2
-    # The arm is about a third of the side, of the same parity so that its edges fall between pixels.
+    # The arm of the cross is about a third of the side, with the same parity, so that its edges fall between pixels.
     arm = min((width for width in range(1, side) if (side - width) % 2 == 0), key=lambda w: abs(w - side / 3))
     return (np.abs(x - middle) <= arm / 2) | (np.abs(y - middle) <= arm / 2)
 
 
-# --- words
+# --- captions
 
 
 def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
-    """What the prompts of the six skills would say of this scene; the full caption first.
+    """The captions of a scene in the words of the prompts of the six skills, the most detailed first.
 
-    `objects` in reading order: one object, or equal objects, or two unlike ones with the left or upper first. A
-    relation is told from both sides; "and" keeps the reading order, so that a drawer knows which comes first.
+    `objects` in reading order: one object, or equal objects, or two different ones with the left or upper one first. A
+    relation is given from both sides; "and" keeps the reading order, so that it is clear which object comes first.
     """
-    first = objects[0]
-    full_1, bare_1 = ObjectDemand(first.shape, first.colour), ObjectDemand(first.shape)
-    if len(objects) == 1:
-        return _texts(Demands((full_1,)), Demands((bare_1,)))
-    second = objects[1]
-    if (first.shape, first.colour) == (second.shape, second.colour):
-        counted = len(objects)
-        return _texts(
-            Demands((ObjectDemand(first.shape, first.colour, counted),)),
-            Demands((ObjectDemand(first.shape, None, counted),)),
-        )
-    full_2, bare_2 = ObjectDemand(second.shape, second.colour), ObjectDemand(second.shape)
-    relation = relation_of(first.centre, second.centre)
-    return _texts(
+    kinds = [(o.shape, o.colour) for o in objects]
+    if len(set(kinds)) == 1:
+        shape, colour = kinds[0]
+        demands = [Demands((ObjectDemand(shape, name, len(objects)),)) for name in (colour, None)]
+        return tuple(map(prompt_text, demands))
+    full_1, full_2 = (ObjectDemand(shape, colour) for shape, colour in kinds)
+    bare_1, bare_2 = (ObjectDemand(shape) for shape, _ in kinds)
+    relation = relation_of(objects[0].centre, objects[1].centre)
+    demands = [
         Demands((full_1, full_2), relation),
         Demands((full_2, full_1), MIRRORED[relation]),
         Demands((bare_1, bare_2), relation),
         Demands((bare_2, bare_1), MIRRORED[relation]),
         Demands((full_1, full_2)),
         Demands((bare_1, bare_2)),
-    )
-
-
-def _texts(*all_demands: Demands) -> tuple[str, ...]:
-    return tuple(prompt_text(demands) for demands in all_demands)
+    ]
+    return tuple(map(prompt_text, demands))
 
 
 def relation_of(first: tuple[float, float], second: tuple[float, float]) -> Relation:
-    """Where the centre (x, y) of `first` lies as seen from `second`, along the direction that outweighs."""
+    """The position of the centre (x, y) of `first` as seen from `second`, along the larger offset."""
     offset_x, offset_y = second[0] - first[0], second[1] - first[1]
     if abs(offset_x) > abs(offset_y):
         return "left of" if offset_x > 0 else "right of"

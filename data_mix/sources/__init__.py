@@ -1,1 +1,1 @@
-"""Sources: image and text data sets, each an index from numbers to samples."""
+"""Image and text sources: each maps an index to a sample."""

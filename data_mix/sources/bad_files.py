@@ -1,60 +1,61 @@
-"""Files that cannot be read: tried again, then set aside by name for the rest of the process and counted."""
+"""Files that cannot be read: each is retried, then skipped for the rest of the process and its samples counted."""
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 
+from data_mix.retry import retry
 from data_mix.samples import BadSample
 from um3.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RETRY_WAITS_S = (0.5, 2.0, 8.0)  # a file server's hiccup passes in seconds; what lasts longer is named and left out
-SET_ASIDE = "shard set aside"
+UNREADABLE = "unreadable file"  # the reason of every sample of a skipped file
 
-ReadT = TypeVar("ReadT")
+ResultT = TypeVar("ResultT")
 
 
 class DamagedFile(UserError):
-    """What a file holds is not what it should; its message is one line with the remedy, like any UserError's."""
+    """The content of a file is not what it should be; the message is one line with the remedy."""
 
 
-class SetAside:
-    """The files of one source that could not be read, with the reason.
+class BadFiles:
+    """The files of one source that could not be read, with the reason of each.
 
-    Which they are is found anew by every process: with the order of the samples it says what is read instead, so
-    nothing of it has to be saved, and a file that can be read again is used again by the next process.
+    The list is not saved: every process finds it again, and a file that became readable is used by the next process.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, *, skip: bool = True) -> None:
+        """`skip`: false makes the first unreadable file an error (`skip_bad_files` of a source)."""
+        self.source, self.skip = source, skip
         self.reasons: dict[Path, str] = {}
 
-    def read(self, file: Path, action: Callable[[], ReadT]) -> ReadT:
-        """`action()`, which reads `file`; after an error it waits and tries again.
+    def read(self, file: Path, action: Callable[[], ResultT]) -> ResultT:
+        """Return `action()`, which reads `file`; retry it after an error.
 
-        What the file holds wrongly gets one more try, what the system reports (an OSError with a number) all of them.
-
-        Raises:
-            BadSample: "shard set aside", because it failed now or earlier.
+        An error of the system (an OSError with a number) gets all retries, wrong content gets one. BadSample if it
+        failed now or earlier; UserError if it failed and `skip` is false.
         """
-        for number in range(len(RETRY_WAITS_S) + 1):
-            if file in self.reasons:
-                break
+        if file not in self.reasons:
             try:
-                return action()
+                return retry(action, where=f"source '{self.source}'", is_worth_it=_is_worth_a_retry)
             except (OSError, DamagedFile, pa.ArrowException) as error:
                 reason = " ".join(str(error).split())
-                reason = reason if file.name in reason else f"{file}: {reason}"
-                is_the_systems = isinstance(error, OSError) and error.errno is not None
-                if number < (len(RETRY_WAITS_S) if is_the_systems else 1):
-                    logger.info("source '%s': trying again in %g s: %s", self.source, RETRY_WAITS_S[number], reason)
-                    time.sleep(RETRY_WAITS_S[number])
-                else:
-                    self.reasons[file] = reason
-                    logger.warning("source '%s': set aside, others stand in for its samples: %s", self.source, reason)
-        raise BadSample(SET_ASIDE, detail=self.reasons[file])
+                self.add(file, reason if file.name in reason else f"{file}: {reason}")
+        raise BadSample(UNREADABLE, detail=self.reasons[file])
+
+    def add(self, file: Path, reason: str) -> None:
+        """Skip `file` from now on, with a warning; UserError where `skip` is false."""
+        if not self.skip:
+            raise UserError(f"source '{self.source}': {reason}; repair the file, or set skip_bad_files=true")
+        self.reasons[file] = reason
+        logger.warning("source '%s': skipping the samples of an unreadable file: %s", self.source, reason)
+
+
+def _is_worth_a_retry(error: Exception, num_retries: int) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return isinstance(error, OSError | DamagedFile | pa.ArrowException) and num_retries == 0

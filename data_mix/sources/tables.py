@@ -1,254 +1,276 @@
-"""Parquet files and sets of the Hugging Face hub as one Arrow table, read at random places.
+"""Parquet files and downloaded Hugging Face data sets as one Arrow table with random access, and images in tables.
 
-Small parquet is held in memory; larger files are converted once by `datasets` to Arrow files in its cache
-and mapped from there, so memory stays small and any row is a cheap read.
+Small parquet files are read into memory. `datasets` converts larger ones once to Arrow files in its cache and maps
+them, so memory stays small and any row is a cheap read.
 """
 
 import bisect
 import contextlib
-import glob
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_mix.retry import one_line
 from data_mix.samples import BadSample, Split
-from data_mix.sources.bad_files import SetAside
-from data_mix.sources.splits import SPLIT_WORDS, choose_rows, part_labels
+from data_mix.sources.bad_files import BadFiles
+from data_mix.sources.config import ImageSourceConfig, SourceConfig
+from data_mix.sources.files import TEXT_KINDS, file_keys, hub_place, list_files
+from data_mix.sources.images import CAPTION_FIELDS, ImageReader
+from data_mix.splits import SPLIT_WORDS, choose_samples, split_labels
 from um3.core.errors import UserError
+
+if TYPE_CHECKING:
+    from data_mix.sources.hub_streaming import HubStream
 
 IN_MEMORY_BYTES = 512 * 2**20
 SPLIT_COLUMN = "split"
-FILES = "imagefolder"
-"""How `datasets` calls a set whose images are files of their own."""
+IMAGE_FOLDER = "imagefolder"  # what `datasets` calls a data set whose images are files of their own
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "photo")
+CAPTION_COLUMNS = (*CAPTION_FIELDS, "txt", "sentences", "description", "prompt")
 
 
-@dataclass(frozen=True)
-class TablePart:
-    """The rows of one split of a table. `starts` and `names` give the first row and name of each file of it.
+class TableSplit:
+    """The rows of one split of a table.
 
-    set_aside: the files that could not be read when it was opened; afterwards none is read.
-    has_files: its images may be paths of files that were downloaded with it. Paths in a table of another kind come from
-        whoever wrote it, and are not followed.
+    bad_files: the files that could not be read when it was opened; afterwards no file is read.
+    read_file: reads an image that is a file of its own, downloaded with the table; None for another table, whose paths
+        come from its author and are not followed.
     """
 
-    table: pa.Table
-    rows: np.ndarray
-    starts: Sequence[int]
-    names: Sequence[str]
-    set_aside: SetAside = field(default_factory=lambda: SetAside("table"))
-    has_files: bool = False
+    def __init__(
+        self,
+        table: pa.Table,
+        *,
+        config: SourceConfig,
+        split: Split,
+        files: Mapping[str, int],
+        labels: Sequence[str] | None = None,
+        by_hash: bool,
+        bad_files: BadFiles | None = None,
+        has_files: bool = False,
+    ) -> None:
+        """files: names and numbers of rows of its files. labels: the split of each row, else by hash if `by_hash`."""
+        self._table, self.schema = table, table.schema
+        self.read_file = Path if has_files else None
+        self.bad_files = bad_files or BadFiles(config.name)
+        self._names, self._starts = list(files), [0, *np.cumsum(list(files.values())).tolist()]
+        self._rows = np.arange(table.num_rows)
+        if labels is not None or by_hash:
+            keys = (f"{name}#{row}" for name, count in files.items() for row in range(count))
+            self._rows = choose_samples(config, keys, num_samples=table.num_rows, split=split, labels=labels)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def key(self, index: int) -> str:
-        """A name for sample `index` that does not depend on the split: file and row in it."""
-        return _row_key(int(self.rows[index]), starts=self.starts, names=self.names)
+        """The name of a sample: its file and row, whatever the split."""
+        row = int(self._rows[index])
+        file = bisect.bisect_right(self._starts, row) - 1
+        return f"{self._names[file]}#{row - self._starts[file]}"
 
     def value(self, index: int, *, column: str) -> Any:
         """The Python value of one cell."""
-        return self.table.column(column)[int(self.rows[index])].as_py()
-
-    def file(self, path: str) -> Path:
-        """The file of an image, where `has_files`."""
-        return Path(path)
+        return self._table.column(column)[int(self._rows[index])].as_py()
 
 
-def find_files(path: str, *, suffix: str | tuple[str, ...], source: str) -> list[Path]:
-    """The files named by a file, folder (searched to the bottom) or glob, sorted; UserError when there are none."""
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.name.endswith(suffix) and file.is_file())
-    elif place.is_file():
-        files = [place]
-    else:
-        files = sorted(Path(found) for found in _glob(path) if Path(found).is_file())
-    if not files:
-        named = suffix if isinstance(suffix, str) else " or ".join(suffix)
-        raise UserError(f"source '{source}': no {named} file at '{path}'; give a file, a folder or a glob")
-    return files
-
-
-def _glob(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-
-
-def open_parquet(path: str, *, source: str, columns: Sequence[str], split: Split, val_fraction: float) -> TablePart:
-    """The rows of `split` with `columns`, all of which must exist (see `parquet_schema`).
-
-    Files that cannot be read are tried again and set aside with a warning, unless there are no others (UserError).
-    """
-    files = find_files(path, suffix=".parquet", source=source)
-    has_split = SPLIT_COLUMN in parquet_schema(path, source=source).names
-    wanted = list(dict.fromkeys([*columns, *([SPLIT_COLUMN] if has_split else [])]))
-    set_aside = SetAside(source)
-    try:
-        try:
-            table, counts = _read(files, columns=wanted)
-        except (pa.ArrowException, OSError, ValueError):
-            files = [file for file in files if _is_readable(file, columns=wanted, set_aside=set_aside)]
-            if not files or not set_aside.reasons:
-                raise
-            table, counts = _read(files, columns=wanted)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"source '{source}': cannot read parquet at '{path}': {one_line(error)}") from None
-    if table.num_rows != sum(counts) or not set(wanted) <= set(table.column_names):
-        raise UserError(
-            f"source '{source}': the parquet files at '{path}' differ in their columns ({', '.join(wanted)})"
-        )
-    starts, names = [0, *np.cumsum(counts[:-1]).tolist()], short_names(files, path)
-    labels = table.column(SPLIT_COLUMN).to_pylist() if has_split else _labels_of_files(files, counts, path)
-    return TablePart(
-        table=table,
-        rows=choose_rows(
-            num_rows=table.num_rows,
-            labels=None if labels is None else [str(label) for label in labels],
-            key_of=lambda row: _row_key(row, starts=starts, names=names),
-            split=split,
-            val_fraction=val_fraction,
-            where=f"source '{source}' ({path})",
-        ),
-        starts=starts,
-        names=names,
-        set_aside=set_aside,
-    )
-
-
-def _read(files: Sequence[Path], *, columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
-    """All rows, and how many each file has."""
-    counts = [pq.read_metadata(file).num_rows for file in files]
-    if sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
-        return _mapped(files, columns=columns), counts
-    tables = [pq.read_table(file, columns=list(columns), partitioning=None) for file in files]
-    return pa.concat_tables(tables, promote_options="permissive"), counts
-
-
-def _is_readable(file: Path, *, columns: Sequence[str], set_aside: SetAside) -> bool:
-    """Read a whole file to see whether it can be, one row group at a time; it is set aside if not."""
-
-    def read() -> None:
-        with pq.ParquetFile(file) as opened:
-            names = [column for column in columns if column in opened.schema_arrow.names]
-            for group in range(opened.num_row_groups):
-                opened.read_row_group(group, columns=names)
-
-    with contextlib.suppress(BadSample):
-        set_aside.read(file, read)
-    return file not in set_aside.reasons
-
-
-def _mapped(files: Sequence[Path], *, columns: Sequence[str]) -> pa.Table:
-    """The files as Arrow files mapped into memory; several ranks that ask at once wait for the first."""
-    import datasets
-
-    names = [str(file) for file in files]
-    try:
-        mapped = datasets.load_dataset("parquet", data_files=names, columns=list(columns), split="train")
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
-    return mapped.with_format("arrow")[:]
-
-
-def parquet_schema(path: str, *, source: str) -> pa.Schema:
-    """The schema of the first file that has one."""
-    files = find_files(path, suffix=".parquet", source=source)
-    for file in files:
+def parquet_schema(config: SourceConfig) -> pa.Schema:
+    """The schema of the first file that can be read."""
+    for file in list_files(config.path, suffixes=TEXT_KINDS["parquet"], source=config.name):
         try:
             return pq.read_schema(file)
         except (pa.ArrowException, OSError) as error:
             reason = f"cannot read parquet '{file}': {one_line(error)}"
-    raise UserError(f"source '{source}': {reason}")
+    raise UserError(f"source '{config.name}': {reason}")
 
 
-HUB_SET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.+-]+))?")
+def open_parquet(config: SourceConfig, *, columns: Sequence[str], split: Split) -> TableSplit:
+    """The rows of `split` with `columns`, which must exist (see `parquet_schema`). Unreadable files are skipped.
 
-
-def looks_like_hub(path: str) -> bool:
-    """owner/name, with @revision and :config if wanted, and nothing of that name on this disk."""
-    return HUB_SET.fullmatch(path) is not None and not Path(path).exists()
-
-
-def hub_place(path: str) -> tuple[str, str | None, str | None]:
-    """Name, revision (a commit, branch or tag) and config of owner/name@revision:config; None for what is left out.
-
-    Raises:
-        UserError: `path` is not of that form.
+    UserError if no file can be read, or if the files have different columns.
     """
-    if (match := HUB_SET.fullmatch(path)) is None:
-        raise UserError(f"'{path}' names no set of the hub; write owner/name, owner/name@revision or owner/name:config")
-    name, revision, config = match.groups()
-    return name, revision, config
+    files = list_files(config.path, suffixes=TEXT_KINDS["parquet"], source=config.name)
+    has_split = SPLIT_COLUMN in parquet_schema(config).names
+    columns = list(dict.fromkeys([*columns, *([SPLIT_COLUMN] if has_split else [])]))
+    bad_files = BadFiles(config.name, skip=config.skip_bad_files)
+    try:
+        try:
+            table, counts = _read(files, columns=columns)
+        except (pa.ArrowException, OSError, ValueError):
+            files = [file for file in files if _is_readable(file, columns=columns, bad_files=bad_files)]
+            if not files or not bad_files.reasons:
+                raise
+            table, counts = _read(files, columns=columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"source '{config.name}': cannot read parquet at '{config.path}': {one_line(error)}") from None
+    if table.num_rows != sum(counts) or not set(columns) <= set(table.column_names):
+        raise UserError(f"{config.where}: the parquet files differ in their columns ({', '.join(columns)})")
+    counts_by_name = dict(zip(file_keys(files, config.path), counts, strict=True))
+    labels = _labels_of_names(counts_by_name)
+    if has_split:
+        labels = [str(label) for label in table.column(SPLIT_COLUMN).to_pylist()]
+    return TableSplit(
+        table, config=config, split=split, files=counts_by_name, labels=labels, by_hash=True, bad_files=bad_files
+    )
 
 
-def open_hub(path: str, *, source: str, split: Split, val_fraction: float) -> TablePart:
-    """A set of the hub (see `looks_like_hub`), downloaded whole; none of its code is run.
-
-    UserError when it cannot be had (name, network, permission).
-    """
+def _read(files: Sequence[Path], *, columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
+    """All rows, and the number of rows of each file."""
+    counts = [pq.read_metadata(file).num_rows for file in files]
+    if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
+        tables = [pq.read_table(file, columns=list(columns), partitioning=None) for file in files]
+        return pa.concat_tables(tables, promote_options="permissive"), counts
     import datasets
 
-    name, revision, config = hub_place(path)
-    where = f"source '{source}' (hub set {path})"
+    names = [str(file) for file in files]
     try:
-        available = datasets.get_dataset_split_names(name, config, revision=revision)
-        wanted, by_hash = part_labels(available, split=split, where=where)
-        parts = [datasets.load_dataset(name, config, split=part, revision=revision) for part in sorted(wanted)]
+        # Not on_bad_files="skip": it keeps the rows before the damage and does not say which files it skipped.
+        mapped = datasets.load_dataset("parquet", data_files=names, columns=list(columns), split="train")
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+    return mapped.with_format("arrow")[:], counts
+
+
+def _is_readable(file: Path, *, columns: Sequence[str], bad_files: BadFiles) -> bool:
+    """Read all row groups of a file; skip the file if that fails."""
+
+    def read() -> None:
+        with pq.ParquetFile(file) as parquet:
+            names = [column for column in columns if column in parquet.schema_arrow.names]
+            for group in range(parquet.num_row_groups):
+                parquet.read_row_group(group, columns=names)
+
+    with contextlib.suppress(BadSample):
+        bad_files.read(file, read)
+    return file not in bad_files.reasons
+
+
+def _labels_of_names(files: Mapping[str, int]) -> list[str] | None:
+    """The split of each row, as in train-00000-of-00002.parquet or val/0.parquet; None unless all names have one."""
+    words = [[word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in files]
+    if len(files) == 1 or not all(words):
+        return None
+    return [first for (first, *_), count in zip(words, files.values(), strict=True) for _ in range(count)]
+
+
+def open_hub(config: SourceConfig, *, split: Split) -> TableSplit:
+    """A Hugging Face data set, downloaded whole; none of its code is run. UserError if it cannot be opened."""
+    import datasets
+
+    name, revision, hub_config = hub_place(config.path)
+    try:
+        available = datasets.get_dataset_split_names(name, hub_config, revision=revision)
+        labels, by_hash = split_labels(available, split=split, where=config.where)
+        parts = [datasets.load_dataset(name, hub_config, split=label, revision=revision) for label in sorted(labels)]
     except UserError:
         raise
     except Exception as error:
-        # The hub client raises its own, requests', pyarrow's and the builder's errors for the user's mistakes.
-        raise UserError(f"{where}: cannot be opened: {one_line(error)}") from None
-    starts = [0, *np.cumsum([len(part) for part in parts[:-1]]).tolist()]
-    table = pa.concat_tables([part.with_format("arrow")[:] for part in parts])
-    names = [f"{path}/{part}" for part in sorted(wanted)]
-    rows = np.arange(table.num_rows)
-    if by_hash:
-        rows = choose_rows(
-            num_rows=table.num_rows,
-            labels=None,
-            key_of=lambda row: _row_key(row, starts=starts, names=names),
-            split=split,
-            val_fraction=val_fraction,
-            where=where,
-        )
-    has_files = parts[0].info.builder_name == FILES
-    return TablePart(table=table, rows=rows, starts=starts, names=names, has_files=has_files)
+        # A mistake of the user ends in an exception of the hub client, requests, pyarrow or the builder.
+        raise UserError(f"{config.where}: cannot open the Hugging Face data set: {one_line(error)}") from None
+    return TableSplit(
+        pa.concat_tables([part.with_format("arrow")[:] for part in parts]),
+        config=config,
+        split=split,
+        files={f"{config.path}/{label}": len(part) for label, part in zip(sorted(labels), parts, strict=True)},
+        by_hash=by_hash,
+        has_files=parts[0].info.builder_name == IMAGE_FOLDER,
+    )
 
 
-def _row_key(row: int, *, starts: Sequence[int], names: Sequence[str]) -> str:
-    file = bisect.bisect_right(starts, row) - 1
-    return f"{names[file]}#{row - starts[file]}"
+class TableImages(ImageReader):
+    """Images and captions in two columns of a table."""
+
+    def __init__(
+        self,
+        config: ImageSourceConfig,
+        rows: "TableSplit | HubStream",
+        *,
+        size: int,
+        image_column: str,
+        caption_column: str,
+    ) -> None:
+        super().__init__(config, size=size)
+        self._rows, self.bad_files = rows, rows.bad_files
+        self.stream = None if isinstance(rows, TableSplit) else rows
+        self._image_column, self._caption_column = image_column, caption_column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _key(self, index: int) -> str:
+        return self._rows.key(index)
+
+    def _image(self, index: int) -> Path | bytes:
+        value = self._rows.value(index, column=self._image_column)
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if not data and path and self._rows.read_file is not None:
+            return self._rows.read_file(path)
+        if not data:
+            raise BadSample("no image", detail=self._key(index))
+        return data
+
+    def _captions(self, index: int) -> Any:
+        return self._rows.value(index, column=self._caption_column)
 
 
-def short_names(files: Sequence[Path], path: str) -> list[str]:
-    """File names relative to the folder asked for, or else to the deepest one that holds them all.
+def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool = False) -> tuple[str, str]:
+    """The names of the image and the caption column: those of the config, else found by name and type.
 
-    So no two files share a name, and moving the data as a whole does not move a sample to the other split.
+    Without `has_captions` the caption column is empty. With `classes` captions may be whole numbers. UserError if a
+    column is missing or of another type, or cannot be found.
     """
-    root = Path(path)
-    if not root.is_dir():
-        root = Path(os.path.commonpath([file.parent for file in files]))
-    return [file.relative_to(root).as_posix() for file in files]
+
+    def column(setting: str, words: Sequence[str], fits: Callable[[pa.DataType], bool], expected: str) -> str:
+        fitting = {field.name.lower(): field.name for field in schema if fits(field.type)}
+        name = getattr(config, setting) or next((fitting[word] for word in words if word in fitting), "")
+        if not name and fits is _holds_images and len(fitting) == 1:
+            name = next(iter(fitting.values()))
+        if not name:
+            has_links = fits is _holds_images and {"url", "image_url"} & {name.lower() for name in schema.names}
+            remedy = "download its links with img2dataset --output_format webdataset" if has_links else f"set {setting}"
+            what, names = setting.replace("_", " "), ", ".join(schema.names)
+            raise UserError(f"{config.where}: cannot tell the {what} among {names}; {remedy}")
+        check_column(config, schema, name, fits=fits, expected=expected, setting=setting)
+        return name
+
+    def is_caption(kind: pa.DataType) -> bool:
+        return holds_text(kind, lists=True) or (classes and pa.types.is_integer(kind))
+
+    image = column("image_column", IMAGE_COLUMNS, _holds_images, "image bytes")
+    if not config.has_captions:
+        return image, ""
+    return image, column("caption_column", CAPTION_COLUMNS, is_caption, "text or lists of text")
 
 
-def _labels_of_files(files: Sequence[Path], counts: Sequence[int], path: str) -> list[str] | None:
-    """A label per row from names such as train-00000-of-00002.parquet or val/0.parquet; None unless all have one."""
-    labels: list[str] = []
-    for name, count in zip(short_names(files, path), counts, strict=True):
-        words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
-        if len(files) == 1 or not words:
-            return None
-        labels += [words[0]] * count
-    return labels
+def check_column(
+    config: SourceConfig,
+    schema: pa.Schema,
+    column: str,
+    *,
+    fits: Callable[[pa.DataType], bool],
+    expected: str,
+    setting: str,
+) -> None:
+    """UserError unless the table has `column` and its type `fits`; the message names the config key `setting`."""
+    if column not in schema.names:
+        raise UserError(f"{config.where}: no column '{column}' (has: {', '.join(schema.names)}); set {setting}")
+    kind = schema.field(column).type
+    if not fits(kind):
+        raise UserError(f"{config.where}: column '{column}' holds {kind}, not {expected}; set {setting}")
 
 
-def one_line(error: Exception) -> str:
-    """Type and message, at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def holds_text(kind: pa.DataType, *, lists: bool = False) -> bool:
+    """Whether the values of a column are strings (plain or dictionary-encoded), or with `lists` also lists of them."""
+    if pa.types.is_dictionary(kind) or (lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind))):
+        return holds_text(kind.value_type, lists=lists)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)

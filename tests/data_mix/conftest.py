@@ -1,11 +1,11 @@
-"""What tests of unreadable files share."""
+"""Fixtures for tests of unreadable files."""
 
 import pytest
 
-from data_mix.sources import bad_files as set_aside
+from data_mix import retry
 
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are tried again after milliseconds, not seconds."""
-    monkeypatch.setattr(set_aside, "RETRY_WAITS_S", (0.01, 0.02, 0.03))
+    """Retry after milliseconds, not seconds."""
+    monkeypatch.setattr(retry, "RETRY_WAITS_S", (0.01, 0.02, 0.03))

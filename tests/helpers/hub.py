@@ -1,4 +1,4 @@
-"""A hub on this machine: serves folders as sets of the hub to the real client, over HTTP, and notes what it gives."""
+"""A local Hugging Face hub: serves folders as data sets to the real client over HTTP, and counts what it serves."""
 
 import hashlib
 import json
@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class LocalHub:
-    """The sets below `root` (owner/name/...). fetched: bytes it gave of each file. revisions: those it was asked for.
-    ends_at: when this file is asked for, it and all others are refused from then on. commit: of all sets.
+    """The data sets below `root` (owner/name/...).
+
+    ends_at: a request for this file ends the service; it and all later ones get an error. commit: of all data sets.
+    fetched: bytes served of each file. revisions: the requested ones.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,10 +30,10 @@ class LocalHub:
         self.revisions: set[str] = set()
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """For a process that takes it for the hub, with its caches below `folder`."""
-        kept = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        """Environment of a process that uses this hub, with its caches below `folder`."""
+        inherited = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
         caches = {"HF_HOME": str(folder / "hf"), "UM3_CACHE": str(folder / "um3"), "OMP_NUM_THREADS": "1"}
-        return kept | caches | {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "PYTHONPATH": str(ROOT)}
+        return inherited | caches | {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "PYTHONPATH": str(ROOT)}
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -39,7 +41,7 @@ class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
-        """Stay silent."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -48,55 +50,53 @@ class _Answer(BaseHTTPRequestHandler):
         url = urllib.parse.urlparse(self.path)
         path = urllib.parse.unquote(url.path)
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            self._describe(match[1], match[2] or "main")
+            self._send_description(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
-            self._list(match[1], match[2] or "", deep="recursive=true" in url.query.lower())
+            self._send_folder(match[1], match[2] or "", recursive="recursive=true" in url.query.lower())
         elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
-            self._give(match[1], match[2])
+            self._send_file(match[1], match[2])
         else:
-            self._refuse("EntryNotFound")
+            self._send_error("EntryNotFound")
 
-    def _describe(self, name: str, revision: str) -> None:
+    def _send_description(self, name: str, revision: str) -> None:
         folder = self.hub.root / name
         if not folder.is_dir():
-            return self._refuse("RepoNotFound")
+            return self._send_error("RepoNotFound")
         self.hub.revisions.add(revision)
         files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-        about = {"id": name, "sha": self.hub.commit, "private": False, "gated": False, "disabled": False, "tags": []}
-        return self._send(json.dumps(about | {"siblings": [{"rfilename": file} for file in files]}).encode())
+        description = {"id": name, "sha": self.hub.commit, "tags": []}
+        description |= dict.fromkeys(("private", "gated", "disabled"), False)
+        return self._send(json.dumps(description | {"siblings": [{"rfilename": file} for file in files]}).encode())
 
-    def _list(self, name: str, below: str, *, deep: bool) -> None:
+    def _send_folder(self, name: str, below: str, *, recursive: bool) -> None:
         folder = self.hub.root / name / below
         if not folder.is_dir():
-            return self._refuse("EntryNotFound")
+            return self._send_error("EntryNotFound")
         entries = []
-        for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
+        for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
             kind, size = ("directory", 0) if path.is_dir() else ("file", path.stat().st_size)
             place = path.relative_to(self.hub.root / name).as_posix()
             entries.append({"type": kind, "path": place, "size": size, "oid": hashlib.sha1(place.encode()).hexdigest()})
         return self._send(json.dumps(entries).encode())
 
-    def _give(self, name: str, file: str) -> None:
+    def _send_file(self, name: str, file: str) -> None:
         path = self.hub.root / name / file
         self.hub.has_ended |= path.name == self.hub.ends_at
         if not path.is_file() or self.hub.has_ended:
-            return self._refuse("EntryNotFound")
+            return self._send_error("EntryNotFound")
         data = path.read_bytes()
-        headers = {
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
-            "Accept-Ranges": "bytes",
-            "X-Repo-Commit": self.hub.commit,
-        }
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.hub.commit}
+        headers["Accept-Ranges"] = "bytes"
         code = 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             code, data = 206, data[first : last + 1]
         if self.command == "GET":
             self.hub.fetched[path.name] = self.hub.fetched.get(path.name, 0) + len(data)
         return self._send(data, code, **headers)
 
-    def _refuse(self, reason: str) -> None:
+    def _send_error(self, reason: str) -> None:
         self._send(b"{}", 404, **{"X-Error-Code": reason, "X-Repo-Commit": self.hub.commit})
 
     def _send(self, body: bytes, code: int = 200, **headers: str) -> None:
@@ -110,7 +110,7 @@ class _Answer(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_hub(root: Path) -> Iterator[LocalHub]:
-    """Serve `root` until left."""
+    """Serve `root` while the context is open."""
     hub = LocalHub(root)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"hub": hub}))
     hub.port = server.server_address[1]

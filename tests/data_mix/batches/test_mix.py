@@ -1,4 +1,4 @@
-"""UM3's rows: exact counts, the same global batch for any number of ranks, resume, layouts, drop-out and truncation."""
+"""UM3's batches: exact counts, the same batch for any number of ranks, resume, layouts, drop-out and truncation."""
 
 import json
 from collections import Counter
@@ -7,31 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from data_mix.batches import token_stream
-from data_mix.batches.mix import DataConfig, RowBatch, UM3Rows, open_rows
+from data_mix.batches.config import DataConfig
+from data_mix.batches.mix import SequenceBatch, SequenceBatches
 from data_mix.batches.schedule import TASKS, MixConfig, Schedule
-from data_mix.batches.statistics import MixAccount
-from data_mix.batches.token_stream import TokenStream, scattered_rows
-from data_mix.codes.shards import CodeShards, ShardHeader, open_code_sources, shard_path, write_shard
-from data_mix.samples import BadSample
-from data_mix.sources.text import ListedDocuments, TextSourceConfig, open_text_source
+from data_mix.batches.statistics import MixStatistics
+from data_mix.codes.shards import open_code_sources
+from data_mix.sources.text import TextSourceConfig
+from tests.helpers.code_shards import write_codes
 from um3.core.config import load_config
 from um3.core.errors import UserError
-from um3.core.files import read_json
-from um3.model.sequences import Row
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 NUM_PATCHES, BITS, SEQ_LEN = 4, 12, 24
 PROSE = [f"chapter {i}: the quick brown fox number {i * 37} jumps over {i} lazy dogs" for i in range(30)]
 TOKENIZER = train_text_tokenizer([*PROSE, "a red circle above a blue square"], vocab_size=320)
 IDS = make_vocabulary(TOKENIZER, subtokens=2, bits_per_subtoken=6, num_patches=NUM_PATCHES)
+CODES: dict[str, Any] = {"num_patches": NUM_PATCHES, "bits": BITS, "fingerprint": "f"}
+OPTIONS: dict[str, Any] = {"ids": IDS, "text_tokenizer": TOKENIZER, "batch_size": 16, "seed": 0, "fingerprint": "f"}
+I2T_AND_T2I = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
 
-Make = Callable[..., UM3Rows]
+Make = Callable[..., SequenceBatches]
 
 
 def captions_of(source: str, row: int) -> list[str]:
@@ -41,59 +39,50 @@ def captions_of(source: str, row: int) -> list[str]:
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codes")
-    for source, rows in (("photo", 17), ("drawing", 8)):
-        header = ShardHeader(fingerprint="f", bits=BITS, image_size=16, split="train", source=source)
-        codes_BN = np.random.default_rng(rows).integers(0, 2**BITS, size=(rows, NUM_PATCHES))
-        captions = [captions_of(source, row) for row in range(rows)]
-        path = shard_path(folder, split="train", source=source, shard=0)
-        keys = [f"{source}-{row}" for row in range(rows)]
-        write_shard(path, header=header, keys=keys, codes_BN=codes_BN, captions=captions)
+    for source, num_images in (("photo", 17), ("drawing", 8)):
+        captions = [captions_of(source, row) for row in range(num_images)]
+        write_codes(folder, source=source, num_images=num_images, captions=captions.__getitem__, **CODES)
     return folder
 
 
-@pytest.fixture
-def make(codes: Path, tmp_path: Path) -> Make:
-    def _make(*, rank: int = 0, world_size: int = 1, batch_size: int = 16, seed: int = 0, **values: Any) -> UM3Rows:
-        config = DataConfig(
-            texts=[TextSourceConfig(name="prose", weight=2), TextSourceConfig(name="notes", weight=1)],
-            seq_len=values.pop("seq_len", SEQ_LEN),
-            **({"mix": MixConfig(start=[6, 1, 3], end=[2, 3, 5], calm_down_steps=20)} | values),
-        )
-        texts = {
-            name: TokenStream(
-                ListedDocuments(name, documents),
-                tokenizer=TOKENIZER,
-                ids=IDS,
-                seq_len=config.text_seq_len or config.seq_len,
-                cache=tmp_path,
-            )
-            for name, documents in (("prose", PROSE), ("notes", PROSE[:7]))
-        }
-        return UM3Rows(
-            config,
-            images=open_code_sources(codes, split="train"),
-            texts=texts,
-            ids=IDS,
-            text_tokenizer=TOKENIZER,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-        )
+@pytest.fixture(scope="module")
+def make(codes: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Opens batches over the codes and two text sources; keywords change the config, ranks, batch size or seed."""
+    folder = tmp_path_factory.mktemp("texts")
+    texts = []
+    for name, weight, documents in (("prose", 2, PROSE), ("notes", 1, PROSE[:7])):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        texts.append(TextSourceConfig(name, path=str(path), weight=weight, val_fraction=0))
+
+    def _make(**changes: Any) -> SequenceBatches:
+        options = {name: changes.pop(name) for name in [*OPTIONS, "rank", "world_size"] if name in changes}
+        mix = MixConfig(start=[6, 1, 3], end=[2, 3, 5], calm_down_steps=20)
+        values: dict[str, Any] = {"codes": str(codes), "texts": texts, "mix": mix, "seq_len": SEQ_LEN} | changes
+        return SequenceBatches(DataConfig(**values), cache=folder, **(OPTIONS | options))
 
     return _make
 
 
-def same(one: RowBatch, other: RowBatch) -> bool:
+def same(one: SequenceBatch, other: SequenceBatch) -> bool:
     return all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
         for a, b in zip(one, other, strict=True)
     )
 
 
-def caption(row_T: torch.Tensor, *, after: int, before: int) -> str:
-    """The text between two marks of a row."""
-    ids = row_T.tolist()
+def is_task(batches: SequenceBatches, step: int, *tasks: str) -> torch.Tensor:
+    """True for the samples of `tasks` in this rank's part of the batch."""
+    plan = batches.plan(step)
+    return torch.tensor([plan[position].task in tasks for position in batches.positions])
+
+
+def lengths_of(batch: SequenceBatch) -> torch.Tensor:
+    return (batch.input_ids_BT != IDS.pad_id).sum(1)
+
+
+def text_between(sequence_T: torch.Tensor, after: int, before: int) -> str:
+    ids = sequence_T.tolist()
     start = ids.index(after)
     return str(TOKENIZER.decode(ids[start + 1 : ids.index(before, start + 1)]))
 
@@ -102,77 +91,63 @@ def test_shapes_and_padding(make: Make) -> None:
     batch = make().batch(0)
     assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, SEQ_LEN)
     assert (batch.input_ids_BT.dtype, batch.target_mask_BT.dtype) == (torch.int64, torch.bool)
-    assert batch.task_S.dtype == torch.int8
-    for row, targets, length in zip(batch.input_ids_BT, batch.target_mask_BT, batch.lengths_S, strict=True):
-        assert (row[length:] == IDS.pad_id).all()
-        assert not targets[length:].any()
-        assert row[0] == IDS.bos_id
-        assert not targets[0]
-        assert targets.any()
-        assert int(row.max()) < IDS.vocab_size
+    for ids_T, targets_T, length in zip(batch.input_ids_BT, batch.target_mask_BT, lengths_of(batch), strict=True):
+        assert (ids_T[length:] == IDS.pad_id).all() and not targets_T[length:].any()
+        assert ids_T[0] == IDS.bos_id and not targets_T[0] and targets_T.any()
+        assert int(ids_T.max()) < IDS.vocab_size
 
 
 def test_counts_follow_the_schedule_exactly(make: Make) -> None:
-    rows = make()
-    schedule = Schedule(rows.config.mix)
-    had: Counter[str] = Counter()
-    num_text = 0
+    batches = make()
+    schedule = Schedule(batches.config.mix)
+    drawn: Counter[str] = Counter()
     for step in range(40):
-        batch = rows.batch(step)
+        batch = batches.batch(step)
         expected = schedule.counts(step, batch_size=16)
-        assert [int((batch.task_S == i).sum()) for i in range(3)] == list(expected.values())
-        assert Counter(batch.sources) == Counter(
-            {s: sum(n for k, n in batch.counts.items() if k.endswith(f"/{s}")) for s in set(batch.sources)}
-        )
-        had.update(batch.counts)
-        num_text += expected["text"]
-        assert abs(had["text/prose"] - num_text * 2 / 3) < 1
+        assert [int(is_task(batches, step, task).sum()) for task in TASKS] == list(expected.values())
+        by_source: Counter[str] = Counter()
+        for key, count in batch.counts.items():
+            by_source[key.partition("/")[2]] += count
+        assert Counter(batch.sources) == by_source
+        drawn.update(batch.counts)
+        assert abs(drawn["text/prose"] - (drawn["text/prose"] + drawn["text/notes"]) * 2 / 3) < 1
     for task in ("i2t", "t2i"):
-        total = had[f"{task}/photo"] + had[f"{task}/drawing"]
-        assert abs(had[f"{task}/photo"] - total * 17 / 25) < 1
-    assert sum(had.values()) == 40 * 16
+        total = drawn[f"{task}/photo"] + drawn[f"{task}/drawing"]
+        assert abs(drawn[f"{task}/photo"] - total * 17 / 25) < 1
+    assert sum(drawn.values()) == 40 * 16
+    state = batches.state(40)
+    assert state["draws"] == dict(drawn) and (state["seed"], state["step"]) == (0, 40)
+    assert make(rank=3, world_size=4).state(40) == state
 
 
-def test_every_rank_slice_is_part_of_the_same_global_batch(make: Make) -> None:
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_every_rank_slice_is_part_of_the_same_global_batch(make: Make, world_size: int) -> None:
     whole = make(caption_dropout=0.5)
-    for world_size in (2, 4, 8):
-        parts = [make(rank=rank, world_size=world_size, caption_dropout=0.5) for rank in range(world_size)]
-        for step in (0, 1, 13, 29):
-            batch, pieces = whole.batch(step), [part.batch(step) for part in parts]
-            for name in ("input_ids_BT", "target_mask_BT", "lengths_S", "task_S"):
-                assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
-            assert [source for piece in pieces for source in piece.sources] == batch.sources
-            assert all(piece.counts == batch.counts for piece in pieces)
-            for i in range(3):
-                shares = [int((piece.task_S == i).sum()) for piece in pieces]
-                assert max(shares) - min(shares) <= 2
+    parts = [make(rank=rank, world_size=world_size, caption_dropout=0.5) for rank in range(world_size)]
+    for step in (0, 1, 13, 29):
+        batch, pieces = whole.batch(step), [part.batch(step) for part in parts]
+        for name in ("input_ids_BT", "target_mask_BT"):
+            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+        assert [source for piece in pieces for source in piece.sources] == batch.sources
+        assert all(piece.counts == batch.counts for piece in pieces)
+        for task in TASKS:
+            shares = [int(is_task(part, step, task).sum()) for part in parts]
+            assert max(shares) - min(shares) <= 2
 
 
-def test_resume_gives_the_rows_of_the_undisturbed_run(make: Make) -> None:
-    undisturbed = make(caption_dropout=0.3)
-    batches = [undisturbed.batch(step) for step in range(25)]
-    state = undisturbed.state(20)
-    resumed = make(caption_dropout=0.3, rank=0, world_size=1)
-    resumed.check_state(state)
+def test_resume_gives_the_batches_of_the_uninterrupted_run(make: Make) -> None:
+    uninterrupted = make(caption_dropout=0.3)
+    batches = [uninterrupted.batch(step) for step in range(25)]
+    resumed = make(caption_dropout=0.3)
+    resumed.check_state(uninterrupted.state(20))
     for step in range(20, 25):
         assert same(resumed.batch(step), batches[step])
     assert not same(batches[20], batches[21])
     assert not same(make(seed=1).batch(0), make().batch(0))
 
 
-def test_state_counts_the_draws_and_is_the_same_on_every_rank(make: Make) -> None:
-    rows = make()
-    state = rows.state(30)
-    had: Counter[str] = Counter()
-    for step in range(30):
-        had.update(rows.batch(step).counts)
-    assert state["draws"] == dict(had)
-    assert (state["seed"], state["step"]) == (0, 30)
-    assert make(rank=3, world_size=4).state(30) == state
-
-
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({"seed": 5}, "seed 0, now 5"),
         ({"mix": MixConfig(start=[6, 1, 3], end=[2, 3, 6], calm_down_steps=20)}, "draws"),
@@ -181,374 +156,181 @@ def test_state_counts_the_draws_and_is_the_same_on_every_rank(make: Make) -> Non
         ({"batch_size": 8}, "batch_size 16, now 8"),
     ],
 )
-def test_another_config_cannot_take_up_a_checkpoint(make: Make, change: dict[str, Any], named: str) -> None:
+def test_a_checkpoint_of_other_data_is_refused(make: Make, change: dict[str, Any], message: str) -> None:
     state = make().state(30)
-    with pytest.raises(UserError, match=f"step 30 was trained on other data: {named}"):
+    with pytest.raises(UserError, match=f"step 30 was trained on other data: {message}"):
         make(**change).check_state(state)
 
 
 def test_each_epoch_shows_every_image_once_to_each_task(make: Make) -> None:
-    rows = make(mix=MixConfig(start=[0, 1, 1], end=[0, 1, 1]), batch_size=50)
-    shown = Counter((row.task, row.source, row.sample) for row in rows.plan(0))
-    assert shown == Counter(
-        (t, s, i) for t in ("i2t", "t2i") for s, n in (("photo", 17), ("drawing", 8)) for i in range(n)
-    )
+    plan = make(mix=I2T_AND_T2I, batch_size=50).plan(0)
+    shown = Counter((planned.task, planned.source, planned.sample) for planned in plan)
+    sizes = {"photo": 17, "drawing": 8}
+    assert shown == Counter((task, name, i) for task in ("i2t", "t2i") for name in sizes for i in range(sizes[name]))
 
 
-def test_rows_hold_the_images_codes_and_one_of_its_captions(make: Make, codes: Path) -> None:
-    rows = make(mix=MixConfig(start=[0, 1, 2], end=[0, 1, 2]), caption_dropout=0.0, seq_len=40)
+def test_sequences_hold_the_codes_of_an_image_and_one_of_its_captions(make: Make, codes: Path) -> None:
+    batches = make(mix=MixConfig(start=[0, 1, 2], end=[0, 1, 2]), caption_dropout=0.0, seq_len=40)
     shards = open_code_sources(codes, split="train")
     kinds: Counter[tuple[str, int]] = Counter()
     for step in range(10):
-        batch = rows.batch(step)
+        batch = batches.batch(step)
         assert batch.truncated_captions == 0
-        for planned, row in zip(rows.plan(step), batch.input_ids_BT, strict=True):
-            start = row.tolist().index(IDS.begin_of_image_id)
-            assert row[start + IDS.image_tokens + 1] == IDS.end_of_image_id
-            codes_N = IDS.ids_to_codes(row[start + 1 : start + 1 + IDS.image_tokens])
+        for planned, ids_T in zip(batches.plan(step), batch.input_ids_BT, strict=True):
+            start = ids_T.tolist().index(IDS.begin_of_image_id) + 1
+            assert ids_T[start + IDS.image_tokens] == IDS.end_of_image_id
+            codes_N = IDS.ids_to_codes(ids_T[start : start + IDS.image_tokens])
             assert torch.equal(codes_N, shards[planned.source][planned.sample].codes_N)
             ends = (IDS.bos_id, IDS.begin_of_image_id) if planned.task == "t2i" else (IDS.end_of_image_id, IDS.eos_id)
-            text = caption(row, after=ends[0], before=ends[1])
-            kinds[planned.task, captions_of(planned.source, planned.sample).index(text)] += 1
-    assert kinds["i2t", 1] == 0
-    assert kinds["i2t", 0] > 40
+            caption = text_between(ids_T, *ends)
+            kinds[planned.task, captions_of(planned.source, planned.sample).index(caption)] += 1
+    assert kinds["i2t", 1] == 0 and kinds["i2t", 0] > 40
     assert min(kinds["t2i", 0], kinds["t2i", 1]) > 30
+    batch = make(mix=MixConfig(start=[0, 1, 0], end=[0, 1, 0]), i2t_caption="random", seq_len=40).batch(0)
+    captions = [text_between(ids_T, IDS.end_of_image_id, IDS.eos_id) for ids_T in batch.input_ids_BT]
+    assert {caption.startswith("a ") for caption in captions} == {True, False}
 
 
-def test_i2t_rows_draw_any_caption_when_asked_to(make: Make) -> None:
-    rows = make(mix=MixConfig(start=[0, 1, 0], end=[0, 1, 0]), i2t_caption="random", seq_len=40)
-    texts = [caption(row, after=IDS.end_of_image_id, before=IDS.eos_id) for row in rows.batch(0).input_ids_BT]
-    assert {text.startswith("a ") for text in texts} == {True, False}
-
-
-def test_caption_dropout_makes_unconditional_rows_of_t2i_only(make: Make) -> None:
+def test_caption_dropout_makes_unconditional_sequences_of_t2i_only(make: Make) -> None:
     mix = MixConfig(start=[0, 1, 3], end=[0, 1, 3])
-    dropped = Counter[int]()
-    rows = make(mix=mix, caption_dropout=0.25, batch_size=64)
+    batches = make(mix=mix, caption_dropout=0.25, batch_size=64)
+    dropped = 0
     for step in range(12):
-        batch = rows.batch(step)
-        no_caption = batch.input_ids_BT[:, 1] == IDS.begin_of_image_id
-        dropped[0] += int((no_caption & (batch.task_S == 2)).sum())
-    assert 0.15 < dropped[0] / (12 * 48) < 0.35
-    everything = make(mix=mix, caption_dropout=1.0).batch(0)
-    assert (everything.lengths_S[everything.task_S == 2] == IDS.image_tokens + 4).all()
-    assert (everything.lengths_S[everything.task_S == 1] > IDS.image_tokens + 4).all()
+        has_no_caption = batches.batch(step).input_ids_BT[:, 1] == IDS.begin_of_image_id
+        dropped += int((has_no_caption & is_task(batches, step, "t2i")).sum())
+    assert 0.15 < dropped / (12 * 48) < 0.35
+    everything = make(mix=mix, caption_dropout=1.0)
+    lengths = lengths_of(everything.batch(0))
+    assert (lengths[is_task(everything, 0, "t2i")] == IDS.image_tokens + 4).all()
+    assert (lengths[is_task(everything, 0, "i2t")] > IDS.image_tokens + 4).all()
 
 
-def test_a_batch_is_as_wide_as_its_longest_row(make: Make) -> None:
-    mix = MixConfig(start=[1, 1, 2], end=[1, 1, 2])
-    for texts in (0, 8):
-        batch = make(mix=mix, text_seq_len=texts).batch(0)
-        assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(batch.lengths_S.max()))
-        assert batch.lengths_S[batch.task_S == 0].max() == (texts or SEQ_LEN)
-    assert batch.lengths_S.max() == batch.lengths_S[batch.task_S > 0].max() > 8
-    with pytest.raises(ValueError, match="text_seq_len=1"):
-        DataConfig(text_seq_len=1)
-    with pytest.raises(ValueError, match="seq_len=40"):
-        DataConfig(seq_len=40, text_seq_len=41)
+@pytest.mark.parametrize("text_seq_len", [0, 8])
+def test_a_batch_is_as_wide_as_its_longest_sequence(make: Make, text_seq_len: int) -> None:
+    batches = make(mix=MixConfig(start=[1, 1, 2], end=[1, 1, 2]), text_seq_len=text_seq_len)
+    batch, is_text = batches.batch(0), is_task(batches, 0, "text")
+    assert batch.input_ids_BT.shape == (16, int(lengths_of(batch).max()))
+    assert lengths_of(batch)[is_text].max() == (text_seq_len or SEQ_LEN) and lengths_of(batch)[~is_text].max() > 8
 
 
 def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
-    mix = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
-    target = make(mix=mix, supervision="target", caption_dropout=0.0).batch(0)
-    everything = make(mix=mix, supervision="all", caption_dropout=0.0).batch(0)
+    batches = make(mix=I2T_AND_T2I, supervision="target", caption_dropout=0.0)
+    target = batches.batch(0)
+    everything = make(mix=I2T_AND_T2I, supervision="all", caption_dropout=0.0).batch(0)
     assert torch.equal(target.input_ids_BT, everything.input_ids_BT)
-    visual = target.input_ids_BT >= IDS.text_vocab_size
-    is_i2t = target.task_S[:, None] == 1
-    assert not (target.target_mask_BT & visual & is_i2t).any()
-    assert (target.target_mask_BT | ~visual | is_i2t).all()
-    assert torch.equal(everything.target_mask_BT.sum(1), everything.lengths_S - 1)
+    is_visual, is_i2t = target.input_ids_BT >= IDS.text_vocab_size, is_task(batches, 0, "i2t")[:, None]
+    assert not (target.target_mask_BT & is_visual & is_i2t).any()
+    assert (target.target_mask_BT | ~is_visual | is_i2t).all()
+    assert torch.equal(everything.target_mask_BT.sum(1), lengths_of(everything) - 1)
 
 
 def test_long_captions_are_cut_and_counted_images_never(make: Make) -> None:
-    mix = MixConfig(start=[0, 1, 1], end=[0, 1, 1])
-    batch = make(mix=mix, seq_len=IDS.image_tokens + 5, caption_dropout=0.0).batch(0)
+    batch = make(mix=I2T_AND_T2I, seq_len=IDS.image_tokens + 5, caption_dropout=0.0).batch(0)
     assert batch.truncated_captions == 16
-    assert (batch.lengths_S == IDS.image_tokens + 5).all()
+    assert (lengths_of(batch) == IDS.image_tokens + 5).all()
     assert ((batch.input_ids_BT >= IDS.text_vocab_size).sum(1) == IDS.image_tokens).all()
-    with pytest.raises(
-        UserError, match=f"seq_len={IDS.image_tokens + 4} cannot hold an image .* {IDS.image_tokens + 5} or"
-    ):
-        make(mix=mix, seq_len=IDS.image_tokens + 4)
 
 
-def test_text_rows_read_the_whole_corpus_once_an_epoch(tmp_path: Path) -> None:
-    documents = [*PROSE, "", "the end"]
-    stream = TokenStream(
-        ListedDocuments("prose", documents), tokenizer=TOKENIZER, ids=IDS, seq_len=SEQ_LEN, cache=tmp_path
-    )
-    rows = [stream[i] for i in range(len(stream))]
-    assert all(len(row.input_ids) == SEQ_LEN for row in rows[:-1])
-    ids = [token for row in rows for token in row.input_ids[1:].tolist()]
-    assert ids.count(IDS.eos_id) == ids.count(IDS.bos_id) == len(PROSE) + 1
-    text = "".join(str(TOKENIZER.decode([i for i in ids if i not in (IDS.bos_id, IDS.eos_id)])))
-    assert text == "".join(documents)
-    for row in rows:
-        assert torch.equal(row.targets, row.input_ids != IDS.bos_id)
-    with pytest.raises(IndexError):
-        stream[len(stream)]
-
-
-def test_scattered_rows_are_pieces_of_different_documents(tmp_path: Path) -> None:
-    documents = [*(f"{word} " * 50 for word in ("one", "two", "three")), "", "short"]
-
-    def rows_with(seed: int) -> list[Row]:
-        source = ListedDocuments("t", documents)
-        return scattered_rows(
-            source, tokenizer=TOKENIZER, ids=IDS, num_rows=7, seq_len=12, seed=seed, cache=tmp_path / f"{seed}"
-        )
-
-    rows = rows_with(0)
-    texts = [str(TOKENIZER.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
-    found = [next(word for word in ("one", "two", "three", "short") if word in text) for text in texts]
-    assert len(rows) == 7 and set(found) == {"one", "two", "three", "short"} and found[4:] == found[:3]
-    for row in rows:
-        assert row.input_ids[0] == IDS.bos_id and len(row.input_ids) <= 12
-        assert torch.equal(row.targets, torch.arange(len(row.targets)) > 0)
-    other = rows_with(1)
-    documents[:] = [""] * len(documents)  # the rows are made once, and read from the cache after that
-    again = rows_with(0)
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again, strict=True))
-    assert not all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, other, strict=True))
-    with pytest.raises(UserError, match="'blank' holds no text"):
-        blank = ListedDocuments("blank", ["", " "])
-        scattered_rows(blank, tokenizer=TOKENIZER, ids=IDS, num_rows=1, seq_len=8, seed=0, cache=tmp_path)
-
-
-def test_tokenising_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_stream, "DOCUMENTS_AT_ONCE", 10)
-    monkeypatch.setattr(token_stream, "SAVE_EVERY_S", -1.0)
-
-    read: list[int] = []
-
-    class Documents(ListedDocuments):
-        """Interrupted twice."""
-
-        def __getitem__(self, index: int) -> str:
-            read.append(index)
-            if index in (37, 78) and read.count(index) == 1:
-                raise KeyboardInterrupt
-            if index in (3, 80):
-                raise BadSample("gone")
-            return super().__getitem__(index)
-
-    documents = Documents("d", [f"document {index} " * (index % 5) for index in range(100)])
-
-    def tokens(cache: Path) -> bytes:
-        TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, seq_len=9, cache=cache)
-        assert read_json(next(cache.glob("*.json")))["documents_left_out"] == 2
-        assert len(list(cache.iterdir())) == 2, "the stream and what was left out of it"
-        return next(cache.glob("*.bin")).read_bytes()
-
-    begins = [0]
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            tokens(tmp_path / "a")
-        begun = next((tmp_path / "a").glob("*.begun"))
-        begun.write_bytes(begun.read_bytes() + bytes(6000))  # what a kill leaves that was not noted
-        begins.append(len(read))
-    resumed = tokens(tmp_path / "a")
-    assert [read[begin] for begin in begins] == [0, 30, 70], "what was finished is not read again"
-    assert resumed == tokens(tmp_path / "b")
-
-
-def test_text_of_a_file_that_vanishes_is_left_out_and_named(
-    tmp_path: Path, short_waits: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    for number in range(3):
-        lines = "".join(json.dumps({"text": f"document {number} {row}"}) + "\n" for row in range(4))
-        (tmp_path / f"{number}.jsonl").write_text(lines)
-    config = TextSourceConfig(name="prose", path=str(tmp_path), val_fraction=0.0)
-    documents = open_text_source(config, split="train")
-    (tmp_path / "1.jsonl").unlink()
-    with pytest.raises(BadSample, match="shard set aside"):
-        documents[5]
-
-    def stream() -> TokenStream:
-        return TokenStream(documents, tokenizer=TOKENIZER, ids=IDS, seq_len=5000, cache=tmp_path / "cache")
-
-    text = str(TOKENIZER.decode(stream()[0].input_ids, skip_special_tokens=True))
-    assert [f"document {number} 3" in text for number in range(3)] == [True, False, True]
-    caplog.clear()
-    assert list(stream().set_aside) == [str(tmp_path / "1.jsonl")], "a later run is told as well"
-    assert "was made without" in caplog.text and "1.jsonl" in caplog.text
-    assert read_json(next((tmp_path / "cache").glob("*.json")))["documents_left_out"] == 4
-    with pa.output_stream(str(tmp_path / "3.jsonl.zst"), compression="zstd") as packed:
-        packed.write(json.dumps({"text": "whole"}).encode() * 1)
-    data = (tmp_path / "3.jsonl.zst").read_bytes()
-    (tmp_path / "3.jsonl.zst").write_bytes(data[: len(data) // 2])
-    source = open_text_source(config, split="train")
-    assert len(source) == 8 and "3.jsonl.zst" in caplog.text
-
-
-def test_a_tokenizer_with_one_entry_for_both_ends_keeps_eos_a_target(tmp_path: Path) -> None:
-    ids = replace(IDS, bos_id=IDS.eos_id)
-    stream = TokenStream(ListedDocuments("t", PROSE), tokenizer=TOKENIZER, ids=ids, seq_len=5000, cache=tmp_path)
-    row = stream[0]
-    assert (row.input_ids == IDS.eos_id).sum() == len(PROSE) + 1
-    assert row.targets.sum() == len(row.targets) - 1
-
-
-def test_the_stream_is_made_once_and_anew_for_other_data(tmp_path: Path) -> None:
-    def build(**values: Any) -> Path:
-        TokenStream(
-            ListedDocuments("prose", values.pop("documents", PROSE)),
-            tokenizer=values.pop("tokenizer", TOKENIZER),
-            ids=IDS,
-            seq_len=values.pop("seq_len", 8),
-            cache=tmp_path,
-            **values,
-        )
-        return max(tmp_path.glob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
-
-    first = build()
-    made = first.stat().st_mtime_ns
-    assert build(seq_len=16) == first
-    assert first.stat().st_mtime_ns == made
-    assert len({first, build(origin="x"), build(documents=PROSE[:5])}) == 3
-    other = train_text_tokenizer(PROSE, vocab_size=290)
-    assert build(tokenizer=other) != first
-    assert len(list(tmp_path.glob("*.bin"))) == 4
-    with pytest.raises(UserError, match="'prose' holds no text"):
-        build(documents=["", ""])
-
-
-def test_samples_and_tokens_are_counted_against_the_schedule(make: Make) -> None:
-    """Over two ranks, with a stop between: the account of the whole run, and never a sample off the schedule."""
+def test_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(make: Make) -> None:
     whole, parts = make(), [make(rank=rank, world_size=2) for rank in range(2)]
-    account = MixAccount(whole.keys)
+    statistics = MixStatistics(whole.keys)
     tokens: Counter[str] = Counter()
     for step in range(40):
-        batch = whole.batch(step)
-        account.add(sum(part.batch(step).seen_KC for part in parts).numpy())
+        statistics.add(sum(part.batch(step).seen_KC for part in parts).numpy())
         if step == 20:
-            state, account = account.state(), MixAccount(whole.keys)
-            account.load(json.loads(json.dumps(state)))
-        for row, task, source in zip(batch.input_ids_BT, batch.task_S.tolist(), batch.sources, strict=True):
-            tokens[f"text_tokens/{TASKS[task]}/{source}"] += int((row < IDS.text_vocab_size).sum())
-            tokens[f"text_tokens/{TASKS[task]}/{source}"] -= int((row == IDS.pad_id).sum())
-            tokens[f"visual_tokens/{TASKS[task]}/{source}"] += int((row >= IDS.text_vocab_size).sum())
-        values = account.metrics(due=whole.due(step + 1))
+            state, statistics = statistics.state(), MixStatistics(whole.keys)
+            statistics.load(json.loads(json.dumps(state)))
+        for ids_T, planned in zip(whole.batch(step).input_ids_BT, whole.plan(step), strict=True):
+            is_visual = ids_T >= IDS.text_vocab_size
+            tokens[f"text_tokens/{planned.key}"] += int((~is_visual & (ids_T != IDS.pad_id)).sum())
+            if planned.task != "text":
+                tokens[f"visual_tokens/{planned.key}"] += int(is_visual.sum())
+        values = statistics.metrics(scheduled=whole.scheduled(step + 1))
         for key in [*TASKS, *whole.keys]:
             assert abs(values[f"data/samples/{key}"] - values[f"data/scheduled/{key}"]) < 1
     draws = whole.state(40)["draws"]
     assert {key: values[f"data/samples/{key}"] for key in whole.keys} == draws
-    counted = {key.removeprefix("data/"): count for key, count in values.items() if "_tokens/" in key}
-    assert counted == {key: count for key, count in tokens.items() if not key.startswith("visual_tokens/text/")}
+    assert {key.removeprefix("data/"): count for key, count in values.items() if "_tokens/" in key} == tokens
     assert values["data/visual_tokens/i2t/photo"] == IDS.image_tokens * draws["i2t/photo"]
-    assert values["data/samples/text"] == sum(
-        Schedule(whole.config.mix).counts(s, batch_size=16)["text"] for s in range(40)
-    )
+    assert values["data/samples/text"] == draws["text/prose"] + draws["text/notes"]
 
 
-def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(tmp_path: Path, short_waits: None) -> None:
-    """The rows are a function of (seed, step) and of which shards can be read: on every rank, and after a resume."""
-
-    def write(folder: Path) -> list[Path]:
-        paths = [shard_path(folder, split="train", source="photo", shard=shard) for shard in range(4)]
-        for shard, path in enumerate(paths):
-            header = ShardHeader(
-                fingerprint="f", bits=BITS, image_size=16, split="train", source="photo", shard=shard, num_shards=4
-            )
-            codes_BN = np.random.default_rng(shard).integers(0, 2**BITS, size=(10, NUM_PATCHES))
-            texts = [[f"photo {shard} {row}"] for row in range(10)]
-            write_shard(path, header=header, keys=list("abcdefghij"), codes_BN=codes_BN, captions=texts)
-        return paths
-
-    def rows(rank: int = 0, world_size: int = 1) -> UM3Rows:
-        mix = MixConfig(start=[0, 1, 2], end=[0, 1, 2])
-        return UM3Rows(
-            DataConfig(mix=mix, seq_len=40), images=open_code_sources(tmp_path, split="train"), texts={}, ids=IDS,
-            text_tokenizer=TOKENIZER, batch_size=12, seed=0, rank=rank, world_size=world_size,
-        )  # fmt: skip
-
-    paths = write(tmp_path)
-    untouched = [rows().batch(step) for step in range(8)]
-    reader, late = rows(), rows()
-    lost = paths[2]
-    lost.unlink()
-    (tmp_path / ".arrow").rename(tmp_path / "elsewhere")
-    batches = [reader.batch(step) for step in range(8)]
-    replaced = 0
-    for step, (batch, before) in enumerate(zip(batches, untouched, strict=True)):
-        assert batch.counts == before.counts and torch.equal(batch.task_S, before.task_S)
-        for row, planned in enumerate(reader.plan(step)):
-            same_row = torch.equal(batch.input_ids_BT[row, :9], before.input_ids_BT[row, :9]) and planned.task == "i2t"
-            assert same_row == (planned.task == "i2t" and planned.sample // 10 != 2)
-        gone = sum(planned.sample // 10 == 2 for planned in reader.plan(step))
-        assert int(batch.seen_KC[:, 3].sum()) == gone and int(batch.seen_KC[:, 0].sum()) == 12
-        replaced += gone
-    assert replaced > 10 and batches[-1].shards_set_aside == 1
-    assert same(late.batch(7), batches[7]), "a resumed run replaces them by the same"
-    parts = []
-    for rank in range(2):
-        write(tmp_path)
-        parts.append(rows(rank=rank, world_size=2))
-        lost.unlink()
-    halves = [part.batch(5) for part in parts]
-    assert torch.equal(torch.cat([half.input_ids_BT for half in halves]), batches[5].input_ids_BT)
-    write(tmp_path)
-    fresh = rows()
+def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(
+    make: Make, tmp_path: Path, short_waits: None
+) -> None:
+    """Batches depend on (seed, step) and on which shards can be read: on every rank, and after a resume."""
+    common = CODES | {"source": "photo", "num_shards": 4, "num_images": 10}
+    paths = [write_codes(tmp_path, shard=shard, **common) for shard in range(4)]
+    options = {
+        "codes": str(tmp_path),
+        "mix": MixConfig(start=[0, 1, 2], end=[0, 1, 2]),
+        "seq_len": 40,
+        "batch_size": 12,
+    }
+    before = [make(**options).batch(step) for step in range(8)]
+    reader, late, fresh = (make(**options) for _ in range(3))
+    parts = [make(rank=rank, world_size=2, **options) for rank in range(2)]
+    paths[2].unlink()
+    after = [reader.batch(step) for step in range(8)]
+    num_replaced = 0
+    for step, (batch, untouched) in enumerate(zip(after, before, strict=True)):
+        plan = reader.plan(step)
+        assert batch.counts == untouched.counts and batch.sources == untouched.sources
+        for row, planned in enumerate(plan):
+            if planned.task == "i2t":
+                is_same = torch.equal(batch.input_ids_BT[row, :9], untouched.input_ids_BT[row, :9])
+                assert is_same == (planned.sample // 10 != 2)
+        expected = sum(planned.sample // 10 == 2 for planned in plan)
+        assert int(batch.seen_KC[:, 3].sum()) == expected and int(batch.seen_KC[:, 0].sum()) == 12
+        num_replaced += expected
+    assert num_replaced > 10 and after[-1].bad_files == 1
+    assert same(late.batch(7), after[7]), "a resumed run has the same substitutes"
+    assert torch.equal(torch.cat([part.batch(5).input_ids_BT for part in parts]), after[5].input_ids_BT)
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)
     with pytest.raises(UserError, match="3 of the 4 shards of 'photo' cannot be read, more than half"):
         for step in range(8):
             fresh.batch(step)
 
 
-def test_open_rows_opens_what_the_config_names(codes: Path, tmp_path: Path) -> None:
-    prose = tmp_path / "prose.jsonl"
-    prose.write_text("".join(f'{{"text": "{text}"}}\n' for text in PROSE))
-
-    def open_with(*overrides: str, fingerprint: str = "f") -> UM3Rows:
-        texts = f"texts=[{{name: prose, path: {prose}, val_fraction: 0.1}}]"
-        config = load_config(DataConfig, overrides=[f"codes={codes}", texts, "seq_len=24", *overrides])
-        return open_rows(
-            config,
-            ids=IDS,
-            text_tokenizer=TOKENIZER,
-            batch_size=64,
-            seed=0,
-            cache=tmp_path / "cache",
-            fingerprint=fingerprint,
-        )
-
-    batch = open_with().batch(0)
-    assert batch.counts == {"text/prose": 60, "i2t/photo": 1, "t2i/photo": 2, "t2i/drawing": 1}
-    weighted = open_with("image_weights={drawing: 1}", "mix.start=[0,1,1]").batch(0)
-    assert weighted.counts == {"i2t/drawing": 32, "t2i/drawing": 32}
-    text_only = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "codes=absent")
-    assert text_only.batch(0).counts == {"text/prose": 64}
-    short = open_with("mix.start=[1,0,0]", "mix.end=[1,0,0]", "text_seq_len=9")
-    assert (text_only.batch(0).input_ids_BT.shape[1], short.batch(0).input_ids_BT.shape[1]) == (24, 9)
-    with pytest.raises(UserError, match="fingerprint f, this run uses e"):
-        open_with(fingerprint="e")
-    with pytest.raises(UserError, match="name 'film', which is no source; there are"):
-        open_with("image_weights={film: 1}")
-    with pytest.raises(UserError, match="no train codes in absent; run make codes first"):
-        open_with("codes=absent")
-    with pytest.raises(UserError, match=r"weights \[0.0\] of text sources \['prose'\]: .* one above 0"):
-        open_with(f"texts=[{{name: prose, path: {prose}, weight: 0}}]")
-    with pytest.raises(UserError, match=r"weights \[0.0\] of i2t sources \['photo'\]"):
-        open_with("image_weights={photo: 0}")
-    with pytest.raises(UserError, match="has text samples, but there is no source"):
-        open_with("texts=[]")
-    with pytest.raises(UserError, match=r"caption_dropout=1\.5"):
-        open_with("caption_dropout=1.5")
+def test_only_the_sources_that_the_mix_needs_are_opened(make: Make) -> None:
+    mix = MixConfig(start=[60, 1, 3], end=[12, 1, 3])
+    expected = {"text/prose": 40, "text/notes": 20, "i2t/photo": 1, "t2i/photo": 2, "t2i/drawing": 1}
+    assert make(mix=mix, batch_size=64).batch(0).counts == expected
+    assert make(mix=I2T_AND_T2I, image_weights={"drawing": 1.0}).batch(0).counts == {"i2t/drawing": 8, "t2i/drawing": 8}
+    text_only = {"mix": MixConfig(start=[1, 0, 0], end=[1, 0, 0]), "codes": "absent"}
+    assert set(make(**text_only).batch(0).counts) == {"text/prose", "text/notes"}
+    assert make(**text_only, text_seq_len=9).batch(0).input_ids_BT.shape == (16, 9)
 
 
-def test_codes_of_another_cut_are_refused(codes: Path) -> None:
-    with pytest.raises(UserError, match="4 a picture of 12 bits; the model takes 4 of 2 x 7 bits"):
-        UM3Rows(
-            DataConfig(mix=MixConfig(start=[0, 1, 1], end=[0, 1, 1])),
-            images={"photo": CodeShards(codes, split="train", source="photo")},
-            texts={},
-            ids=replace(IDS, bits_per_subtoken=7),
-            text_tokenizer=TOKENIZER,
-            batch_size=4,
-            seed=0,
-        )
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_weights": {"film": 1.0}}, "unknown source 'film'"),
+        ({"image_weights": {"photo": 0.0}}, r"weights \[0.0\] of i2t sources \['photo'\]"),
+        ({"texts": []}, "has text samples, but no source"),
+        ({"codes": "absent"}, "no train codes in absent; run make codes first"),
+        ({"fingerprint": "e"}, "fingerprint f, this run uses e"),
+        ({"ids": replace(IDS, bits_per_subtoken=7)}, "4 codes of 12 bits; the model takes 4 codes of 2 x 7 bits"),
+        ({"seq_len": IDS.image_tokens + 4}, rf"seq_len={IDS.image_tokens + 4} .* set it to {IDS.image_tokens + 5} or"),
+        ({"batch_size": 6, "world_size": 4}, "batch_size=6 does not divide among 4"),
+    ],
+)
+def test_mistakes_are_one_line(make: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**changes)
 
 
-def test_tasks_are_numbered_as_documented() -> None:
-    assert TASKS == ("text", "i2t", "t2i")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("caption_dropout=1.5", r"data.caption_dropout=1\.5"),
+        ("text_seq_len=1", "data.text_seq_len=1"),
+        ("text_seq_len=4097", "data.text_seq_len=4097: .* data.seq_len=4096"),
+        ("seq_len=1", "data.seq_len=1"),
+        ("texts=[{name: a}, {name: a}]", "data.texts have the names"),
+    ],
+)
+def test_invalid_configs_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(DataConfig, overrides=[override])

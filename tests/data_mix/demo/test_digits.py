@@ -1,4 +1,4 @@
-"""Digits: a fixed stratified split, smooth images that still tell their class."""
+"""Digits: a fixed stratified split, smooth images that show their class."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ def test_the_split_is_fixed_disjoint_and_stratified() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_a_digit_is_dark_ink_on_the_ground(size: int) -> None:
+def test_a_digit_is_dark_ink_on_the_background(size: int) -> None:
     source = DigitsSource(size=size, split="train")
     sample = source[0]
     assert sample.image_HWC.shape == (size, size, 3) and sample.image_HWC.dtype == np.uint8
@@ -32,7 +32,7 @@ def test_a_digit_is_dark_ink_on_the_ground(size: int) -> None:
     assert source[0].key == sample.key != source[1].key
 
 
-def test_classes_can_be_told_from_the_pixels() -> None:
+def test_classes_can_be_read_from_the_pixels() -> None:
     train, val = DigitsSource(size=16, split="train"), DigitsSource(size=16, split="val")
     x_train = np.stack([train[i].image_HWC[::2, ::2, 0].ravel() for i in range(600)]) / 255
     x_val = np.stack([val[i].image_HWC[::2, ::2, 0].ravel() for i in range(len(val))]) / 255

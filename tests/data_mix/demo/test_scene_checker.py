@@ -1,4 +1,4 @@
-"""The scene checker: it agrees with the truth on fresh renders and still reads degraded ones."""
+"""The scene checker: it agrees with the truth on clean renders and still reads degraded ones."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_mix.demo.scene_checker import Detection, caption_of, check, describe, detect, judge
+from data_mix.demo.scene_checker import Detection, caption_of, check, check_detections, describe, detect
 from data_mix.demo.scene_prompts import (
     COLOURS,
     MIRRORED,
@@ -33,12 +33,8 @@ def blur_and_noise(image: np.ndarray, generator: np.random.Generator) -> np.ndar
     return np.clip(np.rint(blurred + generator.normal(0, 8, image.shape)), 0, 255).astype(np.uint8)
 
 
-def jitter(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    return np.clip(image + generator.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
-
-
 def truth(objects: Sequence[SceneObject], demands: Demands) -> bool:
-    """The verdict from what was drawn; written apart from the checker's own rules."""
+    """The verdict from the objects of the scene, without the checker's own rules."""
 
     def fits(o: SceneObject, demand: ObjectDemand) -> bool:
         return o.shape == demand.shape and (demand.colour is None or demand.colour == o.colour)
@@ -58,38 +54,33 @@ def truth(objects: Sequence[SceneObject], demands: Demands) -> bool:
     return any(fits(a, first) and fits(b, second) and stands(a, b) for a in objects for b in objects if a != b)
 
 
-@pytest.mark.parametrize(
-    ("degrade", "num_scenes", "least"),
-    [(clean, 1000, 0.99), (blur_and_noise, 300, 0.95), (jitter, 300, 0.95)],
-)
+@pytest.mark.parametrize(("degrade", "num_scenes", "least"), [(clean, 200, 0.99), (blur_and_noise, 120, 0.95)])
 def test_agrees_with_the_truth(degrade: Degrade, num_scenes: int, least: float) -> None:
     source = ScenesSource(size=32, seed=11, split="val")
     generator = np.random.default_rng(0)
-    test_prompts = evaluation_prompts(per_skill=12, seed=1)
-    described = accepted = judged = judgements = 0
+    prompts = evaluation_prompts(per_skill=12, seed=1)
+    described = accepted = agreed = 0
     for index in range(num_scenes):
         sample, objects = source[index], source.objects(index)
-        found = detect(degrade(sample.image_HWC, generator))
-        described += caption_of(found) == sample.captions[0]
-        accepted += all(judge(found, parse_prompt(text), size=32).passed for text in sample.captions)
-        for prompt in test_prompts:
-            judged += judge(found, prompt.demands, size=32).passed == truth(objects, prompt.demands)
-            judgements += 1
-    assert described / num_scenes >= least
-    assert accepted / num_scenes >= least
-    assert judged / judgements >= least
+        detections = detect(degrade(sample.image_HWC, generator))
+        described += caption_of(detections) == sample.captions[0]
+        accepted += all(check_detections(detections, parse_prompt(text), size=32).passed for text in sample.captions)
+        for prompt in prompts:
+            verdict = check_detections(detections, prompt.demands, size=32)
+            agreed += verdict.passed == truth(objects, prompt.demands)
+    assert min(described, accepted, agreed / len(prompts)) / num_scenes >= least
 
 
 def test_rejects_each_kind_of_wrong_prompt() -> None:
     source = ScenesSource(size=32, seed=12)
     rejected = wrong_prompts = 0
-    for index in range(300):
+    for index in range(200):
         sample = source[index]
-        found = detect(sample.image_HWC)
+        detections = detect(sample.image_HWC)
         for wrong in _near_misses(parse_prompt(sample.captions[0])):
             wrong_prompts += 1
-            rejected += not judge(found, wrong, size=32).passed
-    assert wrong_prompts > 1000 and rejected / wrong_prompts >= 0.99
+            rejected += not check_detections(detections, wrong, size=32).passed
+    assert wrong_prompts > 700 and rejected / wrong_prompts >= 0.99
 
 
 def _near_misses(demands: Demands) -> list[Demands]:
@@ -102,10 +93,7 @@ def _near_misses(demands: Demands) -> list[Demands]:
     wrong = [Demands((change, *rest), demands.relation) for change in changes]
     if demands.relation:
         wrong += [Demands(demands.objects, relation) for relation in RELATIONS if relation != demands.relation]
-        swapped = (
-            dataclasses.replace(first, colour=rest[0].colour),
-            dataclasses.replace(rest[0], colour=first.colour),
-        )
+        swapped = (dataclasses.replace(first, colour=rest[0].colour), dataclasses.replace(rest[0], colour=first.colour))
         wrong.append(Demands(swapped, None))
         assert MIRRORED[MIRRORED[demands.relation]] == demands.relation
     return wrong
@@ -122,7 +110,7 @@ def test_reads_other_sizes(size: int) -> None:
     assert (detection.shape, detection.colour) == ("square", "green") and detection.score > 0.9
 
 
-def test_a_soft_red_edge_is_no_pink_object() -> None:
+def test_a_soft_red_edge_is_not_a_pink_object() -> None:
     image = render([SceneObject("circle", "red", 6, 6, 18)], size=32).astype(float)
     for sigma in (0.5, 1.0, 1.5):
         blurred = np.rint(ndimage.gaussian_filter(image, (sigma, sigma, 0))).astype(np.uint8)
@@ -145,7 +133,7 @@ def test_specks_blank_and_noise_hold_nothing() -> None:
     assert describe(noise) is None
 
 
-def test_a_verdict_says_which_demands_hold() -> None:
+def test_a_verdict_names_the_demands_that_are_met() -> None:
     image = render([SceneObject("circle", "red", 2, 10, 11), SceneObject("square", "blue", 18, 10, 11)], size=32)
     verdict = check(image, parse_prompt("a red circle right of a green square"))
     assert not verdict.passed
@@ -159,22 +147,20 @@ def test_a_verdict_says_which_demands_hold() -> None:
 
 def test_a_number_is_exact_and_an_article_is_not() -> None:
     image = render([SceneObject("cross", "black", left, 12, 8) for left in (1, 12, 23)], size=32)
-    assert check(image, parse_prompt("three crosses")).passed
-    assert check(image, parse_prompt("a cross")).passed
-    assert check(image, parse_prompt("a cross and a cross")).passed
-    assert not check(image, parse_prompt("two crosses")).passed
-    assert not check(image, parse_prompt("four crosses")).passed
+    passed = {"three crosses": True, "a cross": True, "a cross and a cross": True, "two crosses": False,
+              "four crosses": False}  # fmt: skip
+    assert {text: check(image, parse_prompt(text)).passed for text in passed} == passed
 
 
-def test_scenes_of_no_family_have_no_caption() -> None:
-    def found(*kinds: tuple[str, str]) -> list[Detection]:
+def test_other_groups_of_objects_have_no_caption() -> None:
+    def detections(*kinds: tuple[str, str]) -> list[Detection]:
         return [Detection(s, c, (9 * i, 2, 9 * i + 8, 10), (9 * i + 4, 6), 1.0) for i, (s, c) in enumerate(kinds)]  # type: ignore[arg-type]
 
-    assert caption_of(found(("circle", "red"), ("circle", "blue"))) is None
-    assert caption_of(found(("circle", "red"), ("square", "red"))) is None
-    assert caption_of(found(("circle", "red"), ("square", "blue"), ("cross", "green"))) is None
-    assert caption_of(found(*[("circle", "red")] * 5)) is None
-    assert caption_of(found(*[("circle", "red")] * 4)) == "four red circles"
+    assert caption_of(detections(("circle", "red"), ("circle", "blue"))) is None
+    assert caption_of(detections(("circle", "red"), ("square", "red"))) is None
+    assert caption_of(detections(("circle", "red"), ("square", "blue"), ("cross", "green"))) is None
+    assert caption_of(detections(*[("circle", "red")] * 5)) is None
+    assert caption_of(detections(*[("circle", "red")] * 4)) == "four red circles"
 
 
 def test_other_arrays_are_refused() -> None:

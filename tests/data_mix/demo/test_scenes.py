@@ -5,38 +5,35 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_mix.demo.scene_prompts import COLOURS, SHAPES, SKILLS, Demands, ObjectDemand, Shape, prompt_text
-from data_mix.demo.scenes import (
-    BACKGROUND,
-    PALETTE,
-    SceneObject,
-    ScenesSource,
-    captions,
+from data_mix.demo.scene_prompts import (
+    SHAPES,
+    SKILLS,
+    Demands,
+    ObjectDemand,
+    Shape,
     evaluation_prompts,
     parse_prompt,
-    render,
-    shape_mask,
+    prompt_text,
 )
+from data_mix.demo.scenes import BACKGROUND, PALETTE, SceneObject, ScenesSource, captions, render, shape_mask
 from data_mix.samples import ImageSource
 
-NUM_SCENES = 1000
+NUM_SCENES = 500
 
 
 def test_a_scene_depends_on_seed_split_and_index_only() -> None:
-    source = ScenesSource(size=32, length=10, seed=3)
+    source, longer = ScenesSource(size=32, length=10, seed=3), ScenesSource(size=32, length=99, seed=3)
     assert isinstance(source, ImageSource)
-    last_first = [source[index] for index in reversed(range(10))][::-1]
-    for index, sample in enumerate(last_first):
-        again = ScenesSource(size=32, length=99, seed=3)[index]
-        assert sample.key == again.key and sample.captions == again.captions
-        np.testing.assert_array_equal(sample.image_HWC, again.image_HWC)
+    for index in reversed(range(10)):
+        assert source[index].key == longer[index].key and source[index].captions == longer[index].captions
+        np.testing.assert_array_equal(source[index].image_HWC, longer[index].image_HWC)
     assert source[0].image_HWC.shape == (32, 32, 3) and source[0].image_HWC.dtype == np.uint8
     other = ScenesSource(size=32, length=10, seed=4)
     assert any(other.objects(index) != source.objects(index) for index in range(10))
 
 
 def test_the_first_scenes_of_seed_0_have_not_changed() -> None:
-    # Golden: a change here means that every number measured on scenes before is void.
+    """Golden: after a change here, numbers measured on scenes before cannot be compared."""
     source = ScenesSource(size=32, seed=0)
     assert [source[index].captions[0] for index in range(4)] == [
         "a pink square above a green cross",
@@ -54,10 +51,8 @@ def test_no_val_scene_is_a_train_scene_of_any_seed() -> None:
 
 @pytest.mark.parametrize("size", [24, 32, 64])
 def test_objects_stay_inside_and_apart(size: int) -> None:
-    source = ScenesSource(size=size, seed=1)
-    gap = max(1, round(2 * size / 32))
-    for index in range(NUM_SCENES):
-        objects = source.objects(index)
+    source, gap = ScenesSource(size=size, seed=1), max(1, round(2 * size / 32))
+    for objects in map(source.objects, range(NUM_SCENES)):
         for position, a in enumerate(objects):
             assert a.left >= 1 and a.top >= 1 and a.left + a.side < size and a.top + a.side < size
             for b in objects[:position]:
@@ -68,33 +63,29 @@ def test_objects_stay_inside_and_apart(size: int) -> None:
 
 def test_families_have_their_shares_and_pairs_are_clear() -> None:
     source = ScenesSource(size=32, seed=2)
-    families: Counter[str] = Counter()
-    counts: Counter[int] = Counter()
-    for index in range(4000):
-        objects = source.objects(index)
-        kinds = {(o.shape, o.colour) for o in objects}
+    families, counts = Counter[str](), Counter[int]()
+    for objects in map(source.objects, range(4000)):
+        sides = {o.side for o in objects}
         if len(objects) == 1:
             families["single"] += 1
-            assert 12 <= objects[0].side <= 18
-        elif len(kinds) == 1:
+            assert min(sides) >= 12 and max(sides) <= 18
+        elif len({(o.shape, o.colour) for o in objects}) == 1:
             families["count"] += 1
             counts[len(objects)] += 1
-            assert all(8 <= o.side <= 10 for o in objects)
+            assert min(sides) >= 8 and max(sides) <= 10
         else:
             families["pair"] += 1
             first, second = objects
             assert first.shape != second.shape and first.colour != second.colour
-            offset_x = second.centre[0] - first.centre[0]
-            offset_y = second.centre[1] - first.centre[1]
-            assert abs(abs(offset_x) - abs(offset_y)) >= 4
-            assert max(offset_x, offset_y) == max(abs(offset_x), abs(offset_y))  # reading order
-    assert families["single"] / 4000 == pytest.approx(0.20, abs=0.03)
-    assert families["count"] / 4000 == pytest.approx(0.25, abs=0.03)
-    assert families["pair"] / 4000 == pytest.approx(0.55, abs=0.03)
+            offsets = np.subtract(second.centre, first.centre)
+            assert abs(abs(offsets[0]) - abs(offsets[1])) >= 4
+            assert offsets.max() == np.abs(offsets).max(), "reading order"
+    shares = {family: count / 4000 for family, count in families.items()}
+    assert shares == pytest.approx({"single": 0.20, "count": 0.25, "pair": 0.55}, abs=0.03)
     assert set(counts) == {2, 3, 4} and min(counts.values()) > 250
 
 
-def test_captions_of_a_pair_tell_a_relation_from_both_sides_and_keep_the_reading_order() -> None:
+def test_captions() -> None:
     pair = (SceneObject("circle", "red", 2, 5, 10), SceneObject("square", "orange", 18, 8, 12))
     assert captions(pair) == (
         "a red circle left of an orange square",
@@ -109,60 +100,40 @@ def test_captions_of_a_pair_tell_a_relation_from_both_sides_and_keep_the_reading
     assert captions(crosses) == ("three blue crosses", "three crosses")
 
 
-def test_pixels_are_ground_ink_and_a_soft_edge() -> None:
+def test_pixels_are_background_ink_and_a_soft_edge() -> None:
     image_HWC = render([SceneObject("circle", "blue", 10, 4, 13)], size=32)
-    assert tuple(image_HWC[0, 0]) == BACKGROUND
-    assert tuple(image_HWC[4 + 6, 10 + 6]) == PALETTE["blue"]
-    colours = {tuple(pixel) for pixel in image_HWC.reshape(-1, 3)}
-    assert len(colours) > 4, "edges are anti-aliased"
+    assert tuple(image_HWC[0, 0]) == BACKGROUND and tuple(image_HWC[4 + 6, 10 + 6]) == PALETTE["blue"]
+    assert len({tuple(pixel) for pixel in image_HWC.reshape(-1, 3)}) > 4, "edges are anti-aliased"
     assert (image_HWC[:, :10] == BACKGROUND).all() and (image_HWC[:, 23:] == BACKGROUND).all()
+    points = np.array([*PALETTE.values(), BACKGROUND], dtype=float)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points))
+    assert distances.min() > 85 and len(PALETTE) == 8
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("side", [8, 9, 13, 18, 36])
+@pytest.mark.parametrize("side", [8, 9, 13, 36])
 def test_a_shape_fills_its_box_and_is_symmetric(shape: Shape, side: int) -> None:
     mask_SS = shape_mask(shape, side)
     assert mask_SS.shape == (side, side) and mask_SS.min() >= 0 and mask_SS.max() == 1
     np.testing.assert_array_equal(mask_SS, mask_SS[:, ::-1])
-    for edge in (mask_SS[0], mask_SS[-1], mask_SS[:, 0], mask_SS[:, -1]):
-        assert edge.max() > 0
+    assert all(edge.max() > 0 for edge in (mask_SS[0], mask_SS[-1], mask_SS[:, 0], mask_SS[:, -1]))
 
 
-def test_colours_are_well_apart() -> None:
-    points = np.array([*PALETTE.values(), BACKGROUND], dtype=float)
-    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points))
-    assert distance.min() > 85
-
-
-def test_every_caption_parses_back() -> None:
+def test_prompts_are_parsed() -> None:
     source = ScenesSource(size=32, seed=5)
-    for index in range(300):
-        for caption in source[index].captions:
-            assert prompt_text(parse_prompt(caption)) == caption
-
-
-def test_parse_prompt_gives_the_demands() -> None:
-    assert parse_prompt("An orange  cross below a circle.") == Demands(
-        (ObjectDemand("cross", "orange"), ObjectDemand("circle")), "below"
-    )
+    for caption in (caption for index in range(300) for caption in source[index].captions):
+        assert prompt_text(parse_prompt(caption)) == caption
+    demands = Demands((ObjectDemand("cross", "orange"), ObjectDemand("circle")), "below")
+    assert parse_prompt("An orange  cross below a circle.") == demands
     assert parse_prompt("three crosses") == Demands((ObjectDemand("cross", count=3),))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a dog",
-        "three circle",
-        "a circles",
-        "a circle left of",
-        "a circle and a square and a cross",
-        "a mauve circle",
-        "five circles",
-        "a photo of a circle",
-    ],
-)
-def test_parse_prompt_refuses_foreign_text(text: str) -> None:
+FOREIGN = ["", "a dog", "three circle", "a circles", "a circle left of", "a circle and a square and a cross",
+           "a mauve circle", "five circles", "a photo of a circle"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_foreign_text_is_not_parsed(text: str) -> None:
     with pytest.raises(ValueError, match=r"scene prompt|more than two"):
         parse_prompt(text)
 
@@ -172,21 +143,17 @@ def test_evaluation_prompts_cover_six_skills() -> None:
     assert [prompt.skill for prompt in prompts[::12]] == list(SKILLS)
     assert Counter(prompt.skill for prompt in prompts) == dict.fromkeys(SKILLS, 12)
     assert all(parse_prompt(prompt.prompt) == prompt.demands for prompt in prompts)
-    for skill in ("counting", "colors", "position", "color_attr", "two_object"):
-        assert len({prompt.prompt for prompt in prompts if prompt.skill == skill}) == 12
-    assert len({prompt.prompt for prompt in prompts if prompt.skill == "single_object"}) == len(SHAPES)
+    for skill in SKILLS:
+        num_different = len({prompt.prompt for prompt in prompts if prompt.skill == skill})
+        assert num_different == (len(SHAPES) if skill == "single_object" else 12)
     assert prompts == evaluation_prompts(per_skill=12, seed=0) != evaluation_prompts(per_skill=12, seed=1)
 
 
-def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="size=8"):
-        ScenesSource(size=8)
-    with pytest.raises(ValueError, match="length=0"):
-        ScenesSource(length=0)
-    with pytest.raises(ValueError, match="split='test'"):
-        ScenesSource(split="test")  # type: ignore[arg-type]
+def test_wrong_arguments() -> None:
+    for options in ({"size": 8}, {"length": 0}, {"split": "test"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+            ScenesSource(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="per_skill=0"):
         evaluation_prompts(per_skill=0, seed=0)
     with pytest.raises(IndexError):
         ScenesSource(length=3)[3]
-    assert len(COLOURS) == 8

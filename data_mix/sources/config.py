@@ -1,0 +1,74 @@
+"""Configs of the sources of images and texts; this module imports nothing, so that any config may hold them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "coco", "hub"]
+TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
+
+
+@dataclass
+class SourceConfig:
+    """What all sources have in common.
+
+    kind: the format of the data; `auto` derives it from the path (`data_mix.sources.files`).
+    path: a file, a folder, a glob, or owner/name@revision:config of a Hugging Face data set; empty for generated data.
+    preset: a data set with a known layout, see `data_mix.sources.presets`.
+    weight: share of the samples, relative to the other sources.
+    val_fraction: share that is kept for validation where the data set has no split of its own.
+    stream: number of training samples to stream from a Hugging Face data set, in its order, without downloading all of
+        it; 0 downloads it.
+    skip_bad_files: skip files that cannot be read, with a warning and exact counts; false makes the first one an error.
+        A downloaded Hugging Face data set is always read whole.
+    """
+
+    name: str = ""
+    kind: str = "auto"
+    path: str = ""
+    preset: str = ""
+    weight: float = 1.0
+    val_fraction: float = 0.05
+    stream: int = 0
+    skip_bad_files: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"{self.where}: val_fraction={self.val_fraction} is outside [0, 1); 0.05 keeps 5 %")
+        if self.stream < 0:
+            raise ValueError(f"{self.where}: stream={self.stream} must be a number of samples, or 0 to download all")
+
+    @property
+    def where(self) -> str:
+        """Name and path, for messages."""
+        return f"source '{self.name}'" + (f" ({self.path})" if self.path else "")
+
+
+@dataclass
+class ImageSourceConfig(SourceConfig):
+    """One source of images.
+
+    length: number of training scenes; other kinds have as many samples as there are.
+    image_column, caption_column: of a table; empty finds them by name and type. Of a tar, caption_column is txt, cls or
+        a field of the JSON.
+    captions: .jsonl or .parquet file(s) with captions by image file name without its extension. For folders and tars;
+        they replace the captions beside the images.
+    has_captions: false also takes images without captions, for training that reads none (stage 2, reconstruction).
+    """
+
+    name: str = "scenes"
+    kind: ImageKind = "auto"
+    length: int = 50_000
+    image_column: str = ""
+    caption_column: str = ""
+    captions: str = ""
+    has_captions: bool = True
+
+
+@dataclass
+class TextSourceConfig(SourceConfig):
+    """One source of texts. field: the JSON field or column that holds the text."""
+
+    name: str = "python_docs"
+    kind: TextKind = "auto"
+    val_fraction: float = 0.02
+    field: str = "text"
