@@ -1,5 +1,5 @@
-"""Evaluation: language, captions, generation, tokenizer quality, and the report against the paper.
+"""Evaluation: language, captions, generation, tokenizer quality, published benchmarks, and the report.
 
-Knows nothing of optimizers. A number that leaves this room is a `Score`: a row that says what was measured, on how
-many samples, under which protocol, by which commit, and what the paper has in its place.
+It does not depend on optimizers. Every result is a `eval.scores.Score`: the value, the number of samples, the protocol,
+the commit, and the paper's value.
 """

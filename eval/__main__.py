@@ -5,7 +5,7 @@ from um3.core.commands import Command, run_room
 COMMANDS = {
     "run": Command("eval.run", "evaluate a run or a model"),
     "lm": Command("eval.lm", "lm-eval's command line with UM3 as a model"),
-    "generate-images": Command("eval.benchmarks.generate_images", "generate the images of a benchmark"),
+    "generate-images": Command("eval.tasks.generate_images", "generate the images of a benchmark"),
     "coco-captions": Command("eval.benchmarks.coco_captions", "BLEU, METEOR, ROUGE-L and CIDEr of captions"),
     "coco-generation": Command("eval.benchmarks.coco_generation", "gFID and CLIPScore of generated images"),
     "geneval": Command("eval.benchmarks.geneval", "GenEval of generated images"),

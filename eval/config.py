@@ -1,60 +1,64 @@
-"""What to evaluate, with how many samples of what. The defaults are the paper's sizes and settings."""
+"""The settings of an evaluation. The defaults are the paper's sizes and settings."""
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from data_mix.sources.image_sources import ImageSourceConfig
-from data_mix.sources.text import TextSourceConfig
+from data_mix.sources.config import ImageSourceConfig, TextSourceConfig
 
 PartName = Literal["language", "captions", "generation", "tokenizer"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 FeatureName = Literal["random-features", "qlip-features", "inception-2015"]
 Preprocessing = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
-"""How images come to Inception (`eval.metrics.inception`)."""
+"""How images are resized for Inception (`eval.metrics.inception`)."""
 STAGES = ("stage1", "stage2")
-KEPT_BESIDE = ("original", "flipped")
-"""Pictures that are kept beside the reconstructions of each tokenizer."""
-MAX_PROBE_LR = 1e6  # far beyond any use; float32 overflows far above it
+RESERVED_NAMES = ("original", "flipped")
+"""Names of image arrays that are stored beside the reconstructions of each tokenizer."""
+MAX_PROBE_LR = 1e6  # float32 overflows far above it
 
 
 @dataclass
 class LanguageConfig:
-    """lm-eval tasks. `benchmarks`: folder with local copies of the paper's five tasks, LM_EVAL_DATA by default."""
+    """The paper's five language tasks, run by lm-eval, and a cloze and the bits per byte of validation text."""
 
     num_items: int = 1000
+    """Items of the cloze."""
     num_documents: int = 200
+    """Documents for the bits per byte."""
     benchmarks: str = field(default_factory=lambda: os.environ.get("LM_EVAL_DATA", ""))
+    """Folder with local copies of the five tasks; the environment variable LM_EVAL_DATA by default."""
     limit: int | None = None
-    """Items of each benchmark to score; null for all."""
+    """Items to score of each of the five tasks; null for all."""
     max_tokens: int = 0
-    """Longest context; 0 for the model's own. A model trained on short rows has seen no later positions."""
+    """Longest context; 0 for the model's own. A model trained on short sequences never saw later positions."""
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"language.limit is {self.limit}; it must be at least 1, or null for all items")
+            raise ValueError(f"language.limit is {self.limit}; use at least 1, or null for all items")
         if self.batch_size < 1 or self.max_tokens < 0:
             raise ValueError(
-                f"language: batches of {self.batch_size} and contexts of {self.max_tokens} tokens; use 1 or more in a "
-                "batch, and 0 tokens for the model's own context"
+                f"language.batch_size is {self.batch_size} (at least 1) and language.max_tokens {self.max_tokens} "
+                "(at least 1, or 0 for the model's own context)"
             )
 
 
 @dataclass
 class CaptionsConfig:
-    """Captions of held-out images, `num_images` of each source (COCO-Karpathy test has 5,000)."""
+    """Captions of validation images."""
 
     num_images: int = 5000
+    """Images of each source; COCO-Karpathy test has 5,000."""
     max_new_tokens: int = 64
     batch_size: int = 64
     meteor: bool = False
-    """Needs Java."""
+    """Compute METEOR, which needs Java."""
 
 
 @dataclass
 class SamplingConfig:
-    """How images are drawn: the paper's temperature and top-p (Table 9); a guidance scale of 1 is no guidance."""
+    """How images are sampled: the paper's temperature and top-p (Table 9). A guidance scale of 1 is no guidance."""
 
     temperature: float = 1.0
     top_p: float = 0.95
@@ -62,42 +66,48 @@ class SamplingConfig:
     guidance_scale: float = 1.0
     batch_size: int = 64
 
-    def protocol(self) -> dict[str, float]:
-        """What two drawings must share to be comparable."""
-        settings = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return settings | {"guidance_scale": self.guidance_scale}
+    def protocol(self) -> dict[str, Any]:
+        """The settings that change the images: all but the batch size."""
+        return {key: value for key, value in vars(self).items() if key != "batch_size"}
 
 
 @dataclass
 class GenerationConfig:
-    """Images for held-out captions (`num_images` of each source), and `per_skill` for each skill of the checker."""
+    """Images generated for validation captions, and for the prompts of the six skills."""
 
     num_images: int = 30_000
+    """Images for each source."""
     per_skill: int = 100
+    """Prompts of each skill."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clip: str = ""
-    """Folder of an OpenAI CLIP for `clipscore`; without it only `clipscore_qlip` is measured."""
+    """Folder or hub id of an OpenAI CLIP, for `clipscore`; without it only `clipscore_qlip` is computed."""
 
 
 @dataclass
-class LabelledConfig:
-    """Images of your own with classes: PATH/val/CLASS/IMAGE, and PATH/train/CLASS/IMAGE for the linear probe; or, with
-    `label_column`, parquet, WebDataset shards or a hub set (val is kept by hash where these do not name it)."""
+class ClassificationConfig:
+    """A classification data set: PATH/val/CLASS/IMAGE, and PATH/train/CLASS/IMAGE for the linear probe.
+
+    With `label_column`: parquet, WebDataset shards or a hub set. Without a val split there, val is chosen by hash.
+    """
 
     path: str = ""
     name: str = "labelled"
     label_column: str = ""
-    """Where a table or WebDataset has the class (a name or a number): a column, "cls" or a field of its json."""
+    """The column with the class (a name or a number); for WebDataset "cls" or a field of the sample's JSON."""
     class_names: str = ""
-    """File with a class's name a line, in the order of the folders, names or numbers; empty takes these themselves."""
+    """File with one class name per line, in the order of the classes; empty uses the folders' names or the labels."""
     templates: str = ""
-    """File with a sentence a line, {} for the name; empty takes "a photo of a {}."."""
+    """File with one prompt per line, {} for the class name; empty uses "a photo of a {}."."""
 
 
 @dataclass
 class ProbeConfig:
-    """The linear probe. `adamw` is the paper's recipe (Table 11); `logistic` is a regression solved to its end, without
-    the other settings, in float64 with all features in memory."""
+    """The linear probe. `adamw` is the paper's recipe (Table 11).
+
+    `logistic` is a logistic regression solved to convergence. It ignores the other settings and holds all features in
+    memory in float64.
+    """
 
     kind: Literal["adamw", "logistic"] = "adamw"
     lr: float = 0.2
@@ -107,17 +117,17 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr <= MAX_PROBE_LR:
-            raise ValueError(f"tokenizer.probe.lr is {self.lr}; it must be above 0 and at most {MAX_PROBE_LR:g}")
+            raise ValueError(f"tokenizer.probe.lr is {self.lr}; use a value above 0, at most {MAX_PROBE_LR:g}")
         if self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
-                f"tokenizer.probe: {self.epochs} epochs of batches of {self.batch_size}, {self.warmup_epochs} of them "
-                "warm-up; it needs at least one epoch that is no warm-up, and batches of 1 or more"
+                f"tokenizer.probe has epochs={self.epochs}, warmup_epochs={self.warmup_epochs} and "
+                f"batch_size={self.batch_size}; use warmup_epochs from 0 to below epochs, and batch_size at least 1"
             )
 
 
 @dataclass
 class PerceptualConfig:
-    """The two published files of LPIPS-VGG; both empty leaves `lpips` without a value."""
+    """The two published files of LPIPS-VGG; without them `lpips` has no value."""
 
     backbone: str = ""
     heads: str = ""
@@ -125,56 +135,66 @@ class PerceptualConfig:
 
 @dataclass
 class TokenizerConfig:
-    """Reconstruction and retrieval on held-out images, classification on images with classes."""
+    """Reconstruction and retrieval on validation images, and classification."""
 
     num_images: int = 50_000
+    """Images of each source."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    others: dict[str, str] = field(default_factory=dict)
-    """Tokenizers of your own to measure beside QLIP: name -> package.module:function on your Python path, which returns
-    a `tokenizer.images.ImageTokenizer`."""
+    external: dict[str, str] = field(default_factory=dict)
+    """Tokenizers to measure beside QLIP: name -> package.module:function on the Python path.
+
+    The function returns a `tokenizer.images.ImageTokenizer`.
+    """
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    labelled: bool = True
-    """Zero-shot accuracy and linear probe on the digits."""
-    classification: list[LabelledConfig] = field(default_factory=list)
-    """The same on folders of your own, such as ImageNet's."""
+    digits: bool = True
+    """Zero-shot accuracy and linear probe on scikit-learn's digits."""
+    classification: list[ClassificationConfig] = field(default_factory=list)
+    """The same on other data sets, such as ImageNet."""
     stages: dict[str, str] = field(default_factory=dict)
     """Tokenizer folders by name; empty for stage1 and stage2 of the run."""
 
     def __post_init__(self) -> None:
-        names = [own.name for own in self.classification] + ["digits"] * self.labelled
-        if len(set(names)) < len(names) or not all(own.path for own in self.classification):
-            raise ValueError(f"tokenizer.classification {names}: each needs a path, and a name of its own")
-        if taken := {*(self.stages or STAGES), *KEPT_BESIDE} & self.others.keys():
-            raise ValueError(f"tokenizer.others: '{min(taken)}' is taken; choose another name")
+        names = [data.name for data in self.classification] + ["digits"] * self.digits
+        if len(set(names)) < len(names) or not all(data.path for data in self.classification):
+            raise ValueError(f"tokenizer.classification: {names}; each data set needs a path and a unique name")
+        if taken := {*(self.stages or STAGES), *RESERVED_NAMES} & self.external.keys():
+            raise ValueError(f"tokenizer.external: the name '{min(taken)}' is reserved; use another name")
 
 
 @dataclass
 class EvalConfig:
-    """One evaluation. `run` is the run's folder; what is read and written lies in it unless said otherwise."""
+    """One evaluation of a run folder, or of a model."""
 
     run: str = ""
+    """The run folder; the default for everything that is read and written."""
     model: str = ""
-    """Folder of the UM3 model; RUN/um3/model by default. Language takes any language model, also by its hub id."""
-    out: str = ""
+    """Folder of the UM3; RUN/um3/model by default. The language part accepts any language model, also a hub id."""
+    output_dir: str = ""
     """Folder for the results; RUN/eval by default."""
     parts: list[PartName] = field(default_factory=lambda: list(PARTS))
     images: list[ImageSourceConfig] = field(default_factory=list)
-    """Their validation images are used; empty for the sources the run's stage 1 was trained on. Those without captions
-    serve the tokenizer part alone."""
+    """Sources whose validation images are used; by default those of the run's stage 1. Sources without captions are
+    used by the tokenizer part only."""
     texts: list[TextSourceConfig] = field(default_factory=list)
-    """Their validation documents are used; empty for the sources the run's UM3 was trained on."""
+    """Sources whose validation documents are used; by default those of the run's UM3."""
     seed: int = 0
     num_threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """CPU threads; 0 for torch's default."""
     fid_features: FeatureName = "random-features"
-    """Feature network of Frechet distances; only over inception-2015 they are FID."""
+    """Feature network of Frechet distances; only inception-2015 gives the FID."""
     inception_weights: str = ""
+    """The published file; empty for torch.hub's cache."""
     force: bool = False
-    """Measure again what is up to date."""
+    """Evaluate parts again that are up to date."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    @property
+    def results_dir(self) -> Path:
+        """Where the results are written."""
+        return Path(self.output_dir) if self.output_dir else Path(self.run) / "eval"
 
     @property
     def captioned(self) -> list[ImageSourceConfig]:
@@ -182,14 +202,14 @@ class EvalConfig:
         return [source for source in self.images if source.has_captions]
 
     def __post_init__(self) -> None:
-        least = {
-            "language.num_items": self.language.num_items,
-            "language.num_documents": self.language.num_documents,
-            "captions.num_images": self.captions.num_images,
-            "generation.num_images": self.generation.num_images,
-            "generation.per_skill": self.generation.per_skill,
-            "tokenizer.num_images": self.tokenizer.num_images,
-        }
-        for name, value in least.items():
-            if value < 2:
-                raise ValueError(f"{name} is {value}; it must be at least 2")
+        for name in (
+            "language.num_items",
+            "language.num_documents",
+            "captions.num_images",
+            "generation.num_images",
+            "generation.per_skill",
+            "tokenizer.num_images",
+        ):
+            section, _, key = name.partition(".")
+            if (value := getattr(getattr(self, section), key)) < 2:
+                raise ValueError(f"{name} is {value}; use at least 2")

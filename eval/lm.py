@@ -1,4 +1,4 @@
-"""UM3 as an lm-eval model, and lm-eval's own command line with it. Importing this imports lm-eval (seconds).
+"""UM3 as an lm-eval model, and lm-eval's own command line with it. Importing this module imports lm-eval (seconds).
 
 LM_EVAL_DATA=data/bench python -m eval lm --model um3 --model_args pretrained=runs/demo/um3/model --tasks piqa
 """
@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,32 +21,37 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.journal import Journal
-from eval.tasks.lm_eval_data import TASKS, local_benchmarks, paper_tasks
+from eval.lm_eval_data import find_benchmarks, write_task_yamls
+from eval.results_cache import ResultsCache
 from um3.core.distributed import device
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.core.progress import Progress
 from um3.model.text_tokenizer import encode_texts, read_text_tokenizer
 
-CHUNK = 256  # requests between two progress lines, and between two entries of the journal
+CHUNK = 256  # requests between two progress lines, and between two entries of the cache
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @register_model("um3")
 class UM3LM(HFLM):
-    """lm-eval's own Hugging Face model; for a UM3 with three differences.
+    """lm-eval's Hugging Face model. For a UM3 it differs in three ways:
 
-    Only text ids are scored and written: the logits end, before the softmax, where the base's own entries end (all text
-    entries where there was no base), which is what `make um3-export` keeps. Every context begins with bos, as every
-    text row in training did, whether or not the tokenizer adds one. Text is encoded the way the training text was. So a
-    UM3 gets the log-likelihoods that lm-eval's `hf` gives its export. Any other model gets those that `hf` gives it.
+    - Only text ids are scored and generated. The logits are cut before the softmax after the base model's own
+      entries (all text entries without a base), which are those that `make um3-export` keeps.
+    - Every context starts with bos, as every text sequence in training did, whatever the tokenizer adds.
+    - Text is encoded as the training text was.
 
-    `journal` keeps what has been scored, so that a killed evaluation goes on where it was.
+    So a UM3 gets the log-likelihoods that lm-eval's `hf` gives its export. Any other model gets those of `hf`.
+
+    `cache` stores the scored requests, so that a killed evaluation resumes. lm-eval's own CachingLM does not resume
+    to the same bits: after a kill within a batch of 16, the remaining requests form other batches, and 7 to 14 of 599
+    log-likelihoods of the demo's ARC differed (by up to 8e-6). It also unpickles its file.
     """
 
     tokenizer: Any
 
-    def __init__(self, pretrained: Any, *, journal: Journal | None = None, **options: Any) -> None:
+    def __init__(self, pretrained: Any, *, cache: ResultsCache | None = None, **options: Any) -> None:
         try:
             super().__init__(pretrained=pretrained, **{"backend": "causal", "softmax_dtype": "float32", **options})
         except LOADING_ERRORS as error:
@@ -52,15 +59,15 @@ class UM3LM(HFLM):
                 raise
             raise _not_loadable(pretrained, error) from None
         self.ids: dict[str, Any] | None = getattr(self.model.config, "um3", None)
-        self.journal = journal
+        self.cache = cache
         self.own_max_tokens = int(options.get("max_length") or 0)
-        """The context's limit where one was given, 0 for the model's own."""
+        """The requested context length; 0 for the model's own."""
         self.num_text_ids = int(self.model.config.vocab_size)
         if self.ids:
             self.num_text_ids = int((self.ids.get("base") or {}).get("entries", self.ids["text_vocab_size"]))
             self.custom_prefix_token_id = int(self.ids["bos_id"])
             self.tokenizer = copy.deepcopy(self.tokenizer)
-            self.tokenizer.add_bos_token = True  # where lm-eval encodes by itself: contexts to write on from
+            self.tokenizer.add_bos_token = True  # where lm-eval encodes by itself: contexts of generations
 
     @classmethod
     def of(
@@ -70,18 +77,17 @@ class UM3LM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         max_tokens: int = 0,
-        journal: Journal | None = None,
+        cache: ResultsCache | None = None,
     ) -> "UM3LM":
-        """A model that is already loaded; contexts are cut to `max_tokens`, 0 for the model's own."""
-        # Only what is wrong, not what is going on: the progress is shown here.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        limit = max_tokens or None
-        return cls(model, tokenizer=tokenizer, batch_size=batch_size, max_length=limit, journal=journal)
+        """Wrap a loaded model; contexts are cut to `max_tokens`, 0 for the model's own."""
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # progress is shown here
+        max_length = max_tokens or None
+        return cls(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, cache=cache)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
     ) -> list[int]:
-        """Token ids; of a UM3's text alone, since bos is the context's business."""
+        """Token ids; without bos for a UM3, which `_encode_pair` adds to the context."""
         if not self.ids:
             return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
         ids = encode_texts([string], tokenizer=self.tokenizer)[0]
@@ -95,7 +101,7 @@ class UM3LM(HFLM):
         return super()._model_call(inps, *args, **kwargs)[..., : self.num_text_ids]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **kwargs: Any) -> list[Any]:
-        """lm-eval's, but a continuation longer than the context window is scored piece by piece, not refused."""
+        """lm-eval's, but a continuation longer than the context window is scored in pieces; lm-eval refuses it."""
         half = max(1, self.max_length // 2)
         pieces, counts = [], []
         for text, context_ids, ids in requests:
@@ -111,7 +117,7 @@ class UM3LM(HFLM):
         return results
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation and whether greedy decoding would give it."""
+        """Log-probability of each continuation, and whether greedy decoding would generate it."""
         scored = self._in_chunks(requests, super().loglikelihood, kind="choices")
         return [(float(value), bool(greedy)) for value, greedy in scored]
 
@@ -125,33 +131,33 @@ class UM3LM(HFLM):
         return super()._model_generate(context, max_length, stop, **options)
 
     def _in_chunks(self, requests: Sequence[Instance], score: Callable[..., list[Any]], *, kind: str) -> list[Any]:
-        """`score` in pieces, longest requests first, so that the remaining time is over- rather than underestimated.
+        """`score` in chunks, longest requests first, so that the remaining time is not underestimated.
 
-        What the journal has is not scored again. The pieces are the same with and without it, so that the values are
-        the same to the last bit.
+        Chunks in the cache are not scored again. They do not depend on the cache, so the values are the same to
+        the last bit.
         """
         order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index].args)))
-        pieces = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
-        journal = self.journal or Journal()
-        keys = [journal.key(kind, [requests[index].args for index in piece]) for piece in pieces]
-        done = sum(len(piece) for piece, key in zip(pieces, keys, strict=True) if key in journal)
+        chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+        cache = self.cache or ResultsCache()
+        keys = [short_hash(kind, [requests[index].args for index in chunk]) for chunk in chunks]
+        done = sum(len(chunk) for chunk, key in zip(chunks, keys, strict=True) if key in cache)
         names = ", ".join(dict.fromkeys(str(request.task_name) for request in requests))
         progress = Progress(len(requests), label=f"scoring {names} {kind}", start=done)
         results: list[Any] = [None] * len(requests)
-        for piece, key in zip(pieces, keys, strict=True):
-            if key not in journal:
-                journal.add(key, score([requests[index] for index in piece], disable_tqdm=True))
-                progress.advance(len(piece))
-            for index, result in zip(piece, journal[key], strict=True):
+        for chunk, key in zip(chunks, keys, strict=True):
+            if key not in cache:
+                cache.add({key: score([requests[index] for index in chunk], disable_tqdm=True)})
+                progress.advance(len(chunk))
+            for index, result in zip(chunk, cache[key], strict=True):
                 results[index] = result
         return results
 
 
 def load_language_model(path_or_hub_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any causal language model and its tokenizer, on this process's device, in the precision it is stored in.
+    """Load any causal language model and its tokenizer to this process's device, in its stored precision.
 
     Raises:
-        UserError: nothing there, no causal language model, or weights that are missing or damaged.
+        UserError: there is no causal language model, its weights are missing or damaged, or it has no text tokenizer.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -163,8 +169,10 @@ def load_language_model(path_or_hub_id: str) -> tuple[PreTrainedModel, PreTraine
     if wrong := sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"]):
         raise UserError(f"the weights in '{path_or_hub_id}' do not fit its config.json ({wrong[0]}); write it again")
     tokenizer = read_text_tokenizer(path_or_hub_id)
-    if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # transformers makes an empty one where there are no files
-        raise UserError(f"no text tokenizer in '{path_or_hub_id}' (it makes no tokens of a text); copy the model's own")
+    if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # without files transformers makes an empty one
+        raise UserError(
+            f"no text tokenizer in '{path_or_hub_id}' (the loaded one returns no tokens); copy the model's own files"
+        )
     return model.to(device()).eval(), tokenizer
 
 
@@ -177,15 +185,26 @@ def _not_loadable(path_or_hub_id: str, error: Exception) -> UserError:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """lm-eval's command line, with the model `um3`; every task finds its data in the folder LM_EVAL_DATA first."""
+    """lm-eval's command line with the model `um3`; the paper's five tasks read their data from LM_EVAL_DATA first."""
     import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks.manager import TaskManager
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--tasks", "-t", nargs="+", default=[])
-    tasks = {name for given in parser.parse_known_args(arguments)[0].tasks for name in given.split(",")}
-    if tasks and tasks <= TASKS.keys():
-        lm_eval.tasks.TaskManager = paper_tasks
-    with local_benchmarks(os.environ.get("LM_EVAL_DATA", "")):
+    parser.add_argument("--include_path", nargs="+", default=[])
+    options, _ = parser.parse_known_args(arguments)
+    names = {name for argument in options.tasks for name in argument.split(",")}
+    data = find_benchmarks(os.environ.get("LM_EVAL_DATA", ""))
+    # The index of all of lm-eval's tasks takes 11 s; it is not needed if every requested task is local.
+    is_local = bool(names) and names <= data.keys()
+    with TemporaryDirectory() as folder:
+        write_task_yamls(Path(folder), data=data)
+        paths = [folder, *options.include_path]
+
+        def local_manager(include_path: Any = None, **settings: Any) -> TaskManager:
+            return TaskManager(include_path=paths, include_defaults=not is_local, **settings)
+
+        lm_eval.tasks.TaskManager = local_manager  # the command line has no option for either
         sys.argv = ["lm_eval", *arguments]  # where lm-eval reads its command line
         cli_evaluate()

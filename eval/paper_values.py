@@ -1,14 +1,14 @@
-"""The paper's numbers (arXiv 2502.05178) as data: shares are fractions, where the paper prints them times 100.
+"""The paper's values (arXiv 2502.05178). Shares are fractions; the paper prints them times 100.
 
-They belong to ImageNet-1k, MS-COCO and models of 1.5B parameters. Beside a value measured on other data or at another
-scale they show what the method reached, not what the value should be.
+They were measured on ImageNet-1k and MS-COCO with models of 1.5B parameters. Beside values on other data or at another
+scale they show what the method reached, not what the values should be.
 """
 
 from typing import NamedTuple
 
 
 class Reference(NamedTuple):
-    """Where a paper value was measured."""
+    """The system, data and table of a paper value."""
 
     system: str
     data: str
@@ -16,7 +16,7 @@ class Reference(NamedTuple):
 
 
 # Metrics of the five language tasks. The paper does not say whether it normalises by length. HellaSwag's 48.7 for
-# Llama-3.2-1B can only be `acc` (its `acc_norm` lies above 60); `acc_norm` for ARC and `acc` for PIQA is a choice.
+# Llama-3.2-1B can only be `acc` (its `acc_norm` is above 60); `acc_norm` for ARC and `acc` for PIQA is our choice.
 LANGUAGE_METRICS: dict[str, str] = {
     "arc_challenge": "acc_norm",
     "hellaswag": "acc",
@@ -58,7 +58,7 @@ TOKENIZERS: dict[str, dict[str, float]] = {
     "BSQViT-B-16": {"rfid": 3.81, "psnr": 24.12, "ssim": 0.6638},
 }
 
-# Ablation of the weights, stage 1 only; the fourth row is the recipe that was kept.
+# Ablation of the weights, stage 1 only; the fourth row is the final recipe.
 STAGE_1: dict[str, float] = {"zero_shot": 0.743, "rfid": 35.3, "psnr": 24.5}
 
 # Linear probe on ImageNet-1k.
@@ -68,7 +68,7 @@ LINEAR_PROBE: dict[str, dict[str, float]] = {
     "BSQViT": {"cls": 0.293, "mean": 0.254},
 }
 
-# GenEval of LlamaGen-XL trained on QLIP-B/16: the paper gives none for UM3.
+# GenEval of LlamaGen-XL trained on QLIP-B/16; the paper has none for UM3.
 GENEVAL_LLAMAGEN_QLIP: dict[str, float] = {
     "single_object": 0.91,
     "two_object": 0.59,
@@ -103,7 +103,7 @@ REFERENCES: dict[str, Reference] = {
 
 
 class PaperTable(NamedTuple):
-    """A table of the paper as it is printed: shares times 100, an empty cell where it gives no value."""
+    """A table as printed in the paper: shares times 100, an empty cell without a value."""
 
     title: str
     columns: list[str]
@@ -111,7 +111,7 @@ class PaperTable(NamedTuple):
 
 
 def tables() -> list[PaperTable]:
-    """The paper's main results, to stand beside a run's own."""
+    """The paper's main results, for comparison in a report."""
     columns = {
         "arc_challenge": "ARC-C",
         "hellaswag": "HellaSwag",

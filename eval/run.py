@@ -2,31 +2,32 @@
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.config import PARTS, STAGES, EvalConfig, PartName, TokenizerConfig
+from eval.config import PARTS, STAGES, EvalConfig, PartName
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, read_json, sha256_of
+from um3.core.files import atomic_file, read_json, sha256_of, short_hash
+from um3.core.hub import model_folder
 from um3.core.log import setup_logging
 from um3.core.progress import format_seconds, peak_memory_gib
 
 if TYPE_CHECKING:
+    from eval.scores import PartResult
     from um3.inference.pipeline import UM3Pipeline
 
-# Where things lie and how fast they are changes no value.
-FREE_KEYS = ("run", "model", "out", "parts", "num_threads", "force")
+# Paths and speed change no value.
+FREE_KEYS = ("run", "model", "output_dir", "parts", "num_threads", "force")
+DATA_KEYS = ("images", "texts")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate what a config asks for; returns at once where all of it is done already."""
+    """Evaluate what a config asks for; parts that are up to date are skipped."""
     parser = command_parser("python -m eval run", "Evaluate a run or a model.", config="optional")
     config, _ = read_config(EvalConfig, parser, section="eval", arguments=arguments)
     setup_logging()
@@ -34,32 +35,34 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluate(config: EvalConfig) -> None:
-    """Write RUN/eval/PART.json, and PART.npz with the images to look at, for every part that is not up to date.
+    """Write PART.json, and PART.npz with images for the report, for every part that is not up to date.
 
     Raises:
         UserError: a model is missing, or a part cannot be measured.
     """
     if not config.run and not config.model:
-        raise UserError("which run is to be evaluated? set run=FOLDER, such as run=runs/demo")
-    if not config.run and not config.out:
-        raise UserError("where are the results to go? set out=FOLDER, or run=FOLDER for FOLDER/eval")
-    inputs = {part: part_inputs(config, part=part) for part in PARTS if part in config.parts}
+        raise UserError("no run to evaluate; set run=FOLDER, such as run=runs/demo, or model=FOLDER")
+    if not config.run and not config.output_dir:
+        raise UserError("no folder for the results; set output_dir=FOLDER, or run=FOLDER for FOLDER/eval")
+    models = {part: model_folders(config, part=part) for part in PARTS if part in config.parts}
     config = with_sources(config)
-    load_pipeline = functools.cache(lambda: _load_pipeline(config))
-    for part, folders in inputs.items():
-        request = request_of(config, part=part, folders=folders)
-        path = out_folder(config) / f"{part}.json"
+    load_pipeline = functools.cache(_load_pipeline)
+    for part, folders in models.items():
+        request = request_hash(config, part=part, models=folders)
+        path = config.results_dir / f"{part}.json"
         if not config.force and path.exists() and read_json(path).get("request") == request:
             print(f"{part}: {path} is up to date")
             continue
-        _run_part(config, part=part, load_pipeline=load_pipeline, folders=folders, request=request)
+        began = time.monotonic()
+        result = _evaluate_part(config, part=part, models=folders, load_pipeline=load_pipeline, request=request)
+        _write_part(config, part=part, result=result, request=request, seconds=time.monotonic() - began)
 
 
 def with_sources(config: EvalConfig) -> EvalConfig:
-    """The config with the run's own sources where it names none.
+    """Add the sources that the run was trained on where the config lists none.
 
     Raises:
-        UserError: the run does not say what it was trained on, or no source has the captions that a part needs.
+        UserError: the run's sources are unknown, or no source has captions that a part needs.
     """
     from data_mix.sources.image_sources import ImageSourceConfig
     from data_mix.sources.text import TextSourceConfig
@@ -71,159 +74,118 @@ def with_sources(config: EvalConfig) -> EvalConfig:
     if not texts and "language" in config.parts and config.run:
         texts = trained_on(config.run, phase="um3", key="texts", kind=TextSourceConfig)
     config = dataclasses.replace(config, images=images, texts=texts)
-    if (asking := sorted({"captions", "generation"} & set(config.parts))) and not config.captioned:
-        raise UserError(f"no image source has captions, which {asking[0]} needs; add one, or set parts without it")
+    if (parts := sorted({"captions", "generation"} & set(config.parts))) and not config.captioned:
+        raise UserError(f"the part {parts[0]} needs captions, but no image source has any; add one or set parts=")
     return config
 
 
-def out_folder(config: EvalConfig) -> Path:
-    """Where the results go."""
-    return Path(config.out) if config.out else Path(config.run) / "eval"
-
-
-def part_inputs(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
-    """The model folders a part is measured on, by name.
+def model_folders(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
+    """The model folders that a part measures, by name.
 
     Raises:
-        UserError: none is there; the message names the phase that makes it.
+        UserError: a model is missing; the message names the phase that trains it.
     """
     if part == "tokenizer":
-        named = {name: Path(path) for name, path in config.tokenizer.stages.items()}
-        found = named or {stage: Path(config.run) / stage / "model" for stage in STAGES}
-        found = {name: path for name, path in found.items() if named or (path / "config.json").is_file()}
-        if not found:
+        if named := config.tokenizer.stages:
+            return {name: model_folder(path, kind="visual tokenizer") for name, path in named.items()}
+        folders = {stage: Path(config.run) / stage / "model" for stage in STAGES}
+        trained = {stage: folder for stage, folder in folders.items() if (folder / "config.json").is_file()}
+        if not trained:
             raise UserError(f"no visual tokenizer in {config.run}/stage1 or stage2; run make stage1 first")
-        absent = [path for path in found.values() if not (path / "config.json").is_file()]
-        if absent:
-            raise UserError(f"no visual tokenizer in {absent[0]}; correct tokenizer.stages")
-        return found
-    folder = model_folder(config)
-    if part == "language" and config.model:
-        return {"model": downloaded(config.model)}
+        return trained
+    if config.model:
+        return {"um3": model_folder(config.model, kind="language model" if part == "language" else "UM3 model")}
+    folder = Path(config.run) / "um3" / "model"
     if not (folder / "config.json").is_file():
         raise UserError(f"no UM3 model in {folder}; run make um3 first, or set parts=[tokenizer]")
     return {"um3": folder}
 
 
-def model_folder(config: EvalConfig) -> Path:
-    """The UM3 model's folder."""
-    return Path(config.model) if config.model else Path(config.run) / "um3" / "model"
+def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path]) -> str:
+    """Hash everything that the values of a part depend on: settings, the models' weights and JSON files, data files."""
+    from data_mix.sources.fingerprint import source_fingerprint
+    from data_mix.sources.image_sources import ImageSourceConfig
+    from eval.tasks.classification_data import file_states
 
-
-def downloaded(path_or_hub_id: str) -> Path:
-    """The folder of a language model: itself, or where the hub's files are kept.
-
-    Raises:
-        UserError: a folder without a model, or no such hub id (or no hub).
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if Path(path_or_hub_id).exists():
-        if not (Path(path_or_hub_id) / "config.json").is_file():
-            raise UserError(f"no language model in {path_or_hub_id} (no config.json); correct the model's folder")
-        return Path(path_or_hub_id)
-    try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"no language model '{path_or_hub_id}': it is no folder, and no hub id that can be reached ({reason})"
-        ) from None
-
-
-def request_of(config: EvalConfig, *, part: PartName, folders: dict[str, Path]) -> str:
-    """What a part was asked for, in a few characters: its settings, the models' weights and .json files, and the
-    data's files."""
-    from data_mix.sources.fingerprint import origin
-
-    values = {key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}
-    values = {key: value for key, value in values.items() if key not in PARTS or key == part}
-    values.pop("images" if part == "language" else "texts")
-    models = {
+    skipped = {*FREE_KEYS, *DATA_KEYS, *PARTS} - {part}
+    settings = {key: value for key, value in to_dict(config).items() if key not in skipped}
+    weights = {
         name: [sha256_of(file) for file in sorted(folder.rglob("*")) if file.suffix in (".safetensors", ".json")]
-        for name, folder in folders.items()
+        for name, folder in models.items()
     }
     sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
-    data: list[Any] = [origin(source) for source in sources.get(part, config.captioned)]
-    if part == "language" and config.language.benchmarks:
-        files = [file for file in sorted(Path(config.language.benchmarks).rglob("*")) if file.is_file()]
-        data += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    data = [source_fingerprint(source) for source in sources.get(part, config.captioned)]
+    paths = [config.language.benchmarks] if part == "language" else []
     if part == "tokenizer":
-        data.append(_files_read(config.tokenizer))
-    described = json.dumps([part, values, models, data], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def _files_read(part: TokenizerConfig) -> dict[str, Any]:
-    """What the tokenizer part reads besides models and images, each in a few characters; nothing of what is missing."""
-    from data_mix.sources.fingerprint import origin
-    from data_mix.sources.image_sources import ImageSourceConfig
-    from eval.tasks.classification_data import listing_sha256
-
-    folders = [str(Path(own.path) / split) for own in part.classification for split in ("train", "val")]
-    tables = [own for own in part.classification if own.label_column]
-    texts = [file for own in part.classification for file in (own.class_names, own.templates)]
-    texts += [_source_file(target) for target in part.others.values()]
-    weights = [Path(file) for file in (part.perceptual.backbone, part.perceptual.heads)]
-    return (
-        {folder: listing_sha256(folder) for folder in folders}
-        | {own.path: origin(ImageSourceConfig(name=own.name, path=own.path)) for own in tables}
-        | {file: sha256_of(file) for file in texts if Path(file).is_file()}
-        | {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights if file.is_file()}
-    )
+        classification = config.tokenizer.classification
+        tables = [ImageSourceConfig(name=table.name, path=table.path) for table in classification if table.label_column]
+        data += [source_fingerprint(table) for table in tables]
+        paths = [path for labelled in classification for path in (labelled.class_names, labelled.templates)]
+        paths += [labelled.path for labelled in classification if not labelled.label_column]
+        paths += [config.tokenizer.perceptual.backbone, config.tokenizer.perceptual.heads]
+        paths += [_source_file(target) for target in config.tokenizer.external.values()]
+    return short_hash(part, settings, weights, data, [file_states(path) for path in paths])
 
 
 def _source_file(target: str) -> str:
-    """The file of the module in package.module:function; empty if it has none."""
+    """The source file of the module in package.module:function; empty if it is not found."""
     try:
-        found = importlib.util.find_spec(target.partition(":")[0])
-    except (ImportError, ValueError):  # said when it is opened
+        spec = importlib.util.find_spec(target.partition(":")[0])
+    except (ImportError, ValueError):  # reported when the tokenizer is opened
         return ""
-    return (found and found.origin) or ""
+    return (spec and spec.origin) or ""
 
 
-def _load_pipeline(config: EvalConfig) -> "UM3Pipeline":
+def _load_pipeline(folder: Path) -> "UM3Pipeline":
     from um3.core.distributed import device
     from um3.inference.pipeline import UM3Pipeline
 
-    return UM3Pipeline.from_pretrained(model_folder(config), device=device())
+    return UM3Pipeline.from_pretrained(folder, device=device())
 
 
-def _run_part(
+def _evaluate_part(
     config: EvalConfig,
     *,
     part: PartName,
-    load_pipeline: Callable[[], "UM3Pipeline"],
-    folders: dict[str, Path],
+    models: dict[str, Path],
+    load_pipeline: Callable[[Path], "UM3Pipeline"],
     request: str,
-) -> None:
-    import numpy as np
+) -> "PartResult":
     import torch
     from transformers.utils.logging import disable_progress_bar
-
-    from eval.scores import write_scores
-    from eval.tasks import parts
-    from eval.tasks import tokenizer as tokenizer_part
-    from um3.core.provenance import commit, machine, versions
 
     disable_progress_bar()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    out, began = out_folder(config), time.monotonic()
     if part == "tokenizer":
-        result = tokenizer_part.tokenizer(config, stages=folders)
-    elif part == "language":
-        result = parts.language(config, model=str(next(iter(folders.values()))), folder=out, request=request)
-    elif part == "captions":
-        result = parts.captions(config, pipeline=load_pipeline())
-    else:
-        result = parts.generation(config, pipeline=load_pipeline())
-    with atomic_file(out / f"{part}.npz") as partial, partial.open("wb") as file:
+        from eval.tasks.tokenizer import evaluate_tokenizers
+
+        return evaluate_tokenizers(config, stages=models)
+    (folder,) = models.values()
+    if part == "language":
+        from eval.tasks.language import evaluate_language
+
+        return evaluate_language(config, model=folder, request=request)
+    if part == "captions":
+        from eval.tasks.captions import evaluate_captions
+
+        return evaluate_captions(config, pipeline=load_pipeline(folder))
+    from eval.tasks.generation import evaluate_generation
+
+    return evaluate_generation(config, model=folder, pipeline=load_pipeline(folder))
+
+
+def _write_part(config: EvalConfig, *, part: PartName, result: "PartResult", request: str, seconds: float) -> None:
+    import numpy as np
+
+    from eval.scores import write_scores
+    from um3.core.provenance import commit, machine, versions
+
+    path = config.results_dir / f"{part}.json"
+    with atomic_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **result.images)  # type: ignore[arg-type]
-    seconds = time.monotonic() - began
     write_scores(
-        out / f"{part}.json",
+        path,
         result.scores,
         samples=result.samples,
         request=request,
@@ -235,4 +197,4 @@ def _run_part(
         machine=machine(),
     )
     measured = sum(score.value is not None for score in result.scores)
-    print(f"{part}: {measured} values of {len(result.scores)} rows in {format_seconds(seconds)} -> {out / part}.json")
+    print(f"{part}: {measured} values in {len(result.scores)} rows, took {format_seconds(seconds)} -> {path}")

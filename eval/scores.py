@@ -1,13 +1,11 @@
-"""A number that leaves `eval/` is a `Score`: value, sample count, seed, protocol, commit, and the paper's value.
+"""The results of an evaluation: a `Score` is one row (value, count, seed, protocol, commit, the paper's value).
 
-A measurement that could not be made is a row as well, without a value and with a note that says why, so that a
-report never looks complete because something is missing.
+A metric that could not be computed is a row without a value, with the reason in its note. A report therefore never
+looks complete because a row is missing.
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +13,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from um3.core import provenance
 from um3.core.errors import UserError
-from um3.core.files import read_json, write_json
+from um3.core.files import read_json, short_hash, write_json
 
 Unit = Literal["%", "x100", "dB", ""]
 RESAMPLES = 1000
 LEVEL = 0.95
+SHOWN_IMAGES = 64
+"""Images of each kind that a part keeps for the report."""
 
 
 class Interval(NamedTuple):
-    """Ends of a confidence interval; None where there is none to give."""
+    """The ends of a confidence interval; both are None if it cannot be estimated."""
 
     low: float | None
     high: float | None
@@ -35,20 +36,23 @@ class Interval(NamedTuple):
 def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None) -> Interval:
     """The 95 % percentile bootstrap interval of sum(values) / sum(weights), by default of the mean.
 
-    The items are drawn 1,000 times with replacement from a fixed seed: equal items give an equal interval. Items that
-    are all alike (or fewer than two) give none, since resampling them shows no spread although more items might.
+    The items are resampled 1,000 times with a fixed seed, so equal items give an equal interval. Identical items, or
+    fewer than two, have no interval: resampling them shows no spread.
+
+    Raises:
+        ValueError: different numbers of values and weights.
     """
-    array = np.asarray(values, dtype=np.float64)
-    share = np.ones_like(array) if weights is None else np.asarray(weights, dtype=np.float64)
-    if array.shape != share.shape:
-        raise ValueError(f"{array.size} values and {share.size} weights; each value needs its own")
-    if len(np.unique(array / share)) < 2:
+    items = np.asarray(values, dtype=np.float64)
+    item_weights = np.ones_like(items) if weights is None else np.asarray(weights, dtype=np.float64)
+    if items.shape != item_weights.shape:
+        raise ValueError(f"{items.size} values and {item_weights.size} weights; give one weight per value")
+    if len(np.unique(items / item_weights)) < 2:
         return Interval(None, None)
-    generator, drawn = np.random.default_rng(0), np.empty(RESAMPLES)
+    generator, means = np.random.default_rng(0), np.empty(RESAMPLES)
     for index in range(RESAMPLES):
-        chosen = generator.integers(array.size, size=array.size)
-        drawn[index] = array[chosen].sum() / share[chosen].sum()
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        resampled = generator.integers(items.size, size=items.size)
+        means[index] = items[resampled].sum() / item_weights[resampled].sum()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 
@@ -59,15 +63,16 @@ def _commit() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One measured value. Shares (accuracies, BLEU, CIDEr, ...) are fractions; the units "%" and "x100" only
-    say how to show them.
+    """One measured value. Accuracies, BLEU, CIDEr and the like are fractions; "%" and "x100" only format them.
 
-    `n` counts what was scored and `skipped` what was asked for and could not be scored; `protocol` holds every setting
-    that two values must share to be comparable. `low` and `high` are the ends of the 95 % interval (`bootstrap`), None
-    where the value is no mean over items (a Frechet distance).
+    Args:
+        n: the number of scored items; `skipped` counts the requested items that could not be scored.
+        protocol: every setting that two values must share to be comparable.
+        paper: the value in the paper, in the same unit.
+        low, high: the 95 % interval (`bootstrap`); None if the value is not a mean over items (a Frechet distance).
 
     Raises:
-        ValueError: a value that is not finite, no value and no note that says why, or half an interval.
+        ValueError: a value that is not finite, a missing value without a note, or an incomplete interval.
     """
 
     task: str
@@ -88,14 +93,12 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.value is None and not self.note:
-            raise ValueError(f"{self.key} has no value and no note that says why")
+            raise ValueError(f"{self.key} has neither a value nor a note with the reason")
         if self.value is not None and not math.isfinite(self.value):
-            raise ValueError(f"{self.key} = {self.value} is no number to report; give None and a note")
+            raise ValueError(f"{self.key} = {self.value} is not finite; pass None and a note")
         ends = [end for end in (self.low, self.high) if end is not None]
         if len(ends) == 1 or not all(map(math.isfinite, ends)) or ends != sorted(ends):
-            raise ValueError(
-                f"{self.key} has the interval {self.low} to {self.high}; give both ends, in order, or none"
-            )
+            raise ValueError(f"{self.key} has the interval {self.low} to {self.high}; pass both ends in order, or none")
 
     @property
     def key(self) -> str:
@@ -104,12 +107,11 @@ class Score:
 
     @property
     def protocol_hash(self) -> str:
-        """Short sha256 of the protocol and the version: equal hashes were measured the same way."""
-        text = json.dumps([self.version, self.protocol], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Values with equal hashes were measured the same way."""
+        return short_hash(self.version, self.protocol)
 
     def shown(self, value: float | None = None) -> str:
-        """`value` (the row's own by default) as it is printed; a dash where there is none."""
+        """Format `value` (by default the row's own) in the row's unit; a dash without a value."""
         value = self.value if value is None else value
         if value is None:
             return "–"
@@ -122,7 +124,7 @@ class Score:
         return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
     def shown_interval(self) -> str:
-        """The 95 % interval as it is printed, in the value's unit; empty where there is none."""
+        """Format the 95 % interval in the row's unit; empty without one."""
         if self.low is None or self.high is None:
             return ""
         low, high = (self.shown(end).removesuffix(f" {self.unit}") for end in (self.low, self.high))
@@ -140,37 +142,40 @@ class Score:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the rows of one measurement share: the task's name, the seed, and the settings of its protocol."""
+    """The fields that the rows of one measurement share: task, seed and protocol."""
 
     task: str
     seed: int
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def named(self, task: str) -> "Measurement":
-        """The same for another task."""
+        """A copy for another task."""
         return dataclasses.replace(self, task=task)
 
     def with_protocol(self, **settings: Any) -> "Measurement":
-        """The same with further settings."""
+        """A copy with further settings in its protocol."""
         return dataclasses.replace(self, protocol=self.protocol | settings)
 
     def score(self, metric: str, value: float | None, *, n: int, **fields: Any) -> Score:
-        """A row of it."""
+        """A row with this value."""
         return Score(task=self.task, metric=metric, value=value, n=n, seed=self.seed, protocol=self.protocol, **fields)
 
     def mean(self, metric: str, values: Sequence[float], **fields: Any) -> Score:
-        """The row of the mean of one value per item, with its interval."""
+        """A row with the mean of one value per item, and its interval."""
         interval = bootstrap(values)
         return self.score(metric, float(np.mean(values)), n=len(values), **interval._asdict(), **fields)
 
     def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
-        """A row without a value, for the reason in `note`."""
+        """A row without a value; `note` gives the reason."""
         return self.score(metric, None, n=0, note=note, **fields)
 
 
-def texts_sha256(texts: Sequence[str]) -> str:
-    """Names a list of texts: scores over equal lists may be compared."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+class PartResult(NamedTuple):
+    """The result of a part of an evaluation: rows, JSON-ready samples, and uint8 images (N, H, W, 3) by name."""
+
+    scores: list[Score]
+    samples: dict[str, Any]
+    images: dict[str, NDArray]
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:
@@ -182,18 +187,18 @@ def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = No
     rows = list(scores)
     keys = [score.key for score in rows]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ValueError(f"{path}: two rows are named {twice[0]}; a key belongs to one value")
+        raise ValueError(f"{path}: two rows have the key {twice[0]}; keys must be unique")
     write_json(path, {"scores": [score.to_dict() for score in rows], "samples": samples, **more})
 
 
 def read_scores(path: str | Path) -> list[Score]:
-    """The rows of a file written by `write_scores`.
+    """Read the rows of a file written by `write_scores`.
 
     Raises:
-        UserError: no such file, or not one of ours.
+        UserError: the file is missing, or is not a file of scores.
     """
     content = read_json(path)
     try:
         return [Score.from_dict(row) for row in content["scores"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no scores ({error}); delete it and run the evaluation again") from None
+        raise UserError(f"{path} is not a file of scores ({error}); delete it and run make eval again") from None

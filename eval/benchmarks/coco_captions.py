@@ -1,63 +1,63 @@
-"""`python -m eval coco-captions model=FOLDER references=FILE images=FOLDER`: captions of images, against references.
+"""`python -m eval coco-captions model=FOLDER references=FILE images=FOLDER output=FILE.json`: caption metrics.
 
-`references` is Karpathy's dataset_coco.json, a hub set of that split, or anything else that `eval.benchmarks.references` reads.
-The model captions each image once, resumable and shared over ranks; or a file does: `captions=FILE` in COCO's result
-form ([{"image_id", "caption"}]) or with {"file", "caption"} a line.
+`references` is Karpathy's dataset_coco.json, a hub set of that split, or another form that `eval.benchmarks.references`
+lists. The model captions every image once; a killed run resumes, and the ranks of a torchrun share the images.
+`captions=FILE` scores captions from elsewhere: COCO's result form ([{"image_id", "caption"}]), or a .jsonl of objects
+with "file" and "caption".
 """
 
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.benchmarks.references import Referenced, read_references
-from eval.command import LeftOut, folder_sha256, run_command, write_result
-from eval.records import Judge, image_name, judge_name, judgements, supplied
+from eval.benchmarks.benchmark import Benchmark
+from eval.benchmarks.references import read_references
+from eval.command import model_hash, run_command
+from eval.results_cache import ImageModel
 from eval.scores import Measurement
-from um3.core.errors import UserError
+from um3.core.distributed import is_main
+from um3.core.hub import model_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PROMPT = "the image's codes, no words"
+PROMPT = "the image's codes, without text"
 STYLE = "as in training; white space collapsed"
-KEPT = 64  # captions that stay in the result to look at
+NUM_SAMPLES = 64  # captions that the result file shows
 
 
 @dataclass
 class CocoCaptionsConfig:
-    """Which images, who describes them, and how. COCO-Karpathy's test split has 5,000 images with 5 captions each."""
+    """The images, the captioner and its decoding. COCO-Karpathy's test split has 5,000 images with 5 captions each."""
 
     references: str = ""
     images: str = ""
-    """Folder of the images; by default they lie beside the references."""
+    """Folder of the images; the folder of `references` by default."""
     split: str = "test"
     limit: int = 0
-    """Images to caption, from the front; 0 for all. CIDEr compares over equal sets only."""
+    """Number of images to caption, in the order of the file; 0 for all. CIDEr values compare over equal sets only."""
     model: str = ""
-    """Folder of a trained UM3."""
+    """Folder or hub id of a trained UM3."""
     captions: str = ""
-    """Captions from elsewhere in the place of `model`."""
+    """File of captions to score instead of captions by `model`."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy decoding."""
     top_p: float = 1.0
     max_new_tokens: int = 64
     seed: int = 0
     batch_size: int = 64
     meteor: bool = False
-    """Needs Java."""
-    out: str = ""
-    """File of the result."""
+    """Compute METEOR, which needs Java."""
+    output: str = ""
+    """Result file (JSON)."""
 
     def __post_init__(self) -> None:
         if not self.references:
             raise ValueError("set references=FILE, such as Karpathy's dataset_coco.json")
         if bool(self.model) == bool(self.captions):
             raise ValueError("set either model=FOLDER of a trained UM3 or captions=FILE")
-        if not self.out:
-            raise ValueError("set out=FILE.json for the result")
+        if not self.output:
+            raise ValueError("set output=FILE.json for the result")
 
     def decoding(self) -> dict[str, Any]:
         """Everything besides model, image and seed that a caption depends on."""
@@ -66,70 +66,57 @@ class CocoCaptionsConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Caption and score."""
+    """Caption images and score the captions."""
     about = "Captions of images against references: BLEU, METEOR, ROUGE-L, CIDEr."
     run_command(CocoCaptionsConfig, coco_captions, name="coco-captions", about=about, arguments=arguments)
 
 
 def coco_captions(config: CocoCaptionsConfig) -> None:
-    """Caption what has no caption yet, score, write the rows.
+    """Caption the images that have no caption yet, score all captions, and write the scores.
 
     Raises:
         UserError: no such model, references or captions.
     """
     from eval.metrics.captions import caption_scores
 
-    began, left_out = time.monotonic(), LeftOut()
-    if config.model and not (Path(config.model) / "config.json").is_file():
-        raise UserError(f"no UM3 model in {config.model}; run make um3 first, or set model=FOLDER")
+    model = model_hash(model_folder(config.model, kind="UM3 model")) if config.model else ""
+    benchmark = Benchmark(config, Measurement("coco_captions", config.seed, {"split": config.split}))
+    skipped = benchmark.skipped
     images = read_references(
-        config.references, images=config.images, split=config.split, limit=config.limit, left_out=left_out
+        config.references, images=config.images, split=config.split, limit=config.limit, skipped=skipped
     )
-    protocol: dict[str, Any] = {"split": config.split}
-    if config.model:
-        protocol, pins = protocol | config.decoding(), {"model_sha256": folder_sha256(config.model)}
-        found = write_captions(config, images=images, left_out=left_out)
-        if found is None:
-            return None
-    else:
-        protocol, pins = protocol | {"captions": "supplied"}, {"captions_sha256": image_name(Path(config.captions))}
-        found = read_captions(config.captions, images=images, left_out=left_out)
-    scored = [each for each in images if each.name in found]
-    captions = [found[each.name] for each in scored]
-    references = [each.references for each in scored]
-    of = Measurement("coco_captions", config.seed, protocol)
-    rows = caption_scores(
-        captions,
-        references=references,
-        of=of,
-        skipped=left_out.count,
+    decoding = config.decoding()
+    benchmark.add_protocol(**(decoding if model else {"captions": "supplied"}))
+    benchmark.pins |= {"model_sha256": model} if model else {}
+    captions = benchmark.results(
+        {image.name: image.image for image in images},
+        protocol=[model, decoding, config.seed if config.temperature else 0],
+        open_model=lambda: _open_model(config),
+        label="caption images",
+        batch_size=config.batch_size,
+        supplied=config.captions,
+        field="caption",
+        ids={image.name: image.image_id for image in images},
+    )
+    if not is_main():
+        return
+    scored = [image for image in images if image.name in captions]
+    scores = caption_scores(
+        [captions[image.name] for image in scored],
+        references=[image.references for image in scored],
+        of=benchmark.measurement,
+        skipped=skipped.count,
         meteor=config.meteor,
-        left_out=left_out.note(),
+        note=skipped.note(),
     )
     samples = [
-        {"file": each.name, "caption": caption, "references": each.references}
-        for each, caption in list(zip(scored, captions, strict=True))[:KEPT]
+        {"file": image.name, "caption": captions[image.name], "references": image.references}
+        for image in scored[:NUM_SAMPLES]
     ]
-    common: dict[str, Any] = {"left_out": left_out, "began": began, "pins": pins}
-    return write_result(config.out, rows, config=config, samples=samples, **common)
+    benchmark.write(scores, samples=samples)
 
 
-def write_captions(
-    config: CocoCaptionsConfig, *, images: Sequence[Referenced], left_out: LeftOut
-) -> dict[str, str] | None:
-    """The model's caption of every readable image; None on all ranks but the first."""
-    return judgements(
-        {each.name: each.image for each in images},
-        stem=Path(config.out).with_suffix(".captions"),
-        made_by=judge_name(folder_sha256(config.model), config.decoding(), config.seed if config.temperature else 0),
-        open_judge=lambda: _open_model(config),
-        label="caption images",
-        left_out=left_out,
-        batch_size=config.batch_size,
-    )
-
-
-def _open_model(config: CocoCaptionsConfig) -> Judge:
+def _open_model(config: CocoCaptionsConfig) -> ImageModel:
     from transformers.utils.logging import disable_progress_bar
 
     from um3.core.distributed import device
@@ -141,34 +128,8 @@ def _open_model(config: CocoCaptionsConfig) -> Judge:
     options: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
     options |= {"max_new_tokens": config.max_new_tokens}
 
-    def caption(files: Sequence[str], images: "Sequence[Image.Image]") -> list[str]:
-        # Of each image's name, so that its random numbers are its own wherever a run was stopped.
-        seeds = [derive_seed(config.seed, "caption", file) for file in files]
+    def caption(names: Sequence[str], images: "Sequence[Image.Image]") -> list[str]:
+        seeds = [derive_seed(config.seed, "caption", name) for name in names]
         return list(pipeline.caption(images, seeds=seeds, batch_size=config.batch_size, **options))
 
     return caption
-
-
-def read_captions(path: str, *, images: Sequence[Referenced], left_out: LeftOut) -> dict[str, str]:
-    """Captions from a file by the images' names: {"file", "caption"} a line, or COCO's list of results.
-
-    Raises:
-        UserError: no such file, or one of neither form.
-    """
-    names = [each.name for each in images]
-    if not path.endswith(".json"):
-        return supplied(path, field="caption", files=names, left_out=left_out)
-    try:
-        results = json.loads(Path(path).read_bytes())
-        found = {str(each.get("image_id", each.get("file"))): str(each["caption"]) for each in results}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        form = '[{"image_id": ..., "caption": ...}, ...]'
-        raise UserError(f"{path} cannot be read as {form} ({type(error).__name__}: {error})") from None
-    captions = {each.name: _caption_of(each, found) for each in images}
-    for name in [name for name, caption in captions.items() if caption is None]:
-        left_out.add("no caption supplied", name)
-    return {name: caption for name, caption in captions.items() if caption is not None}
-
-
-def _caption_of(image: Referenced, found: Mapping[str, str]) -> str | None:
-    return found.get(image.name, found.get(image.image_id))

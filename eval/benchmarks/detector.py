@@ -1,20 +1,21 @@
-"""Objects in images for GenEval, without mmdet: a Mask2Former of transformers, and a CLIP that names colours.
+"""Object detection for GenEval without mmdet: a transformers Mask2Former, and a CLIP that classifies colours.
 
-GenEval's own detector is mmdet's Mask2Former (Swin-S, COCO instances). This is the same network and post-processing
-from transformers' weights, so scores carry its name; no claim is made that every box is mmdet's.
+GenEval's own detector is mmdet's Mask2Former (Swin-S, COCO instances). This is the same network with the same
+post-processing and transformers' weights. Scores name it in their protocol, since single boxes may differ from mmdet's.
 
 Shapes: Q queries, K classes, N objects, H height, W width.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 
-from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, Box, Demand, Found, chosen, confident
+from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, Box, DetectedObject, Requirement, confident, members_of
 from eval.metrics.clipscore import Clip
 from um3.core.distributed import device
 from um3.core.errors import UserError
@@ -39,8 +40,8 @@ COLOUR_TEMPLATES = (
 )
 
 
-class Detected(NamedTuple):
-    """An object with its mask, bool (H, W)."""
+class Instance(NamedTuple):
+    """A segmented object; `mask` is bool (H, W)."""
 
     name: str
     score: float
@@ -48,61 +49,55 @@ class Detected(NamedTuple):
     mask: NDArray
 
 
-class Detector(Protocol):
-    """Finds COCO's objects."""
-
-    def detect(self, image: Image.Image) -> list[Detected]:
-        """All objects surer than GenEval's lower threshold."""
-        ...
-
-
 class Mask2Former:
-    """A Mask2Former of COCO instances from a folder or the hub, read out the way mmdet reads its own."""
+    """A Mask2Former of COCO instances from a folder or the hub, with mmdet's post-processing."""
 
     def __init__(self, path: str) -> None:
-        """Load it.
+        """Load the model at `path`.
 
         Raises:
-            UserError: no such model, or one of other classes than COCO's 80.
+            UserError: no such model, or one with other classes than COCO's 80.
         """
         from transformers import Mask2FormerForUniversalSegmentation
         from transformers.models.mask2former import Mask2FormerImageProcessorPil
 
-        try:
+        remedy = "set detector= to facebook/mask2former-swin-small-coco-instance or its folder"
+        try:  # not through um3.core.hub.model_folder: published judges may have .bin weights only
             model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(path)
             self.processor: Any = Mask2FormerImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:160]
-            remedy = "give the folder of facebook/mask2former-swin-small-coco-instance"
             raise UserError(f"no Mask2Former at '{path}' ({reason}); {remedy}") from None
         if model.config.num_labels != len(CLASSES):
-            raise UserError(f"{path} tells {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)}")
+            raise UserError(
+                f"{path} has {model.config.num_labels} classes; GenEval needs COCO's {len(CLASSES)}; {remedy}"
+            )
         self.model = model.eval().to(device())
 
     @torch.inference_mode()
-    def detect(self, image: Image.Image) -> list[Detected]:
-        """The surest pairs of query and class; a pair's score is its class's probability times its mask's."""
+    def detect(self, image: Image.Image) -> list[Instance]:
+        """The pairs of query and class with the highest scores: the class's probability times the mask's mean one."""
         inputs = self.processor(images=[image], return_tensors="pt")
         output = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
-        likely_QK = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]
-        scores_N, pairs_N = likely_QK.flatten().topk(min(MAX_DETECTIONS, likely_QK.numel()))
+        probabilities_QK = output.class_queries_logits[0].float().softmax(dim=-1)[:, :-1]
+        scores_N, pairs_N = probabilities_QK.flatten().topk(min(MAX_DETECTIONS, probabilities_QK.numel()))
         pairs_N, scores_N = pairs_N[scores_N > THRESHOLD], scores_N[scores_N > THRESHOLD]
         if not len(pairs_N):
             return []
-        num_classes = likely_QK.shape[1]
+        num_classes = probabilities_QK.shape[1]
         masks_NHW = self._upsampled(output.masks_queries_logits[0, pairs_N // num_classes], inputs, image=image)
         inside_NHW = masks_NHW > 0
         area_N = inside_NHW.sum(dim=(1, 2))
         scores_N = scores_N * (masks_NHW.sigmoid() * inside_NHW).sum(dim=(1, 2)) / (area_N + 1e-6)
-        found = zip((pairs_N % num_classes).tolist(), scores_N.tolist(), inside_NHW.cpu().numpy(), strict=True)
+        detected = zip((pairs_N % num_classes).tolist(), scores_N.tolist(), inside_NHW.cpu().numpy(), strict=True)
         return [
-            Detected(CLASSES[label], score, _box(mask_HW), mask_HW)
-            for label, score, mask_HW in found
+            Instance(CLASSES[label], score, _box(mask_HW), mask_HW)
+            for label, score, mask_HW in detected
             if score > THRESHOLD
         ]
 
     def _upsampled(self, masks_NHW: torch.Tensor, inputs: Any, *, image: Image.Image) -> torch.Tensor:
-        """Mask logits at the image's own size: to the padded input's, without the padding, to the image's."""
+        """Resize mask logits to the padded input, cut the padding off, and resize them to the image."""
         padded = F.interpolate(
             masks_NHW[None].float(), size=inputs["pixel_values"].shape[-2:], mode="bilinear", align_corners=False
         )
@@ -119,38 +114,42 @@ def _box(mask_HW: NDArray) -> Box:
     return (float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1)
 
 
-def objects_of(image: Image.Image, *, demand: Demand, detector: Detector, clip: Clip | None) -> list[Found]:
-    """The objects of an image, with the colours of those whose colour its prompt demands."""
-    detected = detector.detect(image)
-    found = [Found(each.name, each.score, each.box) for each in detected]
-    if clip is None or not demand.asks_colour:
-        return found
-    sure, places = confident(found, tag=demand.tag), {id(each): index for index, each in enumerate(found)}
-    for group in demand.include:
-        members = [places[id(each)] for each in chosen(group, found=sure)] if group.color else []
-        crops = [cut_out(image, detected[index]) for index in members]
+def objects_of(
+    image: Image.Image, *, requirement: Requirement, detector: Mask2Former, clip: Clip | None
+) -> list[DetectedObject]:
+    """Detect the objects of an image, and classify the colour of those with a required colour."""
+    instances = detector.detect(image)
+    objects = [DetectedObject(instance.name, instance.score, instance.box) for instance in instances]
+    if clip is None or not requirement.needs_colour:
+        return objects
+    by_class = confident(objects, tag=requirement.tag)
+    index_of = {id(detected): index for index, detected in enumerate(objects)}
+    for group in requirement.include:
+        if not group.color:
+            continue
+        members = [index_of[id(member)] for member in members_of(group, by_class=by_class)]
+        crops = [cut_out(image, instances[index]) for index in members]
         for index, color in zip(members, colours_of(crops, name=group.name, clip=clip), strict=True):
-            found[index] = found[index]._replace(color=color)
-    return found
+            objects[index] = objects[index]._replace(color=color)
+    return objects
 
 
-def cut_out(image: Image.Image, detected: Detected) -> Image.Image:
-    """The object's box, everything that is not the object in grey."""
+def cut_out(image: Image.Image, instance: Instance) -> Image.Image:
+    """Crop the object's box; pixels outside its mask are grey."""
     blank = Image.new("RGB", image.size, BACKGROUND)
-    left, top, right, bottom = map(round, detected.box)
+    left, top, right, bottom = map(round, instance.box)
     box = (left, top, max(right, left + 1), max(bottom, top + 1))
-    return Image.composite(image, blank, Image.fromarray(detected.mask)).crop(box)
+    return Image.composite(image, blank, Image.fromarray(instance.mask)).crop(box)
 
 
 @torch.inference_mode()
 def colours_of(crops: list[Image.Image], *, name: str, clip: Clip) -> list[str]:
-    """The likeliest of GenEval's ten colours for each crop of an object called `name`, by CLIP without training."""
+    """Zero-shot classification of each crop of an object called `name` into GenEval's ten colours."""
     if not crops:
         return []
-    where = clip.model.device
     texts = [template.format(colour=colour, name=name) for colour in COLOURS for template in COLOUR_TEMPLATES]
-    words = clip.text_tokenizer(texts, padding=True, return_tensors="pt").to(where)
-    pixels = clip.processor(crops, return_tensors="pt")["pixel_values"].to(where)
+    words = clip.text_tokenizer(texts, padding=True, return_tensors="pt").to(clip.model.device)
+    pixels = clip.processor(crops, return_tensors="pt")["pixel_values"].to(clip.model.device)
     output = clip.model(**words, pixel_values=pixels)
     texts_KTD = F.normalize(output.text_embeds, dim=-1).unflatten(0, (len(COLOURS), len(COLOUR_TEMPLATES)))
     classes_KD = F.normalize(texts_KTD.mean(dim=1), dim=-1)

@@ -1,11 +1,11 @@
-"""DPG-Bench's rules (Hu et al. 2024): questions that depend on others, and what answers to them are worth.
+"""DPG-Bench's rules (Hu et al. 2024): how the answers to questions that depend on each other are scored.
 
-A question counts only if the questions it depends on were answered yes; the score of an image is the share of its
-questions that count and were answered yes, that of the benchmark the mean over images, prompts, times 100.
+A yes counts only if the questions that it depends on were answered with yes. An image's score is the share of its
+questions that count; the benchmark's score is 100 times the mean over images, then over prompts.
 
-`official` follows the published script in what looks like slips there, for numbers that have to compare with others':
-it leaves out the first question of the file, drops prompts in which that breaks a dependency, and takes the answers of
-a prompt's last image alone, dependencies ignored, for its categories.
+`official` repeats what look like mistakes of the published script, for numbers that compare with published ones: it
+omits the first question of the file, drops prompts in which that breaks a dependency, and computes categories from the
+answers to each prompt's last image, without dependencies.
 """
 
 import csv
@@ -21,7 +21,7 @@ COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural
 
 
 class Question(NamedTuple):
-    """A question about a prompt's image; `parents` are the numbers of those it depends on."""
+    """A question about a prompt's image; `parents` are the numbers of the questions that it depends on."""
 
     number: int
     text: str
@@ -29,15 +29,15 @@ class Question(NamedTuple):
     parents: list[int]
 
 
-class Answered(NamedTuple):
-    """A prompt's answers: for each image, whether each question (by number) was answered yes."""
+class AnsweredPrompt(NamedTuple):
+    """A prompt's questions, and for each image whether the answer to each question (by number) is yes."""
 
     questions: Sequence[Question]
     images: Sequence[Mapping[int, bool]]
 
 
 class Result(NamedTuple):
-    """Mean score of each prompt, and all the answers of each category, as shares."""
+    """The mean score of each prompt, the answers (0 or 1) of each category, and the prompts without all answers."""
 
     by_prompt: dict[str, float]
     by_category: dict[str, list[float]]
@@ -45,26 +45,26 @@ class Result(NamedTuple):
 
     @property
     def by_level_1(self) -> dict[str, list[float]]:
-        """`entity - whole` and its like under `entity`."""
-        found: dict[str, list[float]] = {}
+        """The answers by broad category: `entity - whole` counts as `entity`."""
+        broad: dict[str, list[float]] = {}
         for category, values in self.by_category.items():
-            found.setdefault(category.split("-")[0].strip(), []).extend(values)
-        return found
+            broad.setdefault(category.split("-")[0].strip(), []).extend(values)
+        return broad
 
 
 def read_questions(path: str | Path, *, official: bool = False) -> dict[str, list[Question]]:
-    """The questions of every item of dpg_bench.csv, in the order of the file.
+    """Read the questions of every item of dpg_bench.csv, in the order of the file.
 
     Raises:
-        UserError: no such file, missing columns, a row that cannot be read, or a parent that is no question.
+        UserError: no such file, missing columns, an unreadable row, or a parent that does not exist.
     """
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); give DPG-Bench's dpg_bench.csv") from None
+        raise UserError(f"{path} cannot be read ({error}); set questions= to DPG-Bench's dpg_bench.csv") from None
     if not rows or not set(COLUMNS) <= set(rows[0]):
-        raise UserError(f"{path} needs rows with {', '.join(COLUMNS)}; give DPG-Bench's dpg_bench.csv")
+        raise UserError(f"{path} needs rows with {', '.join(COLUMNS)}; set questions= to DPG-Bench's dpg_bench.csv")
     items: dict[str, list[Question]] = {}
     for line, row in enumerate(rows[1:] if official else rows, start=3 if official else 2):
         try:
@@ -84,15 +84,16 @@ def _check_parents(items: Mapping[str, Sequence[Question]], *, path: str | Path)
         numbers = {question.number for question in questions}
         for question in questions:
             if absent := set(question.parents) - numbers:
-                raise UserError(f"{path}: question {question.number} of {item} depends on {min(absent)}, which is none")
+                raise UserError(
+                    f"{path}: question {question.number} of {item} depends on {min(absent)}, which does not exist"
+                )
 
 
 def counted(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, float]:
-    """1 or 0 for each question: 0 as well where one it depends on counts 0. One pass in the order of the file, so
-    what falls takes those behind it along.
+    """1 for each question whose answer and parents count, else 0, in one pass in the order of the file.
 
     Raises:
-        KeyError: a question without an answer, or a parent that is no question.
+        KeyError: a question without an answer, or a parent that does not exist.
     """
     values = {question.number: float(answers[question.number]) for question in questions}
     for question in questions:
@@ -101,7 +102,7 @@ def counted(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[
     return values
 
 
-def evaluate(items: Mapping[str, Answered], *, official: bool = False) -> Result:
+def evaluate(items: Mapping[str, AnsweredPrompt], *, official: bool = False) -> Result:
     """Score prompts by their answers."""
     by_prompt: dict[str, float] = {}
     by_category: dict[str, list[float]] = {}
@@ -113,8 +114,8 @@ def evaluate(items: Mapping[str, Answered], *, official: bool = False) -> Result
             dropped.append(item)
             continue
         by_prompt[item] = statistics.fmean(statistics.fmean(image.values()) for image in values)
-        shown = [{n: float(yes) for n, yes in answered.images[-1].items()}] if official else values
-        for image in shown:
+        last = {number: float(is_yes) for number, is_yes in answered.images[-1].items()}
+        for image in [last] if official else values:
             for question in answered.questions:
                 by_category.setdefault(question.category, []).append(image[question.number])
     return Result(by_prompt, by_category, dropped)

@@ -1,25 +1,26 @@
-"""`python -m eval geneval images=FOLDER detector=FOLDER clip=FOLDER`: GenEval on drawn images, by its own rules.
+"""`python -m eval geneval images=FOLDER detector=FOLDER clip=FOLDER`: GenEval of generated images, by its own rules.
 
-`images` is a folder of `eval.benchmarks.generate_images` with layout=geneval, or one of GenEval's own layout. Objects come from a
-transformers Mask2Former and colours from a CLIP, image by image, resumable and shared over ranks; or from a file:
-`detections=FILE.jsonl` with {"file", "objects": [{"class", "score", "box", "color"}]} a line.
+`images` is a folder of `generate-images` with layout=geneval, or of GenEval's own layout. A transformers Mask2Former
+detects objects and a CLIP classifies their colours, once per image; a killed run resumes, and the ranks of a torchrun
+share the images. `detections=FILE.jsonl` with {"file", "objects": [{"class", "score", "box", "color"}]} on each line
+replaces both.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from eval.benchmarks.generated_images import DrawnFolder, has_manifest, read_drawn
-from eval.benchmarks.geneval_rules import SETTINGS, TAGS, Demand, Found, Verdict, read_demand, verdict
-from eval.command import LeftOut, folder_sha256, run_command, write_result
-from eval.paper_values import GENEVAL_LLAMAGEN_QLIP
-from eval.records import Judge, NoJudgeError, image_name, judge_name, judgements, supplied
-from eval.scores import Measurement, Score, bootstrap, texts_sha256
-from um3.core.distributed import is_main
+from eval.benchmarks import geneval_rules as rules
+from eval.benchmarks.benchmark import Benchmark, ScoredImagesConfig
+from eval.benchmarks.geneval_rules import TAGS, DetectedObject, Requirement, Verdict
+from eval.command import model_hash, run_command
+from eval.paper_values import GENEVAL_LLAMAGEN_QLIP as PAPER
+from eval.results_cache import ImageModel, UnavailableError
+from eval.scores import Score, bootstrap
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,142 +29,125 @@ NUM_IMAGES = 4
 NEEDS_DETECTOR = (
     "set detector= to facebook/mask2former-swin-small-coco-instance or its folder, or detections=FILE.jsonl"
 )
-NEEDS_COLOURS = "no colours; set clip= to openai/clip-vit-large-patch14 or its folder, or give a color with each object"
+NEEDS_COLOURS = "no colours; set clip= to openai/clip-vit-large-patch14 or its folder, or give each object a color"
 
 
 @dataclass
-class GenEvalConfig:
-    """Which images, and who says what is in them."""
+class GenEvalConfig(ScoredImagesConfig):
+    """The images and the models that detect objects in them."""
 
-    images: str = ""
     detector: str = ""
     """Folder or hub id of a transformers Mask2Former of COCO instances."""
     clip: str = ""
-    """Folder or hub id of the CLIP that names colours."""
+    """Folder or hub id of the CLIP that classifies colours."""
     detections: str = ""
-    """Objects from elsewhere in the place of `detector` and `clip`."""
-    out: str = ""
-    """File of the result; IMAGES.json by default."""
+    """File of objects from another program instead of `detector` and `clip`."""
 
     def __post_init__(self) -> None:
-        if not self.images:
-            raise ValueError("set images=FOLDER, as eval.benchmarks.generate_images made it with layout=geneval")
+        super().__post_init__()
         if self.detector and self.detections:
-            raise ValueError("detector and detections are both set; objects come from one of them")
-        self.out = self.out or f"{self.images.rstrip('/')}.json"
+            raise ValueError("detector and detections are both set; set one of them")
 
 
-class Drawn(NamedTuple):
-    """An image (its name below the folder) and what its prompt demands."""
+class GenEvalImage(NamedTuple):
+    """An image (its name below the folder), the folder of its prompt, and what the prompt requires."""
 
     file: str
-    place: str
-    demand: Demand
+    prompt_folder: str
+    requirement: Requirement
 
 
 def main(arguments: Sequence[str]) -> None:
     """Score a folder of images."""
-    about = "GenEval: do drawn images show the objects, numbers, colours and positions of their prompts?"
+    about = "GenEval: do images show the objects, numbers, colours and positions of their prompts?"
     run_command(GenEvalConfig, geneval, name="geneval", about=about, arguments=arguments)
 
 
 def geneval(config: GenEvalConfig) -> None:
-    """Find the objects, apply the rules, write the rows.
+    """Detect the objects, apply the rules and write the scores.
 
     Raises:
-        UserError: no images, or a model or file that is not there.
+        UserError: no images, or a missing file.
     """
-    began, left_out = time.monotonic(), LeftOut()
-    images, drawn = listed(Path(config.images), left_out=left_out)
-    of = Measurement("geneval", drawn.seed, {**drawn.protocol, **SETTINGS, "judge": judge_of(config)})
-    pins = dict(drawn.pins)
-    if config.detections:
-        pins["detections_sha256"] = image_name(Path(config.detections))
-    common: dict[str, Any] = {"config": config, "left_out": left_out, "began": began, "pins": pins}
+    Benchmark.of_images("geneval", config).run(_score, paper=PAPER, unit="%")
+
+
+def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
+    config: GenEvalConfig = benchmark.config
+    images = read_images(benchmark)
+    benchmark.add_protocol(**rules.SETTINGS, judge=_judge_name(config))
     if not config.detector and not config.detections:
-        return write_result(config.out, holes(of, note=NEEDS_DETECTOR), **common)
-    try:
-        objects = find_objects(config, images=images, left_out=left_out)
-    except NoJudgeError as error:
-        return write_result(config.out, holes(of, note=str(error)), **common) if is_main() else None
-    if objects is None:
-        return None
-    verdicts = judge(images, objects=objects)
-    has_colours = bool(config.clip) or any(each.color for given in objects.values() for each in given)
-    rows = scores(images, verdicts=verdicts, has_colours=has_colours, left_out=left_out, of=of)
-    samples = [{"file": file, **each._asdict()} for file, each in verdicts.items()]
-    return write_result(config.out, rows, samples=samples, **common)
+        raise UnavailableError(NEEDS_DETECTOR)
+    objects = find_objects(benchmark, images=images)
+    verdicts = {
+        image.file: rules.verdict(image.requirement, objects[image.file]) for image in images if image.file in objects
+    }
+    has_colours = bool(config.clip) or any(detected.color for detections in objects.values() for detected in detections)
+    rows = scores(benchmark, images=images, verdicts=verdicts, has_colours=has_colours)
+    return rows, [{"file": file, **verdict._asdict()} for file, verdict in verdicts.items()]
 
 
-def holes(of: Measurement, *, note: str) -> list[Score]:
-    """The rows where nobody can judge."""
-    return [of.missing(name, note=note, unit="%", paper=GENEVAL_LLAMAGEN_QLIP[name]) for name in (*TAGS, "mean")]
-
-
-def listed(folder: Path, *, left_out: LeftOut) -> tuple[list[Drawn], DrawnFolder]:
-    """Every image that should be there, with its demand, and what is known of the drawing.
+def read_images(benchmark: Benchmark) -> list[GenEvalImage]:
+    """List the images that the folder should contain, with their requirements.
 
     Raises:
         UserError: no such folder, or no prompt with readable metadata in it.
     """
-    if has_manifest(folder):
-        drawn = read_drawn(folder)
-        names = {prompt.files[0].split("/")[0]: prompt.files for prompt in drawn.prompts}
-    else:
-        places = sorted(file.parent.name for file in folder.glob("*/metadata.jsonl"))
-        names = {place: [f"{place}/samples/{copy:04d}.png" for copy in range(NUM_IMAGES)] for place in places}
-        drawn = DrawnFolder({"layout": "geneval", "images_per_prompt": NUM_IMAGES, "num_prompts": len(names)}, {}, [])
-    images = []
-    for place, files in names.items():
+    folder, skipped = Path(benchmark.config.images), benchmark.skipped
+    files_of = {prompt.files[0].split("/")[0]: prompt.files for prompt in benchmark.generated.prompts}
+    if not files_of:  # GenEval's own layout without a manifest
+        names = sorted(file.parent.name for file in folder.glob("*/metadata.jsonl"))
+        files_of = {name: [f"{name}/samples/{copy:04d}.png" for copy in range(NUM_IMAGES)] for name in names}
+        benchmark.add_protocol(layout="geneval", images_per_prompt=NUM_IMAGES, num_prompts=len(names))
+    images, prompts = list[GenEvalImage](), list[str]()
+    for name, files in files_of.items():
         try:
-            demand = read_demand(json.loads((folder / place / "metadata.jsonl").read_bytes()))
+            requirement = rules.read_requirement(json.loads((folder / name / "metadata.jsonl").read_bytes()))
         except FileNotFoundError:
-            left_out.add("prompt not drawn", place)
+            skipped.add("prompt without images", name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            left_out.add("unreadable metadata", f"{place}/metadata.jsonl")
+            skipped.add("unreadable metadata", f"{name}/metadata.jsonl")
         else:
-            images += [Drawn(file, place, demand) for file in files]
+            prompts.append(requirement.prompt)
+            images += [GenEvalImage(file, name, requirement) for file in files]
     if not images:
-        raise UserError(f"{folder} holds no prompt of GenEval (00000/metadata.jsonl); draw with layout=geneval first")
-    prompts_sha256 = texts_sha256(list({each.place: each.demand.prompt for each in images}.values()))
-    return images, drawn._replace(protocol={"prompts_sha256": prompts_sha256, **drawn.protocol})
-
-
-def judge_of(config: GenEvalConfig) -> str:
-    """Who says what is in the images, with the weights."""
-    if config.detections:
-        return "supplied detections"
-    detector = f"transformers Mask2Former {folder_sha256(config.detector)}" if config.detector else "none"
-    return f"{detector}, CLIP {folder_sha256(config.clip)}" if config.clip else detector
-
-
-def find_objects(config: GenEvalConfig, *, images: Sequence[Drawn], left_out: LeftOut) -> dict[str, list[Found]] | None:
-    """The objects of every image that has any said of it; None on all ranks but the first."""
-    demands = {each.file: each.demand for each in images}
-    if config.detections:
-        given = supplied(config.detections, field="objects", files=list(demands), left_out=left_out)
-    else:
-        found = judgements(
-            {file: Path(config.images) / file for file in demands},
-            stem=Path(config.out).with_suffix(".detections"),
-            made_by=judge_name(judge_of(config), SETTINGS),
-            open_judge=lambda: _open_judge(config, demands=demands),
-            label="find objects",
-            left_out=left_out,
+        raise UserError(
+            f"no 00000/metadata.jsonl of GenEval in {folder}; run generate-images with layout=geneval first"
         )
-        if found is None:
-            return None
-        given = found
+    benchmark.add_protocol(**{"prompts_sha256": short_hash(prompts), **benchmark.measurement.protocol})
+    return images
+
+
+def find_objects(benchmark: Benchmark, *, images: Sequence[GenEvalImage]) -> dict[str, list[DetectedObject]]:
+    """Detect the objects of every readable image, or read them from `config.detections`."""
+    config: GenEvalConfig = benchmark.config
+    requirements = {image.file: image.requirement for image in images}
+    results = benchmark.results(
+        {file: Path(config.images) / file for file in requirements},
+        protocol=[benchmark.measurement.protocol["judge"], rules.SETTINGS],
+        open_model=lambda: _open_detector(config, requirements=requirements),
+        label="detect objects",
+        supplied=config.detections,
+        field="objects",
+    )
     objects = {}
-    for file, values in given.items():
+    for file, detections in results.items():
         try:
-            objects[file] = [_from_json(value) for value in values]
+            objects[file] = [_from_json(detection) for detection in detections]
         except (KeyError, TypeError, ValueError):
-            left_out.add("objects without class, score and box", file)
+            benchmark.skipped.add("objects without class, score and box", file)
     return objects
 
 
-def _open_judge(config: GenEvalConfig, *, demands: Mapping[str, Demand]) -> Judge:
+def _judge_name(config: GenEvalConfig) -> str:
+    """The models that detect objects and colours, with their weights."""
+    if config.detections:
+        return "supplied detections"
+    detector = f"transformers Mask2Former {model_hash(config.detector)}" if config.detector else "none"
+    return f"{detector}, CLIP {model_hash(config.clip)}" if config.clip else detector
+
+
+def _open_detector(config: GenEvalConfig, *, requirements: Mapping[str, Requirement]) -> ImageModel:
     from eval.benchmarks.detector import Mask2Former, objects_of
     from eval.metrics.clipscore import load_clip
 
@@ -172,8 +156,8 @@ def _open_judge(config: GenEvalConfig, *, demands: Mapping[str, Demand]) -> Judg
     def detect(files: Sequence[str], images: "Sequence[Image.Image]") -> list[Any]:
         return [
             [
-                {"class": each.name, "score": each.score, "box": each.box, "color": each.color}
-                for each in objects_of(image, demand=demands[file], detector=detector, clip=clip)
+                {"class": detected.name, "score": detected.score, "box": detected.box, "color": detected.color}
+                for detected in objects_of(image, requirement=requirements[file], detector=detector, clip=clip)
             ]
             for file, image in zip(files, images, strict=True)
         ]
@@ -181,55 +165,43 @@ def _open_judge(config: GenEvalConfig, *, demands: Mapping[str, Demand]) -> Judg
     return detect
 
 
-def _from_json(value: Mapping[str, Any]) -> Found:
+def _from_json(value: Mapping[str, Any]) -> DetectedObject:
     left, top, right, bottom = map(float, value["box"])
-    return Found(str(value["class"]), float(value["score"]), (left, top, right, bottom), value.get("color") or "")
-
-
-def judge(images: Sequence[Drawn], *, objects: Mapping[str, Sequence[Found]]) -> dict[str, Verdict]:
-    """The verdict on every image whose objects are known."""
-    return {each.file: verdict(each.demand, objects[each.file]) for each in images if each.file in objects}
+    box = (left, top, right, bottom)
+    return DetectedObject(str(value["class"]), float(value["score"]), box, value.get("color") or "")
 
 
 def scores(
-    images: Sequence[Drawn],
-    *,
-    verdicts: Mapping[str, Verdict],
-    has_colours: bool,
-    left_out: LeftOut,
-    of: Measurement,
+    benchmark: Benchmark, *, images: Sequence[GenEvalImage], verdicts: Mapping[str, Verdict], has_colours: bool
 ) -> list[Score]:
-    """Share of right images for each of the six tasks, and their mean: GenEval's overall score.
+    """The share of correct images in each of the six tasks, and their mean: GenEval's overall score.
 
-    Intervals draw prompts, not images: the images of one prompt succeed and fail together.
+    Intervals resample prompts, not images: the images of one prompt succeed and fail together.
     """
-    rows, paper = list[Score](), GENEVAL_LLAMAGEN_QLIP
-    right, weight = list[float](), list[float]()  # of every prompt, as shares of its task
+    of, rows = benchmark.measurement, list[Score]()
+    shares, weights = list[float](), list[float]()  # for each prompt, as a share of its task
     for tag in TAGS:
-        asked = [each for each in images if each.demand.tag == tag]
-        judged = [each for each in asked if each.file in verdicts]
+        requested = [image for image in images if image.requirement.tag == tag]
+        judged = [image for image in requested if image.file in verdicts]
         note = "" if judged else "no image of this task was judged"
-        if judged and not has_colours and any(each.demand.asks_colour for each in asked):
+        if judged and not has_colours and any(image.requirement.needs_colour for image in requested):
             note = NEEDS_COLOURS
         if note:
-            rows.append(of.missing(tag, note=note, unit="%", paper=paper[tag]))
+            rows.append(of.missing(tag, note=note, unit="%", paper=PAPER[tag]))
             continue
-        places: dict[str, list[bool]] = {}
-        for each in judged:
-            places.setdefault(each.place, []).append(verdicts[each.file].correct)
-        own_right = [sum(given) / len(judged) for given in places.values()]
-        own_weight = [len(given) / len(judged) for given in places.values()]
-        ends = bootstrap(own_right, weights=own_weight)._asdict()
-        counted = {"n": len(judged), "skipped": len(asked) - len(judged)}
-        rows.append(of.score(tag, sum(own_right), unit="%", paper=paper[tag], **counted, **ends))
-        right, weight = right + own_right, weight + own_weight
+        by_prompt: dict[str, list[bool]] = {}
+        for image in judged:
+            by_prompt.setdefault(image.prompt_folder, []).append(verdicts[image.file].correct)
+        task_shares = [sum(correct) / len(judged) for correct in by_prompt.values()]
+        task_weights = [len(correct) / len(judged) for correct in by_prompt.values()]
+        ends = bootstrap(task_shares, weights=task_weights)._asdict()
+        counts = {"n": len(judged), "skipped": len(requested) - len(judged)}
+        rows.append(of.score(tag, sum(task_shares), unit="%", paper=PAPER[tag], **counts, **ends))
+        shares, weights = shares + task_shares, weights + task_weights
+    mean: dict[str, Any] = {"unit": "%", "paper": PAPER["mean"]}
     if absent := [row.metric for row in rows if row.value is None]:
-        note = f"needs all six tasks; missing: {', '.join(absent)}"
-        return [*rows, of.missing("mean", note=note, unit="%", paper=paper["mean"])]
-    ends = bootstrap(right, weights=weight)._asdict()
-    note = "; ".join(filter(None, ["mean of the six tasks", left_out.note()]))
-    counted = {"n": len(verdicts), "skipped": len(images) - len(verdicts)}
-    return [
-        *rows,
-        of.score("mean", sum(right) / len(TAGS), unit="%", paper=paper["mean"], note=note, **counted, **ends),
-    ]
+        return [*rows, of.missing("mean", note=f"needs all six tasks; missing: {', '.join(absent)}", **mean)]
+    mean |= bootstrap(shares, weights=weights)._asdict()
+    mean |= {"n": len(verdicts), "skipped": len(images) - len(verdicts)}
+    note = "; ".join(filter(None, ["mean of the six tasks", benchmark.skipped.note()]))
+    return [*rows, of.score("mean", sum(shares) / len(TAGS), note=note, **mean)]

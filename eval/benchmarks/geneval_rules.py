@@ -1,7 +1,7 @@
-"""GenEval's rules (Ghosh et al. 2023): does an image with these objects in it show what its prompt demands?
+"""GenEval's rules (Ghosh et al. 2023): does an image with these objects show what its prompt requires?
 
-Pure functions of the metadata line and the detected objects; thresholds and tie-breaks are those of its evaluation
-script. Boxes are (left, top, right, bottom) in pixels, y downwards.
+Pure functions of the metadata line and the detected objects. Thresholds and tie-breaks are those of GenEval's
+evaluation script. Boxes are (left, top, right, bottom) in pixels, y downwards.
 """
 
 import math
@@ -17,12 +17,12 @@ THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 OVERLAP = 0.1
-"""How much of the two sizes together is taken off the distance of two centres before it counts."""
+"""Share of both boxes' sizes that is subtracted from the offset of their centres."""
 SETTINGS = {"threshold": THRESHOLD, "counting": COUNTING_THRESHOLD, "max_objects": MAX_OBJECTS, "overlap": OVERLAP}
 
 
-class Found(NamedTuple):
-    """A detected object; `color` where its colour was asked for."""
+class DetectedObject(NamedTuple):
+    """A detected object; `color` is empty unless the prompt requires a colour."""
 
     name: str
     score: float
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a prompt wants there to be: a `number` of a class, of a colour, in a relation to an earlier group."""
+    """A required group: `number` objects of a class, perhaps of a colour, or in a relation to an earlier group."""
 
     name: str
     number: int
@@ -40,8 +40,8 @@ class Group(NamedTuple):
     target: int = 0
 
 
-class Demand(NamedTuple):
-    """A line of GenEval's metadata."""
+class Requirement(NamedTuple):
+    """A line of GenEval's metadata: the groups that must and must not be in the image."""
 
     tag: str
     prompt: str
@@ -49,96 +49,97 @@ class Demand(NamedTuple):
     exclude: list[Group]
 
     @property
-    def asks_colour(self) -> bool:
-        """Whether a colour has to be told."""
+    def needs_colour(self) -> bool:
+        """Whether a group has a required colour."""
         return any(group.color for group in self.include)
 
 
 class Verdict(NamedTuple):
-    """Whether the image is right, and everything that is wrong with it."""
+    """Whether the image is correct, and the reasons if it is not."""
 
     correct: bool
     reasons: list[str]
 
 
-def read_demand(record: Any) -> Demand:
-    """A metadata line as parsed JSON.
+def read_requirement(record: Any) -> Requirement:
+    """Read a line of the metadata, as parsed JSON.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError: another form.
     """
-    include = [_group(each, earlier=index) for index, each in enumerate(record["include"])]
-    exclude = [_group(each, earlier=0) for each in record.get("exclude", [])]
+    include = [_group(group, num_earlier=index) for index, group in enumerate(record["include"])]
+    exclude = [_group(group, num_earlier=0) for group in record.get("exclude", [])]
     if record["tag"] not in TAGS or not include:
         raise ValueError(f"tag '{record['tag']}' with {len(include)} groups")
-    return Demand(record["tag"], record["prompt"], include, exclude)
+    return Requirement(record["tag"], record["prompt"], include, exclude)
 
 
-def _group(record: Any, *, earlier: int) -> Group:
+def _group(record: Any, *, num_earlier: int) -> Group:
     color = record.get("color", "")
     relation, target = record.get("position", ("", 0))
     if color and color not in COLOURS:
         raise ValueError(f"unknown colour '{color}'")
-    if relation and (relation not in RELATIONS or not 0 <= target < earlier):
+    if relation and (relation not in RELATIONS or not 0 <= target < num_earlier):
         raise ValueError(f"unknown position '{relation}' of group {target}")
     return Group(record["class"], int(record["count"]), color, relation, target)
 
 
-def confident(objects: Sequence[Found], *, tag: str) -> dict[str, list[Found]]:
-    """The objects that count, by class, the surest first: counting asks for surer ones."""
+def confident(objects: Sequence[DetectedObject], *, tag: str) -> dict[str, list[DetectedObject]]:
+    """The objects above the task's threshold, by class, by falling score; counting has a higher threshold."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
-    found: dict[str, list[Found]] = {}
-    for each in sorted(objects, key=lambda each: -each.score):
-        if each.score > threshold:
-            found.setdefault(each.name, []).append(each)
-    return {name: group[:MAX_OBJECTS] for name, group in found.items()}
+    by_class: dict[str, list[DetectedObject]] = {}
+    for detected in sorted(objects, key=lambda detected: -detected.score):
+        if detected.score > threshold:
+            by_class.setdefault(detected.name, []).append(detected)
+    return {name: objects[:MAX_OBJECTS] for name, objects in by_class.items()}
 
 
-def chosen(group: Group, *, found: Mapping[str, Sequence[Found]]) -> list[Found]:
-    """The objects that stand for a group: as many of the surest of its class as are asked for."""
-    return list(found.get(group.name, []))[: group.number]
+def members_of(group: Group, *, by_class: Mapping[str, Sequence[DetectedObject]]) -> list[DetectedObject]:
+    """The objects that form a group: the required number of its class with the highest scores."""
+    return list(by_class.get(group.name, []))[: group.number]
 
 
-def verdict(demand: Demand, objects: Sequence[Found]) -> Verdict:
+def verdict(requirement: Requirement, objects: Sequence[DetectedObject]) -> Verdict:
     """Judge an image by its objects."""
-    found, reasons = confident(objects, tag=demand.tag), list[str]()
-    matched: list[list[Found] | None] = []
-    for group in demand.include:
-        members = chosen(group, found=found)
-        wrong = _complaint(group, members=members, matched=matched)
-        reasons += [wrong] if wrong else []
-        matched.append(None if wrong else members)
-    for group in demand.exclude:
-        if (count := len(found.get(group.name, []))) >= group.number:
+    by_class, reasons = confident(objects, tag=requirement.tag), list[str]()
+    matched: list[list[DetectedObject] | None] = []
+    for group in requirement.include:
+        members = members_of(group, by_class=by_class)
+        reason = _fault(group, members=members, matched=matched)
+        reasons += [reason] if reason else []
+        matched.append(None if reason else members)
+    for group in requirement.exclude:
+        if (count := len(by_class.get(group.name, []))) >= group.number:
             reasons.append(f"expected fewer than {group.number} {group.name}, found {count}")
     return Verdict(not reasons, reasons)
 
 
-def _complaint(group: Group, *, members: Sequence[Found], matched: Sequence[Sequence[Found] | None]) -> str:
-    """What is wrong with a group; empty when nothing is."""
+def _fault(
+    group: Group, *, members: Sequence[DetectedObject], matched: Sequence[Sequence[DetectedObject] | None]
+) -> str:
+    """The reason why a group fails; empty if it does not."""
     if len(members) < group.number:
         return f"expected {group.number} {group.name}, found {len(members)}"
-    if group.color and (right := sum(each.color == group.color for each in members)) < group.number:
-        return f"expected {group.number} {group.color} {group.name}, found {right}"
+    if group.color and (count := sum(member.color == group.color for member in members)) < group.number:
+        return f"expected {group.number} {group.color} {group.name}, found {count}"
     if not group.relation:
         return ""
     targets = matched[group.target]
     if targets is None:
         return f"no target for {group.name} to be {group.relation}"
-    for each in members:
+    for member in members:
         for target in targets:
-            if group.relation not in (seen := relations(each.box, target.box)):
-                return (
-                    f"expected {group.name} {group.relation} {target.name}, found {' and '.join(sorted(seen)) or '-'}"
-                )
+            if group.relation not in (seen := relations(member.box, target.box)):
+                seen_text = " and ".join(sorted(seen)) or "-"
+                return f"expected {group.name} {group.relation} {target.name}, found {seen_text}"
     return ""
 
 
 def relations(first: Box, second: Box) -> set[str]:
-    """Where `first` lies as seen from `second`; nothing where they overlap too much to tell.
+    """The relations of `first` to `second`; empty if they overlap too much.
 
-    The offset of the centres loses a tenth of both sizes on each axis; what is left of it has to be more than half of
-    the whole distance of the centres.
+    A tenth of both sizes is subtracted from the offset of the centres on each axis. The remaining offset must be more
+    than half of the distance of the centres.
     """
     offset = [(first[i] + first[i + 2] - second[i] - second[i + 2]) / 2 for i in (0, 1)]
     sizes = [abs(first[i + 2] - first[i]) + abs(second[i + 2] - second[i]) for i in (0, 1)]
@@ -146,5 +147,5 @@ def relations(first: Box, second: Box) -> set[str]:
     if all(abs(value) < 1e-3 for value in revised):
         return set()
     x, y = (value / math.hypot(*offset) for value in revised)
-    told = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, holds in told.items() if holds}
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, is_true in holds.items() if is_true}

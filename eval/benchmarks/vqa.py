@@ -1,6 +1,8 @@
-"""Yes-or-no questions about images, answered by any vision-language model of transformers."""
+"""Yes-or-no questions about images, answered by a vision-language model of transformers."""
 
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from um3.core.distributed import device
 from um3.core.errors import UserError
@@ -12,18 +14,21 @@ if TYPE_CHECKING:
 
 SUFFIX = "Answer yes or no."
 MAX_NEW_TOKENS = 8
-SETTINGS = f"'{SUFFIX}' behind the question of a chat model, greedy, yes = begins with yes"
+SETTINGS = f"'{SUFFIX}' after the question to a chat model, greedy, yes = begins with yes"
 
 
-class YesNo:
-    """A model that answers questions about images: one for visual question answering (BLIP, which is asked the bare
-    question), or one that chats about images (LLaVA, Qwen-VL, ..., asked to answer yes or no)."""
+class YesNoModel:
+    """A model that answers questions about images.
+
+    It is a model for visual question answering (BLIP), which gets the question alone, or a chat model (LLaVA, Qwen-VL),
+    which is also asked to answer yes or no.
+    """
 
     def __init__(self, path: str) -> None:
-        """Load it from a folder or the hub, without remote code.
+        """Load the model from a folder or the hub, without remote code.
 
         Raises:
-            UserError: no such model, or one that reads no images.
+            UserError: no such model, or one that takes no images.
         """
         from transformers import (
             AutoConfig,
@@ -32,44 +37,47 @@ class YesNo:
             AutoProcessor,
         )
 
+        # By hand: transformers 5 has no pipeline for models of visual question answering.
         try:
             names = AutoConfig.from_pretrained(path).architectures or []
             self.answers_only = any(name.endswith("ForQuestionAnswering") for name in names)
             loader: Any = AutoModelForVisualQuestionAnswering if self.answers_only else AutoModelForImageTextToText
             self.model: Any = loader.from_pretrained(path).eval().to(device())
             self.processor: Any = AutoProcessor.from_pretrained(path)
-            self.processor.tokenizer.padding_side = "left"  # answers begin where the questions end
+            self.processor.tokenizer.padding_side = "left"  # so that answers follow the questions directly
             self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"no model that answers questions about images at '{path}' ({reason})") from None
+            raise UserError(
+                f"no model that answers questions about images at '{path}' ({reason}); set vqa= to a folder or hub id"
+            ) from None
 
     def ask(self, image: "Image.Image", questions: "Sequence[str]") -> list[bool]:
-        """For each question, whether the answer begins with yes."""
+        """Whether the answer to each question begins with yes."""
         if not self.answers_only:
             return self._ask(image, [self._prompt(question) for question in questions])
-        # One by one: BLIP's decoder looks at the padding of the shorter questions of a batch.
-        return [yes for question in questions for yes in self._ask(image, [question])]
+        # One at a time: BLIP's decoder attends to the padding of the shorter questions of a batch.
+        return [is_yes for question in questions for is_yes in self._ask(image, [question])]
 
     def _ask(self, image: "Image.Image", texts: list[str]) -> list[bool]:
-        # A chat template writes its own bos.
+        # A chat template contains its own bos.
         options = {"padding": True, "add_special_tokens": not self.chats, "return_tensors": "pt"}
         inputs = self.processor(images=[image] * len(texts), text=texts, **options).to(self.model.device)
         tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         if not self.answers_only and not self.model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # they repeat the question
-        return [is_yes(answer) for answer in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the output repeats the question
+        return [starts_with_yes(answer) for answer in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _prompt(self, question: str) -> str:
-        asked = f"{question} {SUFFIX}"
+        text = f"{question} {SUFFIX}"
         if self.chats:
-            content = [{"type": "image"}, {"type": "text", "text": asked}]
+            content = [{"type": "image"}, {"type": "text", "text": text}]
             chat = [{"role": "user", "content": content}]
             return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-        return f"{getattr(self.processor, 'image_token', '')} {asked}".strip()
+        return f"{getattr(self.processor, 'image_token', '')} {text}".strip()
 
 
-def is_yes(answer: str) -> bool:
-    """`Yes, it is.` -> True; anything that does not begin with the word yes -> False."""
+def starts_with_yes(answer: str) -> bool:
+    """Whether the first word is yes, as in `Yes, it is.`."""
     words = "".join(letter if letter.isalpha() else " " for letter in answer.lower()).split()
     return words[:1] == ["yes"]

@@ -1,1 +1,1 @@
-"""Metrics: functions of images, captions and features."""
+"""Metrics: functions of images, captions, codes and features."""

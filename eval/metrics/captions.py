@@ -1,11 +1,10 @@
-"""Caption quality: exact match, BLEU, ROUGE-L and CIDEr, and METEOR where Java is there and it is asked for.
+"""Caption metrics: exact match, BLEU, ROUGE-L, CIDEr, and METEOR on request where Java is installed.
 
-The scorers are pycocoevalcap's, called one by one: its own `COCOEvalCap` builds SPICE first and fails offline before
-any score exists. Values are fractions (the paper prints them times 100). CIDEr takes its document frequencies from the
-references it is given, so it compares only over the same set of images; the package's `Cider` is CIDEr-D.
+The scorers are pycocoevalcap's, called one by one: its own `COCOEvalCap` builds SPICE first and fails offline. Values
+are fractions (the paper prints them times 100). CIDEr takes its document frequencies from the references, so values
+are comparable only over the same set of images; the package's `Cider` is CIDEr-D.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,11 +17,12 @@ from eval.metrics.ptb_tokenizer import TOKENIZER, normalise, tokenize
 from eval.paper_values import UM3
 from eval.scores import Measurement, Score, bootstrap
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.core.progress import track
 
 METEOR_TIMEOUT_S = 600.0
-# The package starts its METEOR in a way that waits for ever at exit after any error (a lock held for good), and that
-# fails where the system writes decimals with a comma. So: own process, fixed locale, a time limit.
+# pycocoevalcap's own METEOR process hangs at exit after any error (it never releases a lock), and fails in locales
+# that write decimals with a comma. This one has a fixed locale and a time limit.
 METEOR_COMMAND = ("java", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", "meteor-1.5.jar")
 METEOR_ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
 
@@ -34,64 +34,59 @@ def caption_scores(
     of: Measurement,
     skipped: int = 0,
     meteor: bool = False,
-    left_out: str = "",
+    note: str = "",
 ) -> list[Score]:
-    """All caption metrics of `candidates` against the references of each.
+    """All caption metrics of `candidates` against the references of each image.
 
-    The order of the captions and any white space inside them do not matter. An empty caption counts: it scores zero,
-    and the rows' notes say how many there are. `left_out` says what was left out before.
+    The order of the captions and the kind of white space inside them do not matter. An empty caption scores zero; the
+    notes count them. `note` is added to the notes of the rows.
 
     Raises:
-        UserError: not one candidate and at least one reference per image.
+        UserError: the numbers of captions and images differ, or an image has no reference.
     """
     _check(candidates, references)
     of = of.with_protocol(
         tokenizer=TOKENIZER,
-        references=sorted({len(given) for given in references}),
-        references_sha256=_fingerprint(references),
+        references=sorted({len(texts) for texts in references}),
+        references_sha256=short_hash(sorted("\t".join(map(normalise, texts)) for texts in references)),
     )
     pairs = list(zip(candidates, references, strict=True))
-    common: dict[str, Any] = {"n": len(pairs), "skipped": skipped}
-    empty = sum(not tokenize(candidate) for candidate in candidates)
-    count = f"{empty} of {len(pairs)} captions are empty and count as wrong" if empty else ""
-    told = "; ".join(filter(None, [left_out, count]))
-    full = [_same(candidate, given[:1]) for candidate, given in pairs]
-    any_of_them = [_same(candidate, given) for candidate, given in pairs]
-    also: dict[str, Any] = {"skipped": skipped, "unit": "%"}
+    common: dict[str, Any] = {"skipped": skipped}
+    num_empty = sum(not tokenize(candidate) for candidate in candidates)
+    empty_note = f"{num_empty} of {len(pairs)} captions are empty and count as wrong" if num_empty else ""
+    notes = "; ".join(filter(None, [note, empty_note]))
+    matches = [_matches(candidate, texts[:1]) for candidate, texts in pairs]
+    matches_any = [_matches(candidate, texts) for candidate, texts in pairs]
     rows = [
-        of.mean("exact_match", full, note="word for word the full caption (captions[0])", **also),
-        of.mean("exact_match_any", any_of_them, note="word for word any of the references", **also),
+        of.mean("exact_match", matches, note="equals the full caption (captions[0])", unit="%", **common),
+        of.mean("exact_match_any", matches_any, note="equals any of the references", unit="%", **common),
     ]
-    longest = max(len(tokenize(given[0]).split()) for given in references)
-    values, by_image = _scores(candidates, references=references)
+    common |= {"unit": "x100", "n": len(pairs)}
+    num_words = max(len(tokenize(texts[0]).split()) for texts in references)
+    values, by_image = corpus_scores(candidates, references=references)
     for name, value in values.items():
-        if name.startswith("bleu") and int(name[-1]) > longest:
-            note = f"the longest full caption has {longest} words, so a right one has no {name[-1]}-gram to match"
-            rows.append(of.missing(name, note=note, unit="x100", paper=UM3.get(name)))
+        if name.startswith("bleu") and int(name[-1]) > num_words:
+            too_short = f"the longest full caption has {num_words} words, so no caption can match a {name[-1]}-gram"
+            rows.append(of.missing(name, note=too_short, unit="x100", paper=UM3.get(name)))
         else:
-            ends = bootstrap(by_image[name])._asdict() if name in by_image else {}
-            rows.append(of.score(name, value, unit="x100", paper=UM3.get(name), note=told, **common, **ends))
-    if note := _no_meteor(asked=meteor):
-        return [*rows, of.missing("meteor", note=note, paper=UM3["meteor"], unit="x100")]
+            interval = bootstrap(by_image[name])._asdict() if name in by_image else {}
+            rows.append(of.score(name, value, paper=UM3.get(name), note=notes, **common, **interval))
+    if reason := _no_meteor(requested=meteor):
+        return [*rows, of.missing("meteor", note=reason, paper=UM3["meteor"], unit="x100")]
     value = meteor_score(candidates, references=references)
-    return [*rows, of.score("meteor", value, paper=UM3["meteor"], unit="x100", note=told, **common)]
+    return [*rows, of.score("meteor", value, paper=UM3["meteor"], note=notes, **common)]
 
 
-def corpus_scores(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """bleu_1 .. bleu_4, rouge_l and cider of the whole set, tokenized without Java."""
-    return _scores(candidates, references=references)[0]
-
-
-def _scores(
+def corpus_scores(
     candidates: Sequence[str], *, references: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The scores of the whole set, and of every image for those that are means over images."""
+    """bleu_1 to bleu_4, rouge_l and cider of the whole set, and of every image for those that are means over images."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     _check(candidates, references)
-    truth = {index: [tokenize(text) for text in given] for index, given in enumerate(references)}
+    truth = {index: [tokenize(text) for text in texts] for index, texts in enumerate(references)}
     result = {index: [tokenize(text)] for index, text in enumerate(candidates)}
     bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
     rouge, rouge_by_image = Rouge().compute_score(truth, result)
@@ -105,45 +100,37 @@ def meteor_score(candidates: Sequence[str], *, references: Sequence[Sequence[str
     """METEOR 1.5 of the whole set, by the package's jar.
 
     Raises:
-        UserError: no Java, or METEOR failed or took more than 10 minutes.
+        UserError: Java is missing, or METEOR failed or took more than 10 minutes.
     """
     import pycocoevalcap.meteor
 
     _check(candidates, references)
     if shutil.which("java") is None:
         raise UserError("METEOR needs Java; install a JRE or set captions.meteor=false")
-    folder = Path(next(iter(pycocoevalcap.meteor.__path__)))
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    options |= {"cwd": Path(next(iter(pycocoevalcap.meteor.__path__))), "env": os.environ | {"LC_ALL": "C.UTF-8"}}
     try:
-        with subprocess.Popen(
-            [*METEOR_COMMAND, *METEOR_ARGUMENTS],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env=os.environ | {"LC_ALL": "C.UTF-8"},
-        ) as process:
+        with subprocess.Popen([*METEOR_COMMAND, *METEOR_ARGUMENTS], text=True, encoding="utf-8", **options) as process:
             try:
-                return _ask_meteor(process, candidates, references=references)
+                return _run_meteor(process, candidates, references=references)
             finally:
                 process.kill()
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise UserError(f"METEOR failed ({type(error).__name__}: {error}); set captions.meteor=false") from None
 
 
-def _ask_meteor(
+def _run_meteor(
     process: subprocess.Popen[str], candidates: Sequence[str], *, references: Sequence[Sequence[str]]
 ) -> float:
-    """One SCORE line per caption gives its statistics; one EVAL line over all of them every score, then the mean."""
+    """METEOR's protocol: a SCORE line per caption returns statistics; an EVAL line all scores and the mean."""
     watchdog = threading.Timer(METEOR_TIMEOUT_S, process.kill)
     watchdog.start()
     try:
         assert process.stdin is not None and process.stdout is not None
         statistics = []
         pairs = zip(candidates, references, strict=True)
-        for candidate, given in track(pairs, total=len(candidates), label="METEOR"):
-            fields = [*map(tokenize, given), tokenize(candidate).replace("|||", "")]
+        for candidate, texts in track(pairs, total=len(candidates), label="METEOR"):
+            fields = [*map(tokenize, texts), tokenize(candidate).replace("|||", "")]
             process.stdin.write(" ||| ".join(["SCORE", *fields]) + "\n")
             process.stdin.flush()
             statistics.append(process.stdout.readline().strip())
@@ -155,28 +142,22 @@ def _ask_meteor(
         watchdog.cancel()
 
 
-def _no_meteor(*, asked: bool) -> str:
-    """Why there is no METEOR; empty when there is."""
-    if not asked:
-        return "not asked for; set captions.meteor=true (needs Java, starts in about 20 s)"
+def _no_meteor(*, requested: bool) -> str:
+    """The reason why METEOR cannot be computed, or an empty string."""
+    if not requested:
+        return "not requested; set captions.meteor=true (needs Java, starts in about 20 s)"
     return "" if shutil.which("java") else "needs Java, which is not installed"
 
 
-def _same(candidate: str, references: Sequence[str]) -> bool:
+def _matches(candidate: str, references: Sequence[str]) -> bool:
     return normalise(candidate) in {normalise(text) for text in references}
-
-
-def _fingerprint(references: Sequence[Sequence[str]]) -> str:
-    """The same set of references in any order has the same fingerprint."""
-    lines = sorted("\t".join(map(normalise, given)) for given in references)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not candidates:
-        raise UserError("no captions to score; is the validation split empty?")
+        raise UserError("no captions to score; check that the validation split has images")
     if len(candidates) != len(references):
-        raise UserError(f"{len(candidates)} captions but references for {len(references)} images; give one per image")
-    for index, given in enumerate(references):
-        if not given:
-            raise UserError(f"image {index} has no reference caption; leave it out")
+        raise UserError(f"{len(candidates)} captions, but references for {len(references)} images; give one per image")
+    for index, texts in enumerate(references):
+        if not texts:
+            raise UserError(f"image {index} has no reference caption; remove the image or add a caption")

@@ -1,17 +1,16 @@
-"""Feature networks for Frechet distances. The name of the network is part of every score made with it.
+"""Feature networks for Frechet distances. The name of the network is part of every score.
 
-    inception-2015    the network FID is defined with; only with it is the distance called `fid`
+    inception-2015    the network that defines the FID; only over its features the distance is called `fid`
     qlip-features     the image tower of the tokenizer under test (the last of several), after its projection
     random-features   a small convolutional network with seeded random weights: needs no file, is the same for every
-                      model, and tells images apart by local colour and shape; not comparable with FID
+                      model, and separates images by local colour and shape; not comparable with the FID
 
-Shapes: B images, H height, W width, D feature dimensions.
+Shapes: B, N images, H height, W width, D feature dimensions.
 """
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -19,33 +18,33 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eval.config import FeatureName, Preprocessing
-from eval.metrics.frechet import Moments, StreamingMoments
+from eval.metrics.frechet import Moments, StreamingMoments, frechet_distance
 from eval.metrics.inception import Inception2015, prepare
+from eval.scores import Measurement, Score
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
 from um3.core.errors import UserError
-from um3.core.files import sha256_of
+from um3.core.files import sha256_of, short_hash
+from um3.core.hub import read_tensors
 from um3.core.seeds import torch_generator
-from um3.core.tensors import read_tensors
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
-"""How the published file's sha256 begins; its name ends with it."""
+"""The first digits of the published file's sha256; they are also in its name."""
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-RANDOM_SEED = 0
 RANDOM_CHANNELS = (16, 32, 64)
 
 
 class FeatureNetwork(NamedTuple):
-    """`extract` maps uint8 images (B, H, W, 3) of any size to features (B, D); equal digests are equal networks."""
+    """`extract` maps uint8 images (B, H, W, 3) of any size to features (B, D); equal hashes are equal networks."""
 
     name: FeatureName
     num_features: int
     extract: Callable[[NDArray], Tensor]
     weights_sha256: str
     preprocessing: str = ""
-    """How images are brought to the network, where that is a choice."""
+    """How images are resized for the network, if there is a choice."""
 
     def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
         """Mean and covariance of the features of all images."""
@@ -58,14 +57,14 @@ class FeatureNetwork(NamedTuple):
 def open_features(
     name: FeatureName, *, model: QLIPModel, processor: QLIPProcessor, inception_weights: str = ""
 ) -> FeatureNetwork:
-    """The feature network called `name`."""
+    """Load the feature network called `name`."""
     if name == "inception-2015":
         return inception_features(inception_weights)
     return qlip_features(model, processor) if name == "qlip-features" else random_features()
 
 
-def random_features(*, seed: int = RANDOM_SEED) -> FeatureNetwork:
-    """Three strided random convolutions; the mean activation of every channel of every layer is a feature."""
+def random_features(*, seed: int = 0) -> FeatureNetwork:
+    """Three strided random convolutions; a feature is the mean activation of a channel of a layer."""
     generator = torch_generator(seed, "random-features")
     layers, inputs = nn.ModuleList(), 3
     for outputs in RANDOM_CHANNELS:
@@ -78,27 +77,27 @@ def random_features(*, seed: int = RANDOM_SEED) -> FeatureNetwork:
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
-        x = _bchw(images_BHWC) / 127.5 - 1
-        pooled = []
+        x_BCHW = torch.as_tensor(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        features = []
         for layer in layers:
-            x = torch.relu(layer(x))
-            pooled.append(x.mean(dim=(2, 3)))
-        return torch.cat(pooled, dim=1)
+            x_BCHW = torch.relu(layer(x_BCHW))
+            features.append(x_BCHW.mean(dim=(2, 3)))
+        return torch.cat(features, dim=1)
 
     return FeatureNetwork("random-features", sum(RANDOM_CHANNELS), extract, weights_sha256(layers))
 
 
 def qlip_features(model: QLIPModel, processor: QLIPProcessor) -> FeatureNetwork:
-    """The l2-normalised image embedding of the tokenizer itself, of images brought to its size."""
+    """The l2-normalised image embedding of the tokenizer; images are resized to its size."""
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
-        fits = images_BHWC.shape[1] == processor.image_size
-        pixels_BCHW = processor.pixels(images_BHWC if fits else [Image.fromarray(image) for image in images_BHWC])
+        is_sized = images_BHWC.shape[1] == processor.image_size
+        pixels_BCHW = processor.pixels(images_BHWC if is_sized else [Image.fromarray(image) for image in images_BHWC])
         return model.get_image_features(pixels_BCHW.to(model.device, model.dtype)).float()
 
-    probe = torch.zeros(1, processor.image_size, processor.image_size, 3, dtype=torch.uint8).numpy()
-    return FeatureNetwork("qlip-features", extract(probe).shape[1], extract, model.fingerprint()[:12])
+    sample = torch.zeros(1, processor.image_size, processor.image_size, 3, dtype=torch.uint8).numpy()
+    return FeatureNetwork("qlip-features", extract(sample).shape[1], extract, model.fingerprint()[:12])
 
 
 def inception_features(
@@ -107,21 +106,21 @@ def inception_features(
     """The 2015 Inception, from `weights` or from torch.hub's cache; nothing is downloaded.
 
     Raises:
-        UserError: no weights there, or a file whose sha256 does not begin with `sha256`.
+        UserError: the weights are missing, or the file's sha256 does not start with `sha256`.
     """
     path = inception_path(weights)
     if path is None:
         raise UserError(inception_note(weights))
-    if not (found := sha256_of(path)).startswith(sha256):
+    if not (digest := sha256_of(path)).startswith(sha256):
         raise UserError(
-            f"{path} is not the published file (its sha256 begins {found[:8]}, not {sha256}); take {INCEPTION_URL}"
+            f"{path} is not the published file (its sha256 starts with {digest[:8]}, not {sha256}); use {INCEPTION_URL}"
         )
     network = Inception2015().eval()
     try:
         network.load_state_dict(read_tensors(path))
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} does not hold the Inception weights ({reason}); take {INCEPTION_URL}") from None
+        raise UserError(f"{path} does not hold the Inception weights ({reason}); use {INCEPTION_URL}") from None
     network.to(device())
 
     @torch.no_grad()
@@ -133,24 +132,47 @@ def inception_features(
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Names a network's weights, for a protocol."""
-    digest = hashlib.sha256()
+    """A short hash of a network's weights, for a protocol."""
+    parts: list[str | bytes] = []
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+        parts += [name, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()]
+    return short_hash(*parts)
 
 
 def inception_path(weights: str = "") -> Path | None:
-    """Where the Inception weights lie, or None."""
+    """The path of the Inception weights, or None if they are missing."""
     path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     return path if path.is_file() else None
 
 
 def inception_note(weights: str = "") -> str:
-    """One line: how to provide the weights that were not found."""
-    where = weights or str(Path("$TORCH_HOME") / "hub" / "checkpoints" / INCEPTION_FILE)
-    return f"no Inception weights at {where}; download {INCEPTION_URL} and set inception_weights=PATH"
+    """One line: the weights are missing, and where to get them."""
+    path = weights or str(Path("$TORCH_HOME") / "hub" / "checkpoints" / INCEPTION_FILE)
+    return f"no Inception weights at {path}; download {INCEPTION_URL} and set inception_weights=PATH"
 
 
-def _bchw(images_BHWC: NDArray) -> Tensor:
-    return torch.as_tensor(images_BHWC).permute(0, 3, 1, 2).float()
+def frechet_rows(
+    images_NHWC: NDArray,
+    *,
+    originals_NHWC: NDArray,
+    features: FeatureNetwork,
+    fid: str,
+    paper: Mapping[str, float],
+    of: Measurement,
+) -> list[Score]:
+    """The Frechet distance of two sets of images.
+
+    Over Inception features the row is called `fid`. Over other features its name contains theirs, and a row `fid`
+    without a value says why.
+    """
+    distance = frechet_distance(features.moments(images_NHWC), features.moments(originals_NHWC))
+    n, dims = len(images_NHWC), features.num_features
+    note = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
+    common: dict[str, Any] = {"n": n, "higher_is_better": False, "note": note}
+    missing = of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper.get(fid))
+    of = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)
+    if features.preprocessing:
+        of = of.with_protocol(preprocessing=features.preprocessing)
+    if features.name == "inception-2015":
+        return [of.score(fid, distance, paper=paper.get(fid), **common)]
+    return [of.score(f"frechet_distance[{features.name}]", distance, **common), missing]

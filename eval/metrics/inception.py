@@ -1,20 +1,21 @@
-"""The Inception network that FID is defined with, and the ways in which images are brought to it, in plain torch: no
-torchvision (which breaks CPU-only torch).
+"""The Inception network that defines the FID, and the three common ways to resize images for it, in plain torch.
 
-It is Inception v3 as TensorFlow published it in 2015, not torchvision's: 1,008 classes, average pools that leave out
-the padding, and a max pool in the last block. Module names follow the published
-`pt_inception-2015-12-05-6726825d.pth` (566 tensors), so its state dict loads as it is.
+It is Inception v3 as TensorFlow published it in 2015, not torchvision's: 1,008 classes, average pools that ignore the
+padding, and a max pool in the last block. The module names are those of the published file
+`pt_inception-2015-12-05-6726825d.pth` (566 tensors), so its state dict loads directly. torchvision is not a dependency
+because its wheels break a CPU-only torch.
 
-Its papers do not say how images come to 299 x 299 pixels, and the programs that compute FID differ in it. Single
-features differ by some percent, so the way is part of a score's name:
+FID programs differ in how they resize images to 299 x 299 pixels. Single features differ by some percent, so the
+resizing is part of a score's name:
 
     pytorch-fid       bilinear between pixel centres, not antialiased
-    torch-fidelity    TensorFlow 1's bilinear between pixel corners, not antialiased: the original program's
-    clean-fid         Pillow's antialiased bicubic on floats (Parmar et al. 2022), what LlamaGen's COCO numbers use
+    torch-fidelity    TensorFlow 1's bilinear between pixel corners, not antialiased, as in the original program
+    clean-fid         Pillow's antialiased bicubic on floats (Parmar et al. 2022), used for LlamaGen's COCO numbers
 
 Shapes: B images, C channels, H height, W width.
 """
 
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -31,196 +32,169 @@ PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
 
 
 def prepare(images_BHWC: NDArray, *, preprocessing: Preprocessing) -> Tensor:
-    """Images uint8 (B, H, W, 3) -> what the network reads: float32 (B, 3, 299, 299), about -1 to 1."""
+    """Uint8 images (B, H, W, 3) -> the network's input: float32 (B, 3, 299, 299) in about -1 to 1."""
     if preprocessing == "clean-fid":
-        return (torch.from_numpy(np.stack([_antialiased(image) for image in images_BHWC])) - 128) / 128
+        return (torch.from_numpy(np.stack([_resize_antialiased(image) for image in images_BHWC])) - 128) / 128
     pixels_BCHW = torch.as_tensor(images_BHWC).permute(0, 3, 1, 2).float()
     if preprocessing == "torch-fidelity":
         for dim in (3, 2):
-            pixels_BCHW = _between_corners(pixels_BCHW, dim=dim)
+            pixels_BCHW = _resize_between_corners(pixels_BCHW, dim=dim)
         return (pixels_BCHW - 128) / 128
     return F.interpolate(pixels_BCHW / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) * 2 - 1
 
 
-def _between_corners(pixels_BCHW: Tensor, *, dim: int) -> Tensor:
+def _resize_between_corners(pixels_BCHW: Tensor, *, dim: int) -> Tensor:
     length = pixels_BCHW.shape[dim]
-    places = torch.arange(SIDE, dtype=torch.float32) * (length / SIDE)
-    lower = places.long()
-    weights = (places - lower).view(-1, *[1] * (3 - dim))
+    positions = torch.arange(SIDE, dtype=torch.float32) * (length / SIDE)
+    lower = positions.long()
+    weights = (positions - lower).view(-1, *[1] * (3 - dim))
     before = pixels_BCHW.index_select(dim, lower)
-    behind = pixels_BCHW.index_select(dim, (lower + 1).clamp(max=length - 1))
-    return before + (behind - before) * weights
+    after = pixels_BCHW.index_select(dim, (lower + 1).clamp(max=length - 1))
+    return before + (after - before) * weights
 
 
-def _antialiased(image_HWC: NDArray) -> NDArray:
+def _resize_antialiased(image_HWC: NDArray) -> NDArray:
     channels = [Image.fromarray(image_HWC[..., channel].astype(np.float32), mode="F") for channel in range(3)]
     resized = [channel.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for channel in channels]
     return np.stack([np.asarray(channel) for channel in resized]).clip(0, 255)
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
+    """Convolution without bias, batch norm, ReLU. Without a stride the output has the size of the input."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ):
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], *, stride: int = 1, pad: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, stride=stride, padding=padding, bias=False)
+        padding = (kernel[0] // 2, kernel[1] // 2) if pad and stride == 1 else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x_BCHW)))
 
 
-def _row(inputs: int, outputs: int, *, length: int) -> Conv:
-    return Conv(inputs, outputs, (1, length), padding=(0, length // 2))
+Pool = Callable[[Tensor], Tensor]
+Layer = tuple[str, int, tuple[int, int], int]
+"""A convolution: its name in the published file, output channels, kernel size, stride."""
+Branch = list[Pool | Layer]
 
 
-def _column(inputs: int, outputs: int, *, length: int) -> Conv:
-    return Conv(inputs, outputs, (length, 1), padding=(length // 2, 0))
+class Block(nn.Module):
+    """Branches that read the same input; their outputs are concatenated. A layer in two branches is shared by them."""
+
+    def __init__(self, inputs: int, *branches: Branch):
+        super().__init__()
+        self.branches = branches
+        for branch in branches:
+            channels = inputs
+            for name, outputs, kernel, stride in (step for step in branch if not callable(step)):
+                if name not in self._modules:
+                    self.add_module(name, Conv(channels, outputs, kernel, stride=stride))
+                channels = outputs
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        outputs, by_layer = [], dict[str, Tensor]()
+        for branch in self.branches:
+            y_BCHW = x_BCHW
+            for step in branch:
+                if callable(step):
+                    y_BCHW = step(y_BCHW)
+                else:
+                    name = step[0]
+                    by_layer[name] = y_BCHW = by_layer[name] if name in by_layer else self.get_submodule(name)(y_BCHW)
+            outputs.append(y_BCHW)
+        return torch.cat(outputs, dim=1)
 
 
 def _average(x_BCHW: Tensor) -> Tensor:
     return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class BlockA(nn.Module):
+def _maximum(x_BCHW: Tensor) -> Tensor:
+    return F.max_pool2d(x_BCHW, 3, stride=1, padding=1)
+
+
+def _halve(x_BCHW: Tensor) -> Tensor:
+    return F.max_pool2d(x_BCHW, 3, stride=2)
+
+
+ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
+
+
+def _chain(prefix: str, *layers: tuple[int, tuple[int, int]], stride: int = 1) -> Branch:
+    """Layers PREFIX_1, PREFIX_2, ... (PREFIX if it is one) from (outputs, kernel); `stride` is the last one's."""
+    names = [f"{prefix}_{number}" for number in range(1, len(layers) + 1)] if len(layers) > 1 else [prefix]
+    strides = [1] * (len(layers) - 1) + [stride]
+    return [(name, *layer, stride) for name, layer, stride in zip(names, layers, strides, strict=True)]
+
+
+def _block_a(inputs: int, *, pool: int) -> Block:
     """35 x 35 grid."""
-
-    def __init__(self, inputs: int, *, pool: int):
-        super().__init__()
-        self.branch1x1 = Conv(inputs, 64, 1)
-        self.branch5x5_1 = Conv(inputs, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Conv(inputs, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
-        self.branch_pool = Conv(inputs, pool, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_average(x))], 1)
+    return Block(
+        inputs,
+        _chain("branch1x1", (64, ONE)),
+        _chain("branch5x5", (48, ONE), (64, FIVE)),
+        _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
+        [_average, *_chain("branch_pool", (pool, ONE))],
+    )
 
 
-class BlockB(nn.Module):
+def _block_b(inputs: int) -> Block:
     """35 x 35 -> 17 x 17."""
-
-    def __init__(self, inputs: int):
-        super().__init__()
-        self.branch3x3 = Conv(inputs, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Conv(inputs, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), three, F.max_pool2d(x, 3, stride=2)], 1)
+    double = _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), stride=2)
+    return Block(inputs, _chain("branch3x3", (384, THREE), stride=2), double, [_halve])
 
 
-class BlockC(nn.Module):
-    """17 x 17 grid, 7 x 7 convolutions cut into rows and columns."""
-
-    def __init__(self, inputs: int, *, width: int):
-        super().__init__()
-        self.branch1x1 = Conv(inputs, 192, 1)
-        self.branch7x7_1 = Conv(inputs, width, 1)
-        self.branch7x7_2 = _row(width, width, length=7)
-        self.branch7x7_3 = _column(width, 192, length=7)
-        self.branch7x7dbl_1 = Conv(inputs, width, 1)
-        self.branch7x7dbl_2 = _column(width, width, length=7)
-        self.branch7x7dbl_3 = _row(width, width, length=7)
-        self.branch7x7dbl_4 = _column(width, width, length=7)
-        self.branch7x7dbl_5 = _row(width, 192, length=7)
-        self.branch_pool = Conv(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average(x))], 1)
+def _block_c(inputs: int, *, width: int) -> Block:
+    """17 x 17 grid; 7 x 7 convolutions are split into rows and columns."""
+    row, column = (1, 7), (7, 1)
+    return Block(
+        inputs,
+        _chain("branch1x1", (192, ONE)),
+        _chain("branch7x7", (width, ONE), (width, row), (192, column)),
+        _chain("branch7x7dbl", (width, ONE), (width, column), (width, row), (width, column), (192, row)),
+        [_average, *_chain("branch_pool", (192, ONE))],
+    )
 
 
-class BlockD(nn.Module):
+def _block_d(inputs: int) -> Block:
     """17 x 17 -> 8 x 8."""
-
-    def __init__(self, inputs: int):
-        super().__init__()
-        self.branch3x3_1 = Conv(inputs, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Conv(inputs, 192, 1)
-        self.branch7x7x3_2 = _row(192, 192, length=7)
-        self.branch7x7x3_3 = _column(192, 192, length=7)
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
+    three = _chain("branch3x3", (192, ONE), (320, THREE), stride=2)
+    seven = _chain("branch7x7x3", (192, ONE), (192, (1, 7)), (192, (7, 1)), (192, THREE), stride=2)
+    return Block(inputs, three, seven, [_halve])
 
 
-class BlockE(nn.Module):
-    """8 x 8 grid. `max_pool` marks the last block, whose pool the 2015 graph takes as a maximum."""
-
-    def __init__(self, inputs: int, *, max_pool: bool):
-        super().__init__()
-        self.max_pool = max_pool
-        self.branch1x1 = Conv(inputs, 320, 1)
-        self.branch3x3_1 = Conv(inputs, 384, 1)
-        self.branch3x3_2a = _row(384, 384, length=3)
-        self.branch3x3_2b = _column(384, 384, length=3)
-        self.branch3x3dbl_1 = Conv(inputs, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _row(384, 384, length=3)
-        self.branch3x3dbl_3b = _column(384, 384, length=3)
-        self.branch_pool = Conv(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _average(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch3x3_2a(three),
-                self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+def _block_e(inputs: int, *, pool: Pool) -> Block:
+    """8 x 8 grid; two branches end in a row and a column. The last block of the 2015 graph has a max pool."""
+    branches = [_chain("branch1x1", (320, ONE))]
+    chains = _chain("branch3x3_1", (384, ONE)), _chain("branch3x3dbl", (448, ONE), (384, THREE))
+    for chain, name in zip(chains, ("branch3x3_2", "branch3x3dbl_3"), strict=True):
+        branches += [[*chain, (f"{name}a", 384, (1, 3), 1)], [*chain, (f"{name}b", 384, (3, 1), 1)]]
+    return Block(inputs, *branches, [pool, *_chain("branch_pool", (192, ONE))])
 
 
 class Inception2015(nn.Module):
-    """Images as `prepare` makes them (B, 3, 299, 299) -> pooled features (B, 2048)."""
+    """Images from `prepare` (B, 3, 299, 299) -> pooled features (B, 2048)."""
 
     num_features = 2048
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = BlockA(192, pool=32)
-        self.Mixed_5c = BlockA(256, pool=64)
-        self.Mixed_5d = BlockA(288, pool=64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, width=128)
-        self.Mixed_6c = BlockC(768, width=160)
-        self.Mixed_6d = BlockC(768, width=160)
-        self.Mixed_6e = BlockC(768, width=192)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280, max_pool=False)
-        self.Mixed_7c = BlockE(2048, max_pool=True)
+        self.Conv2d_1a_3x3 = Conv(3, 32, THREE, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, THREE, pad=False)
+        self.Conv2d_2b_3x3 = Conv(32, 64, THREE)
+        self.Conv2d_3b_1x1 = Conv(64, 80, ONE)
+        self.Conv2d_4a_3x3 = Conv(80, 192, THREE, pad=False)
+        self.Mixed_5b = _block_a(192, pool=32)
+        self.Mixed_5c = _block_a(256, pool=64)
+        self.Mixed_5d = _block_a(288, pool=64)
+        self.Mixed_6a = _block_b(288)
+        self.Mixed_6b = _block_c(768, width=128)
+        self.Mixed_6c = _block_c(768, width=160)
+        self.Mixed_6d = _block_c(768, width=160)
+        self.Mixed_6e = _block_c(768, width=192)
+        self.Mixed_7a = _block_d(768)
+        self.Mixed_7b = _block_e(1280, pool=_average)
+        self.Mixed_7c = _block_e(2048, pool=_maximum)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""Caption tokenization after the Penn Treebank conventions, without Java.
+"""Caption tokenization by the Penn Treebank conventions, without Java.
 
-Written to agree with the Stanford tokenizer of the COCO caption tools on ordinary captions: lower case, punctuation
-split off and then dropped, clitics ("n't", "'s") split from their word. Over the captions of COCO val2014 a tokenizer
-of this kind leaves BLEU and ROUGE of the published example as they are and moves CIDEr in the fourth digit.
+It agrees with the Stanford tokenizer of the COCO caption tools on ordinary captions: lower case, punctuation split off
+and dropped, clitics ("n't", "'s") split from their word. On the published COCO val2014 example BLEU and ROUGE are equal
+and CIDEr differs in the fourth digit.
 """
 
 import re
 
 TOKENIZER = "ptb-python-1"
-# The list the COCO caption tools drop. They spell brackets in upper case while the tokenizer writes "-lrb-", so
-# brackets survive there, and here.
+# The tokens that the COCO caption tools drop. They list brackets in upper case but the tokenizer writes "-lrb-", so
+# brackets are kept there, and here.
 DROPPED = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
@@ -23,7 +23,7 @@ _TOKEN = re.compile(
       (?:https?://|www\.)\S+                              # addresses
     | [\w.+-]+@[\w-]+\.[\w.]+
     | \d+(?:[.,:/-]\d+)*(?:st|nd|rd|th|s)?(?![\w-])       # 10,000  3.5  4:30  1/2  2nd
-    | (?:{_ABBREVIATIONS})\.(?!\w)                        # abbreviations keep their point
+    | (?:{_ABBREVIATIONS})\.(?!\w)                        # abbreviations keep their full stop
     | (?:[a-z]\.){{2,}}                                   # u.s.
     | '(?:s|m|d|ll|re|ve)(?!\w)                           # clitics
     | n't(?!\w)
@@ -40,7 +40,7 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> str:
-    """The caption's tokens joined by single spaces; empty when nothing but punctuation is in it."""
+    """The caption's tokens joined by single spaces; empty if the caption is only punctuation."""
     text = normalise(caption).translate(_QUOTES)
     tokens: list[str] = []
     for match in _TOKEN.finditer(text):
@@ -52,8 +52,8 @@ def tokenize(caption: str) -> str:
 
 
 def normalise(caption: str) -> str:
-    """Every run of white space, of any kind, is one space.
+    """Replace every run of white space by one space.
 
-    Line-based tools read U+2028, form feeds and the like as the end of a caption and shift all later ones by one.
+    Line-based tools treat U+2028, form feeds and the like as the end of a caption.
     """
     return " ".join(caption.split())

@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps an image: PSNR, SSIM and LPIPS, per image, on images rounded to uint8.
+"""Reconstruction quality: PSNR, SSIM and LPIPS of uint8 images.
 
 Shapes: B images, H height, W width, C = 3 channels.
 """
@@ -19,8 +19,8 @@ SIGMA = 1.5
 PEAK = 255.0
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 BATCH = 16
-MAX_PSNR = 100.0  # an identical image has no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
-# What two values must share to be comparable, besides the images.
+MAX_PSNR = 100.0  # identical images have no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
+# The settings that two values must share to be comparable, besides the images.
 COMMON = {"compared_as": "uint8, RGB", "mean_over": "images"}
 PSNR_PROTOCOL = COMMON | {"peak": PEAK, "most_db": MAX_PSNR}
 SSIM_PROTOCOL = COMMON | {"window": WINDOW, "sigma": SIGMA, "c1": C1, "c2": C2, "border": "whole windows only"}
@@ -31,7 +31,7 @@ def psnr(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     """Peak signal-to-noise ratio of every image in dB, float64 (B,), at most MAX_PSNR.
 
     Raises:
-        ValueError: images that are not uint8, or shapes that differ.
+        ValueError: the images are not uint8, or the shapes differ.
     """
     images, originals = _pair(images_BHWC, originals_BHWC)
     error_B = (images - originals).square().mean(dim=(1, 2, 3))
@@ -42,7 +42,7 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     """Structural similarity of every image, float64 (B,): mean over the valid windows and the channels.
 
     Raises:
-        ValueError: images that are not uint8, shapes that differ, or a side shorter than the window of 11.
+        ValueError: the images are not uint8, the shapes differ, or a side is shorter than the window of 11.
     """
     images, originals = _pair(images_BHWC, originals_BHWC)
     if min(images.shape[1:3]) < WINDOW:
@@ -59,7 +59,7 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
 
 
 class Quality(NamedTuple):
-    """PSNR and SSIM of every image; the mean LPIPS over them, None without its network."""
+    """PSNR and SSIM of every image, and their mean LPIPS; None without its network."""
 
     psnr: list[float]
     ssim: list[float]
@@ -69,37 +69,39 @@ class Quality(NamedTuple):
 def quality(
     images_NHWC: NDArray, *, originals_NHWC: NDArray, distance: PerceptualDistance | None = None, label: str = "compare"
 ) -> Quality:
-    """PSNR and SSIM of every image, and the mean LPIPS if `distance` is there to measure it."""
-    found, lpips, progress = Quality([], [], None), 0.0, Progress(len(images_NHWC), label=label)
+    """PSNR and SSIM of every image, and the mean LPIPS if `distance` is given."""
+    result, lpips, progress = Quality([], [], None), 0.0, Progress(len(images_NHWC), label=label)
     for start in range(0, len(images_NHWC), BATCH):
-        pair = (torch.as_tensor(each[start : start + BATCH]).to(device()) for each in (images_NHWC, originals_NHWC))
-        images_BHWC, originals_BHWC = pair
-        found.psnr.extend(psnr(images_BHWC, originals_BHWC=originals_BHWC).tolist())
-        found.ssim.extend(ssim(images_BHWC, originals_BHWC=originals_BHWC).tolist())
+        images_BHWC = torch.as_tensor(images_NHWC[start : start + BATCH]).to(device())
+        originals_BHWC = torch.as_tensor(originals_NHWC[start : start + BATCH]).to(device())
+        result.psnr.extend(psnr(images_BHWC, originals_BHWC=originals_BHWC).tolist())
+        result.ssim.extend(ssim(images_BHWC, originals_BHWC=originals_BHWC).tolist())
         if distance:
             lpips += _lpips(images_BHWC, originals_BHWC, distance=distance) * len(images_BHWC)
         progress.advance(len(images_BHWC))
-    return found._replace(lpips=lpips / len(images_NHWC) if distance else None)
+    return result._replace(lpips=lpips / len(images_NHWC) if distance else None)
 
 
 @torch.inference_mode()
 def _lpips(images_BHWC: Tensor, originals_BHWC: Tensor, *, distance: PerceptualDistance) -> float:
     """Mean LPIPS of a batch."""
-    first, second = (each.permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (images_BHWC, originals_BHWC))
-    return float(distance(first, second))
+    images_BCHW, originals_BCHW = (
+        pixels.permute(0, 3, 1, 2).float() / 127.5 - 1 for pixels in (images_BHWC, originals_BHWC)
+    )
+    return float(distance(images_BCHW, originals_BCHW))
 
 
 def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:
     first, second = torch.as_tensor(images), torch.as_tensor(originals)
     if first.dtype != torch.uint8 or second.dtype != torch.uint8:
-        raise ValueError(f"images are compared as uint8, got {first.dtype} and {second.dtype}")
+        raise ValueError(f"images must be uint8, got {first.dtype} and {second.dtype}")
     if first.shape != second.shape or first.ndim != 4 or first.shape[-1] != 3:
-        raise ValueError(f"two batches (B, H, W, 3) are needed, got {tuple(first.shape)} and {tuple(second.shape)}")
+        raise ValueError(f"images must be two batches (B, H, W, 3), got {tuple(first.shape)} and {tuple(second.shape)}")
     return first.double(), second.double()
 
 
 def _blur(x_BCHW: Tensor) -> Tensor:
-    """Gaussian mean over every window that lies whole inside the image."""
+    """Gaussian mean over every window that lies inside the image."""
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     weights = (weights / weights.sum()).to(x_BCHW.device)

@@ -1,1 +1,1 @@
-"""The report: tables, pictures, ablations."""
+"""The report of a run, and ablations: tables and figures."""

@@ -1,4 +1,4 @@
-"""What a run folder holds for a report. A phase that has not run is an empty entry, never an error."""
+"""The contents of a run folder, for a report. A phase that has not run is an empty entry, not an error."""
 
 import zipfile
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ BENCHMARKS = {
     "geneval": "generation",
     "dpg": "generation",
 }
-"""Results of commands of their own, and the part whose rows theirs stand with."""
+"""Results of the benchmark commands, and the part of the evaluation whose rows they join."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: rows by flat key, samples and images of each part, done.json and metrics of each phase."""
+    """One run: scores by key and by part, results and images of each part, done.json and metrics of each phase."""
 
     folder: Path
     scores: dict[str, Score]
@@ -43,39 +43,33 @@ class RunData:
         return self.folder.resolve().name
 
     def samples(self, part: str) -> dict[str, Any]:
-        """What a part kept to look at; empty if it has not run."""
+        """The samples that a part kept to look at; empty if it has not run."""
         return self.parts.get(part, {}).get("samples") or {}
-
-    def source_names(self, part: str, *, suffix: str) -> list[str]:
-        """Names of the image sources for which `part` kept images called NAME + suffix."""
-        names = self.images.get(part, {})
-        return [name.removesuffix(suffix) for name in names if name.endswith(suffix) and name != suffix]
 
 
 def load_run(folder: str | Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        UserError: no such folder, nothing of ours in it, or a damaged file.
+        UserError: the folder is missing, has no results, or has a damaged file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"run folder {folder} does not exist; train one with make demo or correct --run")
-    parts: dict[str, Any] = {
-        part: read_json(path) for part in PARTS if (path := folder / "eval" / f"{part}.json").is_file()
-    }
-    rows = {part: read_scores(folder / "eval" / f"{part}.json") for part in parts}
-    for name, part in BENCHMARKS.items():
-        if (path := folder / "eval" / f"{name}.json").is_file():
-            rows[part] = [*rows.get(part, []), *read_scores(path)]
+        raise UserError(f"run folder {folder} does not exist; train one with make demo, or correct --run")
+    files = {part: folder / "eval" / f"{part}.json" for part in (*PARTS, *BENCHMARKS)}
+    files = {part: path for part, path in files.items() if path.is_file()}
+    rows: dict[str, list[Score]] = {}
+    for part, path in files.items():
+        rows.setdefault(BENCHMARKS.get(part, part), []).extend(read_scores(path))
+    parts: dict[str, Any] = {part: read_json(files[part]) for part in PARTS if part in files}
     phases = {phase: read_json(path) for phase in TRAINING_PHASES if (path := folder / phase / "done.json").is_file()}
     metrics = {phase: read_metrics(folder / phase / "metrics.jsonl") for phase in TRAINING_PHASES}
     summary = folder / "codes" / "summary.json"
     if not rows and not phases and not any(metrics.values()):
-        raise UserError(f"{folder} holds no training phase and no evaluation; is it a run folder such as runs/demo?")
+        raise UserError(f"{folder} has no training phase and no evaluation; --run takes a run folder such as runs/demo")
     return RunData(
         folder=folder,
-        scores={score.key: score for part in rows.values() for score in part},
+        scores={score.key: score for scores in rows.values() for score in scores},
         rows_by_part=rows,
         parts=parts,
         images={part: _arrays(folder / "eval" / f"{part}.npz") for part in parts},
@@ -86,10 +80,10 @@ def load_run(folder: str | Path) -> RunData:
 
 
 def _arrays(path: Path) -> dict[str, NDArray]:
-    if not path.is_file():
-        return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        return {}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run make eval") from None

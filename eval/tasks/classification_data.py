@@ -1,240 +1,233 @@
-"""Images with a class each, for zero-shot classification and the linear probe: in memory, or sorted into folders.
+"""Images with classes, for zero-shot classification and the linear probe: folders, tables, shards, and the digits.
 
 Shapes: N images, H, W pixels.
 """
 
 import contextlib
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_mix.samples import BadSample
-from data_mix.sources.image_folder import OwnImages
+from data_mix.demo.digits import DigitsSource, captions_of
+from data_mix.samples import BadSample, Split
+from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
+from eval.config import ClassificationConfig
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
 from um3.core.progress import Progress
 
 BATCH = 256
 
 
-class Labelled(Protocol):
-    """Images with a class index each, in batches; `skipped` of them could not be read in the last pass.
+class ClassificationData:
+    """Images with a class index each, read in batches when they are needed.
 
-    `identity` is equal for equal images, whatever the tokenizer's size.
+    `read` returns an image as uint8 (H, W, 3) at the tokenizer's size. An image that it cannot read (ImageError,
+    BadSample), or that has no class, is skipped and counted in `skipped`. `identity` is equal for equal data, whatever
+    the tokenizer's size. With a `label` the progress is shown.
     """
 
-    @property
-    def skipped(self) -> int: ...
-
-    @property
-    def identity(self) -> str: ...
-
-    def __len__(self) -> int:
-        """Images, those that cannot be read included."""
-        ...
-
-    def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
-        """uint8 images (N, H, W, 3) at the tokenizer's size with their labels; every pass is the same."""
-        ...
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """uint8 images (N, H, W, 3) at the tokenizer's size, the class index of each, and a name for them all."""
-
-    images: NDArray
-    labels: Sequence[int]
-    identity: str
-    skipped: int = 0
+    def __init__(
+        self, read: Callable[[int], NDArray], *, classes: Sequence[int | None], identity: str, label: str = ""
+    ) -> None:
+        self.classes, self.identity, self.skipped = classes, identity, 0
+        self._read, self._label = read, label
 
     def __len__(self) -> int:
-        return len(self.labels)
+        """The number of images, including those that are skipped."""
+        return len(self.classes)
 
     def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
-        for start in range(0, len(self.labels), BATCH):
-            yield self.images[start : start + BATCH], self.labels[start : start + BATCH]
-
-
-class LabelledFolder:
-    """PATH/CLASS/IMAGE, as ImageNet is usually unpacked. Classes count in the order of their folders' names.
-
-    Images are read, cropped to a square and resized as they are needed; one that cannot be read is skipped and counted.
-    """
-
-    def __init__(self, path: str | Path, *, size: int, label: str = "") -> None:
-        """Find the images.
+        """Images uint8 (N, H, W, 3) and their classes; every pass is the same.
 
         Raises:
-            UserError: no such folder, fewer than two classes, or a class without images.
+            UserError: none of the images can be read.
         """
-        self.size, self.skipped, self._root, self._label = size, 0, Path(path), label or str(path)
-        if not Path(path).is_dir():
-            raise UserError(f"{path} does not exist; give a folder with one folder of images per class")
-        self.classes = class_folders(path)
-        if len(self.classes) < 2:
-            raise UserError(
-                f"{path} holds {len(self.classes)} folders; classification needs one for each of two or more"
-            )
-        self._files: list[tuple[str, int]] = []
-        digest = hashlib.sha256()
-        for number, name in enumerate(self.classes):
-            found = list(listed_images(path, name))
-            if not found:
-                raise UserError(f"{path}/{name}: no image in it ({' '.join(SUFFIXES)})")
-            self._files += [(file.name, number) for file in found]
-            digest.update(os.fsencode("".join(f"{file.name}\t{file.num_bytes}\n" for file in found)))
-        self.identity = f"sha256 of names and sizes {digest.hexdigest()[:12]}"
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
         self.skipped = 0
-        progress = Progress(len(self._files), label=f"read {self._label}")
-        for start in range(0, len(self._files), BATCH):
-            images, labels = [], []
-            chosen = self._files[start : start + BATCH]
-            for name, label in chosen:
-                try:
-                    images.append(to_square(read_image(self._root / name), size=self.size))
-                    labels.append(label)
-                except ImageError:
-                    self.skipped += 1
-            progress.advance(len(chosen))
-            if images:
-                yield np.stack(images), labels
-        if self.skipped == len(self._files):
-            raise UserError(f"{self._label}: none of its {len(self._files)} images can be read")
-
-
-class LabelledSource:
-    """An image source of `data_mix` whose captions are classes, names or numbers: parquet, WebDataset, the hub.
-
-    Images are read as they are needed; one that cannot be read, or has no class, is skipped and counted.
-    """
-
-    def __init__(self, source: OwnImages, *, label: str) -> None:
-        """Read the class of every image."""
-        self.skipped, self._source, self._label, self._classes = 0, source, label, dict[int, str]()
-        digest = hashlib.sha256()
-        for index in range(len(source)):
-            with contextlib.suppress(BadSample):
-                self._classes[index] = source.captions_of(index)[0]
-                digest.update(f"{index}\t{self._classes[index]}\n".encode())
-        self.identity = f"sha256 of numbers and classes {digest.hexdigest()[:12]}"
-        self.number_of: dict[str, int] = {}
-
-    @property
-    def found(self) -> set[str]:
-        """The classes there are."""
-        return set(self._classes.values())
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
-        """With labels by `number_of`, which holds every class."""
-        self.skipped = 0
-        progress = Progress(len(self), label=f"read {self._label}")
+        progress = Progress(len(self), label=f"read {self._label}") if self._label else None
         for start in range(0, len(self), BATCH):
-            images, labels = [], []
-            for index in range(start, min(start + BATCH, len(self))):
+            images, classes = [], []
+            batch = self.classes[start : start + BATCH]
+            for index, number in enumerate(batch, start=start):
                 try:
-                    images.append(self._source[index].image_HWC)
-                    labels.append(self.number_of[self._classes[index]])
-                except (BadSample, KeyError):
-                    del images[len(labels) :]
+                    if number is None:
+                        raise BadSample("no class")
+                    images.append(self._read(index))
+                    classes.append(number)
+                except (BadSample, ImageError):
                     self.skipped += 1
-                progress.advance()
+            if progress:
+                progress.advance(len(batch))
             if images:
-                yield np.stack(images), labels
+                yield np.stack(images), classes
         if self.skipped == len(self):
-            raise UserError(f"{self._label}: none of its {len(self)} images can be used")
+            raise UserError(f"{self._label}: none of its {len(self)} images can be read")
 
 
-def ordered_classes(found: set[str]) -> list[str]:
-    """Classes in order: numbers by value, else names by the alphabet."""
-    return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
-
-
-class ListedFile(NamedTuple):
-    """A file by its path below the folder asked for, with its size and its time of change in ns (0 if it has none)."""
+class ClassificationTask(NamedTuple):
+    """A data set to classify; without `train` there is no linear probe, for the reason in `note`."""
 
     name: str
-    num_bytes: int
-    changed_ns: int
+    val: ClassificationData
+    train: ClassificationData | None
+    class_names: list[str]
+    templates: list[str]
+    note: str = ""
 
 
-def class_folders(path: str | Path) -> list[str]:
-    """Names of the folders in a folder, sorted, hidden ones left out."""
-    return sorted(each.name for each in Path(path).iterdir() if each.is_dir() and each.name[0] != ".")
+def digits_task(*, size: int) -> ClassificationTask:
+    """scikit-learn's digits at `size` pixels."""
+
+    def data(split: Split) -> ClassificationData:
+        source = DigitsSource(size=size, split=split)
+        images = [source[index].image_HWC for index in range(len(source))]
+        return ClassificationData(images.__getitem__, classes=source.labels, identity=f"scikit-learn's digits, {split}")
+
+    return ClassificationTask(
+        "digits", data("val"), data("train"), list(DigitsSource.class_names), list(captions_of("{}"))
+    )
 
 
-def listed_images(path: str | Path, name: str) -> Iterator[ListedFile]:
-    """The images at any depth of PATH/NAME, in a fixed order; folders are listed and no file is opened."""
-    for place, folders, files in os.walk(Path(path) / name):
-        folders.sort()
-        below = os.path.relpath(place, path)
-        for file in sorted(file for file in files if file.lower().endswith(SUFFIXES) and file[0] != "."):
-            try:
-                stat = os.stat(os.path.join(place, file))  # noqa: PTH116 (a Path for each of a million takes seconds)
-            except OSError:  # a link to nothing: skipped and counted when it is read
-                yield ListedFile(os.path.join(below, file), 0, 0)
-            else:
-                yield ListedFile(os.path.join(below, file), stat.st_size, stat.st_mtime_ns)
+def open_classification(config: ClassificationConfig, *, size: int) -> ClassificationTask:
+    """Open a data set, with its train split if there is one.
+
+    Classes are ordered by the names of their folders, or by their labels in a table (numbers by value).
+
+    Raises:
+        UserError: the data cannot be opened, have fewer than two classes, or different ones in train and val, or the
+            class names or templates do not fit.
+    """
+    is_table, train, note = bool(config.label_column), None, ""
+    val = _table_split(config, split="val", size=size) if is_table else _folder_split(config, split="val", size=size)
+    if is_table:
+        try:
+            train = _table_split(config, split="train", size=size)
+        except UserError as error:
+            note = f"no train split: {error}"
+    elif (Path(config.path) / "train").is_dir():
+        train = _folder_split(config, split="train", size=size)
+        if other := {*val.labels} ^ {*train.labels}:
+            raise UserError(f"{config.path}: the class '{min(map(str, other))}' is in only one of train and val")
+    else:
+        note = f"needs {config.path}/train with a folder of images per class"
+    labels = {label for label in (*val.labels, *(train.labels if train else ())) if label is not None}
+    ordered = sorted(labels, key=int if is_table and all(label.isdecimal() for label in labels) else None)
+    if len(ordered) < 2:
+        raise UserError(
+            f"{config.path}: found {len(ordered)} classes in its val split; classification needs two or more"
+        )
+    class_names = read_class_names(config.class_names, classes=ordered)
+    number_of = {label: number for number, label in enumerate(ordered)}
+
+    def data(split: _LabelledSplit, name: str) -> ClassificationData:
+        classes = [None if label is None else number_of[label] for label in split.labels]
+        return ClassificationData(split.read, classes=classes, identity=split.identity, label=f"{config.name} {name}")
+
+    train_data = data(train, "train") if train else None
+    return ClassificationTask(
+        config.name, data(val, "val"), train_data, class_names, read_templates(config.templates), note
+    )
 
 
-def listing_sha256(path: str | Path) -> str:
-    """Changes when an image in the class folders of PATH is added, removed, renamed or written; empty without PATH."""
-    if not Path(path).is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for name in class_folders(path):
-        for file in listed_images(path, name):
-            digest.update(os.fsencode("\t".join(map(str, file))))
-    return digest.hexdigest()
+class _LabelledSplit(NamedTuple):
+    """The label of every image (None if it has none), and the arguments of its `ClassificationData`."""
+
+    labels: Sequence[str | None]
+    read: Callable[[int], NDArray]
+    identity: str
+
+
+def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> _LabelledSplit:
+    """PATH/SPLIT/CLASS/IMAGE at any depth, as ImageNet is usually unpacked. No image is opened."""
+    root = Path(config.path) / split
+    if not root.is_dir():
+        raise UserError(f"{root} does not exist; give a folder with one folder of images per class")
+    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    images = [
+        (name, size)
+        for name, size, _ in file_states(root)
+        if name.lower().endswith(SUFFIXES) and name.rpartition("/")[2][0] != "." and name.split("/")[0] in folders
+    ]
+    labels = [name.split("/")[0] for name, _ in images]
+    if empty := folders - {*labels}:
+        raise UserError(f"{root / min(empty)} has no image ({' '.join(SUFFIXES)}); delete the folder or add images")
+    return _LabelledSplit(
+        labels,
+        lambda index: to_square(read_image(root / images[index][0]), size=size),
+        f"names and sizes {short_hash(images)}",
+    )
+
+
+def file_states(path: str | Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of a file, or of every file in a folder; empty if there is none."""
+    files = (
+        [str(path)] if Path(path).is_file() else [f"{at}/{name}" for at, _, names in os.walk(path) for name in names]
+    )
+    states = []
+    for file in files:
+        size, changed_ns = 0, 0  # of a broken link
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(file)  # noqa: PTH116 (a million Path objects take seconds)
+            size, changed_ns = stat.st_size, stat.st_mtime_ns
+        states.append((os.path.relpath(file, path), size, changed_ns))
+    return sorted(states)
+
+
+def _table_split(config: ClassificationConfig, *, split: Split, size: int) -> _LabelledSplit:
+    """Parquet, WebDataset shards or a hub set with a column of classes."""
+    source_config = ImageSourceConfig(name=config.name, path=config.path, caption_column=config.label_column)
+    source = open_image_source(source_config, split=split, size=size, seed=0, classes=True)
+    label_of = getattr(source, "captions_of", None)
+    if label_of is None:
+        raise UserError(f"tokenizer.classification '{config.name}': {config.path} has no column of classes")
+    labels: list[str | None] = []
+    for index in range(len(source)):
+        try:
+            labels.append(label_of(index)[0])
+        except BadSample:
+            labels.append(None)
+    return _LabelledSplit(labels, lambda index: source[index].image_HWC, f"numbers and classes {short_hash(labels)}")
 
 
 def read_class_names(path: str, *, classes: Sequence[str]) -> list[str]:
-    """A name per class from a file of one line each, in the order of the folders; without a file the folders' names.
+    """One name per class, from a file with one per line in the order of `classes`; without a file, `classes`.
 
     Raises:
-        UserError: no such file, or another number of lines than there are classes.
+        UserError: the file is missing, or has another number of lines.
     """
     if not path:
         return [name.replace("_", " ") for name in classes]
     names = _lines(path, what="class names")
     if len(names) != len(classes):
-        raise UserError(f"{path} names {len(names)} classes, but there are {len(classes)}; give a line for each")
+        raise UserError(f"{path} has {len(names)} class names for {len(classes)} classes; write one line per class")
     return names
 
 
 def read_templates(path: str) -> list[str]:
-    """Sentences with one {} for the name of a class, from a file of one line each; without a file a single plain one.
+    """Prompts with one {} for the class name, from a file with one per line; without a file, a plain one.
 
     Raises:
-        UserError: no such file, an empty one, or a line without its {}.
+        UserError: the file is missing or empty, or a line does not have exactly one {}.
     """
     if not path:
         return ["a photo of a {}."]
-    found = _lines(path, what="templates")
-    if wrong := next((line for line in found if line.count("{}") != 1 or set(line.replace("{}", "")) & set("{}")), ""):
-        raise UserError(f"{path}: '{wrong}' needs exactly one {{}} where the class's name goes")
-    return found
+    lines = _lines(path, what="templates")
+    for line in lines:
+        if line.count("{}") != 1 or set(line.replace("{}", "")) & set("{}"):
+            raise UserError(f"{path}: '{line}' needs exactly one {{}} for the class name")
+    return lines
 
 
 def _lines(path: str, *, what: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {what} in {path}: {error}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{path} holds no {what}; write one a line")
-    return found
+    if not lines:
+        raise UserError(f"{path} contains no {what}; write one per line")
+    return lines

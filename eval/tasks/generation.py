@@ -1,98 +1,112 @@
-"""Drawn images: do they show what the prompt demands, do they fit it, are they distributed like real ones?
+"""The generation part of `make eval`: generate images to a folder, then score the folder.
+
+Images are generated for validation captions of every source (Frechet distance, CLIPScore), and for prompts of the six
+skills of GenEval, which the scene checker verifies.
 
 Shapes: N images, H height, W width.
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from numpy.typing import NDArray
 
 from data_mix.demo.scene_checker import Verdict, check, describe
-from data_mix.demo.scene_prompts import SKILLS, ScenePrompt
-from eval.config import SamplingConfig
-from eval.metrics.clipscore import Clip, clipscore_rows
-from eval.metrics.features import FeatureNetwork, inception_note
-from eval.metrics.frechet import frechet_distance
+from data_mix.demo.scene_prompts import SKILLS, ScenePrompt, evaluation_prompts
+from eval.command import model_hash
+from eval.config import EvalConfig
+from eval.metrics.clipscore import Clip, clip_conventions, clip_cosines, load_clip, missing_clip, no_text_note
+from eval.metrics.features import FeatureNetwork, frechet_rows, open_features
 from eval.paper_values import GENEVAL_LLAMAGEN_QLIP, UM3
-from eval.scores import Measurement, Score, bootstrap, texts_sha256
+from eval.scores import SHOWN_IMAGES, Measurement, PartResult, Score, bootstrap
+from eval.tasks.generate_images import GenerateConfig, generate_folder
+from eval.tasks.generated_images import GeneratedFolder, read_images
+from eval.tasks.prompts import Prompt
+from eval.tasks.validation_data import validation_images
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.core.progress import track
 from um3.inference.pipeline import UM3Pipeline
 
-JUDGE = "scene checker"
+CHECKER = "scene checker"
 
 
-class Drawing(NamedTuple):
-    """A drawn image (H, W, 3) uint8 under its prompt; `skill` and `verdict` where a checker judged it."""
-
-    image: NDArray
-    prompt: str
-    seed: int
-    skill: str = ""
-    verdict: Verdict | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the pixels, as plain JSON."""
-        values: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed}
-        if self.verdict is not None:
-            values |= {"skill": self.skill, "passed": self.verdict.passed, "demands_met": self.verdict.demands_met}
-        return values
-
-
-def draw(pipeline: UM3Pipeline, *, prompts: Sequence[str], seed: int, sampling: SamplingConfig) -> list[Drawing]:
-    """One image for every prompt."""
-    generated = pipeline.generate(
-        prompts,
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        guidance_scale=sampling.guidance_scale,
-        batch_size=sampling.batch_size,
-    )
-    return [Drawing(*each) for each in zip(generated.images, generated.prompts, generated.seeds, strict=True)]
-
-
-def judge(images_NHWC: Sequence[NDArray], *, prompts: Sequence[ScenePrompt]) -> list[Verdict]:
-    """The scene checker's verdict on every image."""
-    pairs = track(zip(images_NHWC, prompts, strict=True), total=len(prompts), label="judge images")
-    return [check(image, prompt.demands) for image, prompt in pairs]
-
-
-def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt], of: Measurement) -> list[Score]:
-    """Share of images that meet all demands of their prompt, for each of GenEval's six skills, and the mean of the six.
+def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: UM3Pipeline) -> PartResult:
+    """Generate images to RESULTS/generated/NAME and score them. Images of an interrupted evaluation are reused.
 
     Raises:
-        UserError: a skill without a prompt.
+        UserError: the feature network or CLIP is missing, or a source has too few usable images.
     """
-    of = of.with_protocol(judge=JUDGE, prompts_sha256=texts_sha256([prompt.prompt for prompt in prompts]))
-    rows, paper = [], GENEVAL_LLAMAGEN_QLIP
-    shares: list[float] = []
-    weights: list[float] = []
-    for skill in SKILLS:
-        passed = [v.passed for v, prompt in zip(verdicts, prompts, strict=True) if prompt.skill == skill]
-        if not passed:
-            raise UserError(f"no prompts for the skill '{skill}'; set generation.per_skill to 1 or more")
-        rows.append(of.mean(skill, passed, unit="%", paper=paper[skill]))
-        shares += [each / len(passed) for each in passed]
-        weights += [1 / len(passed)] * len(passed)
-    mean = sum(row.value or 0.0 for row in rows) / len(rows)
-    note, ends = "mean of the six skills, as GenEval takes it", bootstrap(shares, weights=weights)._asdict()
-    return [*rows, of.score("mean", mean, n=len(verdicts), unit="%", paper=paper["mean"], note=note, **ends)]
+    part, size = config.generation, pipeline.processor.image_size
+    # Load the metrics' networks before the hours of generation.
+    features = open_features(
+        config.fid_features,
+        model=pipeline.qlip,
+        processor=pipeline.processor,
+        inception_weights=config.inception_weights,
+    )
+    clip = load_clip(part.clip) if part.clip else None
+    of = Measurement("", config.seed, part.sampling.protocol())
+    result = PartResult([], {"captions": {}, "skills": []}, {})
+    data = [
+        validation_images(source, num_images=part.num_images, size=size, seed=config.seed)
+        for source in config.captioned
+    ]
+    for source in data:
+        prompts = source.full_captions
+        folder, generated = _generate(config, name=source.name, prompts=prompts, model=model, pipeline=pipeline)
+        images_NHWC, task = read_images(folder, generated), of.named(f"{source.name}_generation")
+        options: dict[str, Any] = {"pipeline": pipeline, "features": features, "clip": clip, "of": task}
+        result.scores.extend(
+            distribution_scores(images_NHWC, originals_NHWC=source.images, captions=prompts, **options)
+        )
+        if source.has_checker:
+            note = "the caption read from the generated pixels equals the prompt"
+            result.scores.append(read_back_row(images_NHWC, captions=prompts, note=note, of=task))
+        result.samples["captions"][source.name] = _samples(generated)[:SHOWN_IMAGES]
+        result.images[f"{source.name}_drawn"] = images_NHWC[:SHOWN_IMAGES]
+        result.images[f"{source.name}_real"] = source.images[:SHOWN_IMAGES]
+    if any(source.has_checker for source in data):
+        _evaluate_skills(config, model=model, pipeline=pipeline, result=result, of=of.named("skills"))
+    else:
+        result.scores.extend(missing_skills(of.named("skills")))
+    return result
 
 
-def missing_skills(of: Measurement) -> list[Score]:
-    """The rows of `skill_scores` for data that no checker can judge."""
-    note = "only the scenes have a checker; for other images GenEval needs a detector"
-    return [of.missing(name, note=note, unit="%", paper=paper) for name, paper in GENEVAL_LLAMAGEN_QLIP.items()]
+def _evaluate_skills(
+    config: EvalConfig, *, model: Path, pipeline: UM3Pipeline, result: PartResult, of: Measurement
+) -> None:
+    """Generate images for the prompts of the six skills, and add their scores to `result`."""
+    scenes = evaluation_prompts(per_skill=config.generation.per_skill, seed=config.seed)
+    prompts = [scene.prompt for scene in scenes]
+    folder, generated = _generate(config, name="skills", prompts=prompts, model=model, pipeline=pipeline)
+    result.images["skills"] = read_images(folder, generated)
+    verdicts = check_scenes(result.images["skills"], prompts=scenes)
+    result.scores.extend(skill_scores(verdicts, prompts=scenes, of=of))
+    result.samples["skills"] = [
+        sample | {"skill": scene.skill, "passed": verdict.passed, "demands_met": verdict.demands_met}
+        for sample, scene, verdict in zip(_samples(generated), scenes, verdicts, strict=True)
+    ]
 
 
-def read_back_row(images_NHWC: Iterable[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:
-    """Share of images whose caption the scene checker reads off the pixels, word for word."""
-    read = [describe(image) for image in track(images_NHWC, total=len(captions), label="read images")]
-    right = [found == caption for found, caption in zip(read, captions, strict=True)]
-    return of.with_protocol(judge=JUDGE).mean("read_back", right, unit="%", note=note)
+def _generate(
+    config: EvalConfig, *, name: str, prompts: Sequence[str], model: Path, pipeline: UM3Pipeline
+) -> tuple[Path, GeneratedFolder]:
+    """One image per prompt in RESULTS/generated/NAME; images with other settings or of another model are replaced."""
+    folder = config.results_dir / "generated" / name
+    if config.force:
+        shutil.rmtree(folder, ignore_errors=True)
+    request = GenerateConfig(
+        model=str(model), prompts=name, output_dir=str(folder), seed=config.seed, sampling=config.generation.sampling
+    )
+    numbered = [Prompt(f"{index:05d}", text) for index, text in enumerate(prompts)]
+    return folder, generate_folder(request, prompts=numbered, load_pipeline=lambda: pipeline, replace=True)
+
+
+def _samples(generated: GeneratedFolder) -> list[dict[str, Any]]:
+    return [{"prompt": prompt.prompt, "seed": prompt.seeds[0]} for prompt in generated.prompts]
 
 
 def distribution_scores(
@@ -105,35 +119,61 @@ def distribution_scores(
     clip: Clip | None,
     of: Measurement,
 ) -> list[Score]:
-    """Frechet distance of the drawn images to the real ones with the same captions, and their CLIPScores."""
-    of = of.with_protocol(prompts_sha256=texts_sha256(captions))
+    """Frechet distance of the generated images to the real ones with the same captions, and CLIPScores of both."""
+    of = of.with_protocol(prompts_sha256=short_hash(captions))
     rows = frechet_rows(images_NHWC, originals_NHWC=originals_NHWC, features=features, fid="fid", paper=UM3, of=of)
-    return rows + clipscore_rows(
-        images_NHWC, texts=captions, originals_NHWC=originals_NHWC, pipeline=pipeline, clip=clip, of=of
-    )
-
-
-def frechet_rows(
-    images_NHWC: NDArray,
-    *,
-    originals_NHWC: NDArray,
-    features: FeatureNetwork,
-    fid: str,
-    paper: dict[str, float],
-    of: Measurement,
-) -> list[Score]:
-    """The distance of two sets of images. Over Inception features it is called `fid`; any other name says which
-    features it is over, and the row `fid` then says why it has no value."""
-    distance = frechet_distance(features.moments(images_NHWC), features.moments(originals_NHWC))
-    n, dims = len(images_NHWC), features.num_features
-    note = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
-    named = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)
-    if features.preprocessing:
-        named = named.with_protocol(preprocessing=features.preprocessing)
-    common: dict[str, Any] = {"n": n, "higher_is_better": False, "note": note}
-    if features.name == "inception-2015":
-        return [named.score(fid, distance, paper=paper.get(fid), **common)]
+    if clip is None:
+        rows.append(missing_clip(of, setting="generation.clip"))
+    else:
+        cosines_N = clip_cosines(images_NHWC, texts=captions, clip=clip)
+        rows += clip_conventions(cosines_N, of=of.with_protocol(towers=model_hash(clip.name), prefix=""))
+    if note := no_text_note(pipeline.processor):
+        return [*rows, of.missing("clipscore_qlip", note=note), of.missing("clipscore_qlip_real", note=note)]
+    of = of.with_protocol(towers="qlip", fingerprint=pipeline.qlip.fingerprint()[:12])
+    generated, real = pipeline.similarity(images_NHWC, captions), pipeline.similarity(originals_NHWC, captions)
     return [
-        named.score(f"frechet_distance[{features.name}]", distance, **common),
-        of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper.get(fid)),
+        *rows,
+        of.mean("clipscore_qlip", generated, note="by the tokenizer's own towers, not CLIP's"),
+        of.mean("clipscore_qlip_real", real, note="the real images with these captions"),
     ]
+
+
+def check_scenes(images_NHWC: Iterable[NDArray], *, prompts: Sequence[ScenePrompt]) -> list[Verdict]:
+    """The scene checker's verdict on every image."""
+    pairs = track(zip(images_NHWC, prompts, strict=True), total=len(prompts), label="check images")
+    return [check(image, prompt.demands) for image, prompt in pairs]
+
+
+def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt], of: Measurement) -> list[Score]:
+    """Share of images that meet all demands of their prompt, for each of GenEval's six skills, and the mean of the six.
+
+    Raises:
+        UserError: a skill has no prompt.
+    """
+    of = of.with_protocol(judge=CHECKER, prompts_sha256=short_hash([prompt.prompt for prompt in prompts]))
+    rows, paper = [], GENEVAL_LLAMAGEN_QLIP
+    shares: list[float] = []
+    weights: list[float] = []
+    for skill in SKILLS:
+        passed = [v.passed for v, prompt in zip(verdicts, prompts, strict=True) if prompt.skill == skill]
+        if not passed:
+            raise UserError(f"no prompts for the skill '{skill}'; set generation.per_skill to at least 2")
+        rows.append(of.mean(skill, passed, unit="%", paper=paper[skill]))
+        shares += [is_passed / len(passed) for is_passed in passed]
+        weights += [1 / len(passed)] * len(passed)
+    mean = sum(row.value or 0.0 for row in rows) / len(rows)
+    note, interval = "mean of the six skills, as in GenEval", bootstrap(shares, weights=weights)._asdict()
+    return [*rows, of.score("mean", mean, n=len(verdicts), unit="%", paper=paper["mean"], note=note, **interval)]
+
+
+def missing_skills(of: Measurement) -> list[Score]:
+    """The rows of `skill_scores` for images that the scene checker cannot read."""
+    note = "only scenes have a checker; for other images use make geneval, which needs a detector"
+    return [of.missing(name, note=note, unit="%", paper=paper) for name, paper in GENEVAL_LLAMAGEN_QLIP.items()]
+
+
+def read_back_row(images_NHWC: Iterable[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:
+    """Share of images whose caption, read from the pixels by the scene checker, equals the expected one."""
+    descriptions = [describe(image) for image in track(images_NHWC, total=len(captions), label="read images")]
+    hits = [description == caption for description, caption in zip(descriptions, captions, strict=True)]
+    return of.with_protocol(judge=CHECKER).mean("read_back", hits, unit="%", note=note)

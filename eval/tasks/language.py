@@ -1,23 +1,25 @@
-"""Language with lm-eval, offline: the paper's five tasks from local copies, and a cloze and bits per byte of prose.
+"""The language part of `make eval`, run by lm-eval: the paper's five tasks, and a cloze and bits per byte of prose.
 
-The five are lm-eval's own, unmodified (`eval.tasks.lm_eval_data`), scored by `eval.lm.UM3LM` on text ids alone: visual ids
-never take probability from a word. Every item's log-likelihoods are kept beside the scores.
+The five tasks are lm-eval's own, on local copies of their data (`eval.lm_eval_data`). `eval.lm.UM3LM` scores text
+ids alone, so visual ids take no probability from a word. Every item's log-likelihoods are stored beside the scores.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from eval.config import EvalConfig, LanguageConfig
+from eval.lm_eval_data import TASKS, find_benchmarks, load_tasks
 from eval.paper_values import LANGUAGE_METRICS, UM3
-from eval.scores import Interval, Measurement, Score, bootstrap
-from eval.tasks.lm_eval_data import TASKS, local_benchmarks, paper_tasks
+from eval.results_cache import ResultsCache
+from eval.scores import Interval, Measurement, PartResult, Score, Unit, bootstrap
 from eval.tasks.prose_tasks import CHOICES, CLOZE, PROSE, ClozeItem, cloze_items, cloze_task, prose_task
+from eval.tasks.validation_data import validation_documents
 from um3.core.errors import UserError
-from um3.core.files import write_text
+from um3.core.files import short_hash, write_text
 
 if TYPE_CHECKING:
     from eval.lm import UM3LM
@@ -27,140 +29,136 @@ ITEMS_FILE = "language_items.jsonl"
 SCORING = "log-likelihood over text ids, after the model's own start of a text"
 
 
-class LanguageResult(NamedTuple):
-    """Rows; a few cloze items with the model's answers; of each benchmark the first item as the model reads it."""
+def evaluate_language(config: EvalConfig, *, model: Path, request: str) -> PartResult:
+    """Evaluate any causal language model. Finished requests are stored until the last score is known.
 
-    scores: list[Score]
-    cloze: list[dict[str, Any]]
-    prompts: dict[str, dict[str, Any]]
+    Raises:
+        UserError: nothing to measure, too little text, or a benchmark or model that cannot be read.
+    """
+    part = config.language
+    documents = validation_documents(config.texts, seed=config.seed) if config.texts else []
+    with TemporaryDirectory() as folder:
+        benchmarks = open_benchmarks(part.benchmarks, folder=folder, limit=part.limit)
+        if not benchmarks and not documents:
+            raise UserError(
+                "nothing to measure: there is neither a benchmark folder nor validation text; set LM_EVAL_DATA to a "
+                "folder with the tasks' data (docs/evaluation.md), or TEXT to texts"
+            )
+        from eval.lm import UM3LM, load_language_model
+
+        loaded, tokenizer = load_language_model(str(model))
+        cache = ResultsCache(config.results_dir / "language.cache", protocol=request)
+        options: dict[str, Any] = {"batch_size": part.batch_size, "max_tokens": part.max_tokens, "cache": cache}
+        lm = UM3LM.of(loaded, tokenizer=tokenizer, **options)
+        data: dict[str, Any] = {"documents": documents, "benchmarks": benchmarks}
+        result = language_scores(lm, **data, config=part, folder=config.results_dir, seed=config.seed)
+    cache.remove()
+    return result
+
+
+def open_benchmarks(benchmarks: str | Path, *, folder: str | Path, limit: int | None = None) -> dict[str, Any]:
+    """lm-eval's loaded tasks for the data in `benchmarks`, by name; `folder` is for temporary files.
+
+    Raises:
+        UserError: no task has data there, or data cannot be read.
+    """
+    data = find_benchmarks(benchmarks)
+    if str(benchmarks) and not data:
+        raise UserError(
+            f"{benchmarks} has no data of the language tasks ({', '.join(TASKS)}); add files such as "
+            "piqa_valid.jsonl or folders such as baber/piqa (docs/evaluation.md)"
+        )
+    return load_tasks(Path(folder), data=data, limit=limit)
 
 
 def language_scores(
     lm: "UM3LM",
     *,
     documents: Sequence[str],
-    folder: str | Path,
+    benchmarks: Mapping[str, Any],
+    config: LanguageConfig,
+    folder: Path,
     seed: int,
-    num_items: int = 200,
-    num_documents: int = 50,
-    benchmarks: str | Path = "",
-    limit: int | None = None,
-) -> LanguageResult:
-    """Scores of every language task, the log-likelihoods of every item in `folder`/language_items.jsonl.
+) -> PartResult:
+    """Rows of every language task; the log-likelihoods of every item go to `folder`/language_items.jsonl.
 
-    `documents` are held-out texts, from which the cloze and the bits per byte are made; without any these have no
-    value. `benchmarks` is a folder with local copies of the paper's tasks; `limit` scores the first so many items of
-    each of those.
+    Args:
+        documents: validation texts, for the cloze and the bits per byte; without any these have no value.
+        benchmarks: the tasks of `open_benchmarks`; the others have no value.
 
     Raises:
-        UserError: nothing to measure, too little text, or a benchmark file that cannot be read.
+        UserError: too little text.
     """
-    with local_benchmarks(benchmarks) as found:
-        _check_there_is_work(benchmarks, found=found, documents=documents)
-        of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": lm.own_max_tokens})
-        result, items = LanguageResult([], [], {}), list[dict[str, Any]]()
-        if documents:
-            cloze = cloze_items(documents, num_items=num_items, seed=seed)
-            texts = [text for text in documents if text.strip()][:num_documents]
-            results = _run_own(lm, cloze=cloze, texts=texts, folder=Path(folder))
-            result.scores.extend([*_choice_rows(results, name=CLOZE, of=of), *_prose_rows(results, of=of)])
-            result.cloze.extend(_samples(results, items=cloze))
-            items += [*_items(results, name=CLOZE), *_items(results, name=PROSE)]
-        else:
-            result.scores.extend(_absent_prose(of=of))
-        for name in TASKS:
-            if name not in found:
-                result.scores.append(_absent_row(name, of=of))
-                continue
-            results = run_tasks(lm, tasks=[name], limit=limit)
-            result.scores.extend(_choice_rows(results, name=name, of=of))
-            context, continuation = _sorted_samples(results, name=name)[0]["arguments"][0]
-            result.prompts[name] = {"context": context, "continuation": continuation}
-            items += _items(results, name=name)
-    write_text(Path(folder) / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
+    of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": lm.own_max_tokens})
+    result, items = PartResult([], {"cloze": [], "prompts": {}}, {}), list[dict[str, Any]]()
+    if documents:
+        cloze = cloze_items(documents, num_items=config.num_items, seed=seed)
+        texts = [text for text in documents if text.strip()][: config.num_documents]
+        results = _run_prose_tasks(lm, cloze=cloze, texts=texts, folder=folder)
+        result.scores.extend([*_choice_rows(results, name=CLOZE, of=of), *_prose_rows(results, of=of)])
+        result.samples["cloze"] = _cloze_samples(results, items=cloze)
+        items += [*_items(results, name=CLOZE), *_items(results, name=PROSE)]
+    else:
+        note = "no validation text; set TEXT to texts"
+        result.scores.extend(_missing_rows(CLOZE, "acc", "acc_norm", note=note, of=of))
+        result.scores.extend(_missing_rows(PROSE, "bits_per_byte", "word_perplexity", note=note, of=of))
+    for name in TASKS:
+        if name not in benchmarks:
+            note = f"no local data; put {TASKS[name].hub_name} or {name}.jsonl into a folder, set LM_EVAL_DATA to it"
+            result.scores.extend(_missing_rows(name, LANGUAGE_METRICS[name], note=note, of=of))
+            continue
+        results = run_tasks(lm, benchmarks[name], limit=config.limit)
+        result.scores.extend(_choice_rows(results, name=name, of=of))
+        context, continuation = _sorted_samples(results, name=name)[0]["arguments"][0]
+        result.samples["prompts"][name] = {"context": context, "continuation": continuation}
+        items += _items(results, name=name)
+    write_text(folder / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
     return result
 
 
-def check_data(benchmarks: str | Path, *, documents: Sequence[str]) -> None:
-    """Read what `language_scores` will read, before a model is loaded and hours are spent.
-
-    Raises:
-        UserError: nothing to measure, or a benchmark that cannot be read.
-    """
-    import datasets
-
-    with local_benchmarks(benchmarks) as found:
-        _check_there_is_work(benchmarks, found=found, documents=documents)
-        datasets.disable_progress_bars()
-        for name in found:
-            datasets.load_dataset(TASKS[name].hub_name, TASKS[name].hub_config)
-
-
-def _check_there_is_work(benchmarks: str | Path, *, found: Mapping[str, Path], documents: Sequence[str]) -> None:
-    if str(benchmarks) and not found:
-        raise UserError(
-            f"{benchmarks} holds none of the language benchmarks ({', '.join(TASKS)}); put files such as "
-            "piqa_valid.jsonl or folders such as baber/piqa there (docs/evaluation.md)"
-        )
-    if not found and not documents:
-        raise UserError(
-            "no benchmark folder and no held-out text, so nothing to measure; set LM_EVAL_DATA to a folder with "
-            "local copies of the tasks (docs/evaluation.md), or TEXT to texts of your own"
-        )
-
-
-def run_tasks(lm: "UM3LM", *, tasks: Sequence[str | dict[str, Any]], limit: int | None = None) -> dict[str, Any]:
-    """lm-eval's results for tasks by name or dictionary.
-
-    Raises:
-        UserError: the data of a task cannot be read as that task.
-    """
-    import datasets
+def run_tasks(lm: "UM3LM", loaded: dict[str, Any], *, limit: int | None = None) -> dict[str, Any]:
+    """lm-eval's results, without examples in the prompt, for tasks that its `TaskManager` has loaded."""
     from lm_eval import evaluate
 
-    datasets.disable_progress_bars()
-    names = ", ".join(str(task["task"]) if isinstance(task, dict) else task for task in tasks)
-    try:
-        loaded = paper_tasks().load(list(tasks))
-        for task in loaded["tasks"].values():
-            task.set_config(key="num_fewshot", value=0)
-        # Not simple_evaluate: it asks pip, git and lscpu what this machine is, seconds for every task.
-        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the data of task {names} cannot be read ({type(error).__name__}: {reason})") from error
-    assert results is not None, "lm-eval gives results on the first rank, and there is only one"
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    # simple_evaluate would ask pip, git and lscpu about the machine, which takes seconds per task.
+    results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    assert results is not None, "lm-eval returns results on the first rank, and there is only one"
     return dict(results)
 
 
-def _run_own(lm: "UM3LM", *, cloze: Sequence[ClozeItem], texts: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The results of the two tasks made from held-out texts, which are written to `folder` as JSONL."""
+def _run_prose_tasks(lm: "UM3LM", *, cloze: Sequence[ClozeItem], texts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The results of the two tasks made from validation text, which is written to `folder` as JSONL."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
     cloze_file, prose_file = folder / f"{CLOZE}.jsonl", folder / f"{PROSE}.jsonl"
     write_text(cloze_file, "".join(json.dumps(item._asdict()) + "\n" for item in cloze))
     write_text(prose_file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     with TemporaryDirectory() as cache:
-        own = [cloze_task(cloze_file, cache=Path(cache)), prose_task(prose_file, cache=Path(cache))]
-        return run_tasks(lm, tasks=own)
+        configs = [cloze_task(cloze_file, cache=Path(cache)), prose_task(prose_file, cache=Path(cache))]
+        return run_tasks(lm, TaskManager(include_defaults=False).load(configs))
 
 
 def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list[Score]:
-    """Accuracies of a multiple choice: lm-eval's values, each with the interval over its items."""
+    """lm-eval's accuracies of a multiple choice, with their intervals over the items."""
     values, samples = results["results"][name], _sorted_samples(results, name=name)
-    counts = results["n-samples"][name]
-    sha256 = _sha256([[sample["arguments"], sample["target"]] for sample in samples])
-    of = of.named(name).with_protocol(items=len(samples), items_sha256=sha256)
-    own = {"note": f"which sentence comes next in held-out prose; chance is 1 in {CHOICES}"} if name == CLOZE else {}
+    items_sha256 = short_hash([[sample["arguments"], sample["target"]] for sample in samples])
+    of = of.named(name).with_protocol(items=len(samples), items_sha256=items_sha256)
+    note = f"choose the next sentence of validation text; chance is 1 in {CHOICES}" if name == CLOZE else ""
     return [
         of.score(
             metric,
             values[f"{metric},none"],
             n=len(samples),
-            skipped=int(counts["original"]) - len(samples),
+            skipped=int(results["n-samples"][name]["original"]) - len(samples),
             version=str(results["versions"].get(name, "")),
             unit="%",
             paper=UM3[name] if metric == LANGUAGE_METRICS.get(name) else None,
+            note=note,
             **bootstrap([float(sample[metric]) for sample in samples])._asdict(),
-            **own,
         )
         for metric in ("acc", "acc_norm")
         if f"{metric},none" in values
@@ -169,8 +167,8 @@ def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list
 
 def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
     values, samples = results["results"][PROSE], _sorted_samples(results, name=PROSE)
-    sha256 = _sha256([sample["target"] for sample in samples])
-    of = of.named(PROSE).with_protocol(documents=len(samples), documents_sha256=sha256)
+    documents_sha256 = short_hash([sample["target"] for sample in samples])
+    of = of.named(PROSE).with_protocol(documents=len(samples), documents_sha256=documents_sha256)
     losses = [-float(sample["bits_per_byte"][0]) for sample in samples]
     per_byte = bootstrap([loss / math.log(2) for loss in losses], weights=[s["bits_per_byte"][1] for s in samples])
     per_word = bootstrap(losses, weights=[sample["word_perplexity"][1] for sample in samples])
@@ -182,22 +180,18 @@ def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
             n=len(samples),
             version=str(results["versions"].get(PROSE, "")),
             higher_is_better=False,
-            note="over held-out documents",
+            note="over validation documents",
             **interval._asdict(),
         )
         for metric, interval in (("bits_per_byte", per_byte), ("word_perplexity", perplexity))
     ]
 
 
-def _absent_prose(*, of: Measurement) -> list[Score]:
-    note = "no held-out text was given; set TEXT to texts of your own"
-    rows = ((CLOZE, "acc", "%"), (CLOZE, "acc_norm", "%"), (PROSE, "bits_per_byte", ""), (PROSE, "word_perplexity", ""))
-    return [of.named(task).missing(metric, note=note, unit=unit) for task, metric, unit in rows]
-
-
-def _absent_row(name: str, *, of: Measurement) -> Score:
-    note = f"no local copy; put {TASKS[name].hub_name} or {name}.jsonl into a folder and set LM_EVAL_DATA to it"
-    return of.named(name).missing(LANGUAGE_METRICS[name], note=note, paper=UM3[name], unit="%")
+def _missing_rows(task: str, *metrics: str, note: str, of: Measurement) -> list[Score]:
+    papers = {metric: UM3.get(task) if metric == LANGUAGE_METRICS.get(task) else None for metric in metrics}
+    units: dict[str, Unit] = {metric: "%" if metric.startswith("acc") else "" for metric in metrics}
+    of = of.named(task)
+    return [of.missing(metric, note=note, unit=units[metric], paper=papers[metric]) for metric in metrics]
 
 
 def _sorted_samples(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
@@ -205,34 +199,30 @@ def _sorted_samples(results: dict[str, Any], *, name: str) -> list[dict[str, Any
 
 
 def _items(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
-    """What every item got: a choice's log-likelihoods and hits, or a document's log-likelihood, bytes and words."""
-    rows = []
+    """Per item: a choice's log-likelihoods and accuracies, or a document's log-likelihood, bytes and words."""
+    items = []
     for sample in _sorted_samples(results, name=name):
-        row: dict[str, Any] = {"task": name, "item": sample["doc_id"]}
+        item: dict[str, Any] = {"task": name, "item": sample["doc_id"]}
         if name == PROSE:
-            likelihood, num_bytes = sample["bits_per_byte"]
-            row |= {"log_likelihood": likelihood, "bytes": num_bytes, "words": sample["word_perplexity"][1]}
+            log_likelihood, num_bytes = sample["bits_per_byte"]
+            item |= {"log_likelihood": log_likelihood, "bytes": num_bytes, "words": sample["word_perplexity"][1]}
         else:
-            row |= {"answer": sample["target"], "log_likelihoods": _likelihoods(sample)}
-            row |= {metric: sample[metric] for metric in ("acc", "acc_norm") if metric in sample}
-        rows.append(row)
-    return rows
+            item |= {"answer": sample["target"], "log_likelihoods": _log_likelihoods(sample)}
+            item |= {metric: sample[metric] for metric in ("acc", "acc_norm") if metric in sample}
+        items.append(item)
+    return items
 
 
-def _likelihoods(sample: dict[str, Any]) -> list[float]:
+def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
     return [float(response[0]) for response in sample["filtered_resps"]]
 
 
-def _samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:
-    """The first cloze items with what the model chose."""
-    shown = []
+def _cloze_samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:
+    """The first cloze items with the model's choice."""
+    samples = []
     for sample in _sorted_samples(results, name=CLOZE)[:NUM_SAMPLES]:
-        likelihoods = _likelihoods(sample)
-        chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        log_likelihoods = _log_likelihoods(sample)
+        chosen = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
         item = items[sample["doc_id"]]
-        shown.append({**item._asdict(), "chosen": chosen, "right": chosen == item.label})
-    return shown
-
-
-def _sha256(value: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(value)).encode()).hexdigest()[:12]
+        samples.append({**item._asdict(), "chosen": chosen, "right": chosen == item.label})
+    return samples

@@ -1,4 +1,4 @@
-"""Linear probes on a tokenizer's frozen features: the paper's recipe (Table 11), or logistic regression to its end.
+"""Linear probes on a tokenizer's frozen features: the paper's recipe (Table 11), or logistic regression.
 
 Shapes: N images, D feature dimensions, S probe inputs, K classes.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eval.config import ProbeConfig
 from eval.paper_values import LINEAR_PROBE
 from eval.scores import Measurement, Score
-from eval.tasks.classification_data import Labelled
+from eval.tasks.classification_data import ClassificationData, ClassificationTask
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
@@ -29,13 +29,13 @@ PROBE_FEATURES: tuple[ProbeFeature, ...] = ("cls", "mean", "cls_mean")
 
 
 class ProbeData(NamedTuple):
-    """Class token and mean of patches side by side (N, 2 D), float32 on the CPU, and the class indices (N,)."""
+    """Concatenated class token and mean of patches (N, 2 D), float32 on the CPU, and the class indices (N,)."""
 
     both_NS: Tensor
     labels_N: Tensor
 
     def inputs(self, feature: ProbeFeature) -> Tensor:
-        """The columns of one feature, (N, D) or (N, 2 D): a view, since for ImageNet's train a copy is 8 GB."""
+        """The columns of one feature, (N, D) or (N, 2 D), as a view: for ImageNet's train split a copy takes 8 GB."""
         width = self.both_NS.shape[1] // 2
         return {"cls": self.both_NS[:, :width], "mean": self.both_NS[:, width:], "cls_mean": self.both_NS}[feature]
 
@@ -50,11 +50,10 @@ class Probe(NamedTuple):
 
     def predict(self, inputs_NS: Tensor) -> Tensor:
         """Class index (N,) of every input, on the CPU."""
-        found = [self._logits(inputs_BS).argmax(dim=1).cpu() for inputs_BS in inputs_NS.split(PREDICT_BATCH)]
-        return torch.cat(found)
+        return torch.cat([self._logits(inputs_BS).argmax(dim=1).cpu() for inputs_BS in inputs_NS.split(PREDICT_BATCH)])
 
     def is_finite(self) -> bool:
-        """False after a training that diverged."""
+        """Whether the training did not diverge."""
         return all(bool(part.isfinite().all()) for part in self)
 
     def _logits(self, inputs_BS: Tensor) -> Tensor:
@@ -63,44 +62,38 @@ class Probe(NamedTuple):
 
 
 def probe_scores(
-    train: Labelled,
-    *,
-    val: Labelled,
-    num_classes: int,
-    model: QLIPModel,
-    processor: QLIPProcessor,
-    config: ProbeConfig,
-    of: Measurement,
+    task: ClassificationTask, *, model: QLIPModel, processor: QLIPProcessor, config: ProbeConfig, of: Measurement
 ) -> list[Score]:
-    """Accuracy on `val` of a linear classifier on frozen features: class token, mean of patches, both side by side.
+    """Val accuracy of a linear classifier on frozen features: class token, mean of patches, and both concatenated.
 
-    A probe that diverged is a row without a value.
+    A probe that diverged, or a task without train data, gives rows without a value.
     """
-    found, wanted = (probe_data(data, model=model, processor=processor) for data in (train, val))
-    of = of.with_protocol(**protocol(config), train_images=len(found.labels_N), train_data=train.identity)
-    of = of.with_protocol(images=len(wanted.labels_N), data=val.identity)
+    if task.train is None:
+        return [of.missing(f"probe_{feature}", note=task.note, unit="%") for feature in PROBE_FEATURES]
+    train, val = (probe_data(data, model=model, processor=processor) for data in (task.train, task.val))
+    of = of.with_protocol(**protocol(config), train_images=len(train.labels_N), train_data=task.train.identity)
+    of = of.with_protocol(images=len(val.labels_N), data=task.val.identity)
     scores = []
-    for name in PROBE_FEATURES:
-        metric, paper = f"probe_{name}", LINEAR_PROBE["QLIP-B"][name]
-        inputs_NS = found.inputs(name)
+    for feature in PROBE_FEATURES:
+        metric, inputs_NS = f"probe_{feature}", train.inputs(feature)
+        common: dict[str, Any] = {"unit": "%", "paper": LINEAR_PROBE["QLIP-B"][feature]}
+        options: dict[str, Any] = {"labels_N": train.labels_N, "num_classes": len(task.class_names)}
         if config.kind == "adamw":
-            probe = fit_adamw(
-                inputs_NS, labels_N=found.labels_N, num_classes=num_classes, config=config, seed=of.seed, label=metric
-            )
+            probe = fit_adamw(inputs_NS, config=config, seed=of.seed, label=metric, **options)
         else:
-            probe = fit_logistic(inputs_NS, labels_N=found.labels_N, num_classes=num_classes)
+            probe = fit_logistic(inputs_NS, **options)
         if not probe.is_finite():
             note = f"the probe diverged: a feature is not finite, or tokenizer.probe.lr={config.lr:g} is too high"
-            scores.append(of.missing(metric, note=note, unit="%", paper=paper))
+            scores.append(of.missing(metric, note=note, **common))
             continue
-        hits = (probe.predict(wanted.inputs(name)) == wanted.labels_N).tolist()
-        common: dict[str, Any] = {"skipped": val.skipped, "unit": "%", "paper": paper}
-        scores.append(of.mean(metric, hits, note=f"chance is 1 in {num_classes}", **common))
+        hits = (probe.predict(val.inputs(feature)) == val.labels_N).tolist()
+        note = f"chance is 1 in {len(task.class_names)}"
+        scores.append(of.mean(metric, hits, skipped=task.val.skipped, note=note, **common))
     return scores
 
 
 def protocol(config: ProbeConfig) -> dict[str, Any]:
-    """What two probes must share to be comparable, besides their images."""
+    """The settings that two probes must share to be comparable, besides their images."""
     common = {"inputs": "last hidden states, standardised over train", "augmentation": "none"}
     if config.kind == "logistic":
         return common | {"classifier": "logistic regression, LBFGS, C=1"}
@@ -108,21 +101,21 @@ def protocol(config: ProbeConfig) -> dict[str, Any]:
     return common | {"classifier": f"AdamW {BETAS}, weight decay 0, linear warm-up, cosine to 0"} | settings
 
 
-def probe_data(data: Labelled, *, model: QLIPModel, processor: QLIPProcessor) -> ProbeData:
-    """The features of all images that can be read, with their labels."""
+def probe_data(data: ClassificationData, *, model: QLIPModel, processor: QLIPProcessor) -> ProbeData:
+    """The features of all readable images, with their labels."""
     both_NS, labels = torch.empty(0), list[int]()
-    for images_BHWC, found in data.batches():
+    for images_BHWC, batch_labels in data.batches():
         both_BS = probe_inputs(images_BHWC, model=model, processor=processor)
         if not labels:
             both_NS = both_BS.new_empty(len(data), both_BS.shape[1])
-        both_NS[len(labels) : len(labels) + len(found)] = both_BS
-        labels += found
+        both_NS[len(labels) : len(labels) + len(batch_labels)] = both_BS
+        labels += batch_labels
     return ProbeData(both_NS[: len(labels)], torch.tensor(labels))
 
 
 @torch.no_grad()
 def probe_inputs(images_BHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
-    """Class token and mean of patches of the image tower's last hidden states, (B, 2 D) float32 on the CPU."""
+    """Class token and mean of patches of the image tower's last hidden states: (B, 2 D) float32 on the CPU."""
     pixels_BCHW = processor.pixels(images_BHWC).to(model.device, model.dtype)
     hidden_BTD = model.vision_features(pixels_BCHW).float()
     return torch.cat([hidden_BTD[:, 0], hidden_BTD[:, 1:].mean(dim=1)], dim=1).cpu()
@@ -131,11 +124,11 @@ def probe_inputs(images_BHWC: NDArray, *, model: QLIPModel, processor: QLIPProce
 def fit_adamw(
     inputs_NS: Tensor, *, labels_N: Tensor, num_classes: int, config: ProbeConfig, seed: int, label: str = "probe"
 ) -> Probe:
-    """The paper's probe (Table 11), from zero weights, on this machine's accelerator; the batches' order is seeded."""
-    place = device()
-    variance_S, offset_S = (moment_S.to(place) for moment_S in torch.var_mean(inputs_NS, dim=0))
+    """The paper's probe (Table 11), from zero weights, on the accelerator; the order of the batches is seeded."""
+    target = device()
+    variance_S, offset_S = (moment_S.to(target) for moment_S in torch.var_mean(inputs_NS, dim=0))
     scale_S = variance_S.sqrt().clamp(min=1e-6)
-    layer = nn.Linear(inputs_NS.shape[1], num_classes, device=place)
+    layer = nn.Linear(inputs_NS.shape[1], num_classes, device=target)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0)
@@ -144,10 +137,10 @@ def fit_adamw(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, warmup=warmup, total=total))
     generator, progress = torch_generator(seed, "probe"), Progress(total, label=label)
     for _ in range(config.epochs):
-        for rows_B in torch.randperm(len(inputs_NS), generator=generator).split(config.batch_size):
-            standardised_BS = (inputs_NS[rows_B].to(place) - offset_S) / scale_S
+        for indices_B in torch.randperm(len(inputs_NS), generator=generator).split(config.batch_size):
+            standardised_BS = (inputs_NS[indices_B].to(target) - offset_S) / scale_S
             optimizer.zero_grad()
-            F.cross_entropy(layer(standardised_BS), labels_N[rows_B].to(place)).backward()
+            F.cross_entropy(layer(standardised_BS), labels_N[indices_B].to(target)).backward()
             optimizer.step()
             schedule.step()
             progress.advance()
@@ -155,14 +148,18 @@ def fit_adamw(
 
 
 def lr_share(step: int, *, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at a step: up a line to `warmup`, then down half a cosine to 0 at `total`."""
+    """Learning rate relative to its peak: linear warm-up to step `warmup`, then a cosine to 0 at step `total`."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def fit_logistic(inputs_NS: Tensor, *, labels_N: Tensor, num_classes: int, c: float = 1.0) -> Probe:
-    """Multinomial logistic regression: summed cross entropy + |w|^2 / (2 c), minimised by LBFGS in float64."""
+    """Multinomial logistic regression: summed cross entropy + |w|^2 / (2 c), minimised by LBFGS in float64.
+
+    scikit-learn's refuses features that are not finite and has another model for two classes. With more classes its
+    coefficients are equal to 1e-3 (a test compares them).
+    """
     inputs = inputs_NS.double()
     offset, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
     inputs = (inputs - offset) / scale

@@ -1,4 +1,4 @@
-"""Language tasks made from held-out prose, as lm-eval dictionaries: a cloze and the bits per byte."""
+"""Language tasks made from validation text, as lm-eval task configs: a cloze, and the bits per byte."""
 
 import random
 import re
@@ -13,13 +13,13 @@ CLOZE = "um3_prose_cloze"
 PROSE = "um3_prose"
 CHOICES = 4
 CONTEXT_SENTENCES = 3
-MIN_SENTENCE = 25  # characters; shorter ones ("Yes," said he.) could follow anything
-MAX_SENTENCE = 200  # and longer ones are lists that no small model's context holds
-POOL = 40  # the distractors are the nearest in length of so many sentences of other documents
+MIN_SENTENCE = 25  # characters; shorter sentences ("Yes," said he.) fit after anything
+MAX_SENTENCE = 200  # longer ones are lists that exceed a small model's context
+CANDIDATES = 40  # the distractors are those nearest in length to the answer of so many random sentences
 
 
 class ClozeItem(NamedTuple):
-    """Which sentence comes next? `choices[label]`; the others are sentences of other documents."""
+    """Choose the sentence that follows `context`: `choices[label]`. The other choices come from other documents."""
 
     context: str
     choices: list[str]
@@ -29,91 +29,82 @@ class ClozeItem(NamedTuple):
 def cloze_items(documents: Sequence[str], *, num_items: int, seed: int) -> list[ClozeItem]:
     """At most `num_items` items, spread evenly over the documents; the same documents and seed give the same items.
 
-    An item shows up to three sentences and asks for the next. Distractors have about its length, so that neither
-    brevity nor a total log-probability gives the answer away.
+    An item shows up to three sentences and asks for the next one. The distractors have about the answer's length, so
+    that neither the length nor the total log-probability reveals the answer.
 
     Raises:
-        UserError: the documents yield no item.
+        UserError: the documents have too few usable sentences.
     """
-    draw = random.Random(derive_seed(seed, CLOZE))
+    generator = random.Random(derive_seed(seed, CLOZE))
     sentences = [split_sentences(document) for document in documents]
-    places = [
+    positions = [
         (index, position)
-        for index, found in enumerate(sentences)
-        for position in range(1, len(found))
-        if _fits(found[position])
+        for index, document in enumerate(sentences)
+        for position in range(1, len(document))
+        if _is_usable(document[position])
     ]
-    usable = {index: fitting for index, found in enumerate(sentences) if (fitting := list(filter(_fits, found)))}
-    if not places or len(usable) < CHOICES:
+    usable = {i: answers for i, document in enumerate(sentences) if (answers := list(filter(_is_usable, document)))}
+    if not positions or len(usable) < CHOICES:
         raise UserError(
-            f"{len(documents)} held-out text documents are too few or too short for a cloze; "
-            f"it needs {CHOICES} documents with sentences of {MIN_SENTENCE} to {MAX_SENTENCE} characters"
+            f"{len(documents)} validation documents are too few or too short for a cloze: it needs {CHOICES} "
+            f"documents with sentences of {MIN_SENTENCE} to {MAX_SENTENCE} characters; add texts or raise val_fraction"
         )
-    step = max(1.0, len(places) / num_items)
-    chosen = [places[int(number * step)] for number in range(min(num_items, len(places)))]
-    return [_item(sentences, index=index, position=position, usable=usable, draw=draw) for index, position in chosen]
+    step = max(1.0, len(positions) / num_items)
+    chosen = [positions[int(number * step)] for number in range(min(num_items, len(positions)))]
+    return [_cloze_item(sentences, place=place, usable=usable, generator=generator) for place in chosen]
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a text: cut after . ! ? (and closing quotes) before a capital or an opening quote."""
+    """Split a text after . ! ? (and closing quotes) before a capital letter or an opening quote."""
     flat = " ".join(text.split())
     return [part for part in re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’]))\s+(?=[\"'“‘]?[A-Z])", flat) if part]
 
 
-def _fits(sentence: str) -> bool:
+def _is_usable(sentence: str) -> bool:
     return MIN_SENTENCE <= len(sentence) <= MAX_SENTENCE
 
 
-def _item(
+def _cloze_item(
     sentences: Sequence[Sequence[str]],
     *,
-    index: int,
-    position: int,
+    place: tuple[int, int],
     usable: Mapping[int, Sequence[str]],
-    draw: random.Random,
+    generator: random.Random,
 ) -> ClozeItem:
+    index, position = place
     answer = sentences[index][position]
     others = [other for other in usable if other != index]
-    pool = {draw.choice(usable[draw.choice(others)]) for _ in range(POOL)}
-    distractors = sorted(pool - {answer}, key=lambda text: (abs(len(text) - len(answer)), text))[: CHOICES - 1]
-    label = draw.randrange(len(distractors) + 1)
+    candidates = {generator.choice(usable[generator.choice(others)]) for _ in range(CANDIDATES)}
+    distractors = sorted(candidates - {answer}, key=lambda text: (abs(len(text) - len(answer)), text))[: CHOICES - 1]
+    label = generator.randrange(len(distractors) + 1)
     choices = [*distractors[:label], answer, *distractors[label:]]
     return ClozeItem(" ".join(sentences[index][max(0, position - CONTEXT_SENTENCES) : position]), choices, label)
 
 
 def cloze_task(path: Path, *, cache: Path) -> dict[str, Any]:
     """Multiple choice over a JSONL file of `ClozeItem`s."""
-    return {
-        "task": CLOZE,
-        **_json_data(path, split="test", cache=cache),
-        "test_split": "test",
+    return _task(CLOZE, path=path, cache=cache) | {
         "output_type": "multiple_choice",
         "doc_to_text": "context",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
-        "metric_list": [_metric("acc"), _metric("acc_norm")],
-        "metadata": {"version": 1.0},
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
     }
 
 
 def prose_task(path: Path, *, cache: Path) -> dict[str, Any]:
-    """Bits per byte and word perplexity of a JSONL file of {"text"}."""
-    return {
-        "task": PROSE,
-        **_json_data(path, split="test", cache=cache),
-        "test_split": "test",
+    """Bits per byte and word perplexity over a JSONL file of {"text"}."""
+    return _task(PROSE, path=path, cache=cache) | {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
         "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
-        "metadata": {"version": 1.0},
     }
 
 
-def _json_data(path: Path, *, split: str, cache: Path) -> dict[str, Any]:
-    options = {"data_files": {split: str(path.resolve())}, "cache_dir": str(cache)}
-    return {"dataset_path": "json", "dataset_kwargs": options}
-
-
-def _metric(name: str) -> dict[str, Any]:
-    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
+def _task(name: str, *, path: Path, cache: Path) -> dict[str, Any]:
+    data = {"data_files": {"test": str(path.resolve())}, "cache_dir": str(cache)}
+    config = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    return config | {"metadata": {"version": 1.0}}

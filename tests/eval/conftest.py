@@ -16,7 +16,7 @@ from um3.inference.pipeline import UM3Pipeline
 from um3.model.language_model import ModelConfig, build_model, save_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # as on a user's PYTHONPATH: mean_colour and language_items
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # imported by name, as from a user's PYTHONPATH
 
 NAMES = ("Anna", "Bela", "Carl", "Dora", "Emil", "Flora", "Georg", "Hanna")
 PLACES = ("the old harbour", "a quiet garden", "the long road", "his uncle's mill", "the upper room")
@@ -25,7 +25,7 @@ DEEDS = ("walked slowly through", "had never seen", "wrote a letter about", "was
 
 @pytest.fixture(scope="session")
 def scenes():
-    """Forty held-out scenes: images (N, 32, 32, 3) and all captions of each."""
+    """Forty validation scenes: images (N, 32, 32, 3) and all captions of each."""
     source = ScenesSource(size=32, length=40, seed=0, split="val")
     samples = [source[index] for index in range(len(source))]
     return np.stack([sample.image_HWC for sample in samples]), [sample.captions for sample in samples]
@@ -35,7 +35,7 @@ def scenes():
 def qlip_folder(tmp_path_factory, scenes):
     """A tiny QLIP with random weights and its processor, saved as a folder: 32 pixels, 16 patches of 8 bits."""
     folder = tmp_path_factory.mktemp("qlip")
-    text = train_caption_tokenizer([caption for given in scenes[1] for caption in given], vocab_size=400)
+    text = train_caption_tokenizer([caption for captions in scenes[1] for caption in captions], vocab_size=400)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     image = {"image_size": 32, "patch_size": 8, "rope_pretrained_grid": 4}
     config = QLIPConfig(
@@ -67,13 +67,13 @@ def documents():
 @pytest.fixture(scope="session")
 def um3_folder(tmp_path_factory, qlip_folder, scenes, documents):
     """A tiny UM3 with random weights over the tiny QLIP: 2 subtokens of 4 bits."""
-    texts = [*documents, *(caption for given in scenes[1] for caption in given)]
+    texts = [*documents, *(caption for captions in scenes[1] for caption in captions)]
     text_tokenizer = train_text_tokenizer(texts, vocab_size=400)
     ids = make_vocabulary(text_tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
     torch.manual_seed(0)
     model = build_model(ModelConfig(intermediate_size=32, max_position_embeddings=256, **sizes), ids=ids)
-    for parameter in model.parameters():  # far from the start's near-uniform distributions
+    for parameter in model.parameters():  # initial weights give near-uniform distributions
         parameter.data *= 5
     folder = tmp_path_factory.mktemp("um3") / "model"
     save_model(folder, model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=qlip_folder)
@@ -87,7 +87,7 @@ def pipeline(um3_folder):
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, qlip_folder, um3_folder):
-    """A run as the training phases leave it: models, done.json and metrics.jsonl of every phase."""
+    """The run folder after training: models, done.json and metrics.jsonl of every phase."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     generator = np.random.default_rng(0)
     for phase, model in (("stage1", qlip_folder), ("stage2", qlip_folder), ("um3", um3_folder)):
@@ -97,19 +97,33 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
             loss = row["train/loss"]
             row |= {"train/mse": loss / 9, "train/infonce": loss} if phase != "um3" else {}
             row |= {"train/loss_text": loss, "train/loss_visual": loss + 1} if phase == "um3" else {}
-            row |= {"data/rows_text": 6, "data/rows_i2t": 1, "data/rows_t2i": 3} if phase == "um3" else {}
+            counts = {"text": 6, "text/docs": 6, "i2t": 1, "i2t/scenes": 1, "t2i": 3, "t2i/scenes": 3}
+            for name in ("samples", "scheduled") if phase == "um3" else ():
+                row |= {f"data/{name}/{key}": count * row["step"] for key, count in counts.items()}
             row |= (
                 {"text_validation/text_loss": loss, "text_validation/start": 1.5}
                 if phase == "um3" and row["step"] % 10 == 9
                 else {}
             )
-            row |= {"text_validation/restart": 31} if row["step"] == 29 else {}
         (run / phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
         done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}
         (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"max_steps": 60}}}))
     sources = "data:\n  sources:\n  - {name: scenes, kind: scenes, length: 2400}\n  - {name: digits, kind: digits}\n"
     (run / "stage1" / "config.yaml").write_text(sources)
+    return run
+
+
+@pytest.fixture
+def evaluate(run_folder, tmp_path):
+    """Evaluates the tiny run with further settings; returns the rows in `folder` by key."""
+    from eval.run import main
+    from eval.scores import read_scores
+
+    def run(*settings, folder="eval", run=run_folder):
+        main([f"run={run}", f"output_dir={tmp_path / folder}", "num_threads=1", *settings])
+        return {row.key: row for path in (tmp_path / folder).glob("*.json") for row in read_scores(path)}
+
     return run
 
 
@@ -123,14 +137,17 @@ def um3_lm(pipeline):
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """A folder with small local copies of all five tasks, twelve different items each."""
-    from language_items import FILES, ITEMS
+    from language_items import write_benchmarks
 
-    folder = tmp_path_factory.mktemp("bench")
-    for name, item in ITEMS.items():
-        text = next(key for key, value in item.items() if isinstance(value, str))
-        items = [item | {text: f"{number} {item[text]}"} for number in range(12)]
-        (folder / FILES[name]).write_text("".join(json.dumps(each) + "\n" for each in items))
-    return folder
+    return write_benchmarks(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def benchmarks(bench, tmp_path_factory):
+    """lm-eval's loaded tasks for the data in `bench`."""
+    from eval.tasks.language import open_benchmarks
+
+    return open_benchmarks(bench, folder=tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +161,7 @@ def exported(um3_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory, documents):
-    """A plain Llama that was never a UM3, with a tokenizer that adds bos and knows no image marks, as Llama 3's."""
+    """A plain Llama with a tokenizer that adds bos and has no image tokens, like Llama 3's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

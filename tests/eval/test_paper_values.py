@@ -1,7 +1,9 @@
+"""The paper's values, as its tables print them."""
+
 from eval import paper_values as paper
 
 
-def test_the_tables_read_as_the_paper_prints_them():
+def test_the_tables_are_as_printed_in_the_paper():
     unified, tokenizers, probe = paper.tables()
     rows = dict(unified.rows)
     assert unified.columns[0] == "ARC-C" and len(unified.columns) == 10

@@ -1,3 +1,5 @@
+"""Score rows: their file, their protocol hash, their format, and bootstrap intervals."""
+
 import json
 import math
 
@@ -9,8 +11,8 @@ from um3.core.errors import UserError
 
 
 def score(**changes):
-    given = {"task": "t", "metric": "acc", "value": 0.25, "n": 8, "seed": 1, "protocol": {"batch": 4}}
-    return Score(**(given | changes))
+    fields = {"task": "t", "metric": "acc", "value": 0.25, "n": 8, "seed": 1, "protocol": {"batch": 4}}
+    return Score(**(fields | changes))
 
 
 def test_round_trip_keeps_every_field(tmp_path):
@@ -30,21 +32,21 @@ def test_protocol_hash_changes_with_protocol_and_version_only():
     assert score(protocol={"a": 1, "b": 2}).protocol_hash == score(protocol={"b": 2, "a": 1}).protocol_hash
 
 
-def test_a_row_without_value_must_say_why():
-    with pytest.raises(ValueError, match="no note"):
+def test_a_row_without_a_value_needs_a_note():
+    with pytest.raises(ValueError, match="note"):
         score(value=None)
     row = Measurement("t", 0).missing("fid", note="no weights", paper=44.1)
     assert row.value is None and row.paper == 44.1 and row.shown() == "–"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers_are_refused(value):
-    with pytest.raises(ValueError, match="no number to report"):
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="not finite"):
         score(value=value)
 
 
 def test_two_rows_with_one_key_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="two rows are named t/acc"):
+    with pytest.raises(ValueError, match="t/acc"):
         write_scores(tmp_path / "a.json", [score(), score(value=0.3)])
     assert not list(tmp_path.iterdir())
 
@@ -61,9 +63,9 @@ def test_shown_follows_the_unit():
     assert score(unit="x100", low=0.05, high=0.07).shown_interval() == "[5.0, 7.0]" and score().shown_interval() == ""
 
 
-def test_a_file_of_another_kind_is_a_one_line_error(tmp_path):
+def test_another_file_is_a_one_line_error(tmp_path):
     (tmp_path / "a.json").write_text('{"scores": [{"task": 1}]}')
-    with pytest.raises(UserError, match="holds no scores"):
+    with pytest.raises(UserError, match=r"a\.json"):
         read_scores(tmp_path / "a.json")
 
 
@@ -77,32 +79,33 @@ def test_the_interval_of_a_share_is_the_binomial_one():
         assert bootstrap(values) == (low, high), "equal items give an equal interval"
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+@pytest.mark.slow
+def test_intervals_cover_the_true_value_at_their_level():
     generator = np.random.default_rng(1)
     hits = 0
-    for _ in range(200):
+    for _ in range(100):
         low, high = bootstrap((generator.random(60) < 0.3).astype(float))
         hits += low <= 0.3 <= high
-    assert 0.89 <= hits / 200 <= 0.99
+    assert 0.87 <= hits / 100 <= 0.99
 
 
-def test_weights_make_the_mean_one_over_bytes_not_documents():
+def test_weights_give_the_mean_per_byte():
     bits, lengths = [10.0, 400.0, 30.0, 260.0], [10, 100, 20, 80]
     low, high = bootstrap(bits, weights=lengths)
     assert 1 <= low <= sum(bits) / sum(lengths) <= high <= 4
-    assert bootstrap([2.0, 6.0], weights=[1, 3]) == (None, None), "both have two bits a byte"
+    assert bootstrap([2.0, 6.0], weights=[1, 3]) == (None, None), "both have two bits per byte"
     with pytest.raises(ValueError, match="2 values and 1 weights"):
         bootstrap([1.0, 2.0], weights=[1])
 
 
-def test_a_mean_is_a_row_with_its_interval_and_its_items_counted():
+def test_a_mean_row_has_its_interval_and_count():
     row = Measurement("t", 3, {"a": 1}).mean("acc", [0, 1, 1, 1], unit="%")
     assert (row.value, row.n, row.seed, row.protocol) == (0.75, 4, 3, {"a": 1}) and 0 <= row.low < 0.75 < row.high <= 1
-    alike = Measurement("t", 3).mean("acc", [1.0] * 9)
-    assert alike.value == 1 and alike.low is alike.high is None
+    identical = Measurement("t", 3).mean("acc", [1.0] * 9)
+    assert identical.value == 1 and identical.low is identical.high is None
 
 
 @pytest.mark.parametrize("ends", [{"low": 0.1}, {"high": 0.1}, {"low": 0.3, "high": 0.2}, {"low": 0, "high": math.inf}])
-def test_half_intervals_are_refused(ends):
-    with pytest.raises(ValueError, match="has the interval"):
+def test_incomplete_intervals_are_refused(ends):
+    with pytest.raises(ValueError, match="interval"):
         score(**ends)

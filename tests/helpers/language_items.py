@@ -1,13 +1,13 @@
-"""One item of each language task, and lm-eval requests, for the tests of language."""
+"""Items of each language task, their files, and lm-eval requests, for the tests of language."""
 
 import json
 
 from lm_eval.api.instance import Instance
 
-from eval.tasks.lm_eval_data import TASKS
+from eval.lm_eval_data import TASKS
 
 PAIRS = [("Anna walked slowly", " through the old harbour."), ("", "Bela wrote a letter."), ("Carl ", "left early.")]
-# One item of each task, as the hub's copies have it; repeated where a test needs more.
+# One item of each task, with the fields of the hub's copies.
 ITEMS = {
     "arc_challenge": {
         "question": "Which is a planet?",
@@ -41,7 +41,7 @@ FILES = {name: f"{name}_{task.split}.jsonl" for name, task in TASKS.items()}
 
 
 def requests(pairs, kind="loglikelihood"):
-    """Instances as lm-eval makes them of (context, continuation), or of what `kind` takes."""
+    """lm-eval's instances for pairs (context, continuation), or for the arguments of another `kind`."""
     return [
         Instance(request_type=kind, doc={}, arguments=pair, idx=0, metadata=("task", index, 1))
         for index, pair in enumerate(pairs)
@@ -51,3 +51,12 @@ def requests(pairs, kind="loglikelihood"):
 def changed(name, **changes):
     """A line of a benchmark file: the task's item with changes."""
     return json.dumps(ITEMS[name] | changes) + "\n"
+
+
+def write_benchmarks(folder, *, count=12, names=tuple(ITEMS)):
+    """Local copies of tasks with `count` different items each."""
+    for name in names:
+        text = next(key for key, value in ITEMS[name].items() if isinstance(value, str))
+        lines = [changed(name, **{text: f"{number} {ITEMS[name][text]}"}) for number in range(count)]
+        (folder / FILES[name]).write_text("".join(lines))
+    return folder

@@ -1,6 +1,6 @@
-"""Small real tokenizers, and broken ones, as a user would write them: the mean colour of each patch, quantised.
+"""External tokenizers, working and broken ones: the quantised mean colour of each patch.
 
-Legend: B images, G patches a side, N = G * G codes of an image.
+Legend: B images, G patches per side, N = G * G codes of an image.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from tokenizer.bits import bits_to_codes, codes_to_bits
 
 
 class MeanColour:
-    """`bits` of each of red, green and blue of the mean colour of a patch, side by side in one code."""
+    """A code is the mean colour of a patch: `bits` each of red, green and blue."""
 
     def __init__(self, *, image_size: int = 32, patch: int = 8, bits: int = 4):
         self.image_size, self.patch, self.bits = image_size, patch, bits
@@ -32,7 +32,7 @@ class MeanColour:
 
 
 class Changed(MeanColour):
-    """One with a value of its own in some place."""
+    """One with other attributes."""
 
     def __init__(self, **values: object):
         super().__init__()
@@ -75,11 +75,11 @@ def narrow_codes() -> Changed:
     return Changed(encode=lambda images: MeanColour().encode(images).int())
 
 
-def float_pictures() -> Changed:
+def float_images() -> Changed:
     return Changed(decode=lambda codes: MeanColour().decode(codes) / 255)
 
 
-def one_picture() -> Changed:
+def one_image() -> Changed:
     return Changed(decode=lambda codes: MeanColour().decode(codes)[:1])
 
 

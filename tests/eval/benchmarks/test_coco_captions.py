@@ -25,78 +25,63 @@ COCO_DEMO = ROOT.parent / "shared/data/bench/coco_caption_demo.json.gz"
 @pytest.fixture
 def data(scenes, tmp_path):
     """Ten scenes with all their captions, in Karpathy's form."""
-    rows = []
+    entries = []
     for index, (image, captions) in enumerate(zip(scenes[0][:10], scenes[1], strict=False)):
+        name = {"filepath": "val2014", "filename": f"{index}.png", "cocoid": index, "split": "test"}
         save_png(image, tmp_path / "val2014" / f"{index}.png")
-        sentences = [{"raw": caption} for caption in captions]
-        rows.append(
-            {
-                "filepath": "val2014",
-                "filename": f"{index}.png",
-                "cocoid": index,
-                "split": "test",
-                "sentences": sentences,
-            }
-        )
-    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": rows}))
+        entries.append({**name, "sentences": [{"raw": caption} for caption in captions]})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries}))
     return tmp_path / "dataset_coco.json"
 
 
 def scored(data, *options):
-    out = data.with_name("captions.json")
-    main([f"references={data}", f"output_dir={out}", *options])
-    return {row.metric: row for row in read_scores(out)}
+    output = data.with_name("captions.json")
+    main([f"references={data}", f"output={output}", *options])
+    return {row.metric: row for row in read_scores(output)}
 
 
-def truth(data):
-    return [row["sentences"][0]["raw"] for row in json.loads(data.read_text())["images"]]
+def values(rows):
+    return {name: (row.value, row.n) for name, row in rows.items()}
 
 
-def test_captions_of_the_model_are_those_of_its_pipeline(data, pipeline, scenes, um3_folder):
-    rows = scored(data, f"model={um3_folder}", "max_new_tokens=6", "batch_size=4")
-    samples = json.loads(data.with_name("captions.json").read_text())["samples"]
-    assert [each["caption"] for each in samples] == pipeline.caption(scenes[0][:10], max_new_tokens=6)
+def true_captions(data):
+    return [entry["sentences"][0]["raw"] for entry in json.loads(data.read_text())["images"]]
+
+
+def test_captions_of_the_model_are_those_of_its_pipeline(data, pipeline, scenes, um3_folder, capfd):
+    options = (f"model={um3_folder}", "max_new_tokens=6", "batch_size=4")
+    rows = scored(data, *options)
+    result = json.loads(data.with_name("captions.json").read_text())
+    assert [sample["caption"] for sample in result["samples"]] == pipeline.caption(scenes[0][:10], max_new_tokens=6)
     protocol = rows["cider"].protocol
     assert protocol["decoding"] == "greedy" and protocol["max_new_tokens"] == 6 and protocol["split"] == "test"
-    assert protocol["prompt"] and protocol["style"] and protocol["references_sha256"]
-    assert json.loads(data.with_name("captions.json").read_text())["pins"]["model_sha256"]
+    assert protocol["prompt"] and protocol["style"] and protocol["references_sha256"] and result["pins"]["model_sha256"]
     assert rows["bleu_4"].n == 10 and rows["bleu_4"].paper == 0.086 and "captions.meteor=true" in rows["meteor"].note
-
-
-def test_a_killed_run_captions_only_the_rest(data, um3_folder, capfd):
-    first = scored(data, f"model={um3_folder}", "max_new_tokens=6")
-    lines = data.with_name("captions.captions.jsonl")
-    kept = lines.read_text().splitlines()
-    lines.write_text("\n".join(kept[:6]) + "\n" + kept[6][:20])
+    lines = data.with_name("captions.cache.jsonl")
+    kept = lines.read_text().splitlines()[1:]
+    lines.write_text("\n".join(kept[:4]) + "\n" + kept[4][:20])  # a kill in the second of three batches
     capfd.readouterr()
-    again = scored(data, f"model={um3_folder}", "max_new_tokens=6")
-    assert {n: r.value for n, r in again.items()} == {n: r.value for n, r in first.items()}
-    assert len(lines.read_text().splitlines()) == 7 + 4 and "caption images 10/10" in capfd.readouterr().err
+    assert values(scored(data, *options)) == values(rows) and "caption images 10/10" in capfd.readouterr().err
+    assert len(lines.read_text().splitlines()) == 5 + 6
 
 
-def test_sampled_captions_do_not_depend_on_where_a_run_stopped(data, um3_folder):
+def test_sampled_captions_do_not_depend_on_where_a_run_was_killed(data, um3_folder):
     options = (f"model={um3_folder}", "max_new_tokens=6", "temperature=1.0", "batch_size=3")
-    first = scored(data, *options)
-    lines = data.with_name("captions.captions.jsonl")
+    first = scored(data, *options)["rouge_l"]
+    lines = data.with_name("captions.cache.jsonl")
     lines.write_text("\n".join(lines.read_text().splitlines()[5:]) + "\n")
-    again = scored(data, *options)
-    assert again["rouge_l"].value == first["rouge_l"].value and again["rouge_l"].protocol == first["rouge_l"].protocol
-    assert "temperature 1.0" in first["rouge_l"].protocol["decoding"]
+    assert scored(data, *options)["rouge_l"] == first and "temperature 1.0" in first.protocol["decoding"]
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(data, um3_folder):
-    alone = scored(data, f"model={um3_folder}", "max_new_tokens=6", "batch_size=2")
+def test_two_processes_give_the_result_of_one(data, um3_folder):
+    arguments = [f"model={um3_folder}", "max_new_tokens=6", "batch_size=2"]
+    alone = scored(data, *arguments)
     for file in data.parent.glob("captions.*"):
         file.unlink()
-    arguments = [
-        f"references={data}",
-        f"out={data.with_name('captions.json')}",
-        f"model={um3_folder}",
-        "max_new_tokens=6",
-    ]
+    arguments += [f"references={data}", f"output={data.with_name('captions.json')}"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "eval.benchmarks.coco_captions", *arguments]
+    command = [sys.executable, "-m", "eval", "coco-captions", *arguments]
     environments = [{**os.environ, **shared, "RANK": rank} for rank in ("0", "1")]
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for environment in environments]
     try:
@@ -104,47 +89,39 @@ def test_two_processes_give_what_one_gives(data, um3_folder):
     finally:
         for process in processes:
             process.kill()
-    assert len(list(data.parent.glob("captions.captions.rank*.jsonl"))) == 2
-    both = {row.metric: row for row in read_scores(data.with_name("captions.json"))}
-    assert {n: (r.value, r.n) for n, r in both.items()} == {n: (r.value, r.n) for n, r in alone.items()}
+    assert len(list(data.parent.glob("captions.cache.rank*.jsonl"))) == 2
+    assert values({row.metric: row for row in read_scores(data.with_name("captions.json"))}) == values(alone)
 
 
 @pytest.mark.parametrize("form", ["coco", "lines"])
 def test_captions_from_a_file(data, form):
-    texts = truth(data)
+    captions = true_captions(data)
     if form == "coco":
-        given = data.with_name("results.json")
-        given.write_text(json.dumps([{"image_id": index, "caption": text} for index, text in enumerate(texts)][::-1]))
+        file = data.with_name("results.json")
+        file.write_text(json.dumps([{"image_id": index, "caption": text} for index, text in enumerate(captions)][::-1]))
     else:
-        rows = [{"file": f"val2014/{index}.png", "caption": text} for index, text in enumerate(texts)]
-        given = write_lines(data.with_name("results.jsonl"), rows[::-1])
-    rows = scored(data, f"captions={given}")
+        rows = [{"file": f"val2014/{index}.png", "caption": text} for index, text in enumerate(captions)]
+        file = write_lines(data.with_name("results.jsonl"), rows[::-1])
+    rows = scored(data, f"captions={file}")
     assert rows["exact_match"].value == 1 and rows["bleu_1"].value == pytest.approx(1) and rows["cider"].value > 1
 
 
-def test_what_is_missing_or_empty_is_named_and_counted(data, um3_folder):
-    texts = truth(data)
-    texts[3] = " . "
-    results = [{"image_id": index, "caption": text} for index, text in enumerate(texts)][:8]
+def test_missing_and_empty_captions_are_named_and_counted(data):
+    captions = true_captions(data)
+    captions[3] = " . "
+    results = [{"image_id": index, "caption": text} for index, text in enumerate(captions)][:8]
     data.with_name("results.json").write_text(json.dumps(results))
-    rows = scored(data, f"captions={data.with_name('results.json')}")
-    assert (rows["cider"].n, rows["cider"].skipped) == (8, 2) and rows["exact_match"].value == 7 / 8
-    assert "2 left out: no caption supplied (2, such as val2014/8.png)" in rows["cider"].note
-    assert "1 of 8 captions are empty and count as wrong" in rows["cider"].note
+    cider = (rows := scored(data, f"captions={data.with_name('results.json')}"))["cider"]
+    assert (cider.n, cider.skipped) == (8, 2) and rows["exact_match"].value == 7 / 8
+    assert "no caption supplied (2, such as val2014/8.png)" in cider.note and "1 of 8 captions are empty" in cider.note
+
+
+def test_missing_and_unreadable_images_are_named_and_counted(data, um3_folder):
     (data.parent / "val2014" / "4.png").unlink()
     (data.parent / "val2014" / "5.png").write_bytes(b"no image")
-    rows = scored(data, f"model={um3_folder}", "max_new_tokens=4")
-    assert (rows["cider"].n, rows["cider"].skipped) == (8, 2)
-    assert "missing image (1, such as val2014/4.png)" in rows["cider"].note
-    assert "unreadable image: not an image (1, such as val2014/5.png)" in rows["cider"].note
-
-
-def test_any_folder_with_captions_beside_its_images(scenes, tmp_path, um3_folder):
-    for index, (image, captions) in enumerate(zip(scenes[0][:4], scenes[1], strict=False)):
-        save_png(image, tmp_path / "photos" / f"{index}.png")
-        (tmp_path / "photos" / f"{index}.txt").write_text("\n".join(captions))
-    main([f"references={tmp_path / 'photos'}", f"model={um3_folder}", f"out={tmp_path / 'o.json'}", "max_new_tokens=4"])
-    assert read_scores(tmp_path / "o.json")[0].n == 4
+    row = scored(data, f"model={um3_folder}", "max_new_tokens=4")["cider"]
+    assert (row.n, row.skipped) == (8, 2) and "missing image (1, such as val2014/4.png)" in row.note
+    assert "unreadable image: not an image (1, such as val2014/5.png)" in row.note
 
 
 def test_the_published_example_of_the_coco_tools(tmp_path):
@@ -153,33 +130,31 @@ def test_the_published_example_of_the_coco_tools(tmp_path):
     demo = json.loads(gzip.decompress(COCO_DEMO.read_bytes()))
     (tmp_path / "refs.json").write_text(json.dumps(demo["refs"]))
     write_lines(tmp_path / "hyps.jsonl", [{"file": name, "caption": text} for name, text in demo["hyps"].items()])
-    main([f"references={tmp_path / 'refs.json'}", f"captions={tmp_path / 'hyps.jsonl'}", f"out={tmp_path / 'o.json'}"])
-    found = {row.metric: row.value for row in read_scores(tmp_path / "o.json")}
+    rows = scored(tmp_path / "refs.json", f"captions={tmp_path / 'hyps.jsonl'}")
     published = {"bleu_1": 0.579, "bleu_2": 0.404, "bleu_3": 0.279, "bleu_4": 0.191, "rouge_l": 0.396, "cider": 0.600}
-    assert {name: found[name] for name in published} == pytest.approx(published, abs=1e-3)
+    assert {name: rows[name].value for name in published} == pytest.approx(published, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_the_published_meteor_also_where_decimals_have_a_comma(monkeypatch):
+def test_the_published_meteor_also_in_a_locale_with_a_decimal_comma(monkeypatch):
     if not COCO_DEMO.exists() or shutil.which("java") is None:
         pytest.skip("needs Java and the published example")
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     demo = json.loads(gzip.decompress(COCO_DEMO.read_bytes()))
     keys = list(demo["refs"])
-    found = meteor_score([demo["hyps"][key] for key in keys], references=[demo["refs"][key] for key in keys])
-    assert found == pytest.approx(0.195, abs=5e-4)
+    meteor = meteor_score([demo["hyps"][key] for key in keys], references=[demo["refs"][key] for key in keys])
+    assert meteor == pytest.approx(0.195, abs=5e-4)
 
 
-def test_mistakes_are_one_line(data, tmp_path):
-    out = f"out={tmp_path / 'o.json'}"
+def test_mistakes_are_reported_in_one_line(data, tmp_path):
+    references, output = f"references={data}", f"output={tmp_path / 'o.json'}"
     for arguments, message in (
         ([], "set references=FILE"),
-        ([f"references={data}"], "set either model=FOLDER"),
-        ([f"references={data}", "model=a", "captions=b"], "set either model=FOLDER"),
-        ([f"references={data}", "model=a"], "set out=FILE"),
-        ([f"references={data}", "model=nowhere", out], "no UM3 model in nowhere"),
-        ([f"references={data}", "captions=nowhere.json", out], "nowhere.json cannot be read as"),
-        ([f"references={data}", "captions=nowhere.jsonl", out], "does not exist"),
+        ([references], "set either model=FOLDER"),
+        ([references, "model=a", "captions=b"], "set either model=FOLDER"),
+        ([references, "model=a"], "set output=FILE"),
+        ([references, "model=nowhere", output], "UM3 model 'nowhere' is neither a local folder"),
+        ([references, "captions=nowhere.json", output], "nowhere.json does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)

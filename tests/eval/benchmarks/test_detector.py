@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval.benchmarks.detector import CLASSES, Detected, Mask2Former, colours_of, cut_out, objects_of
-from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, read_demand
+from eval.benchmarks.detector import CLASSES, Instance, Mask2Former, colours_of, cut_out, objects_of
+from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, read_requirement
 from eval.metrics.clipscore import load_clip
 from tests.helpers import tiny_judges
 from um3.core.errors import UserError
 
 
-def picture(*, width=50, height=30, seed=0):
+def noise_image(*, width=50, height=30, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
@@ -27,7 +27,7 @@ def clip(tmp_path_factory):
 
 def test_detections_follow_from_the_networks_own_outputs(folder):
     """Class probability times mean mask probability, the box around the mask: recomputed one query at a time."""
-    detector, image = Mask2Former(str(folder)), picture()
+    detector, image = Mask2Former(str(folder)), noise_image()
     inputs = detector.processor(images=[image], return_tensors="pt")
     with torch.no_grad():
         output = detector.model(**inputs)
@@ -35,30 +35,30 @@ def test_detections_follow_from_the_networks_own_outputs(folder):
     expected = []
     for logits, mask in zip(output.class_queries_logits[0], output.masks_queries_logits[0], strict=True):
         whole = F.interpolate(mask[None, None], size=inputs["pixel_values"].shape[-2:], mode="bilinear")
-        own = F.interpolate(whole[..., :height, :width], size=(image.height, image.width), mode="bilinear")[0, 0]
-        inside = own > 0
+        mask_HW = F.interpolate(whole[..., :height, :width], size=(image.height, image.width), mode="bilinear")[0, 0]
+        inside = mask_HW > 0
         if inside.any():
-            sure = own[inside].sigmoid().mean()
+            sure = mask_HW[inside].sigmoid().mean()
             rows, columns = inside.nonzero().T
             box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             shares = logits.softmax(-1)[:-1] * sure
             expected += [(CLASSES[i], float(s), tuple(map(float, box))) for i, s in enumerate(shares) if s > THRESHOLD]
-    found = detector.detect(image)
-    assert expected and len(found) == len(expected)
-    for mine, theirs in zip(found, sorted(expected, key=lambda each: -each[1]), strict=True):
+    instances = detector.detect(image)
+    assert expected and len(instances) == len(expected)
+    for mine, theirs in zip(instances, sorted(expected, key=lambda values: -values[1]), strict=True):
         assert (mine.name, mine.box) == (theirs[0], theirs[2]) and mine.score == pytest.approx(theirs[1], rel=1e-4)
         assert mine.mask.shape == (30, 50) and mine.mask.dtype == bool
 
 
 def test_unsure_models_find_nothing(tmp_path):
-    assert Mask2Former(str(tiny_judges.save_mask2former(tmp_path))).detect(picture()) == []
+    assert Mask2Former(str(tiny_judges.save_mask2former(tmp_path))).detect(noise_image()) == []
 
 
-def test_what_is_no_coco_detector_is_one_line(tmp_path):
+def test_other_models_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no Mask2Former at"):
         Mask2Former(str(tmp_path))
     few = tiny_judges.save_mask2former(tmp_path / "few", num_labels=3)
-    with pytest.raises(UserError, match="tells 3 classes"):
+    with pytest.raises(UserError, match="has 3 classes"):
         Mask2Former(str(few))
 
 
@@ -66,14 +66,14 @@ def test_an_object_is_cut_out_on_grey():
     image = Image.new("RGB", (8, 6), "red")
     mask = np.zeros((6, 8), dtype=bool)
     mask[1:3, 2:5] = mask[4, 6] = True
-    crop = np.asarray(cut_out(image, Detected("dog", 0.9, (2.0, 1.0, 7.0, 5.0), mask)))
+    crop = np.asarray(cut_out(image, Instance("dog", 0.9, (2.0, 1.0, 7.0, 5.0), mask)))
     assert crop.shape == (4, 5, 3)
     assert (crop[0, 0] == (255, 0, 0)).all() and (crop[3, 4] == (255, 0, 0)).all() and (crop[2, 0] == 0x99).all()
-    assert np.asarray(cut_out(image, Detected("dog", 0.9, (3.2, 2.4, 3.4, 2.4), mask))).shape == (1, 1, 3)
+    assert np.asarray(cut_out(image, Instance("dog", 0.9, (3.2, 2.4, 3.4, 2.4), mask))).shape == (1, 1, 3)
 
 
 def test_the_colour_is_the_nearest_of_ten_averaged_texts(clip):
-    crops = [picture(seed=seed, width=40, height=40) for seed in range(3)]
+    crops = [noise_image(seed=seed, width=40, height=40) for seed in range(3)]
     classes = []
     for colour in COLOURS:
         texts = [f"a photo of a {colour} dog", f"a photo of a {colour}-colored dog", f"a photo of a {colour} object"]
@@ -89,19 +89,18 @@ def test_the_colour_is_the_nearest_of_ten_averaged_texts(clip):
     assert colours_of([], name="dog", clip=clip) == []
 
 
-def test_only_objects_whose_colour_is_asked_for_get_one(clip):
+def test_only_objects_with_a_required_colour_get_one(clip):
     class TwoDogs:
         def detect(self, image):
             mask = np.ones((image.height, image.width), dtype=bool)
             sure = [("dog", 0.5), ("dog", 0.9), ("cat", 0.8), ("dog", 0.9)]
-            return [Detected(name, score, (0.0, 0.0, 20.0, 20.0), mask) for name, score in sure]
+            return [Instance(name, score, (0.0, 0.0, 20.0, 20.0), mask) for name, score in sure]
 
     record = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "p"}
-    found = objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=clip)
-    assert [bool(each.color) for each in found] == [False, True, False, False] and found[1].color in COLOURS
+    objects = objects_of(noise_image(), requirement=read_requirement(record), detector=TwoDogs(), clip=clip)
+    assert [bool(detected.color) for detected in objects] == [False, True, False, False] and objects[1].color in COLOURS
     record["include"][0]["count"] = 2  # two of equal score and place are two
-    found = objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=clip)
-    assert [bool(each.color) for each in found] == [False, True, False, True]
-    assert all(
-        not each.color for each in objects_of(picture(), demand=read_demand(record), detector=TwoDogs(), clip=None)
-    )
+    objects = objects_of(noise_image(), requirement=read_requirement(record), detector=TwoDogs(), clip=clip)
+    assert [bool(detected.color) for detected in objects] == [False, True, False, True]
+    objects = objects_of(noise_image(), requirement=read_requirement(record), detector=TwoDogs(), clip=None)
+    assert not any(detected.color for detected in objects)

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from eval.benchmarks.dpg import crops, main
-from eval.benchmarks.generated_images import grid
-from eval.benchmarks.vqa import YesNo, is_yes
+from eval.benchmarks.vqa import YesNoModel, starts_with_yes
 from eval.scores import read_scores
+from eval.tasks.generated_images import grid
 from tests.eval.benchmarks.test_dpg_rules import ROWS, write
 from tests.helpers import tiny_judges
 from um3.core.errors import UserError
@@ -19,6 +19,7 @@ CHAT = (
     "{% for m in messages %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
 )
+SAVES = [tiny_judges.save_llava, tiny_judges.save_blip]
 
 
 def tiles():
@@ -50,56 +51,53 @@ def answers(path, a, b):
 YES_A, YES_B = {"1": "yes", "2": "yes", "3": "yes"}, {"1": True, "2": True}
 
 
-def test_a_grid_is_cut_as_it_was_laid():
+def test_a_grid_is_cut_as_it_was_written():
     cut = crops(Image.fromarray(grid(tiles())), side=0, count=3)
-    assert [np.asarray(each)[0, 0, 0] for each in cut] == [0, 60, 120] and cut[0].size == (32, 32)
+    assert [np.asarray(crop)[0, 0, 0] for crop in cut] == [0, 60, 120] and cut[0].size == (32, 32)
     assert crops(Image.fromarray(grid(tiles())), side=16, count=4) == []
     assert crops(Image.new("RGB", (64, 32)), side=0, count=4) == []
 
 
 def test_answers_from_a_file(images, questions, tmp_path):
-    given = answers(tmp_path / "a.jsonl", [YES_A, {**YES_A, "1": "no"}], [YES_B, {**YES_B, "2": False}])
-    rows = scored(images, f"questions={questions}", f"answers={given}", "num_images=2")
+    path = answers(tmp_path / "a.jsonl", [YES_A, {**YES_A, "1": "no"}], [YES_B, {**YES_B, "2": False}])
+    rows = scored(images, f"questions={questions}", f"answers={path}", "num_images=2")
     assert rows["overall"].value == pytest.approx((0.5 + 0.75) / 2) and rows["overall"].n == 2
     assert rows["entity"].value == rows["attribute"].value == rows["other"].value == 0.5 and rows["global"].value == 1
     assert rows["overall"].paper == 0.7817 and rows["overall"].shown() == "62.5"
-    official = scored(images, f"questions={questions}", f"answers={given}", "num_images=2", "official=true")
-    assert official["overall"].value == 0.75, "its first question is left out, and so is the prompt it breaks"
+    official = scored(images, f"questions={questions}", f"answers={path}", "num_images=2", "official=true")
+    assert official["overall"].value == 0.75, "without the first question of the file and the prompt that it breaks"
     assert "no answer to a question, or to one it depends on (1, such as a)" in official["overall"].note
     assert official["overall"].protocol_hash != rows["overall"].protocol_hash
 
 
 def test_prompts_without_image_or_answer_are_named_and_counted(images, questions, tmp_path):
-    given = answers(tmp_path / "a.jsonl", [YES_A], None)
-    rows = scored(images, f"questions={questions}", f"answers={given}")
+    path = answers(tmp_path / "a.jsonl", [YES_A], None)
+    rows = scored(images, f"questions={questions}", f"answers={path}")
     assert (rows["overall"].value, rows["overall"].n, rows["overall"].skipped) == (1.0, 1, 1)
     assert "no answers supplied (1, such as b.png)" in rows["overall"].note
-    given = answers(tmp_path / "a.jsonl", [{"1": "yes"}], [{"1": "perhaps", "2": "yes"}])
-    rows = scored(images, f"questions={questions}", f"answers={given}")
+    path = answers(tmp_path / "a.jsonl", [{"1": "yes"}], [{"1": "perhaps", "2": "yes"}])
+    rows = scored(images, f"questions={questions}", f"answers={path}")
     assert rows["overall"].value is None
     assert "no answer to a question, or to one it depends on (1, such as a)" in rows["overall"].note
     assert "answers other than yes and no (1, such as b.png)" in rows["overall"].note
 
 
-@pytest.mark.parametrize("save", [tiny_judges.save_llava, tiny_judges.save_blip])
+@pytest.mark.parametrize("save", SAVES)
 def test_any_vision_language_model_answers_once(images, questions, tmp_path, capfd, save):
     model = save(tmp_path / "model")
     save_png(np.zeros((32, 64, 3), dtype=np.uint8), images / "b.png")
     rows = scored(images, f"questions={questions}", f"vqa={model}")
     assert rows["overall"].n == 1 and "image of another size (1, such as b.png)" in rows["overall"].note
-    records = [json.loads(line) for line in images.with_name("images.answers.jsonl").read_text().splitlines()]
-    assert {r["file"]: [sorted(each) for each in r["value"]] for r in records} == {
-        "a.png": [["1", "2", "3"]] * 4,
-        "b.png": [],
-    }
+    lines = [json.loads(line) for line in images.with_name("images.cache.jsonl").read_text().splitlines()[1:]]
+    assert [[sorted(image) for image in line["result"]["value"]] for line in lines] == [[["1", "2", "3"]] * 4, []]
     assert "answer questions 2/2" in capfd.readouterr().err
     again = scored(images, f"questions={questions}", f"vqa={model}")
     assert again["overall"].value == rows["overall"].value and "answer questions" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("save", [tiny_judges.save_llava, tiny_judges.save_blip])
+@pytest.mark.parametrize("save", SAVES)
 def test_an_answer_does_not_depend_on_the_other_questions(tmp_path, save):
-    model = YesNo(str(save(tmp_path)))
+    model = YesNoModel(str(save(tmp_path)))
     seen = []
     model.processor.batch_decode = lambda tokens, **_: seen.extend(tokens.tolist()) or ["yes"] * len(tokens)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
@@ -111,43 +109,30 @@ def test_an_answer_does_not_depend_on_the_other_questions(tmp_path, save):
     assert [[t for t in row if t] for row in together] == [[t for t in row if t] for row in alone]
 
 
-def test_a_chat_model_is_asked_in_its_own_words(tmp_path):
-    plain, chat = (
-        YesNo(str(tiny_judges.save_llava(tmp_path / "a"))),
-        YesNo(str(tiny_judges.save_llava(tmp_path / "b", chat_template=CHAT))),
-    )
+def test_a_chat_model_is_asked_with_its_template(tmp_path):
+    plain = YesNoModel(str(tiny_judges.save_llava(tmp_path / "plain")))
+    chat = YesNoModel(str(tiny_judges.save_llava(tmp_path / "chat", chat_template=CHAT)))
     assert plain._prompt("is there a dog ?") == "<image> is there a dog ? Answer yes or no."
     assert chat._prompt("is there a dog ?") == "<image> is there a dog ? Answer yes or no. "
     assert chat.ask(Image.new("RGB", (32, 32)), ["is there a dog ?"]) in ([True], [False])
 
 
-@pytest.mark.parametrize(
-    ("answer", "yes"),
-    [
-        ("yes", True),
-        ("Yes, it is.", True),
-        (" YES", True),
-        ("no", False),
-        ("", False),
-        ("yesterday", False),
-        ("not yes", False),
-    ],
-)
-def test_what_counts_as_yes(answer, yes):
-    assert is_yes(answer) is yes
+@pytest.mark.parametrize("answer", ["yes", "Yes, it is.", " YES", "no", "", "yesterday", "not yes"])
+def test_the_first_word_decides(answer):
+    assert starts_with_yes(answer) is (answer in ("yes", "Yes, it is.", " YES"))
 
 
-def test_holes_and_mistakes_are_one_line(images, questions, tmp_path):
+def test_missing_models_and_mistakes_are_reported_in_one_line(images, questions, tmp_path):
     assert "dpg_bench.csv" in scored(images)["overall"].note
     assert "answers=FILE.jsonl" in scored(images, f"questions={questions}")["overall"].note
-    hub = scored(images, f"questions={questions}", "vqa=nobody/nothing")["overall"]
-    assert hub.value is None and "no model that answers questions about images at 'nobody/nothing'" in hub.note
-    with pytest.raises(UserError, match="no model that answers questions about images"):
-        (tmp_path / "none").mkdir()
-        YesNo(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="answers come from one of them"):
-        main([f"images={images}", "vqa=a", "answers=b"])
-    with pytest.raises(UserError, match="no folder nowhere"):
-        main(["images=nowhere"])
-    with pytest.raises(UserError, match="num_images is 5"):
-        main([f"images={images}", "num_images=5"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").touch()
+    row = scored(images, f"questions={questions}", f"vqa={tmp_path / 'model'}")["overall"]
+    assert row.value is None and "no model that answers questions about images at" in row.note
+    for arguments, message in (
+        ([f"images={images}", "vqa=a", "answers=b"], "set one of them"),
+        (["images=nowhere"], "nowhere does not exist"),
+        ([f"images={images}", "num_images=5"], "num_images is 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)

@@ -1,11 +1,11 @@
-"""DPG-Bench's rules by hand, and against a second writing-down of the published script on random tables."""
+"""DPG-Bench's rules by hand, and against a second implementation of the published script on random tables."""
 
 import csv
 import random
 
 import pytest
 
-from eval.benchmarks.dpg_rules import Answered, counted, evaluate, read_questions
+from eval.benchmarks.dpg_rules import AnsweredPrompt, counted, evaluate, read_questions
 from um3.core.errors import UserError
 
 HEADER = ["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple"]
@@ -38,8 +38,12 @@ def questions(tmp_path):
 
 def test_questions_are_read_in_order_with_categories_and_parents(questions):
     assert list(questions) == ["a", "b"]
-    assert [each.parents for each in questions["a"]] == [[], [1], [1, 2]]
-    assert [each.category for each in questions["a"]] == ["entity - whole", "attribute - color", "relation - spatial"]
+    assert [question.parents for question in questions["a"]] == [[], [1], [1, 2]]
+    assert [question.category for question in questions["a"]] == [
+        "entity - whole",
+        "attribute - color",
+        "relation - spatial",
+    ]
     assert questions["b"][1].text == "Is 2 there?"
 
 
@@ -48,20 +52,20 @@ def test_questions_are_read_in_order_with_categories_and_parents(questions):
     [
         ((True, True, True), [1, 1, 1]),
         ((True, False, True), [1, 0, 0]),
-        ((False, True, True), [0, 0, 0]),  # 2 falls with 1, and 3 with both
+        ((False, True, True), [0, 0, 0]),  # 2 depends on 1, and 3 on both
         ((True, True, False), [1, 1, 0]),
     ],
 )
-def test_a_no_takes_everything_that_depends_on_it_along(questions, answers, values):
-    told = counted(questions["a"], dict(enumerate(answers, start=1)))
-    assert list(told.values()) == values
+def test_a_no_discards_everything_that_depends_on_it(questions, answers, values):
+    values_of = counted(questions["a"], dict(enumerate(answers, start=1)))
+    assert list(values_of.values()) == values
 
 
 def test_scores_of_prompts_and_categories(questions):
     yes, no_first = {1: True, 2: True, 3: True}, {1: False, 2: True, 3: True}
     result = evaluate({
-        "a": Answered(questions["a"], [yes, no_first]),
-        "b": Answered(questions["b"], [{1: True, 2: False}] * 2),
+        "a": AnsweredPrompt(questions["a"], [yes, no_first]),
+        "b": AnsweredPrompt(questions["b"], [{1: True, 2: False}] * 2),
     })  # fmt: skip
     assert result.by_prompt == {"a": 0.5, "b": 0.5} and result.dropped == []
     assert result.by_level_1["attribute"] == [1, 0] and result.by_level_1["other"] == [0, 0]
@@ -69,17 +73,17 @@ def test_scores_of_prompts_and_categories(questions):
 
 def test_the_official_script_reads_its_categories_off_the_last_image_without_dependencies(questions):
     yes, no_first = {1: True, 2: True, 3: True}, {1: False, 2: True, 3: True}
-    result = evaluate({"a": Answered(questions["a"], [yes, no_first])}, official=True)
+    result = evaluate({"a": AnsweredPrompt(questions["a"], [yes, no_first])}, official=True)
     assert result.by_prompt == {"a": 0.5}
     assert result.by_level_1 == {"entity": [0], "attribute": [1], "relation": [1]}
 
 
 def test_the_official_script_leaves_out_the_first_question_and_what_depends_on_it(tmp_path):
     questions = read_questions(write(tmp_path / "dpg_bench.csv", ROWS), official=True)
-    assert [each.number for each in questions["a"]] == [2, 3]
+    assert [question.number for question in questions["a"]] == [2, 3]
     answered = {
-        "a": Answered(questions["a"], [{2: True, 3: True}]),
-        "b": Answered(questions["b"], [{1: True, 2: True}]),
+        "a": AnsweredPrompt(questions["a"], [{2: True, 3: True}]),
+        "b": AnsweredPrompt(questions["b"], [{1: True, 2: True}]),
     }
     result = evaluate(answered, official=True)
     assert result.dropped == ["a"] and result.by_prompt == {"b": 1.0}
@@ -91,18 +95,18 @@ def test_the_official_script_leaves_out_the_first_question_and_what_depends_on_i
         ([], "needs rows with item_id"),
         ([("a", "one", "0", "entity - whole (x)")], "row 2 .a. cannot be read"),
         ([("a", 1, "zero", "entity - whole (x)")], "row 2 .a. cannot be read"),
-        ([("a", 1, "7", "entity - whole (x)")], "question 1 of a depends on 7, which is none"),
+        ([("a", 1, "7", "entity - whole (x)")], "question 1 of a depends on 7, which does not exist"),
     ],
 )
-def test_what_is_no_table_of_questions_is_one_line(tmp_path, rows, message):
+def test_other_tables_are_refused_in_one_line(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         read_questions(write(tmp_path / "dpg_bench.csv", rows))
-    with pytest.raises(UserError, match="give DPG-Bench's"):
+    with pytest.raises(UserError, match="questions= to DPG-Bench's"):
         read_questions(tmp_path / "nowhere.csv")
 
 
 def as_published(rows, answers, *, images):
-    """The published script's arithmetic, told anew as one loop over plain lists: overall, and level 1 by category."""
+    """The published script's arithmetic as one loop over plain lists: overall, and level 1 by category."""
     items = {}
     for item, number, dependency, category in rows[1:]:
         items.setdefault(item, []).append(
@@ -130,7 +134,7 @@ def as_published(rows, answers, *, images):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_official_counting_equals_a_second_writing_of_it(tmp_path, seed):
+def test_official_counting_agrees_with_a_second_implementation(tmp_path, seed):
     generator = random.Random(seed)
     rows, kinds = [], ["entity - whole", "attribute - color", "relation - spatial", "global -", "other - count"]
     for item in range(8):
@@ -141,13 +145,14 @@ def test_official_counting_equals_a_second_writing_of_it(tmp_path, seed):
     answers = {(item, image, number): generator.random() < 0.7 for item, number, _, _ in rows for image in range(4)}
     questions = read_questions(write(tmp_path / "dpg_bench.csv", rows), official=True)
     answered = {
-        item: Answered(
-            asked, [{each.number: answers[item, image, each.number] for each in asked} for image in range(4)]
+        item: AnsweredPrompt(
+            asked,
+            [{question.number: answers[item, image, question.number] for question in asked} for image in range(4)],
         )
         for item, asked in questions.items()
     }
     result = evaluate(answered, official=True)
     overall, categories = as_published(rows, answers, images=4)
     assert sum(result.by_prompt.values()) / len(result.by_prompt) == pytest.approx(overall, abs=1e-12)
-    found = {name: sum(values) / len(values) for name, values in result.by_level_1.items()}
-    assert found == pytest.approx(categories, abs=1e-12)
+    shares = {name: sum(values) / len(values) for name, values in result.by_level_1.items()}
+    assert shares == pytest.approx(categories, abs=1e-12)

@@ -19,7 +19,7 @@ def group(name, count=1, **more):
 
 
 def prompt(tag, *include, **more):
-    return {"tag": tag, "include": list(include), **more, "prompt": f"what {tag} asks for"}
+    return {"tag": tag, "include": list(include), **more, "prompt": f"the prompt of {tag}"}
 
 
 PROMPTS = [
@@ -43,7 +43,7 @@ FILES = [[f"{index:05d}/samples/{copy:04d}.png" for copy in range(4)] for index 
 
 @pytest.fixture
 def images(tmp_path):
-    """GenEval's own layout, without a manifest: four images for a prompt of each task."""
+    """GenEval's own layout without a manifest: four images for a prompt of each task."""
     folder = tmp_path / "images"
     generator = np.random.default_rng(0)
     for index, (prompt, files) in enumerate(zip(PROMPTS, FILES, strict=True)):
@@ -58,9 +58,13 @@ def line(file, objects):
     return {"file": file, "objects": boxes}
 
 
-def detections(path, *, wrong=()):
+def detections(path, *, wrong=(), colours=True):
     """Right objects for every image but those in `wrong`, which show nothing."""
-    rows = [line(f, [] if f in wrong else RIGHT[index]) for index, files in enumerate(FILES) for f in files]
+    rows = [
+        line(file, [] if file in wrong else [(name, x, color * colours) for name, x, color in RIGHT[index]])
+        for index, files in enumerate(FILES)
+        for file in files
+    ]
     return tiny_judges.write_lines(path, rows)
 
 
@@ -69,31 +73,27 @@ def scored(images, *options):
     return {row.metric: row for row in read_scores(f"{images}.json")}
 
 
+def values(rows):
+    return {name: row.value for name, row in rows.items()}
+
+
 def test_right_objects_are_right_images(images, tmp_path):
     rows = scored(images, f"detections={detections(tmp_path / 'd.jsonl')}")
-    assert {name: row.value for name, row in rows.items()} == dict.fromkeys((*TAGS, "mean"), 1.0)
+    assert values(rows) == dict.fromkeys((*TAGS, "mean"), 1.0)
     assert rows["mean"].n == 24 and rows["colors"].n == 4 and rows["mean"].paper == 0.48
 
 
 def test_the_mean_is_over_tasks_and_its_interval_over_prompts(images, tmp_path):
-    wrong = [*FILES[0][:1], *FILES[2][:3], *FILES[5]]
-    rows = scored(images, f"detections={detections(tmp_path / 'd.jsonl', wrong=wrong)}")
+    path = detections(tmp_path / "d.jsonl", wrong=[*FILES[0][:1], *FILES[2][:3], *FILES[5]])
+    rows = scored(images, f"detections={path}")
     assert [rows[tag].value for tag in TAGS] == [0.75, 1, 0.25, 1, 1, 0]
     assert rows["mean"].value == pytest.approx(4 / 6)
-    assert rows["mean"].low < 4 / 6 < rows["mean"].high and rows["counting"].low is None, (
-        "a single prompt has no spread"
-    )
-
-
-def test_the_order_of_the_detections_does_not_matter(images, tmp_path):
-    path = detections(tmp_path / "d.jsonl", wrong=FILES[1][:2])
-    first = scored(images, f"detections={path}")
+    assert rows["mean"].low < 4 / 6 < rows["mean"].high and rows["counting"].low is None
     path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    again = scored(images, f"detections={path}")
-    assert {name: row.value for name, row in first.items()} == {name: row.value for name, row in again.items()}
+    assert values(scored(images, f"detections={path}")) == values(rows), "in any order"
 
 
-def test_what_is_missing_is_named_counted_and_not_averaged_in(images, tmp_path):
+def test_missing_images_are_named_counted_and_not_averaged_in(images, tmp_path):
     path = detections(tmp_path / "d.jsonl")
     lines = path.read_text().splitlines()
     broken = json.dumps({"file": FILES[1][1], "objects": [{"class": "dog"}]})
@@ -102,77 +102,70 @@ def test_what_is_missing_is_named_counted_and_not_averaged_in(images, tmp_path):
     rows = scored(images, f"detections={path}")
     assert rows["single_object"].value == 1 and (rows["single_object"].n, rows["single_object"].skipped) == (3, 1)
     assert rows["colors"].value is None and rows["mean"].value is None and "missing: colors" in rows["mean"].note
-    left_out = json.loads((images.with_name("images.json")).read_text())["left_out"]
-    assert {reason: each["first"] for reason, each in left_out.items()} == {
+    skipped = json.loads((images.with_name("images.json")).read_text())["skipped"]
+    assert {reason: entry["first"] for reason, entry in skipped.items()} == {
         "unreadable metadata": ["00003/metadata.jsonl"],
-        "line without file and objects": [f"{path}:24"],
+        "entry without file and objects": [f"{path}:24"],
         "no objects supplied": [FILES[0][0]],
         "objects without class, score and box": [FILES[1][1]],
     }
 
 
-def test_without_colours_the_tasks_that_need_them_are_holes(images, tmp_path):
-    rows = [line(f, [(name, x, "") for name, x, _ in RIGHT[index]]) for index, files in enumerate(FILES) for f in files]
-    found = scored(images, f"detections={tiny_judges.write_lines(tmp_path / 'd.jsonl', rows)}")
-    assert found["colors"].value is found["color_attr"].value is found["mean"].value is None
-    assert "clip-vit-large-patch14" in found["colors"].note and found["position"].value == 1
-
-
-def test_without_a_detector_every_row_says_how_to_provide_one(images):
-    rows = scored(images)
-    assert all(row.value is None and "mask2former-swin-small-coco-instance" in row.note for row in rows.values())
-    assert set(rows) == {*TAGS, "mean"}
+def test_without_colours_the_tasks_that_need_them_have_no_value(images, tmp_path):
+    rows = scored(images, f"detections={detections(tmp_path / 'd.jsonl', colours=False)}")
+    assert rows["colors"].value is rows["color_attr"].value is rows["mean"].value is None
+    assert "clip-vit-large-patch14" in rows["colors"].note and rows["position"].value == 1
 
 
 def test_a_detector_and_a_clip_judge_every_image_once(images, tmp_path, capfd):
     detector = tiny_judges.save_mask2former(tmp_path / "detector", sharpness=40)
     clip = tiny_judges.save_clip(tmp_path / "clip")
+    for index in (1, 2, 4, 5):
+        shutil.rmtree(images / f"{index:05d}")
     (images / FILES[0][0]).unlink()
     (images / FILES[0][1]).write_bytes(b"no image")
     options = (f"detector={detector}", f"clip={clip}")
     first = scored(images, *options)
-    assert first["single_object"].n == 2 and first["single_object"].skipped == 2 and first["mean"].n == 22
-    assert "missing image (1" in first["mean"].note and "unreadable image: not an image (1" in first["mean"].note
-    assert "transformers Mask2Former" in first["mean"].protocol["judge"] and "CLIP" in first["mean"].protocol["judge"]
-    records = (images.with_name("images.detections.jsonl")).read_text().splitlines()
-    assert len(records) == 23 and "find objects 24/24" in capfd.readouterr().err
+    assert first["single_object"].n == 2 and first["single_object"].skipped == 2 and first["colors"].n == 4
+    judge = first["colors"].protocol["judge"]
+    assert "transformers Mask2Former" in judge and "CLIP" in judge
+    output = capfd.readouterr()
+    assert "missing image (1" in output.out and "unreadable image: not an image (1" in output.out
+    assert "detect objects 8/8" in output.err
     again = scored(images, *options)
-    assert {n: r.value for n, r in again.items()} == {n: r.value for n, r in first.items()}
-    assert (images.with_name("images.detections.jsonl")).read_text().splitlines() == records
-    assert "find objects" not in capfd.readouterr().err, "nothing was left to do"
+    assert values(again) == values(first) and "detect objects" not in capfd.readouterr().err
 
 
-def test_drawn_folders_are_scored_as_they_are(um3_folder, tmp_path):
-    from eval.benchmarks.generate_images import main as draw
+def test_generated_folders_are_scored_as_they_are(um3_folder, tmp_path):
+    from eval.tasks.generate_images import main as generate
 
-    tiny_judges.write_lines(tmp_path / "metadata.jsonl", PROMPTS)
-    out = tmp_path / "out"
-    draw(
-        [
-            f"model={um3_folder}",
-            f"prompts={tmp_path / 'metadata.jsonl'}",
-            f"output_dir={out}",
-            "layout=geneval",
-            "num_images=4",
-        ]
-    )
-    rows = scored(out, f"detections={detections(tmp_path / 'd.jsonl')}")
-    assert rows["mean"].value == 1 and rows["mean"].protocol["temperature"] == 1.0
-    pins = json.loads(out.with_name("out.json").read_text())["pins"]
-    assert pins["model_sha256"] and pins["seeds_sha256"] and pins["detections_sha256"] and rows["mean"].seed == 0
-    shutil.rmtree(out / "00002")
-    rows = scored(out, f"detections={detections(tmp_path / 'd.jsonl')}")
+    prompts = tiny_judges.write_lines(tmp_path / "metadata.jsonl", PROMPTS)
+    images, path = tmp_path / "images", detections(tmp_path / "d.jsonl")
+    options = ("layout=geneval", "num_images=4")
+    generate([f"model={um3_folder}", f"prompts={prompts}", f"output_dir={images}", *options])
+    rows = scored(images, f"detections={path}")
+    assert rows["mean"].value == 1 and rows["mean"].protocol["temperature"] == 1.0 and rows["mean"].seed == 0
+    pins = json.loads(images.with_name("images.json").read_text())["pins"]
+    assert {"seed", "objects_sha256"} < pins.keys() and len(pins) == 4
+    shutil.rmtree(images / "00002")
+    rows = scored(images, f"detections={path}")
     assert rows["counting"].value is None and rows["mean"].value is None
 
 
-def test_mistakes_are_one_line(images, tmp_path):
-    with pytest.raises(UserError, match="set images=FOLDER"):
-        main([])
-    with pytest.raises(UserError, match="objects come from one of them"):
-        main([f"images={images}", "detector=a", "detections=b"])
-    with pytest.raises(UserError, match="holds no prompt of GenEval"):
-        main([f"images={tmp_path}"])
-    hub = scored(images, "detector=nobody/nothing")
-    assert hub["mean"].value is None and "no Mask2Former at 'nobody/nothing'" in hub["mean"].note
-    with pytest.raises(UserError, match="no weights"):
-        main([f"images={images}", f"detector={tmp_path}"])
+def test_missing_models_and_mistakes_are_reported_in_one_line(images, tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").touch()
+    for options, note in (
+        ([], "mask2former-swin-small-coco-instance"),
+        ([f"detector={tmp_path / 'weights'}"], f"no Mask2Former at '{tmp_path / 'weights'}'"),
+    ):
+        rows = scored(images, *options)
+        assert set(rows) == {*TAGS, "mean"} and all(row.value is None and note in row.note for row in rows.values())
+    for arguments, message in (
+        ([], "set images=FOLDER"),
+        ([f"images={images}", "detector=a", "detections=b"], "set one of them"),
+        ([f"images={tmp_path / 'weights'}"], "no 00000/metadata.jsonl of GenEval"),
+        ([f"images={images}", f"detector={tmp_path / 'images'}"], "no weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)

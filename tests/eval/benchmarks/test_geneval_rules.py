@@ -1,4 +1,4 @@
-"""GenEval's rules on objects placed by hand, and against a second writing-down of them on random ones."""
+"""GenEval's rules on objects placed by hand, and against a second implementation on random ones."""
 
 import json
 import random
@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmarks.geneval_rules import COLOURS, RELATIONS, TAGS, Found, confident, read_demand, relations, verdict
+from eval.benchmarks.geneval_rules import (
+    COLOURS,
+    RELATIONS,
+    TAGS,
+    DetectedObject,
+    confident,
+    read_requirement,
+    relations,
+    verdict,
+)
 
 METADATA = Path(__file__).parents[4] / "shared/data/prompts/geneval_evaluation_metadata.jsonl"
 
@@ -15,31 +24,31 @@ def box(x, y, *, side=10):
     return (x, y, x + side, y + side)
 
 
-def found(name, *, at=(0, 0), score=0.95, color=""):
-    return Found(name, score, box(*at), color)
+def detected(name, *, at=(0, 0), score=0.95, color=""):
+    return DetectedObject(name, score, box(*at), color)
 
 
-def demand(tag, *include, exclude=()):
+def requirement(tag, *include, exclude=()):
     record = {"tag": tag, "include": list(include), "exclude": list(exclude), "prompt": "p"}
-    return read_demand({key: value for key, value in record.items() if value})
+    return read_requirement({key: value for key, value in record.items() if value})
 
 
 def group(name, count=1, **more):
     return {"class": name, "count": count, **more}
 
 
-ONE_DOG = demand("single_object", group("dog"))
+ONE_DOG = requirement("single_object", group("dog"))
 
 
 @pytest.mark.parametrize(
     ("objects", "right"),
     [
-        ([found("dog")], True),
-        ([found("dog"), found("dog", at=(50, 0)), found("cat")], True),
+        ([detected("dog")], True),
+        ([detected("dog"), detected("dog", at=(50, 0)), detected("cat")], True),
         ([], False),
-        ([found("cat")], False),
-        ([found("dog", score=0.3)], False),
-        ([found("dog", score=0.301)], True),
+        ([detected("cat")], False),
+        ([detected("dog", score=0.3)], False),
+        ([detected("dog", score=0.301)], True),
     ],
 )
 def test_single_object(objects, right):
@@ -47,41 +56,41 @@ def test_single_object(objects, right):
 
 
 def test_two_objects_need_both_and_say_which_is_missing():
-    two = demand("two_object", group("dog"), group("cat"))
-    assert verdict(two, [found("dog"), found("cat")]).correct
-    assert verdict(two, [found("dog")]).reasons == ["expected 1 cat, found 0"]
+    two = requirement("two_object", group("dog"), group("cat"))
+    assert verdict(two, [detected("dog"), detected("cat")]).correct
+    assert verdict(two, [detected("dog")]).reasons == ["expected 1 cat, found 0"]
 
 
 @pytest.mark.parametrize(("count", "right"), [(1, False), (2, True), (3, False), (4, False)])
 def test_counting_is_exact_and_asks_for_surer_objects(count, right):
-    two = demand("counting", group("dog", 2), exclude=[group("dog", 3)])
-    assert verdict(two, [found("dog", at=(20 * i, 0), score=0.91) for i in range(count)]).correct is right
-    unsure = [found("dog", at=(20 * i, 0), score=0.9) for i in range(5)]
-    assert verdict(two, [found("dog", score=0.95), found("dog", score=0.95), *unsure]).correct
+    two = requirement("counting", group("dog", 2), exclude=[group("dog", 3)])
+    assert verdict(two, [detected("dog", at=(20 * i, 0), score=0.91) for i in range(count)]).correct is right
+    unsure = [detected("dog", at=(20 * i, 0), score=0.9) for i in range(5)]
+    assert verdict(two, [detected("dog", score=0.95), detected("dog", score=0.95), *unsure]).correct
     assert not verdict(two, unsure).correct
 
 
 def test_at_most_sixteen_of_a_class_count():
-    crowd = [found("dog", score=0.95) for _ in range(40)]
+    crowd = [detected("dog", score=0.95) for _ in range(40)]
     assert len(confident(crowd, tag="counting")["dog"]) == 16
-    assert verdict(demand("counting", group("dog", 4), exclude=[group("dog", 17)]), crowd).correct
+    assert verdict(requirement("counting", group("dog", 4), exclude=[group("dog", 17)]), crowd).correct
 
 
 @pytest.mark.parametrize("color", COLOURS)
 def test_colours(color):
-    wanted = demand("colors", group("dog", color=color))
+    wanted = requirement("colors", group("dog", color=color))
     other = COLOURS[COLOURS.index(color) - 1]
-    assert verdict(wanted, [found("dog", color=color)]).correct
-    assert verdict(wanted, [found("dog", color=other)]).reasons == [f"expected 1 {color} dog, found 0"]
+    assert verdict(wanted, [detected("dog", color=color)]).correct
+    assert verdict(wanted, [detected("dog", color=other)]).reasons == [f"expected 1 {color} dog, found 0"]
     # Only the surest dog is asked: a right one behind it does not help.
-    assert not verdict(wanted, [found("dog", color=other), found("dog", color=color, score=0.5)]).correct
-    assert verdict(wanted, [found("dog", color=other, score=0.5), found("dog", color=color)]).correct
+    assert not verdict(wanted, [detected("dog", color=other), detected("dog", color=color, score=0.5)]).correct
+    assert verdict(wanted, [detected("dog", color=other, score=0.5), detected("dog", color=color)]).correct
 
 
 def test_attributes_belong_to_their_own_object():
-    both = demand("color_attr", group("dog", color="red"), group("cat", color="blue"))
-    assert verdict(both, [found("dog", color="red"), found("cat", color="blue")]).correct
-    assert not verdict(both, [found("dog", color="blue"), found("cat", color="red")]).correct
+    both = requirement("color_attr", group("dog", color="red"), group("cat", color="blue"))
+    assert verdict(both, [detected("dog", color="red"), detected("cat", color="blue")]).correct
+    assert not verdict(both, [detected("dog", color="blue"), detected("cat", color="red")]).correct
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,7 @@ def test_attributes_belong_to_their_own_object():
         ((50, 20), {"right of"}),
         ((0, 0), set()),
         ((2, 0), set()),  # a tenth of both sides together
-        ((2.5, 0), set()),  # what is left of the offset is a fifth of it
+        ((2.5, 0), set()),  # the remaining offset is a fifth of it
         ((4.5, 0), {"right of"}),  # 2.5 of 4.5
         ((4, 0), set()),  # just half is not more than half
     ],
@@ -110,21 +119,21 @@ def test_relations_of_boxes(at, expected):
     ("relation", "at"), [("left of", (-50, 0)), ("right of", (50, 0)), ("above", (0, -50)), ("below", (0, 50))]
 )
 def test_position(relation, at):
-    wanted = demand("position", group("dog"), group("cat", position=[relation, 0]))
-    assert verdict(wanted, [found("dog"), found("cat", at=at)]).correct
-    wrong = verdict(wanted, [found("dog"), found("cat", at=(-at[0], -at[1]))])
+    wanted = requirement("position", group("dog"), group("cat", position=[relation, 0]))
+    assert verdict(wanted, [detected("dog"), detected("cat", at=at)]).correct
+    wrong = verdict(wanted, [detected("dog"), detected("cat", at=(-at[0], -at[1]))])
     assert not wrong.correct and wrong.reasons[0].startswith(f"expected cat {relation} dog, found ")
-    assert verdict(wanted, [found("cat", at=at)]).reasons == [
+    assert verdict(wanted, [detected("cat", at=at)]).reasons == [
         "expected 1 dog, found 0",
         f"no target for cat to be {relation}",
     ]
 
 
 def test_every_member_stands_in_relation_to_every_target():
-    wanted = demand("position", group("dog", 2), group("cat", 2, position=["right of", 0]))
-    dogs = [found("dog", at=(0, 0)), found("dog", at=(40, 0))]
-    assert verdict(wanted, [*dogs, found("cat", at=(100, 0)), found("cat", at=(140, 0))]).correct
-    assert not verdict(wanted, [*dogs, found("cat", at=(20, 0)), found("cat", at=(140, 0))]).correct
+    wanted = requirement("position", group("dog", 2), group("cat", 2, position=["right of", 0]))
+    dogs = [detected("dog", at=(0, 0)), detected("dog", at=(40, 0))]
+    assert verdict(wanted, [*dogs, detected("cat", at=(100, 0)), detected("cat", at=(140, 0))]).correct
+    assert not verdict(wanted, [*dogs, detected("cat", at=(20, 0)), detected("cat", at=(140, 0))]).correct
 
 
 @pytest.mark.parametrize(
@@ -139,9 +148,9 @@ def test_every_member_stands_in_relation_to_every_target():
         {"tag": "single_object", "include": [{"class": "dog"}], "prompt": "p"},
     ],
 )
-def test_what_is_no_metadata_is_refused(record):
+def test_other_metadata_is_refused(record):
     with pytest.raises((KeyError, ValueError, TypeError)):
-        read_demand(record)
+        read_requirement(record)
 
 
 def test_the_published_metadata_is_understood():
@@ -149,35 +158,26 @@ def test_the_published_metadata_is_understood():
         pytest.skip(f"{METADATA.name} is not here")
     from eval.benchmarks.detector import CLASSES
 
-    demands = [read_demand(json.loads(line)) for line in METADATA.read_text().splitlines()]
-    counts = dict.fromkeys(TAGS, 0)
-    for each in demands:
-        counts[each.tag] += 1
-        assert {one.name for one in (*each.include, *each.exclude)} <= set(CLASSES)
-    assert counts == {
-        "single_object": 80,
-        "two_object": 99,
-        "counting": 80,
-        "colors": 94,
-        "position": 100,
-        "color_attr": 100,
-    }
-    assert len(CLASSES) == 80
+    requirements = [read_requirement(json.loads(line)) for line in METADATA.read_text().splitlines()]
+    for requirement in requirements:
+        assert {group.name for group in (*requirement.include, *requirement.exclude)} <= set(CLASSES)
+    tags = [requirement.tag for requirement in requirements]
+    assert [tags.count(tag) for tag in TAGS] == [80, 99, 80, 94, 100, 100] and len(CLASSES) == 80
 
 
 def second_opinion(record, objects):
-    """The same rules told anew, as one walk with flags, on plain lists."""
+    """The same rules written again as one loop with flags over plain lists."""
     least = 0.9 if record["tag"] == "counting" else 0.3
     by_class = {}
-    for each in sorted(objects, key=lambda each: each.score, reverse=True):
-        if each.score > least and len(by_class.setdefault(each.name, [])) < 16:
-            by_class[each.name].append(each)
+    for one in sorted(objects, key=lambda one: one.score, reverse=True):
+        if one.score > least and len(by_class.setdefault(one.name, [])) < 16:
+            by_class[one.name].append(one)
     ok, groups = True, []
     for wanted in record["include"]:
         mine, good = by_class.get(wanted["class"], [])[: wanted["count"]], True
         enough = len(mine) >= wanted["count"]
         if enough and "color" in wanted:
-            enough = sum(each.color == wanted["color"] for each in mine) >= wanted["count"]
+            enough = sum(one.color == wanted["color"] for one in mine) >= wanted["count"]
         if not enough:
             good = False
         elif "position" in wanted:
@@ -185,7 +185,7 @@ def second_opinion(record, objects):
             good = groups[index] is not None and all(holds(relation, a.box, b.box) for a in mine for b in groups[index])
         groups.append(mine if good else None)
         ok = ok and good
-    return ok and not any(len(by_class.get(each["class"], [])) >= each["count"] for each in record.get("exclude", []))
+    return ok and not any(len(by_class.get(one["class"], [])) >= one["count"] for one in record.get("exclude", []))
 
 
 def holds(relation, a, b):
@@ -197,7 +197,7 @@ def holds(relation, a, b):
     return left > 1e-3 and left / (centre[0] ** 2 + centre[1] ** 2) ** 0.5 > 0.5
 
 
-def test_two_writings_of_the_rules_agree_on_random_images():
+def test_a_second_implementation_agrees_on_random_images():
     generator, right = random.Random(0), 0
     names = ["dog", "cat"]
     for _ in range(4000):
@@ -216,8 +216,8 @@ def test_two_writings_of_the_rules_agree_on_random_images():
             x, y = generator.randint(0, 60), generator.randint(0, 60)
             place = (x, y, x + generator.randint(5, 40), y + generator.randint(5, 40))
             score = generator.choice([0.2, 0.5, 0.95]) + generator.random() / 100
-            objects.append(Found(generator.choice(names), score, place, generator.choice(COLOURS[:2])))
+            objects.append(DetectedObject(generator.choice(names), score, place, generator.choice(COLOURS[:2])))
         expected = second_opinion(record, objects)
-        assert verdict(read_demand(record), objects).correct is expected, (record, objects)
+        assert verdict(read_requirement(record), objects).correct is expected, (record, objects)
         right += expected
     assert 400 < right < 3000, "both outcomes are common"

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from eval.benchmarks.references import read_references
-from eval.command import LeftOut
+from eval.command import SkipCounter
 from um3.core.errors import UserError
 
 
-def picture(path):
+def save_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(path)
     return path
@@ -28,21 +28,21 @@ def karpathy(path, *, folder="val2014"):
 
 
 def read(path, **options):
-    left_out = LeftOut()
-    return read_references(str(path), left_out=left_out, **options), left_out
+    skipped = SkipCounter()
+    return read_references(str(path), skipped=skipped, **options), skipped
 
 
 def test_karpathys_file(tmp_path):
-    picture(tmp_path / "val2014" / "test0.png")
-    found, left_out = read(karpathy(tmp_path / "dataset_coco.json"))
-    assert [(each.name, each.references, each.image_id) for each in found] == [
+    save_image(tmp_path / "val2014" / "test0.png")
+    images, skipped = read(karpathy(tmp_path / "dataset_coco.json"))
+    assert [(image.name, image.references, image.image_id) for image in images] == [
         ("val2014/test0.png", ["a dog", "a pet"], "0"),
         ("val2014/test1.png", ["a cat"], "10"),
     ]
-    assert found[0].image == tmp_path / "val2014" / "test0.png"
-    assert left_out.to_dict() == {"image without captions": {"count": 1, "first": ["val2014/test2.png"]}}
+    assert images[0].image == tmp_path / "val2014" / "test0.png"
+    assert skipped.to_dict() == {"image without captions": {"count": 1, "first": ["val2014/test2.png"]}}
     flat, _ = read(karpathy(tmp_path / "dataset_coco.json", folder="elsewhere"), split="val", limit=1)
-    assert [each.image for each in flat] == [tmp_path / "val0.png"]
+    assert [image.image for image in flat] == [tmp_path / "val0.png"]
 
 
 def test_cocos_own_annotations(tmp_path):
@@ -51,59 +51,49 @@ def test_cocos_own_annotations(tmp_path):
         "annotations": [{"image_id": 7, "caption": "a dog"}, {"image_id": 7, "caption": "a pet"}],
     }
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    found, left_out = read(tmp_path / "captions.json", images=str(tmp_path / "images"))
-    assert [(each.image, each.references, each.image_id) for each in found] == [
+    images, skipped = read(tmp_path / "captions.json", images=str(tmp_path / "images"))
+    assert [(image.image, image.references, image.image_id) for image in images] == [
         (tmp_path / "images" / "a.png", ["a dog", "a pet"], "7")
     ]
-    assert left_out.count == 1
+    assert skipped.count == 1
 
 
 def test_tables_of_names_and_lines(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps({"a.png": "a dog", "b.png": ["a cat", "a pet"]}))
-    assert [each.references for each in read(tmp_path / "t.json")[0]] == [["a dog"], ["a cat", "a pet"]]
-    lines = [
-        '{"file_name": "a.png", "caption": "a dog"}',
-        "{",
-        '{"caption": "x"}',
-        '{"file_name": "b.png", "captions": ["c"]}',
-    ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert [image.references for image in read(tmp_path / "t.json")[0]] == [["a dog"], ["a cat", "a pet"]]
+    first, second = '{"file_name": "a.png", "caption": "a dog"}', '{"file_name": "b.png", "captions": ["c"]}'
+    (tmp_path / "metadata.jsonl").write_text("\n".join([first, "{", '{"caption": "x"}', second]))
     for path in (tmp_path / "metadata.jsonl", tmp_path):
-        found, left_out = read(path)
-        assert [(each.name, each.image) for each in found] == [
-            ("a.png", tmp_path / "a.png"),
-            ("b.png", tmp_path / "b.png"),
-        ]
-        assert left_out.to_dict()["unreadable line"] == {"count": 2, "first": ["metadata.jsonl:2", "metadata.jsonl:3"]}
+        images, skipped = read(path)
+        assert {image.name: image.image for image in images} == {f"{n}.png": tmp_path / f"{n}.png" for n in "ab"}
+        assert skipped.to_dict()["unreadable line"] == {"count": 2, "first": ["metadata.jsonl:2", "metadata.jsonl:3"]}
 
 
 def test_a_folder_with_texts_beside_its_images(tmp_path):
     for name in ("a", "b"):
-        picture(tmp_path / f"{name}.png")
+        save_image(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a dog\na pet\n")
-    found, left_out = read(tmp_path)
-    assert [(each.name, each.references) for each in found] == [("a.png", ["a dog", "a pet"])]
-    assert left_out.to_dict()["image without captions"]["first"] == ["b.png"]
+    images, skipped = read(tmp_path)
+    assert [(image.name, image.references) for image in images] == [("a.png", ["a dog", "a pet"])]
+    assert skipped.to_dict()["image without captions"]["first"] == ["b.png"]
 
 
 def test_parquet_of_the_hubs_forms(tmp_path):
-    data = picture(tmp_path / "x.png").read_bytes()
+    data = save_image(tmp_path / "x.png").read_bytes()
     names = {"filepath": ["val2014"] * 3, "filename": ["a.jpg", "b.jpg", "c.jpg"], "split": ["test", "val", "test"]}
     by_name = {**names, "sentences": [["a dog", "a pet"], ["x"], ["a cat"]], "cocoid": [1, 2, 3]}
     pq.write_table(pa.table(by_name), tmp_path / "by_name.parquet")
-    found, _ = read(tmp_path / "by_name.parquet", images=str(tmp_path / "coco"))
-    assert [(each.image, each.image_id) for each in found] == [
-        (tmp_path / "coco" / "a.jpg", "1"),
-        (tmp_path / "coco" / "c.jpg", "3"),
-    ]
+    images, _ = read(tmp_path / "by_name.parquet", images=str(tmp_path / "coco"))
+    folder = tmp_path / "coco"
+    assert [(image.image, image.image_id) for image in images] == [(folder / "a.jpg", "1"), (folder / "c.jpg", "3")]
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "test"):
         images = [{"bytes": data, "path": None}] * 2
         columns = {"image": images, "answer": [[f"a {split} dog"], ["a cat"]]}
         pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
-    found, _ = read(folder)
-    assert [(each.name, each.image, each.references) for each in found] == [
+    images, _ = read(folder)
+    assert [(image.name, image.image, image.references) for image in images] == [
         ("000000", data, ["a test dog"]),
         ("000001", data, ["a cat"]),
     ]
@@ -114,18 +104,24 @@ def test_parquet_of_the_hubs_forms(tmp_path):
     [
         ("a.json", "{", "cannot be read as images with captions"),
         ("a.json", '{"images": [{"split": "test"}]}', "none of sentences_raw"),
-        ("a.json", '{"images": [{"split": "val", "filename": "a", "sentences": []}]}', "is there a split test"),
-        ("a.jsonl", '{"file_name": "a", "caption": "x"}\n{"file_name": "a", "caption": "y"}', "names a twice"),
-        ("a.jsonl", '{"file_name": "a", "caption": " "}', "holds no image with captions; 1 left out: image without"),
+        (
+            "a.json",
+            '{"images": [{"split": "val", "filename": "a", "sentences": []}]}',
+            "check that it has a split test",
+        ),
+        ("a.jsonl", '{"file_name": "a", "caption": "x"}\n{"file_name": "a", "caption": "y"}', "two entries for a"),
+        ("a.jsonl", '{"file_name": "a", "caption": " "}', "no image with captions; 1 skipped: image without"),
     ],
 )
-def test_what_is_no_list_of_references_is_one_line(tmp_path, name, content, message):
+def test_other_forms_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
 
 
-def test_a_hub_set_that_cannot_be_reached_is_one_line(monkeypatch):
+def test_an_inaccessible_hub_set_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="'nobody/nothing' is no file, and no hub set with a split test"):
+    with pytest.raises(
+        UserError, match="'nobody/nothing' is neither a file nor an accessible hub set with a split test"
+    ):
         read("nobody/nothing")

@@ -1,3 +1,5 @@
+"""Feature networks, and the resizing of images for Inception."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,13 @@ from um3.core.errors import UserError
 from um3.core.files import sha256_of
 
 
-def pictures(*, count=12, seed=0):
+def noise(*, count=12, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
 
 
-def test_random_features_are_the_same_every_time_and_tell_images_apart():
+def test_random_features_are_reproducible_and_separate_images():
     first, second = random_features(), random_features()
-    images = pictures()
+    images = noise()
     assert first.extract(images).shape == (12, first.num_features)
     assert torch.equal(first.extract(images), second.extract(images))
     assert not torch.equal(random_features(seed=1).extract(images), first.extract(images))
@@ -37,29 +39,28 @@ def test_inception_has_the_published_layout():
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """Seeded weights in a file of the published layout, and how its sha256 begins."""
+    """Seeded weights in a file of the published layout, and the first digits of its sha256."""
     file = tiny_judges.save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
     return str(file), sha256_of(file)[:8]
 
 
+@pytest.mark.slow
 def test_inception_loads_its_weights(inception):
     weights, sha256 = inception
     network = inception_features(weights, sha256=sha256)
-    features = network.extract(pictures(count=2))
+    features = network.extract(noise(count=2))
     assert features.shape == (2, 2048) and torch.isfinite(features).all()
     assert (network.name, network.preprocessing) == ("inception-2015", "pytorch-fid")
     other = inception_features(weights, sha256=sha256, preprocessing="clean-fid")
     assert other.weights_sha256 == network.weights_sha256
-    assert not torch.allclose(other.extract(pictures(count=2)), features, rtol=1e-3)
+    assert not torch.allclose(other.extract(noise(count=2)), features, rtol=1e-3)
 
 
-def test_missing_or_foreign_weights_are_one_line_errors(tmp_path):
+def test_missing_or_other_weights_are_one_line_errors(tmp_path):
     with pytest.raises(UserError, match=INCEPTION_URL):
         inception_features(str(tmp_path / "none.pth"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(
-        UserError, match=r"other.pth is not the published file \(its sha256 begins \w{8}, not 6726825d\)"
-    ):
+    with pytest.raises(UserError, match=r"other.pth is not the published file .*6726825d"):
         inception_features(str(tmp_path / "other.pth"))
     with pytest.raises(UserError, match="does not hold the Inception weights"):
         inception_features(str(tmp_path / "other.pth"), sha256="")
@@ -106,8 +107,8 @@ def test_bilinear_preprocessings_by_hand(name, corners, size):
             assert float(prepared[0, channel, y, x]) == pytest.approx(expected, abs=2e-4)
 
 
-def test_the_clean_preprocessing_is_antialiased():
-    """A chequered image of 600 pixels is grey at 299; without antialiasing stripes are left."""
+def test_clean_fid_is_antialiased():
+    """A chequered image of 600 pixels is grey at 299 pixels; without antialiasing it has stripes."""
     board = np.indices((600, 600)).sum(axis=0) % 2 * 255
     images = np.repeat(board[None, ..., None], 3, axis=-1).astype(np.uint8)
     spread = {name: float(prepare(images, preprocessing=name).std()) for name in PREPROCESSINGS}

@@ -1,14 +1,16 @@
+"""PSNR and SSIM by hand and against their formulas."""
+
 import numpy as np
 import pytest
 
 from eval.metrics.reconstruction import MAX_PSNR, psnr, ssim
 
 
-def pictures(*, count=3, height=16, width=20, noise=12, seed=0):
+def image_pairs(*, count=3, height=16, width=20, noise=12, seed=0):
     generator = np.random.default_rng(seed)
     originals = generator.integers(0, 256, (count, height, width, 3)).astype(np.uint8)
-    moved = originals.astype(int) + generator.integers(-noise, noise + 1, originals.shape)
-    return np.clip(moved, 0, 255).astype(np.uint8), originals
+    noisy = originals.astype(int) + generator.integers(-noise, noise + 1, originals.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), originals
 
 
 def test_psnr_by_hand():
@@ -21,7 +23,7 @@ def test_psnr_by_hand():
 
 
 def test_an_identical_image_has_the_highest_values():
-    images, _ = pictures()
+    images, _ = image_pairs()
     assert psnr(images, originals_BHWC=images).tolist() == [MAX_PSNR] * 3
     np.testing.assert_allclose(ssim(images, originals_BHWC=images).numpy(), 1, rtol=1e-12)
 
@@ -48,13 +50,13 @@ def slow_ssim(x, y):
 
 
 def test_ssim_equals_the_formula_window_by_window():
-    images, originals = pictures(noise=60)
+    images, originals = image_pairs(noise=60)
     expected = [slow_ssim(a, b) for a, b in zip(images, originals, strict=True)]
     np.testing.assert_allclose(ssim(images, originals_BHWC=originals).numpy(), expected, rtol=1e-9)
 
 
 def test_values_are_per_image_and_symmetric():
-    images, originals = pictures(count=4)
+    images, originals = image_pairs(count=4)
     for measure in (psnr, ssim):
         whole = measure(images, originals_BHWC=originals)
         single = [float(measure(images[i : i + 1], originals_BHWC=originals[i : i + 1])) for i in range(4)]
@@ -62,14 +64,10 @@ def test_values_are_per_image_and_symmetric():
         np.testing.assert_allclose(whole.numpy(), measure(originals, originals_BHWC=images).numpy(), rtol=1e-9)
 
 
-def test_images_below_the_window_are_an_error_that_names_the_size():
-    images, originals = pictures(height=10)
+def test_small_float_and_unequal_images_are_refused():
+    images, originals = image_pairs(height=10)
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 10 x 20"):
         ssim(images, originals_BHWC=originals)
-
-
-def test_floats_and_unequal_shapes_are_refused():
-    images, originals = pictures()
     with pytest.raises(ValueError, match="uint8"):
         psnr(images / 255, originals_BHWC=originals)
     with pytest.raises(ValueError, match="two batches"):

@@ -1,6 +1,7 @@
-"""A table of real runs at the smallest size, the rule for the weights, and tables that cannot be made."""
+"""Ablations: the commands of their rows, real rows at the smallest size, the rule for the weights, and bad tables."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,15 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.report.ablation import Table, balance, main, markdown
-from eval.scores import Measurement
-from tests.train.conftest import ROOT, TINY, environment
+from eval.report import ablation
+from eval.report.ablation import Ablation, balance, main, result_table
+from eval.report.table import markdown
+from eval.scores import Measurement, write_scores
 from tokenizer import load
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.images import read_image
 from um3.core.metrics import read_metrics
 
+ROOT = Path(__file__).parents[3]
+EXPERIMENT = f"""
+base: {ROOT}/configs/demo.yaml
+stage1:
+  loop: {{max_steps: 4, batch_size: 8, num_threads: 1, log_every_steps: 1, save_every_steps: 2}}
+  optimizer: {{warmup_steps: 1}}
+  data: {{sources: [{{name: scenes, kind: scenes, length: 200}}]}}
+  model: {{hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 48, projection_dim: 24}}
+  text: {{hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 48, vocab_size: 300}}
+stage2:
+  loop: {{max_steps: 2, batch_size: 8, num_threads: 1}}
+eval: {{num_threads: 1, tokenizer: {{num_images: 4}}}}
+"""
 TABLE = """
 title: Two weights
 columns: {scenes_reconstruction_stage1/psnr: PSNR, digits_classification/zero_shot: zero-shot}
@@ -35,22 +50,22 @@ rows:
   - {name: second, after: first, stage1: ["model.encoder_weights={after}/stage1/model", optimizer.lr=1e-9]}
   - {name: third, after: first, stage2: ["init_from={after}/stage1/model", "data.sources=[{name: digits}]"]}
 """
-
-
-CONFIGS = {
-    "stage1": f"base: {ROOT}/configs/demo.yaml\n",
-    "stage2": f"base: {ROOT}/configs/demo.yaml\nloop: {{max_steps: 2, batch_size: 8}}\n",
-    "eval": "tokenizer: {num_images: 4, labelled: true}\nnum_threads: 1\n",
-}
+SEEDED = """
+title: Before and after
+seeds: 2
+columns: {x/a: A}
+curves: {train/loss: loss}
+rows:
+  - {name: split, um3: [], paper: [0.5]}
+  - {name: from text, after: split, um3: ["model.base_model={text}"]}
+"""
 
 
 @pytest.fixture
-def configs(tmp_path: Path) -> str:
-    """A folder of small configs for the rows."""
-    (tmp_path / "configs").mkdir()
-    for phase, text in CONFIGS.items():
-        (tmp_path / "configs" / f"{phase}.yaml").write_text(text)
-    return str(tmp_path / "configs")
+def arguments(tmp_path: Path) -> list[str]:
+    """The options of an ablation over a tiny experiment; `table` writes the table's file."""
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    return ["--table", str(tmp_path / "table.yaml"), "--config", str(tmp_path / "tiny.yaml"), "--run", str(tmp_path)]
 
 
 def write(folder: Path, text: str) -> str:
@@ -58,97 +73,132 @@ def write(folder: Path, text: str) -> str:
     return str(folder / "table.yaml")
 
 
-def test_rows_are_trained_measured_and_weighed(tmp_path: Path, configs: str, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["--table", write(tmp_path, TABLE), "--config", configs, "--run", str(tmp_path / "run"), "--alone"]
-    main([*command, *TINY["stage1"]])
-    lines = (tmp_path / "run/balance.md").read_text().splitlines()
-    assert lines[0] == "# Two weights" and lines[2] == "| | PSNR | zero-shot |"
-    values = json.loads((tmp_path / "run/balance.json").read_text())
-    psnr = values["1 : 0"][0]["scenes_reconstruction_stage1/psnr"]["value"]
-    assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and lines[4].endswith(
-        " (paper 75.7 %) |"
+def test_every_row_runs_its_phases_with_its_settings_and_seed(
+    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    def run(command: list[str], *, row: ablation.AblationRow, output: Path) -> None:
+        commands.append(" ".join(command).replace(str(tmp_path), "RUN"))
+        if "train" in command:
+            output.parent.mkdir(parents=True)
+            (output.parent / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2}\n')
+        elif "eval" in command:
+            value = 0.2 if "seed-0" in str(output) else 0.4
+            for part in row.parts:
+                score = [Measurement("x", 0).score("a", value, n=9, unit="%")] if part == "language" else []
+                write_scores(output.with_name(f"{part}.json"), score)
+
+    monkeypatch.setattr(ablation, "_run", run)
+    monkeypatch.setattr(ablation, "trained_on", lambda *_, **__: [])
+    write(tmp_path, SEEDED)
+    main([*arguments, "--base", "BASE", "loop.max_steps=5"])
+    train = (
+        "train um3 --processes 1 --config RUN/tiny.yaml loop.output_dir=RUN/{}/um3 visual_tokenizer=BASE/stage2/model"
     )
-    last = {}
-    for name, key in (("1-0", "train/contrastive"), ("0-1", "train/mse")):
-        last[name] = read_metrics(tmp_path / "run" / name / "stage1/metrics.jsonl")[-1][key]
+    train += " data.codes=BASE/codes loop.max_steps=5"
+    assert commands[0] == f"{train.format('split/seed-0')} loop.seed=0"
+    assert commands[1].startswith("eval run --config RUN/tiny.yaml run=RUN/split/seed-0 images=[] parts=[language,")
+    assert commands[-3] == "um3 export RUN/split/seed-1/um3/model --out RUN/split/seed-1/um3-export"
+    text = "model.base_model=RUN/split/seed-1/um3-export"
+    assert commands[-2] == f"{train.format('from-text/seed-1')} {text} loop.seed=1"
+    assert (tmp_path / "table.md").read_text().splitlines()[4] == "| split | 30.0 % ± 14.1 % (paper 50.0 %) |"
+    assert json.loads((tmp_path / "table.json").read_text())["from text"][1]["x/a"]["value"] == 0.4
+    assert read_image(tmp_path / "curves.png").width > 1000
+
+
+@pytest.mark.slow
+def test_rows_are_trained_measured_and_weighed(
+    tmp_path: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, TABLE)
+    main([*arguments, "--alone"])
+    lines = (tmp_path / "balance.md").read_text().splitlines()
+    assert lines[0] == "# Two weights" and lines[2] == "|  | PSNR | zero-shot |"
+    psnr = json.loads((tmp_path / "balance.json").read_text())["1 : 0"][0]["scenes_reconstruction_stage1/psnr"]["value"]
+    assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and lines[4].endswith("(paper 75.7 %) |")
+    losses = {"1-0": "train/contrastive", "0-1": "train/mse"}
+    last = {name: read_metrics(tmp_path / name / "stage1/metrics.jsonl")[-1][key] for name, key in losses.items()}
     assert lines[-1].startswith(f"a_r / a_a = {last['1-0'] / last['0-1']:.3g}: ")
     capfd.readouterr()
-    main([*command, *TINY["stage1"]])
+    main([*arguments, "--alone"])
     assert capfd.readouterr().out.count("is up to date") == 4
 
 
-def test_a_row_starts_from_the_one_it_comes_after(tmp_path: Path, configs: str) -> None:
-    run = tmp_path / "run"
-    main(["--table", write(tmp_path, CHAIN), "--config", configs, "--run", str(run), *TINY["stage1"]])
-    first, second = (load(run / name / "stage1/model")[0] for name in ("first", "second"))
+@pytest.mark.slow
+def test_a_row_starts_from_the_row_that_it_comes_after(tmp_path: Path, arguments: list[str]) -> None:
+    write(tmp_path, CHAIN)
+    main(arguments)
+    first, second = (load(tmp_path / name / "stage1/model")[0] for name in ("first", "second"))
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(second.vision_features(pixels), first.vision_features(pixels))
-    values = json.loads((run / "table.json").read_text())
-    # Trained on digits, but measured on the scenes that the first row holds out, like the others.
+    values = json.loads((tmp_path / "table.json").read_text())
+    # Trained on digits, but measured on the validation scenes of the first row, like the other rows.
     assert values["third"][0]["scenes_reconstruction_stage2/psnr"]["value"] > 0
-    assert (run / "table.md").read_text().splitlines()[4].endswith(" dB | – |")
-    assert read_image(run / "curves.png").width > 1000
+    assert (tmp_path / "table.md").read_text().splitlines()[4].endswith(" dB | – |")
+    assert read_image(tmp_path / "curves.png").width > 1000
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_table_that_is_stopped_saves_its_row_and_goes_on(
-    number: signal.Signals, tmp_path: Path, configs: str
-) -> None:
-    command = ["--table", write(tmp_path, TABLE), "--config", configs, "--run", str(tmp_path / "run"), "--alone"]
-    command = [sys.executable, "-m", "eval.report.ablation", *command, *TINY["stage1"], "loop.max_steps=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run/1-0/stage1/metrics.jsonl"
+def test_a_stopped_table_saves_its_row(number: signal.Signals, tmp_path: Path, arguments: list[str]) -> None:
+    write(tmp_path, TABLE)
+    command = [sys.executable, "-m", "eval", "ablation", *arguments, "--alone", "loop.max_steps=100000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "1-0/stage1/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "run the same command to go on" in said
-    saved = sorted((tmp_path / "run/1-0/stage1/checkpoints").glob("step-*/meta.json"))
-    assert int(saved[-1].parent.name.removeprefix("step-")) >= len(metrics.read_text().splitlines()) - 1 > 2
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "run the same command" in errors
+    checkpoints = sorted((tmp_path / "1-0/stage1/checkpoints").glob("step-*/meta.json"))
+    assert int(checkpoints[-1].parent.name.removeprefix("step-")) >= len(metrics.read_text().splitlines()) - 1 > 2
 
 
-def test_several_seeds_give_a_mean_and_a_spread(tmp_path: Path) -> None:
-    table = load_config(Table, path=write(tmp_path, "columns: {x/a: A}\nseeds: 3\nrows: [{name: r, stage1: []}]"))
-    seeds = [{"x/a": Measurement("x", 0).score("a", value, n=9, unit="%")} for value in (0.2, 0.3, 0.4)]
-    assert markdown(table, scores={"r": seeds})[-1] == "| r | 30.0 % ± 10.0 % |"
-
-
-def test_a_row_that_fails_ends_the_table_in_one_line(tmp_path: Path) -> None:
-    table = write(tmp_path, TABLE.replace("loss.mse=0", "loss.nothing=0"))
+def test_a_row_that_fails_ends_the_table_in_one_line(
+    tmp_path: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, TABLE.replace("loss.mse=0", "loss.nothing=0"))
     with pytest.raises(UserError, match="row '1 : 0' stopped with exit code 2 in stage1"):
-        main(["--table", table, "--config", str(ROOT / "configs/demo"), "--run", str(tmp_path / "run")])
+        main(arguments)
+    assert "loss.nothing" in capfd.readouterr().err
 
 
 def test_the_rule_needs_both_losses(tmp_path: Path) -> None:
     assert balance({"mse": tmp_path}) == ""
 
 
-def test_a_table_says_what_is_wrong_with_it(tmp_path: Path) -> None:
-    for text, message in (
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ("rows: []", "a table needs rows"),
-        ("rows: [{name: a, stage1: []}, {name: a, stage1: []}]", "letters or digits of its own"),
-        ("rows: [{name: 1.0, stage1: []}, {name: '1 0', stage1: []}]", "letters or digits of its own"),
-        ("rows: [{name: '---', stage1: []}]", "letters or digits of its own"),
+        ("rows: [{name: a, stage1: []}, {name: a, stage1: []}]", "letters and digits"),
+        ("rows: [{name: 1.0, stage1: []}, {name: '1 0', stage1: []}]", "letters and digits"),
+        ("rows: [{name: '---', stage1: []}]", "letters and digits"),
         ("seeds: 0\nrows: [{name: a, stage1: []}]", "seeds is 0"),
-        ("rows: [{name: a, stage2: []}]", "row 'a' needs a stage1"),
-        ("rows: [{name: a, stage1: []}, {name: b}]", "row 'b' needs a stage1"),
-        (
-            "rows: [{name: a, stage1: [], after: b}, {name: b, stage1: []}]",
-            "'a' comes after 'b', which is no row above",
-        ),
+        ("rows: [{name: a, stage2: []}]", "row 'a' needs stage1"),
+        ("rows: [{name: a, stage1: []}, {name: b}]", "row 'b' needs stage1"),
+        ("rows: [{name: a, stage1: [], after: b}, {name: b, stage1: []}]", "'a' comes after 'b'"),
         ("columns: {a/b: B}\nrows: [{name: a, stage1: [], paper: [1, 2]}]", "2 values of the paper for 1 columns"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_config(Table, path=write(tmp_path, text))
-    table = load_config(
-        Table, path=write(tmp_path, "columns: {x/psnr: PSNR, x/none: none}\nrows: [{name: a, stage1: []}]")
-    )
-    with pytest.raises(UserError, match="no run has a score 'x/none'; there are x/psnr"):
-        markdown(table, scores={"a": [{"x/psnr": Measurement("x", 0).score("psnr", 20.0, n=1)}]})
+    ],
+)
+def test_a_bad_table_is_a_one_line_error(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(Ablation, path=write(tmp_path, text))
+
+
+def test_a_column_needs_a_score(tmp_path: Path) -> None:
+    text = "columns: {x/psnr: PSNR, x/none: none}\nrows: [{name: a, stage1: []}]"
+    table = load_config(Ablation, path=write(tmp_path, text))
+    scores = {"x/psnr": Measurement("x", 0).score("psnr", 20.0, n=1)}
+    with pytest.raises(UserError, match=r"no run has a score 'x/none'.* x/psnr"):
+        result_table(table, scores={"a": [scores]})
+    table.columns = {"x/psnr": "PSNR"}
+    assert markdown(result_table(table, scores={"a": [scores]}))[-1] == "| a | 20.00 |"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").iterdir()), ids=lambda path: path.stem)
 def test_every_table_of_the_project_loads(path: Path) -> None:
-    assert load_config(Table, path=path).title
+    assert load_config(Ablation, path=path).title

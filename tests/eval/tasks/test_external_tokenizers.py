@@ -1,4 +1,4 @@
-"""Tokenizers of the user's own: opened by name, checked as they are used, and measured beside QLIP."""
+"""External tokenizers: imported by name, checked on every call, and measured beside QLIP."""
 
 import shutil
 
@@ -13,13 +13,13 @@ from eval.metrics.reconstruction import psnr
 from eval.report.report import main as report
 from eval.run import main
 from eval.scores import read_scores
-from eval.tasks.external_tokenizers import open_other
+from eval.tasks.external_tokenizers import open_external_tokenizer
 from tokenizer.images import decode_codes, encode_images
 from um3.core.errors import UserError
 
 
 def test_a_mean_colour_by_hand(scenes):
-    tokenizer = open_other("mean_colour:coarse", name="mean")
+    tokenizer = open_external_tokenizer("mean_colour:coarse", name="mean")
     assert (tokenizer.image_size, tokenizer.num_bits, tokenizer.num_codes) == (32, 12, 16)
     images = np.zeros((1, 32, 32, 3), np.uint8)
     images[0, :8, 8:16] = (255, 130, 15)
@@ -37,48 +37,47 @@ def test_a_mean_colour_by_hand(scenes):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("mean_colour", "is not of the form package.module:function"),
-        ("..mean_colour:coarse", "is not of the form"),
-        ("no_such_module:coarse", "cannot be imported .*no_such_module.*PYTHONPATH"),
-        ("mean_colour:finest", "no function there that takes no arguments"),
-        ("mean_colour:NO_FUNCTION", "no function there"),
-        ("mean_colour:needs_an_argument", "missing a required argument: 'size'"),
-        ("mean_colour:nothing", "image_size is None; give a whole number"),
-        ("mean_colour:too_small", "image_size is 8; give a whole number from 11"),
-        ("mean_colour:no_decode", r"has no decode\(\)"),
-        ("mean_colour:too_few_bits", r"outside 0 .. 2\^3 - 1; correct num_bits"),
-        ("mean_colour:other_number_of_codes", r"encode gave Tensor torch.int64 \(2, 16\); expected .*\(2, 9\)"),
-        ("mean_colour:narrow_codes", "encode gave Tensor torch.int32"),
-        ("mean_colour:float_pictures", "decode gave ndarray float64"),
-        ("mean_colour:one_picture", r"decode gave ndarray uint8 \(1, 32, 32, 3\); expected ndarray uint8 \(2, "),
+        ("mean_colour", "package.module:function"),
+        ("..mean_colour:coarse", "package.module:function"),
+        ("no_such_module:coarse", "no_such_module.*PYTHONPATH"),
+        ("mean_colour:finest", "function without arguments"),
+        ("mean_colour:NO_FUNCTION", "function without arguments"),
+        ("mean_colour:needs_an_argument", "'size'"),
+        ("mean_colour:nothing", "image_size is None"),
+        ("mean_colour:too_small", "image_size is 8.* from 11"),
+        ("mean_colour:no_decode", "no method decode"),
+        ("mean_colour:too_few_bits", "num_bits"),
+        ("mean_colour:other_number_of_codes", r"encode .*\(2, 16\).*\(2, 9\)"),
+        ("mean_colour:narrow_codes", "encode .*int32"),
+        ("mean_colour:float_images", "decode .*float64"),
+        ("mean_colour:one_image", r"decode .*\(1, 32, 32, 3\).*\(2, "),
     ],
 )
-def test_what_is_no_tokenizer_is_one_line(target, message):
+def test_broken_tokenizers_are_one_line_errors(target, message):
     with pytest.raises(UserError, match=message) as caught:
-        open_other(target, name="mine")
+        open_external_tokenizer(target, name="mine")
     assert "mine" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["stage2", "original", "flipped"])
-def test_names_that_are_taken_are_refused(name):
-    with pytest.raises(ValueError, match=f"'{name}' is taken"):
-        TokenizerConfig(others={name: "mean_colour:coarse"})
+def test_reserved_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        TokenizerConfig(external={name: "mean_colour:coarse"})
+
+
+SETTINGS = ["parts=[tokenizer]", "tokenizer.num_images=12", "tokenizer.digits=false", "num_threads=1"]
+EXTERNAL = "tokenizer.external={mean: 'mean_colour:coarse', fine: 'mean_colour:larger'}"
 
 
 @pytest.fixture(scope="module")
 def evaluated(run_folder, tmp_path_factory):
-    """A run with two tokenizers beside its own, one of them of another size."""
-    run = tmp_path_factory.mktemp("runs") / "beside"
-    shutil.copytree(run_folder, run)
-    (run / "eval.yaml").write_text(
-        "parts: [tokenizer]\ntokenizer:\n  num_images: 12\n  labelled: false\n"
-        "  others: {mean: 'mean_colour:coarse', fine: 'mean_colour:larger'}\n"
-    )
-    main(["--config", str(run / "eval.yaml"), f"run={run}"])
+    """A run with two external tokenizers, one of another image size."""
+    run = shutil.copytree(run_folder, tmp_path_factory.mktemp("runs") / "external")
+    main([f"run={run}", *SETTINGS, EXTERNAL])
     return run
 
 
-def test_other_tokenizers_have_rows_beside_qlips(evaluated):
+def test_external_tokenizers_have_rows_beside_qlips(evaluated):
     rows = {row.key: row for row in read_scores(evaluated / "eval" / "tokenizer.json")}
     for source in ("scenes", "digits"):
         for name, bits, note in (("mean", 192, "1/128 of"), ("fine", 2592, "1/21.33 of"), ("stage2", 128, "1/192 of")):
@@ -89,36 +88,34 @@ def test_other_tokenizers_have_rows_beside_qlips(evaluated):
             assert rows[f"{task}/psnr"].n == 12 and (rows[f"{task}/psnr"].paper is None) == (name != "stage2")
             assert rows[f"{task}/lpips"].value is None and "tokenizer.perceptual" in rows[f"{task}/lpips"].note
         same = [rows[f"{source}_reconstruction_{name}/ssim"].protocol_hash for name in ("mean", "stage2", "fine")]
-        assert same[0] == same[1] != same[2], "of one size they are comparable, of another they are not"
+        assert same[0] == same[1] != same[2], "images of one size are comparable, those of another are not"
     with np.load(evaluated / "eval" / "tokenizer.npz") as arrays:
         originals, rebuilt = arrays["scenes_original"], arrays["scenes_mean"]
         assert (rebuilt == MeanColour().decode(MeanColour().encode(originals))).all()
         assert arrays["digits_fine"].shape == (12, 48, 48, 3)
-        assert "scenes_fine" not in arrays, "scenes drawn at another size are other scenes than the originals"
+        assert "scenes_fine" not in arrays, "scenes of another size are other scenes"
     expected = float(psnr(rebuilt, originals_BHWC=originals).mean())
     assert rows["scenes_reconstruction_mean/psnr"].value == pytest.approx(expected)
     assert rows["scenes_reconstruction_fine/psnr"].value > rows["scenes_reconstruction_mean/psnr"].value
 
 
-def test_their_pictures_are_in_the_report(evaluated, run_folder, tmp_path):
+@pytest.mark.slow
+def test_their_images_are_in_the_report(evaluated, run_folder, tmp_path):
     report(["--run", str(evaluated)])
     with Image.open(evaluated / "figures" / "reconstructions.png") as figure:
         height = figure.height
     assert "<span>mean<br>" in (evaluated / "report.html").read_text()
-    shutil.copytree(run_folder, tmp_path / "alone")
-    (tmp_path / "eval.yaml").write_text("parts: [tokenizer]\ntokenizer: {num_images: 12, labelled: false}\n")
-    main(["--config", str(tmp_path / "eval.yaml"), f"run={tmp_path / 'alone'}"])
+    alone = shutil.copytree(run_folder, tmp_path / "alone")
+    main([f"run={alone}", *SETTINGS])
     report(["--run", str(tmp_path / "alone")])
     with Image.open(tmp_path / "alone" / "figures" / "reconstructions.png") as figure:
-        assert height > figure.height, "a row of pictures for each tokenizer more"
+        assert height > figure.height, "one row of images per tokenizer"
     heroes = [(run / "figures" / "hero.png").read_bytes() for run in (evaluated, tmp_path / "alone")]
-    assert heroes[0] == heroes[1], "the first picture stays QLIP's"
+    assert heroes[0] == heroes[1], "the hero image is QLIP's"
 
 
 def test_qlip_features_serve_tokenizers_of_any_size(evaluated, tmp_path):
-    main(
-        ["--config", str(evaluated / "eval.yaml"), f"run={evaluated}", f"out={tmp_path}", "fid_features=qlip-features"]
-    )
+    main([f"run={evaluated}", f"output_dir={tmp_path}", *SETTINGS, EXTERNAL, "fid_features=qlip-features"])
     rows = {row.key: row for row in read_scores(tmp_path / "tokenizer.json")}
     values = [rows[f"scenes_reconstruction_{name}/frechet_distance[qlip-features]"].value for name in ("mean", "fine")]
     assert all(value is not None and np.isfinite(value) for value in values)

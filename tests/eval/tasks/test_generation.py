@@ -1,32 +1,25 @@
+"""Scores of generated images: skills, captions read from the pixels, Frechet distance and CLIPScore."""
+
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-from transformers.models.clip import CLIPImageProcessorPil
 
 from data_mix.demo.scene_prompts import SKILLS, evaluation_prompts
 from data_mix.demo.scenes import ScenesSource
-from eval.config import SamplingConfig
 from eval.metrics.clipscore import clip_cosines, load_clip
 from eval.metrics.features import random_features
-from eval.scores import Measurement, texts_sha256
-from eval.tasks.generation import (
-    distribution_scores,
-    draw,
-    judge,
-    missing_skills,
-    read_back_row,
-    skill_scores,
-)
+from eval.scores import Measurement
+from eval.tasks.generation import check_scenes, distribution_scores, missing_skills, read_back_row, skill_scores
+from tests.helpers import tiny_judges
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 
 T = Measurement("t", 0)
 
 
 @pytest.fixture(scope="module")
 def truth():
-    """For every prompt a real scene one of whose captions it is: what a perfect model would draw."""
+    """For every prompt a real scene with this caption: the images of a perfect model."""
     source = ScenesSource(size=32, length=4000, seed=0, split="val")
     by_caption = {}
     for index in range(len(source)):
@@ -43,57 +36,47 @@ def by_metric(rows):
 
 def test_true_images_meet_every_demand(truth):
     images, prompts = truth
-    rows = by_metric(skill_scores(judge(images, prompts=prompts), prompts=prompts, of=T))
+    rows = by_metric(skill_scores(check_scenes(images, prompts=prompts), prompts=prompts, of=T))
     assert {name: row.value for name, row in rows.items()} == dict.fromkeys((*SKILLS, "mean"), 1.0)
     assert rows["mean"].n == len(prompts) == sum(rows[skill].n for skill in SKILLS)
     assert rows["position"].paper == 0.17
 
 
-def test_images_under_other_prompts_do_not(truth):
+def test_images_with_other_prompts_do_not(truth):
     images, prompts = truth
     shifted = images[9:] + images[:9]
-    rows = by_metric(skill_scores(judge(shifted, prompts=prompts), prompts=prompts, of=T))
+    rows = by_metric(skill_scores(check_scenes(shifted, prompts=prompts), prompts=prompts, of=T))
     assert rows["mean"].value < 0.5 and rows["color_attr"].value < 0.5
     for row in rows.values():
         assert row.low is None or row.low <= row.value <= row.high
     assert rows["mean"].high - rows["mean"].low > 0.02
 
 
-def test_the_mean_weighs_skills_not_images(truth):
+def test_the_mean_weights_skills_equally(truth):
     images, prompts = truth
-    verdicts = judge(images, prompts=prompts)
-    kept = [i for i, prompt in enumerate(prompts) if prompt.skill != "colors"]
+    verdicts = check_scenes(images, prompts=prompts)
+    others = [i for i, prompt in enumerate(prompts) if prompt.skill != "colors"]
     last = next(i for i, prompt in enumerate(prompts) if prompt.skill == "colors")
     verdicts[last] = verdicts[last]._replace(passed=False)
-    chosen = [*kept, last]
+    chosen = [*others, last]
     rows = skill_scores([verdicts[i] for i in chosen], prompts=[prompts[i] for i in chosen], of=T)
     assert by_metric(rows)["mean"].value == pytest.approx(5 / 6)
     with pytest.raises(UserError, match="no prompts for the skill 'colors'"):
-        skill_scores([verdicts[i] for i in kept], prompts=[prompts[i] for i in kept], of=T)
+        skill_scores([verdicts[i] for i in others], prompts=[prompts[i] for i in others], of=T)
 
 
-def test_reading_back_real_scenes_and_noise(scenes):
+def test_captions_are_read_from_scenes_and_not_from_noise(scenes):
     images, captions = scenes
-    full = [given[0] for given in captions]
+    full = [texts[0] for texts in captions]
     assert read_back_row(images, captions=full, note="", of=T).value == 1
     assert read_back_row(images[::-1], captions=full, note="", of=T).value < 0.3
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     assert read_back_row(noise[:4], captions=full[:4], note="", of=T).value == 0
 
 
-def test_drawings_are_reproducible_and_carry_their_prompts(pipeline):
-    prompts = ["a red circle", "two blue squares", "a red circle"]
-    sampling = SamplingConfig(batch_size=2)
-    first = draw(pipeline, prompts=prompts, seed=3, sampling=sampling)
-    again = draw(pipeline, prompts=prompts, seed=3, sampling=SamplingConfig(batch_size=3))
-    assert [drawing.prompt for drawing in first] == prompts
-    assert all((a.image == b.image).all() for a, b in zip(first, again, strict=True))
-    assert first[0].image.shape == (32, 32, 3) and first[0].to_dict() == {"prompt": prompts[0], "seed": first[0].seed}
-
-
-def test_distribution_rows_and_the_names_they_may_have(pipeline, scenes):
+def test_distribution_rows_and_their_names(pipeline, scenes):
     images, captions = scenes
-    full = [given[0] for given in captions]
+    full = [texts[0] for texts in captions]
     options = {"captions": full, "pipeline": pipeline, "features": random_features(), "clip": None, "of": T}
     same = by_metric(distribution_scores(images, originals_NHWC=images, **options))
     other = by_metric(distribution_scores(255 - images, originals_NHWC=images, **options))
@@ -103,56 +86,34 @@ def test_distribution_rows_and_the_names_they_may_have(pipeline, scenes):
     assert same["fid"].value is None and same["fid"].paper == 44.1 and "inception_weights=PATH" in same["fid"].note
     assert same["clipscore"].value is None and same["clipscore"].paper == 0.25
     assert same["clipscore_qlip"].value == pytest.approx(same["clipscore_qlip_real"].value)
-    assert same["clipscore_qlip"].protocol["prompts_sha256"] == texts_sha256(full)
+    assert same["clipscore_qlip"].protocol["prompts_sha256"] == short_hash(full)
 
 
-def test_fits_by_hand(pipeline, scenes):
+def test_clipscore_qlip_by_hand(pipeline, scenes):
     images, captions = scenes
-    texts = [given[0] for given in captions][:3]
-    found = pipeline.fits(images[:3], texts)
+    texts = [captions[index][0] for index in range(3)]
+    cosines = pipeline.similarity(images[:3], texts)
     for index, text in enumerate(texts):
         with torch.no_grad():
             output = pipeline.qlip(
                 pipeline.processor.pixels(images[index : index + 1]), pipeline.processor.text([text])["input_ids"]
             )
-        assert float(found[index]) == pytest.approx(float((output.image_embeds * output.text_embeds).sum()), abs=1e-5)
+        assert float(cosines[index]) == pytest.approx(float((output.image_embeds * output.text_embeds).sum()), abs=1e-5)
 
 
 def test_clip_cosines_equal_the_models_own_logits(tmp_path, scenes):
-    images, captions = scenes
-    texts = [given[0] for given in captions][:5]
-    words = sorted({word for text in texts for word in text.split()})
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**tower, "vocab_size": len(vocabulary), "bos_token_id": 1, "eos_token_id": 2},
-            vision_config={**tower, "image_size": 32, "patch_size": 8},
-            projection_dim=8,
-        )
-    ).eval()
-    size = {"height": 32, "width": 32}
-    processor = CLIPImageProcessorPil(size=size, crop_size=size)
-    for part in (model, text_tokenizer, processor):
-        part.save_pretrained(tmp_path)
-    found = clip_cosines(images[:5], texts=texts, clip=load_clip(str(tmp_path)))
+    images, texts = scenes[0][:5], ["a red dog", "the blue cat", "a photo of a cat", "red", "is there a dog ?"]
+    clip = load_clip(str(tiny_judges.save_clip(tmp_path)))
     with torch.no_grad():
-        pixels = processor([image for image in images[:5]], return_tensors="pt")["pixel_values"]
-        output = model(**text_tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
-    expected = output.logits_per_image.diag() / model.logit_scale.exp()
-    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+        pixels = clip.processor(list(images), return_tensors="pt")["pixel_values"]
+        output = clip.model(**clip.text_tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
+    expected = output.logits_per_image.diag() / clip.model.logit_scale.exp()
+    torch.testing.assert_close(clip_cosines(images, texts=texts, clip=clip), expected.detach(), atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="no CLIP at"):
         load_clip(str(tmp_path / "none"))
 
 
-def test_without_a_checker_the_rows_say_so():
+def test_without_a_checker_the_notes_give_the_reason():
     rows = missing_skills(T)
     assert [row.metric for row in rows] == [*SKILLS, "mean"]
     assert all(row.value is None and "checker" in row.note for row in rows)

@@ -1,4 +1,5 @@
-import subprocess
+"""UM3 as an lm-eval model against lm-eval's own, and lm-eval's command line."""
+
 import sys
 import tomllib
 from importlib import import_module
@@ -8,14 +9,13 @@ import lm_eval.tasks
 import pytest
 import torch
 from language_items import PAIRS, requests
-from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from eval import lm
 from eval.lm import UM3LM, load_language_model
+from eval.lm_eval_data import TASKS
 from eval.tasks.language import run_tasks
-from eval.tasks.lm_eval_data import TASKS, local_benchmarks, paper_tasks
 from um3.core.errors import UserError
 from um3.model.export import export_text_half
 from um3.model.extend import extend_model, load_base, load_base_tokenizer
@@ -28,79 +28,58 @@ def of(pipeline, **options):
 
 
 def stock(folder, **options):
-    """lm-eval's own backend, as its command line makes it."""
+    """lm-eval's own backend, as on its command line."""
     return HFLM(str(folder), device="cpu", batch_size=2, **options)
 
 
-def pairs_of(bench):
-    """Every context and continuation of the five tasks."""
-    with local_benchmarks(bench) as found:
-        tasks = paper_tasks().load(sorted(found))["tasks"]
-    for task in tasks.values():
+@pytest.fixture(scope="session")
+def pairs(benchmarks):
+    """Every context and continuation of the five tasks, and some more."""
+    tasks = [task for loaded in benchmarks.values() for task in loaded["tasks"].values()]
+    for task in tasks:
         task.build_all_requests()
-    return [instance.args for task in tasks.values() for instance in task.instances]
+    return [instance.args for task in tasks for instance in task.instances] + PAIRS
 
 
-def largest_difference(found, expected):
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    return max(abs(a - b) for (a, _), (b, _) in zip(found, expected, strict=True))
+def largest_difference(scored, expected):
+    assert [greedy for _, greedy in scored] == [greedy for _, greedy in expected]
+    return max(abs(a - b) for (a, _), (b, _) in zip(scored, expected, strict=True))
 
 
-def test_a_um3_gets_what_lm_evals_hf_gives_its_export(um3_lm, exported, bench):
-    pairs = [*pairs_of(bench), *PAIRS]
+def test_a_um3_gets_what_lm_evals_hf_gives_its_export(um3_lm, exported, pairs):
     assert len(pairs) > 150
     expected = stock(exported).loglikelihood(requests(pairs), disable_tqdm=True)
     assert largest_difference(um3_lm.loglikelihood(requests(pairs)), expected) < 2e-5
 
 
-def test_the_five_tasks_give_the_same_accuracies_under_both(um3_lm, exported, bench):
-    with local_benchmarks(bench):
-        ours = run_tasks(um3_lm, tasks=list(TASKS))["results"]
-        theirs = simple_evaluate(
-            stock(exported), tasks=list(TASKS), task_manager=paper_tasks(), bootstrap_iters=0, log_samples=False
-        )["results"]
+def test_the_five_tasks_give_the_same_accuracies_under_both(um3_lm, exported, benchmarks):
+    hf = stock(exported)
     for name in TASKS:
+        ours, theirs = (run_tasks(lm, benchmarks[name])["results"][name] for lm in (um3_lm, hf))
         for metric in ("acc,none", "acc_norm,none"):
-            assert ours[name].get(metric) == theirs[name].get(metric)
+            assert ours.get(metric) == theirs.get(metric)
 
 
-def test_any_other_model_gets_exactly_what_hf_gives_it(llama, bench):
+def test_any_other_model_gets_what_hf_gives_it(llama, pairs):
     model, tokenizer = load_language_model(str(llama))
-    pairs = [*pairs_of(bench), *PAIRS]
     expected = stock(llama).loglikelihood(requests(pairs), disable_tqdm=True)
-    found = UM3LM.of(model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests(pairs))
-    assert largest_difference(found, expected) < 1e-5
+    loaded = UM3LM.of(model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests(pairs))
+    assert largest_difference(loaded, expected) < 1e-5
     by_name = UM3LM(str(llama), device="cpu", batch_size=2).loglikelihood(requests(pairs))
     assert largest_difference(by_name, expected) < 1e-5
 
 
-def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folder, bench, tmp_path):
-    """Neither the visual rows nor the image marks, whose rows are means of the words' here, take a share."""
+def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folder, pairs, tmp_path):
+    """Neither visual ids nor the image tokens, whose embeddings are means of the words' here, take a share."""
     tokenizer, entries = load_base_tokenizer(str(llama))
     ids = make_vocabulary(tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
     assert ids.text_vocab_size > entries
     model = extend_model(load_base(str(llama)), ids=ids, qk_norm=False, base_entries=entries)
     save_model(tmp_path / "um3", model=model, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)
     export_text_half(tmp_path / "um3", out=tmp_path / "plain")
-    pairs = [*pairs_of(bench), *PAIRS]
-    found = UM3LM(str(tmp_path / "um3"), device="cpu", batch_size=2).loglikelihood(requests(pairs))
+    scored = UM3LM(str(tmp_path / "um3"), device="cpu", batch_size=2).loglikelihood(requests(pairs))
     for folder in (llama, tmp_path / "plain"):
-        assert largest_difference(found, stock(folder).loglikelihood(requests(pairs), disable_tqdm=True)) < 2e-5
-
-
-def test_hf_on_a_um3_itself_loses_the_visual_halfs_share(pipeline, um3_lm, um3_folder):
-    """What hf gives is ours and the log of the text half's share of the softmax at every scored position."""
-    ids, model = pipeline.ids, pipeline.model
-    hf = stock(um3_folder, add_bos_token=True).loglikelihood(requests(PAIRS), disable_tqdm=True)
-    for (value, _), (ours, _), (context, continuation) in zip(
-        hf, um3_lm.loglikelihood(requests(PAIRS)), PAIRS, strict=True
-    ):
-        whole = [ids.bos_id, *encode_texts([context + continuation], tokenizer=pipeline.text_tokenizer)[0]]
-        start = 1 + len(encode_texts([context.rstrip()], tokenizer=pipeline.text_tokenizer)[0]) if context else 1
-        with torch.no_grad():
-            logits = model(torch.tensor([whole])).logits[0, start - 1 : -1]
-        share = logits[:, : ids.text_vocab_size].logsumexp(-1) - logits.logsumexp(-1)
-        assert value == pytest.approx(ours + float(share.sum()), abs=1e-4) and float(share.sum()) < -0.1
+        assert largest_difference(scored, stock(folder).loglikelihood(requests(pairs), disable_tqdm=True)) < 2e-5
 
 
 def test_log_likelihood_by_hand_over_text_ids_only(pipeline, um3_lm):
@@ -113,36 +92,26 @@ def test_log_likelihood_by_hand_over_text_ids_only(pipeline, um3_lm):
     targets = torch.tensor(whole[start:])[:, None]
     halves = logits[start - 1 : -1, : ids.text_vocab_size].log_softmax(-1).gather(1, targets).sum()
     joint = logits[start - 1 : -1].log_softmax(-1).gather(1, targets).sum()
-    ((found, _),) = um3_lm.loglikelihood(requests([PAIRS[0]]))
-    assert found == pytest.approx(float(halves), abs=1e-4)
-    assert abs(float(joint - halves)) > 0.1, "this model gives visual ids no weight, so the test shows nothing"
+    ((scored, _),) = um3_lm.loglikelihood(requests([PAIRS[0]]))
+    assert scored == pytest.approx(float(halves), abs=1e-4)
+    assert abs(float(joint - halves)) > 0.1, "the test needs a model that gives visual ids weight"
 
 
-def test_visual_rows_have_no_say(pipeline, um3_lm):
-    before = um3_lm.loglikelihood(requests(PAIRS))
-    head = pipeline.model.lm_head.weight.data
-    kept = head.clone()
+def test_visual_ids_influence_neither_scores_nor_generations(pipeline, um3_lm, exported):
+    contexts = [(context, {"max_gen_toks": 12, "until": ["\n\n"]}) for context, _ in PAIRS if context]
+    expected = stock(exported).generate_until(requests(contexts, "generate_until"), disable_tqdm=True)
+    before, head = um3_lm.loglikelihood(requests(PAIRS)), pipeline.model.lm_head.weight.data
+    original = head.clone()
     try:
         head[pipeline.ids.text_vocab_size :] += 100
         assert um3_lm.loglikelihood(requests(PAIRS)) == before
+        assert of(pipeline).generate_until(requests(contexts, "generate_until"), disable_tqdm=True) == expected
     finally:
-        head.copy_(kept)
-
-
-def test_what_is_written_is_text_and_what_hf_writes_with_the_export(pipeline, exported):
-    pairs = [(context, {"max_gen_toks": 12, "until": ["\n\n"]}) for context, _ in PAIRS if context]
-    expected = stock(exported).generate_until(requests(pairs, "generate_until"), disable_tqdm=True)
-    head = pipeline.model.lm_head.weight.data
-    kept = head.clone()
-    try:
-        head[pipeline.ids.text_vocab_size :] += 100
-        assert of(pipeline).generate_until(requests(pairs, "generate_until"), disable_tqdm=True) == expected
-    finally:
-        head.copy_(kept)
+        head.copy_(original)
     assert all(expected)
 
 
-def test_rolling_likelihood_of_a_document_counts_every_token_once(pipeline, um3_lm):
+def test_rolling_likelihood_counts_every_token_once(pipeline, um3_lm):
     text = "Anna walked slowly. " * 20
     tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
     assert len(tokens) < um3_lm.max_length
@@ -151,56 +120,50 @@ def test_rolling_likelihood_of_a_document_counts_every_token_once(pipeline, um3_
     assert rolling == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_continuation_longer_than_the_window_is_scored_piece_by_piece(pipeline):
+def test_a_continuation_longer_than_the_window_is_scored_in_pieces(pipeline):
     short, text = of(pipeline, max_tokens=16), " ".join(["Anna had never seen the upper room."] * 6)
     tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
     assert len(tokens) > 2 * short.max_length
-    ((found, _),) = short.loglikelihood(requests([("", text)]))
+    ((scored, _),) = short.loglikelihood(requests([("", text)]))
     whole, expected = [pipeline.ids.bos_id, *tokens], 0.0
-    for start in range(1, len(whole), 8):  # half a window is scored with the other half, or less, before it
+    for start in range(1, len(whole), 8):  # half a window is scored after the other half, or less
         end = min(start + 8, len(whole))
         window = whole[max(0, end - 17) : end - 1]
         with torch.no_grad():
             logits = pipeline.model(torch.tensor([window])).logits[0, start - end :, : pipeline.ids.text_vocab_size]
         expected += float(logits.log_softmax(-1).gather(1, torch.tensor(whole[start:end])[:, None]).sum())
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert scored == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture
-def lm_eval_says(monkeypatch, bench, tmp_path, capsys):
-    """lm-eval's command line as `python -m eval lm` runs it: what it prints."""
+def run_lm_eval(monkeypatch, bench, capsys):
+    """Runs lm-eval's command line as `python -m eval lm` does; returns what it prints."""
 
-    def said(*arguments):
-        monkeypatch.setattr("sys.argv", ["lm_eval", *arguments])
-        lm.main()
+    def run(*arguments):
+        lm.main(arguments)
         return capsys.readouterr().out
 
     monkeypatch.setenv("LM_EVAL_DATA", str(bench))
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lm_eval.tasks.TaskManager)  # put back afterwards
-    return said
+    monkeypatch.setattr("sys.argv", sys.argv)  # restored afterwards
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lm_eval.tasks.TaskManager)
+    return run
 
 
-def test_lm_evals_own_command_line_reads_the_local_copies(um3_folder, exported, lm_eval_says):
+@pytest.mark.slow
+def test_lm_evals_command_line_reads_the_local_copies(um3_folder, exported, run_lm_eval):
     tables = []
     for model, folder in (("um3", um3_folder), ("hf", exported)):
-        said = lm_eval_says("--model", model, "--model_args", f"pretrained={folder}", "--tasks", "piqa,social_iqa")
-        tables.append([line for line in said.splitlines() if line.startswith("|")])
+        output = run_lm_eval("--model", model, "--model_args", f"pretrained={folder}", "--tasks", "piqa,social_iqa")
+        tables.append([line for line in output.splitlines() if line.startswith("|")])
     assert tables[0] == tables[1] and any("social_iqa" in line for line in tables[0])
 
 
-def test_on_lm_evals_command_line_a_missing_folder_is_one_line(lm_eval_says, um3_folder, tmp_path, monkeypatch):
+def test_on_its_command_line_a_missing_folder_is_one_line(run_lm_eval, um3_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no language model can be loaded from"):
-        lm_eval_says("--model", "um3", "--model_args", f"pretrained={tmp_path}/none", "--tasks", "piqa")
+        run_lm_eval("--model", "um3", "--model_args", f"pretrained={tmp_path}/none", "--tasks", "piqa")
     monkeypatch.setenv("LM_EVAL_DATA", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="the folder of language benchmarks"):
-        lm_eval_says("--model", "um3", "--model_args", f"pretrained={um3_folder}", "--tasks", "piqa")
-
-
-def test_as_a_program_a_missing_model_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "eval.lm", "--model", "um3", "--model_args", "pretrained=none", "--tasks", "piqa"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: no language model can be loaded from 'none'")
+    with pytest.raises(UserError, match="LM_EVAL_DATA"):
+        run_lm_eval("--model", "um3", "--model_args", f"pretrained={um3_folder}", "--tasks", "piqa")
 
 
 def test_lm_eval_finds_the_model_by_its_entry_point_when_it_has_plugins():

@@ -1,5 +1,6 @@
-"""The tokenizer part as a whole: LPIPS, what its protocols pin, what makes it measure again, what it looks at first."""
+"""The tokenizer part: LPIPS, protocols, what makes a result out of date, errors before the first measurement."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -13,24 +14,17 @@ from PIL import Image
 
 from data_mix.sources.image_sources import ImageSourceConfig
 from eval.config import EvalConfig
-from eval.run import main, request_of
-from eval.scores import Score, read_scores
-from eval.tasks.validation_data import held_out_images
+from eval.run import request_hash
+from eval.scores import Score
+from eval.tasks.validation_data import validation_images
 from tests.tokenizer.conftest import lpips_files
 from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import lpips_vgg
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
-SMALL = ["parts=[tokenizer]", "tokenizer.num_images=6", "tokenizer.labelled=false"]
+SMALL = ["parts=[tokenizer]", "tokenizer.num_images=6", "tokenizer.digits=false"]
 SCENES = "images=[{name: scenes, kind: scenes, length: 2400}]"
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "eval.yaml"
-    path.write_text("num_threads: 1\n")
-    return path
 
 
 def make_lpips(folder: Path, *, seed: int) -> list[str]:
@@ -48,22 +42,18 @@ Measure = Callable[..., dict[str, Score]]
 
 
 @pytest.fixture
-def measure(run_folder: Path, empty: Path, tmp_path: Path) -> Measure:
-    """Evaluates the tiny run's stage 2 with further settings; returns the rows by key."""
-
-    def run(*settings: str) -> dict[str, Score]:
-        stages = f"tokenizer.stages={{stage2: {run_folder}/stage2/model}}"
-        main(["--config", str(empty), f"run={run_folder}", f"out={tmp_path}", stages, SCENES, *SMALL, *settings])
-        return {row.key: row for row in read_scores(tmp_path / "tokenizer.json")}
-
-    return run
+def measure(run_folder: Path, evaluate: Measure) -> Measure:
+    """Evaluates stage 2 of the tiny run with further settings; returns the rows by key."""
+    stages = f"tokenizer.stages={{stage2: {run_folder}/stage2/model}}"
+    return functools.partial(evaluate, stages, SCENES, *SMALL)
 
 
+@pytest.mark.slow
 def test_lpips_is_the_mean_of_its_distance(measure: Measure, tmp_path: Path, lpips: list[str]) -> None:
     row = measure("tokenizer.num_images=19", *lpips)["scenes_reconstruction_stage2/lpips"]
     backbone, heads = (setting.partition("=")[2] for setting in lpips)
     distance = lpips_vgg(backbone=backbone, heads=heads)
-    with np.load(tmp_path / "tokenizer.npz") as arrays:
+    with np.load(tmp_path / "eval" / "tokenizer.npz") as arrays:
         first, second = (
             torch.tensor(arrays[f"scenes_{kind}"]).permute(0, 3, 1, 2) / 127.5 - 1 for kind in ("stage2", "original")
         )
@@ -76,7 +66,10 @@ def hashes(rows: dict[str, Score], *, task: str) -> dict[str, str]:
     return {row.metric: row.protocol_hash for row in rows.values() if row.task == task}
 
 
-def test_a_protocol_pins_what_two_values_must_share(measure: Measure, tmp_path: Path, lpips: list[str]) -> None:
+@pytest.mark.slow
+def test_a_protocol_changes_with_images_networks_and_weights(
+    measure: Measure, tmp_path: Path, lpips: list[str]
+) -> None:
     task, distance = "scenes_reconstruction_stage2", "frechet_distance[random-features]"
     first = hashes(measure(*lpips), task=task)
     assert {"psnr", "ssim", "lpips", "bits_per_image", distance} <= first.keys()
@@ -88,18 +81,17 @@ def test_a_protocol_pins_what_two_values_must_share(measure: Measure, tmp_path: 
         "fid_features=qlip-features": {distance},
         " ".join(other_lpips): {"lpips"},
     }
-    for settings, moved in changes.items():
-        given = [settings] if settings.startswith("images") else settings.split()
-        second = hashes(measure(*lpips, *given), task=task)
-        assert {
-            metric for metric in ("psnr", "ssim", "lpips", distance) if second.get(metric) != first[metric]
-        } == moved
+    for settings, expected in changes.items():
+        overrides = [settings] if settings.startswith("images") else settings.split()
+        second = hashes(measure(*lpips, *overrides), task=task)
+        metrics = ("psnr", "ssim", "lpips", distance)
+        assert {metric for metric in metrics if second.get(metric) != first[metric]} == expected
 
 
-def test_the_images_of_a_protocol_are_known_by_their_pixels() -> None:
+def test_a_protocol_identifies_images_by_their_pixels() -> None:
     def protocol(*, num_images: int = 6, size: int = 32, seed: int = 0, length: int = 120) -> dict[str, Any]:
         source = ImageSourceConfig(length=length)
-        return held_out_images(source, num_images=num_images, size=size, seed=seed).protocol
+        return validation_images(source, num_images=num_images, size=size, seed=seed).protocol
 
     first = protocol()
     assert first == protocol() and first["images"] == 6 and first["image_size"] == 32
@@ -107,7 +99,7 @@ def test_the_images_of_a_protocol_are_known_by_their_pixels() -> None:
         assert other["images_sha256"] != first["images_sha256"]
 
 
-def test_the_protocol_of_photos_says_how_they_were_cut(tmp_path: Path) -> None:
+def test_the_protocol_of_photos_names_their_preparation(tmp_path: Path) -> None:
     def protocol(**changes: int) -> dict[str, Any]:
         for number in range(40):
             pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -115,11 +107,11 @@ def test_the_protocol_of_photos_says_how_they_were_cut(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / f"{number}.png")
             (tmp_path / f"{number}.txt").write_text(f"number {number}")
         source = ImageSourceConfig(name="photos", path=str(tmp_path), val_fraction=0.5)
-        return held_out_images(source, num_images=40, size=32, seed=changes.get("seed", 0)).protocol
+        return validation_images(source, num_images=40, size=32, seed=changes.get("seed", 0)).protocol
 
     first = protocol()
     assert "largest centred square" in first["preparation"] and "bicubic" in first["preparation"]
-    assert protocol(seed=1) == first, "all of the same images in another order"
+    assert protocol(seed=1) == first, "the same images in another order"
     assert protocol(grey=9)["images_sha256"] != first["images_sha256"]
 
 
@@ -144,17 +136,17 @@ def classes(tmp_path: Path) -> Path:
 
 
 def settings_of(folder: Path) -> list[str]:
-    own = f"{{name: own, path: {folder}/data, class_names: {folder}/names.txt, templates: {folder}/templates.txt}}"
-    return [f"tokenizer.classification=[{own}]", "tokenizer.others={mine: 'own_codec:make'}"]
+    files = f"path: {folder}/data, class_names: {folder}/names.txt, templates: {folder}/templates.txt"
+    return [f"tokenizer.classification=[{{name: own, {files}}}]", "tokenizer.external={mine: 'own_codec:make'}"]
 
 
-def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_make_a_result_out_of_date(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(classes)
     perceptual = f"tokenizer.perceptual={{backbone: {classes}/vgg.pth, heads: ''}}"
-    config = load_config(EvalConfig, path=empty, overrides=[*settings_of(classes), perceptual])
+    config = load_config(EvalConfig, overrides=[*settings_of(classes), perceptual])
 
     def request() -> str:
-        return request_of(config, part="tokenizer", folders={"qlip": classes / "model"})
+        return request_hash(config, part="tokenizer", models={"qlip": classes / "model"})
 
     def later(file: Path) -> None:
         os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
@@ -165,9 +157,6 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
     (classes / "model").mkdir()
     (classes / "model" / "tokenizer.json").write_text("{}")
     seen = [request()]
-    assert request() == seen[0]
-    os.utime(classes / "names.txt", ns=(0, 0))  # its lines are what counts
-    (classes / "data/val/red/notes.md").write_text("no image")
     assert request() == seen[0]
     for change in (
         lambda: (classes / "names.txt").write_text("navy\nred\n"),
@@ -186,7 +175,7 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
         seen.append(request())
     (classes / "templates.txt").unlink()
     seen.append(request())
-    assert seen[3] != seen[0] and len({*seen}) == len(seen) - 1, "each is new, but for the image that was put back"
+    assert seen[3] != seen[0] and len({*seen}) == len(seen) - 1, "each differs, except after the image is moved back"
     assert seen[5] == seen[2]
 
 
@@ -194,22 +183,19 @@ def test_what_makes_it_measure_again(classes: Path, empty: Path, monkeypatch: py
     ("setting", "message"),
     [
         ("tokenizer.classification=[{name: own, path: nowhere}]", "nowhere/val does not exist"),
-        (
-            "tokenizer.classification=[{name: own, path: PLACE/data, class_names: PLACE/templates.txt}]",
-            "names 1 classes",
-        ),
-        ("tokenizer.classification=[{name: own, path: PLACE/data, templates: PLACE/names.txt}]", "exactly one {}"),
-        ("tokenizer.others={mine: 'mean_colour:nothing'}", "image_size is None"),
-        ("tokenizer.perceptual={backbone: PLACE/vgg.pth, heads: PLACE/vgg.pth}", "cannot be read as tensors only"),
-        ("tokenizer.perceptual={backbone: PLACE/vgg.pth}", "needs both"),
-        ("tokenizer.stages={a: RUN/stage1/model, b: PLACE/broken}", "are damaged"),
+        ("tokenizer.classification=[{name: own, path: DATA/data, class_names: DATA/templates.txt}]", "1 class names"),
+        ("tokenizer.classification=[{name: own, path: DATA/data, templates: DATA/names.txt}]", "exactly one {}"),
+        ("tokenizer.external={mine: 'mean_colour:nothing'}", "image_size is None"),
+        ("tokenizer.perceptual={backbone: DATA/vgg.pth, heads: DATA/vgg.pth}", "cannot be read as tensors only"),
+        ("tokenizer.perceptual={backbone: DATA/vgg.pth}", "needs both"),
+        ("tokenizer.stages={a: RUN/stage1/model, b: DATA/broken}", "are damaged"),
     ],
 )
-def test_what_may_be_wrong_is_opened_before_anything_is_measured(
+def test_errors_come_before_the_first_measurement(
     measure: Measure, run_folder: Path, classes: Path, setting: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run_folder / "stage1/model", classes / "broken")
     (classes / "broken/model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=message) as caught:
-        measure(setting.replace("PLACE", str(classes)).replace("RUN", str(run_folder)))
+        measure(setting.replace("DATA", str(classes)).replace("RUN", str(run_folder)))
     assert "encode" not in capsys.readouterr().err and "\n" not in str(caught.value)

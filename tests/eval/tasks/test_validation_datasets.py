@@ -1,4 +1,4 @@
-"""Images from folders, tables and shards, with captions and without: all are reconstructed, none stops the rest."""
+"""Validation images from folders, tables and shards, with and without captions."""
 
 import io
 import json
@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from eval.run import main
-from eval.scores import Score, read_scores
 from um3.core.errors import UserError
 
 
@@ -51,39 +49,35 @@ def webdataset(place: Path, *, captions: bool) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def evaluate(tmp_path: Path, run: Path, *settings: str) -> dict[str, Score]:
-    (tmp_path / "eval.yaml").write_text("tokenizer: {num_images: 24, labelled: false}\nnum_threads: 1\n")
-    main(["--config", str(tmp_path / "eval.yaml"), f"run={run}", f"out={tmp_path}", *settings])
-    return {row.key: row for path in tmp_path.glob("*.json") for row in read_scores(path)}
+SETTINGS = ("tokenizer.num_images=24", "tokenizer.digits=false", "captions.max_new_tokens=4")
 
 
 @pytest.mark.parametrize("write", [image_folder, parquet, webdataset])
-def test_images_serve_with_and_without_captions(run_folder: Path, tmp_path: Path, write) -> None:
+def test_images_serve_with_and_without_captions(evaluate, tmp_path: Path, write) -> None:
     sources = []
-    for name, captions in (("told", True), ("mute", False)):
+    for name, captions in (("captioned", True), ("plain", False)):
         (tmp_path / name).mkdir()
         write(tmp_path / name, captions=captions)
         path = json.dumps(str(tmp_path / name))
         sources.append(f"{{name: {name}, path: {path}, val_fraction: 0.5, has_captions: {str(captions).lower()}}}")
-    parts = "parts=[tokenizer, captions]"
-    rows = evaluate(tmp_path, run_folder, f"images=[{', '.join(sources)}]", parts, "captions.max_new_tokens=4")
-    n = rows["told_captions/exact_match"].n
-    assert n >= 6 and "mute_captions/exact_match" not in rows
-    for name, distinct in (("told", n), ("mute", 0)):
+    rows = evaluate(*SETTINGS, f"images=[{', '.join(sources)}]", "parts=[tokenizer, captions]")
+    n = rows["captioned_captions/exact_match"].n
+    assert n >= 6 and "plain_captions/exact_match" not in rows
+    for name, distinct in (("captioned", n), ("plain", 0)):
         for stage in ("stage1", "stage2"):
             row = rows[f"{name}_reconstruction_{stage}/psnr"]
             assert row.value is not None and (row.n, row.skipped) == (n, 0)
         retrieval = rows[f"{name}_retrieval/image_to_text"]
-        assert retrieval.value is None and retrieval.note.startswith(f"{distinct} distinct captions among {n} images")
-    told, mute = (rows[f"{name}_reconstruction_stage2/psnr"] for name in ("told", "mute"))
-    assert told.protocol_hash == mute.protocol_hash, "the same images by another way"
-    assert told.value == pytest.approx(mute.value)
+        assert retrieval.value is None and f"{distinct} distinct captions" in retrieval.note
+    first, second = (rows[f"{name}_reconstruction_stage2/psnr"] for name in ("captioned", "plain"))
+    assert first.protocol_hash == second.protocol_hash, "the same images with other metadata"
+    assert first.value == pytest.approx(second.value)
 
 
-def test_captions_that_no_source_has_are_asked_for_in_one_line(run_folder: Path, tmp_path: Path) -> None:
-    image_folder(tmp_path / "mute", captions=False)
-    images = f"images=[{{name: mute, path: {tmp_path}/mute, has_captions: false}}]"
-    with pytest.raises(UserError, match="no image source has captions, which captions needs"):
-        evaluate(tmp_path, run_folder, images, "parts=[captions]")
-    with pytest.raises(UserError, match=r"none of its 12 images has a caption.*has_captions=false"):
-        evaluate(tmp_path, run_folder, images.replace(", has_captions: false", ""), "parts=[tokenizer]")
+def test_missing_captions_are_a_one_line_error(evaluate, tmp_path: Path) -> None:
+    image_folder(tmp_path / "plain", captions=False)
+    images = f"images=[{{name: plain, path: {tmp_path}/plain, has_captions: false}}]"
+    with pytest.raises(UserError, match="captions needs captions"):
+        evaluate(images, "parts=[captions]")
+    with pytest.raises(UserError, match="has_captions=false"):
+        evaluate(images.replace(", has_captions: false", ""), "parts=[tokenizer]")

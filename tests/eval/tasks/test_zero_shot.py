@@ -1,10 +1,12 @@
+"""Retrieval and zero-shot accuracy, on towers whose embeddings are known."""
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import tokenizer
 from eval.scores import Measurement
-from eval.tasks.classification_data import LabelledImages
+from eval.tasks.classification_data import ClassificationData, ClassificationTask
 from eval.tasks.zero_shot import distinct_groups, retrieval_scores, zero_shot_score
 
 T = Measurement("t", 0)
@@ -12,7 +14,7 @@ WORDS = [f"w{i}" for i in range(10)]
 
 
 class PixelTower:
-    """A tower by hand: picture i is filled with the value i, caption i ends in "wi"; both become one-hot i."""
+    """A tower by hand: image i is filled with the value i, caption i ends in "wi"; both are embedded as one-hot i."""
 
     device, dtype, image_size, text_tokenizer = torch.device("cpu"), torch.float32, 4, None
 
@@ -42,52 +44,47 @@ def by_hand(*, numbers, captions, gallery):
 def test_retrieval_by_hand():
     values, row = by_hand(numbers=range(10), captions=WORDS, gallery=10)
     assert values == {"image_to_text": 1, "text_to_image": 1} and (row.n, row.skipped) == (10, 0)
-    # Pictures 0 and 1 are swapped: both find the other's caption.
+    # Images 0 and 1 are swapped: each has the other's caption as its nearest.
     values, _ = by_hand(numbers=[1, 0, *range(2, 10)], captions=WORDS, gallery=10)
     assert values == {"image_to_text": 0.8, "text_to_image": 0.8}
     values, row = by_hand(numbers=range(10), captions=WORDS, gallery=4)
     assert values["image_to_text"] == 1 and (row.n, row.skipped) == (8, 2)
 
 
-def test_a_repeated_caption_waits_for_the_next_gallery():
+def test_repeated_and_empty_captions():
     assert distinct_groups(["a", "a", "b", "c", "b"], size=2) == [[0, 2], [1, 3]]
     assert distinct_groups(["a", "a"], size=2) == []
-    values, row = by_hand(numbers=[0, 0, 1], captions=["w0", "w0", "w1"], gallery=10)
-    assert values == {"image_to_text": None, "text_to_image": None}
-    assert row.note == "2 distinct captions among 3 images; a gallery needs 10"
+    values, row = by_hand(numbers=range(4), captions=["w0", "", "w2", ""], gallery=2)
+    assert values == {"image_to_text": 1, "text_to_image": 1} and (row.n, row.skipped) == (2, 2)
+    for captions, distinct in ((["w0", "w0", "w1"], 2), ([""] * 3, 0)):
+        values, row = by_hand(numbers=[0, 0, 1], captions=captions, gallery=10)
+        assert values == {"image_to_text": None, "text_to_image": None}
+        assert row.note == f"{distinct} distinct captions among 3 images; a gallery needs 10"
 
 
 def test_zero_shot_by_hand():
-    tower = PixelTower()
-    data = LabelledImages(filled([3, 4, 5, 5]), [3, 4, 5, 6], "four")
-    common = {"class_names": WORDS, "model": tower, "processor": tower, "of": T}
-    score = zero_shot_score(data, templates=["a {}", "the {}"], **common)
-    assert score.value == 0.75 and score.n == 4
-    assert score.protocol_hash == zero_shot_score(data, templates=["a {}", "the {}"], **common).protocol_hash
-    other = LabelledImages(data.images, data.labels, "other")
-    for changed in (
-        zero_shot_score(data, templates=["a {}"], **common),
-        zero_shot_score(other, templates=["a {}", "the {}"], **common),
-    ):
-        assert changed.protocol_hash != score.protocol_hash
+    def score(templates=("a {}", "the {}"), identity="four"):
+        images = filled([3, 4, 5, 5])
+        data = ClassificationData(images.__getitem__, classes=[3, 4, 5, 6], identity=identity)
+        task = ClassificationTask("hand", data, None, WORDS, list(templates))
+        return zero_shot_score(task, model=PixelTower(), processor=PixelTower(), of=T)
 
-
-def test_images_without_captions_are_in_no_gallery():
-    values, row = by_hand(numbers=range(4), captions=["w0", "", "w2", ""], gallery=2)
-    assert values == {"image_to_text": 1, "text_to_image": 1} and (row.n, row.skipped) == (2, 2)
-    values, row = by_hand(numbers=range(4), captions=[""] * 4, gallery=2)
-    assert values == {"image_to_text": None, "text_to_image": None}
-    assert row.note == "0 distinct captions among 4 images; a gallery needs 2"
+    assert score().value == 0.75 and score().n == 4
+    assert score().protocol_hash == score().protocol_hash
+    for changed in (score(templates=["a {}"]), score(identity="other")):
+        assert changed.protocol_hash != score().protocol_hash
 
 
 def test_retrieval_over_other_captions_is_another_protocol():
-    hashes = [by_hand(numbers=range(10), captions=given, gallery=5)[1].protocol_hash for given in (WORDS, WORDS[::-1])]
+    hashes = [
+        by_hand(numbers=range(10), captions=captions, gallery=5)[1].protocol_hash for captions in (WORDS, WORDS[::-1])
+    ]
     assert hashes[0] == by_hand(numbers=range(10), captions=WORDS, gallery=5)[1].protocol_hash != hashes[1]
 
 
 def test_a_real_tokenizer_runs_through_retrieval(qlip_folder, scenes):
     model, processor = tokenizer.load(qlip_folder)
     images, captions = scenes
-    full = [given[0] for given in captions]
+    full = [texts[0] for texts in captions]
     (first, _) = retrieval_scores(images, captions=full, of=T, gallery=10, model=model, processor=processor)
     assert 0 <= first.value <= 1 and first.n + first.skipped == 40

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmarks.prompts import read_prompts
+from eval.tasks.prompts import read_prompts
 from um3.core.errors import UserError
 
 SHARED = Path(__file__).parents[4] / "shared/data/prompts"
@@ -16,11 +16,8 @@ def texts(path, **options):
 def test_lines_of_text(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle\n\n two\u2028blue  squares \r\na cross")
     prompts = read_prompts(tmp_path / "a.txt")
-    assert [each[:2] for each in prompts] == [
-        ("00000", "a red circle"),
-        ("00001", "two blue squares"),
-        ("00002", "a cross"),
-    ]
+    assert [prompt.id for prompt in prompts] == ["00000", "00001", "00002"]
+    assert [prompt.text for prompt in prompts] == ["a red circle", "two blue squares", "a cross"]
     assert texts(tmp_path / "a.txt", limit=1) == ["a red circle"]
 
 
@@ -35,34 +32,25 @@ def test_tables_and_folders(tmp_path):
     (tmp_path / "coco.csv").write_text('Prompt\n"a dog, a cat"\na bird\n')
     assert texts(tmp_path / "coco.csv") == ["a dog, a cat", "a bird"]
     (tmp_path / "dpg.csv").write_text("item_id,text,proposition_id\nx1,long one,1\nx1,long one,2\nx2,another,1\n")
-    assert [each[:2] for each in read_prompts(tmp_path / "dpg.csv")] == [("x1", "long one"), ("x2", "another")]
+    assert [prompt[:2] for prompt in read_prompts(tmp_path / "dpg.csv")] == [("x1", "long one"), ("x2", "another")]
     (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na lion\tAnimals\n")
     assert texts(tmp_path / "parti.tsv") == ["a lion"]
     for name in ("b", "a"):
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / f"{name}.txt").write_text(f"prompt {name}\n")
-    assert [each[:2] for each in read_prompts(tmp_path / "folder")] == [("a", "prompt a"), ("b", "prompt b")]
+    assert [prompt[:2] for prompt in read_prompts(tmp_path / "folder")] == [("a", "prompt a"), ("b", "prompt b")]
 
 
 def test_coco_gives_one_caption_of_each_image_in_a_seeded_order(tmp_path):
-    images = [
-        {
-            "filepath": "val2014",
-            "filename": f"{i}.jpg",
-            "cocoid": i,
-            "sentences": [{"raw": f"{i} a"}, {"raw": f"{i} b"}],
-        }
-        for i in range(20)
-    ]
+    name = {"filepath": "val2014", "filename": "x.jpg"}
+    images = [{**name, "cocoid": i, "sentences": [{"raw": f"{i} a"}, {"raw": f"{i} b"}]} for i in range(20)]
     images.append({**images[0], "filepath": "train2014", "cocoid": 99})
     images.append({**images[0], "cocoid": 98, "sentences": []})
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
     chosen = read_prompts(tmp_path / "dataset_coco.json", limit=10)
-    assert len({each.id for each in chosen}) == 10 and all(each.text.split()[0] == each.id for each in chosen)
-    assert (
-        chosen == read_prompts(tmp_path / "dataset_coco.json")[:10]
-        and len(read_prompts(tmp_path / "dataset_coco.json")) == 20
-    )
+    assert len({prompt.id for prompt in chosen}) == 10 and all(prompt.text.split()[0] == prompt.id for prompt in chosen)
+    every_image = read_prompts(tmp_path / "dataset_coco.json")
+    assert chosen == every_image[:10] and len(every_image) == 20
     assert chosen != read_prompts(tmp_path / "dataset_coco.json", limit=10, seed=1)
     notes = [{"image_id": i, "caption": f"{i} {kind}"} for i in range(20) for kind in "ab"]
     (tmp_path / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": notes}))
@@ -73,17 +61,17 @@ def test_coco_gives_one_caption_of_each_image_in_a_seeded_order(tmp_path):
     ("name", "content", "message"),
     [
         ("none.txt", None, "does not exist"),
-        ("a.txt", "", "holds no prompt"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"a.jsonl:2 is no JSON object with a prompt"),
-        ("a.jsonl", '{"tag": "colors"}\n', r"a.jsonl:1 is no JSON object with a prompt"),
+        ("a.txt", "", "contains no prompts"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2: expected an object with a text"),
+        ("a.jsonl", '{"tag": "colors"}\n', "a.jsonl:1: expected an object with a text"),
         ("a.jsonl", '{"prompt": " "}\n', "prompt 1 .00000. is empty"),
-        ("a.jsonl", '{"id": "../x", "prompt": "a"}\n', "cannot name prompt 1"),
-        ("a.jsonl", '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "'x' cannot name prompt 2"),
-        ("a.csv", "words\na\n", "cannot be read as prompts"),
-        ("a.json", "[]", "cannot be read as prompts"),
+        ("a.jsonl", '{"id": "../x", "prompt": "a"}\n', "id '../x' of prompt 1 must be unique and a valid file name"),
+        ("a.jsonl", '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "id 'x' of prompt 2 must be unique"),
+        ("a.csv", "words\na\n", "a.csv, record 1: expected an object with a text"),
+        ("a.json", "7", "cannot be read as prompts"),
     ],
 )
-def test_what_is_no_list_of_prompts_is_one_line(tmp_path, name, content, message):
+def test_other_forms_are_refused_in_one_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,158 @@
+"""The tables of a report: the metrics of several runs beside the paper's values.
+
+A row never holds values of two protocols. A run that measured a metric in another way has a row of its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from eval.config import PARTS
+from eval.paper_values import REFERENCES, tables
+from eval.report.run_folder import TRAINING_PHASES, RunData
+from eval.report.table import Cell, Row, Table
+from eval.report.tiles import SKILL_TITLES
+from eval.scores import Score
+from um3.core.config import differences
+from um3.core.progress import format_seconds
+
+TITLES = {"tokenizer": "Tokenizer", "captions": "Captions", "generation": "Generated images", "language": "Language"}
+ACRONYMS = ("psnr", "ssim", "lpips", "fid", "meteor", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
+METRIC_NAMES = {
+    "rfid": "rFID",
+    "acc": "accuracy",
+    "acc_norm": "accuracy, length-normalised",
+    "cider": "CIDEr",
+    "clipscore": "CLIPScore",
+    "clipscore_qlip": "CLIPScore, QLIP's towers",
+    "clipscore_qlip_real": "the same, real images",
+    "exact_match_any": "exact match, any reference",
+    "image_to_text": "image → text, top 1",
+    "text_to_image": "text → image, top 1",
+    "zero_shot": "zero-shot accuracy",
+    "probe_cls": "linear probe, class token",
+    "probe_mean": "linear probe, mean of patches",
+    "probe_cls_mean": "linear probe, both",
+    "read_back": "read back by the checker",
+    "mean": "mean of the six",
+    **{metric: metric.upper().replace("_", "-") for metric in ACRONYMS},
+    **SKILL_TITLES,
+}
+TASK_NAMES = {"skills": "six skills", "um3_prose": "validation prose", "um3_prose_cloze": "which sentence comes next"}
+TASK_KINDS = ("reconstruction", "retrieval", "bits", "classification", "captions", "generation")
+NO_VALUE = Cell("–")
+
+
+def result_tables(runs: Sequence[RunData]) -> list[Table]:
+    """A table per part of the evaluation, the metrics in the order in which they were measured."""
+    columns = [*labels(runs), "paper", "n", "seed", "protocol"]
+    results = []
+    for part, title in TITLES.items():
+        scores: dict[str, Score] = {}
+        for run in runs:
+            for score in run.rows_by_part.get(part, []):
+                scores.setdefault(score.key, score)
+        rows: list[Row] = []
+        missing: dict[str, str] = {}
+        for task in dict.fromkeys(score.task for score in scores.values()):
+            heading = Row(task_title(task), note=f"paper: {_reference(task)}" if task in REFERENCES else "")
+            of_task = [score for score in scores.values() if score.task == task]
+            measured = [row for score in of_task for row in _rows(score, runs=runs)]
+            rows += [heading, *measured] if measured else []
+            keys = {row.key for row in measured}
+            for score in of_task:
+                if score.key not in keys:
+                    paper = f" (paper: {score.shown(score.paper)})" if score.paper is not None else ""
+                    missing[score.key] = score.note + paper
+        note = f"paper: {_reference(part)}" if scores else "not measured: run make eval"
+        results.append(Table(title, columns, rows, note=note, num_values=len(runs), missing=missing))
+    return results
+
+
+def _rows(first: Score, *, runs: Sequence[RunData]) -> Iterator[Row]:
+    """The rows of a metric: one per protocol under which a run has a value."""
+    scores = [run.scores.get(first.key) for run in runs]
+    by_protocol: dict[str, list[Score]] = {}
+    for score in scores:
+        if score is not None and score.value is not None:
+            by_protocol.setdefault(score.protocol_hash, []).append(score)
+    reference = next(iter(by_protocol.values()), [first])[0]
+    for protocol, measured in by_protocol.items():
+        values = [Cell(s.shown(), s.shown_interval()) if s is not None and s in measured else NO_VALUE for s in scores]
+        counts = " / ".join(dict.fromkeys(str(score.n) for score in measured))
+        seeds = " / ".join(dict.fromkeys(str(score.seed) for score in measured))
+        paper = first.shown(first.paper) if first.paper is not None else ""
+        settings = _settings(measured[0])
+        yield Row(
+            metric_name(first.metric),
+            [*values, Cell(paper), Cell(counts), Cell(seeds), Cell(protocol, settings=settings)],
+            note=measured[0].note,
+            key=first.key,
+            differs="; ".join(differences(_settings(reference), settings)),
+        )
+
+
+def _settings(score: Score) -> dict[str, Any]:
+    return {"version": score.version} | score.protocol
+
+
+def protocols(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
+    """The settings behind every protocol hash of the tables."""
+    scores = [score for run in runs for score in run.scores.values() if score.value is not None]
+    return {score.protocol_hash: _settings(score) for score in scores}
+
+
+def not_comparable(results: Sequence[Table]) -> dict[str, str]:
+    """The differences between protocols: the keys of the metrics, comma-separated -> how their protocols differ."""
+    keys: dict[str, list[str]] = {}
+    for row in (row for table in results for row in table.rows if row.differs):
+        keys.setdefault(row.differs, []).append(row.key)
+    return {", ".join(dict.fromkeys(same)): differs for differs, same in keys.items()}
+
+
+def paper_tables() -> list[Table]:
+    """The paper's main results."""
+    return [
+        Table(table.title, table.columns, [Row(name, [Cell(value) for value in cells]) for name, cells in table.rows])
+        for table in tables()
+    ]
+
+
+def phase_table(run: RunData) -> Table:
+    """Duration, memory and steps of every phase, in the order of the pipeline."""
+    records = run.phases | {f"eval: {part}": record for part, record in run.parts.items()}
+    rows = []
+    for name in (*TRAINING_PHASES, *(f"eval: {part}" for part in PARTS)):
+        record = records.get(name, {})
+        duration = format_seconds(record["seconds"]) if "seconds" in record else "" if record else "not run"
+        memory = f"{record['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in record else ""
+        cells = (duration, memory, str(record.get("steps", "")), record.get("commit", ""))
+        rows.append(Row(name, [Cell(value) for value in cells]))
+    return Table("Phases", ["duration", "peak memory", "steps", "commit"], rows, num_values=4)
+
+
+def labels(runs: Sequence[RunData]) -> list[str]:
+    """The names of the runs; their folders if two runs have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _reference(name: str) -> str:
+    """The system that the paper's values belong to, and its data."""
+    return f"{REFERENCES[name].system}, {REFERENCES[name].data}"
+
+
+def metric_name(metric: str) -> str:
+    """`frechet_distance[random-features]` -> `Frechet distance, random-features`."""
+    if metric.startswith("frechet_distance["):
+        return f"Frechet distance, {metric.removeprefix('frechet_distance[').removesuffix(']')}"
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def task_title(task: str) -> str:
+    """`scenes_reconstruction_stage1` -> `reconstruction · scenes · stage 1`."""
+    for kind in TASK_KINDS:
+        source, separator, stage = task.partition(f"_{kind}")
+        if separator:
+            parts = [kind, source, stage.strip("_").replace("stage", "stage ")]
+            return " · ".join(part for part in parts if part)
+    return TASK_NAMES.get(task, task)

@@ -1,0 +1,197 @@
+"""The cache of results that evaluation measures item by item: a killed run resumes with the same result.
+
+A cache is a file of JSON lines that only grows: {"protocol", "item", "result"} each. `protocol` names everything that a
+result depends on besides its item, so a changed model, setting or image is measured again. Each rank of a `torchrun`
+appends to a file of its own, and all ranks read all files.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.command import SkipCounter
+from eval.tables import json_lines, read_records
+from um3.core.distributed import barrier, rank, world_size
+from um3.core.errors import UserError
+from um3.core.files import short_hash
+from um3.core.images import ImageError, read_image
+from um3.core.progress import Progress, quiet_progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageModel = Callable[[Sequence[str], "Sequence[Image.Image]"], Sequence[Any]]
+"""Maps the names and pixels of a batch of images to one result each, as plain JSON."""
+
+
+class UnavailableError(UserError):
+    """A model or file that a metric needs is missing; the message says how to provide it."""
+
+
+class ResultsCache:
+    """Results by item in STEM.jsonl, or STEM.rankR.jsonl on several ranks; in memory without a stem.
+
+    A line that a kill cut short is ignored. Of two results of one item, the newer one is used.
+    """
+
+    def __init__(self, stem: str | Path | None = None, *, protocol: Any = "") -> None:
+        self.protocol, self._stem = short_hash(protocol), Path(stem) if stem is not None else None
+        self._results: dict[str, Any] = {}
+        self.reload()
+
+    def __contains__(self, item: str) -> bool:
+        return item in self._results
+
+    def __getitem__(self, item: str) -> Any:
+        return self._results[item]
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Append the results of several items at once; they are on disk when this returns."""
+        self._results.update(results)
+        if self._stem is None:
+            return
+        rows = [{"protocol": self.protocol, "item": item, "result": result} for item, result in results.items()]
+        path = self._stem.with_name(self._stem.name + (f".rank{rank()}" if world_size() > 1 else "") + ".jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            # Each line begins with its line break, which also ends a line that a kill has cut short.
+            file.write("".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def reload(self) -> None:
+        """Read what all ranks have written so far."""
+        for path in self._paths():
+            for fields, _, _ in json_lines(path):
+                if fields and fields.get("protocol") == self.protocol and "result" in fields:
+                    self._results[fields["item"]] = fields["result"]
+
+    def remove(self) -> None:
+        """Delete the files, once the results are written elsewhere."""
+        for path in self._paths():
+            path.unlink()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._stem.parent.glob(f"{glob.escape(self._stem.name)}*.jsonl")) if self._stem else []
+
+
+def measure_images(
+    files: Mapping[str, Path | bytes],
+    *,
+    cache: ResultsCache,
+    open_model: Callable[[], ImageModel],
+    label: str,
+    skipped: SkipCounter,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Measure every image (by name: its path or its encoded bytes) once and return the results in the order of `files`.
+
+    The ranks share the batches, and each returns all results. Batches are fixed and measured whole: neither a kill nor
+    the number of ranks changes which images a model sees together, so the results are equal to the last bit. Missing
+    and unreadable images are skipped. `open_model` is called only if a result is missing.
+
+    Raises:
+        UnavailableError: `open_model` raised a UserError.
+    """
+    _join_ranks()
+    names, problem = list(files), None
+    batches = [names[start : start + batch_size] for start in range(0, len(names), batch_size)][rank() :: world_size()]
+    items = {name: _item(name, files[name]) for batch in batches for name in batch}
+    missing = [batch for batch in batches if any(items[name] and items[name] not in cache for name in batch)]
+    if missing:
+        progress = Progress(len(items), label=label, start=len(items) - sum(map(len, missing)))
+        try:
+            model = open_model()
+        except UserError as error:  # raised after the barrier, where other ranks wait
+            problem, missing = UnavailableError(str(error)), []
+    for batch in missing:
+        results = _measure_batch({name: files[name] for name in batch if items[name]}, model=model)
+        cache.add({items[name]: result for name, result in results.items()})
+        progress.advance(len(batch))
+    barrier()
+    if problem is not None:
+        raise problem
+    if world_size() > 1:
+        cache.reload()
+    values = {}
+    for name, image in files.items():
+        item = items[name] if name in items else _item(name, image)
+        if item not in cache:
+            skipped.add("not measured" if item else "missing image", name)
+        elif "error" in cache[item]:
+            skipped.add(f"unreadable image: {cache[item]['error']}", name)
+        else:
+            values[name] = cache[item]["value"]
+    return values
+
+
+def _measure_batch(files: Mapping[str, Path | bytes], *, model: ImageModel) -> dict[str, dict[str, Any]]:
+    images, results = {}, dict[str, dict[str, Any]]()
+    for name, file in files.items():
+        try:
+            images[name] = read_image(file)
+        except ImageError as error:
+            results[name] = {"error": error.reason}
+    if images:
+        with quiet_progress():
+            values = model(list(images), list(images.values()))
+        results |= {name: {"value": value} for name, value in zip(images, values, strict=True)}
+    return results
+
+
+def supplied_results(path: str | Path, *, field: str, ids: Mapping[str, str], skipped: SkipCounter) -> dict[str, Any]:
+    """Read the results of another program: `field` of every image, by its name in `ids` or by the id there.
+
+    The file has objects with `field` and "file" or "image_id", as JSON lines or as a list in a .json. Unreadable
+    objects and images without one are skipped.
+
+    Raises:
+        UserError: no such file, or no usable object in it.
+    """
+    form = f'objects with "file" or "image_id", and "{field}"'
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; give a .jsonl file of {form}")
+    by_id = {}
+    try:
+        for fields, place, _ in read_records(path):
+            if fields is None or field not in fields or not fields.keys() & {"file", "image_id"}:
+                skipped.add(f"entry without file and {field}", place)
+            else:
+                by_id[str(fields.get("file", fields.get("image_id")))] = fields[field]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as {form} ({type(error).__name__}: {error})") from None
+    if not by_id:
+        raise UserError(f"{path} contains no {form}")
+    results = {}
+    for name, image_id in ids.items():
+        if name in by_id or image_id in by_id:
+            results[name] = by_id.get(name, by_id.get(image_id))
+        else:
+            skipped.add(f"no {field} supplied", name)
+    return results
+
+
+def image_hash(image: Path | bytes) -> str:
+    """Names an image by its bytes; empty for a missing file."""
+    try:
+        return short_hash(image if isinstance(image, bytes) else image.read_bytes())
+    except OSError:
+        return ""
+
+
+def _item(name: str, image: Path | bytes) -> str:
+    digest = image_hash(image)
+    return f"{name} {digest}" if digest else ""
+
+
+def _join_ranks() -> None:
+    """Start the process group of a `torchrun`, for `barrier`."""
+    import torch.distributed as group
+
+    if world_size() > 1 and not group.is_initialized():
+        # Ranks wait for the last one, which may finish its share days after the first.
+        group.init_process_group("gloo", timeout=timedelta(days=7))
