@@ -1,15 +1,15 @@
 """Training checkpoints: float32 weights and optimizer state by parameter name, in safetensors.
 
-DeepSpeed partitions them over ranks as its ZeRO stage says; here they are gathered, one parameter at a time,
-and written whole. So a checkpoint fits any number of processes, any ZeRO stage and any precision, is read
-without pickle, and restores the run bit for bit.
+DeepSpeed partitions them over ranks, depending on the ZeRO stage. A save gathers them, one parameter at a time, and
+writes them whole. So a checkpoint loads with any number of processes, ZeRO stage and precision, without pickle, and
+restores the run bit for bit.
 
     step-00000500/
         model-00000.safetensors ...    # "NAME/param", "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/average"
         meta.json                      # step, state, sha256 of every file and of itself
 
-The folder is written as `step-00000500.partial`, synced, then renamed: it appears whole or not at all. One that is not
-whole any more was damaged afterwards.
+The folder is written as `step-00000500.partial`, synced, then renamed, so it appears complete or not at all. If a
+file does not match its hash, it was damaged later.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 FILE_BYTES = 2 * 2**30
 LEFTOVERS = ("*.partial", "*.old")
-"""What a kill in the middle of a save or of a deletion leaves."""
+"""Remains of a save or deletion that was interrupted by a kill."""
 
 
 def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: dict[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNNN`; every rank must call it. The step folder appears whole or not at all."""
+    """Write `folder/step-NNNNNNNN`, complete or not at all; return it (a collective call)."""
     target = _step_folder(folder, step)
     if is_main():
         with atomic_folder(target) as partial:
@@ -55,73 +55,71 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
 
 
 def resume_point(folder: Path) -> Path | None:
-    """What `find_checkpoint` finds, read by the first rank alone and so the same on all (a collective call)."""
-    found = find_checkpoint(folder) if is_main() else None
-    step = sum_over_ranks(torch.tensor(0 if found is None else read_meta(found)["step"], device=device()))
+    """The result of `find_checkpoint` on the first rank, the same on every rank (a collective call)."""
+    path = find_checkpoint(folder) if is_main() else None
+    step = sum_over_ranks(torch.tensor(0 if path is None else read_meta(path)["step"], device=device()))
     return _step_folder(folder, int(step)) if step > 0 else None
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; None where none was ever saved.
+    """The newest valid checkpoint; None if none was ever saved.
 
-    Damaged ones above it are named and set aside as `step-NNNNNNNN.damaged`, which the next save deletes.
+    Newer damaged checkpoints are reported and renamed to `step-NNNNNNNN.damaged`; the next save deletes them.
 
     Raises:
-        UserError: there are checkpoints, but not one is whole.
+        UserError: there are checkpoints, but none is valid.
     """
-    _sweep(folder, *LEFTOVERS)
+    _delete(folder, *LEFTOVERS)
     damaged: dict[Path, str] = {}
     for path in reversed(_step_folders(folder)):
-        files = _damaged_files(path)
-        if not files:
-            for bad in damaged:
-                shutil.rmtree(bad.with_name(bad.name + ".damaged"), ignore_errors=True)
-                os.replace(bad, bad.with_name(bad.name + ".damaged"))
+        if not (files := _damaged_files(path)):
+            for newer in damaged:
+                shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
+                os.replace(newer, newer.with_name(newer.name + ".damaged"))
             return path
         damaged[path] = ", ".join(files)
-        logger.warning("checkpoint %s is damaged (%s): trying the one before it", path, damaged[path])
+        logger.warning("checkpoint %s is damaged (%s): trying the previous one", path, damaged[path])
     if damaged:
-        found = "; ".join(f"{path.name}: {files}" for path, files in damaged.items())
+        details = "; ".join(f"{path.name}: {files}" for path, files in damaged.items())
         raise UserError(
-            f"no checkpoint in {folder} is whole ({found}); bring one of them back from a copy, or delete {folder} "
-            "to train anew"
+            f"every checkpoint in {folder} is damaged ({details}); restore one from a backup, or delete {folder} to "
+            "start from step 0"
         )
     return None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The step and state of a checkpoint."""
+    """meta.json of a checkpoint: step, state, files."""
     return read_json(path / "meta.json")
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
-    """Copy a checkpoint's weights into a module, before the engine is built: it takes its masters from there.
+    """Copy a checkpoint's weights into a module, before its engine is built (which copies its masters from there).
 
     Raises:
-        UserError: the checkpoint holds other parameters than the module.
+        UserError: the checkpoint's parameters are not those of the module.
     """
-    parameters = dict(_trainable(module))
-    seen = set()
-    for key, tensor in _read_tensors(path, label):
-        name, kind = key.rsplit("/", 1)
+    missing = dict(_trainable(module))
+    for name, kind, tensor in _read_tensors(path, label):
         if kind != "param":
             continue
-        ours = parameters.get(name)
-        if ours is None or ours.shape != tensor.shape:
-            here = "lacks it" if ours is None else f"has {tuple(ours.shape)}"
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            problem = "does not have" if parameter is None else f"has with shape {tuple(parameter.shape)}"
             raise UserError(
-                f"{path} holds '{name}' {tuple(tensor.shape)}, this model {here}: another vocabulary or size; "
-                "use the run's own config"
+                f"{path} holds '{name}' of shape {tuple(tensor.shape)}, which this model {problem}; resume with the "
+                "settings in the run's config.yaml"
             )
-        ours.data.copy_(tensor)
-        seen.add(name)
-    missing = parameters.keys() - seen
+        parameter.data.copy_(tensor)
     if missing:
-        raise UserError(f"{path} lacks '{min(missing)}' and {len(missing) - 1} more; use the run's own config")
+        raise UserError(
+            f"{path} lacks '{min(missing)}' and {len(missing) - 1} more parameters of this model; resume with the "
+            "settings in the run's config.yaml"
+        )
 
 
 def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
-    """Restore float32 masters and optimizer state into a freshly built engine."""
+    """Load float32 masters and optimizer state into a newly built engine."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     step = read_meta(path)["step"]
@@ -130,10 +128,9 @@ def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
     base = base_optimizer(engine)
     for state in base.state.values():
         state["step"].fill_(step)
-    for key, tensor in _read_tensors(path, label):
-        name, kind = key.rsplit("/", 1)
+    for name, kind, tensor in _read_tensors(path, label):
         if kind not in kinds:
-            continue  # an average that this run does not keep
+            continue  # a moving average, which this run does not keep
         parameter = parameters[name]
         tensor = tensor.to(parameter.device)
         if partitioned and kind == "param":
@@ -146,24 +143,26 @@ def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
 
 
 def remove_old(folder: Path, *, keep: int, best_by: str = "") -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what interrupted saves left behind.
+    """Delete all but the newest `keep` checkpoints and the best one, and the remains of interrupted saves.
 
-    The best has the lowest `state["means"][best_by]`; the newest of equals.
+    The best checkpoint has the lowest `state["means"][best_by]`; of equal ones, the newest.
     """
     if not is_main():
         return
-    _sweep(folder, *LEFTOVERS, "*.damaged")
+    _delete(folder, *LEFTOVERS, "*.damaged")
     paths = _step_folders(folder)
     scores = {path: score for path in reversed(paths) if (score := _mean(path, best_by)) is not None}
-    spared = {*paths[-keep:], *([min(scores, key=scores.__getitem__)] if scores else [])}
+    kept = {*paths[-keep:], *([min(scores, key=scores.__getitem__)] if scores else [])}
     for path in paths:
-        if path not in spared:
-            os.replace(path, path.with_name(path.name + ".old"))  # gone at once: a kill leaves no half of it
-    _sweep(folder, "*.old")
+        if path not in kept:
+            os.replace(
+                path, path.with_name(path.name + ".old")
+            )  # a kill during the deletion leaves no damaged checkpoint
+    _delete(folder, "*.old")
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Float32 weights of the trainable parameters by name, or their average where the engine keeps one, gathered on
+    """Float32 weights of the trainable parameters by name, or their moving average if the engine keeps one, on
     every rank (a collective call)."""
     kind = AVERAGE if AVERAGE in state_keys(engine) else "param"
     return {key.removesuffix(f"/{kind}"): tensor for key, tensor in _full_tensors(engine, kinds=(kind,))}
@@ -177,24 +176,24 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"))
 
 
-def _sweep(folder: Path, *patterns: str) -> None:
+def _delete(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _damaged_files(path: Path) -> list[str]:
-    """Names of the checkpoint's files that are gone or are not what was written."""
+    """Names of the checkpoint's files that are missing or differ from what was written."""
     try:
         meta = read_meta(path)
-        files, own = meta["files"], meta.pop("sha256", None)
-        if own not in (None, _digest(meta)) or path != _step_folder(path.parent, meta["step"]):
+        files, digest = meta["files"], meta.pop("sha256")
+        if digest != _digest(meta) or path != _step_folder(path.parent, meta["step"]):
             return ["meta.json"]
-        return [name for name, digest in files.items() if not _is_file_with(path / name, digest)]
+        return [name for name, digest in files.items() if not _has_digest(path / name, digest)]
     except (OSError, LookupError, TypeError, ValueError, AttributeError, UserError):
         return ["meta.json"]
 
 
-def _is_file_with(path: Path, digest: str) -> bool:
+def _has_digest(path: Path, digest: str) -> bool:
     try:
         return sha256_of(path) == digest
     except OSError:
@@ -209,7 +208,7 @@ def _mean(path: Path, name: str) -> float | None:
     try:
         return float(read_meta(path)["state"]["means"][name])
     except (OSError, LookupError, TypeError, ValueError, UserError):
-        return None  # of a run that did not keep it
+        return None
 
 
 def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -217,7 +216,7 @@ def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramete
 
 
 def _full_tensors(engine: Any, *, kinds: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key, whole float32 tensor on the CPU) of weights and optimizer state; a collective over ranks."""
+    """("NAME/KIND", whole float32 tensor on the CPU) of weights and optimizer state (a collective call)."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     partitioned = engine.zero_optimization() or engine.bfloat16_enabled()
@@ -235,29 +234,30 @@ def _full_tensors(engine: Any, *, kinds: Sequence[str]) -> Iterator[tuple[str, t
 
 def _write_engine(folder: Path, label: str, engine: Any) -> list[str]:
     names: list[str] = []
-    held: dict[str, torch.Tensor] = {}
+    pending: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        if held:
+        if pending:
             names.append(f"{label}-{len(names):05d}.safetensors")
-            save_file(held, folder / names[-1])
-            held.clear()
+            save_file(pending, folder / names[-1])
+            pending.clear()
 
     for key, tensor in _full_tensors(engine, kinds=("param", *state_keys(engine))):
-        held[key] = tensor.clone()
-        if sum(value.nbytes for value in held.values()) > FILE_BYTES:
+        pending[key] = tensor.clone()
+        if sum(value.nbytes for value in pending.values()) > FILE_BYTES:
             flush()
     flush()
     return names
 
 
-def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(parameter name, kind, tensor) of every tensor of an engine."""
     for file in sorted(path.glob(f"{label}-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield key, tensors.get_tensor(key)
+                    yield *key.rsplit("/", 1), tensors.get_tensor(key)
         except SafetensorError as error:
             raise UserError(
-                f"{file} is damaged ({error}); delete {path} to resume from the checkpoint before it"
+                f"{file} is damaged ({error}); delete {path} to resume from the previous checkpoint"
             ) from None

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: the same call on one CPU process and on many nodes.
 
-The engine's dictionary is built from `EngineConfig` here and nowhere else.
+This is the only place that builds DeepSpeed's configuration dictionary (from `EngineConfig`).
 """
 
 import importlib.util
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State of every optimizer beside the step count (the second stays zero where Muon steps)."""
+"""State of every optimizer besides the step count (Muon leaves the second at zero)."""
 AVERAGE = "average"
-"""Moving average of the weights, kept as optimizer state: so ZeRO divides it and checkpoints hold it."""
+"""Moving average of the weights. It is optimizer state, so that ZeRO partitions it and checkpoints hold it."""
 STOCK = ("llama", "qwen2", "qwen3")
-"""Language models whose layers Liger replaces."""
+"""Model types whose layers Liger can replace."""
 
 
 def start_runtime(loop: LoopConfig) -> None:
-    """Set threads, start the process group and quiet DeepSpeed. Call once, before any model is built."""
+    """Set threads, start the process group and silence DeepSpeed's messages. Call once, before any model is built."""
     if loop.num_threads:
         torch.set_num_threads(loop.num_threads)
     prepare_environment()
     setup_logging()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # Left alone, DeepSpeed's own logger tells every engine setting on stdout.
+    # By default DeepSpeed prints every engine setting on stdout.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # DeepSpeed's collectives go by names that torch has begun to rename; nothing a user could do about it.
+    # DeepSpeed calls collectives by names that torch has deprecated; a user cannot change that.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
         _take_gpu()
     else:
-        # With several CPU processes DeepSpeed would compile a shared-memory collective with g++ (minutes);
-        # gloo's collectives are what the CPU runs need, and no config option turns that build off. On a GPU the look
-        # itself would do harm: it tries the build of every operator and prints what lacks for it.
+        # With several CPU processes DeepSpeed compiles a shared-memory collective with g++, which takes minutes and has
+        # no option to switch it off; gloo's collectives are sufficient. On a GPU, reading this table would probe the
+        # build of every operator and print the missing requirements.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -58,77 +58,78 @@ def start_runtime(loop: LoopConfig) -> None:
 
 
 def _take_gpu() -> None:
-    """Make this process's GPU the current one: NCCL, torch's peak memory and DeepSpeed look there.
+    """Make this process's GPU the current one, which NCCL, torch's memory statistics and DeepSpeed use.
 
     Raises:
         UserError: the machine has fewer GPUs than processes.
     """
-    place, count = device(), torch.cuda.device_count()
-    if place.index >= count:
-        raise UserError(f"process {place.index} has no GPU of its own, this machine has {count}; set NPROC={count}")
-    torch.cuda.set_device(place)
+    gpu, count = device(), torch.cuda.device_count()
+    if gpu.index >= count:
+        raise UserError(f"there is no GPU for local process {gpu.index}: this machine has {count}; set NPROC={count}")
+    torch.cuda.set_device(gpu)
 
 
 def split_batch(loop: LoopConfig) -> tuple[int, int]:
-    """(micro batch per rank, accumulation steps) that make up the global batch.
+    """(micro-batch size per rank, accumulation steps) of the global batch.
 
     Raises:
-        UserError: the batch does not divide.
+        UserError: the batch size is not divisible by the number of ranks, or a rank's share by the micro-batch size.
     """
     ranks = world_size()
     if loop.batch_size % ranks:
-        raise UserError(f"batch_size {loop.batch_size} does not divide over {ranks} processes; change one of them")
+        raise UserError(f"loop.batch_size={loop.batch_size} is not divisible by {ranks} processes; change one of them")
     per_rank = loop.batch_size // ranks
     micro = loop.micro_batch_size or per_rank
     if per_rank % micro:
-        raise UserError(f"micro_batch_size {micro} does not divide the {per_rank} samples of a process")
+        raise UserError(
+            f"loop.micro_batch_size={micro} does not divide the {per_rank} samples of each process; set a divisor of it"
+        )
     return micro, per_rank // micro
 
 
 def precision_of(engine: EngineConfig) -> Literal["fp32", "bf16-mixed", "bf16-true"]:
-    """The precision that "auto" stands for on this machine, or the one that was asked for."""
+    """The configured precision, with "auto" resolved for this machine."""
     if engine.precision == "auto":
         return "bf16-mixed" if torch.cuda.is_available() else "fp32"
     return engine.precision
 
 
 def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
-    """Refuse what cannot run together.
+    """Refuse combinations of options that cannot work.
 
     Raises:
-        UserError: LAMB with ZeRO above 0 (a flat partition has no per-tensor norm); Muon with ZeRO 3; bf16 weights with
-            ZeRO 0 or with LAMB or Muon; offloading without a GPU, at ZeRO 0 or with Muon; compiled layers with ZeRO 3.
+        UserError: LAMB with ZeRO above 0 (a partition has no per-tensor norm); Muon with ZeRO 3; bf16 weights with
+        ZeRO 0,
+            LAMB or Muon; offloading without a GPU, or with ZeRO 0, LAMB or Muon; compiled layers with ZeRO 3.
     """
-    stage, kind = engine.zero_stage, optimizer.kind
-    if kind == "lamb" and stage > 0:
-        raise UserError(
-            f"LAMB scales each tensor by its own norm, which ZeRO {stage} cuts apart; set engine.zero_stage=0"
-        )
-    if kind == "muon" and stage == 3:
-        raise UserError("Muon needs whole matrices, which ZeRO 3 cuts apart; set engine.zero_stage=2 or less")
-    if kind != "adamw" and engine.precision == "bf16-true":
-        raise UserError(f"{kind} needs float32 weights; set engine.precision=bf16-mixed for bf16 matrix products")
-    if engine.precision == "bf16-true" and stage == 0:
-        raise UserError("bf16 weights have their float32 masters in ZeRO; set engine.zero_stage=1 or more with them")
-    if engine.compile and stage == 3:
-        raise UserError(
-            "ZeRO 3 fetches weights inside the layers; set engine.compile=false, or engine.zero_stage=2 or less"
-        )
-    if engine.offload_optimizer:
-        if stage == 0 or kind != "adamw":
-            raise UserError("engine.offload_optimizer is for AdamW under ZeRO 1 to 3; change one of them")
-        if not torch.cuda.is_available():
-            raise UserError("engine.offload_optimizer frees a GPU's memory, and there is no GPU here; leave it off")
+    stage, kind, pure_bf16 = engine.zero_stage, optimizer.kind, engine.precision == "bf16-true"
+    offload, no_gpu = engine.offload_optimizer, not torch.cuda.is_available()
+    refused: list[tuple[bool, str]] = [
+        (
+            kind == "lamb" and stage > 0,
+            f"LAMB needs whole tensors, which ZeRO {stage} partitions; set engine.zero_stage=0",
+        ),
+        (kind == "muon" and stage == 3, "Muon needs whole matrices, which ZeRO 3 partitions; set engine.zero_stage=2"),
+        (kind != "adamw" and pure_bf16, f"{kind} needs float32 weights; set engine.precision=bf16-mixed"),
+        (pure_bf16 and stage == 0, "ZeRO holds the masters of bf16 weights; set engine.zero_stage=1, 2 or 3"),
+        (engine.compile and stage == 3, "torch.compile cannot compile ZeRO 3's layers; set engine.compile=false"),
+        (offload and stage == 0, "engine.offload_optimizer needs ZeRO; set engine.zero_stage=1, 2 or 3"),
+        (offload and kind != "adamw", "engine.offload_optimizer needs AdamW; set optimizer.kind=adamw"),
+        (offload and no_gpu, "engine.offload_optimizer needs a GPU; set engine.offload_optimizer=false"),
+    ]
+    for applies, message in refused:
+        if applies:
+            raise UserError(message)
 
 
 def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
-    """Have the language model's layers use the config's attention.
+    """Make the language model use the configured attention.
 
     Raises:
-        UserError: it is not installed, or needs a GPU or bf16 products.
+        UserError: the attention is not installed, or needs a GPU or bf16 matrix products.
     """
     if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "fp32"):
-        raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16 products; set engine.attention=sdpa")
+        raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16; set engine.attention=sdpa")
     try:
         model.set_attn_implementation(engine.attention)
     except ImportError as error:
@@ -139,33 +140,36 @@ def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Have torch.compile compile every repeated layer, in place, when it is first called; names stay as they are.
+    """Compile every repeated layer with torch.compile, in place, on its first call; parameter names do not change.
 
-    Layers alike share their code, so it is compiled once, and again for other lengths of rows: the second length makes
-    them variable.
+    Equal layers share one compilation. It is repeated once for a second sequence length, and then serves all lengths.
     """
-    stacks = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    for layer in (layer for stack in stacks for layer in stack):
-        layer.compile()
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for layer in stack:
+                layer.compile()
 
 
 def fuse_adamw(optimizer: torch.optim.Optimizer) -> None:
-    """Have torch's AdamW update all in one kernel, with no temporaries."""
+    """Make torch's AdamW update all parameters in one kernel without temporary tensors."""
     for group in optimizer.param_groups:
         group["fused"] = True
 
 
 def fuse_layers(model: nn.Module) -> list[str]:
-    """Put Liger's RMSNorm, SwiGLU and rotary embedding into the stock language models, where liger-kernel is installed;
-    returns what was put in."""
+    """Replace RMSNorm, SwiGLU and rotary embedding of stock language models by Liger's kernels, if installed.
+
+    Returns:
+        what was replaced, for the log.
+    """
     from transformers import PreTrainedModel
 
-    stock = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each.config.model_type in STOCK]
+    stock = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config.model_type in STOCK]
     if not stock or importlib.util.find_spec("liger_kernel") is None:
         return []
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    # The first is the outermost, whose parts the others are.
+    # The first is the outermost module; the others are parts of it.
     _apply_liger_kernel_to_instance(stock[0], cross_entropy=False, fused_linear_cross_entropy=False)
     return ["RMSNorm, SwiGLU, rotary embedding (Liger)"]
 
@@ -175,26 +179,26 @@ def build_engine(
     *,
     optimizer: OptimizerConfig,
     engine: EngineConfig,
-    micro_batch_size: int,
-    accumulation_steps: int = 1,
+    loop: LoopConfig,
 ) -> Any:
     """Wrap `model` and its optimizer in a DeepSpeed engine.
 
     Raises:
-        UserError: what `check_engine` refuses.
+        UserError: options that `check_engine` or `split_batch` refuse.
     """
     import deepspeed
 
     check_engine(engine, optimizer=optimizer)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    micro_batch_size, accumulation_steps = split_batch(loop)
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "train_batch_size": micro_batch_size * accumulation_steps * world_size(),
+        "train_batch_size": loop.batch_size,
         "gradient_clipping": optimizer.grad_clip,
         "zero_optimization": {
             "stage": engine.zero_stage,
-            "reduce_bucket_size": min(engine.bucket_elements, trained),
+            "reduce_bucket_size": min(engine.bucket_elements, num_trained),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
@@ -202,33 +206,33 @@ def build_engine(
     if precision_of(engine) == "bf16-true":
         options["bf16"] = {"enabled": True}
     if precision_of(engine) == "bf16-mixed":
-        # On a GPU DeepSpeed switches off an autocast around its engine that is not in its own options. Of the modules
-        # named safe it would reduce the gradients in bf16: none is.
+        # On a GPU DeepSpeed switches autocast off inside its engine unless its own options ask for it. It would reduce
+        # the gradients of the "safe" modules in bf16, so the list is empty.
         options["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if engine.offload_optimizer:
         options["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         options["zero_force_ds_cpu_optimizer"] = False
-    stepper = build_optimizer(model.named_parameters(), config=optimizer)
+    torch_optimizer = build_optimizer(model.named_parameters(), config=optimizer)
     if engine.fused_kernels == "auto" and torch.cuda.is_available():
-        used = fuse_layers(model)
+        fused = fuse_layers(model)
         if optimizer.kind == "adamw":
-            fuse_adamw(stepper)
-            used.append("AdamW (torch)")
-        logger.info("fused kernels: %s", ", ".join(used) or "none")
+            fuse_adamw(torch_optimizer)
+            fused.append("AdamW (torch)")
+        logger.info("fused kernels: %s", ", ".join(fused) or "none")
     if engine.compile:
         compile_layers(model)
-    wrapped, *_ = deepspeed.initialize(model=model, optimizer=stepper, config=options)
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=options)
     _create_optimizer_state(wrapped)
     return wrapped
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer below DeepSpeed's wrapper."""
+    """The torch optimizer inside DeepSpeed's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def state_keys(engine: Any) -> tuple[str, ...]:
-    """Names of the optimizer state that each parameter has."""
+    """Names of the optimizer state tensors that every parameter has."""
     return (*MOMENTS, AVERAGE) if _average_decay(engine) else MOMENTS
 
 
@@ -239,8 +243,8 @@ def _average_decay(engine: Any) -> float:
 def _create_optimizer_state(engine: Any) -> None:
     """Create the (zero) state that the optimizer would create in its first step, and the average of the weights.
 
-    A checkpoint is loaded into it; and ZeRO 1 and 2 link parameters to their state after the first group's
-    first step, when the groups after it would have none yet, and never again.
+    Checkpoints are loaded into it. ZeRO 1 and 2 also need it: they link parameters to their state once, after the first
+    group's first step, when later groups would not have any.
     """
     base, wrapper = base_optimizer(engine), engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -248,7 +252,7 @@ def _create_optimizer_state(engine: Any) -> None:
     else:
         partitions = [parameter for group in base.param_groups for parameter in group["params"]]
     for parameter in partitions:
-        # A fused step counts on the device.
+        # The fused optimizer keeps its step count on the device.
         step = torch.zeros((), device=parameter.device if base.param_groups[0].get("fused") else "cpu")
         base.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in MOMENTS}
         if _average_decay(engine):
@@ -258,21 +262,21 @@ def _create_optimizer_state(engine: Any) -> None:
 
 
 def autocast(engine: EngineConfig) -> torch.autocast:
-    """The autocast context of the config: bf16 matrix products, or nothing."""
+    """The autocast context of the configured precision: bf16 matrix products for bf16-mixed, else disabled."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision_of(engine) == "bf16-mixed")
 
 
 def step_engine(engine: Any) -> float:
-    """Take the optimizer step (if the accumulation is complete) and return the global gradient norm before clipping.
+    """Take the optimizer step (once the accumulation is complete) and return the global gradient norm before clipping.
 
-    ZeRO computes the norm itself; without it DeepSpeed clips but does not tell the norm.
+    ZeRO computes the norm; without ZeRO, DeepSpeed clips but does not report it.
     """
     complete = engine.is_gradient_accumulation_boundary()
     if engine.zero_optimization() or engine.bfloat16_enabled():
         engine.step()
-        found = engine.get_global_grad_norm()
-        norm = float(found) if found is not None else float("nan")
+        zero_norm = engine.get_global_grad_norm()
+        norm = float("nan") if zero_norm is None else float(zero_norm)
     else:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))

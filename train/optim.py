@@ -15,7 +15,7 @@ from um3.core.errors import UserError
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020): Adam's direction, scaled per tensor by ||w|| / ||update||.
 
-    Parameters without weight decay (biases, norms, scales) take the plain Adam step, as in the reference code.
+    Parameters without weight decay (biases, norms, scales) take the Adam step, as in the reference implementation.
     """
 
     def __init__(
@@ -76,13 +76,12 @@ class Lamb(torch.optim.Optimizer):
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Group the trainable parameters by peak rate and weight decay and build the optimizer.
+    """Build the optimizer, with the trainable parameters grouped by peak learning rate and weight decay.
 
-    Each group keeps its peak under "peak_lr", which `set_learning_rate` reads, and "ema_decay", which the engine
-    reads. Muon takes the matrices inside the layers.
+    Groups hold "peak_lr" for `set_learning_rate` and "ema_decay" for the engine. Muon steps the matrices in the layers.
 
     Raises:
-        UserError: a prefix in `module_lr` names no trainable parameter, or there is none.
+        UserError: no parameter is trainable, or a prefix in `module_lr` matches none of them.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unused = set(config.module_lr)
@@ -96,10 +95,11 @@ def build_optimizer(
         orthogonal = config.kind == "muon" and parameter.ndim == 2 and ".layers." in name
         groups.setdefault((peak, decay, orthogonal), []).append(parameter)
     if not groups:
-        raise UserError("no parameter is left to train; change `trained`")
+        raise UserError("every parameter is frozen; change `trainable`")
     if unused:
         raise UserError(
-            f"module_lr names no trainable parameter: {', '.join(sorted(unused))}; use prefixes of parameter names"
+            f"optimizer.module_lr: no trainable parameter name starts with {', '.join(sorted(unused))}; correct the "
+            "prefix"
         )
     options = [
         dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay, ema_decay=config.ema_decay)
@@ -111,7 +111,7 @@ def build_optimizer(
 
 
 def schedule_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at 0-based `step`: linear warm-up, then cosine or constant."""
+    """Learning rate at `step` (from 0) as a share of the peak: linear warm-up, then cosine or constant."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -121,6 +121,6 @@ def schedule_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, *, factor: float) -> None:
-    """Set every group's rate to `factor` times its peak: the schedule is a function of the step, with no state."""
+    """Set every group's learning rate to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import Stage1Config, Stage2Config, UM3Config, inputs_of, is_done, start_folder
 from train.launch import is_worker, launch
+from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
+from train.run_folder import is_done, start_folder
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import Interrupted, UserError
 from um3.core.log import quiet_model_files
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     config, options = read_config(CONFIGS[phase], parser, section=phase, arguments=arguments[1:])
     if not config.loop.output_dir:
         raise UserError("loop.output_dir is empty; set it to the folder of this phase, such as runs/demo/stage1")
-    inputs = inputs_of(config)
+    inputs = config.inputs()
     if is_done(config, inputs=inputs):
         print(f"{phase}: {config.loop.output_dir} is up to date")
         return

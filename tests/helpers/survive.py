@@ -1,9 +1,9 @@
-"""Kills training runs with SIGKILL at random moments, resumes them, and compares them with undisturbed ones.
+"""Kills training runs with SIGKILL at random moments, resumes them, and compares them with undisturbed runs.
 
 python -m tests.helpers.survive [--kills 20] [--seed 0] [--processes 1 2] [--phases stage1 stage2 um3]
 
-A killed run is started, killed and started again until all kills are spent, then left to its end. A third of the
-kills fall into start-up, a third on a moment of the steps and saves after it, a third into the middle of a save.
+A run is started and killed until all kills are used, then runs to its end. A third of the kills hit the start, a third
+a moment in the steps after a save, a third the middle of a save.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tests.train.conftest import ROOT, arguments, environment
 from train.checkpoint import read_meta
@@ -31,18 +31,19 @@ from um3.core.metrics import read_metrics
 
 PHASES = ("stage1", "stage2", "um3")
 STEPS_PER_KILL = 5
-"""More than what a killed run gets done between two kills, even where this process is slow to look."""
+"""More than a run takes between two kills, even if this process notices late."""
 SAVE_S = 0.02
-"""About what the save of a tiny run takes."""
+"""About the time of a tiny run's save."""
 TIMEOUT_S = 240
 NOT_COMPUTED = ("perf/", "mem/", "data/skipped/")
+"""Metrics that measure the machine, or count since the process started."""
 
 
 class Run:
     """`python -m train COMMAND`, its messages in the file `log`.
 
-    One process is forked from a server that has imported torch and DeepSpeed already, which saves seconds a start;
-    several are what `--processes` starts.
+    A single process is forked from a server that has imported torch and DeepSpeed, which saves seconds a start; several
+    processes are started with `--processes`.
     """
 
     def __init__(self, command: Sequence[str], *, log: Path, processes: int = 1):
@@ -55,61 +56,64 @@ class Run:
                     [sys.executable, "-m", "train", *command, "--processes", str(processes)],
                     cwd=ROOT, env=environment(), stdout=output, stderr=output,
                 )  # fmt: skip
-            atexit.register(self.process.kill)  # what a failed test leaves ends with the tests
+            atexit.register(self.process.kill)
         else:
-            work = ([*command], str(log), environment())
-            self.process = _server().Process(target=_train, args=work, daemon=True)
+            self.process = _server().Process(target=_train, args=([*command], str(log), environment()), daemon=True)
             self.process.start()
         self.pid = self.process.pid or 0
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal's number where one ended it; None while the run goes on."""
+        """The exit code, negative for a signal; None while the run is alive."""
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def workers(self) -> list[int]:
-        """Process ids of what the launcher started, by rank."""
+        """Process ids that the launcher started, by rank."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait for `ready`; the run must still be going by then."""
+        """Wait for `ready`; the run must still be alive."""
         deadline = time.monotonic() + TIMEOUT_S
         while not ready():
             assert self.poll() is None and time.monotonic() < deadline, f"{self.poll()}: {self.text()[-2000:]}"
             time.sleep(0.001)
 
     def wait(self) -> int:
-        """The exit code at the end of the run."""
+        """Wait for the end; return the exit code."""
         deadline = time.monotonic() + TIMEOUT_S
         while (code := self.poll()) is None:
-            assert time.monotonic() < deadline, f"goes on: {self.text()[-2000:]}"
+            assert time.monotonic() < deadline, f"still running: {self.text()[-2000:]}"
             time.sleep(0.01)
         return code
 
+    def finish(self) -> None:
+        """Wait for the end, which must be a success."""
+        assert self.wait() == 0, self.text()[-2000:]
+
     def kill(self) -> None:
-        """SIGKILL to the process that was started; none of its workers may outlive it."""
+        """SIGKILL the process that was started; none of its workers may outlive it."""
         workers = self.workers()
         os.kill(self.pid, signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
         deadline = time.monotonic() + 10
         while any(process_state(worker) not in ("Z", "") for worker in workers):
-            assert time.monotonic() < deadline, f"a worker of the killed launcher goes on: {workers}"
+            assert time.monotonic() < deadline, f"a worker of the killed launcher is alive: {workers}"
             time.sleep(0.01)
 
     def pause(self) -> None:
-        """SIGSTOP to the process that writes, which is rank 0's."""
+        """SIGSTOP rank 0, which writes the files."""
         os.kill(self.writer(), signal.SIGSTOP)
         while process_state(self.writer()) not in ("T", "Z", ""):
             time.sleep(0.001)
 
+    def unpause(self) -> None:
+        """SIGCONT rank 0."""
+        os.kill(self.writer(), signal.SIGCONT)
+
     def send(self, number: signal.Signals) -> None:
-        """A signal to the process that was started, and the time a launcher takes to pass it on."""
+        """Send a signal to the process that was started, and leave a launcher the time to forward it."""
         os.kill(self.pid, number)
         time.sleep(0.5)
-
-    def go_on(self) -> None:
-        """SIGCONT after `pause`."""
-        os.kill(self.writer(), signal.SIGCONT)
 
     def writer(self) -> int:
         """Process id of rank 0."""
@@ -122,9 +126,9 @@ class Run:
 
 @cache
 def _server() -> ForkServerContext:
-    """What forks processes that have imported all that training needs, ready to do so."""
+    """A fork server that has imported everything that training needs."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["deepspeed", "train.loop", *(f"train.{phase}" for phase in PHASES)])
+    server.set_forkserver_preload(["deepspeed", "train.loop", *(f"train.recipes.{phase}" for phase in PHASES)])
     first = server.Process(target=int)
     first.start()
     first.join()
@@ -132,23 +136,22 @@ def _server() -> ForkServerContext:
 
 
 def _train(command: list[str], log: str, variables: dict[str, str]) -> None:
-    """In the forked process: what `python -m train` does."""
+    """In the forked process: `python -m train COMMAND`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
-    sys.argv = ["train", *command]
-    from train.__main__ import main
+    from train.phase import main
     from um3.core.errors import run_main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_main(main)
+    run_main(lambda: main(command))
 
 
 def process_state(pid: int) -> str:
-    """Linux's letter for what a process does: T stopped, Z ended and not asked for its exit code; empty: gone."""
+    """Linux's letter for a process: T stopped, Z ended but not yet waited for; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
@@ -156,25 +159,24 @@ def process_state(pid: int) -> str:
 
 
 class Moment(NamedTuple):
-    """When to kill: in the start-up, after the next save, or in the save after that; how far into it."""
+    """When to kill: in the start, in the steps after the next save, or in the save after it; how far into it."""
 
-    where: Literal["start", "steps", "save"]
+    where: str
     share: float
 
 
 def random_moments(count: int, *, seed: int) -> list[Moment]:
-    """`count` moments, of each kind a third, in random order."""
-    draw = random.Random(seed)
-    kinds: list[Literal["start", "steps", "save"]] = ["save", "steps", "start"]
-    moments = [Moment(kinds[i % 3], draw.random()) for i in range(count)]
-    draw.shuffle(moments)
+    """`count` moments, a third of each kind, in random order."""
+    generator = random.Random(seed)
+    moments = [Moment(("save", "steps", "start")[i % 3], generator.random()) for i in range(count)]
+    generator.shuffle(moments)
     return moments
 
 
 def killed_run(
     command: Sequence[str], *, folder: Path, moments: Sequence[Moment], start_s: float, processes: int
 ) -> list[int]:
-    """Run `command` in `folder`, kill it at each of `moments` and start it again, the last time to its end.
+    """Run `command` in `folder`, kill and restart it at each of `moments`, then let it finish.
 
     Returns the newest checkpoint's step at each kill.
     """
@@ -183,7 +185,7 @@ def killed_run(
         begun, until = newest(checkpoints), time.monotonic() + moment.share * start_s
         run = start(command, folder=folder, processes=processes)
         in_start = moment.where == "start"
-        # At the latest after a save, so that a start quicker than the first does not lead to the run's end.
+        # At the latest after a save: if this start is faster than the first, the run must not reach its end.
         run.wait_until(lambda: newest(checkpoints) > begun or (in_start and time.monotonic() > until))  # noqa: B023
         if moment.where == "steps":
             time.sleep(moment.share * 3 * SAVE_S)
@@ -192,67 +194,62 @@ def killed_run(
         run.kill()
         steps.append(newest(checkpoints))
         assert moment.where != "save" or any(checkpoints.glob("*.partial")), "this kill missed the save"
-    finish(start(command, folder=folder, processes=processes))
+    start(command, folder=folder, processes=processes).finish()
     assert steps == sorted(steps), f"{folder}: a checkpoint was lost: {steps}"
     return steps
 
 
 def pause_in_a_save(run: Run, checkpoints: Path, *, share: float) -> None:
-    """Stop the process that writes while a checkpoint is half written."""
+    """Stop rank 0 while a checkpoint is half written."""
     while True:
         run.wait_until(lambda: any(checkpoints.glob("*.partial")))
         time.sleep(share * SAVE_S)
         run.pause()
         if any(checkpoints.glob("*.partial")):
             return
-        run.go_on()
+        run.unpause()
         share /= 2
 
 
 def whole_run(command: Sequence[str], *, folder: Path, processes: int) -> float:
-    """Run `command` in `folder` to its end; returns the seconds to its first step."""
+    """Run `command` in `folder` to its end; return the seconds to its first step."""
     began = time.monotonic()
     run = start(command, folder=folder, processes=processes)
     run.wait_until(lambda: bool(read_metrics(folder / "metrics.jsonl")))
     start_s = time.monotonic() - began
-    finish(run)
+    run.finish()
     return start_s
 
 
 def start(command: Sequence[str], *, folder: Path, processes: int = 1) -> Run:
-    """Start `command` with `folder` as its run folder, its messages beside it."""
+    """Start `command` with `folder` as its run folder and its messages in `folder`.log."""
     return Run([*command, f"loop.output_dir={folder}"], log=folder.with_suffix(".log"), processes=processes)
 
 
-def finish(run: Run) -> None:
-    """Wait for the end, which must be a good one."""
-    assert run.wait() == 0, run.text()[-2000:]
-
-
 def newest(checkpoints: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
+    """The step of the newest checkpoint; 0 if there is none."""
     return max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*[0-9]")), default=0)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a finished run has computed, to the bit."""
+    """Everything that a finished run computed, to the bit."""
     last = read_meta(folder / f"checkpoints/step-{newest(folder / 'checkpoints'):08d}")
     return {
         "metrics": computed_metrics(folder),
-        "weights, optimizer state or average": last["files"],
+        "weights and optimizer state": last["files"],
         "data state": last["state"]["data"],
         "model": sha256_of(folder / "model/model.safetensors"),
     }
 
 
 def computed_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what measures the machine or counts since the process started."""
+    """The rows of metrics.jsonl without NOT_COMPUTED."""
     rows = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(NOT_COMPUTED)} for row in rows]
 
 
 def long_run(phase: str, inputs: Path, *, steps: int) -> list[str]:
-    """Command line of a tiny run of so many steps, with frequent saves and an average of the weights."""
+    """Command line of a tiny run of `steps` steps, with frequent saves and a moving average of the weights."""
     options = [f"loop.max_steps={steps}", "loop.save_every_steps=2", "optimizer.ema_decay=0.9"]
     if phase == "um3":
         (inputs / "texts").mkdir(exist_ok=True)
@@ -262,7 +259,7 @@ def long_run(phase: str, inputs: Path, *, steps: int) -> list[str]:
 
 
 def survive(command: Sequence[str], folder: Path, *, kills: int, seed: int, processes: int = 1) -> list[int]:
-    """The undisturbed run of `command` in `folder`/whole, the killed one in `folder`/killed, and their comparison.
+    """Run `command` undisturbed in `folder`/whole and killed in `folder`/killed; both must compute the same bits.
 
     Returns the newest checkpoint's step at each kill.
     """
@@ -274,48 +271,40 @@ def survive(command: Sequence[str], folder: Path, *, kills: int, seed: int, proc
 
 
 def compare(whole: Path, killed: Path) -> None:
-    """Both runs have computed the same, to the bit (AssertionError: what differs)."""
-    before, after = outcome(whole), outcome(killed)
-    for what in before:
-        assert after[what] == before[what], f"{killed} has other {what} than {whole}"
+    """AssertionError if two runs differ in a bit of what they computed."""
+    expected, actual = outcome(whole), outcome(killed)
+    for name in expected:
+        assert actual[name] == expected[name], f"{killed} has other {name} than {whole}"
 
 
 def main() -> None:
-    """Make the inputs, then every phase with every number of processes."""
+    """Make the inputs, then test every phase with every number of processes."""
     parser = argparse.ArgumentParser(prog="python -m tests.helpers.survive", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="of each run (default 20)")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each run (default 20)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    given = parser.parse_args()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU's sums are not the same to the bit
+    options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # sums on a GPU are not the same to the bit
+    num_steps = STEPS_PER_KILL * options.kills
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_inputs(folder / "inputs")
-        for phase, processes in itertools.product(given.phases, given.processes):
+        inputs = Path(name, "inputs")
+        for phase in ("stage1", "stage2"):
+            Run(arguments(phase, inputs), log=inputs / f"{phase}.log").finish()
+        codes = [f"visual_tokenizer={inputs}/stage2/model", f"output_dir={inputs}/codes", "num_threads=1"]
+        codes += ["--config", "demo", "images=[{name: scenes, kind: scenes, length: 64}]"]
+        encode = [sys.executable, "-m", "data_mix", "encode", *codes]
+        subprocess.run(encode, cwd=ROOT, env=environment(), check=True)
+        for phase, processes in itertools.product(options.phases, options.processes):
             began = time.monotonic()
-            command = long_run(phase, folder / "inputs", steps=STEPS_PER_KILL * given.kills)
-            at = survive(
-                command, folder / f"{phase}-{processes}", kills=given.kills, seed=given.seed, processes=processes
-            )
+            command, folder = long_run(phase, inputs, steps=num_steps), Path(name, f"{phase}-{processes}")
+            steps = survive(command, folder, kills=options.kills, seed=options.seed, processes=processes)
             print(
-                f"{phase}, {processes} process(es): {given.kills} kills, then the same bits as undisturbed after "
-                f"{STEPS_PER_KILL * given.kills} steps ({time.monotonic() - began:.0f} s; checkpoints at the kills: "
-                f"{', '.join(map(str, at))})",
+                f"{phase}, {processes} process(es): {options.kills} kills, then the same bits as undisturbed after "
+                f"{num_steps} steps ({time.monotonic() - began:.0f} s; checkpoints at the kills: "
+                f"{', '.join(map(str, steps))})",
                 flush=True,
             )
-
-
-def make_inputs(folder: Path) -> None:
-    """A tiny stage 1, stage 2 and codes, for the phases that need them."""
-    for phase in ("stage1", "stage2"):
-        finish(Run(arguments(phase, folder), log=folder / f"{phase}.log"))
-    images = "images=[{name: scenes, kind: scenes, length: 64}]"
-    options = [f"visual_tokenizer={folder}/stage2/model", f"output_dir={folder}/codes", images, "num_threads=1"]
-    config = ["--config", str(ROOT / "configs/demo.yaml")]
-    subprocess.run(
-        [sys.executable, "-m", "data_mix.codes.encode", *config, *options], cwd=ROOT, env=environment(), check=True
-    )
 
 
 if __name__ == "__main__":

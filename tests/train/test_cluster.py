@@ -1,4 +1,4 @@
-"""Other launchers than our own: Slurm's script with torchrun, and DeepSpeed's. Each runs the command of one machine."""
+"""Other launchers: the Slurm script with torchrun, and DeepSpeed's. Each runs the command of a single machine."""
 
 import os
 import signal
@@ -15,11 +15,11 @@ from um3.core.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-# Slurm's four commands, as far as the script needs them, on one machine.
+# Stand-ins for Slurm's commands that the script uses, on one machine.
 SLURM = {
     "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; echo $$ >"$SPOOL/0.pid"; exec "$@"',
     "scancel": '[ "$1" = --signal=TERM ] && [ "$2" = 7.0 ] && kill -TERM "$(cat "$SPOOL/0.pid")"',
-    "scontrol": 'if [ "$1" = show ]; then echo localhost; echo elsewhere; else echo "$@" >"$SPOOL/asked"; fi',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; echo elsewhere; else echo "$@" >"$SPOOL/requeued"; fi',
 }
 
 
@@ -29,33 +29,39 @@ def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
         (spool / name).write_text(f"#!/bin/sh\n{body}\n")
         (spool / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SPOOL": str(spool)}
-    ours = {"PATH": f"{spool}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "2", "PORT": str(free_port())}
+    settings = {
+        "PATH": f"{spool}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "NPROC": "2",
+        "PORT": str(free_port()),
+    }
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts/um3.sbatch"), *command],
-        cwd=ROOT, env=environment() | slurm | ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment() | slurm | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def test_a_slurm_job_saves_and_queues_again_before_its_time_is_up(tmp_path: Path) -> None:
+def test_a_slurm_job_saves_and_requeues_before_its_time_is_up(tmp_path: Path) -> None:
     long = ["loop.max_steps=100000", "loop.save_every_steps=100000"]
     job = submit(tmp_path, arguments("stage1", tmp_path, *long))
     deadline = time.monotonic() + 200
     while job.poll() is None and len(read_metrics(tmp_path / "stage1/metrics.jsonl")) < 3:
-        assert time.monotonic() < deadline, "never reached step 3"
+        assert time.monotonic() < deadline, "did not reach step 3"
         time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)
     _, stderr = job.communicate(timeout=120)
     assert job.returncode == 0, stderr
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     (saved,) = (tmp_path / "stage1/checkpoints").glob("step-*")
     assert (saved / "meta.json").exists()
 
 
-def test_a_slurm_job_that_fails_does_not_queue_again(tmp_path: Path) -> None:
+def test_a_failed_slurm_job_is_not_requeued(tmp_path: Path) -> None:
     job = submit(tmp_path, arguments("stage1", tmp_path, "loop.batch_size=9"))
     _, stderr = job.communicate(timeout=200)
-    assert job.returncode != 0 and stderr.count("error: batch_size") == 1
-    assert not (tmp_path / "asked").exists()
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert job.returncode != 0 and len(errors) == 1 and "batch_size" in errors[0]
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_deepspeeds_launcher_runs_the_same_command(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 SIGTERM to two processes, and SIGKILL to their launcher: tests/train/test_survival.py.
 """
 
-import json
 import os
 import resource
 import signal
@@ -14,15 +13,32 @@ import pytest
 
 from tests.helpers.processes import run_on_ranks
 from tests.helpers.survive import Run, process_state
-from tests.train.conftest import arguments, losses, run_here
+from tests.train.conftest import arguments, losses
+from train.launch import launch
 from train.loop import NonFiniteLoss, check_finite
 from um3.core.distributed import rank
+from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through Linux's /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="inspects processes through Linux's /proc")
+
+
+def test_one_failed_process_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-in workers instead of training: rank 1 fails, rank 0 would sleep for a minute."""
+    stand_in = "import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    (tmp_path / "train.py").write_text(stand_in)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert launch(["stage1"], processes=2) == 1
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: rank 1 failed")
 
 
 def endless(folder: Path) -> Run:
@@ -33,14 +49,15 @@ def endless(folder: Path) -> Run:
     return run
 
 
-def test_two_processes_train_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(arguments("stage1", tmp_path / "two"), log=tmp_path / "log", processes=2)
+@pytest.mark.slow
+def test_two_processes_train_like_one(made: Path, tmp_path: Path) -> None:
+    run = Run(arguments("stage1", tmp_path), log=tmp_path / "log", processes=2)
     assert run.wait() == 0, run.text()
-    run_here(monkeypatch, arguments("stage1", tmp_path / "one"))
-    assert losses(tmp_path / "two/stage1") == pytest.approx(losses(tmp_path / "one/stage1"), rel=5e-3)
-    assert json.loads((tmp_path / "two/stage1/done.json").read_text())["processes"] == 2
+    assert losses(tmp_path / "stage1") == pytest.approx(losses(made / "stage1"), rel=5e-3)
+    assert read_json(tmp_path / "stage1/done.json")["processes"] == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_after_the_same_step(tmp_path: Path) -> None:
     run = endless(tmp_path)
     run.send(signal.SIGINT)
@@ -60,10 +77,11 @@ def kill_while_another_hangs(run: Run) -> None:
 
 
 def starve(run: Run) -> None:
-    """No more memory for the second process: its next larger tensor is an exception."""
+    """No more memory for the second process: its next larger tensor raises an exception."""
     resource.prlimit(run.workers()[1], resource.RLIMIT_AS, (2**26, 2**26))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "code", "reason"),
     [
@@ -84,7 +102,8 @@ def test_one_dead_process_stops_all_with_its_reason(
     assert [process_state(worker) for worker in workers] == ["", ""]
 
 
-def test_a_mistake_inside_the_processes_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_mistake_found_by_the_processes_is_printed_once(tmp_path: Path) -> None:
     run = Run(arguments("stage1", tmp_path, "loop.batch_size=9"), log=tmp_path / "log", processes=2)
     assert run.wait() == 2
     assert run.text().count("error:") == 1 and "Traceback" not in run.text()
@@ -95,8 +114,9 @@ def message_of_a_bad_loss() -> str:
         check_finite({"mse": float("nan") if rank() == 1 else 1.0, "entropy": 2.0}, source="images of scenes")
     except NonFiniteLoss as error:
         return str(error)
-    return "nothing was wrong"
+    return ""
 
 
+@pytest.mark.slow
 def test_every_rank_knows_which_rank_has_the_bad_loss(tmp_path: Path) -> None:
-    assert run_on_ranks(message_of_a_bad_loss, folder=tmp_path) == ["mse is nan on rank 1 (images of scenes)"] * 2
+    assert run_on_ranks(message_of_a_bad_loss, folder=tmp_path) == ["mse is nan on rank 1: images of scenes"] * 2

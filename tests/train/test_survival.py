@@ -1,4 +1,4 @@
-"""Real runs, killed, moved and starved: what they compute is what undisturbed ones compute."""
+"""Real runs that are killed, moved and starved of disk space: they compute what undisturbed runs compute."""
 
 import shutil
 import signal
@@ -16,7 +16,6 @@ from tests.helpers.survive import (
     Run,
     compare,
     computed_metrics,
-    finish,
     killed_run,
     long_run,
     newest,
@@ -30,14 +29,14 @@ from um3.core.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through Linux's /proc"),
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="inspects processes through Linux's /proc"),
 ]
 KILLS = 7
 """In each phase; `make survive` does 20, with one process and with two."""
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_at_random_moments_a_run_computes_the_same_bits(phase: str, made: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_computes_the_same_bits(phase: str, made: Path, tmp_path: Path) -> None:
     command = long_run(phase, made, steps=STEPS_PER_KILL * KILLS)
     survive(command, tmp_path, kills=KILLS, seed=PHASES.index(phase))
 
@@ -57,22 +56,22 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(command, folder, whole_run(command, folder=folder, processes=2))
 
 
-def test_killed_with_its_two_processes_a_run_computes_the_same_bits(whole: Whole, tmp_path: Path) -> None:
+def test_two_killed_processes_compute_the_same_bits(whole: Whole, tmp_path: Path) -> None:
     moments = random_moments(3, seed=0)
     killed_run(whole.command, folder=tmp_path / "killed", moments=moments, start_s=whole.start_s, processes=2)
     compare(whole.folder, tmp_path / "killed")
 
 
-def test_from_two_processes_to_one_and_back(whole: Whole, tmp_path: Path) -> None:
-    """SIGTERM ends each part within a step, with exit code 0; the next goes on with another number of processes."""
+def test_a_run_moves_from_two_processes_to_one_and_back(whole: Whole, tmp_path: Path) -> None:
+    """SIGTERM ends each part within a step, with exit code 0."""
     command, moved = whole.command, tmp_path / "moved"
     for processes, steps in ((2, 8), (1, 20)):
         run = start(command, folder=moved, processes=processes)
-        run.wait_until(lambda: logged(moved) >= steps)  # noqa: B023 (called at once)
+        run.wait_until(lambda: logged_steps(moved) >= steps)  # noqa: B023 (called at once)
         end_within_a_step(run, moved, number=signal.SIGTERM, code=0)
-    finish(start(command, folder=moved, processes=2))
+    start(command, folder=moved, processes=2).finish()
     before, after = computed_metrics(whole.folder), computed_metrics(moved)
-    # Which rows a batch holds shows in its counts of tasks and targets, which are whole numbers.
+    # The counts of tasks and targets are whole numbers that show which samples a batch holds.
     assert [counts(row) for row in after] == [counts(row) for row in before]
     assert len({tuple(counts(row).values()) for row in before}) > 10
     assert [row["train/loss"] for row in after] == pytest.approx([row["train/loss"] for row in before], rel=1e-5)
@@ -81,7 +80,7 @@ def test_from_two_processes_to_one_and_back(whole: Whole, tmp_path: Path) -> Non
 def test_ctrl_c_saves_within_a_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = start(long_run("stage1", tmp_path, steps=100_000), folder=folder)
-    run.wait_until(lambda: logged(folder) >= 3)
+    run.wait_until(lambda: logged_steps(folder) >= 3)
     end_within_a_step(run, folder, number=signal.SIGINT, code=130)
 
 
@@ -92,22 +91,22 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     checkpoint_bytes = sum(file.stat().st_size for file in (whole / "checkpoints/step-00000008").iterdir())
     with small_disk(4 * checkpoint_bytes) as disk:
         filler = disk / "filler"
-        filler.write_bytes(bytes(int(1.5 * checkpoint_bytes)))  # two and a half fit beside it
+        filler.write_bytes(bytes(int(1.5 * checkpoint_bytes)))  # room for two and a half checkpoints
         folder = disk / "run"
         run = Run([*command, f"loop.output_dir={folder}"], log=tmp_path / "full.log")
         assert run.wait() == 2
         last = run.text().splitlines()[-1]
-        assert "Traceback" not in run.text() and last.startswith("error: the disk is full"), last
+        assert "Traceback" not in run.text() and last.startswith("error: ") and "disk is full" in last, last
         assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
         filler.unlink()
-        finish(Run([*command, f"loop.output_dir={folder}"], log=tmp_path / "freed.log"))
+        Run([*command, f"loop.output_dir={folder}"], log=tmp_path / "freed.log").finish()
         assert "step-00000004" in (tmp_path / "freed.log").read_text()
         assert outcome(folder) == outcome(whole)
 
 
 @contextmanager
 def small_disk(size: int) -> Iterator[Path]:
-    """A file system of `size` bytes, mounted where only one process, and who looks through it, can see it."""
+    """A file system of `size` bytes, mounted in a namespace of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare(1)")
     script = f"mount -t tmpfs -o size={size} tmpfs /mnt && echo mounted && exec sleep 600"
@@ -116,27 +115,28 @@ def small_disk(size: int) -> Iterator[Path]:
         try:
             assert holder.stdout is not None
             if holder.stdout.readline() != b"mounted\n":
-                pytest.skip("may not mount a file system of its own")
+                pytest.skip("may not mount a file system")
             yield Path("/proc", str(holder.pid), "root", "mnt")
         finally:
             holder.kill()
 
 
 def end_within_a_step(run: Run, folder: Path, *, number: signal.Signals, code: int) -> None:
-    """A signal between two instructions of a step: that step, or the one after it, is the last and is saved."""
+    """Send a signal in the middle of a step: the run saves that step or the next one, and ends."""
     run.pause()
-    before = logged(folder)
+    before = logged_steps(folder)
     run.send(number)
-    run.go_on()
+    run.unpause()
     assert run.wait() == code, run.text()[-2000:]
-    assert before <= newest(folder / "checkpoints") == logged(folder) <= before + 1
-    assert f"stopped by {number.name} after step {logged(folder)};" in run.text() and "Traceback" not in run.text()
+    after = logged_steps(folder)
+    assert before <= newest(folder / "checkpoints") == after <= before + 1
+    assert f"stopped by {number.name} after step {after};" in run.text() and "Traceback" not in run.text()
 
 
-def logged(folder: Path) -> int:
+def logged_steps(folder: Path) -> int:
     return len(read_metrics(folder / "metrics.jsonl"))
 
 
 def counts(row: dict[str, Any]) -> dict[str, float]:
-    """Without the share of padding, which depends on how a batch's rows are cut into parts."""
+    """Data metrics without the share of padding, which depends on the micro-batches."""
     return {name: value for name, value in row.items() if name.startswith("data/") and name != "data/padding"}

@@ -1,14 +1,15 @@
-"""`python -m train plan --config FILE --gpus N --gpu NAME`: what of UM3's training fits which GPUs, and its time.
+"""`python -m train plan --config NAME --gpus N --gpu NAME`: which settings of UM3's training fit which GPUs, and
+how long.
 
-One line for each ZeRO stage with and without activation checkpointing, at the largest micro-batch that fits (the
-config's at most): memory of one device at the moment of the most (`train/plan/memory.py`), tokens per second, days for
+One line for each ZeRO stage with and without activation checkpointing, at the largest micro-batch that fits (at
+most the config's): the peak memory of one device (`train/plan/memory.py`), tokens per second, days for
 `loop.max_steps`. Nothing is downloaded or allocated; the model is built from its config alone.
 
-Time is floating-point operations over what the GPUs reach. Counted are the matrix products, 2 operations for each
-multiply-add, 3 forward passes for forward and backward: the layers' weights for every token, scores and values of
-attention (whole, also where causal: PaLM, arXiv 2204.02311, appendix B), and the head for every target, with the rows
-of its half alone. Activation checkpointing runs the layers forward once more and the loss its logits: that takes time,
-but is no model FLOP. What communication, reading and saving cost is in --mfu, which no formula tells.
+Time is floating-point operations divided by the achieved rate (--mfu x the GPUs' peak). Counted are matrix
+products, with 2 operations a multiply-add and 3 forward passes for forward and backward: the layers' weights for
+every token, attention's scores and values (in full, also if causal: PaLM, arXiv 2204.02311, appendix B), and for
+every target the output head's rows of its half. Activation checkpointing repeats the layers' forward pass and the
+loss its logits: that takes time, but is not a model FLOP. --mfu covers communication, reading and saving.
 """
 
 import argparse
@@ -21,46 +22,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from train.config import EngineConfig, UM3Config
+from train.config import EngineConfig
+from train.recipes.configs import UM3Config
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from torch import Tensor
 
-    from data_mix.batches.packing import Rows
     from train.plan.memory import Trace, Tracer, Usage
     from train.recipes.um3 import UM3Objective
-    from um3.model.sequences import Row
+    from um3.model.sequences import TrainingSequence
     from um3.model.vocabulary import UnifiedVocabulary
 
 GIB = 2**30
 MFU = 0.35
-"""Somewhat below the 0.38 to 0.43 that Llama 3 reached in bf16 on H100s with kernels of its own (arXiv 2407.21783,
-table 4)."""
+"""A little below the 0.38 to 0.43 of Llama 3 in bf16 on H100s with custom kernels (arXiv 2407.21783, table 4)."""
 KEPT_FREE = 0.1
-"""Share of a GPU's memory for the CUDA context, NCCL, cuBLAS and fragmentation, and for this page's error."""
+"""Share of a GPU's memory for the CUDA context, NCCL, cuBLAS, fragmentation, and the error of the prediction."""
 CAPTION_TOKENS = 64
 PATCHES = 256
-"""Of QLIP-B-16-256; where the config's tokenizer is not there, so far as rows have room for them."""
-KNOWN_BASES: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.2-1B": {
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-    }
-}
-"""Shapes that need no look-up."""
+"""Of QLIP-B-16-256: used if the config's visual tokenizer is not available, or fewer if sequences are too short."""
+LLAMA_SIZES: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+LLAMA_SIZES |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
+KNOWN_BASES = {"meta-llama/Llama-3.2-1B": LLAMA_SIZES | {"max_position_embeddings": 131_072}}
+"""Sizes of base models that need no access to the hub."""
 
 
 class Gpu(NamedTuple):
-    """Memory (GiB) and dense rates (TFLOP/s): tensor cores in bf16, float32 without TF32."""
+    """Memory (GiB) and dense peak rates (TFLOP/s): bf16 on tensor cores, float32 without TF32."""
 
     memory_gib: float
     bf16_tflops: float
@@ -80,12 +70,12 @@ GPUS = {
     "rtx5090": Gpu(32, 210, 105),
     "cpu": Gpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, math.nan, math.nan),
 }
-"""From NVIDIA's data sheets (SXM boards where there are) and, for the RTX ones, its architecture papers. "cpu" is this
-machine, whose rate is not known."""
+"""From NVIDIA's data sheets (SXM boards if they exist) and, for RTX, its architecture papers. "cpu" is this
+machine, whose rate is unknown."""
 
 
 class Setting(NamedTuple):
-    """An engine's setting and a micro-batch (samples)."""
+    """Engine options and a micro-batch size (samples)."""
 
     zero_stage: int
     precision: str
@@ -97,48 +87,48 @@ class Plan:
     """A UM3 config on `devices` GPUs of one kind.
 
     Raises:
-        UserError: a batch that does not divide, or a base whose shape is not known.
+        UserError: a batch size that `devices` does not divide, or a base model whose sizes cannot be read.
     """
 
     def __init__(self, config: UM3Config, *, devices: int, gpu: str):
         if config.loop.batch_size % devices:
             raise UserError(
-                f"batch_size {config.loop.batch_size} does not divide over {devices} GPUs; change one of them"
+                f"loop.batch_size={config.loop.batch_size} is not divisible by --gpus {devices}; change one"
             )
         self.config, self.devices, self.gpu, self.on_cpu = config, devices, GPUS[gpu], gpu == "cpu"
         self.share = config.loop.batch_size // devices
         self.objective, self.ids = build_objective(config)
-        self.model: PreTrainedModel = self.objective.model
+        self.model = self.objective.model
         self.parameters = [parameter.numel() for parameter in self.objective.parameters()]
         embedding: Any = self.model.get_input_embeddings()
-        rows = {embedding.weight, self.model.lm_head.weight}  # one where they are tied
+        tables = {embedding.weight, self.model.lm_head.weight}  # one table if they are tied
         self.head: int = self.model.lm_head.weight.numel()
-        self.matrices = sum(self.parameters) - sum(weight.numel() for weight in rows)
-        self.kinds = _kinds(config, ids=self.ids)
+        self.matrices = sum(self.parameters) - sum(table.numel() for table in tables)
+        self.samples = _task_samples(config, ids=self.ids)
         self.tracers: dict[str, Tracer] = {}
         self.traces: dict[Setting, Trace] = {}
 
     def lines(self) -> Iterator[tuple[Setting, "Usage", bool]]:
-        """Every ZeRO stage that takes this optimizer, with and without activation checkpointing: the largest
-        micro-batch that fits, or else one sample; what it takes; and whether it fits."""
+        """(setting, memory, fits) of every ZeRO stage that supports the optimizer, with and without checkpointing:
+        at the largest micro-batch that fits, or at one sample."""
         for stage, checkpointing in itertools.product((0, 1, 2, 3), (False, True)):
             engine = self._engine(stage)
             if engine is None:
                 continue
             for micro_batch in self.micro_batches():
                 setting = Setting(stage, engine.precision, checkpointing, micro_batch)
-                found = self.usage(setting)
-                if fits := self.fits(found):
+                usage = self.usage(setting)
+                if fits := self.fits(usage):
                     break
-            yield setting, found, fits
+            yield setting, usage, fits
 
     def micro_batches(self) -> list[int]:
-        """Sizes that divide a device's share of the batch, the config's at most, from the largest on."""
-        most = self.config.loop.micro_batch_size or self.share
-        return [size for size in range(min(most, self.share), 0, -1) if self.share % size == 0]
+        """The divisors of a device's share of the batch up to the config's micro-batch, largest first."""
+        largest = self.config.loop.micro_batch_size or self.share
+        return [size for size in range(min(largest, self.share), 0, -1) if self.share % size == 0]
 
     def own(self) -> Setting | None:
-        """The config's own setting; None where its engine or batch is refused."""
+        """The config's own setting; None if its engine or batch is refused."""
         engine, micro_batch = self.config.engine, self.config.loop.micro_batch_size or self.share
         allowed = self._engine(engine.zero_stage)
         if allowed is None or allowed.precision != self._precision() or self.share % micro_batch:
@@ -146,7 +136,7 @@ class Plan:
         return Setting(engine.zero_stage, allowed.precision, engine.activation_checkpointing, micro_batch)
 
     def usage(self, setting: Setting) -> "Usage":
-        """Memory of one device."""
+        """Peak memory of one device."""
         from train.plan.memory import Layout, usage
 
         engine, optimizer = self.config.engine, self.config.optimizer
@@ -166,46 +156,44 @@ class Plan:
         )
         return usage(layout, self._trace(setting))
 
-    def fits(self, found: "Usage") -> bool:
-        """Whether a GPU holds it with a tenth to spare."""
-        return found.total <= (1 - KEPT_FREE) * self.gpu.memory_gib * GIB
+    def fits(self, usage: "Usage") -> bool:
+        """Whether the GPU holds it and KEPT_FREE of its memory stays free."""
+        return usage.total <= (1 - KEPT_FREE) * self.gpu.memory_gib * GIB
 
     def step_seconds(self, setting: Setting, *, mfu: float) -> float:
-        """Time of a step at this utilisation; nan where the device's rate is not known."""
-        model, again = self.step_flops(checkpointing=setting.checkpointing)
+        """Time of a step at this utilisation; nan if the device's rate is unknown."""
+        model_flops, repeated_flops = self.step_flops(checkpointing=setting.checkpointing)
         rate = self.gpu.float32_tflops if setting.precision == "fp32" else self.gpu.bf16_tflops
-        return (model + again) / (self.devices * rate * 1e12 * mfu)
+        return (model_flops + repeated_flops) / (self.devices * rate * 1e12 * mfu)
 
     def step_tokens(self) -> tuple[float, float]:
-        """Ids in the rows of a step, padding included, and without it."""
+        """Tokens of a step's sequences with padding, and without."""
         batch = self.config.loop.batch_size
-        own = batch * sum(share * len(row.input_ids) for share, row in self.kinds)
+        unpadded = batch * sum(sample.share * sample.length for sample in self.samples)
         if self.config.data.packing == "documents":
-            return own, own
-        return batch * float(max(len(row.input_ids) for _, row in self.kinds)), own
+            return unpadded, unpadded
+        return batch * float(max(sample.length for sample in self.samples)), unpadded
 
     def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
-        """Model FLOPs of a step, and those of what is computed again."""
+        """Model FLOPs of a step, and FLOPs of what is computed twice."""
         config, batch = self.model.config, self.config.loop.batch_size
         tokens, _ = self.step_tokens()
-        packed = self.config.data.packing == "documents"
-        widest = max(len(row.input_ids) for _, row in self.kinds)
-        lengths = [len(row.input_ids) if packed else widest for _, row in self.kinds]
-        pairs = batch * sum(share * length**2 for (share, _), length in zip(self.kinds, lengths, strict=True))
-        heads = config.num_attention_heads * config.head_dim
-        body = 2.0 * self.matrices * tokens + 4.0 * config.num_hidden_layers * heads * pairs
-        halves = self.ids.text_vocab_size, self.ids.visual_vocab_size
+        padded_to = 0 if self.config.data.packing == "documents" else max(sample.length for sample in self.samples)
+        pairs = batch * sum(sample.share * max(sample.length, padded_to) ** 2 for sample in self.samples)
+        attention_width = config.num_attention_heads * config.head_dim
+        body = 2.0 * self.matrices * tokens + 4.0 * config.num_hidden_layers * attention_width * pairs
+        text_size, visual_size = self.ids.text_vocab_size, self.ids.visual_vocab_size
         if self.config.loss.mode == "joint":
-            halves = (sum(halves),) * 2
+            text_size = visual_size = text_size + visual_size
         head = 0.0
-        for share, row in self.kinds:
-            visual = int((row.targets & (row.input_ids >= self.ids.text_vocab_size)).sum())
-            text = int(row.targets.sum()) - visual
-            head += 2.0 * batch * share * config.hidden_size * (text * halves[0] + visual * halves[1])
+        for share, sequence in self.samples:
+            visual = int((sequence.targets & (sequence.input_ids >= self.ids.text_vocab_size)).sum())
+            text = int(sequence.targets.sum()) - visual
+            head += 2.0 * batch * share * config.hidden_size * (text * text_size + visual * visual_size)
         return 3 * (body + head), head + (body if checkpointing else 0)
 
     def _engine(self, zero_stage: Any) -> EngineConfig | None:
-        """The config's engine at this stage, its weights in float32 where bf16 needs ZeRO; None where it is refused."""
+        """The config's engine at this stage, with bf16-mixed instead of bf16-true at ZeRO 0; None if it is refused."""
         from train.engine import check_engine
 
         precision = self._precision()
@@ -219,8 +207,8 @@ class Plan:
         return engine
 
     def _precision(self) -> Any:
-        asked = self.config.engine.precision
-        return asked if asked != "auto" else "float32" if self.on_cpu else "autocast"
+        precision = self.config.engine.precision
+        return precision if precision != "auto" else "fp32" if self.on_cpu else "bf16-mixed"
 
     def _trace(self, setting: Setting) -> "Trace":
         from train.plan.memory import Tracer
@@ -229,69 +217,73 @@ class Plan:
         if key not in self.traces:
             if setting.precision not in self.tracers:
                 objective, _ = build_objective(self.config)
-                self.tracers[setting.precision] = Tracer(
-                    objective, body=objective.model.model, precision=setting.precision
-                )
+                body = objective.model.model
+                self.tracers[setting.precision] = Tracer(objective, body=body, precision=setting.precision)
             tracer = self.tracers[setting.precision]
             switch = "enable" if setting.checkpointing else "disable"
             getattr(tracer.objective.model, f"gradient_checkpointing_{switch}")()
-            rows = self._micro_batch(setting.micro_batch)
-            shares = {0.0, 1.0, 1 / self.devices}
-            self.traces[key] = tracer.trace(rows.input_ids_BT, rows.target_mask_BT, shares=shares)
+            inputs = self.micro_batch(setting.micro_batch)
+            self.traces[key] = tracer.trace(*inputs, shares={0.0, 1.0, 1 / self.devices})
         return self.traces[key]
 
-    def _micro_batch(self, size: int) -> "Rows":
-        """The rows of `size` samples of the mix, the first kind making up for what does not come out even."""
+    def micro_batch(self, size: int) -> tuple["Tensor", "Tensor"]:
+        """(ids, target mask) of `size` samples of the mix; the most frequent task fills the remainder."""
         from data_mix.batches.packing import lay_out
 
-        counts = [round(share * size) for share, _ in self.kinds[1:]]
-        samples: list[Row] = [self.kinds[0].row] * (size - sum(counts))
-        for kind, count in zip(self.kinds[1:], counts, strict=True):
-            samples += [kind.row] * count
+        counts = [round(share * size) for share, _ in self.samples[1:]]
+        counts = [size - sum(counts), *counts]
+        sequences = [sequence for (_, sequence), count in zip(self.samples, counts, strict=True) for _ in range(count)]
         packed = self.config.data.packing == "documents"
-        return lay_out(samples, seq_len=self.config.data.seq_len, packed=packed, pad_id=self.ids.pad_id)
+        laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=packed, pad_id=self.ids.pad_id)
+        return laid.input_ids_BT, laid.target_mask_BT
 
 
-class Kind(NamedTuple):
-    """A sample of a task, and the task's share of the batch once the mix has calmed down."""
+class TaskSample(NamedTuple):
+    """A typical sample of a task, and the task's share of the batch after the calm-down."""
 
     share: float
-    row: "Row"
+    sequence: "TrainingSequence"
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.sequence.input_ids)
 
 
-def _kinds(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[Kind]:
-    """The commonest first; text fills its rows, captions are of middling length."""
+def _task_samples(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[TaskSample]:
+    """The most frequent task first; text fills its sequence, captions have CAPTION_TOKENS."""
     from data_mix.batches.schedule import Schedule
-    from um3.model.sequences import image_to_text_row, text_row, text_to_image_row
+    from um3.model.sequences import image_to_text_sequence, text_sequence, text_to_image_sequence
 
     data = config.data
     visual = [ids.text_vocab_size] * ids.image_tokens
-    other = next(each for each in range(ids.text_vocab_size) if each not in (ids.bos_id, ids.pad_id))
-    room = data.seq_len - ids.image_tokens - 4  # bos, the image's marks, eos
-    caption = [other] * max(1, min(CAPTION_TOKENS, room))
-    text = [other] * ((data.text_seq_len or data.seq_len) - 2)
-    rows = {
-        "text": lambda: text_row(text, ids=ids),
-        "i2t": lambda: image_to_text_row(visual, caption, ids=ids, supervision=data.supervision),
-        "t2i": lambda: text_to_image_row(caption, visual, ids=ids, supervision=data.supervision),
+    word = next(token for token in range(ids.text_vocab_size) if token not in (ids.bos_id, ids.pad_id))
+    room = data.seq_len - ids.image_tokens - 4  # bos, begin and end of image, eos
+    caption = [word] * max(1, min(CAPTION_TOKENS, room))
+    text = [word] * ((data.text_seq_len or data.seq_len) - 2)
+    make = {
+        "text": lambda: text_sequence(text, ids=ids),
+        "i2t": lambda: image_to_text_sequence(visual, caption, ids=ids, supervision=data.supervision),
+        "t2i": lambda: text_to_image_sequence(caption, visual, ids=ids, supervision=data.supervision),
     }
     shares = Schedule(data.mix).proportions(data.mix.calm_down_steps)
-    return sorted((Kind(share, rows[task]()) for task, share in shares.items() if share), key=lambda kind: -kind.share)
+    samples = [TaskSample(share, make[task]()) for task, share in shares.items() if share]
+    return sorted(samples, key=lambda sample: -sample.share)
 
 
 def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabulary"]:
-    """What trains, on the meta device, and its ids.
+    """The training objective on the meta device, and its vocabulary.
 
     Raises:
-        UserError: the shape of the base is not to be had.
+        UserError: the sizes of the base model cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     from train.recipes.um3 import UM3Objective
-    from um3.model.bit_embeddings import SharedBits
+    from um3.model.bit_embeddings import BitEmbeddings
     from um3.model.configuration import is_um3
-    from um3.model.extend import extend_model
+    from um3.model.extend import extend_model, read_base_config
     from um3.model.language_model import build_model
     from um3.model.vocabulary import UnifiedVocabulary
 
@@ -301,27 +293,19 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
             stored = AutoConfig.from_pretrained(base, trust_remote_code=False)
             ids, model = UnifiedVocabulary.from_dict(stored.um3), AutoModelForCausalLM.from_config(stored)
         elif base:
-            shape = _base_config(base)
-            ids = _ids(config, text_vocab_size=shape.vocab_size + 2)
-            model = extend_model(AutoModelForCausalLM.from_config(shape), ids=ids, qk_norm=config.model.qk_norm)
+            stored = LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
+            ids = _vocabulary(config, text_vocab_size=stored.vocab_size + 2)
+            model = extend_model(AutoModelForCausalLM.from_config(stored), ids=ids, qk_norm=config.model.qk_norm)
         else:
-            ids = _ids(config, text_vocab_size=config.vocabulary.text_vocab_size)
+            ids = _vocabulary(config, text_vocab_size=config.vocabulary.text_vocab_size)
             model = build_model(config.model, ids=ids)
-        bits = SharedBits(ids, model_config=model.config) if config.vocabulary.bit_embeddings else None
+        bits = BitEmbeddings(ids, model_config=model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
         return UM3Objective(model, ids=ids, loss=config.loss, bits=bits, packed=packed), ids
 
 
-def _base_config(base: str) -> "PreTrainedConfig":
-    from transformers import LlamaConfig
-
-    from um3.model.extend import read_base_config
-
-    return LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
-
-
-def _ids(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
-    """Ids of the right number; which of the text entries are special does not matter here."""
+def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
+    """A vocabulary of the right sizes; which text entries are the special tokens does not matter here."""
     from tokenizer.configuration import QLIPConfig
     from um3.model.extend import load_base_tokenizer
     from um3.model.vocabulary import UnifiedVocabulary
@@ -333,15 +317,16 @@ def _ids(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
     if (Path(config.visual_tokenizer) / "config.json").is_file():
         vision = QLIPConfig.from_pretrained(config.visual_tokenizer).vision_tower
         patches = (vision.image_size // vision.patch_size) ** 2
-    marks = {name: index for index, name in enumerate(("bos_id", "eos_id", "pad_id"))}
     return UnifiedVocabulary(
         text_vocab_size=text_vocab_size,
         subtokens=vocabulary.subtokens,
         bits_per_subtoken=vocabulary.bits_per_subtoken,
         num_patches=patches,
+        bos_id=0,
+        eos_id=1,
+        pad_id=2,
         begin_of_image_id=text_vocab_size - 2,
         end_of_image_id=text_vocab_size - 1,
-        **marks,
     )
 
 
@@ -349,44 +334,36 @@ PARTS = ("weights", "optimizer", "gradients", "activations", "working", "buffers
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table, and last what the config's own setting takes."""
+    """Print the table, then the memory of the config's own setting."""
     config, options = _options(arguments)
-    # The name that the recipes call too; transformers 5 keeps it beside a new one.
+    # transformers 5 deprecates this method in favour of another; the recipes call it too.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_", category=FutureWarning)
     plan = Plan(config, devices=options.gpus, gpu=options.gpu)
-    rows, own = plan.step_tokens()
+    tokens, unpadded = plan.step_tokens()
     print(
         f"{sum(plan.parameters) / 1e9:.3f}e9 parameters on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} "
-        f"GiB, {KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {rows:,.0f} tokens "
-        f"({1 - own / rows:.0%} padding), {plan.step_flops(checkpointing=False)[0] / 1e15:.3g} PFLOP at "
+        f"GiB, {KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {tokens:,.0f} tokens "
+        f"({1 - unpadded / tokens:.0%} padding), {plan.step_flops(checkpointing=False)[0] / 1e15:.3g} PFLOP at "
         f"{options.mfu:.0%} of the peak; {config.loop.max_steps:,} steps."
     )
     heads = ["ZeRO", "precision", "checkpointing", "micro-batch", *PARTS, "GiB", "moment", "fits", "tokens/s", "days"]
-    table = [heads, *(_cells(plan, *line, mfu=options.mfu) for line in plan.lines())]
-    _print_table(table)
+    _print_table([heads, *(_cells(plan, *line, mfu=options.mfu) for line in plan.lines())])
     if (setting := plan.own()) is None:
-        print("The config's own setting is none that can run; change engine or loop.micro_batch_size.")
+        print("The config's own setting cannot run; change engine or loop.micro_batch_size.")
         return
-    found = plan.usage(setting)
+    usage = plan.usage(setting)
     print("The config's own setting:")
-    _print_table([heads, _cells(plan, setting, found, plan.fits(found), mfu=options.mfu)])
+    _print_table([heads, _cells(plan, setting, usage, plan.fits(usage), mfu=options.mfu)])
 
 
-def _cells(plan: Plan, setting: Setting, found: "Usage", fits: bool, *, mfu: float) -> list[str]:
+def _cells(plan: Plan, setting: Setting, usage: "Usage", fits: bool, *, mfu: float) -> list[str]:
     seconds = plan.step_seconds(setting, mfu=mfu)
     tokens, _ = plan.step_tokens()
     days = seconds * plan.config.loop.max_steps / 86_400
-    return [
-        str(setting.zero_stage),
-        setting.precision,
-        "yes" if setting.checkpointing else "no",
-        str(setting.micro_batch),
-        *(f"{getattr(found, part) / GIB:.2f}" for part in PARTS),
-        f"{found.total / GIB:.2f}",
-        found.moment,
-        "yes" if fits else "NO",
-        *(("-", "-") if math.isnan(days) else (f"{tokens / seconds:,.0f}", f"{days:.3g}")),
-    ]
+    gib = [f"{getattr(usage, part) / GIB:.2f}" for part in (*PARTS, "total")]
+    speed = ["-", "-"] if math.isnan(days) else [f"{tokens / seconds:,.0f}", f"{days:.3g}"]
+    engine = [str(setting.zero_stage), setting.precision, "yes" if setting.checkpointing else "no"]
+    return [*engine, str(setting.micro_batch), *gib, usage.moment, "yes" if fits else "NO", *speed]
 
 
 def _print_table(table: Sequence[Sequence[str]]) -> None:
@@ -397,9 +374,9 @@ def _print_table(table: Sequence[Sequence[str]]) -> None:
 
 def _options(arguments: Sequence[str]) -> tuple[UM3Config, argparse.Namespace]:
     parser = command_parser("python -m train plan", str(__doc__), config="required")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all (default 8)")
+    parser.add_argument("--gpus", type=int, default=8, help="total number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
-    parser.add_argument("--mfu", type=float, default=MFU, help=f"share of the GPUs' rate that is used (default {MFU})")
+    parser.add_argument("--mfu", type=float, default=MFU, help=f"model FLOPs utilisation (default {MFU})")
     config, options = read_config(UM3Config, parser, section="um3", arguments=arguments)
     if options.gpu not in GPUS:
         raise UserError(f"--gpu '{options.gpu}' is not known; use one of {', '.join(GPUS)}")

@@ -1,12 +1,15 @@
-"""Stage 1: reconstruction and text alignment together (paper section 3; SPEC section 1).
+"""Stage 1: train the tokenizer for reconstruction and text alignment together (paper section 3; SPEC section 1).
 
     loss = a_r * MSE + a_a * InfoNCE + a_q * (E[H(Q)] - gamma * H(E[Q])) + a_z * ||sg(zhat) - z||^2
 
-Two terms belong to the global batch as a whole and are no mean over images: InfoNCE, and the entropy H(E[Q]) of the
-mean soft code. What they need of an image is small: two embeddings and its share of the mean. With
-`loop.micro_batch_size` set, a first pass without gradient computes that for every micro-batch, the two terms give its
-gradient, and a second pass carries it on into the model (gradient caching, Gao et al. 2021, arXiv:2101.06983). So the
-gradient is that of the whole batch on any number of devices, for one more forward pass and a micro-batch's memory.
+The weights are `Stage1LossConfig`; InfoNCE is in tokenizer/losses.py, the entropies are in tokenizer/quantizer.py.
+
+Two terms are functions of the whole global batch, not means over images: InfoNCE, and the entropy H(E[Q]) of the
+mean soft code. Of each image they need little: two embeddings, and its share of the mean. With
+`loop.micro_batch_size` set, a first pass without gradient computes these for every micro-batch, the two terms give
+the gradient with respect to them, and a second pass backpropagates it into the model (gradient caching, Gao et al.
+2021, arXiv:2101.06983). So the gradient is that of the whole batch on any number of devices, for one more forward
+pass and a micro-batch's memory.
 
 Legend: B images of a micro-batch, M micro-batches of this rank, P projection, G groups of K states, H, W pixels, C
 channels, T text tokens.
@@ -25,33 +28,18 @@ from tokenizer import load
 from tokenizer.losses import info_nce
 from tokenizer.modeling import QLIPModel
 from tokenizer.quantizer import codebook_entropy
-from train.checkpoint import full_weights
-from train.config import Stage1Config
 from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
-from train.optim import schedule_factor, set_learning_rate
-from train.recipes.tokenizer_setup import (
-    described,
-    flatten_scalars,
-    image_batches,
-    new_tokenizer,
-    open_sources,
-    save_tokenizer,
-    skipped_metrics,
-    train_only,
-)
+from train.recipes.configs import Stage1Config
+from train.recipes.tokenizer_setup import new_tokenizer, open_sources, train_only
+from train.recipes.tokenizer_task import TokenizerTask, described
 from um3.core.distributed import device, gather_with_gradient, mean_over_ranks, sum_over_ranks, world_size
 from um3.core.errors import UserError
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
-def build_task(config: Stage1Config) -> "Stage1Task":
-    """The recipe as the loop runs it."""
-    return Stage1Task(config)
-
-
-class Shared(NamedTuple):
+class BatchInputs(NamedTuple):
     """What the terms of the whole batch need of a micro-batch."""
 
     image_embeds_BP: torch.Tensor
@@ -61,46 +49,40 @@ class Shared(NamedTuple):
 
 
 class Stage1Objective(nn.Module):
-    """QLIP on a micro-batch, in one engine call for both towers: its `Shared`, and the raw terms that are means."""
+    """QLIP on a micro-batch, both towers in one engine call: its `BatchInputs`, and the loss terms that are means."""
 
     def __init__(self, qlip: QLIPModel, *, bottleneck: bool = True):
         super().__init__()
         self.qlip, self.bottleneck = qlip, bottleneck
 
-    def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor) -> tuple[Shared, dict[str, torch.Tensor]]:
+    def forward(
+        self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor
+    ) -> tuple[BatchInputs, dict[str, torch.Tensor]]:
         output = self.qlip(pixels_BCHW, input_ids_BT, bottleneck=self.bottleneck)
         quantizer = self.qlip.vision_model.quantizer
-        shared = Shared(
+        batch_inputs = BatchInputs(
             output.image_embeds.float(), output.text_embeds.float(), output.soft_code, self.qlip.logit_scale.exp()
         )
-        return shared, {
+        return batch_inputs, {
             "mse": F.mse_loss(output.reconstructions.float(), pixels_BCHW),
             "entropy": quantizer.penalty(output.sample_entropy, torch.zeros_like(output.sample_entropy)),
             "commitment": output.commitment,
         }
 
 
-class Stage1Task:
-    """One optimizer; the loss of the global batch, however many micro-batches and ranks it is cut into."""
-
-    unit = "images"
+class Stage1Task(TokenizerTask):
+    """One optimizer; the loss is that of the global batch, however many micro-batches and ranks share it."""
 
     def __init__(self, config: Stage1Config):
-        self.config = config
-        model = config.model
+        self.config, model = config, config.model
         if model.init_from:
-            self.qlip, self.processor = load(model.init_from)
-            self.qlip.float().train()
-            size = self.processor.image_size
+            qlip, processor = load(model.init_from)
+            qlip.float().train()
+            sources = open_sources(config.data, size=processor.image_size, seed=config.loop.seed)
         else:
-            size = model.image_size
-        sources = open_sources(config.data, size=size, seed=config.loop.seed)
-        if not model.init_from:
-            self.qlip, self.processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed)
-        flatten_scalars(self.qlip)
-        if config.engine.activation_checkpointing:
-            self.qlip.gradient_checkpointing_enable()
-        self.batches = image_batches(sources, data=config.data, loop=config.loop)
+            sources = open_sources(config.data, size=model.image_size, seed=config.loop.seed)
+            qlip, processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed)
+        super().__init__(config, qlip=qlip, processor=processor, sources=sources)
         self.objective = Stage1Objective(self.qlip, bottleneck=config.bottleneck == "bsq")
         if config.trainable:
             train_only(self.objective, config.trainable)
@@ -108,80 +90,72 @@ class Stage1Task:
             self.qlip.vision_model.quant_embed.requires_grad_(False)
             self.qlip.vision_model.quant_embed_post.requires_grad_(False)
         if config.gradient_norms and not all(weight.requires_grad for weight in self._last_mlp()):
-            raise UserError("gradient_norms looks at the encoder's last MLP, which `trained` leaves out")
-        self.skipped: dict[str, int] = {}
+            raise UserError("gradient_norms needs the encoder's last MLP to train; add it to `trainable`")
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
-        self.micro_images, self.accumulation = split_batch(config.loop)
-        self.engine = build_engine(
-            self.objective,
-            optimizer=config.optimizer,
-            engine=config.engine,
-            micro_batch_size=self.micro_images,
-            accumulation_steps=self.accumulation,
-        )
+        self.micro_images, _ = split_batch(config.loop)
+        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
         return {"model": self.engine}
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         batch = self.batches.batch(step)
-        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
-        set_learning_rate(self.engine.optimizer, factor=factor)
+        learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         norms = self._gradient_norms(batch) if config.gradient_norms and config.loop.is_logged(step + 1) else {}
         starts = range(0, len(batch.captions), self.micro_images)
         with torch.set_grad_enabled(len(starts) == 1):
             outputs = [self._forward(batch, start=start) for start in starts]
-        parts = zip(*(shared for shared, _ in outputs), strict=True)
-        shared = Shared(*(torch.stack(part).detach().requires_grad_() for part in parts))
+        parts = zip(*(batch_inputs for batch_inputs, _ in outputs), strict=True)
+        leaves = BatchInputs(*(torch.stack(part).detach().requires_grad_() for part in parts))
         means = {name: torch.stack([terms[name] for _, terms in outputs]).detach().mean() for name in outputs[0][1]}
-        of_batch, accuracy = self._batch_terms(shared)
+        of_batch, accuracy = self._batch_terms(leaves)
         terms = means | of_batch | {"entropy": means["entropy"] + of_batch["entropy"]}
         loss = self._weighted(terms)
         values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
         values |= {"train/loss": float(loss.detach()), "train/accuracy": float(accuracy)}
         check_finite(values, source=described(batch))
         values |= {f"weighted/{name}": getattr(config.loss, name) * values[f"train/{name}"] for name in terms}
-        gradients = torch.autograd.grad(loss, list(shared))
+        gradients = torch.autograd.grad(loss, list(leaves))
         for number, start in enumerate(starts):
-            ours, terms = outputs[0] if len(starts) == 1 else self._forward(batch, start=start)
-            # The engine takes the mean over micro-batches, but these gradients are those of the sum.
-            carried = [(part * gradient[number]).sum() for part, gradient in zip(ours, gradients, strict=True)]
-            self.engine.backward(self._weighted(terms) + len(starts) * sum(carried))
+            batch_inputs, terms = outputs[0] if len(starts) == 1 else self._forward(batch, start=start)
+            # The engine averages over micro-batches, but these gradients belong to the whole batch: hence len(starts).
+            pairs = zip(batch_inputs, gradients, strict=True)
+            of_batch_loss = sum((part * gradient[number]).sum() for part, gradient in pairs)
+            self.engine.backward(self._weighted(terms) + len(starts) * of_batch_loss)
             norm = step_engine(self.engine)
         with torch.no_grad():
             self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        values = mean_over_ranks(values) | norms
-        values |= {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
-        return values | skipped_metrics(self.skipped, batch.skipped)
+        values = mean_over_ranks(values) | norms | {"optim/lr": learning_rate, "optim/grad_norm": norm}
+        return values | self.skipped_metrics(batch.skipped)
 
     def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([getattr(self.config.loss, name) * term for name, term in terms.items()]).sum()
 
     def _forward(
-        self, batch: ImageBatch, *, start: int, past_engine: bool = False
-    ) -> tuple[Shared, dict[str, torch.Tensor]]:
-        """The micro-batch whose first image is `start`."""
-        rows = slice(start, start + self.micro_images)
-        pixels_BCHW = self.processor.pixels(batch.images_BHWC[rows].to(device()))  # a GPU makes them floats itself
-        input_ids_BT = self.processor.text(batch.captions[rows])["input_ids"].to(device())
+        self, batch: ImageBatch, *, start: int, with_engine: bool = True
+    ) -> tuple[BatchInputs, dict[str, torch.Tensor]]:
+        """The objective on the micro-batch whose first image is `start`."""
+        chosen = slice(start, start + self.micro_images)
+        pixels_BCHW = self.processor.pixels(batch.images_BHWC[chosen].to(device()))  # bytes to floats on the GPU
+        input_ids_BT = self.processor.text(batch.captions[chosen])["input_ids"].to(device())
         with autocast(self.config.engine):
-            return (self.objective if past_engine else self.engine)(pixels_BCHW, input_ids_BT)
+            return (self.engine if with_engine else self.objective)(pixels_BCHW, input_ids_BT)
 
     def _last_mlp(self) -> list[nn.Parameter]:
-        last: Any = self.qlip.vision_model.encoder.layers[-1]
-        return list(last.mlp.parameters())
+        last_layer: Any = self.qlip.vision_model.encoder.layers[-1]
+        return list(last_layer.mlp.parameters())
 
     def _gradient_norms(self, batch: ImageBatch) -> dict[str, float]:
-        """Norm of the gradient of each loss, without its weight, in the encoder's last MLP (paper, Figure 5).
+        """Norm of each unweighted loss's gradient in the encoder's last MLP (paper, Figure 5).
 
-        Of the first micro-batch of every rank; past the engine, which takes a gradient for a training step.
+        Computed on the first micro-batch of every rank, without the engine, which would take it for a training step.
         """
-        shared, terms = self._forward(batch, start=0, past_engine=True)
-        of_batch, _ = self._batch_terms(Shared(*(part[None] for part in shared)))
+        batch_inputs, terms = self._forward(batch, start=0, with_engine=False)
+        of_batch, _ = self._batch_terms(BatchInputs(*(part[None] for part in batch_inputs)))
         norms = {}
         for name, term in {"contrastive": of_batch["contrastive"], "mse": terms["mse"]}.items():
             gradients = torch.autograd.grad(term, self._last_mlp(), retain_graph=True)
@@ -189,26 +163,20 @@ class Stage1Task:
             norms[f"gradients/{name}"] = float(flat.norm())
         return norms
 
-    def _batch_terms(self, shared: Shared) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The raw terms of the global batch, and the retrieval accuracy; `shared` has a leading dimension M."""
+    def _batch_terms(self, inputs: BatchInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The unweighted terms of the global batch, and the retrieval accuracy; `inputs` have a leading dimension M."""
         contrastive = info_nce(
-            shared.image_embeds_BP.flatten(0, 1),
-            shared.text_embeds_BP.flatten(0, 1),
-            logit_scale=shared.logit_scale.mean(),
+            inputs.image_embeds_BP.flatten(0, 1),
+            inputs.text_embeds_BP.flatten(0, 1),
+            logit_scale=inputs.logit_scale.mean(),
         )
-        mean_GK = gather_with_gradient(shared.soft_code_GK.mean(0, keepdim=True)).mean(0)
+        mean_GK = gather_with_gradient(inputs.soft_code_GK.mean(0, keepdim=True)).mean(0)
         codebook = codebook_entropy(mean_GK)
         penalty = self.qlip.vision_model.quantizer.penalty(torch.zeros_like(codebook), codebook)
         return {"contrastive": contrastive.loss, "entropy": penalty}, contrastive.accuracy
 
-    def state(self, step: int) -> dict[str, Any]:
-        return {"seed": self.config.loop.seed, "step": step}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Nothing to refuse: batches are a function of (seed, step), and the config was compared already."""
-
     def finish(self, folder: Path) -> dict[str, Any]:
-        self.batches.close()
-        weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.engine).items()}
-        fingerprint = save_tokenizer(folder / "model", qlip=self.qlip, processor=self.processor, weights=weights)
-        return {"fingerprint": fingerprint, "skipped": self.skipped}
+        return self.write_tokenizer(folder / "model", engine=self.engine)
+
+
+build_task = Stage1Task

@@ -1,12 +1,15 @@
 """UM3: a language model learns QLIP's codes on the scheduled mix of text, image-to-text and text-to-image.
 
-Loss = for each half, text and visual, the cross entropy summed over its supervised tokens / their count in the
-global batch; each target under the softmax of its own half (paper, Eq 6).
+The loss of each half of the vocabulary, text and visual, is the cross entropy summed over its targets and divided
+by their number in the global batch; each target is under the softmax of its own half (paper, Eq 6;
+um3/model/split_softmax.py).
 
-Legend: B rows of this rank, T tokens of a row, D width, V entries, K pairs of task and source, C what is counted.
+Legend: B sequences of this rank, T tokens of a sequence, D width, V entries, K pairs of task and source, C counted
+values.
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +17,42 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data_mix.batches.mix import RowBatch, open_rows
+from data_mix.batches.mix import SequenceBatch, SequenceBatches
 from data_mix.batches.packing import micro_batches
-from data_mix.batches.statistics import MixAccount
+from data_mix.batches.statistics import MixStatistics
 from data_mix.codes.shards import open_code_sources
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
-from train.config import UM3Config, UM3LossConfig
 from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
+from train.recipes.configs import UM3Config, UM3LossConfig
 from train.recipes.evaluation import Evaluation
-from train.recipes.text_validation import ForgettingGuard
-from train.recipes.um3_start import Start
+from train.recipes.text_validation import TextValidation
+from train.recipes.um3_start import UM3Start
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
-from um3.model.bit_embeddings import SharedBits
+from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.language_model import save_model
 from um3.model.sequences import document_positions
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
 from um3.model.text_tokenizer import vocabulary_digest
 from um3.model.vocabulary import UnifiedVocabulary
 
-TOKENIZER_DOCUMENTS = 2000
-TOKENIZER_CAPTIONS = 5000
+VOCABULARY_DOCUMENTS = 2000
+VOCABULARY_CAPTIONS = 5000
 TASK_NAMES = ("text", "i2t", "t2i")
 
 
-def build_task(config: UM3Config) -> "UM3Task":
-    """The recipe as the loop runs it."""
-    return UM3Task(config)
-
-
 class UM3Objective(nn.Module):
-    """The stock language model with split-softmax sums as output; `bits` adds to its visual rows while it trains.
+    """The stock language model, with the sums of the split softmax loss as output.
 
-    packed: rows hold documents side by side, which must not see each other.
+    bits: learned vectors per bit that are added to the visual embeddings during training.
+    packed: sequences hold several documents, which must not attend to each other.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class UM3Objective(nn.Module):
         *,
         ids: UnifiedVocabulary,
         loss: UM3LossConfig,
-        bits: SharedBits | None = None,
+        bits: BitEmbeddings | None = None,
         packed: bool = False,
     ):
         super().__init__()
@@ -72,8 +71,8 @@ class UM3Objective(nn.Module):
     def forward(
         self, input_ids_BT: torch.Tensor, target_mask_BT: torch.Tensor, mode: LossMode | None = None
     ) -> SplitLoss:
-        """`mode`: other than the loss's own."""
-        # Rows are padded on the right, so causal attention alone keeps padding out of every real position.
+        """`mode` overrides the configured loss mode."""
+        # Sequences are padded on the right, so causal attention is enough to hide the padding from every real position.
         embeddings_BTD = self.model.get_input_embeddings()(input_ids_BT[:, :-1])
         head_VD = self.model.lm_head.weight
         if self.bits is not None:
@@ -94,10 +93,10 @@ class UM3Objective(nn.Module):
     def _hidden(self, embeddings_BTD: torch.Tensor, *, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states.
 
-        Packed, the positions alone tell the documents apart: without an attention mask transformers takes each
-        restart for a document. SDPA gets one mask of (B, T, T) booleans for all layers, and none where every row is
-        one document; flash attention gets the documents' lengths, but from a batch of one row only, so its rows are
-        joined to one (each begins at position 0).
+        In packed sequences the positions separate the documents: without an attention mask, transformers starts a
+        document at each position 0. SDPA gets one mask of (B, T, T) booleans for all layers, or none if every
+        sequence is one document. Flash attention gets the documents' lengths, which works for a batch of one only,
+        so the sequences are joined.
         """
         if not self.packed:
             return self.model.model(inputs_embeds=embeddings_BTD, use_cache=False).last_hidden_state
@@ -110,18 +109,18 @@ class UM3Objective(nn.Module):
 
 
 class UM3Task:
-    """Rows of the schedule, accumulated to the global batch; every token of it counts the same."""
+    """Sequences of the scheduled mix, accumulated to the global batch; every target of a half has the same weight."""
 
-    unit = "rows"
+    unit = "samples"
 
     def __init__(self, config: UM3Config):
         self.config = config
         qlip = load_qlip(config.visual_tokenizer)
         self.fingerprint = qlip.fingerprint()
-        start = Start(config, qlip=qlip, texts=self._texts())
+        start = UM3Start(config, qlip=qlip, texts=self._vocabulary_texts())
         self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
         self.vocabulary = vocabulary_digest(self.text_tokenizer)
-        self.rows = open_rows(
+        self.rows = SequenceBatches(
             config.data,
             ids=self.ids,
             text_tokenizer=self.text_tokenizer,
@@ -132,33 +131,31 @@ class UM3Task:
             rank=rank(),
             world_size=world_size(),
         )
-        self.batches: Prefetch[RowBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
+        self.batches: Prefetch[SequenceBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
         set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
-        bits = SharedBits(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
+        bits = BitEmbeddings(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
         self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits, packed=packed)
-        self.guard = (
-            ForgettingGuard(config, ids=self.ids, text_tokenizer=self.text_tokenizer)
-            if config.text_validation.every_steps
-            else None
-        )
+        self.text_validation: TextValidation | None = None
+        if config.text_validation.every_steps:
+            self.text_validation = TextValidation(config, ids=self.ids, text_tokenizer=self.text_tokenizer)
         self.evaluation = Evaluation(config) if config.evaluate.every_steps else None
-        self.account = MixAccount(self.rows.keys)
+        self.account = MixStatistics(self.rows.keys)
         self.truncated_captions = 0
 
-    def _texts(self) -> Any:
-        """Documents and captions for a vocabulary of our own."""
+    def _vocabulary_texts(self) -> Iterator[str]:
+        """Documents and captions that train a text vocabulary, if the config asks for one."""
         for text in self.config.data.texts:
             documents = open_text_source(text, split="train")
-            for index in range(min(len(documents), TOKENIZER_DOCUMENTS)):
+            for index in range(min(len(documents), VOCABULARY_DOCUMENTS)):
                 with contextlib.suppress(BadSample):
                     yield documents[index]
         for shards in open_code_sources(self.config.data.codes, split="train").values():
-            for index in range(min(len(shards), TOKENIZER_CAPTIONS)):
+            for index in range(min(len(shards), VOCABULARY_CAPTIONS)):
                 with contextlib.suppress(BadSample):
                     yield from shards[index].captions
 
@@ -167,20 +164,14 @@ class UM3Task:
 
     def build_engines(self) -> dict[str, Any]:
         config = self.config
-        self.micro_rows, self.accumulation = split_batch(config.loop)
-        self.engine = build_engine(
-            self.objective,
-            optimizer=config.optimizer,
-            engine=config.engine,
-            micro_batch_size=self.micro_rows,
-            accumulation_steps=self.accumulation,
-        )
+        _, self.accumulation = split_batch(config.loop)
+        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
         return {"model": self.engine}
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
-        if self.guard is not None:
-            self.guard.begin(self.engine)
+        if self.text_validation is not None:
+            self.text_validation.begin(self.engine)
         batch = self.batches.batch(step)
         factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
@@ -189,7 +180,7 @@ class UM3Task:
         counts_2 = torch.stack([(supervised_BT & is_text_BT).sum(), (supervised_BT & ~is_text_BT).sum()])
         counts_2 = sum_over_ranks(counts_2.to(device()).float())
         weights_2 = torch.tensor([config.loss.text_weight, config.loss.visual_weight], device=device())
-        # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is a sum over its global count.
+        # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is its sum / its global count.
         scales_2 = weights_2 * world_size() * self.accumulation / counts_2.clamp(min=1)
         sums_4 = torch.zeros(4, device=device())
         ids_and_masks = micro_batches(
@@ -200,23 +191,15 @@ class UM3Task:
                 loss = self.engine(input_ids_BT.to(device()), target_mask_BT.to(device()))
             parts_4 = torch.stack([loss.text_sum, loss.visual_sum, loss.text_z_sum, loss.visual_z_sum])
             total = (parts_4.view(2, 2) * scales_2).sum()
-            check_finite({"loss": float(total.detach())}, source="rows of " + ", ".join(sorted(set(batch.sources))))
+            check_finite({"loss": float(total.detach())}, source="samples of " + ", ".join(sorted(set(batch.sources))))
             self.engine.backward(total)
             norm = step_engine(self.engine)
             sums_4 += parts_4.detach()
-        values = self._report(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2)
-        return (
-            values
-            | self._mix_report(batch, step=step)
-            | self._watch(step + 1)
-            | self._evaluate(step + 1)
-            | {
-                "optim/lr": config.optimizer.lr * factor,
-                "optim/grad_norm": norm,
-            }
-        )
+        values = self._loss_metrics(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2)
+        values |= self._mix_metrics(batch, step=step)
+        return values | {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
 
-    def _report(self, batch: RowBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor) -> dict[str, float]:
+    def _loss_metrics(self, batch: SequenceBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor) -> dict[str, float]:
         weights = {"text": self.config.loss.text_weight, "visual": self.config.loss.visual_weight}
         means_2 = sums_4.view(2, 2) / counts_2.clamp(min=1)
         values = {"train/loss": 0.0}
@@ -226,57 +209,51 @@ class UM3Task:
             if counts_2[index] > 0:
                 values[f"train/loss_{half}"] = float(means_2[0, index])
         for name in TASK_NAMES:
-            rows = sum(count for key, count in batch.counts.items() if key.startswith(name + "/"))
-            values[f"data/rows_{name}"] = float(rows)
+            samples = sum(count for key, count in batch.counts.items() if key.startswith(name + "/"))
+            values[f"data/rows_{name}"] = float(samples)
         return values
 
-    def _mix_report(self, batch: RowBatch, *, step: int) -> dict[str, float]:
-        """What all ranks have had up to now, against the schedule; share of padding in this step's rows."""
-        own = [batch.truncated_captions, batch.shards_set_aside, batch.input_ids_BT.numel()]
+    def _mix_metrics(self, batch: SequenceBatch, *, step: int) -> dict[str, float]:
+        """Samples and tokens of all ranks so far, with those of the schedule, and this step's share of padding."""
+        own = [batch.truncated_captions, batch.bad_files, batch.input_ids_BT.numel()]
         sums = sum_over_ranks(torch.cat([batch.seen_KC.flatten(), torch.tensor(own)]).to(device())).cpu()
-        seen_KC, (truncated, set_aside, places) = sums[:-3].view(batch.seen_KC.shape), sums[-3:].tolist()
+        seen_KC, (truncated, skipped_shards, positions) = sums[:-3].view(batch.seen_KC.shape), sums[-3:].tolist()
         self.account.add(seen_KC.numpy())
         self.truncated_captions += truncated
-        return self.account.metrics(due=self.rows.due(step + 1)) | {
-            "data/padding": 1 - int(seen_KC[:, 1:3].sum()) / places,
+        return self.account.metrics(scheduled=self.rows.scheduled(step + 1)) | {
+            "data/padding": 1 - int(seen_KC[:, 1:3].sum()) / positions,
             "data/truncated_captions": float(self.truncated_captions),
-            "data/shards_set_aside": float(set_aside),
+            "data/skipped_files": float(skipped_shards),
         }
 
-    def _watch(self, done: int) -> dict[str, float]:
-        """The guard's measurement after `done` steps, where one is due; what it asks for is done."""
-        if self.guard is None or not self.guard.is_due(done):
-            return {}
-        values = self.guard.check(self.engine, step=done)
-        restart = done + 1  # the batch of step `done` is under way already
-        if self.guard.wants_more_text(values) and restart < self.config.loop.max_steps:
-            self.rows.schedule.restart(restart)
-            values["text_validation/restart"] = float(restart)
+    def evaluate(self, step: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if self.text_validation is not None and self.text_validation.is_due(step):
+            values |= self.text_validation.measure(self.engine, step=step)
+        if self.evaluation is not None and self.evaluation.is_due(step):
+            values |= self.evaluation.measure(self._write_model, step=step)
         return values
 
-    def _evaluate(self, done: int) -> dict[str, float]:
-        if self.evaluation is None or not self.evaluation.is_due(done):
-            return {}
-        return self.evaluation.measure(self._write_model, step=done)
-
     def state(self, step: int) -> dict[str, Any]:
-        counted = {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
-        guard = {"guard_start": self.guard.start_loss} if self.guard is not None else {}
-        made_with = {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
-        return self.rows.state(step) | counted | guard | made_with
+        state = self.rows.state(step) | {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
+        state |= {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
+        if self.text_validation is not None:
+            state["text_loss_at_start"] = self.text_validation.start_loss
+        return state
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other data, and go on counting from one that fits."""
-        if state.get("vocabulary") not in (None, self.vocabulary):
+        """Refuse a checkpoint of other data; take over the counts of one that fits."""
+        if state["vocabulary"] != self.vocabulary:
             raise UserError(
-                f"the checkpoint of step {state['step']} was trained with text vocabulary {state['vocabulary']}, now "
-                f"it is {self.vocabulary}; bring back the tokenizer, or the texts that made it, or use another RUN="
+                f"the checkpoint of step {state['step']} was trained with text vocabulary {state['vocabulary']}, but "
+                f"this run has {self.vocabulary}; restore the text tokenizer, or the texts that it was trained on, or "
+                "use another RUN="
             )
         self.rows.check_state(state)
-        self.account.load(state.get("seen", {}))
-        self.truncated_captions = state.get("truncated_captions", 0)
-        if self.guard is not None:
-            self.guard.start_loss = state["guard_start"]
+        self.account.load(state["seen"])
+        self.truncated_captions = state["truncated_captions"]
+        if self.text_validation is not None:
+            self.text_validation.start_loss = state["text_loss_at_start"]
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
@@ -284,7 +261,7 @@ class UM3Task:
         return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}
 
     def _write_model(self, folder: Path) -> None:
-        """Write the model as it is now (a collective call)."""
+        """Write the model with its current weights (a collective call)."""
         weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
         if self.objective.bits is not None:
             self.objective.bits.fold(weights)
@@ -297,3 +274,6 @@ class UM3Task:
                 qlip_folder=self.config.visual_tokenizer,
                 state_dict=weights,
             )
+
+
+build_task = UM3Task

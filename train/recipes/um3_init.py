@@ -1,9 +1,9 @@
-"""`make um3-init`: a Llama or Qwen and a visual tokenizer -> the UM3 that training starts from, and what that changed.
+"""`make um3-init`: extend a Llama or Qwen to a UM3 for a visual tokenizer, and measure the text loss before and after.
 
-Everything is computed in float32 and rounded to the type that is saved before the second text loss, so the figure is
-of the model in the folder.
+The model is computed in float32 and rounded to the saved type before the second measurement, so the loss is that of the
+saved model.
 
-Shapes: T positions of a row, X those with a target, V entries, D width.
+Legend: T positions of a sequence, X positions with a target, V vocabulary entries, D width.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_mix.batches.token_stream import TokenStream
 from data_mix.samples import BadSample
-from data_mix.sources.tables import looks_like_hub
-from data_mix.sources.text import ListedDocuments, TextSourceConfig, open_text_source
+from data_mix.sources.files import looks_like_hub
+from data_mix.sources.text import ListDocuments, TextSourceConfig, open_text_source
 from tokenizer.modeling import load_qlip
-from train.config import folder_digest
+from train.recipes.um3_start import extend_base, fitted_gains
+from train.run_folder import model_digest
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
 from um3.core.distributed import device
@@ -34,35 +35,32 @@ from um3.core.log import quiet_model_files, setup_logging
 from um3.core.progress import peak_memory_gib, track
 from um3.core.provenance import commit, machine, versions
 from um3.model.configuration import NewTokenInit
-from um3.model.extend import (
-    check_vocabulary,
-    extend_model,
-    fit_gains,
-    inserts_qk_norm,
-    load_base,
-    load_base_tokenizer,
-    read_base_config,
-)
+from um3.model.extend import check_vocabulary, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import count_parameters, save_model
-from um3.model.sequences import Row
+from um3.model.sequences import TrainingSequence
 from um3.model.text_tokenizer import make_vocabulary
 from um3.model.vocabulary import UnifiedVocabulary
 
-MAX_BITS_PER_SUBTOKEN = 14  # the paper's cut of 28 bits: 16,384 rows a subtoken
-CHARS_PER_TOKEN = 12  # more than any text has: enough text is read, whatever the tokenizer
+MAX_BITS_PER_SUBTOKEN = 14
+"""As in the paper: 28 bits are two sub-tokens of 14, with 16,384 vocabulary entries each."""
+CHARS_PER_TOKEN = 12
+"""More than any tokenizer needs on average, so that enough text is read."""
 
 
 @dataclass
 class InitConfig:
-    """What the starting model is made of.
+    """Sources and options of the starting model.
 
     base_model: Llama or Qwen language model, a folder or hub id.
     visual_tokenizer: QLIP folder or hub id.
     output_dir: folder to write.
-    subtokens, bits_per_subtoken: how a code becomes tokens; 0: the fewest subtokens of equally many bits, at most 14.
-    text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: Python's own prose.
-    rows, seq_len: this much text fits the gains of an inserted normalisation, and as much after it is measured.
-    dtype: of the saved weights; "base" keeps the base's.
+    subtokens, bits_per_subtoken: how a code becomes tokens; 0: the fewest sub-tokens of equal size, at most 14 bits
+    each.
+    text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: the prose of Python's documentation.
+    num_sequences, seq_len: number and length of the sequences that fit the gains of an inserted normalisation; the
+    text loss is
+        measured on as many that follow them.
+    dtype: of the saved weights; "base" keeps the base model's.
     """
 
     base_model: str = ""
@@ -73,7 +71,7 @@ class InitConfig:
     qk_norm: bool = True
     new_token_init: NewTokenInit = "mean"
     text: str = ""
-    rows: int = 8
+    num_sequences: int = 8
     seq_len: int = 512
     seed: int = 0
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
@@ -82,33 +80,31 @@ class InitConfig:
         for name in ("subtokens", "bits_per_subtoken"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.rows < 1 or self.seq_len < 8:
-            raise ValueError(f"rows={self.rows} seq_len={self.seq_len}: use 1 or more rows of 8 tokens or more")
+        if self.num_sequences < 1 or self.seq_len < 8:
+            raise ValueError(
+                f"num_sequences={self.num_sequences} seq_len={self.seq_len}: they must be at least 1 and at least 8"
+            )
 
 
 class TextLoss(NamedTuple):
-    """Cross entropy in nats per token: among the base's own text entries, and among all of UM3's."""
+    """Cross entropy in nats per token: over the base's text entries, and over all text entries of UM3."""
 
     base_entries: float
     text_vocab_size: float
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make the starting model that the settings describe, unless it exists."""
+    """Write the starting model that the settings describe, unless it is up to date."""
     parser = command_parser("python -m train um3-init", "Make a starting UM3 from a Llama or Qwen and a QLIP.")
     config, _ = read_config(InitConfig, parser, arguments=arguments)
-    # Saving imports DeepSpeed, which without this says that it looked for an accelerator.
+    # Saving imports DeepSpeed, which would print a warning about the accelerator that it detects.
     os.environ.setdefault("DS_ACCELERATOR", device().type)
     setup_logging()
     quiet_model_files()
     if not config.base_model or not config.output_dir:
-        raise UserError(
-            "give the language model and the folder to write: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER"
-        )
-    request = {
-        "config": to_dict(config),
-        "inputs": {"visual_tokenizer": folder_digest(config.visual_tokenizer, made_by="stage2")},
-    }
+        raise UserError("base_model and output_dir must be set: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER")
+    inputs = {"visual_tokenizer": model_digest(config.visual_tokenizer, made_by="stage2")}
+    request = {"config": to_dict(config), "inputs": inputs}
     if _is_done(Path(config.output_dir), request=request):
         print(f"{config.output_dir} is up to date")
         return
@@ -116,50 +112,52 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]:
-    """Write `out/model` and `out/done.json` (both or nothing), print and return the record; `request` goes into it.
+    """Write `model` and `done.json` below `config.output_dir`, both or nothing; print and return the record.
+
+    Args:
+        request: what the folder is compared with when the command runs again; becomes part of the record.
 
     Raises:
-        UserError: a base, tokenizer or text that cannot be used.
+        UserError: a base model, tokenizer or text that cannot be used.
     """
     began = time.monotonic()
     stored = read_base_config(config.base_model)
     text_tokenizer, entries = load_base_tokenizer(config.base_model)
     check_vocabulary(entries, rows=stored.vocab_size)
-    ids = _ids(config, text_tokenizer=text_tokenizer)
+    ids = _vocabulary(config, text_tokenizer=text_tokenizer)
     seq_len = min(config.seq_len, stored.max_position_embeddings)
-    calibration, measured = _text_rows(config, seq_len=seq_len, text_tokenizer=text_tokenizer, ids=ids)
+    calibration, measured = _text_sequences(config, seq_len=seq_len, text_tokenizer=text_tokenizer, ids=ids)
     base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
-    architecture = type(base).__name__
-    before = text_loss(base, rows=measured, sizes=(entries, entries))
-    gains = {}
-    if inserts_qk_norm(base.config, qk_norm=config.qk_norm):
-        gains = fit_gains(base, calibration=[row.input_ids[None] for row in calibration])
-    model = extend_model(
+    before = text_loss(base, sequences=measured, sizes=(entries, entries))
+    record = request | {"base_architecture": type(base).__name__, "text_loss_before": before.base_entries}
+    sequences = [sequence.input_ids for sequence in calibration]
+    model = extend_base(
         base,
+        config,
         ids=ids,
-        qk_norm=config.qk_norm,
         base_entries=entries,
-        gains=gains,
-        new_token_init=config.new_token_init,
         seed=config.seed,
+        gains=lambda base: fitted_gains(base, sequences),
     ).eval()
     del base
-    dtype = _dtype(config, stored=stored.dtype)
+    name = str(stored.dtype or "float32").removeprefix("torch.") if config.dtype == "base" else config.dtype
+    dtype: torch.dtype = getattr(torch, name)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
-    after = text_loss(model, rows=measured, sizes=(entries, ids.text_vocab_size))
-    parts = count_parameters(model, ids=ids).by_part()
+    after = text_loss(model, sequences=measured, sizes=(entries, ids.text_vocab_size))
+    record |= {"architecture": type(model).__name__, "parameters": count_parameters(model, ids=ids)}
+    record |= {"text_loss_after": after._asdict(), "dtype": str(dtype)}
+    record |= {"text_tokens": sum(int(sequence.targets.sum()) for sequence in measured)}
     model.to("cpu", dtype)
     with atomic_folder(config.output_dir) as partial:
-        shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": config.visual_tokenizer}
-        save_model(partial / "model", model=model, trained=False, **shared)
-        record = request | {
-            "parameters": parts,
-            "base_architecture": architecture,
-            "architecture": type(model).__name__,
-        }
-        record |= {"text_loss_before": before.base_entries, "text_loss_after": after._asdict()}
-        record |= {"text_tokens": sum(int(row.targets.sum()) for row in measured), "dtype": str(dtype)}
+        save_model(
+            partial / "model",
+            model=model,
+            text_tokenizer=text_tokenizer,
+            ids=ids,
+            qlip_folder=config.visual_tokenizer,
+            trained=False,
+        )
         record |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
         write_json(partial / "done.json", record | {"commit": commit(), "versions": versions(), "machine": machine()})
     _print(record, config=config, ids=ids)
@@ -167,12 +165,12 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
 
 
 @torch.no_grad()
-def text_loss(model: PreTrainedModel, *, rows: Sequence[Row], sizes: tuple[int, int]) -> TextLoss:
-    """The loss of text rows under the softmax over the first so many entries, for two such numbers."""
+def text_loss(model: PreTrainedModel, *, sequences: Sequence[TrainingSequence], sizes: tuple[int, int]) -> TextLoss:
+    """The loss of text sequences under the softmax over the first `size` entries, for both `sizes`."""
     sums, count = [0.0, 0.0], 0
     head_VD = model.get_output_embeddings().weight
-    for row in track(rows, total=len(rows), label="text loss", unit="rows"):
-        input_ids_T, is_target_T = (part.to(model.device) for part in row)
+    for sequence in track(sequences, total=len(sequences), label="text loss", unit="sequences"):
+        input_ids_T, is_target_T = (part.to(model.device) for part in sequence)
         hidden_TD = model.model(input_ids=input_ids_T[None, :-1], use_cache=False).last_hidden_state[0]
         hidden_XD, targets_X = hidden_TD[is_target_T[1:]], input_ids_T[1:][is_target_T[1:]]
         for index, size in enumerate(sizes):
@@ -181,94 +179,84 @@ def text_loss(model: PreTrainedModel, *, rows: Sequence[Row], sizes: tuple[int, 
     return TextLoss(*(total / count for total in sums))
 
 
-def _is_done(out: Path, *, request: dict[str, Any]) -> bool:
-    """True if `out` holds just what is asked for; UserError if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _is_done(folder: Path, *, request: dict[str, Any]) -> bool:
+    """True if `folder` holds the result of `request`; UserError if it holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    done = out / "done.json"
-    if done.exists():
-        record = read_json(done)
+    if (folder / "done.json").exists():
+        record = read_json(folder / "done.json")
         if all(record.get(key) == value for key, value in request.items()):
             return True
-    raise UserError(f"{out} exists and holds something else; use another RUN=, or delete that folder to make it anew")
+    raise UserError(f"{folder} exists already with other content; use another RUN=, or delete that folder")
 
 
-def _dtype(config: InitConfig, *, stored: torch.dtype | str | None) -> torch.dtype:
-    if config.dtype != "base":
-        return getattr(torch, config.dtype)
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
-
-
-def _ids(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
+def _vocabulary(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
+    """The vocabulary of the configured sub-tokens, or of the fewest that divide a code's bits evenly."""
     qlip = load_qlip(config.visual_tokenizer)
-    bits = qlip.num_bits
-    subtokens = config.subtokens or (
-        bits // config.bits_per_subtoken if config.bits_per_subtoken else _fewest_subtokens(bits)
-    )
-    bits_per_subtoken = config.bits_per_subtoken or bits // max(subtokens, 1)
-    if subtokens * bits_per_subtoken != bits:
+    bits, subtokens, size = qlip.num_bits, config.subtokens, config.bits_per_subtoken
+    if not subtokens:
+        fewest = range(-(-bits // MAX_BITS_PER_SUBTOKEN), bits + 1)
+        subtokens = bits // size if size else next(count for count in fewest if bits % count == 0)
+    size = size or bits // subtokens
+    if subtokens * size != bits:
         raise UserError(
-            f"subtokens={subtokens} x bits_per_subtoken={bits_per_subtoken} is not the {bits} bits of a code of {config.visual_tokenizer}; "
-            "choose factors of that, or leave both out"
+            f"subtokens={subtokens} x bits_per_subtoken={size} is not {bits}, the bits of a code of "
+            f"{config.visual_tokenizer}; set factors of {bits}, or neither"
         )
     try:
         return make_vocabulary(
-            text_tokenizer, subtokens=subtokens, bits_per_subtoken=bits_per_subtoken, num_patches=qlip.num_patches
+            text_tokenizer, subtokens=subtokens, bits_per_subtoken=size, num_patches=qlip.num_patches
         )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _fewest_subtokens(bits: int) -> int:
-    return next(subtokens for subtokens in range(-(-bits // MAX_BITS_PER_SUBTOKEN), bits + 1) if bits % subtokens == 0)
-
-
-def _text_rows(
+def _text_sequences(
     config: InitConfig, *, seq_len: int, text_tokenizer: PreTrainedTokenizerBase, ids: UnifiedVocabulary
-) -> tuple[list[Row], list[Row]]:
-    """The first rows of the text, for calibration, and as many after them, held out for the loss."""
+) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
+    """The first sequences of the text, for calibration, and as many after them, to measure the loss."""
     source = TextSourceConfig(name="text", path=config.text) if config.text else TextSourceConfig()
-    source.val_fraction = 0.0  # nothing here is trained on
-    needed_chars = 2 * config.rows * seq_len * CHARS_PER_TOKEN
+    source.val_fraction = 0.0
+    needed_chars = 2 * config.num_sequences * seq_len * CHARS_PER_TOKEN
     if looks_like_hub(config.text):
-        source.stream = needed_chars  # documents, more than it takes
+        source.stream = needed_chars  # in documents, so more than enough
     documents = open_text_source(source, split="train")
-    texts, chars = [], 0
+    texts, num_chars = [], 0
     for index in range(len(documents)):
-        if chars > needed_chars:
+        if num_chars > needed_chars:
             break
         with contextlib.suppress(BadSample):
             texts.append(documents[index])
-            chars += len(texts[-1])
+            num_chars += len(texts[-1])
     with TemporaryDirectory() as cache:
-        listed = ListedDocuments(documents.name, texts)
+        listed = ListDocuments(documents.name, texts)
         stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, seq_len=seq_len, cache=cache)
-        rows = [stream[index] for index in range(min(len(stream), 2 * config.rows))]
-    if len(rows) < 2:
-        raise UserError(f"'{config.text}' has fewer than {seq_len} tokens; give more text or a smaller seq_len")
-    half = len(rows) // 2
-    return rows[:half], rows[half:]
+        sequences = [stream[index] for index in range(min(len(stream), 2 * config.num_sequences))]
+    if len(sequences) < 2:
+        raise UserError(f"text '{config.text}' has fewer than {2 * seq_len} tokens; give more text, or lower seq_len")
+    half = len(sequences) // 2
+    return sequences[:half], sequences[half:]
 
 
 def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary) -> None:
+    architectures = f"{record['base_architecture']} -> {record['architecture']}"
+    print(f"{config.output_dir}/model: {architectures}, saved as {record['dtype']}")
     print(
-        f"{config.output_dir}/model: {record['base_architecture']} -> {record['architecture']}, saved as {record['dtype']}"
-    )
-    print(
-        f"  {ids.text_vocab_size:,} text entries + {ids.visual_vocab_size:,} visual "
-        f"({ids.subtokens} subtokens of {ids.bits_per_subtoken} bits); an image is {ids.image_tokens} tokens"
+        f"  {ids.text_vocab_size:,} text entries + {ids.visual_vocab_size:,} visual entries "
+        f"({ids.subtokens} sub-tokens of {ids.bits_per_subtoken} bits); an image is {ids.image_tokens} tokens"
     )
     for part, count in record["parameters"].items():
         print(f"  {part:<30} {count:>13,}")
     before, after = record["text_loss_before"], TextLoss(**record["text_loss_after"])
-    print(f"  text loss, {record['text_tokens']:,} held-out tokens of {config.text or 'Python prose'}, nats per token")
+    print(f"  text loss on {record['text_tokens']:,} tokens of {config.text or 'Python prose'}, nats per token")
     for name, value in (
         ("before", before),
         ("after", after.base_entries),
-        ("after, image marks among them", after.text_vocab_size),
+        ("after, with the image tokens", after.text_vocab_size),
     ):
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     print(
-        f'train from it: make um3 ARGS="model.base_model={config.output_dir}/model model.qk_norm={str(config.qk_norm).lower()} '
-        f'vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
+        f'train it: make um3 ARGS="model.base_model={config.output_dir}/model '
+        f"model.qk_norm={str(config.qk_norm).lower()} vocabulary.subtokens={ids.subtokens} "
+        f'vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
     )

@@ -1,30 +1,30 @@
-"""Evaluation while UM3 trains: the numbers of `make eval`, and a training that is not disturbed."""
+"""Evaluation during UM3's training: the numbers of `make eval`, and losses that do not change."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from eval.run import main as evaluate
-from tests.train.conftest import arguments, losses, run_apart, run_here
+from tests.train.conftest import arguments, losses, train_apart, train_here
 from um3.core.errors import UserError
+from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 
 EVAL = """
-num_threads: 2
-images: [{name: scenes, kind: scenes, length: 200}]
-language: {num_items: 2, num_documents: 2, max_tokens: 28}
-captions: {num_images: 6, max_new_tokens: 4}
-generation: {num_images: 4, per_skill: 2}
+eval:
+  num_threads: 2
+  images: [{name: scenes, kind: scenes, length: 200}]
+  language: {num_items: 2, num_documents: 2, max_tokens: 28}
+  captions: {num_images: 6, max_new_tokens: 4}
+  generation: {num_images: 4, per_skill: 2}
 """
-EVERY_TWO = ["evaluate.every_steps=2", "evaluate.parts=[language, captions, generation]"]
+PARTS = ("language", "captions", "generation")
 
 
-def with_evaluation(made: Path, folder: Path, *overrides: str) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    (folder / "eval.yaml").write_text(EVAL)
-    config = f"evaluate.config={folder}/eval.yaml"
-    return arguments("um3", made, f"loop.output_dir={folder}/um3", config, *EVERY_TWO, *overrides)
+def options(folder: Path, *overrides: str, config: str = EVAL) -> list[str]:
+    (folder / "eval.yaml").write_text(config)
+    every_two = ["evaluate.every_steps=2", f"evaluate.parts=[{', '.join(PARTS)}]"]
+    return [f"evaluate.config={folder}/eval.yaml", *every_two, *overrides]
 
 
 def measured(folder: Path) -> list[dict[str, float]]:
@@ -33,56 +33,57 @@ def measured(folder: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key.startswith("eval/")} for row in rows]
 
 
-def test_it_gives_what_make_eval_gives_and_changes_nothing(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_here(monkeypatch, with_evaluation(made, tmp_path))
+@pytest.mark.slow
+def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made: Path, tmp_path: Path) -> None:
+    assert train_here("um3", made, tmp_path / "um3", *options(tmp_path)) == losses(made / "um3")
     steps = measured(tmp_path / "um3")
     assert [bool(step) for step in steps] == [False, True, False, True] and steps[1] != steps[3]
     assert {"eval/um3_prose/bits_per_byte", "eval/scenes_captions/cider", "eval/skills/mean"} <= steps[3].keys()
-    evaluate([
-        "--config", str(tmp_path / "eval.yaml"), f"run={tmp_path}", "parts=[language, captions, generation]",
+    config = [
+        "--config",
+        str(tmp_path / "eval.yaml"),
+        f"run={tmp_path}",
+        f"parts=[{', '.join(PARTS)}]",
         "num_threads=1",
-    ])  # fmt: skip
-    for part in ("language", "captions", "generation"):
-        for score in json.loads((tmp_path / f"eval/{part}.json").read_text())["scores"]:
+    ]
+    evaluate(config)
+    for part in PARTS:
+        for score in read_json(tmp_path / f"eval/{part}.json")["scores"]:
             if score["value"] is not None:
                 assert steps[3][f"eval/{score['task']}/{score['metric']}"] == score["value"]
-    kept = sorted(path.name for path in (tmp_path / "um3/eval/step-00000004").iterdir())
-    assert "captions.json" in kept and "captions.npz" in kept and "model" not in kept
-    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/plain"))
-    assert losses(tmp_path / "plain") == losses(tmp_path / "um3")
+    kept = {path.name for path in (tmp_path / "um3/eval/step-00000004").iterdir()}
+    assert "captions.json" in kept and "model" not in kept
+
+
+def test_captions_are_measured_while_training(made: Path, tmp_path: Path) -> None:
+    train_here("um3", made, tmp_path / "um3", *options(tmp_path, "evaluate.parts=[captions]"))
+    assert ["eval/scenes_captions/cider" in step for step in measured(tmp_path / "um3")] == [False, True, False, True]
 
 
 @pytest.mark.slow
 def test_the_other_ranks_wait(made: Path, tmp_path: Path) -> None:
-    command = with_evaluation(made, tmp_path, "engine.zero_stage=3", "evaluate.parts=[captions]")
-    result = run_apart(command, processes=2)
-    assert result.returncode == 0, result.stderr[-2000:]
+    overrides = options(tmp_path, "engine.zero_stage=3", "evaluate.parts=[captions]")
+    train_apart(arguments("um3", made, f"loop.output_dir={tmp_path}/um3", *overrides), processes=2)
     assert [len(step) > 3 for step in measured(tmp_path / "um3")] == [False, True, False, True]
 
 
-def test_what_cannot_be_measured_does_not_end_the_run(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_a_failed_evaluation_does_not_stop_the_run(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = with_evaluation(made, tmp_path, "evaluate.parts=[generation]")
-    (tmp_path / "eval.yaml").write_text(EVAL + "features: inception-2015\ninception_weights: nowhere.pth\n")
-    run_here(monkeypatch, command)
-    said = capsys.readouterr().err
-    assert "after step 2 nothing was measured: " in said and "nowhere.pth" in said
+    config = EVAL + "  fid_features: inception-2015\n  inception_weights: nowhere.pth\n"
+    train_here("um3", made, tmp_path / "um3", *options(tmp_path, "evaluate.parts=[generation]", config=config))
+    messages = [line for line in capsys.readouterr().err.splitlines() if "nowhere.pth" in line]
+    assert len(messages) == 2 and "step 2" in messages[0]
     assert measured(tmp_path / "um3") == [{}] * 4 and (tmp_path / "um3/model").is_dir()
 
 
-def test_what_is_wrong_is_told_before_the_first_step(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_found_before_the_first_step(made: Path, tmp_path: Path) -> None:
     for overrides, message in (
-        (["evaluate.config=none.yaml"], r"config file none\.yaml does not exist"),
-        (["evaluate.every_steps=15", "loop.log_every_steps=10"], r"evaluate\.every_steps=15 is no multiple"),
+        (["evaluate.config=none.yaml"], r"none\.yaml"),
+        (["evaluate.every_steps=15", "loop.log_every_steps=10"], r"evaluate\.every_steps=15"),
     ):
         with pytest.raises(UserError, match=message):
-            run_here(monkeypatch, with_evaluation(made, tmp_path, *overrides))
-    command = with_evaluation(made, tmp_path)
-    (tmp_path / "eval.yaml").write_text("captions: {num_images: 2}\n")
-    with pytest.raises(UserError, match="list the sources under 'images'"):
-        run_here(monkeypatch, command)
+            train_here("um3", made, tmp_path / "um3", *options(tmp_path, *overrides))
+    with pytest.raises(UserError, match="images"):
+        train_here("um3", made, tmp_path / "um3", *options(tmp_path, config="eval:\n  captions: {num_images: 2}\n"))

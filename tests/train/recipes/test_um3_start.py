@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.train.conftest import arguments, run_here
+from tests.train.conftest import logged, train_here
 from train.recipes.um3_init import main as init
 from um3.core.errors import UserError
-from um3.core.metrics import read_metrics
 from um3.model.text_tokenizer import train_text_tokenizer
 
 GAINS = "cache/qk_norm_gains.safetensors"
+NO_BITS = "vocabulary.bit_embeddings=false"
+STILL = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "loop.max_steps=1"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a text tokenizer that has the image marks already."""
+    """A tiny Llama whose text tokenizer already has the image tokens."""
     folder = tmp_path_factory.mktemp("base")
     text_tokenizer = train_text_tokenizer(["a module of the standard library"] * 3, vocab_size=280)
     torch.manual_seed(0)
@@ -35,16 +36,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(base: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UM3 made of `base` for the codes of `made`."""
     out = tmp_path_factory.mktemp("run") / "um3-init"
-    init(
-        [
-            f"base_model={base}",
-            f"visual_tokenizer={made}/stage2/model",
-            f"output_dir={out}",
-            "subtokens=2",
-            "rows=2",
-            "seq_len=32",
-        ]
-    )
+    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"output_dir={out}"]
+    init([*models, "subtokens=2", "num_sequences=2", "seq_len=32"])
     return out / "model"
 
 
@@ -52,119 +45,103 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
-def test_training_goes_on_from_a_um3_folder_as_it_is(
-    start: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [f"model.base_model={start}", "vocabulary.bit_embeddings=false", "loop.max_steps=1"]
-    still = [*options, "optimizer.lr=1e-12", "optimizer.weight_decay=0", "engine.activation_checkpointing=true"]
-    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/still", *still))
+def test_training_starts_from_the_weights_of_a_um3_folder(start: Path, made: Path, tmp_path: Path) -> None:
+    options = [f"model.base_model={start}", NO_BITS]
+    train_here("um3", made, tmp_path / "still", *options, *STILL, "engine.activation_checkpointing=true")
     before, after = weights(start), weights(tmp_path / "still/model")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
     assert not (tmp_path / "still" / GAINS).exists()
     card = (tmp_path / "still/model/README.md").read_text()
-    assert "state: trained" in card and "`LlamaForCausalLM` with 280 text entries" in card
-    run_here(monkeypatch, arguments("um3", made, f"loop.output_dir={tmp_path}/moved", *options, "optimizer.lr=1e-2"))
+    assert "LlamaForCausalLM" in card and "280" in card
+    train_here("um3", made, tmp_path / "moved", *options, "loop.max_steps=1", "optimizer.lr=1e-2")
     assert not torch.equal(weights(tmp_path / "moved/model")["lm_head.weight"], before["lm_head.weight"])
 
 
 @pytest.mark.parametrize(
-    ("override", "line"),
+    ("override", "remedy"),
     [
-        ("model.qk_norm=false", r"with query-key normalisation; set model\.qk_norm=true"),
-        ("vocabulary.subtokens=3", r"into 2 x 6 bits, the config into 3 x 6; set vocabulary\.subtokens=2"),
-        ("vocabulary.tokenizer=somewhere", "its own text tokenizer"),
+        ("model.qk_norm=false", r"set model\.qk_norm=true"),
+        ("vocabulary.subtokens=3", r"set vocabulary\.subtokens=2"),
+        ("vocabulary.tokenizer=somewhere", r"vocabulary\.tokenizer"),
     ],
 )
 def test_a_config_that_contradicts_the_folder_is_refused(
-    override: str, line: str, start: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    override: str, remedy: str, start: Path, made: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=line):
-        run_here(
-            monkeypatch,
-            arguments("um3", made, f"loop.output_dir={tmp_path}/um3", f"model.base_model={start}", override),
-        )
+    with pytest.raises(UserError, match=remedy):
+        train_here("um3", made, tmp_path, f"model.base_model={start}", override)
 
 
-def test_another_tokenizer_or_another_start_is_refused(
-    start: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [f"loop.output_dir={tmp_path}/um3", f"model.base_model={tmp_path}/start", "loop.max_steps=1"]
+@pytest.mark.slow
+def test_another_tokenizer_or_another_start_is_refused(start: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(start, tmp_path / "start")
-    with pytest.raises(UserError, match=r"was made for visual tokenizer \w+, but qlip="):
-        run_here(monkeypatch, arguments("um3", made, *options, f"visual_tokenizer={made}/stage1/model"))
+    options = [f"model.base_model={tmp_path}/start", "loop.max_steps=1"]
+    with pytest.raises(UserError, match=r"was made for visual tokenizer \w+, but visual_tokenizer="):
+        train_here("um3", made, tmp_path / "um3", *options, f"visual_tokenizer={made}/stage1/model")
     shutil.rmtree(tmp_path / "um3")
-    run_here(monkeypatch, arguments("um3", made, *options))
+    train_here("um3", made, tmp_path / "um3", *options)
     tensors = load_file(tmp_path / "start/model.safetensors")
     tensors["lm_head.weight"] += 1
     save_file(tensors, tmp_path / "start/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="made from other inputs"):
-        run_here(monkeypatch, arguments("um3", made, *options))
+    with pytest.raises(UserError, match="other inputs"):
+        train_here("um3", made, tmp_path / "um3", *options)
 
 
-def test_a_base_is_calibrated_once_a_run(
-    base: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [
-        f"model.base_model={base}",
-        f"loop.output_dir={tmp_path}/um3",
-        "optimizer.lr=1e-12",
-        "optimizer.weight_decay=0",
-    ]
-    run_here(monkeypatch, arguments("um3", made, *options, "loop.max_steps=2"))
-    gains = load_file(tmp_path / "um3" / GAINS)
-    name = "model.layers.0.self_attn.q_norm.weight"
-    torch.testing.assert_close(weights(tmp_path / "um3/model")[name], gains[name], rtol=0, atol=1e-6)
-    # Made anew in the same folder, the run takes the gains that lie there: these could not have been fitted.
-    shutil.rmtree(tmp_path / "um3/checkpoints")
-    (tmp_path / "um3/done.json").unlink()
-    save_file({key: torch.full_like(gain, 7.0) for key, gain in gains.items()}, tmp_path / "um3" / GAINS)
-    run_here(monkeypatch, arguments("um3", made, *options, "loop.max_steps=2"))
-    assert (weights(tmp_path / "um3/model")[name] - 7).abs().max() < 1e-5
+def test_a_base_keeps_its_text_rows_and_is_calibrated_once_a_run(base: Path, made: Path, tmp_path: Path) -> None:
+    options = [f"model.base_model={base}", *STILL]
+    train_here("um3", made, tmp_path, *options)
+    trained, before = weights(tmp_path / "model"), weights(base)
+    table = "model.embed_tokens.weight"
+    torch.testing.assert_close(trained[table][: len(before[table])], before[table])
+    gains = load_file(tmp_path / GAINS)
+    for part in ("q", "k"):
+        name = f"model.layers.0.self_attn.{part}_norm.weight"
+        torch.testing.assert_close(trained[name], gains[name], rtol=0, atol=1e-6)
+        # The base's queries and keys have an rms of about the root of the width times the weights' scale: 2.8, not 1.
+        projection = before[f"model.layers.0.self_attn.{part}_proj.weight"]
+        assert (gains[name] / (32**0.5 * projection.std())).mean().item() == pytest.approx(1, abs=0.3)
+    # A second start in the same folder reads the gains of the cache: these could not have been fitted.
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "done.json").unlink()
+    save_file({key: torch.full_like(gain, 7.0) for key, gain in gains.items()}, tmp_path / GAINS)
+    train_here("um3", made, tmp_path, *options)
+    assert (weights(tmp_path / "model")[name] - 7).abs().max() < 1e-5
 
 
-def test_new_rows_can_be_random(base: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [f"model.base_model={base}", "optimizer.lr=1e-12", "loop.max_steps=1", "vocabulary.bit_embeddings=false"]
+@pytest.mark.slow
+def test_new_rows_can_be_random(base: Path, made: Path, tmp_path: Path) -> None:
+    options = [f"model.base_model={base}", *STILL, NO_BITS]
     spreads = {}
-    for rows in ("mean", "random"):
-        folder = tmp_path / rows
-        run_here(
-            monkeypatch, arguments("um3", made, *options, f"loop.output_dir={folder}", f"model.new_token_init={rows}")
-        )
-        spreads[rows] = weights(folder / "model")["lm_head.weight"][280:].std(0).mean().item()
+    for init_by in ("mean", "random"):
+        train_here("um3", made, tmp_path / init_by, *options, f"model.new_token_init={init_by}")
+        spreads[init_by] = weights(tmp_path / init_by / "model")["lm_head.weight"][280:].std(0).mean().item()
     assert spreads["mean"] < 1e-6 and spreads["random"] == pytest.approx(0.5, rel=0.1)
 
 
-def test_streamed_text_is_needed_once_a_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vocabulary, the tokens and the guard's rows are made at the first start; no later one needs the hub."""
+@pytest.mark.slow
+def test_streamed_text_is_read_once_a_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary, the tokens and the validation sequences are made at the first start; later ones need no hub."""
     monkeypatch.chdir(tmp_path)
     words = tmp_path / "own" / "words"
     words.mkdir(parents=True)
     texts = [f"Sentence {number} of a text that is as long as it has to be, and not longer." for number in range(60)]
     (words / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    source = "data.texts=[{name: h, kind: hub, path: own/words, stream: 50, val_fraction: 0.1}]"
-    command = arguments(
-        "um3",
-        made,
-        f"loop.output_dir={tmp_path}/run",
-        source,
-        "text_validation.every_steps=2",
-        "text_validation.num_sequences=2",
-    )
+    options = ["data.texts=[{name: h, kind: hub, path: own/words, stream: 50, val_fraction: 0.1}]"]
+    options += ["text_validation.every_steps=2", "text_validation.num_sequences=2"]
+    folder = tmp_path / "run"
 
-    def losses() -> list[Any]:
-        run_here(monkeypatch, command)
-        keys = ("train/loss", "text_validation/text_loss")
-        return [[row.get(key) for key in keys] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    def values() -> list[Any]:
+        return [train_here("um3", made, folder, *options), logged(folder, "text_validation/text_loss")]
 
-    first = losses()
+    first = values()
     shutil.rmtree(words)
     for name in ("model", "checkpoints"):
-        shutil.rmtree(tmp_path / "run" / name)
+        shutil.rmtree(folder / name)
     for name in ("done.json", "metrics.jsonl"):
-        (tmp_path / "run" / name).unlink()
-    assert losses() == first and first[-1][1] is not None
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match=r"hub set own/words\): cannot be opened"):
-        losses()
+        (folder / name).unlink()
+    assert values() == first and first[1][-1] is not None
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="own/words"):
+        values()

@@ -1,4 +1,4 @@
-"""A table whose rows train a UM3 on the codes of another run, with several seeds."""
+"""An ablation whose rows train a UM3 on the codes of another run, with several seeds."""
 
 import os
 from pathlib import Path
@@ -22,30 +22,30 @@ rows:
   - {name: from text, after: split, um3: ["model.base_model={text}", optimizer.lr=1e-9, loop.max_steps=1]}
 """
 EVAL = """
-num_threads: 1
-language: {num_items: 2, num_documents: 2, max_tokens: 28}
-captions: {num_images: 4, max_new_tokens: 4}
-generation: {num_images: 4, per_skill: 2}
+eval:
+  num_threads: 1
+  language: {num_items: 2, num_documents: 2, max_tokens: 28}
+  captions: {num_images: 4, max_new_tokens: 4}
+  generation: {num_images: 4, per_skill: 2}
 """
 
 
+@pytest.mark.slow
 def test_a_um3_learns_the_codes_of_the_base_run(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in os.environ.keys() - environment().keys():  # the phases before ran in this process, as a rank
-        monkeypatch.delenv(name)
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "um3.yaml").write_text(f"base: {ROOT}/configs/demo.yaml\n")
-    (configs / "eval.yaml").write_text(EVAL)
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "small.yaml").write_text(f"base: {ROOT}/configs/demo.yaml\n{EVAL}")
     (tmp_path / "table.yaml").write_text(TABLE)
-    command = ["--table", str(tmp_path / "table.yaml"), "--config", str(configs), "--run", str(tmp_path / "run")]
+    files = ["--table", str(tmp_path / "table.yaml"), "--config", str(tmp_path / "small.yaml")]
+    command = [*files, "--run", str(tmp_path / "run")]
     main([*command, "--base", str(made), *TINY["um3"]])
     first, second = (losses(tmp_path / "run/split" / seed / "um3") for seed in ("seed-0", "seed-1"))
     assert first != second and len(first) == 4
     for seed in range(2):
         before, after = (load_model(tmp_path / f"run/{name}/seed-{seed}/um3/model") for name in ("split", "from-text"))
-        text_rows, rows = (each.model.model.embed_tokens.weight for each in (before, after))
+        text_rows, rows = (loaded.model.model.embed_tokens.weight for loaded in (before, after))
         num_text = before.ids.text_vocab_size
         torch.testing.assert_close(rows[:num_text], text_rows[:num_text])
         assert after.ids == before.ids and not torch.allclose(rows[num_text:], text_rows[num_text:], atol=1e-3)

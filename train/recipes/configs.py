@@ -1,0 +1,282 @@
+"""The configs of the three recipes: `Stage1Config`, `Stage2Config`, `UM3Config`, and their sections.
+
+Each config names the models that it starts from (`inputs`). This module does not import torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_mix.batches.config import DataConfig
+from data_mix.sources.image_sources import ImageSourceConfig
+from data_mix.sources.text import TextSourceConfig
+from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.run_folder import model_digest
+from um3.model.configuration import ModelConfig, is_um3
+
+
+@dataclass
+class QLIPSizeConfig:
+    """Shape of the tokenizer (SPEC section 1); encoder and decoder have the same width and depth."""
+
+    init_from: str = ""
+    """QLIP folder or hub id to start from instead of new weights; the shape is then that model's."""
+    encoder_weights: str = ""
+    """Weights for the visual encoder: a file of EVA-02's (MIM) or EVA-CLIP's weights (on the hub: OWNER/NAME/FILE),
+    or a QLIP folder; empty: new weights."""
+    image_size: int = 256
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 2048
+    bits: int = 28
+    group_size: int = 1
+    inv_temperature: float = 1.0
+    projection_dim: int = 512
+    rope_pretrained_grid: int = 16
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_heads"), ("bits", "group_size")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}; change one"
+                )
+
+
+@dataclass
+class TextTowerConfig:
+    """Shape of the text tower; CLIP-B's by default."""
+
+    tokenizer: str = ""
+    """Folder or hub id of the text tokenizer; empty: train one on the captions of data.sources."""
+    weights: str = ""
+    """CLIP folder or hub id whose text tower to load; empty: new weights."""
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    intermediate_size: int = 2048
+    max_tokens: int = 77
+    hidden_act: str = "quick_gelu"
+
+
+@dataclass
+class ImageDataConfig:
+    """The images and captions that train the tokenizer."""
+
+    sources: list[ImageSourceConfig] = field(default_factory=list)
+    caption: Literal["first", "random"] = "first"
+
+    def __post_init__(self) -> None:
+        if streamed := [source.name for source in self.sources if source.stream]:
+            raise ValueError(
+                f"source '{streamed[0]}': the tokenizer reads images in random order, which a stream does not allow; "
+                "set stream=0 to download the data set"
+            )
+
+
+@dataclass
+class Stage1LossConfig:
+    """Weights of stage 1's loss (SPEC section 1)."""
+
+    mse: float = 1e3
+    """a_r"""
+    contrastive: float = 1.0
+    """a_a"""
+    entropy: float = 1.0
+    """a_q"""
+    commitment: float = 1.0
+    """a_z"""
+
+
+@dataclass
+class Stage1Config:
+    """Stage 1: train the visual tokenizer."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind="lamb", grad_clip=5.0))
+    loss: Stage1LossConfig = field(default_factory=Stage1LossConfig)
+    model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    bottleneck: Literal["bsq", "identity"] = "bsq"
+    """identity: the decoder reads the encoder's output without quantization, and the quantizer does not train (recipe 2
+    of Table 3c, Figure 5)."""
+    trainable: list[str] = field(default_factory=list)
+    """Name prefixes of the parameters to train, as in `optimizer.module_lr`; empty: all."""
+    gradient_norms: bool = False
+    """Log the gradient norm of each of the two losses in the encoder's last MLP (Figure 5)."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_norms and self.engine.zero_stage == 3:
+            raise ValueError(
+                "gradient_norms needs whole weights, which ZeRO 3 partitions; set engine.zero_stage=2 or less"
+            )
+        uncaptioned = [source.name for source in self.data.sources if not source.has_captions]
+        if self.loss.contrastive and uncaptioned:
+            raise ValueError(
+                f"source '{uncaptioned[0]}' has no captions, which the contrastive loss needs; set loss.contrastive=0"
+            )
+        if self.model.init_from and (self.model.encoder_weights or self.text.weights):
+            raise ValueError("model.init_from loads all weights; unset model.encoder_weights and text.weights")
+        if self.text.weights and not self.text.tokenizer:
+            raise ValueError("text.weights need their own vocabulary; set text.tokenizer to the same CLIP")
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the models that training starts from; other inputs make another run."""
+        return {"init_from": model_digest(self.model.init_from, made_by="stage1")} if self.model.init_from else {}
+
+
+@dataclass
+class Stage2LossConfig:
+    """Weights of stage 2's loss (SPEC section 1)."""
+
+    mse: float = 1.0
+    """a_r"""
+    entropy: float = 1.0
+    """a_q"""
+    perceptual: float = 0.1
+    """a_p"""
+    adversarial: float = 0.1
+    """a_g"""
+    adversarial_kind: Literal["hinge", "non_saturating"] = "hinge"
+    adversarial_start_step: int = 0
+    """The discriminator trains from step 0; the generator gets the adversarial loss from this step on."""
+    r1: float = 0.0
+    """gamma of the R1 penalty on real images, gamma / 2 * E |grad D|^2 (Mescheder et al. 2018)."""
+
+
+@dataclass
+class PerceptualConfig:
+    """Weight files of LPIPS-VGG; both empty: a distance in the features of a seeded random network."""
+
+    backbone: str = ""
+    heads: str = ""
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Shape of the discriminator: PatchGAN, or StyleGAN2's residual one."""
+
+    kind: Literal["patch", "residual"] = "patch"
+    channels: int = 64
+    num_layers: int = 3
+
+
+@dataclass
+class Stage2Config:
+    """Stage 2: fine-tune the bottleneck and decoder."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
+    loss: Stage2LossConfig = field(default_factory=Stage2LossConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    init_from: str = ""
+    """QLIP folder or hub id to start from, such as runs/demo/stage1/model."""
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    trainable: list[str] = field(default_factory=lambda: ["qlip.vision_model.quant_embed", "qlip.vision_decoder"])
+    """Name prefixes of the parameters to train, within the bottleneck and the decoder."""
+
+    def __post_init__(self) -> None:
+        if self.discriminator_optimizer.ema_decay:
+            raise ValueError("discriminator_optimizer.ema_decay must be 0: the discriminator is not saved")
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the models that training starts from; other inputs make another run."""
+        return {"init_from": model_digest(self.init_from, made_by="stage1")}
+
+
+@dataclass
+class UM3LossConfig:
+    """The language-model loss (SPEC section 2): split softmax (paper, Eq 6) or joint, for the ablation."""
+
+    mode: Literal["split", "joint"] = "split"
+    text_weight: float = 1.0
+    visual_weight: float = 1.0
+    """Each half's loss is its mean over the targets of that half in the global batch, times its weight."""
+    z_loss: float = 0.0
+    chunk_tokens: int = 2048
+    """Maximum number of positions whose logits exist at a time; fewer if they would take more than 256 MiB."""
+
+
+@dataclass
+class VocabularyConfig:
+    """The text vocabulary, and how a code is split into sub-tokens."""
+
+    tokenizer: str = ""
+    """Folder or hub id of the text tokenizer; empty: the base model's, or one trained on the texts and captions."""
+    text_vocab_size: int = 1024
+    """Size of a trained text vocabulary."""
+    subtokens: int = 2
+    bits_per_subtoken: int = 14
+    bit_embeddings: bool = False
+    """During training, add to each visual embedding a learned vector per bit of its code, so that codes share what they
+    learn; the sum is folded into plain embeddings when the model is saved."""
+
+
+@dataclass
+class TextValidationConfig:
+    """Measures how much text the model forgets: the loss on validation text, compared with the loss before step 1."""
+
+    every_steps: int = 0
+    """Steps between two measurements; 0: off."""
+    num_sequences: int = 64
+    """Sequences of validation text, as long as those of training, the same number from each source."""
+    texts: list[TextSourceConfig] = field(default_factory=list)
+    """Text sources whose validation split is measured; empty: data.texts."""
+    alarm_above: float | None = None
+    """Warn if the loss exceeds the loss before step 1 by this many nats per token; null: never."""
+
+    def __post_init__(self) -> None:
+        if self.num_sequences < 1:
+            raise ValueError(f"text_validation.num_sequences={self.num_sequences}; it must be at least 1")
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation during training, with the metrics of `make eval`."""
+
+    every_steps: int = 0
+    """Steps between two evaluations; 0: off."""
+    config: str = "configs/demo.yaml"
+    """Experiment whose `eval` section sets the data and the number of samples."""
+    parts: list[Literal["language", "captions", "generation"]] = field(default_factory=lambda: ["captions"])
+
+
+@dataclass
+class UM3Config:
+    """UM3: train the unified model."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.1))
+    loss: UM3LossConfig = field(default_factory=UM3LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text_validation: TextValidationConfig = field(default_factory=TextValidationConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    visual_tokenizer: str = ""
+    """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
+
+    def __post_init__(self) -> None:
+        every_steps = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
+        log_every = self.loop.log_every_steps
+        for name, steps in every_steps.items():
+            if steps < 0 or steps % log_every:
+                raise ValueError(
+                    f"{name}.every_steps={steps} must be a multiple of loop.log_every_steps={log_every}, or its values "
+                    "are not logged; change one of them, or set 0 to switch it off"
+                )
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the models that training starts from; other inputs make another run."""
+        inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
+        if is_um3(self.model.base_model):
+            inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
+        return inputs

@@ -1,0 +1,103 @@
+"""What stages 1 and 2 share: the model, the batches of images, the data state, and the finished QLIP folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_mix.batches.image_batches import ImageBatch, ImageBatches
+from data_mix.prefetch import Prefetch
+from data_mix.samples import ImageSource
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from train.checkpoint import full_weights
+from train.optim import schedule_factor, set_learning_rate
+from train.recipes.configs import Stage1Config, Stage2Config
+from um3.core.distributed import is_main, rank, world_size
+from um3.core.files import atomic_folder
+
+SHOWN_KEYS = 8
+
+
+class TokenizerTask:
+    """Base of `Stage1Task` and `Stage2Task` (see `train.loop.Task`)."""
+
+    unit = "images"
+
+    def __init__(
+        self,
+        config: Stage1Config | Stage2Config,
+        *,
+        qlip: QLIPModel,
+        processor: QLIPProcessor,
+        sources: list[ImageSource],
+    ):
+        self.qlip, self.processor, self.loop = qlip, processor, config.loop
+        # DeepSpeed broadcasts parameters as bytes, which it cannot do with the 0-dimensional logit scale.
+        qlip.logit_scale.data = qlip.logit_scale.data.reshape(1)
+        if config.engine.activation_checkpointing:
+            qlip.gradient_checkpointing_enable()
+        batches = ImageBatches(
+            sources,
+            weights=[source.weight for source in config.data.sources],
+            batch_size=config.loop.batch_size,
+            seed=config.loop.seed,
+            rank=rank(),
+            world_size=world_size(),
+            caption=config.data.caption,
+        )
+        self.batches: Prefetch[ImageBatch] = Prefetch(batches, num_steps=config.loop.max_steps)
+        self.skipped: dict[str, int] = {}
+
+    def set_rate(self, engine: Any, config: Any, *, step: int) -> float:
+        """Set the learning rate of `step` in an engine's optimizer; return the rate without `module_lr`."""
+        factor = schedule_factor(step, max_steps=self.loop.max_steps, config=config)
+        set_learning_rate(engine.optimizer, factor=factor)
+        return float(config.lr * factor)
+
+    def skipped_metrics(self, skipped: Mapping[tuple[str, str], int]) -> dict[str, float]:
+        """Add a batch's skipped samples to those of the run; return the run's as metrics."""
+        for (source, reason), count in skipped.items():
+            key = f"data/skipped/{source}/{reason}".replace(" ", "_")
+            self.skipped[key] = self.skipped.get(key, 0) + count
+        return {key: float(count) for key, count in self.skipped.items()}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"seed": self.loop.seed, "step": step}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Batches are a function of (seed, step), and the config was compared before: there is nothing to check."""
+
+    def write_tokenizer(self, folder: Path, *, engine: Any) -> dict[str, Any]:
+        """Write the QLIP folder with an engine's trained weights; return its record for done.json (a collective
+        call)."""
+        self.batches.close()
+        weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(engine).items()}
+        fingerprint = save_tokenizer(folder, qlip=self.qlip, processor=self.processor, weights=weights)
+        return {"fingerprint": fingerprint, "skipped": self.skipped}
+
+
+def save_tokenizer(folder: Path, *, qlip: QLIPModel, processor: QLIPProcessor, weights: dict[str, torch.Tensor]) -> str:
+    """Write a QLIP folder with the trained `weights` on rank 0; return its fingerprint there, and "" elsewhere."""
+    if not is_main():
+        return ""
+    qlip.logit_scale.data = qlip.logit_scale.data.reshape(())  # as in the released layout
+    state = qlip.float().state_dict()
+    for name, tensor in weights.items():
+        state[name].copy_(tensor.reshape(state[name].shape))
+    with atomic_folder(folder) as partial:
+        qlip.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    return qlip.fingerprint()
+
+
+def described(batch: ImageBatch) -> str:
+    """The sources and first keys of a batch, for the message about a non-finite loss."""
+    keys = ", ".join(batch.keys[:SHOWN_KEYS])
+    if len(batch.keys) > SHOWN_KEYS:
+        keys += f" and {len(batch.keys) - SHOWN_KEYS} more"
+    return f"images of {', '.join(sorted(set(batch.sources)))}: {keys}"
