@@ -154,11 +154,14 @@ bench-sampling: $(READY) ## Images per second against transformers' generate(), 
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.helpers.survive $(ARGS)
 
+# One thread a process and a process a core: many small tests wait for each other's threads otherwise.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY) ## Run the quick tests (minutes)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY) ## Run every test: kill campaigns, multi-process matrices, METEOR, the browser
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 lint: $(READY) ## Check style
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -167,7 +170,7 @@ types: $(READY) ## Check types
 	@$(VENV)/bin/mypy
 
 docs: $(READY) ## Build the documentation site into site/
-	@$(VENV)/bin/mkdocs build --strict --quiet $(ARGS) && echo "site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet $(ARGS) && echo "site/index.html"
 
 wheel: $(READY) ## Build the wheel into dist/
 	@$(PY) -m build --wheel --no-isolation --outdir dist . $(ARGS)

@@ -13,7 +13,7 @@ from tokenizer.configuration import QLIPConfig
 from tokenizer.discriminator import build_discriminator
 from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import VGG16_PLAN, PerceptualDistance, random_feature_distance
-from train.config import Stage2Config
+from train.recipes.configs import Stage2Config
 
 
 def stage1_flops(config: QLIPConfig, *, text_tokens: int) -> dict[str, int]:

@@ -140,18 +140,20 @@ def ours(setting: Setting, tick: Callable[[], None]) -> "Tensor":
     """Visual ids (B, P) by `um3.inference.generate`; `tick` is called after every position."""
     import torch
 
-    from um3.inference.generate import draw_images
+    from um3.inference.generate import Sampler
     from um3.inference.sampling_params import Sampling
 
-    return draw_images(
-        setting.model,
-        prompts=setting.prompts,
-        unconditional_prompt=setting.unconditional,
-        ids=setting.ids,
-        sampling=Sampling(temperature=0, guidance_scale=setting.scale),
-        uniforms_BP=torch.zeros(len(setting.prompts), setting.ids.image_tokens),
-        watch=lambda _: tick(),
-    ).visual_ids
+    return (
+        Sampler(setting.model, ids=setting.ids)
+        .images(
+            prompts=setting.prompts,
+            unconditional_prompt=setting.unconditional,
+            sampling=Sampling(temperature=0, guidance_scale=setting.scale),
+            uniforms_BP=torch.zeros(len(setting.prompts), setting.ids.image_tokens),
+            watch=lambda _: tick(),
+        )
+        .visual_ids
+    )
 
 
 def stock(setting: Setting, tick: Callable[[], None]) -> "Tensor":

@@ -22,7 +22,7 @@ from benchmarks.harness import (
     temporary_folder,
     train_phase,
 )
-from train.config import Stage1Config, Stage2Config
+from train.recipes.configs import Stage1Config, Stage2Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 

@@ -154,12 +154,12 @@ def build(options: argparse.Namespace) -> "tuple[nn.Module, UnifiedVocabulary, l
 
     def sequence(task: str) -> Any:
         if task == "text":
-            return sequences.text_row(text(options.seq_len - 2), ids=ids)
+            return sequences.text_sequence(text(options.seq_len - 2), ids=ids)
         caption = text(options.seq_len - ids.image_tokens - MARKS)
         visual = ids.codes_to_ids(torch.randint(1 << ids.num_bits, (ids.num_patches,)))
         if task == "i2t":
-            return sequences.image_to_text_row(visual, caption, ids=ids)
-        return sequences.text_to_image_row(caption, visual, ids=ids)
+            return sequences.image_to_text_sequence(visual, caption, ids=ids)
+        return sequences.text_to_image_sequence(caption, visual, ids=ids)
 
     is_mix = options.kinds == ["mix"]
     schedule = Schedule(MixConfig(calm_down_steps=0) if is_mix else MixConfig(end=[0, 0, 1], calm_down_steps=0))
@@ -173,7 +173,7 @@ def build(options: argparse.Namespace) -> "tuple[nn.Module, UnifiedVocabulary, l
 
 def our_loss(model: Any, *, ids: "UnifiedVocabulary", options: argparse.Namespace) -> "Loss":
     """The objective of `python -m train um3`."""
-    from train.config import UM3LossConfig
+    from train.recipes.configs import UM3LossConfig
     from train.recipes.um3 import UM3Objective
 
     config = UM3LossConfig(**{"chunk_tokens": options.chunk_tokens} if options.chunk_tokens else {})

@@ -27,7 +27,7 @@ from benchmarks.harness import (
     temporary_folder,
     train_phase,
 )
-from train.config import UM3Config
+from train.recipes.configs import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
@@ -92,8 +92,9 @@ def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     from data_mix.codes.shards import ShardHeader, shard_path, write_shard
     from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
     from tokenizer.modeling import load_qlip
-    from train.config import QLIPSizeConfig, TextTowerConfig
-    from train.recipes.tokenizer_setup import new_tokenizer, save_tokenizer
+    from train.recipes.configs import QLIPSizeConfig, TextTowerConfig
+    from train.recipes.tokenizer_setup import new_tokenizer
+    from train.recipes.tokenizer_task import save_tokenizer
 
     _write_base(folder / "base", shape=shape)
     image_size = 8 * round(PATCHES**0.5)
@@ -152,7 +153,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from data_mix.batches.mix import open_rows
+    from data_mix.batches.mix import SequenceBatches
     from data_mix.batches.packing import micro_batches
     from train.engine import split_batch
     from um3.core.progress import peak_gpu_memory_gib, peak_memory_gib
@@ -163,7 +164,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     if config.loop.num_threads:
         torch.set_num_threads(config.loop.num_threads)
     loaded = load_model(run / "model", dtype=torch.float32)
-    mix = open_rows(
+    mix = SequenceBatches(
         config.data,
         ids=loaded.ids,
         text_tokenizer=loaded.text_tokenizer,

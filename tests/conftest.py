@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +15,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """No GPU, even if there are some, but for `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_variables() -> Iterator[None]:
+    """Remove the launcher's variables, which training in this process sets: later processes must not inherit them."""
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)

@@ -13,8 +13,9 @@ from data_mix.batches.schedule import Schedule
 from data_mix.codes.encode import EncodeConfig
 from eval.config import EvalConfig
 from tokenizer.modeling import QLIPModel
-from train.config import OptimizerConfig, Stage1Config, Stage2Config, UM3Config
+from train.config import OptimizerConfig
 from train.optim import build_optimizer
+from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
 from train.recipes.stage1 import Stage1Objective
 from train.recipes.stage2 import Autoencoder
 from train.recipes.tokenizer_setup import qlip_config
@@ -263,7 +264,7 @@ def test_stage_2_trains_bottleneck_and_decoder_only() -> None:
 def test_um3_has_its_size_and_one_rate() -> None:
     config: UM3Config = load("um3_llama3_1b", "um3")
     model, ids = meta_um3()
-    assert count_parameters(model, ids=ids).total == 1_632_710_656
+    assert count_parameters(model, ids=ids)["total"] == 1_632_710_656
     assert type(model).__name__ == "Qwen3ForCausalLM" and not model.config.tie_word_embeddings
     objective = UM3Objective(model, ids=ids, loss=config.loss)
     found = peaks(objective, config=config.optimizer)

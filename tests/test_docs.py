@@ -20,9 +20,13 @@ import train.__main__
 from data_mix.codes.encode import EncodeConfig
 from eval.config import EvalConfig
 from tests.helpers.processes import ROOT
-from tests.um3.conftest import model_folder, qlip_folder  # noqa: F401 - fixtures
+from tests.helpers.tiny_um3 import make_model, save_qlip
+from tokenizer.processor import QLIPProcessor
+from tokenizer.text_tokenizer import train_caption_tokenizer
 from train.recipes.um3_init import InitConfig
 from um3.core.commands import find_config
+from um3.model.language_model import save_model
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -30,6 +34,20 @@ TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE)) | {"OUT"}
 ROOMS = {"train": train, "data_mix": data_mix, "eval": eval, "benchmarks": benchmarks}
 ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny UM3 with random weights, whose visual tokenizer has a text tokenizer."""
+    folder = tmp_path_factory.mktemp("docs")
+    text_tokenizer = train_text_tokenizer(["a red circle", "three green triangles"] * 9, vocab_size=280)
+    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
+    save_qlip(folder / "qlip", image_size=16, patch_size=8, text_vocab_size=300)
+    text = train_caption_tokenizer(["a dog", "a boat"] * 9, vocab_size=300)
+    QLIPProcessor(text, image_size=16, max_text_tokens=16).save_pretrained(folder / "qlip")
+    model = make_model(ids, scale=10.0, max_position_embeddings=256)
+    save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
+    return folder / "model"
 
 
 def blocks(page: Path, language: str) -> list[str]:

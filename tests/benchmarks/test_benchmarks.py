@@ -17,7 +17,7 @@ from benchmarks.flops import stage1_flops, stage2_flops
 from tests.helpers.processes import ROOT
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
-from train.config import Stage1Config, Stage2Config, UM3LossConfig
+from train.recipes.configs import Stage1Config, Stage2Config, UM3LossConfig
 from train.recipes.um3 import UM3Objective
 from um3.core import onednn
 from um3.core.config import load_config
