@@ -52,6 +52,7 @@ def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path) -> None:
         return output([sys.executable, "-c", program], cwd=tmp_path, PYTHONPATH=str(tmp_path))
 
     shutil.copytree(ROOT / "um3" / "core", tmp_path / "um3" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "um3/__init__.py", tmp_path / "um3")  # without it, the installed um3 would be imported
     assert commit() == "unknown"
     (tmp_path / ".gitignore").write_text("__pycache__\n")
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
