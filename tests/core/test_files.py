@@ -3,6 +3,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +13,16 @@ from typing import Any
 import pytest
 
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, atomic_folder, read_json, sha256_of, short_hash, write_json
+from um3.core.files import (
+    atomic_file,
+    atomic_folder,
+    folder_lock,
+    read_json,
+    sha256_of,
+    short_hash,
+    walk_files,
+    write_json,
+)
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 Atomic = Callable[[Path], AbstractContextManager[Path]]
@@ -130,3 +141,38 @@ def test_hashes_are_those_of_the_content(tmp_path: Path) -> None:
     values: list[tuple[Any, ...]] = [("ab",), ("a", "b"), (b"ab",), (["a", "b"],), ({"a": 1},), ({"a": 1.0},), ()]
     assert len({short_hash(*value) for value in values}) == len(values)
     assert short_hash({"b": 1, "a": Path("x")}) == short_hash({"a": "x", "b": 1}) and len(short_hash()) == 16
+
+
+def test_every_reader_sees_the_same_files_of_a_folder(tmp_path):
+    root = tmp_path / ".cache" / "data [1]"
+    for name in ("b/2.PNG", "a.png", "._a.png", ".ipynb_checkpoints/a.png", "notes.txt", "b/.DS_Store"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "c.png").write_bytes(b"x")
+    (root / "linked").symlink_to(tmp_path / "outside", target_is_directory=True)
+    (root / "linked.png").symlink_to(root / "a.png")
+    (root / "broken.png").symlink_to(root / "nothing.png")
+    (root / "b" / "loop").symlink_to(root, target_is_directory=True)
+    names = [path.relative_to(root).as_posix() for path in walk_files(root, suffixes=(".png",))]
+    assert names == ["a.png", "b/2.PNG", "linked/c.png", "linked.png"]
+
+
+LOCK_AND_WAIT = """
+import sys, time
+from um3.core.files import folder_lock
+with folder_lock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    assert holder.stdout.readline().strip() == b"locked"
+    with pytest.raises(UserError, match="another process"), folder_lock(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.wait()
+    with folder_lock(tmp_path / "run"):
+        pass
