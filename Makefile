@@ -1,7 +1,7 @@
 # UM3: every phase is a target; `make help` lists them. A target whose output is up to date does nothing.
 
 CONFIG ?= demo
-RUN ?= runs/$(notdir $(CONFIG:%.yaml=%))
+RUN ?= runs/$(notdir $(patsubst %.yaml,%,$(call dashed,$(CONFIG))))
 PYTHON ?= python3
 # Training processes: on CPUs two of one thread each are a third faster than one of two threads.
 NPROC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(nproc 2>/dev/null || echo 1)" -lt 2 ] && echo 1 || echo 2)
@@ -17,20 +17,30 @@ MODEL ?= $(RUN)/um3/model
 PROMPTS ?=
 GENERATE ?=
 REFERENCES ?=
-RUNS ?= $(RUN)
+RUNS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
-# DATA and TEXT replace the image and text sources of the config.
-IMAGES = '[{name: data, path: "$(DATA)"}]'
-TEXTS = '[{name: text, path: "$(TEXT)"}]'
+space := $(subst ,, )
+dashed = $(subst $(space),-,$(1))
 # Results of eval-language, named so that RUNS= can list them: runs/language/meta-llama-Llama-3.2-1B.
-OUT ?= runs/language/$(subst /,-,$(patsubst %/,%,$(patsubst /%,%,$(MODEL:runs/%=%))))
+OUT ?= runs/language/$(subst /,-,$(patsubst %/,%,$(patsubst /%,%,$(patsubst runs/%,%,$(call dashed,$(MODEL))))))
+
+# Names and paths reach the commands through the environment, whatever characters they hold: the shell reads "$$RUN",
+# the config $${oc.env:RUN}. What the user has set is taken as it stands, without expanding a $$ in it.
+PATHS := CONFIG RUN DATA TEXT NAME BASE GPUS GPU QLIP MODEL PROMPTS REFERENCES OUT PYTHON
+$(foreach name,$(PATHS),$(if $(filter command environment,$(firstword $(origin $(name)))),$(eval override $(name) := $$(value $(name)))))
+export $(PATHS)
+IN_RUN = $${oc.env:RUN}
+# DATA and TEXT replace the image and text sources of the config.
+IMAGES = '[{name: data, path: "$${oc.env:DATA}"}]'
+TEXTS = '[{name: text, path: "$${oc.env:TEXT}"}]'
 
 # Benchmarks of generated images generate first if PROMPTS names their list; GENERATE holds settings for that step.
-GENERATED = $(RUN)/generated/$@
-generate = $(if $(PROMPTS),@$(PY) -m eval generate-images 'model=$(MODEL)' 'prompts=$(PROMPTS)' 'output_dir=$(GENERATED)' $(1) $(GENERATE))
+GENERATED = $(IN_RUN)/generated/$@
+generate = $(if $(PROMPTS),@$(PY) -m eval generate-images 'model=$${oc.env:MODEL}' 'prompts=$${oc.env:PROMPTS}' \
+	'output_dir=$(GENERATED)' $(1) $(GENERATE))
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -38,16 +48,16 @@ generate = $(if $(PROMPTS),@$(PY) -m eval generate-images 'model=$(MODEL)' 'prom
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo
-	@echo "  CONFIG=NAME of a file in configs/, or a path (now $(CONFIG))   RUN=FOLDER (now $(RUN))   NPROC=processes (now $(NPROC))"
+	@printf '  CONFIG=NAME of a file in configs/, or a path (now %s)   RUN=FOLDER (now %s)   NPROC=processes (now $(NPROC))\n' "$$CONFIG" "$$RUN"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" overrides the config of one target"
 
 setup: $(READY) ## Create .venv with every pinned dependency
 	@:
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$PYTHON is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	"$$PYTHON" -m venv $(VENV)
 	@# Without a GPU the CPU build of torch saves gigabytes; if its index is unreachable, the default one is used.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(PY) -m pip install --quiet --retries 0 --timeout 15 \
 		--index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch 2>/dev/null || true
@@ -64,89 +74,89 @@ demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU c
 	@$(MAKE) --no-print-directory report
 
 stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignment
-	@$(PY) -m train stage1 --processes $(NPROC) --config '$(CONFIG)' loop.output_dir=$(RUN)/stage1 \
+	@$(PY) -m train stage1 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/stage1' \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 stage2: $(READY) ## Fine-tune its decoder with perceptual and adversarial losses
-	@$(PY) -m train stage2 --processes $(NPROC) --config '$(CONFIG)' loop.output_dir=$(RUN)/stage2 \
-		init_from=$(RUN)/stage1/model $(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
+	@$(PY) -m train stage2 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/stage2' \
+		'init_from=$(IN_RUN)/stage1/model' $(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 codes: $(READY) ## Encode the images to code shards
-	@$(PY) -m data_mix encode --config '$(CONFIG)' visual_tokenizer=$(RUN)/stage2/model output_dir=$(RUN)/codes \
+	@$(PY) -m data_mix encode --config "$$CONFIG" 'visual_tokenizer=$(IN_RUN)/stage2/model' 'output_dir=$(IN_RUN)/codes' \
 		$(if $(DATA),images=$(IMAGES)) $(ARGS)
 
 um3: $(READY) ## Train the unified model on the scheduled mix
-	@$(PY) -m train um3 --processes $(NPROC) --config '$(CONFIG)' loop.output_dir=$(RUN)/um3 \
-		visual_tokenizer=$(RUN)/stage2/model data.codes=$(RUN)/codes $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
+	@$(PY) -m train um3 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3' \
+		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-init: $(READY) ## Make a starting UM3 from a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
-	@$(PY) -m train um3-init output_dir=$(RUN)/um3-init $(if $(BASE),'base_model=$(BASE)') \
-		'visual_tokenizer=$(QLIP)' $(if $(TEXT),'text=$(TEXT)') $(ARGS)
+	@$(PY) -m train um3-init 'output_dir=$(IN_RUN)/um3-init' $(if $(BASE),'base_model=$${oc.env:BASE}') \
+		'visual_tokenizer=$${oc.env:QLIP}' $(if $(TEXT),'text=$${oc.env:TEXT}') $(ARGS)
 
 um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
-	@$(PY) -m um3 export $(RUN)/um3/model --out $(RUN)/um3-export $(ARGS)
+	@$(PY) -m um3 export "$$RUN/um3/model" --out "$$RUN/um3-export" $(ARGS)
 
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
-	@$(PY) -m eval run --config '$(CONFIG)' run=$(RUN) \
+	@$(PY) -m eval run --config "$$CONFIG" 'run=$(IN_RUN)' \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 eval-language: $(READY) ## The paper's five language tasks for MODEL=folder or hub id (data: LM_EVAL_DATA=folder)
-	@$(PY) -m eval run 'model=$(MODEL)' 'output_dir=$(OUT)/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
+	@$(PY) -m eval run 'model=$${oc.env:MODEL}' 'output_dir=$${oc.env:OUT}/eval' 'parts=[language]' $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 coco-captions: $(READY) ## BLEU to CIDEr of captions (REFERENCES=dataset_coco.json ARGS="images=folder")
-	@$(PY) -m eval coco-captions $(if $(MODEL),'model=$(MODEL)') $(if $(REFERENCES),'references=$(REFERENCES)') \
-		output=$(RUN)/eval/coco_captions.json $(ARGS)
+	@$(PY) -m eval coco-captions $(if $(MODEL),'model=$${oc.env:MODEL}') $(if $(REFERENCES),'references=$${oc.env:REFERENCES}') \
+		'output=$(IN_RUN)/eval/coco_captions.json' $(ARGS)
 
 coco-generation: $(READY) ## gFID and CLIPScore of generated images (PROMPTS=list ARGS="reference=folder clip=folder")
 	$(call generate,layout=flat)
-	@$(PY) -m eval coco-generation 'images=$(GENERATED)' output=$(RUN)/eval/coco_generation.json $(ARGS)
+	@$(PY) -m eval coco-generation 'images=$(GENERATED)' 'output=$(IN_RUN)/eval/coco_generation.json' $(ARGS)
 
 geneval: $(READY) ## GenEval of generated images (PROMPTS=metadata.jsonl ARGS="detector=folder clip=folder")
 	$(call generate,layout=geneval num_images=4)
-	@$(PY) -m eval geneval 'images=$(GENERATED)' output=$(RUN)/eval/geneval.json $(ARGS)
+	@$(PY) -m eval geneval 'images=$(GENERATED)' 'output=$(IN_RUN)/eval/geneval.json' $(ARGS)
 
 dpg: $(READY) ## DPG-Bench of generated images (PROMPTS=prompts ARGS="questions=dpg_bench.csv vqa=folder")
 	$(call generate,layout=grid num_images=4)
-	@$(PY) -m eval dpg 'images=$(GENERATED)' output=$(RUN)/eval/dpg.json $(ARGS)
+	@$(PY) -m eval dpg 'images=$(GENERATED)' 'output=$(IN_RUN)/eval/dpg.json' $(ARGS)
 
 report: $(READY) ## Compare RUNS="a b ..." with the paper: a table, report.md, .html, .json and figures
-	@$(PY) -m eval report --run $(RUNS) $(ARGS)
+	@$(PY) -m eval report --run $(or $(RUNS),"$$RUN") $(ARGS)
 
 ablation: $(READY) ## Train and measure the rows of an ablation (NAME=weights; see configs/ablations)
-	@$(PY) -m eval ablation --table configs/ablations/$(NAME).yaml --config '$(CONFIG)' --run $(RUN)-$(NAME) \
-		--base $(RUN) --processes $(NPROC) $(ARGS)
+	@$(PY) -m eval ablation --table "configs/ablations/$$NAME.yaml" --config "$$CONFIG" --run "$$RUN-$$NAME" \
+		--base "$$RUN" --processes $(NPROC) $(ARGS)
 
 balance: $(READY) ## The weights of stage 1's two losses, from training with each alone
-	@$(PY) -m eval ablation --table configs/ablations/weights.yaml --config '$(CONFIG)' --run $(RUN)-weights --alone \
+	@$(PY) -m eval ablation --table configs/ablations/weights.yaml --config "$$CONFIG" --run "$$RUN-weights" --alone \
 		--processes $(NPROC) $(ARGS)
 
 sample: $(READY) ## Generate a few images into RUN/samples
 	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \
-		--model $(RUN)/um3/model --out $(RUN)/samples $(ARGS)
+		--model "$$RUN/um3/model" --out "$$RUN/samples" $(ARGS)
 
 serve: $(READY) ## Serve a web page that generates and captions images (Ctrl-C stops it)
-	@$(VENV)/bin/um3 serve --model $(RUN)/um3/model $(ARGS)
+	@$(VENV)/bin/um3 serve --model "$$RUN/um3/model" $(ARGS)
 
 mix-preview: $(READY) ## Plot the scheduled data mix before a run starts
-	@$(PY) -m data_mix mix-preview --config '$(CONFIG)' --out $(RUN)/mix.png data.codes=$(RUN)/codes $(ARGS)
+	@$(PY) -m data_mix mix-preview --config "$$CONFIG" --out "$$RUN/mix.png" 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
 plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
-	@$(PY) -m train plan --config '$(CONFIG)' --gpus $(GPUS) --gpu $(GPU) $(ARGS)
+	@$(PY) -m train plan --config "$$CONFIG" --gpus "$$GPUS" --gpu "$$GPU" $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks tokenizer $(ARGS)
 
 bench-training: $(READY) ## Time, memory and FLOPs utilisation of a step of stages 1 and 2
-	@$(PY) -m benchmarks training --config '$(CONFIG)' --processes $(NPROC) $(ARGS)
+	@$(PY) -m benchmarks training --config "$$CONFIG" --processes $(NPROC) $(ARGS)
 
 bench-memory: $(READY) ## Memory of a step against the batch size, with and without perceptual loss and GAN
-	@$(PY) -m benchmarks memory --config '$(CONFIG)' --out $(RUN)/benchmarks $(ARGS)
+	@$(PY) -m benchmarks memory --config "$$CONFIG" --out "$$RUN/benchmarks" $(ARGS)
 
 bench-loss: $(READY) ## Time and memory of a step of UM3 against full-vocabulary logits and cross entropy
 	@$(PY) -m benchmarks um3-loss $(ARGS)
 
 bench-um3: $(READY) ## A training step of UM3 against the same model in transformers' Trainer
-	@$(PY) -m benchmarks um3-training --config '$(CONFIG)' $(ARGS)
+	@$(PY) -m benchmarks um3-training --config "$$CONFIG" $(ARGS)
 
 bench-sampling: $(READY) ## Images per second against transformers' generate(), same ids, and the memory bound
 	@$(PY) -m benchmarks sampling $(ARGS)

@@ -3,9 +3,10 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from data_mix.sources.config import ImageSourceConfig, TextSourceConfig
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 
 PartName = Literal["language", "captions", "generation", "tokenizer"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
@@ -15,43 +16,35 @@ Preprocessing = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 STAGES = ("stage1", "stage2")
 RESERVED_NAMES = ("original", "flipped")
 """Names of image arrays that are stored beside the reconstructions of each tokenizer."""
-MAX_PROBE_LR = 1e6  # float32 overflows far above it
+AtLeastTwo = Annotated[int, Range(2)]
+TopP = Annotated[float, Range(maximum=1, above=0)]
 
 
 @dataclass
 class LanguageConfig:
     """The paper's five language tasks, run by lm-eval, and a cloze and the bits per byte of validation text."""
 
-    num_items: int = 1000
+    num_items: AtLeastTwo = 1000
     """Items of the cloze."""
-    num_documents: int = 200
+    num_documents: AtLeastTwo = 200
     """Documents for the bits per byte."""
     benchmarks: str = field(default_factory=lambda: os.environ.get("LM_EVAL_DATA", ""))
     """Folder with local copies of the five tasks; the environment variable LM_EVAL_DATA by default."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Items to score of each of the five tasks; null for all."""
-    max_tokens: int = 0
+    max_tokens: NonNegativeInt = 0
     """Longest context; 0 for the model's own. A model trained on short sequences never saw later positions."""
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"language.limit is {self.limit}; use at least 1, or null for all items")
-        if self.batch_size < 1 or self.max_tokens < 0:
-            raise ValueError(
-                f"language.batch_size is {self.batch_size} (at least 1) and language.max_tokens {self.max_tokens} "
-                "(at least 1, or 0 for the model's own context)"
-            )
+    batch_size: PositiveInt = 16
 
 
 @dataclass
 class CaptionsConfig:
     """Captions of validation images."""
 
-    num_images: int = 5000
+    num_images: AtLeastTwo = 5000
     """Images of each source; COCO-Karpathy test has 5,000."""
-    max_new_tokens: int = 64
-    batch_size: int = 64
+    max_new_tokens: PositiveInt = 64
+    batch_size: PositiveInt = 64
     meteor: bool = False
     """Compute METEOR, which needs Java."""
 
@@ -60,11 +53,11 @@ class CaptionsConfig:
 class SamplingConfig:
     """How images are sampled: the paper's temperature and top-p (Table 9). A guidance scale of 1 is no guidance."""
 
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = 0
-    guidance_scale: float = 1.0
-    batch_size: int = 64
+    temperature: NonNegativeFloat = 1.0
+    top_p: TopP = 0.95
+    top_k: NonNegativeInt = 0
+    guidance_scale: Annotated[float, Range(0, 1000)] = 1.0
+    batch_size: PositiveInt = 64
 
     def protocol(self) -> dict[str, Any]:
         """The settings that change the images: all but the batch size."""
@@ -75,9 +68,9 @@ class SamplingConfig:
 class GenerationConfig:
     """Images generated for validation captions, and for the prompts of the six skills."""
 
-    num_images: int = 30_000
+    num_images: AtLeastTwo = 30_000
     """Images for each source."""
-    per_skill: int = 100
+    per_skill: AtLeastTwo = 100
     """Prompts of each skill."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clip: str = ""
@@ -110,18 +103,15 @@ class ProbeConfig:
     """
 
     kind: Literal["adamw", "logistic"] = "adamw"
-    lr: float = 0.2
-    epochs: int = 10
-    warmup_epochs: int = 1
-    batch_size: int = 1024
+    lr: Annotated[float, Range(maximum=1e6, above=0)] = 0.2  # float32 overflows far above it
+    epochs: PositiveInt = 10
+    warmup_epochs: NonNegativeInt = 1
+    batch_size: PositiveInt = 1024
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr <= MAX_PROBE_LR:
-            raise ValueError(f"tokenizer.probe.lr is {self.lr}; use a value above 0, at most {MAX_PROBE_LR:g}")
-        if self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
+        if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"tokenizer.probe has epochs={self.epochs}, warmup_epochs={self.warmup_epochs} and "
-                f"batch_size={self.batch_size}; use warmup_epochs from 0 to below epochs, and batch_size at least 1"
+                f"tokenizer.probe.warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}"
             )
 
 
@@ -137,7 +127,7 @@ class PerceptualConfig:
 class TokenizerConfig:
     """Reconstruction and retrieval on validation images, and classification."""
 
-    num_images: int = 50_000
+    num_images: AtLeastTwo = 50_000
     """Images of each source."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     external: dict[str, str] = field(default_factory=dict)
@@ -178,7 +168,7 @@ class EvalConfig:
     texts: list[TextSourceConfig] = field(default_factory=list)
     """Sources whose validation documents are used; by default those of the run's UM3."""
     seed: int = 0
-    num_threads: int = 0
+    num_threads: NonNegativeInt = 0
     """CPU threads; 0 for torch's default."""
     fid_features: FeatureName = "random-features"
     """Feature network of Frechet distances; only inception-2015 gives the FID."""
@@ -200,16 +190,3 @@ class EvalConfig:
     def captioned(self) -> list[ImageSourceConfig]:
         """The image sources with captions."""
         return [source for source in self.images if source.has_captions]
-
-    def __post_init__(self) -> None:
-        for name in (
-            "language.num_items",
-            "language.num_documents",
-            "captions.num_images",
-            "generation.num_images",
-            "generation.per_skill",
-            "tokenizer.num_images",
-        ):
-            section, _, key = name.partition(".")
-            if (value := getattr(getattr(self, section), key)) < 2:
-                raise ValueError(f"{name} is {value}; use at least 2")

@@ -179,7 +179,7 @@ def _write_part(config: EvalConfig, *, part: PartName, result: "PartResult", req
     import numpy as np
 
     from eval.scores import write_scores
-    from um3.core.provenance import commit, machine, versions
+    from um3.core.metrics import commit, machine, versions
 
     path = config.results_dir / f"{part}.json"
     with atomic_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from um3.core import provenance
+from um3.core import metrics
 from um3.core.errors import UserError
 from um3.core.files import read_json, short_hash, write_json
 
@@ -58,7 +58,7 @@ def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None
 
 @functools.cache
 def _commit() -> str:
-    return provenance.commit()
+    return metrics.commit()
 
 
 @dataclass(frozen=True, kw_only=True)

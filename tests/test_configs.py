@@ -1,17 +1,27 @@
 """Every YAML file under configs/ loads, the paper's carry the paper's numbers, and their models have the right size."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from data_mix.batches.mix_preview import PreviewConfig
 from data_mix.batches.schedule import Schedule
 from data_mix.codes.encode import EncodeConfig
+from eval.benchmarks.coco_captions import CocoCaptionsConfig
+from eval.benchmarks.coco_generation import CocoGenerationConfig
+from eval.benchmarks.dpg import DPGConfig
+from eval.benchmarks.geneval import GenEvalConfig
 from eval.config import EvalConfig
+from eval.report.ablation import Ablation
+from eval.tasks.generate_images import GenerateConfig
 from tokenizer.modeling import QLIPModel
 from train.config import OptimizerConfig
 from train.optim import build_optimizer
@@ -20,6 +30,7 @@ from train.recipes.stage1 import Stage1Objective
 from train.recipes.stage2 import Autoencoder
 from train.recipes.tokenizer_setup import qlip_config
 from train.recipes.um3 import UM3Objective
+from train.recipes.um3_init import InitConfig
 from um3.core.config import SECTIONS, differences, load_config, to_dict
 from um3.core.errors import UserError
 from um3.model.extend import extend_model
@@ -34,9 +45,6 @@ SCHEMAS: dict[str, type[Any]] = {
     "um3": UM3Config,
     "eval": EvalConfig,
 }
-COMMON_ROWS = dict(max_steps=120_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.05, schedule="cosine")
-
-
 FULL = ("demo", "um3_llama3_1b")
 """Experiments with every phase."""
 
@@ -45,15 +53,26 @@ def load(experiment: str, phase: str) -> Any:
     return load_config(SCHEMAS[phase], path=FOLDER / f"{experiment}.yaml", section=phase)
 
 
-def values(config: Any, *names: str) -> dict[str, Any]:
-    """The named settings of a config section."""
-    return {name: getattr(config, name) for name in names}
+COMMANDS = (InitConfig, GenerateConfig, CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig, Ablation)
+FREE_NUMBERS = {"seed", "alarm_above", "paper"}
+"""Numbers that may be negative."""
 
 
-def schedule_of(config: Any) -> dict[str, Any]:
-    """The rows of Tables 8 and 9 that every phase has."""
-    optimizer = values(config.optimizer, "warmup_steps", "betas", "weight_decay", "schedule")
-    return {"max_steps": config.loop.max_steps, **optimizer}
+def unbounded(hint: Any, name: str) -> Iterator[str]:
+    """Names of the numbers in a config's type that have no range."""
+    if is_dataclass(hint):
+        for key, inner in get_type_hints(hint, include_extras=True).items():
+            yield from unbounded(inner, key)
+    elif hint in (int, float):
+        yield name
+    elif not (get_origin(hint) is Annotated and get_args(hint)[0] in (int, float)):
+        for inner in get_args(hint):
+            yield from unbounded(inner, name)
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), PreviewConfig, *COMMANDS])
+def test_every_number_has_a_range(schema: type[Any]) -> None:
+    assert set(unbounded(schema, "")) <= FREE_NUMBERS, "use a type of um3.core.ranges"
 
 
 def test_every_section_of_every_experiment_loads() -> None:
@@ -91,38 +110,48 @@ def test_the_demo_needs_nothing_from_outside() -> None:
     assert not load("demo", "um3").model.base_model and not load("demo", "stage1").text.tokenizer
 
 
-def test_paper_stage_1_is_table_8() -> None:
-    config: Stage1Config = load("qlip_b16", "stage1")
-    assert schedule_of(config) == COMMON_ROWS
-    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("lamb", 5e-4, 5.0)
-    assert config.loop.batch_size == 65_536 == 128 * 512
-    assert config.loss.mse == 1e3 and config.loss.contrastive == config.loss.entropy == config.loss.commitment == 1.0
-    shape = dict(image_size=256, patch_size=16, hidden_size=768, num_layers=12, intermediate_size=2048, bits=28)
-    assert values(config.model, *shape) == shape
-    assert schedule_of(load("qlip_b8", "stage1")) == COMMON_ROWS  # the variant that the table is about
+TABLE_8 = {
+    **{"loop.max_steps": 120_000, "optimizer.warmup_steps": 2_000, "optimizer.betas": [0.9, 0.95]},
+    **{"optimizer.weight_decay": 0.05, "optimizer.schedule": "cosine", "optimizer.lr": 5e-4},
+}
+LOSS_1 = {"loss.mse": 1e3, "loss.contrastive": 1.0, "loss.entropy": 1.0, "loss.commitment": 1.0}
+SHAPE = {
+    **{"image_size": 256, "patch_size": 16, "hidden_size": 768, "num_layers": 12, "intermediate_size": 2048, "bits": 28}
+}
+STAGE_1 = {"optimizer.kind": "lamb", "optimizer.grad_clip": 5.0, "loop.batch_size": 128 * 512}
+CRITIC = {"kind": "adamw", "lr": 1e-4, "module_lr": {}}
+STAGE_2 = {
+    **{"optimizer.kind": "adamw", "optimizer.grad_clip": 1.0, "loop.batch_size": 128 * 128},
+    **{"loss.mse": 1.0, "loss.entropy": 1.0, "loss.perceptual": 0.1, "loss.adversarial": 0.1},
+    **{f"discriminator_optimizer.{key}": value for key, value in CRITIC.items()},
+}
+TABLE_9 = TABLE_8 | {
+    **{"loop.max_steps": 600_000, "optimizer.weight_decay": 0.1, "optimizer.lr": 1e-4, "optimizer.kind": "adamw"},
+    **{"optimizer.grad_clip": 1.0, "loop.batch_size": 512, "loop.micro_batch_size": 8, "data.seq_len": 4096},
+    **{"model.base_model": "meta-llama/Llama-3.2-1B", "model.qk_norm": True, "loss.mode": "split", "loss.z_loss": 0.0},
+    **{"vocabulary.subtokens": 2, "vocabulary.bits_per_subtoken": 14},
+}
+EVALUATION = {
+    **{"generation.sampling.temperature": 1.0, "generation.sampling.top_p": 0.95, "generation.num_images": 30_000},
+    **{"captions.num_images": 5_000, "tokenizer.num_images": 50_000, "fid_features": "inception-2015"},
+}
 
 
-def test_paper_stage_2_is_table_8() -> None:
-    config: Stage2Config = load("qlip_b16", "stage2")
-    assert schedule_of(config) == COMMON_ROWS
-    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 5e-4, 1.0)
-    critic = config.discriminator_optimizer
-    assert (critic.kind, critic.lr, critic.module_lr) == ("adamw", 1e-4, {})
-    assert config.loop.batch_size == 16_384 == 128 * 128
-    weights = dict(mse=1.0, entropy=1.0, perceptual=0.1, adversarial=0.1)
-    assert values(config.loss, *weights) == weights
-    assert config.perceptual.backbone and config.perceptual.heads  # LPIPS itself, not the stand-in
-
-
-def test_paper_um3_is_table_9() -> None:
-    config: UM3Config = load("um3_llama3_1b", "um3")
-    table = dict(max_steps=600_000, warmup_steps=2_000, betas=[0.9, 0.95], weight_decay=0.1, schedule="cosine")
-    assert schedule_of(config) == table
-    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.grad_clip) == ("adamw", 1e-4, 1.0)
-    assert (config.loop.batch_size, config.loop.micro_batch_size, config.data.seq_len) == (512, 8, 4096)
-    assert (config.model.base_model, config.model.qk_norm) == ("meta-llama/Llama-3.2-1B", True)
-    assert (config.vocabulary.subtokens, config.vocabulary.bits_per_subtoken) == (2, 14)
-    assert (config.loss.mode, config.loss.z_loss) == ("split", 0.0)
+@pytest.mark.parametrize(
+    ("experiment", "phase", "table"),
+    [
+        ("qlip_b16", "stage1", TABLE_8 | STAGE_1 | LOSS_1 | {f"model.{key}": value for key, value in SHAPE.items()}),
+        ("qlip_b8", "stage1", TABLE_8),  # the variant that the table is about
+        ("qlip_b16", "stage2", TABLE_8 | STAGE_2),
+        ("um3_llama3_1b", "um3", TABLE_9),
+        ("um3_llama3_1b", "eval", EVALUATION),
+    ],
+)
+def test_the_papers_tables(experiment: str, phase: str, table: dict[str, Any]) -> None:
+    config = load(experiment, phase)
+    assert {key: attrgetter(key)(config) for key in table} == table
+    if phase == "stage2":
+        assert config.perceptual.backbone and config.perceptual.heads  # LPIPS itself, not the stand-in
 
 
 def test_the_papers_mix_fills_its_batch() -> None:
@@ -132,13 +161,6 @@ def test_the_papers_mix_fills_its_batch() -> None:
     for step in (10_000, 20_000):
         assert schedule.counts(step, batch_size=batch) == {"text": 384, "i2t": 32, "t2i": 96}
     assert schedule.proportions(9_999)["text"] > 0.75 == schedule.proportions(10_000)["text"]
-
-
-def test_paper_evaluation_samples_as_the_paper_does() -> None:
-    config: EvalConfig = load("um3_llama3_1b", "eval")
-    assert (config.generation.sampling.temperature, config.generation.sampling.top_p) == (1.0, 0.95)
-    assert config.generation.num_images == 30_000 and config.captions.num_images == 5_000
-    assert config.tokenizer.num_images == 50_000 and config.fid_features == "inception-2015"
 
 
 def meta_qlip(experiment: str = "qlip_b16") -> QLIPModel:

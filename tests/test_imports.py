@@ -1,8 +1,6 @@
 """The plan of the rooms, enforced: import direction, safe loading, docstrings, sizes of files and folders."""
 
 import ast
-import subprocess
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.processes import ROOT, run_python
+
 ROOMS: dict[str, tuple[str, ...]] = {
     "um3.core": (),
     "tokenizer": (),
@@ -167,87 +166,73 @@ def test_every_module_has_a_docstring() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-@pytest.mark.parametrize(
-    ("module", "line"),
-    [
-        ("um3.core.files", "import tokenizer"),
-        ("um3.core.files", "import um3.model.vocabulary"),
-        ("um3.core.files", "from um3 import ids"),
-        ("um3.core.files", "from .. import ids"),
-        ("um3.core.files", "from ..ids import UnifiedVocabulary"),
-        ("tokenizer.text_tokenizer", "from um3.model.vocabulary import UnifiedVocabulary"),
-        ("tokenizer.text_tokenizer", "def f() -> None:\n    from data_mix.batches.mix import open_rows"),
-        ("um3.cli", "if TYPE_CHECKING:\n    from eval import run"),
-        ("um3.cli", "import importlib\nimportlib.import_module('train.loop')"),
-        ("eval.run", "importlib.import_module(f'train.{name}')"),
-        ("um3.model.sequences", "from um3.inference.pipeline import UM3Pipeline"),
-        ("um3.inference.pipeline", "from um3 import cli"),
-        ("data_mix.sources.text", "from data_mix.batches import mix"),
-        ("eval.metrics.clipscore", "import eval.tasks.zero_shot"),
-        ("data_mix.batches.mix", "try:\n    import eval.scores as scores\nexcept ImportError:\n    pass"),
-        ("eval.run", "import numpy, train"),
-    ],
-)
-def test_the_checker_sees_an_import_to_the_right(module: str, line: str) -> None:
-    assert wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
+TO_THE_RIGHT = """
+um3.core.files: import tokenizer
+um3.core.files: import um3.model.vocabulary
+um3.core.files: from um3 import ids
+um3.core.files: from .. import ids
+um3.core.files: from ..ids import UnifiedVocabulary
+tokenizer.text_tokenizer: from um3.model.vocabulary import UnifiedVocabulary
+tokenizer.text_tokenizer: def f(): from data_mix.batches.mix import open_rows
+um3.cli: if TYPE_CHECKING: from eval import run
+um3.cli: import importlib; importlib.import_module('train.loop')
+eval.run: importlib.import_module(f'train.{name}')
+um3.model.sequences: from um3.inference.pipeline import UM3Pipeline
+um3.inference.pipeline: from um3 import cli
+data_mix.sources.text: from data_mix.batches import mix
+eval.metrics.clipscore: import eval.tasks.zero_shot
+data_mix.batches.mix: import eval.scores as scores
+eval.run: import numpy, train
+"""
+TO_THE_LEFT = """
+um3.core.files: from um3.core import errors; from . import errors; from .errors import UserError
+tokenizer.text_tokenizer: from um3 import core; from um3.core.files import write_json; import tokenizers
+um3.model.language_model: import tokenizer; from .ids import UnifiedVocabulary; import training_tools
+train.loop: import um3, data_mix.batches.mix, eval.run; from train import engine; from . import optim
+"""
+UNSAFE = f"""
+import pickle
+def f(): from pickle import loads
+importlib.import_module('dill')
+torch.load(path)
+torch.load(path, weights_only={False})
+torch.load(path, weights_only=flag)
+torch.load(path, **options)
+from torch import load
+np.load(path, allow_pickle=True)
+pandas.read_pickle(path)
+yaml.load(text, Loader=yaml.Loader)
+AutoModel.from_pretrained(path, trust_remote_code={True})
+AutoModel.from_pretrained(path, trust_remote_code=flag)
+options = {{'trust_remote_code': True}}
+"""
+SAFE = """
+torch.load(path, weights_only=True)
+json.load(file)
+np.load(path)
+yaml.safe_load(text)
+f(trust_remote_code=False)
+options = {'trust_remote_code': False, **other}
+"""
 
 
-@pytest.mark.parametrize(
-    ("module", "line"),
-    [
-        ("um3.core.files", "from um3.core import errors\nfrom . import errors\nfrom .errors import UserError"),
-        ("tokenizer.text_tokenizer", "from um3 import core\nfrom um3.core.files import write_json\nimport tokenizers"),
-        ("um3.model.language_model", "import tokenizer\nfrom .ids import UnifiedVocabulary\nimport training_tools"),
-        ("train.loop", "import um3, data_mix.batches.mix, eval.run\nfrom train import engine\nfrom . import optim"),
-    ],
-)
-def test_the_checker_accepts_imports_to_the_left(module: str, line: str) -> None:
-    assert not wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
+@pytest.mark.parametrize(("lines", "is_wrong"), [(TO_THE_RIGHT, True), (TO_THE_LEFT, False)])
+def test_the_checker_sees_imports_to_the_right(lines: str, is_wrong: bool) -> None:
+    for module, line in (text.split(": ", 1) for text in lines.strip().splitlines()):
+        found = wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
+        assert bool(found) == is_wrong, line
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import pickle",
-        "def f():\n    from pickle import loads",
-        "importlib.import_module('dill')",
-        "torch.load(path)",
-        f"torch.load(path, weights_only={False})",
-        "torch.load(path, weights_only=flag)",
-        "torch.load(path, **options)",
-        "from torch import load",
-        "np.load(path, allow_pickle=True)",
-        "pandas.read_pickle(path)",
-        "yaml.load(text, Loader=yaml.Loader)",
-        f"AutoModel.from_pretrained(path, trust_remote_code={True})",
-        "AutoModel.from_pretrained(path, trust_remote_code=flag)",
-        "options = {'trust_remote_code': True}",
-    ],
-)
-def test_the_checker_sees_an_unsafe_load(line: str) -> None:
-    assert unsafe_loads(ast.parse(line))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.load(path, weights_only=True)",
-        "json.load(file)",
-        "np.load(path)",
-        "yaml.safe_load(text)",
-        "f(trust_remote_code=False)",
-        "options = {'trust_remote_code': False, **other}",
-    ],
-)
-def test_the_checker_accepts_a_safe_load(line: str) -> None:
-    assert not unsafe_loads(ast.parse(line))
+@pytest.mark.parametrize(("lines", "is_unsafe"), [(UNSAFE, True), (SAFE, False)])
+def test_the_checker_sees_unsafe_loads(lines: str, is_unsafe: bool) -> None:
+    for line in lines.strip().splitlines():
+        assert bool(unsafe_loads(ast.parse(line))) == is_unsafe, line
 
 
 def modules_after(statement: str) -> set[str]:
     """Top-level modules that a fresh interpreter holds after `statement`."""
     program = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return set(run_python(program).stdout.split())
 
 
 def test_reading_a_config_imports_no_deep_learning() -> None:

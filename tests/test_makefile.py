@@ -1,8 +1,6 @@
-"""The Makefile in a bare copy of the repository: its help, and what each target starts with which variables.
+"""The Makefile in a bare copy of the repository: its help, and what each target starts with which variables."""
 
-The copy's `.venv` counts as set up and holds one command, `python`, which is the Python of these tests.
-"""
-
+import json
 import os
 import re
 import shlex
@@ -13,12 +11,38 @@ from pathlib import Path
 
 import pytest
 
+from train.recipes.configs import Stage1Config
+from um3.core.config import load_config, save_config
+
 ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE)
-PHASES = ["stage1", "stage2", "codes", "um3", "eval", "report"]
-"""What `make demo` runs, in this order."""
-VARIABLES = ("CONFIG", "RUN", "NPROC", "DATA", "TEXT", "BASE", "QLIP", "ARGS", "PYTHON", "MAKEFLAGS", "MAKELEVEL")
+VARIABLES = {*re.findall(r"^([A-Z]+) [?:]=", MAKEFILE, re.MULTILINE), "MAKEFLAGS", "MAKELEVEL"}
+RECORDER = """import json, os, sys
+with open("record.jsonl", "a") as file:
+    file.write(json.dumps([sys.argv, dict(os.environ)]) + chr(10))
+"""
+ODD = [
+    "'",
+    " ",
+    "\\\\",
+    '"',
+    "[1]",
+    "$HOME",
+    "$(b)",
+    "#",
+    ": ",
+    "{a}",
+    "*",
+    "é",
+    "`a`",
+    ";",
+    "!",
+    "%",
+    "~",
+    "&a",
+    "$${b}",
+]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -34,12 +58,12 @@ def bare(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ready(bare: Path) -> Path:
-    """The same, set up."""
-    python = bare / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
+    """The same, set up, with commands that only record their arguments and environment."""
+    (bare / ".venv/bin").mkdir(parents=True)
     (bare / ".venv/.ready").touch()
+    for name in ("python", "um3"):
+        (bare / ".venv/bin" / name).write_text(f"#!{sys.executable} -ES\n{RECORDER}")
+        (bare / ".venv/bin" / name).chmod(0o755)
     return bare
 
 
@@ -50,13 +74,20 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
     )
 
 
-def commands(folder: Path, *arguments: str, **environment: str) -> list[list[str]]:
-    """What `make -n` would run, as the shell would split it; without the shell's own bookkeeping."""
-    result = make(folder, "-n", *arguments, **environment)
+def records(folder: Path, *arguments: str, **environment: str) -> list[tuple[list[str], dict[str, str]]]:
+    """(arguments, environment) of the commands that make runs."""
+    (folder / "record.jsonl").write_text("")
+    result = make(folder, *arguments, **environment)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.replace("\\\n", " ").splitlines()
-    split = [shlex.split(line) for line in lines]
-    return [words for words in split if words and words[0] not in (":", "make", "gmake")]
+    return [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+
+
+def commands(folder: Path, *arguments: str, **environment: str) -> list[list[str]]:
+    """Their arguments, with the values of the environment's variables."""
+    return [
+        [re.sub(r"\$\{oc\.env:(\w+)\}", lambda name, values=values: values[name[1]], word) for word in words]
+        for words, values in records(folder, *arguments, **environment)
+    ]
 
 
 def command(folder: Path, *arguments: str, **environment: str) -> list[str]:
@@ -77,90 +108,84 @@ def test_help_lists_every_target_once_and_needs_no_setup(bare: Path) -> None:
     assert not (bare / ".venv").exists()
 
 
-def test_every_target_is_phony_and_documented() -> None:
-    rules = re.findall(r"^([a-z0-9-]+):(?!=)(.*)$", MAKEFILE, re.MULTILINE)
-    assert sorted(name for name, _ in rules) == sorted(TARGETS)
-    assert [name for name, rest in rules if not re.search(r"## \S", rest)] == []
+IMAGES, TEXTS = '[{name: data, path: "@"}]', '[{name: text, path: "@"}]'
+SETTINGS = {  # target: variable, the words of its commands that hold it
+    "stage1": {"DATA": f"data.sources={IMAGES}", "CONFIG": "@", "RUN": "loop.output_dir=@/stage1"},
+    "stage2": {"DATA": f"data.sources={IMAGES}", "RUN": "loop.output_dir=@/stage2|init_from=@/stage1/model"},
+    "codes": {"DATA": f"images={IMAGES}", "RUN": "visual_tokenizer=@/stage2/model|output_dir=@/codes"},
+    "um3": {"TEXT": f"data.texts={TEXTS}", "RUN": "loop.output_dir=@/um3|data.codes=@/codes"},
+    "um3-init": {
+        "TEXT": "text=@",
+        "BASE": "base_model=@",
+        "QLIP": "visual_tokenizer=@",
+        "RUN": "output_dir=@/um3-init",
+    },
+    "um3-export": {"RUN": "@/um3/model|--out|@/um3-export"},
+    "eval": {"DATA": f"images={IMAGES}", "TEXT": f"texts={TEXTS}", "CONFIG": "@", "RUN": "run=@"},
+    "eval-language": {"MODEL": "model=@", "OUT": "output_dir=@/eval", "TEXT": f"texts={TEXTS}"},
+    "coco-captions": {"MODEL": "model=@", "REFERENCES": "references=@", "RUN": "output=@/eval/coco_captions.json"},
+    "coco-generation": {"MODEL": "model=@", "PROMPTS": "prompts=@", "RUN": "images=@/generated/coco-generation"},
+    "geneval": {"PROMPTS": "prompts=@", "RUN": "images=@/generated/geneval|output=@/eval/geneval.json"},
+    "dpg": {"PROMPTS": "prompts=@", "RUN": "images=@/generated/dpg|output=@/eval/dpg.json"},
+    "report": {"RUN": "@"},
+    "ablation": {"NAME": "configs/ablations/@.yaml", "CONFIG": "@"},
+    "balance": {"RUN": "@-weights", "CONFIG": "@"},
+    "sample": {"RUN": "@/um3/model|--out|@/samples"},
+    "serve": {"RUN": "@/um3/model"},
+    "mix-preview": {"RUN": "@/mix.png|data.codes=@/codes", "CONFIG": "@"},
+    "plan": {"CONFIG": "@", "GPU": "@"},
+    "bench-training": {"CONFIG": "@"},
+    "bench-memory": {"CONFIG": "@", "RUN": "@/benchmarks"},
+    "bench-um3": {"CONFIG": "@"},
+}
 
 
-def test_the_demo_runs_every_phase_in_order_in_one_folder(ready: Path) -> None:
-    found = [" ".join(words) for words in commands(ready, "demo", "RUN=runs/mine")]
-    patterns = [
-        "-m train stage1",
-        "-m train stage2",
-        "-m data_mix encode",
-        "-m train um3",
-        "-m eval run",
-        "-m eval report",
-    ]
-    assert len(found) == len(patterns) == len(PHASES)
-    for line, pattern in zip(found, patterns, strict=True):
-        assert re.search(pattern, line) and "runs/mine" in line and "runs/demo" not in line, line
+@pytest.mark.parametrize("target", SETTINGS)
+def test_odd_names_pass_through_unchanged_and_args_come_last(target: str, ready: Path) -> None:
+    settings = SETTINGS[target]
+    for shift in (0, 5, 11):
+        # Each variable has its own odd name, so that none can stand for another.
+        names = {name: f"x{ODD[(shift + i) % len(ODD)]}{i}" for i, name in enumerate(settings)}
+        given = [f"{name}={value}" for name, value in names.items()]
+        arguments = "ARGS=loop.seed=3 name='a b'"
+        for found in (commands(ready, target, *given, arguments), commands(ready, target, arguments, **names)):
+            words = [word for command in found for word in command]
+            expected = [word.replace("@", names[name]) for name, text in settings.items() for word in text.split("|")]
+            assert [word for word in expected if word not in words] == [] and words[-2:] == ["loop.seed=3", "name=a b"]
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        ("stage1", ["loop.output_dir=R/stage1"]),
-        ("stage2", ["loop.output_dir=R/stage2", "init_from=R/stage1/model"]),
-        ("codes", ["visual_tokenizer=R/stage2/model", "output_dir=R/codes"]),
-        ("um3", ["loop.output_dir=R/um3", "visual_tokenizer=R/stage2/model", "data.codes=R/codes"]),
-        ("um3-init", ["output_dir=R/um3-init", "visual_tokenizer=R/stage2/model"]),
-        ("um3-export", ["export", "R/um3/model", "--out", "R/um3-export"]),
-        ("eval", ["run=R"]),
-        ("report", ["--run", "R"]),
-        ("coco-captions", ["model=R/um3/model", "output=R/eval/coco_captions.json"]),
-        ("coco-generation", ["images=R/generated/coco-generation", "output=R/eval/coco_generation.json"]),
-        ("geneval", ["images=R/generated/geneval", "output=R/eval/geneval.json"]),
-        ("dpg", ["images=R/generated/dpg", "output=R/eval/dpg.json"]),
-        ("sample", ["--model", "R/um3/model", "--out", "R/samples"]),
-        ("serve", ["--model", "R/um3/model"]),
-        ("mix-preview", ["--out", "R/mix.png"]),
-    ],
-)
-def test_run_is_where_everything_goes_and_args_come_last(target: str, expected: list[str], ready: Path) -> None:
-    words = command(ready, target, "RUN=R", "ARGS=loop.seed=3 name='a b'")
-    assert words[-2:] == ["loop.seed=3", "name=a b"]
-    start = words.index(expected[0])
-    assert words[start : start + len(expected)] == expected or set(expected) <= set(words)
-    assert command(ready, target, RUN="R", ARGS="loop.seed=3 name='a b'") == words  # from the environment too
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_path_reaches_the_config(odd: str, ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((words, values),) = records(ready, "stage1", f"DATA=d{odd}", f"RUN=r{odd}")
+    for name in ("DATA", "RUN"):
+        monkeypatch.setenv(name, values[name])
+    config = load_config(Stage1Config, overrides=[word for word in words if "=" in word])
+    assert config.data.sources[0].path == f"d{odd}" and config.loop.output_dir == f"r{odd}/stage1"
+    save_config(config, ready / "config.yaml")
+    assert load_config(Stage1Config, path=ready / "config.yaml") == config
+
+
+@pytest.mark.parametrize("run", ["runs/mine", "r'\"$HOME[1] #\\"])
+def test_the_demo_runs_every_phase_in_order_in_one_folder(run: str, ready: Path) -> None:
+    patterns = ["train stage1", "train stage2", "data_mix encode", "train um3", "eval run", "eval report"]
+    for found in (commands(ready, "demo", f"RUN={run}"), commands(ready, "demo", RUN=run)):
+        assert len(found) == len(patterns)
+        for words, pattern in zip(found, patterns, strict=True):
+            line = " ".join(words)
+            assert f"-m {pattern}" in line and run in line and "runs/demo" not in line, line
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview"])
 def test_config_names_the_experiment_and_its_run(target: str, ready: Path) -> None:
     def config_and_run(*arguments: str) -> tuple[str, str]:
         words = command(ready, target, *arguments)
-        (run,) = {word for text in words for word in re.findall(r"runs/\w+", text)}
+        (run,) = {word for text in words for word in re.findall(r"runs/[\w-]+", text)}
         return words[words.index("--config") + 1], run
 
     assert config_and_run() == ("demo", "runs/demo")
     assert config_and_run("CONFIG=qlip_b8") == ("qlip_b8", "runs/qlip_b8")
     assert config_and_run("CONFIG=/some/where.yaml") == ("/some/where.yaml", "runs/where")
-
-
-@pytest.mark.parametrize(
-    ("target", "data", "text"),
-    [
-        ("stage1", "data.sources=", ""),
-        ("stage2", "data.sources=", ""),
-        ("codes", "images=", ""),
-        ("um3", "", "data.texts="),
-        ("eval", "images=", "texts="),
-    ],
-)
-def test_data_and_text_replace_the_configs_sources(target: str, data: str, text: str, ready: Path) -> None:
-    plain = command(ready, target)
-    given = command(ready, target, "DATA=/my photos", "TEXT=/my texts")
-    expected = [f'{data}[{{name: data, path: "/my photos"}}]'] if data else []
-    expected += [f'{text}[{{name: text, path: "/my texts"}}]'] if text else []
-    assert [word for word in given if word not in plain] == expected
-    assert [word for word in given if word in plain] == plain
-
-
-def test_a_base_and_a_tokenizer_are_named_for_the_start(ready: Path) -> None:
-    words = command(ready, "um3-init", "BASE=/my llama", "QLIP=/my qlip", "TEXT=/my text", "RUN=R", "ARGS=subtokens=4")
-    assert words[1:5] == ["-m", "train", "um3-init", "output_dir=R/um3-init"]
-    assert words[5:] == ["base_model=/my llama", "visual_tokenizer=/my qlip", "text=/my text", "subtokens=4"]
+    assert config_and_run("CONFIG=/my configs/a b.yaml") == ("/my configs/a b.yaml", "runs/a-b")
 
 
 @pytest.mark.parametrize(
@@ -187,17 +212,11 @@ def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
 
 
 def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
-    for model, place in (
-        ("runs/demo/um3/model", "demo-um3-model"),
-        ("org/Llama-1B", "org-Llama-1B"),
-        ("/my/llama/", "my-llama"),
-    ):
-        words = command(ready, "eval-language", f"MODEL={model}", "TEXT=/my text", "ARGS=language.limit=5")
-        assert words[1:5] == ["-m", "eval", "run", f"model={model}"]
-        assert words[5:7] == [f"output_dir=runs/language/{place}/eval", "parts=[language]"]
-        assert words[7:] == ['texts=[{name: text, path: "/my text"}]', "language.limit=5"]
-    words = command(ready, "eval-language", "RUN=R")
-    assert words[4:6] == ["model=R/um3/model", "output_dir=runs/language/R-um3-model/eval"]
+    places = {"runs/demo/um3/model": "demo-um3-model", "org/Llama-1B": "org-Llama-1B", "/my llama/": "my-llama"}
+    for model, place in (places | {"R/um3/model": "R-um3-model"}).items():
+        words = command(ready, "eval-language", "RUN=R" if model.startswith("R/") else f"MODEL={model}")
+        expected = [f"model={model}", f"output_dir=runs/language/{place}/eval", "parts=[language]"]
+        assert words[1:] == ["-m", "eval", "run", *expected]
     assert command(ready, "report", "RUNS=a b", "ARGS=")[4:] == ["--run", "a", "b"]
 
 
@@ -215,9 +234,9 @@ def test_targets_that_train_nothing_take_no_processes(ready: Path) -> None:
 
 
 def test_without_a_setup_a_target_sets_up_first(bare: Path) -> None:
-    found = commands(bare, "stage1")
-    assert any(words[1:] == ["-m", "venv", ".venv"] for words in found[:-1])
-    assert "train" in found[-1] and "train" not in found[0]
+    lines = make(bare, "-n", "stage1").stdout.replace("\\\n", " ").splitlines()
+    assert any(line.endswith("-m venv .venv") for line in lines[:-1])
+    assert "train" in lines[-1] and "train" not in lines[0]
 
 
 def test_a_python_that_is_too_old_is_one_line(bare: Path) -> None:
@@ -231,6 +250,7 @@ def test_a_python_that_is_too_old_is_one_line(bare: Path) -> None:
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview", "demo"])
 def test_an_unknown_config_is_one_clear_line(target: str, ready: Path) -> None:
+    (ready / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     result = make(ready, target, "CONFIG=nowhere")
     assert result.returncode != 0 and not result.stdout
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]

@@ -188,6 +188,24 @@ def test_every_remedy_exists(room: str) -> None:
     assert wrong == []
 
 
+def empty_remedies(tree: ast.Module) -> list[int]:
+    """Lines of errors that end in a computed remedy, which may be empty, instead of words."""
+    errors = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
+    texts = [part for error in errors for part in error.args[:1] if isinstance(part, ast.JoinedStr)]
+    return [
+        text.lineno
+        for text in texts
+        if re.search(r"; \{\.\.\.\}$", text_of(text)) and isinstance(text.values[-1].value, ast.Call)  # type: ignore[attr-defined]
+    ]
+
+
+def test_no_remedy_can_be_empty() -> None:
+    found = {str(file.relative_to(ROOT)): lines for file, tree in sources().items() if (lines := empty_remedies(tree))}
+    assert found == {}
+    assert empty_remedies(ast.parse("raise UserError(f'only {n} images; {skipped.note()}')")) == [1]
+    assert empty_remedies(ast.parse("raise UserError(f'only {n} images; {skipped.note() or 1}')")) == []
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_make_target_in_a_docstring_exists(room: str) -> None:
     wrong = []

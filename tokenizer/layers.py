@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from tokenizer import onednn
 from tokenizer.configuration import QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
-from um3.core import onednn
 
 TowerConfig = QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig
 ROPE_THETA = 10000.0

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from train.engine import AVERAGE, base_optimizer, state_keys
-from um3.core.distributed import barrier, device, is_main, sum_over_ranks
+from um3.core.distributed import device, is_main, sum_over_ranks, wait_for_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, sha256_of, write_json
 
@@ -50,13 +50,14 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
         for engine in engines.values():
             for _ in _full_tensors(engine, kinds=("param", *state_keys(engine))):
                 pass
-    barrier()
+    wait_for_main()
     return target
 
 
 def resume_point(folder: Path) -> Path | None:
     """The result of `find_checkpoint` on the first rank, the same on every rank (a collective call)."""
     path = find_checkpoint(folder) if is_main() else None
+    wait_for_main()  # while it reads the whole checkpoint
     step = sum_over_ranks(torch.tensor(0 if path is None else read_meta(path)["step"], device=device()))
     return _step_folder(folder, int(step)) if step > 0 else None
 

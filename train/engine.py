@@ -7,10 +7,12 @@ import importlib.util
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.optim import build_optimizer
@@ -31,8 +33,11 @@ STOCK = ("llama", "qwen2", "qwen3")
 """Model types whose layers Liger can replace."""
 
 
-def start_runtime(loop: LoopConfig) -> None:
-    """Set threads, start the process group and silence DeepSpeed's messages. Call once, before any model is built."""
+def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s) -> None:
+    """Set threads, start the process group and silence DeepSpeed's messages. Call once, before any model is built.
+
+    Collectives of all groups, also of those that DeepSpeed creates, fail after `timeout_s`.
+    """
     if loop.num_threads:
         torch.set_num_threads(loop.num_threads)
     prepare_environment()
@@ -53,7 +58,10 @@ def start_runtime(loop: LoopConfig) -> None:
         # build of every operator and print the missing requirements.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        timeout = timedelta(seconds=timeout_s)
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     setup_logging()
 
 

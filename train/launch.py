@@ -4,22 +4,28 @@ Across machines use `torchrun` with the same arguments; a process that finds RAN
 """
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from um3.core.distributed import free_port
+from um3.core.errors import EXIT_LOST_RANK, LAUNCHER
 
 # Not torchrun (torch 2.13): after a SIGTERM that saved the run it exits with 1 and a traceback of 33 lines, a
 # failed rank prints 110 lines, and its workers keep training when it is killed. Here: exit code 0, one line, no
 # orphans. Both need 11.6 s to the first step.
 POLL_S = 0.02
 """Short, so that the process that failed first is found before the failures it causes."""
+SETTLE_S = 5.0
+"""Time for the others to end after a process that lost them: the cause is one that fails, or one that does not end."""
 PR_SET_PDEATHSIG = 1
 """Linux, prctl(2): the signal that a process receives when its parent dies."""
+Worker = subprocess.Popen[bytes]
 
 
 def is_worker() -> bool:
@@ -27,18 +33,23 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
-def launch(arguments: Sequence[str], *, processes: int) -> int:
+def launch(arguments: Sequence[str], *, processes: int, timeout_s: float) -> int:
     """Run `python -m train ARGUMENTS` in `processes` processes; return the exit code of the first that failed, or 0.
 
-    SIGTERM and Ctrl-C are forwarded once, so that all processes stop after the same step. If one process fails, the
-    others are killed at once: they would wait for it forever, and the last checkpoint stays valid. One line then names
-    the rank and the reason. If this process is killed, Linux kills the others.
+    SIGTERM and Ctrl-C are forwarded, and stopped processes continued, so that all end after the same step; the third
+    such signal kills them. If one process fails, or does not answer for `timeout_s`, the others are killed at once:
+    they would wait for it forever, and the last checkpoint stays valid. One line then names the rank and the reason.
+    If this process is killed, Linux kills the others.
     """
     received: list[int] = []
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, frame: received.append(number))
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    shared |= {
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        LAUNCHER: "1",
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "train", *arguments],
@@ -48,28 +59,57 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         )
         for rank in range(processes)
     ]
-    num_forwarded = 0
-    while (codes := [worker.poll() for worker in workers]).count(None) and not any(codes):
-        for number in received[num_forwarded:]:
-            _send(workers, number)
-        num_forwarded = len(received)
-        time.sleep(POLL_S)
+    reason, code = _watch(workers, received=received, timeout_s=timeout_s)
     _send(workers, signal.SIGKILL)
     for worker in workers:
         worker.wait()
-    # Signals sort first: a rank that exited with an error may have lost its connection to a killed one.
-    failed = sorted((code > 0, rank, code) for rank, code in enumerate(codes) if code)
-    if not failed:
-        return 0
-    _, rank, code = failed[0]
-    if -code not in received and (reason := _reason(code)):
-        print(
-            f"error: rank {rank} {reason}; all {processes} processes were stopped. Run the same command to resume from "
-            "the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+    if reason:
+        remedy = "Run the same command to resume from the last checkpoint"
+        print(f"error: {reason}; all {processes} processes were stopped. {remedy}", file=sys.stderr, flush=True)
+    return code if code >= 0 else 128 - code
+
+
+def _watch(workers: Sequence[Worker], *, received: list[int], timeout_s: float) -> tuple[str, int]:
+    """Forward signals until all ended, one failed, one did not answer, or the user insists.
+
+    A rank that was stopped (SIGSTOP) is seen from here. One that hangs is known by the others: their collectives time
+    out, and they exit with EXIT_LOST_RANK while it stays.
+
+    Returns:
+        the reason for the user (empty if a process has printed it, or for success), and the exit code.
+    """
+    num_forwarded, deadline = 0, math.inf
+    answered = dict.fromkeys(range(len(workers)), time.monotonic())
+    while True:
+        now, codes = time.monotonic(), [worker.poll() for worker in workers]
+        # Signals sort first: a rank that exited with an error may have lost its connection to a killed one.
+        failed = sorted(
+            (code > 0, rank, code) for rank, code in enumerate(codes) if code not in (None, 0, EXIT_LOST_RANK)
         )
-    return code if code > 0 else 128 - code
+        if failed:
+            _, rank, code = failed[0]
+            return f"rank {rank} {_reason(code)}" if -code not in received and code < 2 else "", code
+        alive = [rank for rank, code in enumerate(codes) if code is None]
+        if not alive:
+            return ("the processes lost each other", EXIT_LOST_RANK) if EXIT_LOST_RANK in codes else ("", 0)
+        answered |= {rank: now for rank in alive if not _is_stopped(workers[rank].pid)}
+        deadline = min(deadline, now + SETTLE_S) if EXIT_LOST_RANK in codes else deadline
+        if silent := [rank for rank in alive if now > deadline or now - answered[rank] > timeout_s]:
+            return f"rank {', '.join(map(str, silent))} did not answer for {timeout_s:g} s", EXIT_LOST_RANK
+        if len(received) > 2:
+            return "", -received[0]
+        for number in received[num_forwarded:]:
+            _send(workers, number)
+            _send(workers, signal.SIGCONT)
+        num_forwarded = len(received)
+        time.sleep(POLL_S)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:  # it has just ended, or this is not Linux
+        return False
 
 
 def _die_with_parent() -> Callable[[], object] | None:
@@ -81,13 +121,12 @@ def _die_with_parent() -> Callable[[], object] | None:
 
 
 def _reason(code: int) -> str:
-    """How a process ended; empty if it printed the reason itself."""
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
-    return "failed (see above)" if code == 1 else ""
+    if code > 0:
+        return "failed (see above)"
+    return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
-def _send(workers: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _send(workers: Sequence[Worker], number: int) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(number)

@@ -21,12 +21,11 @@ import torch
 from train.checkpoint import load_optimizer, load_weights, read_meta, remove_old, resume_point, save_checkpoint
 from train.config import LoopConfig
 from um3.core.config import to_dict
-from um3.core.distributed import any_rank, barrier, is_main, rank, world_size
+from um3.core.distributed import any_rank, is_main, rank, wait_for_main, world_size
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import write_json
-from um3.core.metrics import MetricsWriter
+from um3.core.metrics import MetricsWriter, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
-from um3.core.provenance import commit, machine, versions
 from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -77,16 +76,18 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.output_dir)
-    engines, start, spent_s = _resume(task, folder=folder / "checkpoints", inputs=inputs)
+    engines, start, state = _resume(task, folder=folder / "checkpoints", inputs=inputs)
     metrics = None
     if is_main():
-        metrics = MetricsWriter(folder, resume_step=start, views=tuple(loop.loggers), config=to_dict(config))
+        rows = state.get("metrics_rows", 0)
+        metrics = MetricsWriter(folder, resume_step=start, num_rows=rows, views=loop.loggers, config=to_dict(config))
     progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)
-    began = time.monotonic()
+    began, spent_s = time.monotonic(), state.get("spent_s", 0.0)
     since_save: list[dict[str, float]] = []
 
     def save(step: int) -> None:
         state = {"data": task.state(step), "spent_s": spent_s + time.monotonic() - began, "inputs": inputs}
+        state["metrics_rows"] = metrics.num_rows if metrics else 0
         state["means"] = _means(since_save, loop.keep_best_by)
         since_save.clear()
         save_checkpoint(folder / "checkpoints", step=step, engines=engines, state=state)
@@ -114,11 +115,11 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     _finish(task, config=config, inputs=inputs, seconds=spent_s + time.monotonic() - began)
 
 
-def _resume(task: Task, *, folder: Path, inputs: dict[str, str]) -> tuple[dict[str, Any], int, float]:
-    """(engines, first step, seconds spent so far), from the newest valid checkpoint if there is one."""
+def _resume(task: Task, *, folder: Path, inputs: dict[str, str]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """(engines, first step, state of the loop), from the newest valid checkpoint if there is one."""
     path = resume_point(folder)
     if path is None:
-        return task.build_engines(), 0, 0.0
+        return task.build_engines(), 0, {}
     meta = read_meta(path)
     if (old_inputs := meta["state"]["inputs"]) != inputs:
         raise UserError(
@@ -131,7 +132,7 @@ def _resume(task: Task, *, folder: Path, inputs: dict[str, str]) -> tuple[dict[s
     for label, engine in engines.items():
         load_optimizer(path, label=label, engine=engine)
     logger.info("resuming from %s", path)
-    return engines, meta["step"], meta["state"]["spent_s"]
+    return engines, meta["step"], meta["state"]
 
 
 def _train_step(task: Task, *, step: int, folder: Path) -> dict[str, float]:
@@ -205,7 +206,7 @@ def _finish(task: Task, *, config: Any, inputs: dict[str, str], seconds: float) 
         record |= {name: round(gib, 3) for name, gib in peaks.items()} | {"processes": world_size(), **facts}
         record |= {"config": to_dict(config), "commit": commit(), "versions": versions(), "machine": machine()}
         write_json(folder / "done.json", record)
-    barrier()
+    wait_for_main()
 
 
 def _memory(host: str, gpu: str) -> dict[str, float]:

@@ -28,12 +28,12 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{phase}: {config.loop.output_dir} is up to date")
         return
     if options.processes > 1 and not is_worker():
-        sys.exit(launch(arguments, processes=options.processes))
+        sys.exit(launch(arguments, processes=options.processes, timeout_s=config.engine.timeout_s))
     recipe = importlib.import_module(f"train.recipes.{phase}")
     from train import engine, loop
 
     quiet_model_files()
-    engine.start_runtime(config.loop)
+    engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
     start_folder(config)
     try:
         loop.run(recipe.build_task(config), config=config, inputs=inputs)

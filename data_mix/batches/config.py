@@ -1,11 +1,12 @@
 """The config of UM3's data, in a module that does not import torch: a command that only reads configs starts faster."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from data_mix.batches.schedule import MixConfig
 from data_mix.samples import CaptionChoice
 from data_mix.sources.config import TextSourceConfig
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, Range, Share
 from um3.model.configuration import Supervision
 
 
@@ -30,22 +31,18 @@ class DataConfig:
 
     codes: str = "codes"
     texts: list[TextSourceConfig] = field(default_factory=list)
-    image_weights: dict[str, float] = field(default_factory=dict)
+    image_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     mix: MixConfig = field(default_factory=MixConfig)
-    seq_len: int = 4096
+    seq_len: Annotated[int, Range(2)] = 4096
     packing: Literal["none", "documents"] = "none"
-    text_seq_len: int = 0
-    caption_dropout: float = 0.1
+    text_seq_len: NonNegativeInt = 0
+    caption_dropout: Share = 0.1
     supervision: Supervision = "target"
     i2t_caption: CaptionChoice = "first"
 
     def __post_init__(self) -> None:
-        if self.seq_len < 2:
-            raise ValueError(f"data.seq_len={self.seq_len}: must be at least 2")
         if self.text_seq_len and not 2 <= self.text_seq_len <= self.seq_len:
             raise ValueError(f"data.text_seq_len={self.text_seq_len}: 0, or from 2 to data.seq_len={self.seq_len}")
         names = [source.name for source in self.texts]
         if len(set(names)) < len(names):
             raise ValueError(f"data.texts have the names {names}; give each source its own name")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"data.caption_dropout={self.caption_dropout}: must lie between 0 and 1")

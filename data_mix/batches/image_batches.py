@@ -62,7 +62,8 @@ class ImageReader:
             skipped[self.source.name, self._bad[index]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
         raise UserError(
-            f"none of the {self.order.length} samples of image source '{self.source.name}' can be used: {reasons}"
+            f"none of the {self.order.length} samples of image source '{self.source.name}' can be used ({reasons}); "
+            "check its files"
         )
 
 

@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--metrics", help="metrics.jsonl of a run, to draw the mix of the samples that it read")
     config, options = read_config(PreviewConfig, parser, section="um3", arguments=arguments, partial=True)
     for key in ("max_steps", "batch_size"):
-        if not isinstance(config.loop.get(key), int):
-            raise UserError(f"{options.config} does not set loop.{key}; add it, or pass loop.{key}=NUMBER")
+        if not isinstance(value := config.loop.get(key), int) or value < 1:
+            raise UserError(f"{options.config} sets loop.{key} to {value}; pass loop.{key}=NUMBER, at least 1")
     steps, batch_size = config.loop["max_steps"], config.loop["batch_size"]
     schedule, shares = Schedule(config.data.mix), source_shares(config.data)
     realised = read_metrics(options.metrics) if options.metrics else None

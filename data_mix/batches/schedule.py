@@ -1,11 +1,11 @@
 """Calm-down: how the share of text samples falls at the start of UM3's training (paper, section 4, Eq 7)."""
 
 import functools
-import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from data_mix.order import ExactCounts, fixed_shares
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, Range
 
 Task = Literal["text", "i2t", "t2i"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -19,21 +19,14 @@ class MixConfig:
         60/64 = 0.9375 to 12/16 = 0.75). "weight": the ratios themselves (text goes from 60 to 12).
     """
 
-    start: list[float] = field(default_factory=lambda: [60.0, 1.0, 3.0])
-    end: list[float] = field(default_factory=lambda: [12.0, 1.0, 3.0])
-    calm_down_steps: int = 10_000
+    start: Annotated[list[NonNegativeFloat], Range(3, 3)] = field(default_factory=lambda: [60.0, 1.0, 3.0])
+    end: Annotated[list[NonNegativeFloat], Range(3, 3)] = field(default_factory=lambda: [12.0, 1.0, 3.0])
+    calm_down_steps: NonNegativeInt = 10_000
     mode: Literal["proportion", "weight"] = "proportion"
 
     def __post_init__(self) -> None:
-        for name, ratios in (("start", self.start), ("end", self.end)):
-            if len(ratios) != len(TASKS) or not all(0 <= r < math.inf for r in ratios) or sum(ratios) <= 0:
-                raise ValueError(
-                    f"mix.{name}={list(ratios)}: give three ratios [text, i2t, t2i], none negative, one above 0"
-                )
-        if self.calm_down_steps < 0:
-            raise ValueError(f"mix.calm_down_steps={self.calm_down_steps}: must be at least 0 (0: no calm-down)")
-        if self.mode not in ("proportion", "weight"):
-            raise ValueError(f"mix.mode={self.mode!r}: use 'proportion' or 'weight'")
+        if not (sum(self.start) and sum(self.end)):
+            raise ValueError(f"mix.start={self.start}, mix.end={self.end}: one ratio of each must be above 0")
 
 
 class Schedule:

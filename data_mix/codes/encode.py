@@ -32,6 +32,7 @@ from um3.core.files import read_json, sha256_of, short_hash, write_json
 from um3.core.hub import HUB_ID
 from um3.core.log import setup_logging
 from um3.core.progress import Progress
+from um3.core.ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from tokenizer.images import QLIPImages
@@ -54,10 +55,10 @@ class EncodeConfig:
     output_dir: str = "codes"
     images: list[ImageSourceConfig] = field(default_factory=list)
     seed: int = 0
-    batch_size: int = 64
-    samples_per_shard: int = 4096
-    limit: int = 0
-    num_threads: int = 1
+    batch_size: PositiveInt = 64
+    samples_per_shard: PositiveInt = 4096
+    limit: NonNegativeInt = 0
+    num_threads: PositiveInt = 1
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.images]
@@ -68,9 +69,6 @@ class EncodeConfig:
                 raise ValueError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             if names.count(source.name) > 1:
                 raise ValueError(f"two image sources have the name '{source.name}'; give each its own name")
-        for name, least in (("batch_size", 1), ("samples_per_shard", 1), ("num_threads", 1), ("limit", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
 
 
 class ShardJob(NamedTuple):
@@ -280,7 +278,7 @@ def _summary(jobs: Sequence[ShardJob], *, inputs_hash: str) -> dict[str, Any]:
         for name, counts in sources.items():
             reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(counts["skipped"].items()))
             if not counts["images"]:
-                raise UserError(f"no {split} image of source '{name}' can be used: {reasons}")
+                raise UserError(f"no {split} image of source '{name}' can be used ({reasons}); check its files")
             if reasons:
                 logger.warning("%s of '%s': %d images; skipped: %s", split, name, counts["images"], reasons)
     tokenizer = {name: getattr(header, name) for name in ("fingerprint", "bits", "image_size", "num_patches")}

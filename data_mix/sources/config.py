@@ -1,7 +1,9 @@
-"""Configs of the sources of images and texts; this module imports nothing, so that any config may hold them."""
+"""Configs of the sources of images and texts; any config may hold them."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "coco", "hub"]
 TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
@@ -26,16 +28,10 @@ class SourceConfig:
     kind: str = "auto"
     path: str = ""
     preset: str = ""
-    weight: float = 1.0
-    val_fraction: float = 0.05
-    stream: int = 0
+    weight: NonNegativeFloat = 1.0
+    val_fraction: Decay = 0.05
+    stream: NonNegativeInt = 0
     skip_bad_files: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"{self.where}: val_fraction={self.val_fraction} is outside [0, 1); 0.05 keeps 5 %")
-        if self.stream < 0:
-            raise ValueError(f"{self.where}: stream={self.stream} must be a number of samples, or 0 to download all")
 
     @property
     def where(self) -> str:
@@ -57,7 +53,7 @@ class ImageSourceConfig(SourceConfig):
 
     name: str = "scenes"
     kind: ImageKind = "auto"
-    length: int = 50_000
+    length: PositiveInt = 50_000
     image_column: str = ""
     caption_column: str = ""
     captions: str = ""
@@ -70,5 +66,5 @@ class TextSourceConfig(SourceConfig):
 
     name: str = "python_docs"
     kind: TextKind = "auto"
-    val_fraction: float = 0.02
+    val_fraction: Decay = 0.02
     field: str = "text"

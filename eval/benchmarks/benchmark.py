@@ -98,7 +98,7 @@ class Benchmark:
 
     def write(self, scores: Sequence[Score], *, samples: Any = None) -> None:
         """Write the scores with everything they depend on, and print them; only the first rank does."""
-        from um3.core.provenance import commit, machine, versions
+        from um3.core.metrics import commit, machine, versions
 
         if not is_main():
             return

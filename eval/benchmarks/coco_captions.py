@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from eval.benchmarks.benchmark import Benchmark
 from eval.benchmarks.references import read_references
 from eval.command import model_hash, run_command
+from eval.config import TopP
 from eval.results_cache import ImageModel
 from eval.scores import Measurement
 from um3.core.distributed import is_main
 from um3.core.hub import model_folder
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,18 +36,18 @@ class CocoCaptionsConfig:
     images: str = ""
     """Folder of the images; the folder of `references` by default."""
     split: str = "test"
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Number of images to caption, in the order of the file; 0 for all. CIDEr values compare over equal sets only."""
     model: str = ""
     """Folder or hub id of a trained UM3."""
     captions: str = ""
     """File of captions to score instead of captions by `model`."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """0 is greedy decoding."""
-    top_p: float = 1.0
-    max_new_tokens: int = 64
+    top_p: TopP = 1.0
+    max_new_tokens: PositiveInt = 64
     seed: int = 0
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     meteor: bool = False
     """Compute METEOR, which needs Java."""
     output: str = ""

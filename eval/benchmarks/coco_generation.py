@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from PIL.Image import Resampling
 
@@ -27,6 +27,7 @@ from eval.tasks.generated_images import MANIFEST
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.images import ImageError, read_image, to_square
+from um3.core.ranges import Range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +47,7 @@ class CocoGenerationConfig(ScoredImagesConfig):
 
     reference: str = ""
     """A folder of real images, the .npz that an earlier run wrote for it, or pytorch-fid's .npz."""
-    size: int = 0
+    size: Annotated[int, Range(0, 2**14)] = 0
     """Side in pixels of all prepared images (256 in the COCO protocol); 0 for that of the generated ones."""
     resize: Literal["lanczos", "bicubic"] = "lanczos"
     inception_weights: str = ""

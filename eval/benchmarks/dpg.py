@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from eval.benchmarks.benchmark import Benchmark, ScoredImagesConfig
 from eval.benchmarks.dpg_rules import LEVEL_1, AnsweredPrompt, Question, Result, evaluate, read_questions
@@ -23,6 +23,7 @@ from eval.scores import Score
 from eval.tasks.generated_images import GRID_PLACES
 from um3.core.errors import UserError
 from um3.core.files import short_hash
+from um3.core.ranges import NonNegativeInt, Range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,9 +44,9 @@ class DPGConfig(ScoredImagesConfig):
     """Folder or hub id of a model that answers questions about images."""
     answers: str = ""
     """File of answers from another program instead of `vqa`."""
-    num_images: int = 4
+    num_images: Annotated[int, Range(1, len(GRID_PLACES))] = 4
     """Images in each file."""
-    resolution: int = 0
+    resolution: NonNegativeInt = 0
     """Side of one image in pixels; 0 for half of the file's side."""
     official: bool = False
     """Count as the published script does, including its probable mistakes (`eval.benchmarks.dpg_rules`)."""
@@ -54,8 +55,6 @@ class DPGConfig(ScoredImagesConfig):
         super().__post_init__()
         if self.vqa and self.answers:
             raise ValueError("vqa and answers are both set; set one of them")
-        if not 1 <= self.num_images <= len(GRID_PLACES):
-            raise ValueError(f"num_images is {self.num_images}; a file contains 1 to {len(GRID_PLACES)}")
 
 
 def main(arguments: Sequence[str]) -> None:

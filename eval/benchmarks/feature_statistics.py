@@ -84,7 +84,8 @@ def measure_features(
         skipped.add("image of another size", name)
         del features[name]
     if len(features) < 2:
-        raise UserError(f"{label}: only {len(features)} of {len(files)} images are usable; {skipped.note()}")
+        reasons = skipped.note() or "there are no others"
+        raise UserError(f"{label}: only {len(features)} of {len(files)} images are usable ({reasons}); add images")
     moments = {network_key(network): StreamingMoments(network.num_features) for network in networks}
     names = list(features)
     for start in range(0, len(names), BATCH):

@@ -26,6 +26,7 @@ from um3.core.config import load_config
 from um3.core.errors import Terminated, UserError
 from um3.core.files import write_json, write_text
 from um3.core.metrics import read_metrics
+from um3.core.ranges import PositiveInt
 
 CONVERGED = 0.1
 """A loss at convergence is the mean over this last share of the logged steps."""
@@ -75,14 +76,12 @@ class Ablation:
     """
 
     title: str = ""
-    seeds: int = 1
+    seeds: PositiveInt = 1
     columns: dict[str, str] = field(default_factory=dict)
     curves: dict[str, str] = field(default_factory=dict)
     rows: list[AblationRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds is {self.seeds}; it must be at least 1")
         names = [row.name for row in self.rows]
         folders = [_slug(name) for name in names]
         if not folders or len(set(folders)) < len(folders) or not all(folders):

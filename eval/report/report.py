@@ -23,7 +23,7 @@ from eval.scores import Score
 from um3.core.errors import UserError
 from um3.core.files import write_json, write_text
 from um3.core.log import setup_logging
-from um3.core.provenance import commit, machine, versions
+from um3.core.metrics import commit, machine, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

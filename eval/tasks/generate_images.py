@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from eval.command import model_hash, run_command
 from eval.config import SamplingConfig
@@ -29,6 +29,7 @@ from um3.core.distributed import device, is_main, rank, world_size
 from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.progress import Progress, format_seconds, quiet_progress
+from um3.core.ranges import NonNegativeInt, Range
 from um3.core.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ class GenerateConfig:
     """.jsonl, .csv, .tsv, .txt, a folder of .txt, or COCO's captions: see `eval.tasks.prompts`."""
     output_dir: str = ""
     layout: Layout = "flat"
-    num_images: int = 1
+    num_images: Annotated[int, Range(1, 10_000)] = 1
     """Images per prompt."""
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Number of prompts, from the start of the list; 0 for all."""
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -58,9 +59,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if empty := [name for name in ("model", "prompts", "output_dir") if not getattr(self, name)]:
             raise ValueError(f"set {empty[0]}=PATH")
-        max_images = 4 if self.layout == "grid" else 10_000
-        if not 1 <= self.num_images <= max_images:
-            raise ValueError(f"num_images is {self.num_images}; layout={self.layout} allows 1 to {max_images}")
+        if self.layout == "grid" and self.num_images > 4:
+            raise ValueError(f"num_images is {self.num_images}; layout=grid allows 1 to 4")
 
 
 def main(arguments: Sequence[str]) -> None:

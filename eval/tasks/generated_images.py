@@ -23,7 +23,7 @@ from um3.core.config import differences
 from um3.core.errors import UserError
 from um3.core.files import PARTIAL_SUFFIX, read_json, write_json, write_text
 from um3.core.images import SUFFIXES
-from um3.core.provenance import commit, versions
+from um3.core.metrics import commit, versions
 
 Layout = Literal["flat", "geneval", "grid"]
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.sources.image_sources import ImageSourceConfig, image_kind, open_image_source
 from data_mix.sources.text import TextSourceConfig, open_text_source, readable_texts
-from um3.core.config import refuse_old_names
+from um3.core.config import build_config
 from um3.core.errors import UserError
 from um3.core.files import short_hash
 
@@ -58,9 +58,7 @@ def trained_on(run: str, *, phase: str, key: str, kind: type[SourceT]) -> list[S
         name = "images" if kind is ImageSourceConfig else "texts"
         raise UserError(f"no validation data: {path} does not exist; list the sources under '{name}'")
     sources = yaml.safe_load(path.read_text(encoding="utf-8"))["data"][key]
-    for values in sources:
-        refuse_old_names(values, schema=kind, origin=str(path))
-    return [kind(**values) for values in sources]
+    return [build_config(kind, [(str(path), values)], origin=str(path)) for values in sources]
 
 
 def validation_images(config: ImageSourceConfig, *, num_images: int, size: int, seed: int) -> ValidationImages:

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import harness, memory, sampling, tokenizer, training, um3_loss, um3_training
 from benchmarks.flops import stage1_flops, stage2_flops
 from tests.helpers.processes import ROOT
+from tokenizer import onednn
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from train.recipes.configs import Stage1Config, Stage2Config, UM3LossConfig
 from train.recipes.um3 import UM3Objective
-from um3.core import onednn
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.model import split_softmax

@@ -1,8 +1,6 @@
 """Ranks and collectives: in a single process without a launcher, and in two."""
 
 import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT, run_on_ranks
+from tests.helpers.processes import run_on_ranks, run_python
 from um3.core import distributed
 from um3.core.distributed import barrier, is_main, make_once, rank, wait_for_main, world_size
 from um3.core.errors import UserError
@@ -91,12 +89,8 @@ def test_other_ranks_wait_for_long_work_of_rank_0(tmp_path: Path, monkeypatch: p
 
 
 def fresh(program: str, **environment: str) -> str:
-    """Output of a program in a new interpreter that has only these of the launcher's variables."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    return subprocess.run(
-        [sys.executable, "-c", f"import os, sys; from um3.core.distributed import *; {program}"],
-        cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+    """Output of a program in a new interpreter."""
+    return run_python(f"import os, sys; from um3.core.distributed import *; {program}", **environment).stdout.strip()
 
 
 def test_the_rank_is_known_without_torch() -> None:

@@ -1,16 +1,13 @@
 """Exit codes and last lines of commands, in separate processes."""
 
 import errno
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT
-from um3.core.errors import is_disk_full
+from tests.helpers.processes import run_python
+from um3.core.errors import EXIT_LOST_RANK, LAUNCHER, system_problem
 
 
 def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -19,10 +16,7 @@ def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     program = (
         f"import os, signal, sys\nfrom um3.core.errors import *\ndef main():\n{lines}\nrun_main(main)\nprint('end')"
     )
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
-    )  # fmt: skip
+    return run_python(program, PYTHONUNBUFFERED="", **environment)
 
 
 def test_success_returns_to_the_caller() -> None:
@@ -59,43 +53,51 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
 
 
 @pytest.mark.parametrize(
-    ("body", "name"),
+    ("error", "names"),
     [
-        ("raise OSError(28, 'No space left on device', 'runs/demo/x.parquet')", "runs/demo/x.parquet"),
-        (f"from safetensors import SafetensorError\nraise SafetensorError({FULL!r})", ""),
-        ("with open('/dev/full', 'w') as file:\n    file.write('x')", ""),
+        (OSError(errno.ENOSPC, "full", "runs/x.parquet"), ["runs/x.parquet", "No space left", "free space"]),
+        (OSError(errno.EDQUOT, "full"), ["quota"]),
+        (ValueError(FULL), ["No space left", "free space"]),
+        (PermissionError(errno.EACCES, "", b"runs/\xff"), ["runs/", "Permission denied", "permissions"]),
+        (OSError(errno.EROFS, "", "x"), ["x: Read-only", "another path"]),
+        (OSError(errno.EIO, "", "x"), ["x: Input/output error", "disk"]),
+        (OSError(errno.ENAMETOOLONG, "", "x"), ["shorter"]),
+        (NotADirectoryError(errno.ENOTDIR, "", "x"), ["x: Not a directory", "another path"]),
+        (OSError(errno.ELOOP, "", "x"), ["x: Too many levels", "check the path"]),
+        (MemoryError(), ["Cannot allocate memory", "smaller batches"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ["smaller batches"]),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), ["smaller batches"]),
     ],
 )
-def test_a_full_disk_is_one_line_and_exit_code_2(body: str, name: str) -> None:
-    if "/dev/full" in body and not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+def test_a_refusal_of_the_system_names_the_path_and_a_remedy(error: Exception, names: list[str]) -> None:
+    assert all(name in system_problem(error) for name in names)
+
+
+@pytest.mark.parametrize("error", [ValueError("28"), OSError("no number"), KeyError("x")])
+def test_other_errors_are_bugs(error: Exception) -> None:
+    assert system_problem(error) == ""
+
+
+@pytest.mark.parametrize(
+    "body", ["open('/proc/1/mem/x', 'w')", "open('/dev/null/x', 'w')", "raise MemoryError", "open('a' * 300, 'w')"]
+)
+def test_a_refusal_is_one_line_and_exit_code_2(body: str) -> None:
     result = run(body)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and name in result.stderr
-    assert result.stderr.startswith("error: the disk is full")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    result = run("raise PermissionError(13, 'Permission denied', 'x')")
-    assert result.returncode == 1 and "Traceback" in result.stderr and "Permission denied" in result.stderr
+def test_a_bug_keeps_its_traceback() -> None:
+    result = run("raise KeyError('x')")
+    assert result.returncode == 1 and "Traceback" in result.stderr
 
 
-def test_which_errors_mean_a_full_disk() -> None:
-    assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert is_disk_full(RuntimeError(f"I/O error (os error {errno.ENOSPC})"))
-    assert not is_disk_full(OSError(errno.EACCES, f"(os error {errno.ENOSPC})"))
-    assert not is_disk_full(ValueError("28"))
+@pytest.mark.parametrize(("launcher", "lines"), [({}, 1), ({LAUNCHER: "1"}, 0)])
+def test_a_lost_rank_is_one_line_unless_the_launcher_reports_it(launcher: dict[str, str], lines: int) -> None:
+    body = "raise RuntimeError('[/third_party/gloo/transport/tcp/pair.cc:1] Connection closed by peer')"
+    result = run(body, WORLD_SIZE="2", **launcher)
+    assert result.returncode == EXIT_LOST_RANK and result.stderr.count("\n") == lines
+    assert run(body).returncode == 1  # a single process has lost nobody
 
 
-def test_ctrl_c_from_outside_stops_a_waiting_command() -> None:
-    program = (
-        "import time\nfrom um3.core.errors import run_main\n"
-        "def main():\n    print('ready', flush=True)\n    time.sleep(60)\nrun_main(main)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-        assert process.stderr.read().startswith("interrupted: ")
+def test_a_message_cannot_forge_lines_or_move_the_cursor() -> None:
+    assert run("raise UserError('no a\\nb \\x1b[31m \\udcff')").stderr == "error: no a\\nb \\x1b[31m \\udcff\n"

@@ -52,7 +52,25 @@ def test_a_line_cut_by_a_kill_is_skipped_and_gone_after_a_resume(
     assert steps_in(tmp_path) == [10, 20] and not caplog.text
 
 
-@pytest.mark.parametrize("line", [b'{"train/loss": 1}', b'{"step": "x"}', b'{"step": null}', b"3", b"[]", b"\xff\0"])
+@pytest.mark.parametrize(("keep", "has"), [(None, 0), (1, 1), (3, 3)])
+def test_rows_that_vanished_before_a_resume_are_told(
+    keep: int | None, has: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 10, 20, 30)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    if keep is None:
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:keep]))
+    with caplog.at_level("WARNING"):
+        resumed = MetricsWriter(tmp_path, resume_step=30, num_rows=3)
+    assert (f"{path} was cut or deleted: it has {has} of the 3 rows" in caplog.text) == (has < 3)
+    resumed.log(40, {})
+    assert resumed.num_rows == has + 1 == len(steps_in(tmp_path))
+
+
+@pytest.mark.parametrize("line", [b'{"train/loss": 1}', b'{"step": "x"}', b"3", b"[]", b"\xff\0", b"[" * 99999])
 def test_a_line_without_a_step_does_not_stop_a_resume(line: bytes, tmp_path: Path) -> None:
     write(tmp_path, 10, 20)
     with (tmp_path / "metrics.jsonl").open("ab") as file:

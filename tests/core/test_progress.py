@@ -1,13 +1,11 @@
 """The progress line: its figures, its times, and who prints it."""
 
 import io
-import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import run_python
 from um3.core import progress
 from um3.core.progress import Progress, format_seconds, peak_memory_gib, quiet_progress, track
 
@@ -71,10 +69,7 @@ def test_only_rank_0_prints_and_memory_is_that_of_its_process() -> None:
     held = bytearray(300 * 2**20)  # memory of the parent process
     program = "from um3.core.progress import *; print(sum(track(range(4), total=4, label='x')), peak_memory_gib())"
     for rank, lines in (("0", 1), ("1", 0)):
-        result = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        result = run_python(program, RANK=rank)
         total, memory_gib = result.stdout.split()
         assert total == "6" and len(result.stderr.splitlines()) == lines
         assert 0.005 < float(memory_gib) < 0.2 < peak_memory_gib() and len(held) > 0

@@ -1,20 +1,18 @@
 """Log levels, provenance, seeds, and where models are found."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, run_python
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
-from um3.core.provenance import machine, versions
+from um3.core.metrics import machine, versions
 from um3.core.seeds import derive_seed, numpy_generator, seed_everything, torch_generator
 
 LOG_PROGRAM = """
@@ -27,13 +25,6 @@ for name in ("train.loop", "um3.core.metrics", "somebody.else"):
 """
 
 
-def output(command: list[str], *, cwd: Path, stream: str = "stdout", **environment: str) -> str:
-    result = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return str(getattr(result, stream)).strip()
-
-
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [
@@ -42,21 +33,30 @@ def output(command: list[str], *, cwd: Path, stream: str = "stdout", **environme
     ],
 )
 def test_log_levels_by_rank(rank: str, expected: str) -> None:
-    lines = output([sys.executable, "-c", LOG_PROGRAM], cwd=ROOT, stream="stderr", RANK=rank).splitlines()
+    lines = run_python(LOG_PROGRAM, RANK=rank).stderr.splitlines()
     assert ", ".join(line.partition(" ")[2] for line in lines) == f"{expected} warning"
+
+
+def test_names_from_outside_cannot_forge_a_line_of_the_log() -> None:
+    program = f"""{LOG_PROGRAM}
+import warnings
+logging.getLogger("train").warning("skipped %s", "a\\n08:00:00 all is well\\x1b[31m")
+warnings.warn("b\\nc")"""
+    *_, logged, warned = run_python(program).stderr.splitlines()
+    assert logged.endswith(r"skipped a\n08:00:00 all is well\x1b[31m") and warned == r"UserWarning: b\nc"
 
 
 def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path) -> None:
     def commit() -> str:
-        program = "from um3.core.provenance import commit; print(commit())"
-        return output([sys.executable, "-c", program], cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        program = "from um3.core.metrics import commit; print(commit())"
+        return run_python(program, cwd=tmp_path, PYTHONPATH=str(tmp_path)).stdout.strip()
 
     shutil.copytree(ROOT / "um3" / "core", tmp_path / "um3" / "core", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "um3/__init__.py", tmp_path / "um3")  # without it, the installed um3 would be imported
     assert commit() == "unknown"
     (tmp_path / ".gitignore").write_text("__pycache__\n")
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
-        output(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path, check=True)
     clean = commit()
     assert re.fullmatch("[0-9a-f]{12}", clean)
     (tmp_path / "new.txt").touch()

@@ -15,6 +15,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def run_python(program: str, *, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a new interpreter, which is no rank of a process group unless `environment` says so."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([sys.executable, "-c", program], cwd=cwd, env=inherited | environment, **options)
+
+
 def run_on_ranks(function: Callable[[], Any], *, folder: Path, num_ranks: int = 2) -> list[Any]:
     """The results of `function` (of a test module, without arguments) on each rank; they must be JSON values."""
     module = "tests.helpers.processes"

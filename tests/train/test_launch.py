@@ -23,27 +23,49 @@ from um3.core.metrics import read_metrics
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="inspects processes through Linux's /proc")
 
 
-def test_one_failed_process_stops_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+DEAF = "signal.signal(15, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "line"),
+    [
+        (["time.sleep(60)", "sys.exit(1)"], 1, "error: rank 1 failed (see above)"),
+        (["sys.exit(124)", "os.kill(os.getpid(), 9)"], 137, "error: rank 1 was killed by SIGKILL"),
+        (["sys.exit(124)", "time.sleep(0.2) or sys.exit(2)"], 2, ""),  # it has printed its mistake
+        (["sys.exit(124)", "time.sleep(60)"], 124, "error: rank 1 did not answer for 3 s"),
+        (["time.sleep(60)", "os.kill(os.getpid(), signal.SIGSTOP)"], 124, "error: rank 1 did not answer for 3 s"),
+        (["sys.exit(124)", "sys.exit(124)"], 124, "error: the processes lost each other"),
+        (["sys.exit(0)", "sys.exit(0)"], 0, ""),
+        ([f"{DEAF}; [os.kill(os.getppid(), 15) or time.sleep(0.2) for _ in range(3)]; time.sleep(60)", DEAF], 143, ""),
+    ],
+)
+def test_the_cause_of_a_failure_is_named_once(
+    ends: list[str],
+    code: int,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Stand-in workers instead of training: rank 1 fails, rank 0 would sleep for a minute."""
-    stand_in = "import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(60)\n"
-    (tmp_path / "train.py").write_text(stand_in)
+    """Stand-in workers instead of training."""
+    program = "\n".join(f"if os.environ['RANK'] == '{rank}': {end}" for rank, end in enumerate(ends))
+    (tmp_path / "train.py").write_text(f"import os, signal, sys, time\n{program}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("train.launch.SETTLE_S", 1.0)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
-        assert launch(["stage1"], processes=2) == 1
+        assert launch(["stage1"], processes=2, timeout_s=3) == code
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
             signal.signal(number, handler)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: rank 1 failed")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bool(line) and all(printed.startswith(line) for printed in lines)
 
 
 def endless(folder: Path) -> Run:
     """Two processes that train until they are stopped, after their first steps."""
-    options = ["loop.max_steps=100000", "loop.save_every_steps=100000"]
+    options = ["loop.max_steps=100000", "loop.save_every_steps=100000", "engine.timeout_s=5"]
     run = Run(arguments("stage1", folder, *options), log=folder / "log", processes=2)
     run.wait_until(lambda: len(read_metrics(folder / "stage1/metrics.jsonl")) >= 3)
     return run
@@ -87,7 +109,8 @@ def starve(run: Run) -> None:
     [
         (kill, 137, "rank 1 was killed by SIGKILL"),
         (kill_while_another_hangs, 137, "rank 1 was killed by SIGKILL"),
-        (starve, 1, "rank 1 failed (see above)"),
+        (Run.pause, 124, "rank 0 did not answer for 5 s"),
+        (starve, 2, "Cannot allocate memory; use smaller batches"),
     ],
 )
 def test_one_dead_process_stops_all_with_its_reason(
@@ -98,8 +121,17 @@ def test_one_dead_process_stops_all_with_its_reason(
     harm(run)
     assert run.wait() == code
     assert run.text().splitlines()[-1].startswith(f"error: {reason}")
-    assert code != 1 or "allocate memory" in run.text()
+    assert "Traceback" not in run.text() and run.text().count("error: ") == 1
     assert [process_state(worker) for worker in workers] == ["", ""]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_although_a_rank_is_stopped(tmp_path: Path) -> None:
+    run = endless(tmp_path)
+    run.pause()
+    run.send(signal.SIGTERM)
+    assert run.wait() == 0, run.text()
+    assert list((tmp_path / "stage1/checkpoints").glob("step-*/meta.json"))
 
 
 @pytest.mark.slow

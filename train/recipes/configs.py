@@ -4,14 +4,23 @@ Each config names the models that it starts from (`inputs`). This module does no
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from data_mix.batches.config import DataConfig
 from data_mix.sources.image_sources import ImageSourceConfig
 from data_mix.sources.text import TextSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.run_folder import model_digest
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Size
 from um3.model.configuration import ModelConfig, is_um3
+
+
+def _check_multiples(config: object, **pairs: str) -> None:
+    for whole, part in pairs.items():
+        if getattr(config, whole) % getattr(config, part):
+            raise ValueError(
+                f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}; change one"
+            )
 
 
 @dataclass
@@ -23,25 +32,23 @@ class QLIPSizeConfig:
     encoder_weights: str = ""
     """Weights for the visual encoder: a file of EVA-02's (MIM) or EVA-CLIP's weights (on the hub: OWNER/NAME/FILE),
     or a QLIP folder; empty: new weights."""
-    image_size: int = 256
-    patch_size: int = 16
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    intermediate_size: int = 2048
-    bits: int = 28
-    group_size: int = 1
-    inv_temperature: float = 1.0
-    projection_dim: int = 512
-    rope_pretrained_grid: int = 16
-    initializer_range: float = 0.02
+    image_size: Size = 256
+    patch_size: Size = 16
+    hidden_size: Size = 768
+    num_layers: Size = 12
+    num_heads: Size = 12
+    intermediate_size: Size = 2048
+    bits: Annotated[int, Range(1, 62)] = 28
+    group_size: Size = 1
+    inv_temperature: PositiveFloat = 1.0
+    projection_dim: Size = 512
+    rope_pretrained_grid: Size = 16
+    initializer_range: NonNegativeFloat = 0.02
 
     def __post_init__(self) -> None:
-        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_heads"), ("bits", "group_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}; change one"
-                )
+        _check_multiples(self, image_size="patch_size", hidden_size="num_heads", bits="group_size")
+        if self.hidden_size // self.num_heads % 4:
+            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} is not a multiple of 4")
 
 
 @dataclass
@@ -52,20 +59,23 @@ class TextTowerConfig:
     """Folder or hub id of the text tokenizer; empty: train one on the captions of data.sources."""
     weights: str = ""
     """CLIP folder or hub id whose text tower to load; empty: new weights."""
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    num_layers: int = 12
-    num_heads: int = 8
-    intermediate_size: int = 2048
-    max_tokens: int = 77
-    hidden_act: str = "quick_gelu"
+    vocab_size: Size = 49408
+    hidden_size: Size = 512
+    num_layers: Size = 12
+    num_heads: Size = 8
+    intermediate_size: Size = 2048
+    max_tokens: Annotated[int, Range(2, 2**20)] = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _check_multiples(self, hidden_size="num_heads")
 
 
 @dataclass
 class ImageDataConfig:
     """The images and captions that train the tokenizer."""
 
-    sources: list[ImageSourceConfig] = field(default_factory=list)
+    sources: Annotated[list[ImageSourceConfig], Range(1)] = field(default_factory=list)
     caption: Literal["first", "random"] = "first"
 
     def __post_init__(self) -> None:
@@ -80,13 +90,13 @@ class ImageDataConfig:
 class Stage1LossConfig:
     """Weights of stage 1's loss (SPEC section 1)."""
 
-    mse: float = 1e3
+    mse: NonNegativeFloat = 1e3
     """a_r"""
-    contrastive: float = 1.0
+    contrastive: NonNegativeFloat = 1.0
     """a_a"""
-    entropy: float = 1.0
+    entropy: NonNegativeFloat = 1.0
     """a_q"""
-    commitment: float = 1.0
+    commitment: NonNegativeFloat = 1.0
     """a_z"""
 
 
@@ -133,18 +143,18 @@ class Stage1Config:
 class Stage2LossConfig:
     """Weights of stage 2's loss (SPEC section 1)."""
 
-    mse: float = 1.0
+    mse: NonNegativeFloat = 1.0
     """a_r"""
-    entropy: float = 1.0
+    entropy: NonNegativeFloat = 1.0
     """a_q"""
-    perceptual: float = 0.1
+    perceptual: NonNegativeFloat = 0.1
     """a_p"""
-    adversarial: float = 0.1
+    adversarial: NonNegativeFloat = 0.1
     """a_g"""
     adversarial_kind: Literal["hinge", "non_saturating"] = "hinge"
-    adversarial_start_step: int = 0
+    adversarial_start_step: NonNegativeInt = 0
     """The discriminator trains from step 0; the generator gets the adversarial loss from this step on."""
-    r1: float = 0.0
+    r1: NonNegativeFloat = 0.0
     """gamma of the R1 penalty on real images, gamma / 2 * E |grad D|^2 (Mescheder et al. 2018)."""
 
 
@@ -161,8 +171,8 @@ class DiscriminatorConfig:
     """Shape of the discriminator: PatchGAN, or StyleGAN2's residual one."""
 
     kind: Literal["patch", "residual"] = "patch"
-    channels: int = 64
-    num_layers: int = 3
+    channels: Size = 64
+    num_layers: Size = 3
 
 
 @dataclass
@@ -196,11 +206,11 @@ class UM3LossConfig:
     """The language-model loss (SPEC section 2): split softmax (paper, Eq 6) or joint, for the ablation."""
 
     mode: Literal["split", "joint"] = "split"
-    text_weight: float = 1.0
-    visual_weight: float = 1.0
+    text_weight: NonNegativeFloat = 1.0
+    visual_weight: NonNegativeFloat = 1.0
     """Each half's loss is its mean over the targets of that half in the global batch, times its weight."""
-    z_loss: float = 0.0
-    chunk_tokens: int = 2048
+    z_loss: NonNegativeFloat = 0.0
+    chunk_tokens: PositiveInt = 2048
     """Maximum number of positions whose logits exist at a time; fewer if they would take more than 256 MiB."""
 
 
@@ -210,10 +220,10 @@ class VocabularyConfig:
 
     tokenizer: str = ""
     """Folder or hub id of the text tokenizer; empty: the base model's, or one trained on the texts and captions."""
-    text_vocab_size: int = 1024
+    text_vocab_size: Size = 1024
     """Size of a trained text vocabulary."""
-    subtokens: int = 2
-    bits_per_subtoken: int = 14
+    subtokens: Size = 2
+    bits_per_subtoken: Annotated[int, Range(1, 20)] = 14
     bit_embeddings: bool = False
     """During training, add to each visual embedding a learned vector per bit of its code, so that codes share what they
     learn; the sum is folded into plain embeddings when the model is saved."""
@@ -223,25 +233,21 @@ class VocabularyConfig:
 class TextValidationConfig:
     """Measures how much text the model forgets: the loss on validation text, compared with the loss before step 1."""
 
-    every_steps: int = 0
+    every_steps: NonNegativeInt = 0
     """Steps between two measurements; 0: off."""
-    num_sequences: int = 64
+    num_sequences: PositiveInt = 64
     """Sequences of validation text, as long as those of training, the same number from each source."""
     texts: list[TextSourceConfig] = field(default_factory=list)
     """Text sources whose validation split is measured; empty: data.texts."""
     alarm_above: float | None = None
     """Warn if the loss exceeds the loss before step 1 by this many nats per token; null: never."""
 
-    def __post_init__(self) -> None:
-        if self.num_sequences < 1:
-            raise ValueError(f"text_validation.num_sequences={self.num_sequences}; it must be at least 1")
-
 
 @dataclass
 class EvaluateConfig:
     """Evaluation during training, with the metrics of `make eval`."""
 
-    every_steps: int = 0
+    every_steps: NonNegativeInt = 0
     """Steps between two evaluations; 0: off."""
     config: str = "configs/demo.yaml"
     """Experiment whose `eval` section sets the data and the number of samples."""
@@ -268,7 +274,7 @@ class UM3Config:
         every_steps = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
         log_every = self.loop.log_every_steps
         for name, steps in every_steps.items():
-            if steps < 0 or steps % log_every:
+            if steps % log_every:
                 raise ValueError(
                     f"{name}.every_steps={steps} must be a multiple of loop.log_every_steps={log_every}, or its values "
                     "are not logged; change one of them, or set 0 to switch it off"

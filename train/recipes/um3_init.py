@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,9 @@ from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, write_json
 from um3.core.log import quiet_model_files, setup_logging
+from um3.core.metrics import commit, machine, versions
 from um3.core.progress import peak_memory_gib, track
-from um3.core.provenance import commit, machine, versions
+from um3.core.ranges import NonNegativeInt, PositiveInt, Range
 from um3.model.configuration import NewTokenInit
 from um3.model.extend import check_vocabulary, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import count_parameters, save_model
@@ -66,24 +67,15 @@ class InitConfig:
     base_model: str = ""
     visual_tokenizer: str = ""
     output_dir: str = ""
-    subtokens: int = 0
-    bits_per_subtoken: int = 0
+    subtokens: NonNegativeInt = 0
+    bits_per_subtoken: NonNegativeInt = 0
     qk_norm: bool = True
     new_token_init: NewTokenInit = "mean"
     text: str = ""
-    num_sequences: int = 8
-    seq_len: int = 512
+    num_sequences: PositiveInt = 8
+    seq_len: Annotated[int, Range(8)] = 512
     seed: int = 0
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-
-    def __post_init__(self) -> None:
-        for name in ("subtokens", "bits_per_subtoken"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.num_sequences < 1 or self.seq_len < 8:
-            raise ValueError(
-                f"num_sequences={self.num_sequences} seq_len={self.seq_len}: they must be at least 1 and at least 8"
-            )
 
 
 class TextLoss(NamedTuple):

@@ -1,7 +1,6 @@
-"""Commands: `python -m ROOM NAME`, and one way for all of them to read a config and settings.
+"""Commands: `python -m ROOM NAME`, listed in the room's `__main__.py`, and how they read a config and settings.
 
-The `__main__.py` of a room lists its commands by name. The module of a command is imported only when the command
-runs, so `--help` and a wrong name are answered at once.
+The module of a command is imported only when the command runs, so `--help` and a wrong name are answered at once.
 """
 
 import argparse
@@ -18,18 +17,13 @@ ConfigT = TypeVar("ConfigT")
 
 
 def find_config(path_or_name: str) -> Path:
-    """The file of an experiment: an existing path, or the file of a name such as demo or configs/demo.yaml.
-
-    Names are searched in the checkout and in an installed wheel.
-    """
-    path = Path(path_or_name)
-    if path.exists():
+    """An existing path, or the file of a name such as demo or configs/demo.yaml in the checkout or installed wheel."""
+    path, package = Path(path_or_name), Path(__file__).parents[1]
+    if path.exists() or str(path.parent) not in (".", "configs"):
         return path
     name = path.name if path.suffix else f"{path.name}.yaml"
-    package = Path(__file__).parents[1]
-    candidates = (package.parent / "configs" / name, package / "_rooms" / "configs" / name)
-    is_ours = str(path.parent) in (".", "configs")
-    return next((candidate for candidate in candidates if is_ours and candidate.is_file()), path)
+    candidates = (folder / "configs" / name for folder in (package.parent, package / "_rooms"))
+    return next(filter(Path.is_file, candidates), path)
 
 
 class Command(NamedTuple):
@@ -47,36 +41,23 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
     """Run the command that `sys.argv` names with the remaining arguments; exit with its exit code."""
     width = max(map(len, commands)) + 2
     lines = [f"  {name:<{width}}{command.about}" for name, command in commands.items()]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {room}",
-        usage=f"python -m {room} COMMAND ...",
-        description="\n".join(["commands:", *lines, "", "COMMAND --help lists the options of a command."]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "\n".join(["commands:", *lines, "", "COMMAND --help lists the options of a command."])
+    usage, formatter = f"python -m {room} COMMAND ...", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m {room}", usage, about, formatter_class=formatter)
     parser.add_argument("command", choices=commands, help=argparse.SUPPRESS)
-    name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
-    command = commands[name]
+    command = commands[parser.parse_args(sys.argv[1:2] or ["--help"]).command]
     arguments = sys.argv[1:] if command.named else sys.argv[2:]
     run_main(lambda: importlib.import_module(command.module).main(arguments))
 
 
 def command_parser(prog: str, about: str, *, config: str = "") -> argparse.ArgumentParser:
-    """A parser with `--config` and `section.key=value` settings; the caller may add options.
-
-    Args:
-        prog: the command as the user types it, such as "python -m data_mix encode".
-        about: one line that says what the command does.
-        config: "required", "optional", or "" for a command without a config file.
-    """
+    """A parser with `--config` ("required", "optional", or "" for none) and `section.key=value` settings."""
     parser = argparse.ArgumentParser(prog=prog, description=about)
     if config:
-        about_config = (
-            "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
-        )
-        parser.add_argument("--config", required=config == "required", help=about_config)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that override those of the file"
-    )
+        help_ = "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
+        parser.add_argument("--config", required=config == "required", help=help_)
+    help_ = "settings that override those of the file"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help_)
     return parser
 
 
@@ -88,11 +69,7 @@ def read_config(
     arguments: Sequence[str],
     partial: bool = False,
 ) -> tuple[ConfigT, argparse.Namespace]:
-    """Parse `arguments`; load `schema` from the `section` of the config file and the settings.
-
-    Raises:
-        UserError: see `um3.core.config.load_config`.
-    """
+    """Parse `arguments`; load `schema` (`um3.core.config.load_config`) from the config file and the settings."""
     options = parser.parse_intermixed_args(arguments)
     name = getattr(options, "config", None)
     path = find_config(name) if name else None

@@ -1,21 +1,26 @@
 """Configs: a dataclass defines the keys; YAML files (with `base:`) and `a.b=c` overrides set the values.
 
-Unknown keys, renamed keys, wrong types and missing files are one-line errors.
+Unknown keys, renamed keys, wrong types, values out of range (`um3.core.ranges`) and missing files are one-line errors.
 """
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from um3.core.errors import UserError
 from um3.core.files import write_text
+from um3.core.ranges import Range
+from um3.core.text import printable
 
 ConfigT = TypeVar("ConfigT")
 SECTIONS = ("stage1", "stage2", "codes", "um3", "eval")
@@ -29,10 +34,9 @@ RENAMED_KEYS = {
     "tokenizer": "init_from", "total_steps": "max_steps", "track": "loggers", "trained": "trainable",
     "width": "hidden_size",
 }  # fmt: skip
-"""Old name -> new name. A schema that has the old name itself, or lacks the new one, is not concerned."""
-RENAMED_VALUES = {"precision": {"float32": "fp32", "bf16": "bf16-true", "autocast": "bf16-mixed"}}
-RENAMED_FILES = {"paper": "um3_llama3_1b", "in1k": "qlip_b16_in1k"}
-"""Old names of experiments in configs/."""
+"""Old name -> new name, for the error about an unknown key."""
+MAX_DEPTH, MAX_NODES = 50, 100_000
+"""Levels and values of a YAML file, its aliases written out."""
 
 
 def load_config(
@@ -50,25 +54,28 @@ def load_config(
         partial: skip keys that `schema` lacks at its top level; for a command that needs only some of a section.
 
     Raises:
-        UserError: a missing file, invalid YAML, an unknown key (the error suggests the nearest known one), a renamed
-            key, a wrong type, a missing section, a mandatory value without a setting, or a value that the
-            dataclass's own checks refuse.
+        UserError: one line for any mistake, such as an unknown or old key, whose right name it suggests.
     """
-    config = OmegaConf.structured(schema)
-    layers = [] if path is None else _sections(_yaml_layers(Path(path), seen=()), path=path, section=section)
-    layers += [(f"override '{override}'", _parse_override(override)) for override in overrides]
-    for origin, layer in layers:
-        refuse_old_names(OmegaConf.to_container(layer), schema=schema, origin=origin)
-        try:
-            config = OmegaConf.merge(config, OmegaConf.masked_copy(layer, list(config)) if partial else layer)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(f"{origin}: {_explain(error)}") from None
+    layers = [] if path is None else _yaml_layers(Path(path), section=section)
+    if path is not None and not layers:
+        raise UserError(f"{path} has no section '{section}'; add one, or set --config to a file that has it")
+    layers += [(f"override '{_short(override)}'", _parse_override(override)) for override in overrides]
+    return build_config(schema, layers, origin=str(path or schema.__name__), partial=partial)
+
+
+def build_config(
+    schema: type[ConfigT], layers: Sequence[tuple[str, Any]], *, origin: str, partial: bool = False
+) -> ConfigT:
+    """Build `schema` from its defaults and plain values: (their origin for messages, dictionary); see `load_config`."""
+    config, where = OmegaConf.structured(schema), origin
     try:
-        result = cast(ConfigT, OmegaConf.to_object(config))
-        _check_elements(result, where="")
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path or schema.__name__}: {_explain(error)}") from None
-    return result
+        for where, values in layers:  # noqa: B007 (for the message)
+            config = OmegaConf.merge(config, {k: v for k, v in values.items() if k in config} if partial else values)
+        where = origin
+        _check_values(OmegaConf.to_container(config, resolve=True, throw_on_missing=True), hint=schema, name="")
+        return cast(ConfigT, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -78,7 +85,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved config as YAML; `load_config` reads it back to an equal object."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    escaped = json.loads(json.dumps(to_dict(config)).replace("${", "\\\\${"))  # no interpolation, but these characters
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(escaped)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:
@@ -93,109 +101,95 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -
     return lines
 
 
-def refuse_old_names(values: Any, *, schema: type[Any], origin: str) -> None:
-    """Check the plain values of a config for keys and values that `schema` has under another name.
+def _check_values(value: Any, *, hint: Any, name: str) -> None:
+    """Refuse values out of their range, and a list or section in the place of one value of a list or dictionary.
 
-    Raises:
-        UserError: it begins with `origin` and names the new name of each.
+    OmegaConf accepts the latter: `lrs.a.b=1` would make the dict[str, float] `lrs` hold {a: {b: 1}}.
     """
-    if renamed := dict.fromkeys(_renamed(values, schema=schema)):
-        raise UserError(f"{origin}: settings have new names; rename {', '.join(renamed)}")
+    limits = next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)), Range())
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(hint) in (Union, UnionType):
+        _check_values(value, hint=get_args(hint)[0], name=name)
+    elif dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        for key, item in (value or {}).items():
+            _check_values(item, hint=hints[key], name=f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | dict):
+        if hint in (int, float, str, bool):
+            raise ValueError(f"{name} holds {_short(value)}, not one value; write dotted names as {{a.b: 1}}")
+        if not limits.holds(len(value)):
+            raise ValueError(f"{name} has {len(value)} values; their number must be {limits}")
+        for key, item in enumerate(value) if isinstance(value, list) else value.items():
+            _check_values(item, hint=get_args(hint)[-1] if get_args(hint) else Any, name=f"{name}[{key}]")
+    elif isinstance(value, int | float) and not limits.holds(value):
+        raise ValueError(f"{name} is {_short(value)}; it must be {limits}")
 
 
-def _renamed(values: Any, *, schema: Any, old_prefix: str = "", new_prefix: str = "") -> Iterator[str]:
-    """`old -> new` for every key and value of an old config that `schema` has under another name."""
-    if isinstance(values, list):
-        for item in values:
-            element = next(iter(get_args(schema)), None)
-            yield from _renamed(item, schema=element, old_prefix=old_prefix, new_prefix=new_prefix)
-    if not isinstance(values, dict) or not dataclasses.is_dataclass(schema):
-        return
-    hints = get_type_hints(schema)
-    for key, value in values.items():
-        new_key = RENAMED_KEYS.get(str(key))
-        new_key = new_key if key not in hints and new_key in hints else str(key)
-        old, new = f"{old_prefix}{key}", f"{new_prefix}{new_key}"
-        new_value = RENAMED_VALUES.get(new_key, {}).get(str(value))
-        if new_value:
-            yield f"{old}={value} -> {new}={new_value}"
-        elif new_key != key:
-            yield f"{old} -> {new}"
-        yield from _renamed(value, schema=hints.get(new_key), old_prefix=f"{old}.", new_prefix=f"{new}.")
+def _short(value: Any) -> str:
+    text = printable(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _check_elements(config: Any, *, where: str) -> None:
-    """Refuse a list or section in the place of a number or string inside lists and dictionaries.
-
-    OmegaConf accepts it: `lrs.a.b=1` would make the dict[str, float] `lrs` hold {a: {b: 1}}.
-    """
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), f"{where}{field.name}"
-        if dataclasses.is_dataclass(value):
-            _check_elements(value, where=f"{name}.")
-        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-        is_plain = get_args(hints[field.name])[-1:] in [(kind,) for kind in (int, float, str, bool)]
-        for key, item in items:
-            if dataclasses.is_dataclass(item):
-                _check_elements(item, where=f"{name}[{key}].")
-            elif is_plain and isinstance(item, list | dict):
-                raise ValueError(
-                    f"{name}: '{key}' holds {item}, not one value; write dotted names as {name}={{a.b: 1}}"
-                )
+def _check_yaml(text: str) -> None:
+    """Refuse YAML that would exhaust the parser's stack (deep nesting) or the memory (aliases of aliases)."""
+    nodes, sizes, parents = 0, dict[str | None, int](), list[tuple[str | None, int]]()
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = parents.pop()
+            sizes[anchor] = nodes - before
+        elif isinstance(event, yaml.AliasEvent):
+            nodes += MAX_NODES if event.anchor in dict(parents) else sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            nodes += 1
+            parents += [(event.anchor, nodes)] if isinstance(event, yaml.CollectionStartEvent) else []
+        if len(parents) > MAX_DEPTH or nodes > MAX_NODES:
+            mark: Any = event.start_mark
+            problem = f"nested deeper than {MAX_DEPTH}, or more than {MAX_NODES} values with its aliases written out"
+            raise MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _parse_override(override: str) -> DictConfig:
     key, equals, value = override.partition("=")
     if not equals or not all(key.strip().split(".")):
-        raise UserError(f"override '{override}' is not of the form section.key=value")
+        raise UserError(f"override '{_short(override)}' is not of the form section.key=value")
+    if re.match(r"[^'\"\[{].*( #|\n)", value, re.DOTALL):
+        raise UserError(f"override '{_short(override)}': YAML cuts this value at ' #' or joins its lines; quote it")
     try:
+        _check_yaml(value)
         return OmegaConf.from_dotlist([f"{key.strip()}={value}"])
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"override '{override}' cannot be read: {_problem(error)}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"override '{_short(override)}' cannot be read: {_problem(error)}") from None
 
 
-def _sections(layers: list[tuple[str, DictConfig]], *, path: str | Path, section: str) -> list[tuple[str, Any]]:
-    """The part of every layer under `section`; the layers themselves if `section` is empty."""
-    if not section:
-        return list(layers)
-    for origin, layer in layers:
-        if unknown := [str(key) for key in layer if key not in SECTIONS]:
-            raise UserError(
-                f"{origin}: '{unknown[0]}' is not a section ({', '.join(SECTIONS)}); "
-                f"put the settings of each phase under its section, such as '{section}:'"
-            )
-    parts = [(origin, layer[section]) for origin, layer in layers if layer.get(section) is not None]
-    if not parts:
-        raise UserError(f"{path} has no section '{section}'; add one, or set --config to a file that has it")
-    for origin, part in parts:
-        if not isinstance(part, DictConfig):
-            raise UserError(f"{origin}: section '{section}' must hold 'key: value' lines")
-    return parts
-
-
-def _yaml_layers(path: Path, *, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
-    if path.resolve() in seen:
+def _yaml_layers(path: Path, *, section: str, seen: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """(path, its values under `section`, or all) of the `base:` files and the file, without those that lack it."""
+    if path in seen:
         raise UserError(f"{path}: its 'base:' files include each other; remove one of the 'base:' lines")
     try:
-        layer = OmegaConf.load(path)
+        _check_yaml(path.read_text(encoding="utf-8"))
+        layer: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         problem = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
-        old = next((part for part in path.parts if part in RENAMED_FILES), "")
-        name = RENAMED_FILES.get(old, "demo")
-        remedy = f"'{old}' is now configs/{name}.yaml" if old else f"use a YAML file such as configs/{name}.yaml"
-        raise UserError(f"config file {path} {problem}; {remedy} (make: CONFIG={name})") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        remedy = "use a YAML file such as configs/demo.yaml (make: CONFIG=demo)"
+        raise UserError(f"config file {path} {problem}; {remedy}") from None
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        where = f"{path}, line {mark.line + 1}" if mark else _short(path)
         raise UserError(f"{where} is not readable YAML: {_problem(error)}") from None
-    if not isinstance(layer, DictConfig):
-        raise UserError(f"{path} must hold 'key: value' lines at its top level")
-    base = layer.pop("base", None)
-    layers = [(str(path), layer)]
-    if base is not None:
-        layers = _yaml_layers(path.parent / str(base), seen=(*seen, path.resolve())) + layers
-    return layers
+    if isinstance(layer, dict):
+        base = layer.pop("base", None)
+        below = _yaml_layers((path.parent / str(base)).resolve(), section=section, seen=(*seen, path)) if base else []
+        if section and (unknown := [str(key) for key in layer if key not in SECTIONS]):
+            raise UserError(
+                f"{path}: '{unknown[0]}' is not a section ({', '.join(SECTIONS)}); "
+                f"put the settings of each phase under its section, such as '{section}:'"
+            )
+        layer = layer.get(section) if section else layer
+        if layer is None:
+            return below
+    if not isinstance(layer, dict):
+        raise UserError(f"{path} must hold 'key: value' lines" + (f" in its section '{section}'" if section else ""))
+    return [*below, (str(path), layer)]
 
 
 def _explain(error: Exception) -> str:
@@ -203,9 +197,10 @@ def _explain(error: Exception) -> str:
     key = str(getattr(error, "full_key", "") or "")
     section = getattr(error, "object_type", None)
     if "not in" in message and key and dataclasses.is_dataclass(section):
-        known = [field.name for field in dataclasses.fields(section)]
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        known, name = [field.name for field in dataclasses.fields(section)], key.rpartition(".")[2]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        hint = f"its new name is '{RENAMED_KEYS[name]}'" if RENAMED_KEYS.get(name) in known else hint
         return f"unknown key '{key}'; {hint}"
     if "incompatible container" in message:
         message += "; set the whole list, such as data.sources=[...]"

@@ -36,13 +36,10 @@ def is_main() -> bool:
 
 
 def prepare_environment() -> None:
-    """Set the launcher's variables for a single process that neither `torchrun` nor `deepspeed` started.
-
-    Without them DeepSpeed looks for MPI and fails without mpi4py.
-    """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    """Set a launcher's variables for a single process; without them DeepSpeed looks for MPI."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        port = str(free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def free_port() -> int:
@@ -56,9 +53,8 @@ def device() -> "torch.device":
     """The accelerator of this local rank, or the CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def barrier() -> None:
@@ -75,28 +71,17 @@ def wait_for_main(*, hours: float = 72) -> None:
         group.destroy_process_group(patient)
 
 
-def wait_for_file(path: Path) -> None:
-    """Wait until rank 0 has written `path`.
-
-    Raises:
-        UserError: this process cannot see the file.
-    """
-    wait_for_main()
-    if not path.exists():
-        raise UserError(f"this process cannot see {path}; put the run folder on a disk that every machine shares")
-
-
 def make_once(path: Path, make: Callable[[], object]) -> Path:
-    """Let rank 0 `make` the file `path` unless it exists; return the path on every rank (a collective call).
-
-    `make` must write the file atomically (`um3.core.files`).
+    """Let rank 0 `make` the file `path`, atomically, unless it exists; return it on every rank (a collective call).
 
     Raises:
         UserError: this process cannot see the file of rank 0.
     """
     if is_main() and not path.exists():
         make()
-    wait_for_file(path)
+    wait_for_main()
+    if not path.exists():
+        raise UserError(f"this process cannot see {path}; put the run folder on a disk that every machine shares")
     return path
 
 

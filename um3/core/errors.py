@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -9,9 +10,27 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from um3.core.text import printable
+
 EXIT_USER_ERROR = 2
+EXIT_LOST_RANK = 124
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+LAUNCHER = "UM3_LAUNCHER"
+"""Environment variable of processes whose launcher (`train.launch`) reports lost ranks."""
+REMEDIES = {
+    errno.EIO: "check the disk, then run the same command to resume",
+    errno.ENOMEM: "use smaller batches, fewer processes or a machine with more memory",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space and run the same command to resume"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EROFS), "choose another path"),
+}
+LOST_RANK = re.compile(
+    r"gloo/transport|by peer|waiting for clients|NCCL.*(remote|time|abort)", re.IGNORECASE | re.DOTALL
+)
+"""Errors of a collective that another rank did not finish."""
 
 
 class UserError(Exception):
@@ -29,8 +48,8 @@ class Terminated(BaseException):
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main`; turn failures that the user can fix into one line and an exit code.
 
-    Exit codes: 0 success (also after a SIGTERM that saved its state), 2 a user's mistake or a full disk,
-    130 Ctrl-C, 143 SIGTERM. Any other exception is a bug and keeps its traceback.
+    0: success (also after a SIGTERM that saved its state). 2: a user's mistake, or a `system_problem`. 124: another
+    rank ended or did not answer. 130: Ctrl-C. 143: SIGTERM. Any other exception is a bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -42,33 +61,51 @@ def run_main(main: Callable[[], None]) -> None:
     except Terminated:
         _leave("terminated: no partial files were kept; run the same command to resume", code=EXIT_TERMINATED)
     except Exception as error:
-        if not is_disk_full(error):
+        if _is_parallel() and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
+            _leave(
+                f"error: another rank ended or did not answer ({' '.join(str(error).split())[:160]}); see the messages "
+                "of the other ranks, and run the same command to resume from the last checkpoint",
+                code=EXIT_LOST_RANK,
+            )
+        if not (problem := system_problem(error)):
             raise
-        name = getattr(error, "filename", None)
-        where = f" while writing {name}" if name else ""
-        _leave(f"error: the disk is full{where}; free space and run the same command to resume", code=EXIT_USER_ERROR)
+        _leave(f"error: {problem}", code=EXIT_USER_ERROR)
 
 
-def is_disk_full(error: Exception) -> bool:
-    """True for a full disk or quota, also if only the text says so, as in errors of safetensors and tokenizers."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in codes
-    return any(f"(os error {code})" in str(error) for code in codes)
+def system_problem(error: BaseException) -> str:
+    """What the operating system refused, where, and a remedy, in one line; empty for any other error.
+
+    Errors of safetensors and tokenizers have the system's number only in their text, errors of torch not even that.
+    """
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        code = errno.ENOMEM
+    if code is None:
+        return ""
+    path = getattr(error, "filename", None)
+    where = "" if path is None else f"{os.fsdecode(path)}: " if isinstance(path, bytes) else f"{path}: "
+    return f"{where}{os.strerror(code)}; {REMEDIES.get(code, 'check the path')}"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _leave(message: str, *, code: int) -> None:
+def _is_parallel() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _leave(message: str, *, code: int) -> NoReturn:
     # From here on a launcher's SIGTERM ends this process silently.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if int(os.environ.get("RANK", "0")) > 0:
+    is_reported = code == EXIT_LOST_RANK and LAUNCHER in os.environ
+    if int(os.environ.get("RANK", "0")) > 0 and not is_reported:
         # Ranks mostly fail alike: rank 0 prints the message, and the launcher stops the others before they repeat it.
         time.sleep(3)
-    print(message, file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not is_reported:
+        print(printable(message), file=sys.stderr, flush=True)
+    if _is_parallel():
         # Other ranks may wait in a collective. An orderly exit would wait for them forever; an exit without teardown
         # lets the launcher see the exit code and stop them.
         sys.stdout.flush()

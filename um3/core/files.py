@@ -1,17 +1,17 @@
 """Files: which ones of a folder count, locks, and atomic writes (to a temporary path, synced, then renamed)."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from um3.core.errors import UserError
+from um3.core.errors import UserError, system_problem
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -19,7 +19,9 @@ PARTIAL_SUFFIX = ".partial"
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces `path`, on any failure it is removed."""
-    path, partial = _partial(path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         yield partial
         _sync(partial)
@@ -32,38 +34,27 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder; on success it replaces `path`, on any failure it is removed."""
-    path, partial = _partial(path)
+    path = Path(path)
+    partial, old = (path.with_name(path.name + suffix) for suffix in (PARTIAL_SUFFIX, ".old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
         for path_inside in (*partial.rglob("*"), partial):
             _sync(path_inside)
-        _replace_folder(path, by=partial)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _partial(path: str | Path) -> tuple[Path, Path]:
-    """The path, with its parent folder created, and the temporary path next to it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(path.name + PARTIAL_SUFFIX)
-
-
-def _replace_folder(path: Path, *, by: Path) -> None:
-    old = path.with_name(path.name + ".old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    try:
-        os.replace(by, path)
-    except BaseException:
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -77,18 +68,36 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
+def read_json(path: str | Path, kind: type[Any] = object, *, keys: Sequence[str] = ()) -> Any:
+    """The value of a JSON file; UserError if it cannot be read or is not what `parse_json` accepts."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes(), where=path, kind=kind, keys=keys)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the phase that writes it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run the phase that writes it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {system_problem(error)}") from None
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run the phase that writes it") from None
+
+
+def parse_json(text: str | bytes, *, where: str | Path, kind: type[Any] = object, keys: Sequence[str] = ()) -> Any:
+    """The value of a JSON text (a file, or a line of one); every reader of JSON from outside goes through here.
+
+    Raises:
+        UserError: it begins with `where`; not JSON, nested too deeply, a number of thousands of digits, another Python
+            type than `kind` (such as list), or no object with all of `keys`.
+    """
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise UserError(f"{where} is not valid JSON ({reason})") from None
+    kind = dict if keys else kind
+    if not isinstance(value, kind):
+        raise UserError(f"{where} holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    if missing := set(keys).difference(value if keys else ()):
+        raise UserError(f"{where} has no '{min(missing)}'")
+    return value
 
 
 def walk_files(root: str | Path, *, suffixes: Sequence[str] = ()) -> list[Path]:
@@ -119,6 +128,17 @@ def walk_files(root: str | Path, *, suffixes: Sequence[str] = ()) -> list[Path]:
     return sorted(files)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Create `folder`, and raise UserError now, before hours of work, if no file can be written in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b" ")
+    except OSError as error:
+        error.filename = folder
+        raise UserError(f"cannot write to {system_problem(error)}") from None
+
+
 @contextlib.contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Be the only writer of `folder`, which is created; the kernel releases the lock of a dead process.
@@ -126,16 +146,13 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     Take it on rank 0 only. Forked workers do not inherit it.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or `check_writable`.
     """
-    path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    check_writable(folder)
+    with (Path(folder) / ".lock").open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+        except (PermissionError, BlockingIOError):
             raise UserError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
         yield
 

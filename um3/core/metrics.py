@@ -1,30 +1,57 @@
-"""Metrics: `metrics.jsonl` is the record; TensorBoard and Weights & Biases are views of it."""
+"""Metrics: `metrics.jsonl` is the record, TensorBoard and Weights & Biases are views of it.
 
+`commit`, `versions` and `machine` say where a number comes from.
+"""
+
+import contextlib
+import importlib.metadata
 import json
 import logging
 import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from um3.core.errors import UserError
-from um3.core.files import write_text
+from um3.core.files import parse_json, write_text
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "lm-eval", "pycocoevalcap", "numpy")
 
 
 class MetricsWriter:
     """Appends one JSON object per logged step to `metrics.jsonl` and flushes it.
 
     A resumed run drops the lines after its checkpoint's step, so that the file always reads as one run without
-    interruption. `views` names further loggers: "tensorboard", "wandb".
+    interruption; it warns if fewer than the checkpoint's `num_rows` are there. `views` names further loggers:
+    "tensorboard", "wandb".
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int = 0, views: tuple[str, ...] = (), config: Any = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume_step: int = 0,
+        num_rows: int = 0,
+        views: Sequence[str] = (),
+        config: Any = None,
+    ):
         self.path = Path(folder) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
+        self.num_rows = len(kept)
+        if self.num_rows < num_rows:
+            logger.warning(
+                "%s was cut or deleted: it has %d of the %d rows up to step %d; the others stay missing",
+                self.path, self.num_rows, num_rows, resume_step,
+            )  # fmt: skip
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(self.path, "a", encoding="utf-8")
-        self.tensorboard = self.wandb = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
         try:
             if "tensorboard" in views:
                 from torch.utils.tensorboard import SummaryWriter
@@ -44,18 +71,18 @@ class MetricsWriter:
         row = {"step": step} | {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.tensorboard is not None:
-            for key, value in values.items():
-                self.tensorboard.add_scalar(key, value, step)
-        if self.wandb is not None:
+        self.num_rows += 1
+        for key, value in values.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(key, value, step)
+        if self.wandb:
             self.wandb.log(values, step=step)
 
     def close(self) -> None:
         """Close the file and the views."""
         self.file.close()
-        if self.tensorboard is not None:
+        if self.tensorboard:
             self.tensorboard.close()
-        if self.wandb is not None:
+        if self.wandb:
             self.wandb.finish()
 
 
@@ -66,16 +93,37 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = [row for row in map(_row, lines) if row is not None]
+    lines, rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for line in lines:
+        with contextlib.suppress(UserError):
+            row = parse_json(line, where=path, keys=["step"])
+            rows += [row] if isinstance(row["step"], int) else []
     if len(rows) < len(lines):
         logger.warning("%s: skipped %d line(s) without metrics of a step", path, len(lines) - len(rows))
     return rows
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def commit() -> str:
+    """The checkout's commit, with `+changes` if the tree has changes; "unknown" outside a checkout."""
+    options: Any = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
+    commands = (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", ":/"])
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        head, status = (subprocess.run(["git", *command], **options).stdout.strip() for command in commands)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if status else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    installed = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "absent")
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
+def machine() -> dict[str, str | int]:
+    """The platform and number of CPU cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"platform": platform.platform(), "cpu_cores": cores}

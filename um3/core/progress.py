@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from um3.core.distributed import is_main
+from um3.core.text import printable
 
 ItemT = TypeVar("ItemT")
 LOG_EVERY_S = 10.0
@@ -32,9 +33,7 @@ def peak_memory_gib() -> float:
 def peak_gpu_memory_gib() -> float | None:
     """Peak memory that torch allocated on this process's GPU, in GiB; None without a GPU."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.max_memory_allocated() / 2**30)
+    return torch.cuda.max_memory_allocated() / 2**30 if torch and torch.cuda.is_available() else None
 
 
 def format_seconds(seconds: float) -> str:
@@ -57,7 +56,7 @@ def quiet_progress() -> Iterator[None]:
 class Progress:
     """Shows the progress of a loop over `total` items, on rank 0 only.
 
-    `start` is the number of items that an earlier run finished. They count towards the share, not towards the rate.
+    `start`: items that an earlier run finished; they count towards the share, not towards the rate.
     """
 
     quiet = 0
@@ -91,7 +90,7 @@ class Progress:
         parts = [f"{self.label} {self.done}/{self.total}", f"{rate:.3g} {self.unit}/s", left]
         parts += [f"{peak_memory_gib():.2f} GiB", *([self.note] if self.note else [])]
         start, end = ("\r\x1b[K", "\n" if last else "") if self.live else ("", "\n")
-        print(start + " · ".join(parts), end=end, file=sys.stderr, flush=True)
+        print(start + printable(" · ".join(parts)), end=end, file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[ItemT], *, total: int, label: str, unit: str = "it") -> Iterator[ItemT]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from um3.core import onednn
+from tokenizer import onednn
 from um3.core.errors import UserError
 
 SUPPORTED = ("llama", "qwen2", "qwen3")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from um3.core.ranges import NonNegativeFloat, PositiveFloat, Size
+
 Supervision = Literal["target", "all"]
 """Which positions of a training sequence are predicted: its answer, or everything after the first token."""
 NewTokenInit = Literal["mean", "random"]
@@ -26,18 +28,18 @@ class ModelConfig:
     """
 
     base_model: str = ""
-    hidden_size: int = 192
-    num_layers: int = 6
-    num_heads: int = 6
-    num_kv_heads: int = 6
-    head_dim: int = 32
-    intermediate_size: int = 512
-    rope_theta: float = 10_000.0
-    max_position_embeddings: int = 512
+    hidden_size: Size = 192
+    num_layers: Size = 6
+    num_heads: Size = 6
+    num_kv_heads: Size = 6
+    head_dim: Size = 32
+    intermediate_size: Size = 512
+    rope_theta: PositiveFloat = 10_000.0
+    max_position_embeddings: Size = 512
     qk_norm: bool = True
     new_token_init: NewTokenInit = "mean"
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    initializer_range: NonNegativeFloat = 0.02
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from um3.core import onednn
+from tokenizer import onednn
 
 LossMode = Literal["split", "joint"]
 DEFAULT_CHUNK_TOKENS = 2048

@@ -87,5 +87,5 @@ def test_shipped_configs_are_drawn(tmp_path: Path, name: str, capsys: pytest.Cap
 
 def test_a_config_without_a_length_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "short.yaml").write_text("um3: {loop: {batch_size: 8}}\n")
-    with pytest.raises(UserError, match=r"does not set loop\.max_steps; add it"):
+    with pytest.raises(UserError, match=r"loop\.max_steps to None; pass loop\.max_steps"):
         main(["--config", str(tmp_path / "short.yaml"), "--out", str(tmp_path / "mix.png")])

@@ -58,10 +58,8 @@ def test_no_calm_down_and_ratios_of_zero() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("start=[60,1]", "mix.start=.*three ratios"),
         ("end=[0,0,0]", "mix.end"),
-        ("end=[-1,1,1]", "mix.end"),
-        ("calm_down_steps=-5", "calm_down_steps=-5"),
+        ("start=[60,1]", "start has 2 values"),
         ("mode=share", "mode"),
     ],
 )

@@ -148,7 +148,7 @@ def test_unusable_images_are_counted_and_new_ones_encoded(tmp_path: Path, qlip: 
     assert not torch.equal(opened(tmp_path / "codes", source="noise")[0].codes_N, shards[0].codes_N)
     for image in images.glob("*.png"):
         image.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no train image of source 'noise' can be used: "):
+    with pytest.raises(UserError, match=r"no train image of source 'noise' can be used .*check its files"):
         run(path)
 
 
@@ -179,7 +179,6 @@ def test_limit_takes_the_first_samples_of_each_source(tmp_path: Path, qlip: Path
     [
         ("visual_tokenizer=absent", "'absent'; run make stage2 first"),
         ("images=[]", "'images' is empty"),
-        ("batch_size=0", "batch_size=0: must be at least 1"),
         ("images=[{name: scenes}, {name: scenes}]", "two image sources have the name 'scenes'"),
         ("images=[{name: a/b, kind: scenes}]", "use letters, digits"),
         ("images=[{name: scenes, has_captions: false}]", "'scenes' has no captions"),

@@ -339,12 +339,6 @@ def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"val_fraction": -0.1}, {"val_fraction": 1.0}, {"stream": -1}])
-def test_values_outside_their_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="{}={}".format(*next(iter(options.items())))):
-        ImageSourceConfig(**options)
-
-
 def test_folder_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.png or \.jpg"):
         opened(tmp_path)

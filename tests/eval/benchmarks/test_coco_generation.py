@@ -223,7 +223,7 @@ def test_mistakes_are_reported_in_one_line(generated, tmp_path):
             [f"images={generated}", f"reference={generated}", "inception_weights=nowhere"],
             "no Inception weights at nowhere",
         ),
-        ([f"images={one}", f"reference={one}"], "only 1 of 1 images are usable"),
+        ([f"images={one}", f"reference={one}"], r"only 1 of 1 images are usable .*; add images"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)

@@ -137,7 +137,6 @@ def test_other_settings_do_not_mix_with_existing_images(generate, tmp_path):
     [
         (["prompts=''"], "set prompts=PATH"),
         (["num_images=5", "layout=grid"], "allows 1 to 4"),
-        (["num_images=0"], "allows 1 to"),
         (["layout=geneval"], "layout=geneval needs GenEval's metadata"),
         (["model=nowhere"], "no UM3 model in nowhere; run make um3"),
         (["prompts=nowhere.txt"], "nowhere.txt does not exist"),

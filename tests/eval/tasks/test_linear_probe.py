@@ -167,16 +167,6 @@ def test_the_papers_config_has_its_recipe_and_the_demos_logistic_regression():
     assert demo.probe.kind == "logistic"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"lr": 0.0}, "lr is 0.0"),
-        ({"lr": float("nan")}, "lr is nan"),
-        ({"lr": 1e7}, "at most 1e"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"epochs": 1}, "warmup_epochs=1"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ProbeConfig(**settings)
+def test_a_warmup_without_end_is_refused():
+    with pytest.raises(ValueError, match="warmup_epochs=1"):
+        ProbeConfig(epochs=1)

@@ -141,10 +141,10 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path: Path, made
         ("stage2", "trainable=[qlip.vision_model.encoder]", "cannot train 'qlip.vision_model.encoder'"),
         ("stage2", "discriminator.num_layers=5", "does not fit images of 32 pixels"),
         ("stage1", "model.patch_size=7", "image_size 32 is not a multiple of patch_size 7"),
+        ("stage1", "text.num_heads=5", "hidden_size 32 is not a multiple of num_heads 5"),
+        ("stage1", "model.num_heads=16", "hidden_size / num_heads = 2 is not a multiple of 4"),
+        ("stage1", "data.sources=[]", "data.sources has 0 values"),
         ("stage2", "discriminator_optimizer.ema_decay=0.9", r"discriminator_optimizer\.ema_decay"),
-        ("stage1", "optimizer.ema_decay=1", "ema_decay is 1"),
-        ("stage1", "loop.batch_size=0", "batch_size is 0"),
-        ("um3", "evaluate.every_steps=-1", r"evaluate\.every_steps=-1"),
     ],
 )
 def test_impossible_settings_are_refused(phase: str, override: str, message: str, made: Path, tmp_path: Path) -> None:

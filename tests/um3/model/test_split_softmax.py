@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from um3.core import onednn
+from tokenizer import onednn
 from um3.model import split_softmax as loss_module
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
 
