@@ -18,7 +18,8 @@ from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.model.configuration import ModelConfig
-from um3.model.language_model import build_model
+from um3.model.language_model import build_model, save_model
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
 
@@ -91,3 +92,15 @@ def save_qlip(folder: Path, *, image_size: int, patch_size: int, text_vocab_size
     )
     qlip.save_pretrained(folder)
     QLIPProcessor(None, image_size=image_size, max_text_tokens=16).save_pretrained(folder)
+
+
+def save_um3(folder: Path, *, image_size: int, patch_size: int, **options: Any) -> Path:
+    """Write a UM3 with random weights and codes of 28 bits to `folder`/model and its QLIP to `folder`/qlip."""
+    save_qlip(folder / "qlip", image_size=image_size, patch_size=patch_size)
+    texts = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
+    text_tokenizer = train_text_tokenizer(texts, vocab_size=280)
+    num_patches = (image_size // patch_size) ** 2
+    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=num_patches)
+    parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": folder / "qlip"}
+    save_model(folder / "model", model=make_model(ids, **options), **parts)
+    return folder / "model"

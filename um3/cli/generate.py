@@ -1,17 +1,17 @@
-"""`um3 generate`: prompts in, images out."""
+"""`um3 generate` and `um3 complete`: prompts in, images or text out."""
 
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from um3.cli import options
-from um3.cli.inputs import STDIN, file_names, load, make_folder, read_texts
+from um3.cli.inputs import STDIN, file_names, json_text, read_texts, show
 from um3.core.errors import UserError
-from um3.core.files import write_text
-from um3.core.hub import model_folder
+from um3.core.files import folder_lock, write_text
 from um3.core.progress import Progress
+from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
 
 if TYPE_CHECKING:
@@ -37,21 +37,18 @@ def generate(
     out: Annotated[
         Path, typer.Option(help="Folder for images, contact sheet and samples.jsonl; - writes one PNG to stdout.")
     ] = Path("samples"),
-    seed: options.Seed = 0,
     image_seed: Annotated[
         list[int] | None, typer.Option(help="Seed of one image, to generate it again; repeat it for each image.")
     ] = None,
-    temperature: Annotated[float | None, options.TEMPERATURE] = None,
-    top_p: Annotated[float | None, options.TOP_P] = None,
-    top_k: Annotated[int | None, options.TOP_K] = None,
-    min_p: Annotated[float | None, options.MIN_P] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="Classifier-free guidance; 1 is off; 4,1 goes from 4 to 1 over the image.")
     ] = None,
     batch_size: options.BatchSize = 64,
     as_json: options.AsJson = False,
-    model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    *,
+    sampling: options.SamplingOptions,
+    um3: options.ModelOptions,
+    context: typer.Context,
 ) -> None:
     """Generate images from PROMPTS: a PNG each, a contact sheet, and samples.jsonl with prompts, seeds and codes.
 
@@ -62,21 +59,24 @@ def generate(
     to_stdout = str(out) == STDIN
     if to_stdout and (len(prompts) * num_images != 1 or as_json):
         raise UserError("--out - writes a single PNG; use it with one prompt and -n 1, without --json")
+    settings = image_defaults(um3.folder()) | sampling.given()
+    if guidance_scale is not None:
+        try:
+            settings["guidance_scale"] = [float(scale) for scale in guidance_scale.split(",")]
+        except ValueError:
+            message = f"guidance scale '{guidance_scale}' is neither a number nor a list such as 4,1"
+            raise UserError(message) from None
     if not to_stdout:
-        make_folder(out)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-    sampling["guidance_scale"] = None if guidance_scale is None else parse_scales(guidance_scale)
-    defaults = image_defaults(model_folder(model, kind="UM3 model"))
-    pipeline = load(model, device=device)
+        context.with_resource(folder_lock(out))
+    pipeline = um3.load()
     generated = pipeline.generate(
         prompts,
         num_images=num_images,
         best_of=best_of,
-        seed=seed,
         seeds=image_seed or None,
         batch_size=batch_size,
         watch=_progress(len(prompts) * (best_of or num_images), pipeline=pipeline),
-        **(defaults | {name: value for name, value in sampling.items() if value is not None}),
+        **settings,
     )
     if to_stdout:
         from um3.inference.image_io import png_bytes
@@ -85,18 +85,34 @@ def generate(
         return
     rows = _write(generated, out=out, columns=min(num_images, 8) if num_images > 1 else 0, pipeline=pipeline)
     if not as_json:
-        typer.echo(f"{len(rows)} images, contact_sheet.png and samples.jsonl are in {out}")
+        typer.echo(f"{len(rows)} images, contact_sheet.png and samples.jsonl are in {printable(out)}")
     for row in rows if as_json else ():
-        typer.echo(json.dumps(row | {"file": str(out / row["file"])}, ensure_ascii=False))
+        typer.echo(json_text(row | {"file": str(out / row["file"])}))
 
 
-def parse_scales(text: str) -> float | list[float]:
-    """`2` -> 2.0, `4,1` -> [4.0, 1.0]."""
-    try:
-        scales = [float(scale) for scale in text.split(",")]
-    except ValueError:
-        raise UserError(f"guidance scale '{text}' is neither a number nor a list such as 4,1") from None
-    return scales[0] if len(scales) == 1 else scales
+@options.command(
+    "Continue texts.",
+    'um3 complete "There is a red" --temperature 0.7 --max-new-tokens 20',
+    "um3 complete --file beginnings.txt --json",
+)
+def complete(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to continue; - reads stdin.")] = None,
+    file: options.TextFile = None,
+    batch_size: options.BatchSize = 64,
+    as_json: options.AsJson = False,
+    *,
+    sampling: options.TextOptions,
+    um3: options.ModelOptions,
+) -> None:
+    """Continue TEXTS, by default with 64 tokens, temperature 1 and top-p 0.95. The model writes text, no images."""
+    texts = read_texts(texts, file=file, kind="text")
+    written = um3.load().complete(texts, batch_size=batch_size, **sampling.given())
+    show(
+        {"text": texts, "continuation": written, "seed": written.seeds, "logprob": written.logprobs},
+        "{text}{continuation}",
+        as_json=as_json,
+        escape=lambda text: re.sub(r"[^\n\t]+", lambda match: printable(match[0]), text),
+    )
 
 
 def _progress(num_images: int, *, pipeline: "UM3Pipeline") -> "Watch":
@@ -114,11 +130,10 @@ def _progress(num_images: int, *, pipeline: "UM3Pipeline") -> "Watch":
 def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "UM3Pipeline") -> list[dict[str, Any]]:
     from um3.inference.image_io import contact_sheet, save_png
 
-    fingerprint = pipeline.model.config.um3["tokenizer_fingerprint"]
     rows = []
     for index, (name, image) in enumerate(zip(file_names(generated.prompts), generated.pil_images, strict=True)):
         save_png(image, out / name)
-        rows.append({"file": name, **generated.metadata(index), "tokenizer": fingerprint})
-    write_text(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows.append({"file": name, **generated.metadata(index), "tokenizer": pipeline.fingerprint})
+    write_text(out / "samples.jsonl", "".join(json_text(row) + "\n" for row in rows))
     save_png(contact_sheet(generated.images, labels=generated.prompts, columns=columns), out / "contact_sheet.png")
     return rows

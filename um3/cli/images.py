@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from um3.cli import options
-from um3.cli.inputs import file_names, load_with_images, make_folder, read_json_lines, read_texts, show
+from um3.cli.inputs import file_names, find_images, read_images, read_json_lines, read_texts, show
 from um3.core.errors import UserError
+from um3.core.files import folder_lock
 
 
 @options.command(
@@ -18,29 +19,16 @@ from um3.core.errors import UserError
 )
 def caption(
     images: options.Images,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    max_new_tokens: options.MaxNewTokens = 32,
-    seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     as_json: options.AsJson = False,
-    model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    *,
+    sampling: options.TextOptions,
+    um3: options.ModelOptions,
 ) -> None:
-    """Caption IMAGES: one line each, the file and its caption."""
-    pipeline, images_BHW3 = load_with_images(model, device=device, paths=images)
-    captions = pipeline.caption(
-        images_BHW3,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    """Caption IMAGES: one line each, the file and its caption; by default greedy, with at most 32 tokens."""
+    pipeline = um3.load()
+    images_BHW3 = read_images(images, size=pipeline.processor.image_size)
+    captions = pipeline.caption(images_BHW3, batch_size=batch_size, **sampling.given())
     show(
         {"file": images, "caption": captions, "seed": captions.seeds, "logprob": captions.logprobs},
         "{file}: {caption}",
@@ -57,16 +45,17 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("reconstructions"),
     batch_size: options.BatchSize = 64,
     as_json: options.AsJson = False,
-    model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    *,
+    um3: options.ModelOptions,
+    context: typer.Context,
 ) -> None:
     """Reconstruct IMAGES: a PNG each with the original, its codes as colours, and the reconstruction."""
-    make_folder(out)
-    pipeline, images_BHW3 = load_with_images(model, device=device, paths=images)
-    ids = pipeline.ids
-    result = pipeline.reconstruct(images_BHW3, batch_size=batch_size)
+    context.with_resource(folder_lock(out))
+    pipeline = um3.load()
+    images_BHW3 = read_images(images, size=pipeline.processor.image_size)
     from um3.inference.image_io import code_image, contact_sheet, save_png
 
+    ids, result = pipeline.ids, pipeline.reconstruct(images_BHW3, batch_size=batch_size)
     labels = ["original", f"{ids.num_patches} codes of {ids.num_bits} bits", "reconstruction"]
     paths = [out / name for name in file_names(Path(image).stem for image in images)]
     for path, original, codes_N, image in zip(paths, result.originals, result.codes, result.images, strict=True):
@@ -90,8 +79,8 @@ def score(
     ] = "",
     batch_size: options.BatchSize = 64,
     as_json: options.AsJson = False,
-    model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    *,
+    um3: options.ModelOptions,
 ) -> None:
     """Score IMAGE with each of TEXTS, or the pairs of a file.
 
@@ -101,12 +90,13 @@ def score(
     if bool(image) == bool(pairs):
         raise UserError("give either an image and texts, or --pairs with a file")
     if pairs:
-        rows = read_json_lines(pairs, keys=("file", "prompt"))
-        paths = [str(Path(pairs).parent / str(row["file"])) for row in rows]
-        texts = [str(row["prompt"]) for row in rows]
+        rows = read_json_lines(pairs, types={"file": str, "prompt": str}).values()
+        paths, texts = [str(Path(pairs).parent / row["file"]) for row in rows], [row["prompt"] for row in rows]
     else:
-        texts, paths = read_texts(texts, file=file, kind="text"), [image]
-    pipeline, images_BHW3 = load_with_images(model, device=device, paths=paths)
+        paths, texts = [image], read_texts(texts, file=file, kind="text")
+    paths = find_images(paths)
+    pipeline = um3.load()
+    images_BHW3 = read_images(paths, size=pipeline.processor.image_size)
     if image:
         images_BHW3, paths = images_BHW3.repeat(len(texts), axis=0), paths * len(texts)
     scores = pipeline.score(images_BHW3, texts, batch_size=batch_size)

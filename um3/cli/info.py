@@ -1,6 +1,5 @@
 """`um3 info`: facts about a model folder from its JSON files and the headers of its weights; loads no weights."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from um3.cli import options
+from um3.cli.inputs import json_text
 from um3.core.errors import UserError
-from um3.core.files import read_json
+from um3.core.files import read_json, walk_files
 from um3.core.hub import model_folder
+from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
 from um3.model.configuration import OLD_KEYS
 
+MAX_BITS = 20
+"""A sub-token has at most that many bits; see `um3.model.vocabulary`."""
 UNKNOWN = "not recorded beside this folder"
 
 
@@ -26,30 +29,28 @@ def info(
     """Describe FOLDER: sizes, fingerprint of the visual tokenizer, training steps, licences, sampling options."""
     facts = describe_folder(model_folder(folder, kind="UM3 model"))
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
+        typer.echo(json_text(facts, indent=2))
         return
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
-        typer.echo(f"{name:<{width}}{f'{value:,}' if isinstance(value, int) else value}")
+        typer.echo(f"{name:<{width}}{f'{value:,}' if isinstance(value, int) else printable(value)}")
 
 
-def describe_folder(folder: str | Path) -> dict[str, Any]:
-    """Sizes, fingerprint, training steps and licences of a UM3 folder, as JSON values.
-
-    Raises:
-        UserError: the model is not a UM3, or a file of it is missing or unreadable.
-    """
-    folder = Path(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not isinstance(config, dict) or not config.get("um3"):
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Sizes, fingerprint, training steps and licences of a UM3 folder, as JSON values."""
+    config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
+    if not isinstance(config.get("um3"), dict):
         raise UserError(f"{folder} is not a UM3 model (no 'um3' in a config.json); give the folder of a trained one")
     try:
         um3 = {new: config["um3"][old] for new, old in OLD_KEYS.items() if old in config["um3"]} | config["um3"]
-        return _describe(folder, config=config, um3=um3, qlip=read_json(folder / "qlip" / "config.json"))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: a config.json lacks an entry ({error}); copy or train the model again") from None
+        if not 0 < um3["bits_per_subtoken"] <= MAX_BITS:
+            raise ValueError(f"bits_per_subtoken = {um3['bits_per_subtoken']}")
+        return _describe(folder, config=config, um3=um3, qlip=read_json(folder / "qlip" / "config.json", dict))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"has a wrong entry: {error}"
+        raise UserError(f"{folder}: a config.json {reason}; copy or train the model again") from None
 
 
 def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip
     total, per_entry = sum(math.prod(shape) for shape, _ in tensors.values()), num_tables * config["hidden_size"]
     size, num_tokens = qlip["vision_config"]["image_size"], um3["num_patches"] * um3["subtokens"]
     base, done = um3.get("base") or {}, folder.resolve().parent / "done.json"
-    record = read_json(done) if done.is_file() else {}
+    record = read_json(done, dict) if done.is_file() else {}
     qlip_total = sum(math.prod(shape) for name, (shape, _) in _tensors(folder / "qlip") if ".rope." not in name)
     return {
         "folder": str(folder),
@@ -70,7 +71,7 @@ def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip
         "of the text entries": per_entry * text,
         "of the visual entries": per_entry * visual,
         "dtype": ", ".join(sorted({dtype for _, dtype in tensors.values()})),
-        "bytes on disk": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "bytes on disk": sum(file.stat().st_size for file in walk_files(folder)),
         "layers": config["num_hidden_layers"],
         "hidden size": config["hidden_size"],
         "context": config["max_position_embeddings"],

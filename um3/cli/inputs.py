@@ -1,24 +1,23 @@
-"""What the commands share: reading texts, images, JSON lines and the model, and printing results.
+"""What the commands share: reading texts, images and JSON lines, the output folder, and printing results.
 
 Shapes: B images, H height, W width.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from um3.core.errors import UserError
-from um3.core.hub import model_folder
+from um3.core.files import parse_json, walk_files
 from um3.core.progress import track
+from um3.core.text import printable, text_lines, valid_text
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from um3.inference.pipeline import UM3Pipeline
 
 STDIN = "-"
 MAX_STDIN_BYTES = 200_000_000
@@ -26,114 +25,89 @@ FORMATS = "give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
 
 
 def read_texts(arguments: Sequence[str] | None, *, file: Path | None, kind: str) -> list[str]:
-    """The arguments, else the non-empty lines of `file`, by default stdin; `kind` is prompt or text, for messages.
-
-    Raises:
-        UserError: both arguments and a file, no text, or a file that is not UTF-8.
-    """
+    """The arguments, else the non-empty lines of `file`, by default stdin; `kind` is prompt or text, for messages."""
     arguments = list(arguments or [])
     if arguments == [STDIN]:
         arguments, file = [], file or Path(STDIN)
     if arguments and file is not None:
         raise UserError(f"{kind}s are given both as arguments and by --file; use one of them")
     if arguments:
-        return arguments
+        return [valid_text(argument) for argument in arguments]
     if file is None and sys.stdin.isatty():
         raise UserError(f"no {kind}; give it as an argument, by --file, or on stdin")
     source = str(file or STDIN)
-    texts = [line.rstrip("\r") for line in _read(source).split("\n") if line.strip()]
+    texts = [line for line in text_lines(_read(source)) if line.strip()]
     if not texts:
         raise UserError(f"no {kind} in {_name(source)}; write one per line")
     return texts
 
 
-def read_json_lines(path: str, *, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file or of stdin; each has the `keys`.
-
-    Raises:
-        UserError: no line, or a line that is not such an object.
-    """
-    rows = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+def read_json_lines(path: str, *, types: Mapping[str, type]) -> dict[int, dict[str, Any]]:
+    """The objects of a JSON lines file or of stdin, by line number; each has the keys of `types` with such values."""
+    rows = {}
+    for number, line in enumerate(text_lines(_read(path)), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"line {number} of {_name(path)} is not JSON ({error})") from None
-        if not isinstance(row, dict) or not row.keys() >= set(keys):
-            raise UserError(f"line {number} of {_name(path)} is not an object with {' and '.join(keys)}")
-        rows.append(row)
+        where = f"line {number} of {_name(path)}"
+        rows[number] = row = parse_json(line, where=where, keys=list(types))
+        for key, kind in types.items():
+            if not isinstance(row[key], kind):
+                raise UserError(f"{where}: '{key}' is {json.dumps(row[key])[:40]}; it must be a {kind.__name__}")
+            row[key] = valid_text(row[key]) if kind is str else row[key]
     if not rows:
-        raise UserError(f"{_name(path)} is empty; write one object per line, with {' and '.join(keys)}")
+        raise UserError(f"{_name(path)} is empty; write one object per line, with {' and '.join(types)}")
     return rows
 
 
-def load_with_images(
-    model: str, *, device: str, paths: Sequence[str | Path]
-) -> "tuple[UM3Pipeline, np.ndarray[Any, Any]]":
-    """The pipeline, and the images as uint8 (B, size, size, 3): centred squares at the tokenizer's size.
+def find_images(paths: list[str]) -> list[str]:
+    """`paths`, which must exist, with every folder replaced by the images in it, which `walk_files` finds."""
+    from um3.core.images import SUFFIXES
 
-    Raises:
-        UserError: a file that is missing (before the model is loaded) or not an image.
-    """
-    if missing := [path for path in paths if str(path) != STDIN and not Path(path).is_file()]:
-        raise UserError(f"{missing[0]} does not exist; {FORMATS}")
-    pipeline = load(model, device=device)
+    files: list[str] = []
+    for path in paths:
+        found = [path] if path == STDIN or Path(path).is_file() else []
+        if Path(path).is_dir():
+            found = list(map(str, walk_files(path, suffixes=SUFFIXES)))
+        if not found:
+            raise UserError(f"{path} does not exist, or is a folder without images; {FORMATS}")
+        files += found
+    return files
+
+
+def read_images(paths: Sequence[str], *, size: int) -> "np.ndarray[Any, Any]":
+    """The images as uint8 (B, size, size, 3): their centred squares."""
     import numpy as np
 
     from um3.core.images import ImageError, read_image, to_square
 
-    size = pipeline.processor.image_size
     images_BHW3 = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for index, path in enumerate(track(paths, total=len(paths), label="read")):
         try:
-            source = _read_stdin() if str(path) == STDIN else Path(path)
-            images_BHW3[index] = to_square(read_image(source), size=size)
+            images_BHW3[index] = to_square(read_image(_read_stdin() if path == STDIN else Path(path)), size=size)
         except ImageError as error:
             raise UserError(f"{path}: {error}; {FORMATS}") from None
-    return pipeline, images_BHW3
+    return images_BHW3
 
 
-def make_folder(out: Path) -> None:
-    """Create the output folder unless it exists."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}); pass another folder as --out") from None
-
-
-def load(model: str, *, device: str) -> "UM3Pipeline":
-    """The pipeline of a folder or hub id; `device` auto is the GPU if there is one."""
-    folder = model_folder(model, kind="UM3 model")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; run make demo, or pass the folder of a trained UM3 as --model")
-    typer.echo(f"loading {model}", err=True)
-    import torch
-
-    from um3.core.log import quiet_model_files, setup_logging
-    from um3.inference.pipeline import UM3Pipeline
-
-    setup_logging()
-    quiet_model_files()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' is not available ({str(error).splitlines()[0]}); use cpu or auto") from None
-    return UM3Pipeline.from_pretrained(model, device=device)
-
-
-def show(columns: Mapping[str, Sequence[Any]], line: str = "", *, as_json: bool) -> None:
-    """Print a result per item of the columns: as JSON, or in the format string `line`."""
+def show(
+    columns: Mapping[str, Sequence[Any]], line: str = "", *, as_json: bool, escape: Callable[[str], str] = printable
+) -> None:
+    """Print a result per item of the columns: as JSON, or in the format string `line` with every text escaped."""
     for values in zip(*columns.values(), strict=True):
         row = dict(zip(columns, values, strict=True))
-        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else line.format(**row))
+        escaped = {name: escape(value) if isinstance(value, str) else value for name, value in row.items()}
+        typer.echo(json_text(row) if as_json else line.format(**escaped))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON for a terminal and for UTF-8 files: valid text, in ASCII where it has control characters."""
+    text = valid_text(json.dumps(value, ensure_ascii=False, indent=indent))
+    is_safe = all(line == printable(line) for line in text.split("\n"))
+    return text if is_safe else json.dumps(json.loads(text), indent=indent)
 
 
 def file_names(labels: Iterable[str]) -> Iterator[str]:
-    """`A red disk!` -> `0000-a-red-disk.png`, numbered."""
+    """`A red disk!` -> `0000-a-red-disk.png`, numbered; no label leads out of the folder."""
     for index, label in enumerate(labels):
         words = "".join(letter if letter.isalnum() else " " for letter in label.lower()).split()
         yield f"{index:04d}-{'-'.join(words)[:40].strip('-') or 'image'}.png"

@@ -5,8 +5,6 @@ from typing import Annotated
 import typer
 
 from um3.cli import options
-from um3.cli.inputs import load
-from um3.core.hub import model_folder
 from um3.inference.sampling_params import image_defaults
 
 
@@ -18,8 +16,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
     most_waiting: Annotated[int, typer.Option(min=0, help="Limit of the request queue.")] = 32,
     opens: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
-    model: options.Model = options.DEFAULT_MODEL,
-    device: options.Device = "auto",
+    *,
+    um3: options.ModelOptions,
 ) -> None:
     """Serve a page on this machine: generate images row by row, compare guidance, caption and reconstruct images."""
     from um3.web.security import is_loopback, listen
@@ -27,8 +25,8 @@ def serve(
     listener = listen(host, port)  # before the model is loaded: a taken port is reported at once
     if not is_loopback(host):
         typer.echo(f"warning: other machines can reach {host}; the page has no password", err=True)
-    pipeline = load(model, device=device)
-    sampling = image_defaults(model_folder(model, kind="UM3 model"))
+    sampling = image_defaults(um3.folder())
+    pipeline = um3.load()
     from um3.web.server import run
 
     run(pipeline, listener=listener, sampling=sampling, max_waiting=most_waiting, open_page=opens)

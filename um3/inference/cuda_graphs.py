@@ -33,13 +33,10 @@ class CudaGraphs:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
             self.graphs[key] = None
         else:
-            graph = self.graphs[key] or self._record(function, key)
+            graph = self.graphs[key]
+            if graph is None:
+                self.graphs[key] = graph = torch.cuda.CUDAGraph()
+                # Other threads may use the GPU meanwhile, as NCCL's do in a training run that evaluates.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    function(*key)
             graph.replay()
-
-    def _record(self, function: Callable[..., None], key: tuple[int, ...]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile, as NCCL's do in a training run that evaluates.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            function(*key)
-        self.graphs[key] = graph
-        return graph

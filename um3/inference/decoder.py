@@ -31,11 +31,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedLinear:
-    """x (N, D) -> x W^T + b (N, V), for the rows of one weight or of several concatenated ones.
-
-    Raises:
-        UserError: a layer that is not a plain linear one (an adapter, quantised).
-    """
+    """x (N, D) -> x W^T + b (N, V), for the rows of one plain linear layer or of several concatenated ones."""
 
     def __init__(self, *linears: nn.Linear, rows: slice = slice(None), packed: bool = True):
         for linear in linears:
@@ -43,8 +39,8 @@ class PackedLinear:
                 raise UserError(f"sampling needs plain linear layers, not {type(linear).__name__}; merge or convert it")
         weights = [linear.weight.detach()[rows] for linear in linears]
         weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0]
-        has_bias = any(linear.bias is not None for linear in linears)
-        self.bias_V = torch.cat([_bias_of(linear)[rows] for linear in linears]) if has_bias else None
+        # Of the layers that are merged, stock models have a bias in all or in none.
+        self.bias_V = torch.cat([linear.bias[rows] for linear in linears]) if linears[0].bias is not None else None
         self.uses_onednn = onednn.serves(weight_VD, weight_VD)
         self.weight_VD = onednn.pack(weight_VD) if packed and self.uses_onednn else weight_VD
 
@@ -55,10 +51,6 @@ class PackedLinear:
             # A single row has a kernel of its own, which rounds differently.
             return onednn.linear(x_ND.expand(2, -1).contiguous(), self.weight_VD, self.bias_V)[:1]
         return onednn.linear(x_ND, self.weight_VD, self.bias_V)
-
-
-def _bias_of(linear: nn.Linear) -> Tensor:
-    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 class _Layer:
@@ -94,11 +86,7 @@ class _Layer:
 
 
 class FastDecoder:
-    """The layers and head of a stock model; gives the hidden states of the model's own forward.
-
-    Raises:
-        UserError: another architecture, or layers with sliding-window attention.
-    """
+    """The layers and head of a stock model without sliding windows; its hidden states are those of the model's own."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel):
@@ -217,11 +205,7 @@ class DecodingBatch:
 
 
 def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:
-    """Refuse prompts that do not leave room for `num_new` tokens in the model's context.
-
-    Raises:
-        UserError: names the first such prompt.
-    """
+    """Raise UserError for the first prompt that leaves no room for `num_new` tokens in the model's context."""
     for index, prompt in enumerate(prompts):
         if len(prompt) + num_new > limit:
             raise UserError(

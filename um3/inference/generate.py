@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from um3.core.errors import UserError
 from um3.inference.cuda_graphs import CudaGraphs
 from um3.inference.decoder import DecodingBatch, FastDecoder, check_room, whole_windows
 from um3.inference.sampling_params import Sampling
 from um3.model.vocabulary import UnifiedVocabulary
 
+LOGITS = "the model's logits"
 FREE = -1
 """In `kept_BP`: this position is sampled."""
 
@@ -78,10 +80,12 @@ class Sampler:
             if kept_BP is not None:
                 batch.kept_PB.copy_(kept_BP.T)
             batch.begin(sequences, uniforms_BP)
+            batch.check()  # before the work
             for position in range(1, self.ids.image_tokens):
                 batch.graphs(batch.advance, batch.sequences.window(position), position % self.ids.subtokens)
                 if watch is not None:
                     watch(batch.ids_PB[: position + 1])
+            batch.check()
             return SampledImages(batch.ids_PB.T.clone(), logprobs=batch.logprobs_B.clone())
 
     @torch.inference_mode()
@@ -105,6 +109,7 @@ class Sampler:
                 if batch.finished_B.all():
                     break
                 batch.graphs(batch.advance, batch.sequences.window(position), 0)
+            batch.check()
             texts = batch.ids_PB[: int(batch.position_1)].T.tolist()
             logprobs = batch.logprobs_B.tolist()
         ends = set(batch.ends.tolist())
@@ -122,10 +127,8 @@ class Sampler:
         hidden_PD = self.decoder.prefill(torch.cat([prompt, visual_ids]))[len(prompt) - 1 : -1]
         total = 0.0
         for subtoken in range(subtokens):
-            start, end = self.ids.subtoken_range(subtoken)
-            head = self.decoder.head(start, end, packed=False)
-            logits_NV = head(hidden_PD[subtoken::subtokens].contiguous()).float()
-            total += float(_logprob(logits_NV, visual_ids[subtoken::subtokens].to(logits_NV.device) - start).sum())
+            hidden_ND, ids_N = hidden_PD[subtoken::subtokens].contiguous(), visual_ids[subtoken::subtokens]
+            total += self._logprob(hidden_ND, ids_N, entries=self.ids.subtoken_range(subtoken))
         return total
 
     @torch.inference_mode()
@@ -133,8 +136,14 @@ class Sampler:
         """Log-probability in nats of a text and its end after a prompt, among all text entries."""
         targets_P = torch.cat([token_ids, torch.tensor([self.ids.eos_id])])
         hidden_PD = self.decoder.prefill(torch.cat([prompt, token_ids]))[len(prompt) - 1 :]
-        logits_PV = self.decoder.head(0, self.ids.text_vocab_size, packed=False)(hidden_PD).float()
-        return float(_logprob(logits_PV, targets_P.to(logits_PV.device)).sum())
+        return self._logprob(hidden_PD, targets_P, entries=(0, self.ids.text_vocab_size))
+
+    def _logprob(self, hidden_ND: Tensor, ids_N: Tensor, *, entries: tuple[int, int]) -> float:
+        """Log-probability in nats of ids after hidden states, among a range of entries."""
+        logits_NV = self.decoder.head(*entries, packed=False)(hidden_ND).float()
+        total = _logprob(logits_NV, ids_N.to(logits_NV.device) - entries[0]).sum()
+        check_finite(total, what=LOGITS)
+        return float(total)
 
     def _batch(self, kind: "type[BatchT]", prompts: Sequence[Tensor], uniforms_BP: Tensor, **options: Any) -> "BatchT":
         """The last batch of this kind if its shape and options are the same, else a new one in its place."""
@@ -164,11 +173,12 @@ class _Batch:
         self.logprobs_B = torch.zeros(num_samples, device=device)
         self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished_B = torch.zeros(num_samples, dtype=torch.bool, device=device)
+        self.highest_B = torch.zeros(num_samples, device=device)
 
     def begin(self, prompts: Sequence[Tensor], uniforms_BP: Tensor) -> None:
         """Start over with these prompts and sample the first position."""
         self.uniforms_PB.copy_(uniforms_BP.T)
-        for state in (self.ids_PB, self.logprobs_B, self.position_1, self.finished_B):
+        for state in (self.ids_PB, self.logprobs_B, self.position_1, self.finished_B, self.highest_B):
             state.zero_()
         self.sample(self.sequences.start(prompts), 0)
 
@@ -182,7 +192,12 @@ class _Batch:
         """Choose the next id of every sample from hidden states."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raise UserError if a logit was NaN, or none of a position was finite."""
+        check_finite(self.highest_B, what=LOGITS)
+
     def choose(self, logits_BV: Tensor) -> Tensor:
+        self.highest_B += logits_BV.amax(-1)  # NaN or infinite from the first such position on
         return choose(logits_BV, sampling=self.sampling, uniforms_B=self.uniforms_PB[self.position_1][0])
 
     def append(self, ids_B: Tensor, *, logprobs_B: Tensor) -> None:
@@ -256,6 +271,12 @@ def choose(logits_BV: Tensor, *, sampling: Sampling, uniforms_B: Tensor) -> Tens
     cumulative_BV = probabilities_BV.cumsum(-1)
     level_B1 = uniforms_B.double().unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
+
+
+def check_finite(values: Tensor, *, what: str) -> None:
+    """Raise UserError unless all values are finite; `what` names them."""
+    if not values.isfinite().all():
+        raise UserError(f"{what} are not finite numbers: the weights are damaged; copy or train the model again")
 
 
 def uniforms(seeds: Sequence[int], *, count: int) -> Tensor:

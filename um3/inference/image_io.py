@@ -53,11 +53,7 @@ def save_png(image: Image.Image | np.ndarray, path: str | Path) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata that `save_png` wrote.
-
-    Raises:
-        UserError: no such file, not a PNG, or one without our metadata.
-    """
+    """The metadata that `save_png` wrote; UserError for any other file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return dict(json.loads(image.info[METADATA]))
@@ -66,29 +62,31 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a PNG with the metadata of UM3: {reason}") from None
 
 
-def enlarge(image_HW3: np.ndarray, *, min_side: int = MIN_SIDE) -> Image.Image:
-    """Scale a small image up to `min_side` on its shorter side: in whole pixels from a factor of 2, else smoothly."""
+def enlarge(image_HW3: np.ndarray) -> Image.Image:
+    """Scale a small image up to MIN_SIDE on its shorter side: in whole pixels from a factor of 2, else smoothly."""
     image = Image.fromarray(image_HW3)
-    factor = min_side / min(image.size)
+    factor = MIN_SIDE / min(image.size)
     if factor <= 1:
         return image
-    if factor >= 2:
-        factor = math.ceil(factor)
-    size = (round(image.width * factor), round(image.height * factor))
-    return image.resize(size, Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.BICUBIC)
+    if factor < 2:
+        return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    factor = math.ceil(factor)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def contact_sheet(
-    images: np.ndarray | Sequence[np.ndarray], *, labels: Sequence[str] = (), columns: int = 0, min_side: int = MIN_SIDE
+    images: np.ndarray | Sequence[np.ndarray], *, labels: Sequence[str] = (), columns: int = 0
 ) -> Image.Image:
     """All images on one white sheet, row by row, each above its label; `columns` 0 makes it about square."""
     if not len(images):
         raise ValueError("a contact sheet needs at least one image")
-    tiles = [enlarge(image, min_side=min_side) for image in images]
+    tiles = [enlarge(image) for image in images]
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     font = ImageFont.load_default(size=FONT_SIZE)
-    texts = [_wrap(label, width=width, font=font) for label in labels]
+    characters = max(8, int(width / font.getlength("n")))
+    wrapping: dict[str, Any] = {"width": characters, "max_lines": MAX_LABEL_LINES, "placeholder": " ..."}
+    texts = ["\n".join(textwrap.wrap(label, **wrapping)) for label in labels]
     line_height = FONT_SIZE + 4
     label_height = max((text.count("\n") + 1 for text in texts), default=0) * line_height
     rows = math.ceil(len(tiles) / columns)
@@ -120,8 +118,3 @@ def code_image(codes_N: Tensor, *, num_bits: int) -> np.ndarray:
         values = codes >> (num_bits - end) & (1 << (end - start)) - 1
         channels.append(np.round(values * (255 / max((1 << (end - start)) - 1, 1))).astype(np.uint8))
     return np.stack(channels, axis=-1).reshape(side, side, 3)
-
-
-def _wrap(label: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    characters = max(8, int(width / font.getlength("n")))
-    return "\n".join(textwrap.wrap(label, characters, max_lines=MAX_LABEL_LINES, placeholder=" ..."))

@@ -19,11 +19,7 @@ Region = tuple[float, float, float, float] | np.ndarray
 
 
 def region_patches(region: Region, *, num_patches: int) -> Tensor:
-    """bool (N,): true for the patches of a region. A box includes every patch that it overlaps.
-
-    Raises:
-        UserError: a box outside the image, an array of another shape, or a region without a patch.
-    """
+    """bool (N,): true for the patches of a region, which must have some. A box includes every patch it overlaps."""
     side = math.isqrt(num_patches)
     if isinstance(region, np.ndarray):
         if region.shape != (side, side) or region.dtype != np.bool_:

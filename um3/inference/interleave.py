@@ -14,6 +14,7 @@ from PIL import Image
 
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
+from um3.core.text import valid_text
 from um3.inference.decoder import check_room
 from um3.inference.generate import uniforms
 from um3.inference.image_io import to_pil
@@ -65,7 +66,7 @@ class Conversation:
 
     def _sample_text(self, max_new_tokens: int, *, may_begin_image: bool) -> tuple[int, bool]:
         """Text up to its end or to the begin of an image; returns the number of tokens, and whether an image begins."""
-        seed = self._next_seed()
+        seed = derive_seed(self.seed, "interleave", len(self.context))
         result = self.pipeline.sampler.texts(
             prompts=[torch.tensor(self.context)],
             sampling=dataclasses.replace(self.sampling, guidance_scale=1.0),
@@ -80,7 +81,7 @@ class Conversation:
         return len(token_ids) + 1, result.ends[0] == self.ids.begin_of_image_id
 
     def _sample_image(self) -> None:
-        seed, ids = self._next_seed(), self.ids
+        seed, ids = derive_seed(self.seed, "interleave", len(self.context)), self.ids
         self.context.append(ids.begin_of_image_id)
         result = self.pipeline.sampler.images(
             prompts=[torch.tensor(self.context)],
@@ -94,12 +95,9 @@ class Conversation:
         metadata = {"seed": seed, **self.sampling.to_dict(), "logprob": logprob}
         self.parts.append(Part(to_pil(image, metadata=metadata), seed=seed, logprob=logprob))
 
-    def _next_seed(self) -> int:
-        return derive_seed(self.seed, "interleave", len(self.context))
-
     def _encode(self, message: Message) -> list[int]:
         if isinstance(message, str):
-            return encode_captions([message], tokenizer=self.pipeline.text_tokenizer)[0]
+            return encode_captions([valid_text(message)], tokenizer=self.pipeline.text_tokenizer)[0]
         if not isinstance(message, Image.Image | np.ndarray):
             raise UserError(f"a message of type {type(message).__name__}; it must be a text or an image")
         images = message[None] if isinstance(message, np.ndarray) else [message]

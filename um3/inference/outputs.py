@@ -44,11 +44,14 @@ class Generated:
         """The images as PIL images with their `metadata`, which `um3.inference.image_io.save_png` writes to a file."""
         return [to_pil(image, metadata=self.metadata(index)) for index, image in enumerate(self.images)]
 
-    def take(self, indices: Sequence[int], *, similarities: Sequence[float]) -> Self:
-        """Some of the images, in this order, with the similarity of each."""
-        lists = {name: [getattr(self, name)[index] for index in indices] for name in ("prompts", "seeds", "logprobs")}
-        arrays = {"images": self.images[list(indices)], "codes": self.codes[list(indices)]}
-        return replace(self, **arrays, **lists, similarities=list(similarities))  # type: ignore[arg-type]
+    def take(self, indices: Sequence[int]) -> Self:
+        """Some of the images, in this order."""
+        lists: dict[str, Any] = {
+            name: [values[index] for index in indices]
+            for name, values in vars(self).items()
+            if isinstance(values, list)
+        }
+        return replace(self, images=self.images[list(indices)], codes=self.codes[list(indices)], **lists)
 
     def with_settings(self, **settings: Any) -> Self:
         """The same images with more settings."""

@@ -5,6 +5,7 @@ Shapes: B samples, N patches, P visual ids of an image, H height, W width, C cha
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -14,16 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tokenizer
-from tokenizer.images import QLIPImages, decode_codes, encode_images
+from tokenizer.images import QLIPImages, decode_codes, embed_images, embed_texts, encode_images
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
 from um3.core.progress import track
+from um3.core.text import valid_text
 from um3.inference.decoder import check_room
-from um3.inference.generate import Sampler, uniforms
+from um3.inference.generate import Sampler, check_finite, uniforms
 from um3.inference.inpainting import Region, kept_ids, random_patches, region_patches
 from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Reconstruction, Texts
-from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, image_seeds, resolve_seeds
+from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
 from um3.model.language_model import QLIP_FOLDER, load_model
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
     Images = np.ndarray | Sequence[Image.Image]
 
 
-class CaptionOptions(TextOptions, total=False):
-    """The options of `UM3Pipeline.caption_codes`."""
+MAX_IMAGES = 1_000_000
+"""Upper limit per call, to catch typos."""
+
+
+class WriteOptions(TextOptions, total=False):
+    """The options of `UM3Pipeline.caption` and `UM3Pipeline.complete`; without `seeds` they come from `seed`."""
 
     max_new_tokens: int
     batch_size: int
@@ -64,7 +70,8 @@ class UM3Pipeline:
 
     Every image and text has a seed of its own, which the results return. The same seed, prompt and options give the
     same result again, alone or with others, in batches of any size. Without `seeds` they are derived from `seed` and
-    the index in the call. `images` are uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any size.
+    the index in the call. `images` are uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any size. All calls
+    raise UserError for a value out of its range, a text or message that the context has no room for, and the like.
     """
 
     def __init__(
@@ -113,8 +120,13 @@ class UM3Pipeline:
             ids=loaded.ids,
             qlip=qlip.to(device),  # type: ignore[arg-type]
             processor=processor,
-            name=str(path_or_hub_id),
+            name=valid_text(str(path_or_hub_id)),
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the visual tokenizer, to which all codes belong."""
+        return str(self.model.config.um3["tokenizer_fingerprint"])
 
     @property
     def sampler(self) -> Sampler:
@@ -148,18 +160,17 @@ class UM3Pipeline:
             seeds: one seed per generated image, prompt-major.
             keep: (index of the prompt, seed of the image) -> visual ids (P,) to keep, FREE where to sample.
             watch: called at every position; replaces the progress line.
-
-        Raises:
-            UserError: an empty prompt, one longer than the context, or a value out of its range.
         """
-        prompts, ids, sampling = (
-            check_texts(prompts, kind="prompt", may_be_empty=bool(keep)),
-            self.ids,
-            Sampling(**options),
-        )
+        prompts = check_texts(prompts, kind="prompt", may_be_empty=bool(keep))
+        ids, sampling = self.ids, Sampling(**options)
         check_counts(batch_size=batch_size, num_images=num_images)
-        seeds = image_seeds(seeds, num_prompts=len(prompts), num_images=num_images, best_of=best_of, seed=seed)
-        prompt_of = [index // (best_of or num_images) for index in range(len(seeds))]
+        if best_of and best_of < num_images:
+            raise UserError(f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking")
+        copies = best_of or num_images
+        if len(prompts) * copies > MAX_IMAGES:
+            raise UserError(f"{len(prompts) * copies:,} images in one call; at most {MAX_IMAGES:,}")
+        names = [("image", index, copy) for index in range(len(prompts)) for copy in range(copies)]
+        seeds, prompt_of = resolve_seeds(seeds, names=names, seed=seed), [index for _, index, _ in names]
         tokens = encode_captions(prompts, tokenizer=self.text_tokenizer)
         starts = [sequences.image_prompt(token_ids, ids=ids) for token_ids in tokens]
         check_room(starts, num_new=ids.image_tokens, limit=self.model.config.max_position_embeddings)
@@ -181,7 +192,14 @@ class UM3Pipeline:
         images_BHWC = self.decode(codes_BN, batch_size=batch_size)
         settings = {**sampling.to_dict(), "model": self.name}
         generated = Generated(images_BHWC, codes_BN, [prompts[index] for index in prompt_of], seeds, logprobs, settings)
-        return self._best(generated, num_images, best_of=best_of, batch_size=batch_size) if best_of else generated
+        if not best_of:
+            return generated
+        similarities = self.similarity(generated.images, generated.prompts)
+        chosen: list[int] = []
+        for start in range(0, len(similarities), best_of):
+            ranked = sorted(range(start, start + best_of), key=lambda index: -similarities[index])
+            chosen += ranked[:num_images]
+        return replace(generated, similarities=similarities).take(chosen).with_settings(best_of=best_of)
 
     def inpaint(
         self, images: "Images", prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
@@ -228,45 +246,23 @@ class UM3Pipeline:
 
         return self.generate(prompts, keep=keep, **options).with_settings(strength=strength)
 
-    def caption(self, images: "Images", **options: Unpack[CaptionOptions]) -> Texts:
-        """One caption per image; `options` are those of `caption_codes`."""
+    def caption(self, images: "Images", **options: Unpack[WriteOptions]) -> Texts:
+        """One caption per image; see `caption_codes`."""
         codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
         return self.caption_codes(codes_BN, **options)
 
-    def caption_codes(
-        self,
-        codes_BN: Tensor,
-        *,
-        max_new_tokens: int = 32,
-        batch_size: int = 64,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        **options: Unpack[TextOptions],
-    ) -> Texts:
-        """One caption per image, from its codes (B, N), with collapsed white space; greedy without a temperature."""
+    def caption_codes(self, codes_BN: Tensor, **options: Unpack[WriteOptions]) -> Texts:
+        """A caption per image from its codes (B, N), white space collapsed; by default greedy and at most 32 tokens."""
         visual_BP = self.ids.codes_to_ids(codes_BN.cpu())
         prompts = [sequences.caption_prompt(visual_P, ids=self.ids) for visual_P in visual_BP]
-        seeds = resolve_seeds(seeds, names=[("caption", index) for index in range(len(prompts))], seed=seed)
-        sampling = Sampling(**{"temperature": 0.0, **options})  # type: ignore[arg-type]
-        texts = self._write(prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        texts = self._write(prompts, kind="caption", **WriteOptions(temperature=0.0, max_new_tokens=32) | options)
         return Texts([" ".join(text.split()) for text in texts], seeds=texts.seeds, logprobs=texts.logprobs)
 
-    def complete(
-        self,
-        texts: Sequence[str],
-        *,
-        max_new_tokens: int = 64,
-        batch_size: int = 64,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
-        **options: Unpack[TextOptions],
-    ) -> Texts:
-        """Continuations of `texts`, to be appended to them without a space; top-p is 0.95 unless given."""
+    def complete(self, texts: Sequence[str], **options: Unpack[WriteOptions]) -> Texts:
+        """Continuations of `texts`, to be appended without a space; by default at most 64 tokens with top-p 0.95."""
         encoded = encode_texts(check_texts(texts, kind="text", may_be_empty=True), tokenizer=self.text_tokenizer)
         prompts = [sequences.text_prompt(tokens, ids=self.ids) for tokens in encoded]
-        seeds = resolve_seeds(seeds, names=[("complete", index) for index in range(len(prompts))], seed=seed)
-        sampling = Sampling(**{"top_p": 0.95, **options})  # type: ignore[arg-type]
-        return self._write(prompts, seeds, sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return self._write(prompts, kind="complete", **WriteOptions(top_p=0.95) | options)
 
     def interleave(
         self,
@@ -283,20 +279,13 @@ class UM3Pipeline:
         `answer` "text" forbids images, "image" begins with one. All texts together have at most `max_new_tokens`; the
         room of an image that may still come is reserved in the context. UM3 is trained on single images with captions,
         so longer mixtures are outside its training data.
-
-        Raises:
-            UserError: messages that fill the context, a message of another type, or a value out of its range.
         """
         check_counts(max_new_tokens=max_new_tokens, max_images=max_images)
         conversation = Conversation(self, messages, seed=seed, sampling=Sampling(**options))
         return conversation.answer(answer, max_new_tokens=max_new_tokens, max_images=max_images)
 
     def score(self, images: "Images", texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
-        """The model's log-probability of each text given its image and vice versa, and their `similarity`.
-
-        Raises:
-            UserError: a text too long for the context, or not one text per image.
-        """
+        """The model's log-probability of each text given its image and vice versa, and their `similarity`."""
         texts, ids = check_texts(texts, kind="text"), self.ids
         codes_BN = self.encode(images, batch_size=batch_size)
         check_pairs(codes_BN, texts)
@@ -310,28 +299,26 @@ class UM3Pipeline:
             caption_prompt = sequences.caption_prompt(visual_ids, ids=ids)
             text_logprobs.append(sampler.text_logprob(caption_prompt, token_ids=token_ids))
             image_logprobs.append(sampler.image_logprob(prompt, visual_ids=visual_ids))
-        try:
-            similarities = self.similarity(images, texts, batch_size=batch_size)
-        except UserError:
-            similarities = None
+        similarities = self.similarity(images, texts) if self.can_rank else None
         return PairScores(text_logprobs, image_logprobs, similarities)
 
-    @torch.inference_mode()
-    def similarity(self, images: "Images", texts: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """Cosine of each image and its text in QLIP's own towers; long texts are truncated to the tower's positions.
+    @property
+    def can_rank(self) -> bool:
+        """Whether the QLIP has the text tokenizer that `similarity` needs."""
+        try:
+            return self.processor.text_tokenizer is not None
+        except UserError:
+            return False
 
-        Raises:
-            UserError: this QLIP has no text tokenizer.
-        """
+    def similarity(self, images: "Images", texts: Sequence[str]) -> list[float]:
+        """Cosine of each image and its text in QLIP's towers (see `can_rank`); long texts are cut to its positions."""
         check_pairs(images, texts)
-        cosines: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            batch = slice(start, start + batch_size)
-            pixels_BCHW = self.processor.pixels(images[batch]).to(self.qlip.device, self.qlip.dtype)
-            inputs = {name: tensor.to(self.qlip.device) for name, tensor in self.processor.text(texts[batch]).items()}
-            cosines_B = (self.qlip.get_image_features(pixels_BCHW) * self.qlip.get_text_features(**inputs)).sum(-1)
-            cosines += cosines_B.float().tolist()
-        return cosines
+        if not texts:
+            return []
+        images_BP = embed_images(images, model=self.qlip, processor=self.processor)
+        cosines_B = (images_BP * embed_texts(texts, model=self.qlip, processor=self.processor)).sum(-1)
+        check_finite(cosines_B, what="the visual tokenizer's embeddings")
+        return cosines_B.tolist()
 
     def reconstruct(self, images: "Images", *, batch_size: int = 64) -> Reconstruction:
         """Images -> codes -> images."""
@@ -350,19 +337,19 @@ class UM3Pipeline:
         """Codes (B, N) -> images uint8 (B, H, W, 3)."""
         return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
 
-    def _best(self, generated: Generated, num_images: int, *, best_of: int, batch_size: int) -> Generated:
-        """The `num_images` of each prompt's images that match it best."""
-        similarities = self.similarity(generated.images, generated.prompts, batch_size=batch_size)
-        chosen: list[int] = []
-        for start in range(0, len(similarities), best_of):
-            ranked = sorted(range(start, start + best_of), key=lambda index: -similarities[index])
-            chosen += ranked[:num_images]
-        best = generated.take(chosen, similarities=[similarities[index] for index in chosen])
-        return best.with_settings(best_of=best_of)
-
     def _write(
-        self, prompts: list[Tensor], seeds: list[int], *, sampling: Sampling, max_new_tokens: int, batch_size: int
+        self,
+        prompts: list[Tensor],
+        *,
+        kind: str,
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[TextOptions],
     ) -> Texts:
+        seeds = resolve_seeds(seeds, names=[(kind, index) for index in range(len(prompts))], seed=seed)
+        sampling = Sampling(**options)
         check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
         if sampling.guided:
             raise UserError("guidance_scale is an option for images; remove it for text")

@@ -6,27 +6,13 @@ from typing import TYPE_CHECKING, Any
 from um3.core.errors import UserError
 from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
+from um3.core.text import valid_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Watch = Callable[[range, "Tensor"], None]
 """Receives, at every position, a batch's indices among all images and its ids so far (positions, B); may raise."""
-MAX_IMAGES = 1_000_000
-"""Upper limit per call, to catch typos."""
-
-
-def image_seeds(
-    seeds: Sequence[int] | None, *, num_prompts: int, num_images: int, best_of: int, seed: int
-) -> list[int]:
-    """The seed of every image that a call generates, prompt-major: `best_of` or `num_images` per prompt."""
-    if best_of and best_of < num_images:
-        raise UserError(f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking")
-    copies = best_of or num_images
-    if num_prompts * copies > MAX_IMAGES:
-        raise UserError(f"{num_prompts * copies:,} images in one call; at most {MAX_IMAGES:,}")
-    names = [("image", index, copy) for index in range(num_prompts) for copy in range(copies)]
-    return resolve_seeds(seeds, names=names, seed=seed)
 
 
 def resolve_seeds(seeds: Sequence[int] | None, *, names: Sequence[tuple[str | int, ...]], seed: int) -> list[int]:
@@ -42,16 +28,14 @@ def resolve_seeds(seeds: Sequence[int] | None, *, names: Sequence[tuple[str | in
 
 
 def check_texts(texts: Sequence[Any] | str, *, kind: str, may_be_empty: bool = False) -> list[str]:
-    """`texts` as a list after a check; a single text becomes a list of one."""
+    """`texts` as a list of valid texts after a check; a single text becomes a list of one."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{kind} {index + 1} is of type {type(text).__name__}; it must be a text")
         if not (may_be_empty or text.strip()):
             raise UserError(f"{kind} {index + 1} is empty; describe the image")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{kind} {index + 1} contains half a surrogate pair, which is not valid Unicode")
-    return texts
+    return [valid_text(text) for text in texts]
 
 
 def check_pairs(images: Sized, texts: Sized) -> None:

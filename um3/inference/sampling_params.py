@@ -39,9 +39,6 @@ class Sampling:
     least that share as probable as the most probable one. guidance_scale 1 is the conditional distribution, 0 the
     unconditional one (images only); several scales are a schedule from the first position to the last, linear between
     them.
-
-    Raises:
-        UserError: a value out of its range.
     """
 
     temperature: float = 1.0
@@ -87,15 +84,11 @@ class Sampling:
 
 
 def image_defaults(folder: str | Path) -> dict[str, Any]:
-    """Options of `Sampling` for images: those in the folder's generation_config.json, else `IMAGE_SAMPLING`.
-
-    Raises:
-        UserError: an invalid option there, or a sampling.json of an older version.
-    """
+    """Options of `Sampling` for images: those in the folder's generation_config.json, else `IMAGE_SAMPLING`."""
     path, old = Path(folder) / CONFIG_FILE, Path(folder) / "sampling.json"
     if old.exists():
         raise UserError(f"{old} is not read any more; move its options to '{CONFIG_KEY}' in {path} and delete it")
-    values = (read_json(path) if path.exists() else {}).get(CONFIG_KEY, {})
+    values = (read_json(path, dict) if path.exists() else {}).get(CONFIG_KEY, {})
     where = f"{path}, '{CONFIG_KEY}': "
     if not isinstance(values, dict):
         raise UserError(f"{where}{str(values)[:40]!r} is not a table of {', '.join(IMAGE_SAMPLING)}")
@@ -103,11 +96,7 @@ def image_defaults(folder: str | Path) -> dict[str, Any]:
 
 
 def as_options(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
-    """JSON values as options of `Sampling`, which checks their ranges.
-
-    Raises:
-        UserError: an unknown name, or a value that is not a number (an integer for top_k, a list for guidance_scale).
-    """
+    """JSON values as options of `Sampling`, which checks their ranges; UserError for other names and types."""
     for name, value in values.items():
         if name not in IMAGE_SAMPLING:
             raise UserError(f"{where}unknown option '{name}'; the options are {', '.join(IMAGE_SAMPLING)}")

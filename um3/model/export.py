@@ -25,10 +25,10 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     unchanged. The head is tied again if the base's was tied and its rows still equal those of the embedding.
 
     Raises:
-        UserError: `folder` does not contain a UM3, or `out` exists.
+        UserError: `folder` does not contain a UM3, or `out` exists and holds more than its lock.
     """
     out = Path(out)
-    if out.exists():
+    if out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {".lock"}):
         raise UserError(f"{out} already exists; choose another folder or delete it")
     loaded = load_model(folder)
     base: dict[str, Any] = loaded.model.config.um3.get("base") or {}

@@ -4,10 +4,8 @@ Shapes: B images, N patches, H height, W width, P visual ids so far.
 """
 
 import base64
-import json
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from um3.core.errors import UserError
+from um3.core.files import parse_json
 from um3.core.images import read_image
 from um3.inference.image_io import code_image, png_bytes
 from um3.inference.sampling_params import Sampling, as_options, check_number
@@ -26,45 +25,30 @@ if TYPE_CHECKING:
 MAX_IMAGES, MAX_CANDIDATES = 16, 64
 MAX_SEED = 2**53 - MAX_CANDIDATES
 """JavaScript represents integers exactly up to 2**53."""
+LIMITS = {"num_images": (1, 1, MAX_IMAGES), "best_of": (0, 0, MAX_CANDIDATES), "seed": (0, 0, MAX_SEED)}
+"""Default, lowest and highest value."""
 
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """A request for images. Image k has the seed `seed` + k, so that each can be generated again alone."""
+def parse_request(content: bytes, *, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `UM3Pipeline.generate` in a JSON request; others come from `sampling` and LIMITS.
 
-    prompt: str
-    num_images: int
-    best_of: int
-    seed: int
-    options: dict[str, Any]
-
-    @classmethod
-    def from_json(cls, content: bytes, *, sampling: dict[str, Any]) -> Self:
-        """Parse a request; options that it does not set come from `sampling`.
-
-        Raises:
-            UserError: not a JSON object with a prompt, an unknown option, or a value out of its range.
-        """
-        try:
-            values = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"the request is not JSON ({error})") from None
-        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-            raise UserError("the request is not an object with a text under 'prompt'")
-        prompt = values.pop("prompt")
-        limits = {"num_images": (1, 1, MAX_IMAGES), "best_of": (0, 0, MAX_CANDIDATES), "seed": (0, 0, MAX_SEED)}
-        counts = {}
-        for name, (default, low, high) in limits.items():
-            counts[name] = values.pop(name, default)
-            check_number(counts[name], what=name, whole=True)
-            if not low <= counts[name] <= high:
-                raise UserError(f"{name} is {counts[name]}; use {low} to {high:,}")
-        options = sampling | as_options(values)
-        Sampling(**options)
-        return cls(prompt=prompt, options=options, **counts)
+    Image k has the seed `seed` + k, so that each can be generated again alone.
+    """
+    options = parse_json(content, where="the request", keys=["prompt"])
+    prompt, counts = options.pop("prompt"), {}
+    for name, (default, low, high) in LIMITS.items():
+        counts[name] = options.pop(name, default)
+        check_number(counts[name], what=name, whole=True)
+        if not low <= counts[name] <= high:
+            raise UserError(f"{name} is {counts[name]}; use {low} to {high:,}")
+    options = sampling | as_options(options)
+    Sampling(**options)
+    seed = counts.pop("seed")
+    seeds = range(seed, seed + (counts["best_of"] or counts["num_images"]))
+    return {"prompts": [prompt], "seeds": seeds, **counts, **options}
 
 
-def generate(job: Job, *, pipeline: "UM3Pipeline", request: GenerateRequest) -> None:
+def generate(job: Job, *, pipeline: "UM3Pipeline", request: dict[str, Any]) -> None:
     """Send the partial images after each row of patches, then the finished images with their metadata.
 
     With `best_of` the partial events have no images: it is not known yet which candidates are returned.
@@ -76,22 +60,14 @@ def generate(job: Job, *, pipeline: "UM3Pipeline", request: GenerateRequest) -> 
         job.check()
         row, rest = divmod(len(ids_PB), row_ids)
         if rest == 0 and len(ids_PB) < ids.image_tokens:
-            images = [] if request.best_of else partial_images(pipeline, ids_PB.T)
+            images = [] if request["best_of"] else partial_images(pipeline, ids_PB.T)
             job.send({"row": row, "images": [{"url": data_url(image)} for image in images]})
 
-    generated = pipeline.generate(
-        [request.prompt],
-        num_images=request.num_images,
-        best_of=request.best_of,
-        seeds=range(request.seed, request.seed + (request.best_of or request.num_images)),
-        batch_size=MAX_CANDIDATES,
-        watch=watch,
-        **request.options,
-    )
-    similarities: list[Any] = generated.similarities or [None] * request.num_images
-    values = zip(generated.pil_images, generated.seeds, generated.logprobs, similarities, strict=True)
+    result = pipeline.generate(**request, batch_size=MAX_CANDIDATES, watch=watch)
+    similarities: list[Any] = result.similarities or [None] * len(result.seeds)
+    values = zip(map(data_url, result.pil_images), result.seeds, result.logprobs, similarities, strict=True)
     names = ("url", "seed", "logprob", "similarity")
-    job.send({"images": [dict(zip(names, (data_url(image), *rest), strict=True)) for image, *rest in values]})
+    job.send({"images": [dict(zip(names, image, strict=True)) for image in values]})
 
 
 def partial_images(pipeline: "UM3Pipeline", ids_BP: Tensor) -> list[Image.Image]:
@@ -132,17 +108,13 @@ def caption(job: Job, *, pipeline: "UM3Pipeline", content: bytes) -> None:
 
 def describe_model(pipeline: "UM3Pipeline") -> dict[str, Any]:
     """What the page shows about the model, and the limits of its requests."""
-    try:
-        can_rank = pipeline.processor.text_tokenizer is not None
-    except UserError:
-        can_rank = False
     return {
         "name": pipeline.name,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
         "image_size": pipeline.processor.image_size,
         "rows": math.isqrt(pipeline.ids.num_patches),
         "num_bits": pipeline.ids.num_bits,
-        "can_rank": can_rank,
+        "can_rank": pipeline.can_rank,
         "max_images": MAX_IMAGES,
     }
 

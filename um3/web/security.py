@@ -41,11 +41,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
-
-    Raises:
-        UserError: the port is taken or needs more rights, or the host is not an address of this machine.
-    """
+    """A listening socket; port 0 takes a free one. UserError if the port is taken, or the host is another machine."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -87,7 +83,12 @@ class RequestGuard:
     def refusal(self, headers: Headers, *, method: str) -> str:
         """The reason to refuse a request; empty for a request to answer."""
         host = headers.get("host", "")
-        if not self._is_own_host(host):
+        try:  # the host must be an address, by which no other server can be meant
+            name = urlsplit(f"//{host}").hostname or ""
+            is_own = is_loopback(name) or (self.open_to_others and bool(ipaddress.ip_address(name)))
+        except ValueError:
+            is_own = False
+        if not is_own:
             return f"this server does not answer to the host name '{host[:80]}'; use its address"
         if headers.get("origin", f"http://{host}") != f"http://{host}":
             return "the request comes from a page of another site"
@@ -95,23 +96,14 @@ class RequestGuard:
             return "the request comes from a page of another site"
         return ""
 
-    def _is_own_host(self, host: str) -> bool:
-        """Whether no other server can be meant by a Host header."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name == "localhost" or ipaddress.ip_address(name).is_loopback or self.open_to_others
-        except ValueError:
-            return False
-
 
 def content_policy(page: str) -> str:
     """A Content-Security-Policy that allows the page's own script and style and calls to this server, nothing else."""
-    hashes = {}
+    sources = []
     for tag in ("script", "style"):
-        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        sources.append(f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'")
     return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src data: blob:; "
+        f"default-src 'none'; script-src {sources[0]}; style-src {sources[1]}; img-src data: blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

@@ -27,10 +27,12 @@ from starlette.types import ASGIApp
 
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
+from um3.core.text import printable
 from um3.inference.sampling_params import Sampling
 from um3.web import model_calls
+from um3.web.connections import LimitedConnection
 from um3.web.security import RequestGuard, is_loopback
-from um3.web.worker import Event, Job, QueueFull, Worker
+from um3.web.worker import Event, Job, Worker
 
 if TYPE_CHECKING:
     from um3.inference.pipeline import UM3Pipeline
@@ -40,7 +42,6 @@ logger = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
 MAX_UPLOAD_BYTES, MAX_REQUEST_BYTES = 20 * 2**20, 256 * 2**10
 UPLOAD_TIMEOUT_S, POLL_S = 60.0, 0.2
-MAX_CONNECTIONS = 128
 CLOSE = {"Connection": "close"}
 """For the answer to a request whose body is not read to its end; the server would wait for the rest otherwise."""
 IMAGE_STATUS = {"too large": 413, "not an image": 415}
@@ -49,23 +50,18 @@ IMAGE_STATUS = {"too large": 413, "not an image": 415}
 class Site:
     """The handlers of the server, over one pipeline and its worker."""
 
-    def __init__(self, pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int, page: str):
-        self.pipeline, self.sampling, self.page = pipeline, sampling, page
-        self.worker = Worker(max_waiting=max_waiting)
-
-    async def index(self, request: Request) -> Response:
-        """GET /"""
-        return HTMLResponse(self.page)
+    def __init__(self, pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int):
+        self.pipeline, self.sampling, self.worker = pipeline, sampling, Worker(max_waiting=max_waiting)
 
     async def model(self, request: Request) -> Response:
         """GET /api/model"""
-        description = model_calls.describe_model(self.pipeline)
-        return JSONResponse(description | {"sampling": self.sampling, "max_upload": MAX_UPLOAD_BYTES})
+        limits = {"sampling": self.sampling, "max_upload": MAX_UPLOAD_BYTES}
+        return JSONResponse(model_calls.describe_model(self.pipeline) | limits)
 
     async def generate(self, request: Request) -> Response:
-        """POST /api/generate with the JSON of a `model_calls.GenerateRequest`"""
+        """POST /api/generate with the JSON of `model_calls.parse_request`"""
         content = await read_body(request, max_bytes=MAX_REQUEST_BYTES)
-        parsed = model_calls.GenerateRequest.from_json(content, sampling=self.sampling)
+        parsed = model_calls.parse_request(content, sampling=self.sampling)
         return await self._stream(request, functools.partial(model_calls.generate, request=parsed))
 
     async def caption(self, request: Request) -> Response:
@@ -100,11 +96,7 @@ async def _lines(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[st
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """The body of a request; reading stops as soon as the body is known to be too long.
-
-    Raises:
-        HTTPException: more than `max_bytes`, or not all of them within UPLOAD_TIMEOUT_S.
-    """
+    """The body of a request; HTTPException as soon as it is known to be too long, or after UPLOAD_TIMEOUT_S."""
     too_long = HTTPException(413, f"the request has more than {max_bytes:,} bytes; send less", headers=CLOSE)
     if int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_long
@@ -125,12 +117,10 @@ def describe_error(error: Exception) -> tuple[int, str]:
     """The HTTP status of an error, and one sentence for the client."""
     match error:
         case UserError():
-            return 400, str(error)
+            return 400, printable(error)
         case ImageError():
-            status = IMAGE_STATUS.get(error.reason, 422)
-            return status, f"{error}; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
-        case QueueFull():
-            return 503, "the request queue is full; try again in a moment"
+            remedy = "give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
+            return IMAGE_STATUS.get(error.reason, 422), f"{printable(error)}; {remedy}"
         case HTTPException():
             return error.status_code, error.detail
         case ClientDisconnect():
@@ -140,21 +130,16 @@ def describe_error(error: Exception) -> tuple[int, str]:
 
 async def _error_response(request: Request, error: Exception) -> Response:
     status, message = describe_error(error)
-    headers = {"Retry-After": "2"} if isinstance(error, QueueFull) else dict(getattr(error, "headers", None) or {})
-    return JSONResponse({"error": message}, status_code=status, headers=headers)
+    return JSONResponse({"error": message}, status_code=status, headers=getattr(error, "headers", None))
 
 
 def build_app(
     pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int, open_to_others: bool = False
 ) -> ASGIApp:
-    """The ASGI application; `sampling` holds the options of requests that set none.
-
-    Raises:
-        UserError: an option of `sampling` is out of its range.
-    """
+    """The ASGI application; `sampling` holds the options of requests that set none."""
     Sampling(**sampling)
     page = PAGE.read_text(encoding="utf-8")
-    site = Site(pipeline, sampling=sampling, max_waiting=max_waiting, page=page)
+    site = Site(pipeline, sampling=sampling, max_waiting=max_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -162,12 +147,12 @@ def build_app(
         await site.worker.close()
 
     routes = [
-        Route("/", site.index),
+        Route("/", HTMLResponse(page), methods=["GET"]),
         Route("/api/model", site.model),
         Route("/api/generate", site.generate, methods=["POST"]),
         Route("/api/caption", site.caption, methods=["POST"]),
     ]
-    errors = (UserError, ImageError, QueueFull, HTTPException, ClientDisconnect, Exception)
+    errors = (UserError, ImageError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response), lifespan=lifespan)
     return RequestGuard(app, page=page, open_to_others=open_to_others)
 
@@ -178,16 +163,6 @@ def run(
     """Serve until Ctrl-C or SIGTERM."""
     host, port = listener.getsockname()[:2]
     app = build_app(pipeline, sampling=sampling, max_waiting=max_waiting, open_to_others=not is_loopback(host))
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=1,
-    )
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"UM3 is at {url} (Ctrl-C stops it)", flush=True)
     # Without a display, Python would open a text browser in this terminal and wait for it.
@@ -195,4 +170,19 @@ def run(
     if open_page and has_display:
         webbrowser.open(url)  # the listener holds the request until the server runs
     with contextlib.suppress(KeyboardInterrupt, Terminated):
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app).run(sockets=[listener])
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A server of the app that no client can block; it trusts no proxy."""
+    config = uvicorn.Config(
+        app,
+        http=LimitedConnection,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        proxy_headers=False,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)

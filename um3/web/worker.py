@@ -1,16 +1,13 @@
 """Runs model requests one at a time in a worker thread; a disconnected client cancels its job."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 Event = dict[str, Any]
-
-
-class QueueFull(Exception):
-    """The request queue is full."""
 
 
 class Cancelled(Exception):
@@ -21,30 +18,18 @@ class Job:
     """A request as the worker thread sees it: `send` passes an event to the client, `check` ends a cancelled job."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._is_cancelled = threading.Event()
+        self.loop, self.is_cancelled = asyncio.get_running_loop(), False
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self.future: Future[None] | None = None
 
     def check(self) -> None:
         """Raise Cancelled if the client has disconnected."""
-        if self._is_cancelled.is_set():
+        if self.is_cancelled:
             raise Cancelled
 
     def send(self, event: Event) -> None:
         """Pass an event to the client."""
         self.check()
-        self.put(event)
-
-    def put(self, event: Event | None) -> None:
-        """Put an event into the queue, from any thread; None ends the stream."""
-        self._loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-    def cancel(self) -> None:
-        """End the job: at once if it has not started, else at its next `check` or `send`."""
-        self._is_cancelled.set()
-        if self.future is not None:
-            self.future.cancel()
+        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class Worker:
@@ -53,21 +38,19 @@ class Worker:
     def __init__(self, *, max_waiting: int):
         self.max_waiting = max_waiting
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._jobs: set[Job] = set()
+        self._jobs: dict[Job, Future[None]] = {}
 
     async def stream(self, work: Callable[[Job], None]) -> AsyncIterator[Event]:
-        """Run `work` and yield the events that it sends; closing the iterator cancels the job.
+        """Run `work` and yield the events that it sends, then raise its error; closing the iterator cancels the job.
 
-        Raises:
-            QueueFull: too many jobs are waiting.
-            Exception: whatever `work` raises, after its events.
+        A waiting job ends at once, a running one at its next `check` or `send`; until then it keeps its place.
         """
         if len(self._jobs) > self.max_waiting:
-            raise QueueFull
+            message = "the request queue is full; try again in a moment"
+            raise HTTPException(503, message, headers={"Retry-After": "2"})
         job = Job()
-        self._jobs.add(job)
-        job.future = future = self._thread.submit(work, job)
-        future.add_done_callback(lambda _: job.put(None))
+        self._jobs[job] = future = self._thread.submit(work, job)
+        future.add_done_callback(lambda _: job.loop.call_soon_threadsafe(self._end, job))
         try:
             while (event := await job.events.get()) is not None:
                 yield event
@@ -75,15 +58,19 @@ class Worker:
             if error is not None and not isinstance(error, Cancelled):
                 raise error
         finally:
-            job.cancel()
-            if future.cancelled():
-                self._jobs.discard(job)
-            else:  # a running job keeps its place until it has ended
-                loop = asyncio.get_running_loop()
-                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._jobs.discard, job))
+            self._cancel(job)
+
+    def _cancel(self, job: Job) -> None:
+        job.is_cancelled = True
+        if job in self._jobs:
+            self._jobs[job].cancel()
+
+    def _end(self, job: Job) -> None:
+        del self._jobs[job]
+        job.events.put_nowait(None)
 
     async def close(self) -> None:
         """Cancel all jobs and end the thread."""
         for job in list(self._jobs):
-            job.cancel()
+            self._cancel(job)
         await asyncio.to_thread(self._thread.shutdown)

@@ -54,14 +54,6 @@ def test_steps_read_no_values_and_keep_their_tensors_in_place_over_batches(kind:
     assert len(places[0]) > 6 and all(place == places[0] for place in places)
 
 
-def test_without_a_gpu_every_call_runs_normally() -> None:
-    calls: list[tuple[int, ...]] = []
-    graphs = CudaGraphs(device=torch.device("cpu"))
-    for key in ((1, 2), (1, 2), (1, 3)):
-        graphs(lambda *key: calls.append(key), *key)
-    assert calls == [(1, 2), (1, 2), (1, 3)]
-
-
 def test_on_a_gpu_the_first_call_warms_up_the_second_records_and_later_ones_replay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

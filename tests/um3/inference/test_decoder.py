@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tests.helpers.tiny_um3 import LLAMA_3_ROPE, make_base
 from um3.core.errors import UserError
-from um3.inference.decoder import DecodingBatch, FastDecoder, PackedLinear
+from um3.inference.decoder import DecodingBatch, FastDecoder
 
 PROMPTS = [torch.arange(length) + 7 for length in (5, 1, 9, 5)]
 PROMPTS[3] = PROMPTS[0]
@@ -106,16 +106,6 @@ def test_every_distinct_prompt_is_prefilled_once_and_a_batch_can_start_again(mon
         batch.start(prompts[::-1])
         batch.step(torch.arange(24), window=64)
         assert torch.equal(batch.start(prompts), first) and torch.equal(batch.step(torch.arange(24), window=64), step)
-
-
-def test_packed_linears_of_several_weights_with_and_without_bias() -> None:
-    torch.manual_seed(0)
-    first, second = torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(8, 4)
-    for count in (1, 2, 5):
-        x = torch.randn(count, 8)
-        with torch.no_grad():
-            torch.testing.assert_close(PackedLinear(first, second)(x), torch.cat([first(x), second(x)], dim=-1))
-            torch.testing.assert_close(PackedLinear(second, rows=slice(1, 3), packed=False)(x), second(x)[:, 1:3])
 
 
 def test_unsupported_models_are_refused() -> None:

@@ -133,6 +133,8 @@ def test_guidance_extrapolates_from_the_unconditional_logits(setup: Setup, scale
 def test_a_guidance_schedule_runs_from_the_first_position_to_the_last() -> None:
     assert Sampling(guidance_scale=(1.0, 4.0, 2.0)).scales(5) == [1.0, 2.5, 4.0, 3.0, 2.0]
     assert Sampling(guidance_scale=3).scales(2) == [3.0, 3.0] and not Sampling(guidance_scale=[1.0, 1.0]).guided
+    with pytest.raises(UserError, match="schedule is empty"):
+        Sampling(guidance_scale=())
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"guidance_scale": 2.0}])
@@ -166,11 +168,19 @@ def test_scores_of_finished_sequences_are_those_of_sampling(setup: Setup) -> Non
         assert scored == pytest.approx(texts.logprobs[index], rel=1e-4, abs=1e-3)
 
 
-def test_watch_receives_the_growing_image() -> None:
-    seen: list[Tensor] = []
-    images = Setup().images(Sampling(), watch=lambda ids_PB: seen.append(ids_PB.clone()))
-    assert [len(ids_PB) for ids_PB in seen] == list(range(2, IDS.image_tokens + 1))
-    assert all(torch.equal(ids_PB, images.visual_ids.T[: len(ids_PB)]) for ids_PB in seen)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_logits_that_are_not_finite_are_refused(value: float, guidance_scale: float) -> None:
+    setup, prompts, uniforms_BP = Setup(), [sequences.text_prompt([10], ids=IDS)] * 2, torch.zeros(2, 4)
+    setup.model.lm_head.weight.data[[20, IDS.subtoken_range(2)[0]]] = value
+    for call in (
+        lambda: setup.images(Sampling(guidance_scale=guidance_scale)),
+        lambda: setup.sampler.image_logprob(prompts[0], visual_ids=IDS.codes_to_ids(torch.arange(4)[None])[0]),
+        lambda: setup.sampler.texts(prompts=prompts, sampling=Sampling(), uniforms_BP=uniforms_BP),
+        lambda: setup.sampler.text_logprob(prompts[0], token_ids=torch.tensor([10])),
+    ):
+        with pytest.raises(UserError, match="logits are not finite"):
+            call()
 
 
 @pytest.mark.gpu
@@ -223,9 +233,7 @@ def test_options_out_of_range_are_named_with_their_value(options: dict[str, Any]
         Sampling(**options)
 
 
-def test_an_empty_schedule_and_a_full_context_are_user_errors() -> None:
-    with pytest.raises(UserError, match="schedule is empty"):
-        Sampling(guidance_scale=())
+def test_a_full_context_is_a_user_error() -> None:
     setup = Setup()
     setup.prompts[0] = sequences.image_prompt([10] * 50, ids=IDS)
     with pytest.raises(UserError, match=r"prompt 1 of 52 tokens .* 16 more .* context of 64"):

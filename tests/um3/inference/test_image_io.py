@@ -1,13 +1,10 @@
 """PNG files, contact sheets and code images."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from um3.inference.image_io import MARGIN, code_image, contact_sheet, enlarge, save_png
+from um3.inference.image_io import MARGIN, code_image, contact_sheet, enlarge
 
 
 def test_small_images_are_enlarged_in_whole_pixels_and_large_ones_unchanged() -> None:
@@ -40,10 +37,3 @@ def test_codes_become_colours() -> None:
     assert image.reshape(4, 3).tolist() == [[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 0]]
     with pytest.raises(ValueError, match="do not form a square"):
         code_image(codes[:3], num_bits=28)
-
-
-def test_png_round_trip(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    save_png(image, tmp_path / "new" / "a.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.png"]

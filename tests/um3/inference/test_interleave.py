@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from um3.core.errors import UserError
 from um3.inference.generate import uniforms
 from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling
@@ -53,15 +52,3 @@ def test_text_alone_is_repeatable(pipeline: UM3Pipeline) -> None:
     messages = [Image.fromarray(IMAGE).resize((40, 30)), "a red", "square"]
     first, second = (pipeline.interleave(messages, answer="text", seed=1, max_new_tokens=8) for _ in range(2))
     assert first == second and len(first) <= 1 and all(isinstance(part.content, str) for part in first)
-
-
-def test_a_full_context_and_other_mistakes(pipeline: UM3Pipeline) -> None:
-    calls: tuple[tuple[list[Any], dict[str, Any], str], ...] = (
-        ([IMAGE, IMAGE, IMAGE], {"answer": "image"}, "leaves no room"),
-        (["word " * 1000], {}, "leaves no room"),
-        ([3], {}, "type int"),
-        (["a"], {"answer": "video"}, "answer 'video'"),
-    )
-    for messages, options, message in calls:
-        with pytest.raises(UserError, match=message):
-            pipeline.interleave(messages, **options)

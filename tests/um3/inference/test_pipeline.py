@@ -1,4 +1,4 @@
-"""The pipeline on a tiny saved model, and that the saved model is a stock one."""
+"""The pipeline on a tiny saved model: its results, seeds, regions and errors, and the folders that it loads."""
 
 import json
 import shutil
@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import tokenizer
 import um3
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 from um3.inference.decoder import FastDecoder
+from um3.inference.image_io import read_metadata, save_png
 from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import image_defaults
 from um3.model.configuration import IMAGE_SAMPLING
 from um3.model.language_model import load_model, save_model
-from um3.model.vocabulary import OLD_KEYS, UnifiedVocabulary
 
+OPTIONS: dict[str, Any] = {"top_p": 0.95, "guidance_scale": (1.0, 3.0), "min_p": 0.001}
 PROMPTS = ["a red square", "a green disk on a blue square", "a disk"]
 
 
@@ -74,11 +75,6 @@ def test_the_decoder_is_built_once_and_again_after_the_weights_changed(
     assert len(builds) == 4
 
 
-def test_white_space_around_a_prompt_changes_nothing(pipeline: UM3Pipeline) -> None:
-    messy = pipeline.generate(["  a red\n square "], seed=1)
-    assert torch.equal(messy.codes, pipeline.generate(["a red square"], seed=1).codes)
-
-
 def test_captions_are_text_and_repeatable(pipeline: UM3Pipeline) -> None:
     captions = pipeline.caption(images(), max_new_tokens=8)
     assert len(captions) == 3 and not any("<|" in caption for caption in captions)
@@ -86,12 +82,6 @@ def test_captions_are_text_and_repeatable(pipeline: UM3Pipeline) -> None:
     assert captions == pipeline.caption_codes(pipeline.encode(images()), max_new_tokens=8)
     hot = [pipeline.caption(images(), max_new_tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]
-
-
-def test_complete_continues_each_text_alone(pipeline: UM3Pipeline) -> None:
-    texts = ["a red", "", "a green disk"]
-    together = pipeline.complete(texts, max_new_tokens=6, seed=2)
-    assert together == pipeline.complete(texts, max_new_tokens=6, seed=2, batch_size=1) and len(set(together)) > 1
 
 
 def test_reconstruct_takes_arrays_and_pil_images_of_any_size(pipeline: UM3Pipeline) -> None:
@@ -108,19 +98,6 @@ def test_reconstruct_takes_arrays_and_pil_images_of_any_size(pipeline: UM3Pipeli
 def test_no_input_gives_no_output(pipeline: UM3Pipeline) -> None:
     assert pipeline.generate([]).images.shape == (0, 16, 16, 3)
     assert pipeline.complete([]) == [] and pipeline.caption(images(0)) == []
-
-
-def test_the_config_stores_vocabulary_and_fingerprint_also_under_older_names(
-    model_folder: Path, qlip_folder: Path, tmp_path: Path
-) -> None:
-    config = read_json(model_folder / "config.json")
-    assert config["um3"]["tokenizer_fingerprint"] == tokenizer.load(qlip_folder)[0].fingerprint()
-    ids = load_model(model_folder).ids
-    assert UnifiedVocabulary.from_dict(config["um3"]) == ids
-    shutil.copytree(model_folder, tmp_path / "old")
-    config["um3"] |= {old_name: config["um3"].pop(name) for name, old_name in OLD_KEYS.items()}
-    write_json(tmp_path / "old/config.json", config)
-    assert load_model(tmp_path / "old").ids == ids
 
 
 def test_image_defaults_are_in_the_generation_config_and_change_no_stock_text(
@@ -156,27 +133,6 @@ def test_a_sampling_file_of_an_older_version_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "sampling.json", {"temperature": 1.0})
     with pytest.raises(UserError, match=r"sampling.json .*'image_sampling' in .*generation_config.json"):
         image_defaults(tmp_path)
-
-
-@pytest.mark.slow
-def test_stock_transformers_loads_the_folder_without_our_code(model_folder: Path, tmp_path: Path) -> None:
-    model = load_model(model_folder).model
-    assert isinstance(model, Qwen3ForCausalLM)
-    input_ids = [[0, 30, 31, 3, 300, 500, 700]]
-    with torch.no_grad():
-        expected = model(torch.tensor(input_ids)).logits
-    script = f"""
-import sys, torch
-torch.set_num_threads({torch.get_num_threads()})
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(model_folder)!r})
-AutoTokenizer.from_pretrained({str(model_folder)!r})
-with torch.no_grad():
-    torch.save(model(torch.tensor({input_ids})).logits, {str(tmp_path / "logits.pt")!r})
-assert not {{"um3", "tokenizer"}} & set(sys.modules), "our code was imported"
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
 def test_the_package_exports_the_pipeline_without_importing_torch() -> None:
@@ -250,3 +206,160 @@ def test_a_hub_id_is_found_in_the_cache(model_folder: Path, tmp_path: Path, monk
     assert pipeline.name == "somebody/um3" and pipeline.generate(PROMPTS[:1]).images.shape == (1, 16, 16, 3)
     with pytest.raises(UserError, match="'somebody/else' is neither a local folder nor an accessible"):
         UM3Pipeline.from_pretrained("somebody/else")
+
+
+@pytest.fixture
+def roomy(pipeline: UM3Pipeline, monkeypatch: pytest.MonkeyPatch) -> UM3Pipeline:
+    """The pipeline with a longer context, for prompts of many bytes."""
+    monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", 512)
+    return pipeline
+
+
+@pytest.fixture
+def ranking(pipeline: UM3Pipeline, monkeypatch: pytest.MonkeyPatch) -> UM3Pipeline:
+    """The pipeline with a text tokenizer for QLIP's text tower, which has 40 entries."""
+
+    def tokenize(captions: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        ids_BT = torch.full((len(captions), 9), 39)  # the last entry ends the text, as CLIP's does
+        for index, caption in enumerate(captions):
+            ids_BT[index, : len(caption[:8])] = torch.tensor([ord(letter) % 39 for letter in caption[-8:]])
+        return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+
+    monkeypatch.setattr(pipeline.processor, "_text_tokenizer", tokenize)
+    return pipeline
+
+
+def test_an_images_own_seed_generates_it_anywhere(pipeline: UM3Pipeline) -> None:
+    whole = pipeline.generate(PROMPTS, num_images=2, seed=3, **OPTIONS)
+    for index in range(6):
+        alone = pipeline.generate([whole.prompts[index]], seeds=[whole.seeds[index]], **OPTIONS)
+        assert torch.equal(alone.codes[0], whole.codes[index]) and alone.seeds == [whole.seeds[index]]
+        assert alone.logprobs[0] == pytest.approx(whole.logprobs[index], rel=1e-4)
+    prompts, seeds = ([values[index] for index in (5, 0, 3)] for values in (whole.prompts, whole.seeds))
+    mixed = pipeline.generate(prompts, seeds=seeds, batch_size=2, **OPTIONS)  # type: ignore[arg-type]
+    assert torch.equal(mixed.codes, whole.codes[[5, 0, 3]])
+
+
+def test_texts_return_seeds_that_write_them_again(pipeline: UM3Pipeline) -> None:
+    whole = pipeline.complete([*PROMPTS[:1], "", *PROMPTS[2:]], max_new_tokens=6, seed=2, temperature=1.5)
+    assert len(whole.seeds) == len(whole.logprobs) == len(set(whole)) == 3 and max(whole.logprobs) < 0
+    alone = pipeline.complete(PROMPTS[2], max_new_tokens=6, seeds=whole.seeds[2:], temperature=1.5)
+    assert alone == whole[2:] and alone.logprobs == pytest.approx(whole.logprobs[2:], rel=1e-4)
+    captions = pipeline.caption(images(), max_new_tokens=6, temperature=2.0, seed=1)
+    again = pipeline.caption(images()[1:2], max_new_tokens=6, temperature=2.0, seeds=captions.seeds[1:2])
+    assert again == captions[1:2]
+
+
+def test_best_of_keeps_the_images_that_qlip_ranks_highest(ranking: UM3Pipeline) -> None:
+    every = ranking.generate(PROMPTS, num_images=5, seed=1)
+    similarities = torch.tensor(ranking.similarity(every.images, every.prompts)).view(3, 5)
+    best = ranking.generate(PROMPTS, num_images=2, best_of=5, seed=1)
+    top = similarities.topk(2, dim=1)
+    assert best.similarities == pytest.approx(top.values.flatten().tolist(), abs=1e-5)
+    chosen = (top.indices + 5 * torch.arange(3)[:, None]).flatten().tolist()
+    assert torch.equal(best.codes, every.codes[chosen]) and np.array_equal(best.images, every.images[chosen])
+    assert best.seeds == [every.seeds[index] for index in chosen]
+    assert best.prompts == [every.prompts[index] for index in chosen] and best.settings["best_of"] == 5
+    assert best.metadata(1)["similarity"] == best.similarities[1]  # type: ignore[index]
+
+
+def test_ranking_without_a_text_tokenizer_is_refused_before_sampling(
+    pipeline: UM3Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="no text tokenizer files"):
+        pipeline.generate(PROMPTS, best_of=4)
+    assert "generate" not in capsys.readouterr().err
+    assert pipeline.score(images(1), PROMPTS[:1]).similarities is None
+
+
+def test_scores_of_pairs(ranking: UM3Pipeline) -> None:
+    scores, alone = ranking.score(images(), PROMPTS), ranking.score(images()[1:2], PROMPTS[1])
+    for name in ("text_logprobs", "image_logprobs"):
+        values = getattr(scores, name)
+        assert len(values) == 3 and max(values) < 0
+        assert getattr(alone, name) == pytest.approx(values[1:2], rel=1e-4)
+    assert scores.similarities == pytest.approx(ranking.similarity(images(), PROMPTS), abs=1e-5)
+
+
+def test_inpainting_keeps_the_codes_outside_the_region(pipeline: UM3Pipeline) -> None:
+    before = pipeline.encode(images())
+    result = pipeline.inpaint(images(), PROMPTS, redraw=(0.5, 0.0, 1.0, 0.5), num_images=2, seed=4)
+    assert torch.equal(result.codes[:, [0, 2, 3]], before.repeat_interleave(2, dim=0)[:, [0, 2, 3]])
+    assert len(set(result.codes[:, 1].tolist())) > 2 and result.settings["redrawn_patches"] == [1]
+    mask = np.array([[False, True], [False, False]])
+    assert torch.equal(pipeline.inpaint(images(), PROMPTS, redraw=mask, num_images=2, seed=4).codes, result.codes)
+
+
+def test_variations_keep_a_share_of_the_patches(roomy: UM3Pipeline) -> None:
+    before = roomy.encode(images(1))
+    varied = roomy.vary(images(1), PROMPTS[:1], num_images=40, strength=0.25, seed=5)
+    kept = (varied.codes == before).float()
+    assert 0.6 < float(kept.mean()) < 0.9 and 0 < len({tuple(row) for row in kept.tolist()}) <= 16
+    again = roomy.vary(images(1), PROMPTS[:1], strength=0.25, seeds=varied.seeds[7:8])
+    assert torch.equal(again.codes[0], varied.codes[7]) and varied.settings["strength"] == 0.25
+    assert roomy.vary(images(), seed=1).prompts == roomy.caption(images())
+
+
+def test_the_metadata_of_a_png_generates_the_image_again(pipeline: UM3Pipeline, tmp_path: Path) -> None:
+    generated = pipeline.generate(["a red square 🟥"], num_images=2, seed=9, **OPTIONS)
+    save_png(generated.pil_images[1], tmp_path / "a.png")
+    metadata = read_metadata(tmp_path / "a.png")
+    assert metadata == generated.metadata(1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), generated.images[1])
+    options: Any = {name: metadata[name] for name in ("temperature", "top_p", "top_k", "min_p", "guidance_scale")}
+    again = pipeline.generate([metadata["prompt"]], seeds=[metadata["seed"]], **options)
+    assert again.codes[0].tolist() == metadata["codes"] and metadata["model"] == pipeline.name != ""
+    save_png(generated.images[0], tmp_path / "b.png")
+    for name in ("b.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name} is not a PNG"):
+            read_metadata(tmp_path / name)
+
+
+def test_any_text_is_a_prompt(roomy: UM3Pipeline) -> None:
+    texts = [
+        "a 🟥 👩🏽‍🚀 family",
+        "مربع أحمر فوق دائرة",
+        "ריבוע אדום",
+        "a\u202eder\u202c square",
+        "\x00 a disk",
+        "<|begin_of_image|>",
+        "half a pair \ud83d",
+    ]
+    generated = roomy.generate(texts, seed=1)
+    assert len({tuple(codes) for codes in generated.codes.tolist()}) == len(texts)
+    assert generated.prompts == [*texts[:-1], "half a pair \ufffd"]
+    assert roomy.interleave(["\ud83d"], answer="text", max_new_tokens=1) is not None
+    assert len(roomy.complete(texts, max_new_tokens=3)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "message"),
+    [
+        ("generate", [["a disk", "  "]], {}, "prompt 2 is empty"),
+        ("generate", [["a disk", "word " * 10_000]], {}, r"prompt 2 of \S+ tokens leaves no room .* shorten"),
+        ("generate", [[3]], {}, "prompt 1 is of type int"),
+        ("generate", [["a disk"]], {"num_images": 0}, "num_images is 0"),
+        ("generate", [["a disk"]], {"num_images": 10**12}, "images in one call"),
+        ("generate", [["a disk"]], {"num_images": 3, "best_of": 2}, "best_of=2 .* num_images=3"),
+        ("generate", [["a disk"]], {"batch_size": 0}, "batch_size is 0"),
+        ("generate", [["a disk"]], {"seeds": [1, 2]}, "2 seeds for 1 results"),
+        ("generate", [["a disk"]], {"seeds": [-1]}, "seed -1 is outside"),
+        ("complete", [["a"]], {"max_new_tokens": 10**12}, "no room for 1,000,000,000,000 more"),
+        ("complete", [["a"]], {"guidance_scale": 2.0}, "guidance_scale"),
+        ("inpaint", [images(1), ["a"]], {"redraw": (0.5, 0, 0.5, 1)}, "left, top, right, bottom"),
+        ("inpaint", [images(1), ["a"]], {"redraw": np.zeros((2, 2), bool)}, "no patch"),
+        ("inpaint", [images(1), ["a"]], {"redraw": np.ones((3, 2), bool)}, r"must be bool \(2, 2\)"),
+        ("inpaint", [images(2), ["a"]], {"redraw": (0, 0, 1, 1)}, "2 images and 1 texts"),
+        ("vary", [images(1), ["a"]], {"strength": 0}, "strength 0"),
+        ("interleave", [list(images(3))], {"answer": "image"}, "leaves no room"),
+        ("interleave", [["word " * 1000]], {}, "leaves no room"),
+        ("interleave", [[3]], {}, "type int"),
+        ("interleave", [["a"]], {"answer": "video"}, "answer 'video'"),
+    ],
+)
+def test_invalid_input_is_a_one_line_error(
+    pipeline: UM3Pipeline, method: str, arguments: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        getattr(pipeline, method)(*arguments, **options)
+    assert "\n" not in str(caught.value)

@@ -1,9 +1,11 @@
 """A real `um3 serve` over a small model whose images take long enough to be cancelled."""
 
+import contextlib
 import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,12 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.helpers.tiny_um3 import make_model, save_qlip
+from tests.helpers.tiny_um3 import save_um3
 from um3.inference.pipeline import UM3Pipeline
-from um3.model.language_model import save_model
-from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
-TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
 SIDE = 4
 """Rows of patches in an image of 32 pixels."""
 MAX_WAITING = 7
@@ -37,6 +36,7 @@ class Server(NamedTuple):
 
     port: int
     process: subprocess.Popen[str]
+    log: Path
 
     @property
     def url(self) -> str:
@@ -54,17 +54,21 @@ class Server(NamedTuple):
         return Answer(response.status, dict(response.getheaders()), [json.loads(line) for line in lines if is_json])
 
 
+def half_open(port: int, count: int, content: bytes) -> list[socket.socket]:
+    """Connections that send `content`, and nothing more."""
+    connections = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(count)]
+    for connection in connections:
+        with contextlib.suppress(OSError):  # ended already
+            connection.sendall(content)
+    return connections
+
+
 @pytest.fixture(scope="session")
 def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights: 16 codes of 28 bits, 64 tokens per image."""
-    folder = tmp_path_factory.mktemp("web")
-    save_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE)
-    text_tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
-    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=SIDE**2)
     sizes = {"hidden_size": 64, "num_layers": 4, "head_dim": 16, "intermediate_size": 96}
-    model = make_model(ids, max_position_embeddings=256, **sizes)
-    save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
-    return folder / "model"
+    folder = tmp_path_factory.mktemp("web")
+    return save_um3(folder, image_size=32, patch_size=32 // SIDE, max_position_embeddings=256, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +92,7 @@ def server(web_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         assert process.stdout is not None
         address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
         assert address, log.read_text()
-        yield Server(port=int(address[1]), process=process)
+        yield Server(port=int(address[1]), process=process, log=log)
         process.terminate()
         assert process.wait(timeout=60) == 0, log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()
