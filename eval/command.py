@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import UserError
-from um3.core.files import sha256_of, short_hash
+from um3.core.files import sha256_of, short_hash, walk_files
 from um3.core.log import setup_logging
 
 ConfigT = TypeVar("ConfigT")
@@ -60,7 +60,7 @@ def model_hash(folder_or_hub_id: str | Path) -> str:
     """
     if not Path(folder_or_hub_id).is_dir():
         return str(folder_or_hub_id)
-    files = sorted(Path(folder_or_hub_id).rglob("*.safetensors"))
+    files = walk_files(folder_or_hub_id, suffixes=(".safetensors",))
     if not files:
         raise UserError(f"no weights (*.safetensors) in {folder_or_hub_id}; set it to the folder of a model")
     return short_hash(*map(sha256_of, files))

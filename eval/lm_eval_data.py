@@ -4,12 +4,14 @@ For each local copy a task YAML includes lm-eval's own YAML and changes where th
 """
 
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.tables import json_lines
 from um3.core.errors import UserError
-from um3.core.files import write_json
+from um3.core.files import walk_files, write_json, write_text
 
 DataFiles = dict[str, str]
 """JSONL files by split."""
@@ -17,24 +19,49 @@ SPLIT_WORDS = {"train": "train", "val": "validation", "dev": "validation", "test
 
 
 class LanguageTask(NamedTuple):
-    """lm-eval's YAML, name and config of the data on the hub, the scored split, how names of local files start."""
+    """lm-eval's YAML, the hub's name and config of the data, and the scored split.
+
+    label, labels: the field of an item's answer, and the labels of its choices as in the hub's copy.
+    stems: how the names of local files start.
+    """
 
     yaml: str
     hub_name: str
-    hub_config: str | None
-    split: str
+    labels: Callable[[dict[str, Any]], Sequence[int | str]]
     stems: tuple[str, ...]
+    hub_config: str | None = None
+    split: str = "validation"
+    label: str = "label"
 
 
 TASKS = {
-    name: LanguageTask(*fields)
-    for name, *fields in (
-        ("arc_challenge", "arc/arc_challenge.yaml", "allenai/ai2_arc", "ARC-Challenge", "test", ("arc_c", "arc-c")),
-        ("hellaswag", "hellaswag/hellaswag.yaml", "Rowan/hellaswag", None, "validation", ("hellaswag",)),
-        ("piqa", "piqa/piqa.yaml", "baber/piqa", None, "validation", ("piqa",)),
-        ("social_iqa", "siqa/siqa.yaml", "lighteval/siqa", None, "validation", ("social_iqa", "social-iqa", "siqa")),
-        ("winogrande", "winogrande/default.yaml", "allenai/winogrande", "winogrande_xl", "validation", ("winogrande",)),
-    )
+    "arc_challenge": LanguageTask(
+        "arc/arc_challenge.yaml",
+        "allenai/ai2_arc",
+        lambda item: item["choices"]["label"],
+        ("arc_c", "arc-c"),
+        hub_config="ARC-Challenge",
+        split="test",
+        label="answerKey",
+    ),
+    "hellaswag": LanguageTask(
+        "hellaswag/hellaswag.yaml",
+        "Rowan/hellaswag",
+        lambda item: [str(number) for number in range(len(item["endings"]))],
+        ("hellaswag",),
+    ),
+    "piqa": LanguageTask("piqa/piqa.yaml", "baber/piqa", lambda _: (0, 1), ("piqa",)),
+    "social_iqa": LanguageTask(
+        "siqa/siqa.yaml", "lighteval/siqa", lambda _: ("1", "2", "3"), ("social_iqa", "social-iqa", "siqa")
+    ),
+    "winogrande": LanguageTask(
+        "winogrande/default.yaml",
+        "allenai/winogrande",
+        lambda _: ("1", "2"),
+        ("winogrande",),
+        hub_config="winogrande_xl",
+        label="answer",
+    ),
 }
 
 
@@ -64,8 +91,8 @@ def find_benchmarks(folder: str | Path) -> dict[str, DataFiles | Path]:
 def _split_files(root: Path, *, name: str) -> DataFiles:
     """The JSONL files of a task by the split in their names; a file without one is the scored split."""
     task, files = TASKS[name], DataFiles()
-    for path in sorted(root.glob("*.jsonl")):
-        if path.name.lower().startswith(task.stems):
+    for path in walk_files(root, suffixes=(".jsonl",)):
+        if path.parent == root and path.name.lower().startswith(task.stems):
             words = [split for word, split in SPLIT_WORDS.items() if word in path.stem.lower()]
             split = words[0] if words else task.split
             if split in files:
@@ -78,7 +105,7 @@ def write_task_yamls(folder: Path, *, data: Mapping[str, DataFiles | Path]) -> N
     """Write NAME.yaml for each task in `data` to `folder`, which is then an `include_path` of lm-eval.
 
     Raises:
-        UserError: a folder of data cannot be read.
+        UserError: the data of a task cannot be read.
     """
     import datasets
     from lm_eval.tasks import manager
@@ -93,7 +120,11 @@ def write_task_yamls(folder: Path, *, data: Mapping[str, DataFiles | Path]) -> N
                 raise _unreadable(name, source=source, error=error) from error
             config |= {"dataset_path": str(source.resolve())}
         else:
-            splits, options = list(source), options | {"data_files": source}
+            splits = list(source)
+            copies = {split: folder / f"{name}-{split}.jsonl" for split in splits}
+            for split, copy in copies.items():
+                _copy_with_labels(Path(source[split]), copy, task=TASKS[name], is_scored=split == TASKS[name].split)
+            options |= {"data_files": {split: str(copy) for split, copy in copies.items()}}
             config |= {"dataset_path": "json", "dataset_name": None}
         # lm-eval reads every split that the YAML names.
         absent = {f"{split}_split": None for split in ("validation", "test") if split not in splits}
@@ -101,28 +132,55 @@ def write_task_yamls(folder: Path, *, data: Mapping[str, DataFiles | Path]) -> N
         write_json(folder / f"{name}.yaml", config | absent | {"task": name, "dataset_kwargs": options})  # JSON is YAML
 
 
-def load_tasks(
-    folder: Path, *, data: Mapping[str, DataFiles | Path], limit: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's loaded task for each benchmark in `data`, ready for `lm_eval.evaluate`; `folder` holds the YAMLs.
-
-    Every item (the first `limit`) is checked, so that errors appear before a model is loaded: 1.4 ms each.
+def _copy_with_labels(source: Path, target: Path, *, task: LanguageTask, is_scored: bool) -> None:
+    """Copy a JSONL file with every label as lm-eval expects it: "1", 1 and 1.0 are one label.
 
     Raises:
-        UserError: the data of a task cannot be read, are not the task's, or lack the answers.
+        UserError: a line is no item of the task, or has a label that is not one of its choices.
+    """
+    lines = []
+    for fields, place, _ in json_lines(source):
+        if fields is None:
+            raise UserError(f"{place} is not a JSON object; correct the line, or fetch the file again")
+        label = fields.get(task.label)
+        label = int(label) if isinstance(label, float) and label.is_integer() else label
+        try:
+            labels = {str(label): label for label in task.labels(fields)}
+        except (LookupError, TypeError) as error:
+            raise UserError(f"{place} is not an item of the task ({error!r}); fetch the file again") from None
+        if is_scored and str(label).strip() not in labels:
+            raise UserError(
+                f"{place}: the field '{task.label}' is {label!r}, not one of {[*labels.values()]}; correct it"
+            )
+        lines.append(json.dumps(fields | {task.label: labels.get(str(label).strip(), label)}) + "\n")
+    if is_scored and not lines:
+        raise UserError(f"{source} has no items; fetch it again")
+    write_text(target, "".join(lines))
+
+
+def load_tasks(
+    folder: Path, *, data: Mapping[str, DataFiles | Path], limit: int | None = None
+) -> dict[str, dict[str, Any] | UserError]:
+    """lm-eval's loaded task for each benchmark in `data`, ready for `lm_eval.evaluate`; `folder` is for its files.
+
+    Every item (the first `limit`) is checked, so that errors appear before a model is loaded: 1.4 ms each. A task whose
+    data cannot be read, are not the task's, or lack the answers has the error in its place.
     """
     import datasets
     import jinja2
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
-    write_task_yamls(folder, data=data)
-    manager, loaded = TaskManager(include_path=str(folder), include_defaults=False), {}
+    loaded: dict[str, dict[str, Any] | UserError] = {}
     for name, source in data.items():
         try:
-            loaded[name] = manager.load([name])
-            for task in loaded[name]["tasks"].values():
-                _check_answers(task, limit=limit)
+            write_task_yamls(folder / name, data={name: source})
+            tasks = TaskManager(include_path=str(folder / name), include_defaults=False).load([name])
+            for task in tasks["tasks"].values():
+                _check_answers(task, label=TASKS[name].label, limit=limit)
+            loaded[name] = tasks
+        except UserError as error:
+            loaded[name] = error
         except (
             OSError,
             LookupError,
@@ -131,18 +189,18 @@ def load_tasks(
             datasets.exceptions.DatasetsError,
             jinja2.TemplateError,
         ) as e:
-            raise _unreadable(name, source=source, error=e) from e
+            loaded[name] = _unreadable(name, source=source, error=e)
     return loaded
 
 
-def _check_answers(task: Any, *, limit: int | None) -> None:
+def _check_answers(task: Any, *, label: str, limit: int | None) -> None:
     """Raise ValueError unless every item has one of its choices as the answer."""
     for number, item in enumerate(itertools.islice(task.eval_docs, limit), start=1):
         choices = task.doc_to_choice(item)
         # WinoGrande's choices are contexts, and lm-eval keeps the answer's index where others keep the context.
         answer = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)
         if answer not in (choices if isinstance(answer, str) else range(len(choices))):
-            raise ValueError(f"item {number} has the answer {answer!r}, which is not one of its {len(choices)} choices")
+            raise ValueError(f"item {number} has the {label} {item[label]!r}, none of its {len(choices)} choices")
 
 
 def _unreadable(name: str, *, source: DataFiles | Path, error: Exception) -> UserError:

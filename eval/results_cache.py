@@ -146,33 +146,51 @@ def _measure_batch(files: Mapping[str, Path | bytes], *, model: ImageModel) -> d
 def supplied_results(path: str | Path, *, field: str, ids: Mapping[str, str], skipped: SkipCounter) -> dict[str, Any]:
     """Read the results of another program: `field` of every image, by its name in `ids` or by the id there.
 
-    The file has objects with `field` and "file" or "image_id", as JSON lines or as a list in a .json. Unreadable
-    objects and images without one are skipped.
+    The file has objects with `field` and "file" or "image_id", as JSON lines or as a list in a .json. An id is a
+    number, also as padded text, or the stem of the image's name. A null is an empty result. Unreadable objects and
+    images without one are skipped.
 
     Raises:
-        UserError: no such file, or no usable object in it.
+        UserError: no such file, no usable object in it, two for one image, or none whose id is that of an image.
     """
     form = f'objects with "file" or "image_id", and "{field}"'
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; give a .jsonl file of {form}")
-    by_id = {}
+    supplied: dict[str, tuple[str, Any]] = {}
     try:
         for fields, place, _ in read_records(path):
-            if fields is None or field not in fields or not fields.keys() & {"file", "image_id"}:
+            name = None if fields is None else fields.get("file", fields.get("image_id"))
+            if fields is None or name is None or field not in fields:
                 skipped.add(f"entry without file and {field}", place)
-            else:
-                by_id[str(fields.get("file", fields.get("image_id")))] = fields[field]
+                continue
+            if (key := _id_key(name)) in supplied:
+                raise UserError(f"{place}: a second {field} for '{name}'; a file of results has one per image")
+            supplied[key] = (str(name), "" if fields[field] is None else fields[field])
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as {form} ({type(error).__name__}: {error})") from None
-    if not by_id:
+    if not supplied:
         raise UserError(f"{path} contains no {form}")
     results = {}
     for name, image_id in ids.items():
-        if name in by_id or image_id in by_id:
-            results[name] = by_id.get(name, by_id.get(image_id))
+        stem = Path(name).stem
+        forms = (name, image_id, "" if image_id and stem.isdecimal() else stem)
+        keys = [key for key in map(_id_key, forms) if key in supplied]
+        if keys:
+            results[name] = supplied[keys[0]][1]
         else:
             skipped.add(f"no {field} supplied", name)
+    if not results:
+        theirs, ours = next(iter(supplied.values()))[0], next(iter(ids.items()))
+        raise UserError(
+            f"{path} names no image of the set: its first is '{theirs}', that of the set {' or '.join(ours)}"
+        )
     return results
+
+
+def _id_key(name: Any) -> str:
+    """One key for the forms of an image's id: 42, 42.0, "42" and "000042" are equal; other names stay as they are."""
+    text = str(int(name)) if isinstance(name, float) and name.is_integer() else str(name).strip()
+    return text.lstrip("0") or "0" if text.isdecimal() else text
 
 
 def image_hash(image: Path | bytes) -> str:

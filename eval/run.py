@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig) -> None:
         raise UserError("no folder for the results; set output_dir=FOLDER, or run=FOLDER for FOLDER/eval")
     models = {part: model_folders(config, part=part) for part in PARTS if part in config.parts}
     config = with_sources(config)
-    load_pipeline = functools.cache(_load_pipeline)
+    load_pipeline, errors = functools.cache(_load_pipeline), list[str]()
     for part, folders in models.items():
         request = request_hash(config, part=part, models=folders)
         path = config.results_dir / f"{part}.json"
@@ -55,7 +55,12 @@ def evaluate(config: EvalConfig) -> None:
             continue
         began = time.monotonic()
         result = _evaluate_part(config, part=part, models=folders, load_pipeline=load_pipeline, request=request)
+        # A part with errors is never up to date: the next run must report them again.
+        request = "" if result.errors else request
         _write_part(config, part=part, result=result, request=request, seconds=time.monotonic() - began)
+        errors += result.errors
+    if errors:
+        raise UserError(f"everything else was measured, but {'; '.join(errors)}")
 
 
 def with_sources(config: EvalConfig) -> EvalConfig:
@@ -105,7 +110,7 @@ def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path])
     """Hash everything that the values of a part depend on: settings, the models' weights and JSON files, data files."""
     from data_mix.sources.fingerprint import source_fingerprint
     from data_mix.sources.image_sources import ImageSourceConfig
-    from eval.tasks.classification_data import file_states
+    from eval.tasks.classification_data import data_hash
 
     skipped = {*FREE_KEYS, *DATA_KEYS, *PARTS} - {part}
     settings = {key: value for key, value in to_dict(config).items() if key not in skipped}
@@ -124,7 +129,7 @@ def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path])
         paths += [labelled.path for labelled in classification if not labelled.label_column]
         paths += [config.tokenizer.perceptual.backbone, config.tokenizer.perceptual.heads]
         paths += [_source_file(target) for target in config.tokenizer.external.values()]
-    return short_hash(part, settings, weights, data, [file_states(path) for path in paths])
+    return short_hash(part, settings, weights, data, [data_hash(path) for path in paths])
 
 
 def _source_file(target: str) -> str:

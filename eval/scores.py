@@ -171,11 +171,15 @@ class Measurement:
 
 
 class PartResult(NamedTuple):
-    """The result of a part of an evaluation: rows, JSON-ready samples, and uint8 images (N, H, W, 3) by name."""
+    """The result of a part of an evaluation: rows, JSON-ready samples, and uint8 images (N, H, W, 3) by name.
+
+    errors: why a task has no value although it was asked for; the command then fails after it has written the rest.
+    """
 
     scores: list[Score]
     samples: dict[str, Any]
     images: dict[str, NDArray]
+    errors: Sequence[str] = ()
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:

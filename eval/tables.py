@@ -8,18 +8,25 @@ owner/name       a data set of the Hugging Face hub
 a folder         .parquet files; images with a metadata.jsonl or with a .txt of the same name each; or .txt files
 any other file   one text a line, in the field "text"
 
+Which files of a folder count, how lines end, and what becomes of text that UTF-8 cannot hold: as for every reader of
+training data (`um3.core.files.walk_files`, `um3.core.text`). Fields of a .tsv are read as they stand; those of a .csv
+may be quoted.
+
 `datasets` reads only the hub sets: for the other forms it requires equal fields on every line, stops at the first
 damaged one without its number, and stores a second copy.
 """
 
 import csv
-import json
+import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from um3.core.errors import UserError
+from um3.core.files import parse_json, walk_files
 from um3.core.images import SUFFIXES
+from um3.core.text import text_lines, valid_text
 
 METADATA = "metadata.jsonl"
 CAPTION_FIELDS = ("sentences_raw", "captions", "caption", "sentences", "answer", "text", "prompt")
@@ -57,7 +64,7 @@ def read_records(path: str | Path, *, split: str = "") -> Iterator[Record]:
         yield from json_lines(place / METADATA)
     else:
         for number, row in enumerate(_rows(place, split=split), start=1):
-            yield Record(row if isinstance(row, dict) else None, f"{path}, record {number}")
+            yield Record(_fields(row), f"{path}, record {number}")
 
 
 def json_lines(path: Path) -> Iterator[Record]:
@@ -69,21 +76,37 @@ def json_lines(path: Path) -> Iterator[Record]:
         for number, data in enumerate(file, start=1):
             if not data.strip():
                 continue
+            place = f"{path}:{number}"
             try:
                 line = data.decode("utf-8-sig").rstrip("\r\n")
-                fields = json.loads(line)
-            except ValueError:
+                fields = parse_json(line, where=place)
+            except (UnicodeDecodeError, UserError):
                 line, fields = "", None
-            yield Record(fields if isinstance(fields, dict) else None, f"{path}:{number}", line)
+            yield Record(_fields(fields), place, line)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read, or has another encoding; the message names the file and the place.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); correct the path") from None
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """Find all images below a folder, by their names below it, sorted; hidden files are ignored.
+    """Find all images below a folder (`walk_files`), by their names below it, sorted.
 
     Raises:
         UserError: there are none.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    files = walk_files(folder, suffixes=SUFFIXES)
     if not files:
         raise UserError(f"{folder} contains no images ({' '.join(SUFFIXES)}); give a folder of images")
     return {file.relative_to(folder).as_posix(): file for file in files}
@@ -118,8 +141,25 @@ def first_field(fields: Mapping[str, Any], names: Sequence[str]) -> str:
     return name
 
 
+def _fields(row: Any) -> dict[str, Any] | None:
+    """The fields of a row in valid text; None if it is no object, or nested too deeply."""
+    try:
+        return dict(_valid(row)) if isinstance(row, dict) else None
+    except RecursionError:
+        return None
+
+
+def _valid(value: Any) -> Any:
+    """A value of JSON's kind with valid text in all places."""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, list | tuple):
+        return [_valid(item) for item in value]
+    return {_valid(name): _valid(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
 def _rows(path: Path, *, split: str) -> Iterator[Any]:
-    tables = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
+    tables = walk_files(path, suffixes=(".parquet",)) if path.is_dir() else [path] * (path.suffix == ".parquet")
     if tables:
         import pyarrow.dataset
 
@@ -131,25 +171,31 @@ def _rows(path: Path, *, split: str) -> Iterator[Any]:
     elif not path.exists():
         yield from _hub_rows(str(path), split=split)
     elif path.suffix == ".json":
-        yield from _json_rows(json.loads(path.read_bytes()))
+        yield from _json_rows(parse_json(path.read_bytes(), where=path))
     elif path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","):
-                yield {str(name).lower(): value for name, value in row.items()}
+        text = io.StringIO(read_text(path), newline="")
+        is_tsv = path.suffix == ".tsv"
+        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+        for row in csv.DictReader(text, **form):
+            yield {str(name).lower(): value for name, value in row.items()}
     else:
-        yield from ({"text": line} for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
+        yield from ({"text": line} for line in text_lines(read_text(path)) if line.strip())
 
 
 def _folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    texts = {file.with_suffix(""): file.read_text(encoding="utf-8-sig") for file in sorted(folder.rglob("*.txt"))}
+    files = walk_files(folder, suffixes=(".txt",))
+    texts = {file.with_suffix(""): read_text(file) for file in files}
     try:
         images = image_files(folder)
     except UserError:
         yield from ({"id": file.name, "text": text} for file, text in texts.items() if file.parent == folder)
         return
+    stems = Counter(file.with_suffix("") for file in (*files, *images.values()))
+    if shared := [stem for stem, count in stems.items() if stem in texts and count > 2]:
+        raise UserError(f"several images or texts are named '{shared[0]}'; give each image a .txt of its own name")
     for name, file in images.items():
         text = texts.get(file.with_suffix(""), "")
-        yield {"file_name": name, "id": file.stem, "text": text, "captions": text.split("\n")}
+        yield {"file_name": name, "id": file.stem, "text": text, "captions": text_lines(text)}
 
 
 def _json_rows(content: Any) -> Iterator[Any]:
@@ -157,9 +203,14 @@ def _json_rows(content: Any) -> Iterator[Any]:
         yield from content
     elif "annotations" in content:
         names = {image["id"]: image["file_name"] for image in content["images"]}
+        if len(names) < len(content["images"]):
+            raise ValueError("two images with one id")
         captions: dict[Any, list[str]] = {image_id: [] for image_id in names}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            try:
+                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            except (KeyError, TypeError):
+                yield annotation  # has no image or no caption: its reader counts it
         for image_id, texts in captions.items():
             yield {"image_id": image_id, "file_name": names.get(image_id), "captions": texts}
     elif isinstance(content.get("images"), list):

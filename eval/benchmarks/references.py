@@ -4,7 +4,6 @@ An image lies in IMAGES/FILEPATH/FILENAME (Karpathy's dataset_coco.json), in IMA
 Entries with a field "split" are filtered by the requested split.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,23 +30,26 @@ def read_references(
 ) -> list[ReferencedImage]:
     """Read the first `limit` images of `split` (0: all) in the order of the file.
 
-    Images are searched in the folder `images`, by default beside the file. Images without a caption and unreadable
-    lines are skipped and counted.
+    Images are searched in the folder `images`, by default beside the file. Several entries for one image are its
+    captions together. Entries without a caption or an image are skipped and counted, alike in every form.
 
     Raises:
-        UserError: a missing file or hub set, an unknown form, no usable image, or two entries for one image.
+        UserError: a missing file or hub set, an unknown form, no usable image, or two images of one name.
     """
     root = Path(images) if images else Path(path) if Path(path).is_dir() else Path(path).parent
-    usable = []
+    usable: dict[str, ReferencedImage] = {}
     try:
         for image in _read(path, root=root, split=split, skipped=skipped):
+            known = usable.get(image.name)
+            if known and known.image != image.image:
+                raise UserError(f"{path} has two images of the name '{image.name}'; rename one of them")
+            if limit and len(usable) == limit and not known:
+                continue  # further captions of the images so far can follow
             references = [" ".join(text.split()) for text in image.references if text.strip()]
             if references:
-                usable.append(image._replace(references=references))
+                usable[image.name] = image._replace(references=[*(known.references if known else ()), *references])
             else:
                 skipped.add("image without captions", image.name)
-            if limit and len(usable) == limit:
-                break
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
@@ -55,22 +57,20 @@ def read_references(
         ) from None
     if not usable:
         raise UserError(f"{path}: no image with captions; {skipped.note() or f'check that it has a split {split}'}")
-    if repeated := [name for name, count in Counter(image.name for image in usable).items() if count > 1]:
-        raise UserError(f"{path} has two entries for {repeated[0]}; give each image one entry with all its captions")
-    return usable
+    return [*usable.values()]
 
 
 def _read(path: str, *, root: Path, split: str, skipped: SkipCounter) -> Iterator[ReferencedImage]:
-    for number, (fields, place, line) in enumerate(read_records(path, split=split)):
-        try:
-            if fields is None:
-                raise ValueError("not a JSON object")
-            if fields.get("split", split) == split:
-                yield _referenced_image(fields, root=root, name=f"{number:06d}")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if fields is not None and not line:
-                raise
-            skipped.add("unreadable line", Path(place).name)
+    for number, (fields, place, _) in enumerate(read_records(path, split=split)):
+        if fields is None:
+            skipped.add("not a JSON object", Path(place).name)
+        elif fields.get("split", split) == split:
+            try:
+                image = _referenced_image(fields, root=root, name=f"{number:06d}")
+            except KeyError as error:
+                skipped.add(f"entry with {error.args[0]}", Path(place).name)
+            else:
+                yield image
 
 
 def _referenced_image(fields: Mapping[str, Any], *, root: Path, name: str) -> ReferencedImage:
@@ -82,9 +82,9 @@ def _referenced_image(fields: Mapping[str, Any], *, root: Path, name: str) -> Re
     captions, image_id = captions_of(fields), image_id_of(fields)
     data = next((fields[column] for column in IMAGE_FIELDS if fields.get(column) is not None), None)
     data = data.get("bytes") if isinstance(data, Mapping) else data
+    names = {column: str(fields[column]) for column in NAME_FIELDS if fields.get(column)}
     if isinstance(data, bytes):
-        name = next((str(fields[column]) for column in NAME_FIELDS if fields.get(column)), name)
-        return ReferencedImage(name, data, captions, image_id)
-    file, folder = fields[first_field(fields, NAME_FIELDS)], fields.get("filepath") or ""
+        return ReferencedImage(next(iter(names.values()), name), data, captions, image_id)
+    file, folder = names[first_field(names, NAME_FIELDS)], str(fields.get("filepath") or "")
     path = f"{folder}/{file}" if folder and (root / folder).is_dir() else file
     return ReferencedImage(path, root / path, captions, image_id)

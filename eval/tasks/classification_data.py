@@ -3,7 +3,6 @@
 Shapes: N images, H, W pixels.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +15,15 @@ from data_mix.demo.digits import DigitsSource, captions_of
 from data_mix.samples import BadSample, Split
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from eval.config import ClassificationConfig
+from eval.tables import read_text
 from um3.core.errors import UserError
-from um3.core.files import short_hash
+from um3.core.files import sha256_of, short_hash, walk_files
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
 from um3.core.progress import Progress
+from um3.core.text import text_lines, valid_text
 
 BATCH = 256
+HASHED_BYTES = 256 * 2**20
 
 
 class ClassificationData:
@@ -148,11 +150,8 @@ def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> _
     if not root.is_dir():
         raise UserError(f"{root} does not exist; give a folder with one folder of images per class")
     folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
-    images = [
-        (name, size)
-        for name, size, _ in file_states(root)
-        if name.lower().endswith(SUFFIXES) and name.rpartition("/")[2][0] != "." and name.split("/")[0] in folders
-    ]
+    files = [(file.relative_to(root).as_posix(), file) for file in walk_files(root, suffixes=SUFFIXES)]
+    images = [(name, file.stat().st_size) for name, file in files if name.split("/")[0] in folders]
     labels = [name.split("/")[0] for name, _ in images]
     if empty := folders - {*labels}:
         raise UserError(f"{root / min(empty)} has no image ({' '.join(SUFFIXES)}); delete the folder or add images")
@@ -163,19 +162,18 @@ def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> _
     )
 
 
-def file_states(path: str | Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of a file, or of every file in a folder; empty if there is none."""
-    files = (
-        [str(path)] if Path(path).is_file() else [f"{at}/{name}" for at, _, names in os.walk(path) for name in names]
-    )
-    states = []
-    for file in files:
-        size, changed_ns = 0, 0  # of a broken link
-        with contextlib.suppress(FileNotFoundError):
-            stat = os.stat(file)  # noqa: PTH116 (a million Path objects take seconds)
-            size, changed_ns = stat.st_size, stat.st_mtime_ns
-        states.append((os.path.relpath(file, path), size, changed_ns))
-    return sorted(states)
+def data_hash(path: str | Path) -> str:
+    """Names the content of a file, or of all files of a folder, by their names and bytes; empty if there is none.
+
+    A folder of more than HASHED_BYTES is named by the sizes of its files instead.
+    """
+    if not str(path) or not Path(path).exists():
+        return ""
+    files = walk_files(path) if Path(path).is_dir() else [Path(path)]
+    states = [(os.path.relpath(file, path), file.stat().st_size) for file in files]
+    if sum(size for _, size in states) > HASHED_BYTES:
+        return short_hash(states)
+    return short_hash(states, [sha256_of(file) for file in files])
 
 
 def _table_split(config: ClassificationConfig, *, split: Split, size: int) -> _LabelledSplit:
@@ -224,10 +222,7 @@ def read_templates(path: str) -> list[str]:
 
 
 def _lines(path: str, *, what: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the {what} in {path}: {error}") from None
+    lines = [valid_text(line.strip()) for line in text_lines(read_text(Path(path))) if line.strip()]
     if not lines:
         raise UserError(f"{path} contains no {what}; write one per line")
     return lines

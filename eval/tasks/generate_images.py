@@ -6,6 +6,7 @@ So neither a kill nor the number of processes changes a pixel. (`sampling.batch_
 change the last digits of the logits.)
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from eval.tasks.generated_images import (
     GeneratedPrompt,
     Layout,
     check_manifest,
+    has_manifest,
     image_files,
     write_images,
     write_manifest,
@@ -27,13 +29,15 @@ from eval.tasks.generated_images import (
 from eval.tasks.prompts import Prompt, read_prompts
 from um3.core.distributed import device, is_main, rank, world_size
 from um3.core.errors import UserError
-from um3.core.files import short_hash
+from um3.core.files import folder_lock, short_hash
 from um3.core.progress import Progress, format_seconds, quiet_progress
 from um3.core.ranges import NonNegativeInt, Range
 from um3.core.seeds import derive_seed
 
 if TYPE_CHECKING:
     from um3.inference.pipeline import UM3Pipeline
+
+MANIFEST_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -89,7 +93,8 @@ def generate_benchmark(config: GenerateConfig) -> None:
         disable_progress_bar()
         return UM3Pipeline.from_pretrained(config.model, device=device())
 
-    generate_folder(config, prompts=prompts, load_pipeline=load, share_over_ranks=True)
+    with folder_lock(config.output_dir) if is_main() else contextlib.nullcontext():
+        generate_folder(config, prompts=prompts, load_pipeline=load, share_over_ranks=True)
 
 
 def generate_folder(
@@ -111,14 +116,17 @@ def generate_folder(
     """
     began, folder = time.monotonic(), Path(config.output_dir)
     generated = plan_folder(config, prompts=prompts)
+    deadline = began + MANIFEST_TIMEOUT_S
+    while share_over_ranks and not is_main() and not has_manifest(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)  # until the first rank has checked the folder; ranks do not communicate
     try:
-        has_manifest = check_manifest(folder, generated)
+        is_planned = check_manifest(folder, generated)
     except UserError:
         if not replace:
             raise
         shutil.rmtree(folder)
-        has_manifest = False
-    if is_main() and not has_manifest:
+        is_planned = False
+    if is_main() and not is_planned:
         write_manifest(folder, generated, model=config.model, prompts_file=config.prompts)
     size = max(1, config.sampling.batch_size // config.num_images)
     groups: Sequence[range] = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]

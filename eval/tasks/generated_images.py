@@ -21,7 +21,7 @@ from PIL import Image
 from eval.tasks.prompts import Prompt
 from um3.core.config import differences
 from um3.core.errors import UserError
-from um3.core.files import PARTIAL_SUFFIX, read_json, write_json, write_text
+from um3.core.files import PARTIAL_SUFFIX, read_json, walk_files, write_json, write_text
 from um3.core.images import SUFFIXES
 from um3.core.metrics import commit, versions
 
@@ -115,7 +115,7 @@ def check_manifest(folder: Path, generated: GeneratedFolder) -> bool:
                 f"the images in {folder} have other settings ({'; '.join(changes)}); use another output folder"
             )
         return True
-    if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
+    if folder.is_dir() and walk_files(folder, suffixes=SUFFIXES):
         raise UserError(f"{folder} contains images but no {MANIFEST}; use an empty output folder")
     return False
 

@@ -59,8 +59,7 @@ def evaluate_language(config: EvalConfig, *, model: Path, request: str) -> PartR
 def open_benchmarks(benchmarks: str | Path, *, folder: str | Path, limit: int | None = None) -> dict[str, Any]:
     """lm-eval's loaded tasks for the data in `benchmarks`, by name; `folder` is for temporary files.
 
-    Raises:
-        UserError: no task has data there, or data cannot be read.
+    A task whose data cannot be used has its UserError instead. UserError if no task has data there.
     """
     data = find_benchmarks(benchmarks)
     if str(benchmarks) and not data:
@@ -102,18 +101,22 @@ def language_scores(
         note = "no validation text; set TEXT to texts"
         result.scores.extend(_missing_rows(CLOZE, "acc", "acc_norm", note=note, of=of))
         result.scores.extend(_missing_rows(PROSE, "bits_per_byte", "word_perplexity", note=note, of=of))
+    errors = []
     for name in TASKS:
-        if name not in benchmarks:
-            note = f"no local data; put {TASKS[name].hub_name} or {name}.jsonl into a folder, set LM_EVAL_DATA to it"
-            result.scores.extend(_missing_rows(name, LANGUAGE_METRICS[name], note=note, of=of))
+        missing = f"no local data; put {TASKS[name].hub_name} or {name}.jsonl into a folder, set LM_EVAL_DATA to it"
+        task = benchmarks.get(name, missing)
+        if isinstance(task, UserError):
+            errors.append(str(task))
+        if isinstance(task, UserError | str):
+            result.scores.extend(_missing_rows(name, LANGUAGE_METRICS[name], note=str(task), of=of))
             continue
-        results = run_tasks(lm, benchmarks[name], limit=config.limit)
+        results = run_tasks(lm, task, limit=config.limit)
         result.scores.extend(_choice_rows(results, name=name, of=of))
         context, continuation = _sorted_samples(results, name=name)[0]["arguments"][0]
         result.samples["prompts"][name] = {"context": context, "continuation": continuation}
         items += _items(results, name=name)
     write_text(folder / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
-    return result
+    return result._replace(errors=errors)
 
 
 def run_tasks(lm: "UM3LM", loaded: dict[str, Any], *, limit: int | None = None) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _coco_prompts(records: Iterator[Record], *, seed: int) -> Iterator[Prompt]:
     captions: dict[str, list[str]] = {}
     for fields, _, _ in records:
         if fields and fields.get("filepath", VAL2014) == VAL2014 and (texts := captions_of(fields)):
-            captions[image_id_of(fields) or fields["filename"]] = texts
+            captions.setdefault(image_id_of(fields) or fields["filename"], []).extend(texts)
     ids = sorted(captions)
     generator = numpy_generator(seed, "coco-prompts")
     for place in generator.permutation(len(ids)):

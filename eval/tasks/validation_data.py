@@ -17,6 +17,7 @@ from data_mix.order import each_index
 from data_mix.samples import BadSample
 from data_mix.sources.image_sources import ImageSourceConfig, image_kind, open_image_source
 from data_mix.sources.text import TextSourceConfig, open_text_source, readable_texts
+from eval.tables import read_text
 from um3.core.config import build_config
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -51,14 +52,18 @@ def trained_on(run: str, *, phase: str, key: str, kind: type[SourceT]) -> list[S
     """The sources of a phase of the run, from its config.yaml; the phase never saw their val split.
 
     Raises:
-        UserError: the run has no such phase.
+        UserError: the run has no such phase, or its config.yaml has no usable list of sources.
     """
     path = Path(run) / phase / "config.yaml"
     if not run or not path.is_file():
         name = "images" if kind is ImageSourceConfig else "texts"
         raise UserError(f"no validation data: {path} does not exist; list the sources under '{name}'")
-    sources = yaml.safe_load(path.read_text(encoding="utf-8"))["data"][key]
-    return [build_config(kind, [(str(path), values)], origin=str(path)) for values in sources]
+    try:
+        sources = yaml.safe_load(read_text(path))["data"][key]
+        return [build_config(kind, [(str(path), values)], origin=str(path)) for values in sources]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} has no usable data.{key} ({reason}); list the sources in the command") from None
 
 
 def validation_images(config: ImageSourceConfig, *, num_images: int, size: int, seed: int) -> ValidationImages:

@@ -1,18 +1,20 @@
 """The paper's tasks on local data: lm-eval's own configuration, and every problem found before a model is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
-from language_items import FILES, changed
+from language_items import FILES, ITEMS, changed
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from eval.config import LanguageConfig
 from eval.lm_eval_data import TASKS, find_benchmarks, write_task_yamls
-from eval.tasks.language import open_benchmarks, run_tasks
+from eval.tasks.language import language_scores, open_benchmarks, run_tasks
 from um3.core.errors import UserError
 
 BENCH = Path(__file__).parents[3] / "shared/data/bench"
@@ -37,7 +39,10 @@ def test_the_tasks_are_lm_evals_own_but_for_their_data(benchmarks):
     for name, loaded in benchmarks.items():
         (task,) = loaded["tasks"].values()
         original, ours = load_yaml(root / TASKS[name].yaml), task.config.to_dict(keep_callable=True)
-        assert (original["dataset_path"], original.get("dataset_name")) == TASKS[name][1:3]
+        assert (original["dataset_path"], original.get("dataset_name")) == (
+            TASKS[name].hub_name,
+            TASKS[name].hub_config,
+        )
         assert ours["dataset_path"] == "json" and original[f"{TASKS[name].split}_split"] == TASKS[name].split
         for key in (
             original.keys() - data_keys - {"training_split", "validation_split", "test_split", "tag", "metadata"}
@@ -58,6 +63,7 @@ def test_a_folder_named_as_on_the_hub_serves_too(um3_lm, bench, tmp_path):
 def test_training_items_serve_few_shot_prompts(um3_lm, bench, tmp_path):
     shutil.copy(bench / FILES["piqa"], tmp_path / "piqa_valid.jsonl")
     (tmp_path / "piqa_train.jsonl").write_text(2 * changed("piqa", goal="Close a jar"))
+    (tmp_path / "._piqa_valid.jsonl").write_bytes(b"\xff")
     data = find_benchmarks(tmp_path)
     assert data == {"piqa": {s: str(tmp_path / f"piqa_{s[:5]}.jsonl") for s in ("train", "validation")}}
     write_task_yamls(tmp_path / "tasks", data=data)
@@ -72,13 +78,17 @@ def test_training_items_serve_few_shot_prompts(um3_lm, bench, tmp_path):
     ("name", "content", "message"),
     [
         ("piqa", '{"goal": "x"}\n', "piqa"),
-        ("piqa", changed("winogrande"), "goal"),
-        ("winogrande", changed("piqa"), "answer"),
+        ("piqa", changed("winogrande"), r":1: .*label"),
+        ("winogrande", changed("piqa"), r":1: .*answer"),
         ("piqa", changed("piqa") + "{half\n", "JSON"),
-        ("piqa", changed("piqa") + changed("piqa", label=-1), "item 2 .*-1.* 2 choices"),
-        ("hellaswag", changed("hellaswag", label=""), "ValueError"),
-        ("arc_challenge", changed("arc_challenge", answerKey="E"), "ValueError"),
-        ("arc_challenge", changed("arc_challenge", choices="A or B"), "choices|label|no attribute"),
+        ("piqa", changed("piqa") + changed("piqa", label=-1), r":2: .*label.*-1"),
+        ("piqa", changed("piqa") + changed("piqa", label="right"), r":2: .*label.*'right'"),
+        ("hellaswag", changed("hellaswag", label=""), r":1: .*label.*''"),
+        ("hellaswag", changed("hellaswag", label=7), r":1: .*label.* 7"),
+        ("arc_challenge", changed("arc_challenge", answerKey="E"), r":1: .*answerKey.*'E'"),
+        ("arc_challenge", changed("arc_challenge", choices="A or B"), "not an item"),
+        ("social_iqa", changed("social_iqa", label="4"), r":1: .*label.*'4'"),
+        ("winogrande", changed("winogrande", answer=3), r":1: .*answer.* 3"),
         ("piqa", "3\n", "piqa"),
         ("piqa", "\n", "piqa"),
         ("piqa", b"\xff\xfe\x00", "piqa"),
@@ -86,9 +96,45 @@ def test_training_items_serve_few_shot_prompts(um3_lm, bench, tmp_path):
 )
 def test_files_with_problems_are_one_line_errors(name, content, message, tmp_path):
     (tmp_path / FILES[name]).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=message) as caught:
-        open_benchmarks(tmp_path, folder=tmp_path / "tasks")
-    assert str(tmp_path / FILES[name]) in str(caught.value) and "\n" not in str(caught.value)
+    (error,) = open_benchmarks(tmp_path, folder=tmp_path / "tasks").values()
+    assert isinstance(error, UserError) and re.search(message, str(error))
+    assert str(tmp_path / FILES[name]) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "labels"),
+    [
+        ("piqa", "label", ["0", 0.0, " 0"]),
+        ("winogrande", "answer", [2, 2.0]),
+        ("hellaswag", "label", [0, 0.0]),
+        ("social_iqa", "label", [1, 1.0]),
+        ("arc_challenge", "answerKey", [1, 1.0]),
+    ],
+)
+def test_a_label_counts_by_its_value_not_by_its_type(name, field, labels, um3_lm, tmp_path):
+    """The hub's copies have 0 in PIQA and "2" in WinoGrande; other copies have them the other way around."""
+    changes = {"choices": {"text": ["Mars", "Sirius"], "label": ["1", "2"]}} if name == "arc_challenge" else {}
+    usual = [str(labels[0])] if name == "arc_challenge" else []
+    results = []
+    for number, label in enumerate([*usual, *labels, ITEMS[name][field]][: len(labels) + 1]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / FILES[name]).write_text(changed(name, **changes, **{field: label}))
+        sample = run_tasks(um3_lm, open_benchmarks(folder, folder=folder / "tasks")[name])["samples"][name][0]
+        results.append([sample["target"], sample["acc"], sample["filtered_resps"]])
+    assert all(result == results[0] for result in results)
+
+
+def test_one_tasks_error_does_not_stop_the_others(um3_lm, bench, tmp_path):
+    shutil.copytree(bench, tmp_path / "data")
+    (tmp_path / "data" / FILES["piqa"]).write_text(changed("piqa", label="x"))
+    tasks = open_benchmarks(tmp_path / "data", folder=tmp_path / "tasks")
+    options = {"config": LanguageConfig(), "folder": tmp_path, "seed": 0}
+    result = language_scores(um3_lm, documents=[], benchmarks=tasks, **options)
+    values = {row.key: row.value for row in result.scores}
+    assert values["piqa/acc"] is None and values["winogrande/acc"] is not None and values["hellaswag/acc"] is not None
+    (error,) = result.errors
+    assert FILES["piqa"] in error and "'x'" in error
 
 
 def test_folders_with_problems_are_one_line_errors(tmp_path):
@@ -103,5 +149,5 @@ def test_folders_with_problems_are_one_line_errors(tmp_path):
     hub = tmp_path / "hub" / "baber" / "piqa"
     hub.mkdir(parents=True)
     (hub / "validation.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match=f"{hub}.*piqa"):
-        open_benchmarks(tmp_path / "hub", folder=tmp_path / "tasks")
+    (error,) = open_benchmarks(tmp_path / "hub", folder=tmp_path / "tasks").values()
+    assert re.search(f"{hub}.*piqa", str(error))

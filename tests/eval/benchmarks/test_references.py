@@ -48,14 +48,46 @@ def test_karpathys_file(tmp_path):
 def test_cocos_own_annotations(tmp_path):
     content = {
         "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}],
-        "annotations": [{"image_id": 7, "caption": "a dog"}, {"image_id": 7, "caption": "a pet"}],
+        "annotations": [
+            {"image_id": 7, "caption": "a dog"},
+            *[None, 3, {"image_id": 7}, {"image_id": [7], "caption": "x"}, {"image_id": 9, "caption": "no image"}],
+            *[{"image_id": 8, "caption": None}, {"image_id": 7, "caption": "a pet"}],
+        ],
     }
     (tmp_path / "captions.json").write_text(json.dumps(content))
     images, skipped = read(tmp_path / "captions.json", images=str(tmp_path / "images"))
     assert [(image.image, image.references, image.image_id) for image in images] == [
         (tmp_path / "images" / "a.png", ["a dog", "a pet"], "7")
     ]
-    assert skipped.count == 1
+    counts = {reason: entry["count"] for reason, entry in skipped.to_dict().items()}
+    without_name, without_caption = sorted((reason for reason in counts if "none of" in reason), key=len)
+    assert counts == {"not a JSON object": 2, without_name: 2, without_caption: 1, "image without captions": 1}
+    content["images"][1]["id"] = 7
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="two images with one id"):
+        read(tmp_path / "captions.json")
+
+
+ENTRIES = [("a.05.png", "a dog"), ("b.png", "a cat"), ("a.05.png", "a pet"), ("a.png", "x"), ("", "odd")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_form_keeps_all_captions_and_counts_odd_entries(suffix, tmp_path):
+    entries, path = [{"file_name": name or None, "caption": caption} for name, caption in ENTRIES], tmp_path / "a"
+    path = path.with_suffix(suffix)
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(entries), path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(entries))
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    else:
+        mark = "," if suffix == ".csv" else "\t"
+        path.write_text("\n".join(mark.join(fields) for fields in [("file_name", "caption"), *ENTRIES]))
+    images, skipped = read(path)
+    expected = [("a.05.png", ["a dog", "a pet"]), ("b.png", ["a cat"]), ("a.png", ["x"])]
+    assert [(image.name, image.references) for image in images] == expected and skipped.count == 1
+    assert [image.references for image in read(path, limit=1)[0]] == [["a dog", "a pet"]]
 
 
 def test_tables_of_names_and_lines(tmp_path):
@@ -66,7 +98,7 @@ def test_tables_of_names_and_lines(tmp_path):
     for path in (tmp_path / "metadata.jsonl", tmp_path):
         images, skipped = read(path)
         assert {image.name: image.image for image in images} == {f"{n}.png": tmp_path / f"{n}.png" for n in "ab"}
-        assert skipped.to_dict()["unreadable line"] == {"count": 2, "first": ["metadata.jsonl:2", "metadata.jsonl:3"]}
+        assert [entry["first"] for entry in skipped.to_dict().values()] == [["metadata.jsonl:2"], ["metadata.jsonl:3"]]
 
 
 def test_a_folder_with_texts_beside_its_images(tmp_path):
@@ -76,6 +108,9 @@ def test_a_folder_with_texts_beside_its_images(tmp_path):
     images, skipped = read(tmp_path)
     assert [(image.name, image.references) for image in images] == [("a.png", ["a dog", "a pet"])]
     assert skipped.to_dict()["image without captions"]["first"] == ["b.png"]
+    save_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=f"'{tmp_path}/a'"):
+        read(tmp_path)
 
 
 def test_parquet_of_the_hubs_forms(tmp_path):
@@ -102,14 +137,13 @@ def test_parquet_of_the_hubs_forms(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{", "cannot be read as images with captions"),
+        ("a.json", "{", "a.json is not valid JSON"),
         ("a.json", '{"images": [{"split": "test"}]}', "none of sentences_raw"),
         (
             "a.json",
             '{"images": [{"split": "val", "filename": "a", "sentences": []}]}',
             "check that it has a split test",
         ),
-        ("a.jsonl", '{"file_name": "a", "caption": "x"}\n{"file_name": "a", "caption": "y"}', "two entries for a"),
         ("a.jsonl", '{"file_name": "a", "caption": " "}', "no image with captions; 1 skipped: image without"),
     ],
 )

@@ -52,6 +52,9 @@ def test_coco_gives_one_caption_of_each_image_in_a_seeded_order(tmp_path):
     every_image = read_prompts(tmp_path / "dataset_coco.json")
     assert chosen == every_image[:10] and len(every_image) == 20
     assert chosen != read_prompts(tmp_path / "dataset_coco.json", limit=10, seed=1)
+    divided = [{**image, "sentences": [text]} for image in images for text in image["sentences"]]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": divided}))
+    assert read_prompts(tmp_path / "dataset_coco.json") == every_image
     notes = [{"image_id": i, "caption": f"{i} {kind}"} for i in range(20) for kind in "ab"]
     (tmp_path / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": notes}))
     assert read_prompts(tmp_path / "captions_val2014.json", limit=10) == chosen

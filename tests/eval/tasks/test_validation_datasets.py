@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_mix.sources.image_sources import ImageSourceConfig
+from eval.tasks.validation_data import trained_on
 from um3.core.errors import UserError
 
 
@@ -81,3 +83,11 @@ def test_missing_captions_are_a_one_line_error(evaluate, tmp_path: Path) -> None
         evaluate(images, "parts=[captions]")
     with pytest.raises(UserError, match="has_captions=false"):
         evaluate(images.replace(", has_captions: false", ""), "parts=[tokenizer]")
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "data: {}", "data: {images: [7]}", "data: {images: 7}"])
+def test_a_damaged_config_of_the_run_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1/config.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/stage1/config.yaml has no usable data.images"):
+        trained_on(str(tmp_path), phase="stage1", key="images", kind=ImageSourceConfig)
