@@ -4,17 +4,6 @@ They were measured on ImageNet-1k and MS-COCO with models of 1.5B parameters. Be
 scale they show what the method reached, not what the values should be.
 """
 
-from typing import NamedTuple
-
-
-class Reference(NamedTuple):
-    """The system, data and table of a paper value."""
-
-    system: str
-    data: str
-    table: str
-
-
 # Metrics of the five language tasks. The paper does not say whether it normalises by length. HellaSwag's 48.7 for
 # Llama-3.2-1B can only be `acc` (its `acc_norm` is above 60); `acc_norm` for ARC and `acc` for PIQA is our choice.
 LANGUAGE_METRICS: dict[str, str] = {
@@ -25,29 +14,26 @@ LANGUAGE_METRICS: dict[str, str] = {
     "winogrande": "acc",
 }
 
-# Table 5: the unified models. LlamaGen uses the same image tokens as UM3.
+# Table 5: the unified models, by the heading of each column. LlamaGen uses the same image tokens as UM3.
+COLUMNS = {
+    "arc_challenge": "ARC-C",
+    "hellaswag": "HellaSwag",
+    "piqa": "PIQA",
+    "social_iqa": "SIQA",
+    "winogrande": "WinoGrande",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "cider": "CIDEr",
+    "fid": "gFID",
+    "clipscore": "CLIPScore",
+}
 SYSTEMS: dict[str, dict[str, float]] = {
-    "Llama-3.2 1B": {
-        "arc_challenge": 0.3490,
-        "hellaswag": 0.4870,
-        "piqa": 0.7595,
-        "social_iqa": 0.4350,
-        "winogrande": 0.6148,
-    },
+    "Llama-3.2 1B": dict(zip(COLUMNS, (0.3490, 0.4870, 0.7595, 0.4350, 0.6148), strict=False)),
     "ZeroCap 0.5B": {"bleu_4": 0.026, "meteor": 0.115, "cider": 0.146},
     "LlamaGen 0.8B": {"fid": 33.4, "clipscore": 0.257},
-    "UM3 1.5B": {
-        "arc_challenge": 0.3430,
-        "hellaswag": 0.4535,
-        "piqa": 0.7465,
-        "social_iqa": 0.4309,
-        "winogrande": 0.5422,
-        "bleu_4": 0.086,
-        "meteor": 0.202,
-        "cider": 0.173,
-        "fid": 44.1,
-        "clipscore": 0.250,
-    },
+    "UM3 1.5B": dict(
+        zip(COLUMNS, (0.3430, 0.4535, 0.7465, 0.4309, 0.5422, 0.086, 0.202, 0.173, 44.1, 0.250), strict=True)
+    ),
 }
 
 # ImageNet-1k val: zero-shot accuracy, reconstruction after stage 2.
@@ -91,53 +77,23 @@ DPG_LLAMAGEN_QLIP: dict[str, float] = {
 
 UM3 = SYSTEMS["UM3 1.5B"]
 QLIP_B_16 = TOKENIZERS["QLIP-B-16-256"]
-REFERENCES: dict[str, Reference] = {
-    "language": Reference("UM3 1.5B", "the task's scored split", "Table 5"),
-    "captions": Reference("UM3 1.5B", "COCO-Karpathy test", "Table 5"),
-    "generation": Reference("UM3 1.5B", "COCO-30k", "Table 5"),
-    "skills": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
-    "geneval": Reference("LlamaGen-XL on QLIP-B/16", "GenEval", "section 3"),
-    "dpg": Reference("LlamaGen-XL on QLIP-B/16", "DPG-Bench", "section 3"),
-    "tokenizer": Reference("QLIP-B-16-256", "ImageNet-1k val", "main results"),
+REFERENCES: dict[str, tuple[str, str]] = {
+    "language": ("UM3 1.5B", "the task's scored split"),
+    "captions": ("UM3 1.5B", "COCO-Karpathy test"),
+    "generation": ("UM3 1.5B", "COCO-30k"),
+    "skills": ("LlamaGen-XL on QLIP-B/16", "GenEval"),
+    "geneval": ("LlamaGen-XL on QLIP-B/16", "GenEval"),
+    "dpg": ("LlamaGen-XL on QLIP-B/16", "DPG-Bench"),
+    "tokenizer": ("QLIP-B-16-256", "ImageNet-1k val"),
 }
+"""The system and the data of the paper's value, by part of the evaluation or task."""
 
-
-class PaperTable(NamedTuple):
-    """A table as printed in the paper: shares times 100, an empty cell without a value."""
-
-    title: str
-    columns: list[str]
-    rows: list[tuple[str, list[str]]]
-
-
-def tables() -> list[PaperTable]:
-    """The paper's main results, for comparison in a report."""
-    columns = {
-        "arc_challenge": "ARC-C",
-        "hellaswag": "HellaSwag",
-        "piqa": "PIQA",
-        "social_iqa": "SIQA",
-        "winogrande": "WinoGrande",
-        "bleu_4": "BLEU-4",
-        "meteor": "METEOR",
-        "cider": "CIDEr",
-        "fid": "gFID",
-        "clipscore": "CLIPScore",
-    }
-    quality = {"zero_shot": "zero-shot", "rfid": "rFID", "psnr": "PSNR", "ssim": "SSIM"}
-    probe = {"cls": "class token", "mean": "mean of patches", "cls_mean": "both"}
-    return [
-        _table("Unified models (Table 5)", columns, SYSTEMS),
-        _table("Tokenizers, ImageNet-1k val", quality, TOKENIZERS),
-        _table("Linear probe, ImageNet-1k", probe, LINEAR_PROBE),
-    ]
-
-
-def _table(title: str, columns: dict[str, str], systems: dict[str, dict[str, float]]) -> PaperTable:
-    as_printed = {"fid", "rfid", "psnr", "ssim", "clipscore"}
-
-    def cell(key: str, value: float | None) -> str:
-        return "" if value is None else f"{value:g}" if key in as_printed else f"{100 * value:.4g}"
-
-    rows = [(system, [cell(key, values.get(key)) for key in columns]) for system, values in systems.items()]
-    return PaperTable(title, list(columns.values()), rows)
+QUALITY = {"zero_shot": "zero-shot", "rfid": "rFID", "psnr": "PSNR", "ssim": "SSIM"}
+TABLES: list[tuple[str, dict[str, str], dict[str, dict[str, float]]]] = [
+    ("Unified models (Table 5)", COLUMNS, SYSTEMS),
+    ("Tokenizers, ImageNet-1k val", QUALITY, TOKENIZERS),
+    ("Linear probe, ImageNet-1k", {"cls": "class token", "mean": "mean of patches", "cls_mean": "both"}, LINEAR_PROBE),
+]
+"""The paper's main tables: title, heading of each value, and the values of each system."""
+AS_PRINTED = ("fid", "rfid", "psnr", "ssim", "clipscore")
+"""Values that the paper does not print times 100."""

@@ -1,12 +1,13 @@
 """The cache of results that evaluation measures item by item: a killed run resumes with the same result.
 
-A cache is a file of JSON lines that only grows: {"protocol", "item", "result"} each. `protocol` names everything that a
-result depends on besides its item, so a changed model, setting or image is measured again. Each rank of a `torchrun`
-appends to a file of its own, and all ranks read all files.
+A cache is a file of JSON lines that only grows: {"protocol", "item", "result", "digest"} each. `protocol` names
+everything that a result depends on besides its item, so a changed model, setting or image is measured again. The digest
+is that of the other three. Each rank of a `torchrun` appends to a file of its own, and all ranks read all files.
 """
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -24,6 +25,8 @@ from um3.core.progress import Progress, quiet_progress
 if TYPE_CHECKING:
     from PIL import Image
 
+logger = logging.getLogger(__name__)
+
 ImageModel = Callable[[Sequence[str], "Sequence[Image.Image]"], Sequence[Any]]
 """Maps the names and pixels of a batch of images to one result each, as plain JSON."""
 
@@ -35,7 +38,8 @@ class UnavailableError(UserError):
 class ResultsCache:
     """Results by item in STEM.jsonl, or STEM.rankR.jsonl on several ranks; in memory without a stem.
 
-    A line that a kill cut short is ignored. Of two results of one item, the newer one is used.
+    A line that a kill cut short or whose digest differs is counted, reported and not used. Of two results of one item,
+    the newer one is used.
     """
 
     def __init__(self, stem: str | Path | None = None, *, protocol: Any = "") -> None:
@@ -54,7 +58,15 @@ class ResultsCache:
         self._results.update(results)
         if self._stem is None:
             return
-        rows = [{"protocol": self.protocol, "item": item, "result": result} for item, result in results.items()]
+        rows = [
+            {
+                "protocol": self.protocol,
+                "item": item,
+                "result": result,
+                "digest": short_hash(self.protocol, item, result),
+            }
+            for item, result in results.items()
+        ]
         path = self._stem.with_name(self._stem.name + (f".rank{rank()}" if world_size() > 1 else "") + ".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -66,9 +78,17 @@ class ResultsCache:
     def reload(self) -> None:
         """Read what all ranks have written so far."""
         for path in self._paths():
-            for fields, _, _ in json_lines(path):
-                if fields and fields.get("protocol") == self.protocol and "result" in fields:
-                    self._results[fields["item"]] = fields["result"]
+            num_damaged = 0
+            for record, _, _ in json_lines(path):
+                values = [(record or {}).get(key) for key in ("protocol", "item", "result")]
+                if record is None or record.get("digest") != short_hash(*values):
+                    num_damaged += 1
+                elif record["protocol"] == self.protocol:
+                    self._results[record["item"]] = record["result"]
+            if num_damaged:
+                logger.warning(
+                    "%s: %d damaged or cut line(s) are not used; their items are measured", path, num_damaged
+                )
 
     def remove(self) -> None:
         """Delete the files, once the results are written elsewhere."""
@@ -98,49 +118,44 @@ def measure_images(
         UnavailableError: `open_model` raised a UserError.
     """
     _join_ranks()
-    names, problem = list(files), None
+    items, problem = {name: _item(name, image) for name, image in files.items()}, None
+    names = list(files)
     batches = [names[start : start + batch_size] for start in range(0, len(names), batch_size)][rank() :: world_size()]
-    items = {name: _item(name, files[name]) for batch in batches for name in batch}
     missing = [batch for batch in batches if any(items[name] and items[name] not in cache for name in batch)]
     if missing:
-        progress = Progress(len(items), label=label, start=len(items) - sum(map(len, missing)))
+        count = sum(map(len, batches))
+        progress = Progress(count, label=label, start=count - sum(map(len, missing)))
         try:
             model = open_model()
         except UserError as error:  # raised after the barrier, where other ranks wait
             problem, missing = UnavailableError(str(error)), []
     for batch in missing:
-        results = _measure_batch({name: files[name] for name in batch if items[name]}, model=model)
-        cache.add({items[name]: result for name, result in results.items()})
+        results, images = {}, {}
+        for name in filter(items.get, batch):
+            try:
+                images[name] = read_image(files[name])
+            except ImageError as error:
+                results[items[name]] = {"error": error.reason}
+        if images:
+            with quiet_progress():
+                values = model(list(images), list(images.values()))
+            results |= {items[name]: {"value": value} for name, value in zip(images, values, strict=True)}
+        cache.add(results)
         progress.advance(len(batch))
     barrier()
     if problem is not None:
         raise problem
     if world_size() > 1:
         cache.reload()
-    values = {}
-    for name, image in files.items():
-        item = items[name] if name in items else _item(name, image)
+    measured = {}
+    for name, item in items.items():
         if item not in cache:
             skipped.add("not measured" if item else "missing image", name)
         elif "error" in cache[item]:
             skipped.add(f"unreadable image: {cache[item]['error']}", name)
         else:
-            values[name] = cache[item]["value"]
-    return values
-
-
-def _measure_batch(files: Mapping[str, Path | bytes], *, model: ImageModel) -> dict[str, dict[str, Any]]:
-    images, results = {}, dict[str, dict[str, Any]]()
-    for name, file in files.items():
-        try:
-            images[name] = read_image(file)
-        except ImageError as error:
-            results[name] = {"error": error.reason}
-    if images:
-        with quiet_progress():
-            values = model(list(images), list(images.values()))
-        results |= {name: {"value": value} for name, value in zip(images, values, strict=True)}
-    return results
+            measured[name] = cache[item]["value"]
+    return measured
 
 
 def supplied_results(path: str | Path, *, field: str, ids: Mapping[str, str], skipped: SkipCounter) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`python -m eval run [--config FILE] [key=value ...]`: evaluate a run or a model, and skip what is up to date."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from eval.config import PARTS, STAGES, EvalConfig, PartName
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
+from um3.core.distributed import device, is_main
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, read_json, sha256_of, short_hash
+from um3.core.files import folder_lock, sha256_of, short_hash, walk_files
 from um3.core.hub import model_folder
 from um3.core.log import setup_logging
 from um3.core.progress import format_seconds, peak_memory_gib
+from um3.core.text import printable
 
 if TYPE_CHECKING:
-    from eval.scores import PartResult
     from um3.inference.pipeline import UM3Pipeline
 
 # Paths and speed change no value.
@@ -46,21 +48,40 @@ def evaluate(config: EvalConfig) -> None:
         raise UserError("no folder for the results; set output_dir=FOLDER, or run=FOLDER for FOLDER/eval")
     models = {part: model_folders(config, part=part) for part in PARTS if part in config.parts}
     config = with_sources(config)
-    load_pipeline, errors = functools.cache(_load_pipeline), list[str]()
-    for part, folders in models.items():
-        request = request_hash(config, part=part, models=folders)
-        path = config.results_dir / f"{part}.json"
-        if not config.force and path.exists() and read_json(path).get("request") == request:
-            print(f"{part}: {path} is up to date")
-            continue
-        began = time.monotonic()
-        result = _evaluate_part(config, part=part, models=folders, load_pipeline=load_pipeline, request=request)
-        # A part with errors is never up to date: the next run must report them again.
-        request = "" if result.errors else request
-        _write_part(config, part=part, result=result, request=request, seconds=time.monotonic() - began)
-        errors += result.errors
+
+    @functools.cache
+    def load_pipeline(folder: Path) -> "UM3Pipeline":
+        from um3.inference.pipeline import UM3Pipeline
+
+        return UM3Pipeline.from_pretrained(folder, device=device())
+
+    errors = list[str]()
+    with folder_lock(config.results_dir) if is_main() else contextlib.nullcontext():
+        for part, folders in models.items():
+            request = request_hash(config, part=part, models=folders)
+            if config.force or not _is_up_to_date(config.results_dir / f"{part}.json", request=request):
+                errors += _evaluate_part(
+                    config, part=part, models=folders, load_pipeline=load_pipeline, request=request
+                )
     if errors:
         raise UserError(f"everything else was measured, but {'; '.join(errors)}")
+
+
+def _is_up_to_date(path: Path, *, request: str) -> bool:
+    """Whether both files of a part are whole and answer the request; says so, or what is wrong with them."""
+    from eval.part_files import read_part
+
+    if not path.exists():
+        return False
+    try:
+        record = read_part(path).record
+    except (UserError, OSError) as error:
+        print(printable(f"{path.stem}: measured again, because {error}"))
+        return False
+    if record.get("request") != request:
+        return False
+    print(f"{path.stem}: {path} is up to date")
+    return True
 
 
 def with_sources(config: EvalConfig) -> EvalConfig:
@@ -115,7 +136,7 @@ def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path])
     skipped = {*FREE_KEYS, *DATA_KEYS, *PARTS} - {part}
     settings = {key: value for key, value in to_dict(config).items() if key not in skipped}
     weights = {
-        name: [sha256_of(file) for file in sorted(folder.rglob("*")) if file.suffix in (".safetensors", ".json")]
+        name: list(map(sha256_of, walk_files(folder, suffixes=(".safetensors", ".json"))))
         for name, folder in models.items()
     }
     sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
@@ -141,13 +162,6 @@ def _source_file(target: str) -> str:
     return (spec and spec.origin) or ""
 
 
-def _load_pipeline(folder: Path) -> "UM3Pipeline":
-    from um3.core.distributed import device
-    from um3.inference.pipeline import UM3Pipeline
-
-    return UM3Pipeline.from_pretrained(folder, device=device())
-
-
 def _evaluate_part(
     config: EvalConfig,
     *,
@@ -155,51 +169,29 @@ def _evaluate_part(
     models: dict[str, Path],
     load_pipeline: Callable[[Path], "UM3Pipeline"],
     request: str,
-) -> "PartResult":
+) -> Sequence[str]:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from eval.part_files import provenance, write_part
+    from eval.tasks import captions, generation, language, tokenizer
+
+    began, path, (folder, *_) = time.monotonic(), config.results_dir / f"{part}.json", models.values()
     disable_progress_bar()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if part == "tokenizer":
-        from eval.tasks.tokenizer import evaluate_tokenizers
-
-        return evaluate_tokenizers(config, stages=models)
-    (folder,) = models.values()
-    if part == "language":
-        from eval.tasks.language import evaluate_language
-
-        return evaluate_language(config, model=folder, request=request)
-    if part == "captions":
-        from eval.tasks.captions import evaluate_captions
-
-        return evaluate_captions(config, pipeline=load_pipeline(folder))
-    from eval.tasks.generation import evaluate_generation
-
-    return evaluate_generation(config, model=folder, pipeline=load_pipeline(folder))
-
-
-def _write_part(config: EvalConfig, *, part: PartName, result: "PartResult", request: str, seconds: float) -> None:
-    import numpy as np
-
-    from eval.scores import write_scores
-    from um3.core.metrics import commit, machine, versions
-
-    path = config.results_dir / f"{part}.json"
-    with atomic_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **result.images)  # type: ignore[arg-type]
-    write_scores(
-        path,
-        result.scores,
-        samples=result.samples,
-        request=request,
-        seconds=round(seconds, 1),
-        peak_memory_gib=round(peak_memory_gib(), 3),
-        config=to_dict(config),
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
-    )
+        result = tokenizer.evaluate_tokenizers(config, stages=models)
+    elif part == "language":
+        result = language.evaluate_language(config, model=folder, request=request)
+    elif part == "captions":
+        result = captions.evaluate_captions(config, pipeline=load_pipeline(folder))
+    else:
+        result = generation.evaluate_generation(config, model=folder, pipeline=load_pipeline(folder))
+    about = provenance(config, began=began)
+    # A part with errors is never up to date: the next run must report them again.
+    request = "" if result.errors else request
+    write_part(path, result, request=request, peak_memory_gib=round(peak_memory_gib(), 3), **about)
     measured = sum(score.value is not None for score in result.scores)
-    print(f"{part}: {measured} values in {len(result.scores)} rows, took {format_seconds(seconds)} -> {path}")
+    print(f"{part}: {measured} values in {len(result.scores)} rows, took {format_seconds(about['seconds'])} -> {path}")
+    return result.errors

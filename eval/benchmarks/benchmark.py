@@ -1,5 +1,6 @@
 """One run of a published benchmark: results by image, from a model or from a file, and the file of the scores."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.command import SkipCounter
+from eval.part_files import provenance
 from eval.results_cache import ResultsCache, UnavailableError, image_hash, measure_images, supplied_results
 from eval.scores import Measurement, Score, Unit, write_scores
 from eval.tasks.generated_images import GeneratedFolder, has_manifest, read_manifest
-from um3.core.config import to_dict
 from um3.core.distributed import is_main
+from um3.core.errors import UserError
+from um3.core.files import folder_lock
 from um3.core.progress import format_seconds
+from um3.core.text import printable
 
 
 @dataclass
@@ -32,7 +36,7 @@ class ScoredImagesConfig:
 
 @dataclass
 class Benchmark:
-    """What one run has measured and skipped so far.
+    """What one run has measured and skipped so far. While it lives, no other process writes the same result file.
 
     `pins` names what was measured (model, seeds, images). The protocol does not, since it is equal for two models that
     can be compared.
@@ -43,15 +47,25 @@ class Benchmark:
     pins: dict[str, Any] = field(default_factory=dict)
     generated: GeneratedFolder = field(default_factory=lambda: GeneratedFolder({}, {}, []))
     skipped: SkipCounter = field(default_factory=SkipCounter)
-    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.began, self.cache = time.monotonic(), Path(self.config.output).with_suffix(".cache")
+        self._lock = contextlib.ExitStack()
+        if is_main():  # the lock has a folder of its own: two benchmarks may write different files of one folder
+            self._lock.enter_context(folder_lock(self.cache))
 
     @classmethod
     def of_images(cls, task: str, config: ScoredImagesConfig) -> "Benchmark":
-        """A benchmark of generated images; a folder without a manifest has no known prompts, seed and model."""
+        """A benchmark of generated images; a folder without a manifest has no known prompts, seed and model.
+
+        Raises:
+            UserError: there is no such folder, its manifest is damaged, or another process writes the result file.
+        """
         folder = config.images
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} does not exist; generate the images with python -m eval generate-images")
         generated = read_manifest(folder) if has_manifest(folder) else GeneratedFolder({}, {}, [])
-        measurement = Measurement(task, generated.seed, generated.protocol)
-        return cls(config, measurement, dict(generated.pins), generated)
+        return cls(config, Measurement(task, generated.seed, generated.protocol), dict(generated.pins), generated)
 
     def add_protocol(self, **settings: Any) -> None:
         """Add settings to the protocol of all scores."""
@@ -66,19 +80,31 @@ class Benchmark:
         supplied: str = "",
         field: str = "",
         ids: Mapping[str, str] | None = None,
+        parse: Callable[[Any], Any] = lambda value: value,
+        unusable: str = "",
         **options: Any,
     ) -> dict[str, Any]:
         """The result of every usable image, measured once with `measure_images` and a cache beside the result file.
 
         Args:
             supplied: a file that replaces the model: it has `field` for every image, by name or by the id in `ids`.
+            parse: makes a result of its JSON. Images for which it raises are skipped, for the reason `unusable`.
         """
         skipped = self.skipped if skipped is None else skipped
         if supplied:
             self.pins[f"{field}_sha256"] = image_hash(Path(supplied))
-            return supplied_results(supplied, field=field, ids=ids or {name: name for name in files}, skipped=skipped)
-        cache = ResultsCache(Path(self.config.output).with_suffix(".cache"), protocol=protocol)
-        return measure_images(files, cache=cache, skipped=skipped, **options)
+            ids = ids or {name: name for name in files}
+            values = supplied_results(supplied, field=field, ids=ids, skipped=skipped)
+        else:
+            cache = ResultsCache(self.cache, protocol=protocol)
+            values = measure_images(files, cache=cache, skipped=skipped, **options)
+        results = {}
+        for name, value in values.items():
+            try:
+                results[name] = parse(value)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                skipped.add(unusable, name)
+        return results
 
     def run(
         self, score: Callable[["Benchmark"], tuple[list[Score], Any]], *, paper: Mapping[str, float], unit: Unit
@@ -90,39 +116,25 @@ class Benchmark:
         try:
             scores, samples = score(self)
         except UnavailableError as error:
-            samples = None
-            scores = [
-                self.measurement.missing(name, note=str(error), unit=unit, paper=value) for name, value in paper.items()
-            ]
+            note, of, samples = str(error), self.measurement, None
+            scores = [of.missing(name, note=note, unit=unit, paper=value) for name, value in paper.items()]
         self.write(scores, samples=samples)
 
     def write(self, scores: Sequence[Score], *, samples: Any = None) -> None:
         """Write the scores with everything they depend on, and print them; only the first rank does."""
-        from um3.core.metrics import commit, machine, versions
-
         if not is_main():
             return
-        seconds = time.monotonic() - self.began
+        about = provenance(self.config, began=self.began)
         write_scores(
-            self.config.output,
-            scores,
-            samples=samples,
-            skipped=self.skipped.to_dict(),
-            pins=self.pins,
-            seconds=round(seconds, 1),
-            config=to_dict(self.config),
-            commit=commit(),
-            versions=versions(),
-            machine=machine(),
+            self.config.output, scores, samples=samples, skipped=self.skipped.to_dict(), pins=self.pins, **about
         )
-        missing: dict[str, list[str]] = {}
+        lines, missing = list[str](), dict[str, list[str]]()
         for score in scores:
             if score.value is None:
                 missing.setdefault(score.note, []).append(score.key)
             else:
-                print(f"{score.key:<40}{score.shown():>10}  n={score.n}  {score.note}".rstrip())
-        for note, keys in missing.items():
-            print(f"without a value: {', '.join(keys)}: {note}")
-        if self.skipped.count:
-            print(self.skipped.note())
-        print(f"{len(scores)} rows in {format_seconds(seconds)} -> {self.config.output}")
+                lines.append(f"{score.key:<40}{score.shown():>10}  n={score.n}  {score.note}".rstrip())
+        lines += [f"without a value: {', '.join(keys)}: {note}" for note, keys in missing.items()]
+        lines += [self.skipped.note()] * bool(self.skipped.count)
+        lines.append(f"{len(scores)} rows in {format_seconds(about['seconds'])} -> {self.config.output}")
+        print("\n".join(map(printable, lines)))

@@ -21,19 +21,17 @@ from eval.command import SkipCounter, model_hash, run_command
 from eval.config import Preprocessing
 from eval.paper_values import UM3
 from eval.results_cache import ImageModel, UnavailableError
-from eval.scores import Measurement, Score
+from eval.scores import Score
 from eval.tables import image_files
 from eval.tasks.generated_images import MANIFEST
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.images import ImageError, read_image, to_square
 from um3.core.ranges import Range
+from um3.core.text import printable
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from eval.benchmarks.feature_statistics import FeatureStatistics, Preparation
-    from eval.metrics.features import FeatureNetwork
+    from eval.benchmarks.feature_statistics import FeatureStatistics
 
 FID_ROWS: dict[str, str] = {"pytorch-fid": "fid", "clean-fid": "fid_clean", "torch-fidelity": "fid_tf1"}
 CLIP_BATCH = 64
@@ -62,67 +60,57 @@ class CocoGenerationConfig(ScoredImagesConfig):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Score a folder of images."""
+    """Measure both sets of images and write the scores."""
+
+    def coco_generation(config: CocoGenerationConfig) -> None:
+        benchmark, folder = Benchmark.of_images("coco_generation", config), Path(config.images)
+        if benchmark.measurement.protocol.get("layout") == "grid":
+            raise UserError(f"{folder} has several images in one file; generate them with layout=flat")
+        texts = {file: prompt.prompt for prompt in benchmark.generated.prompts for file in prompt.files}
+        texts = texts or dict.fromkeys(image_files(folder), "")
+        files = {file: folder / file for file in texts}
+        clip_rows = clip_scores(benchmark, texts=texts, files=files)
+        benchmark.write(fid_scores(benchmark, files=files) + clip_rows)
+
     about = "gFID and CLIPScore of a folder of generated images."
     run_command(CocoGenerationConfig, coco_generation, name="coco-generation", about=about, arguments=arguments)
 
 
-def coco_generation(config: CocoGenerationConfig) -> None:
-    """Measure both sets of images and write the scores.
-
-    Raises:
-        UserError: no images, or a missing file or model.
-    """
-    benchmark, folder = Benchmark.of_images("coco_generation", config), Path(config.images)
-    if benchmark.measurement.protocol.get("layout") == "grid":
-        raise UserError(f"{folder} has several images in one file; generate them with layout=flat")
-    texts = {file: prompt.prompt for prompt in benchmark.generated.prompts for file in prompt.files}
-    texts = texts or dict.fromkeys(image_files(folder), "")
-    files = {file: folder / file for file in texts}
-    clip_rows = clip_scores(benchmark, texts=texts, files=files)
-    benchmark.write(fid_scores(benchmark, files=files) + clip_rows)
-
-
 def clip_scores(benchmark: Benchmark, *, texts: Mapping[str, str], files: Mapping[str, Path]) -> list[Score]:
     """CLIPScore by its three conventions, or a row with the reason why there is none."""
-    from eval.metrics.clipscore import clip_conventions, missing_clip
+    import torch
 
-    config, of, paper = benchmark.config, benchmark.measurement, UM3["clipscore"]
+    from eval.metrics.clipscore import clip_conventions, clip_cosines, load_clip, missing_clip
+
+    config, of = benchmark.config, benchmark.measurement
     if not config.clip:
         return [missing_clip(of, setting="clip=")]
-    if not all(texts.values()):
-        return [of.missing("clipscore", note=f"needs prompts; {config.images} has no {MANIFEST}", paper=paper)]
+
+    def open_clip() -> ImageModel:
+        clip = load_clip(config.clip)
+        return lambda names, images: clip_cosines(
+            images, texts=[texts[name] for name in names], clip=clip, prefix=config.clip_prefix
+        ).tolist()
+
     skipped, towers = SkipCounter(), model_hash(config.clip)
     try:
+        if not all(texts.values()):
+            raise UnavailableError(f"needs prompts; {config.images} has no {MANIFEST}")
         cosines = benchmark.results(
             files,
             protocol=[towers, config.clip_prefix, list(texts.values())],
-            open_model=lambda: _open_clip(config, texts=texts),
+            open_model=open_clip,
             label="compare images and prompts",
             skipped=skipped,
             batch_size=CLIP_BATCH,
         )
+        if not cosines:
+            raise UnavailableError(f"no usable image: {skipped.note()}")
     except UnavailableError as error:
-        return [of.missing("clipscore", note=str(error), paper=paper)]
-    if not cosines:
-        return [of.missing("clipscore", note=f"no usable image: {skipped.note()}", paper=paper)]
-    import torch
-
+        return [of.missing("clipscore", note=str(error), paper=UM3["clipscore"])]
     of = of.with_protocol(towers=towers, prefix=config.clip_prefix)
     cosines_N = torch.tensor(list(cosines.values()), dtype=torch.float64)
     return clip_conventions(cosines_N, of=of, skipped=skipped.count, note=skipped.note())
-
-
-def _open_clip(config: CocoGenerationConfig, *, texts: Mapping[str, str]) -> ImageModel:
-    from eval.metrics.clipscore import clip_cosines, load_clip
-
-    clip = load_clip(config.clip)
-
-    def compare(names: Sequence[str], images: "Sequence[Image.Image]") -> list[float]:
-        prompts = [texts[name] for name in names]
-        return list(clip_cosines(images, texts=prompts, clip=clip, prefix=config.clip_prefix).tolist())
-
-    return compare
 
 
 def fid_scores(benchmark: Benchmark, *, files: Mapping[str, Path]) -> list[Score]:
@@ -130,123 +118,77 @@ def fid_scores(benchmark: Benchmark, *, files: Mapping[str, Path]) -> list[Score
 
     The generated images' hash is added to the pins.
     """
-    from eval.benchmarks.feature_statistics import Preparation, measure_features
-    from eval.metrics.features import inception_note, inception_path
+    from eval.benchmarks.feature_statistics import measure_features
+    from eval.metrics import features
 
     config: CocoGenerationConfig = benchmark.config
-    of = benchmark.measurement
+    of, weights, skipped = benchmark.measurement, config.inception_weights, benchmark.skipped
     missing: dict[str, Any] = {"higher_is_better": False, "paper": UM3["fid"]}
     names = [FID_ROWS[preprocessing] for preprocessing in config.preprocessing]
     if not config.reference:
         note = "set reference= to a folder of real images (COCO: all of val2014) or to its statistics"
         return [of.missing(name, note=note, **missing) for name in names]
-    networks, side = _networks(config), generated_side(files)
-    size = config.size or side
-    preparation = Preparation(
-        f"largest centred square, Pillow's {config.resize} to {size}, uint8",
-        lambda image: to_square(image, size=size, resample=RESAMPLING[config.resize]),
-    )
-    common: dict[str, Any] = {"networks": networks, "preparation": preparation}
-    generated = measure_features(
-        benchmark, files, side=side, label="measure generated images", skipped=benchmark.skipped, **common
-    )
-    reference = _reference(benchmark, **common)
-    benchmark.pins["images_sha256"] = generated.about["images_sha256"]
-    of = of.with_protocol(
-        preparation=preparation.description,
-        generated_images=generated.about["images"],
-        reference_images=reference.about["images"],
-        reference_sha256=reference.about["images_sha256"],
-    )
-    rows = [
-        _distance(network, generated=generated, reference=reference, skipped=benchmark.skipped, of=of)
-        for network in networks
-    ]
-    if inception_path(config.inception_weights) is None:
-        note = inception_note(config.inception_weights)
-        rows += [of.missing(name, note=note, **missing) for name in names]
-    return rows
-
-
-def generated_side(files: Mapping[str, Path]) -> int:
-    """The commonest shorter side of the first images that can be read.
-
-    Raises:
-        UserError: none can be read.
-    """
+    networks = [features.random_features()]
+    if has_inception := features.inception_path(weights) is not None:
+        sha256 = config.inception_sha256
+        networks = [
+            features.inception_features(weights, preprocessing=name, sha256=sha256) for name in config.preprocessing
+        ]
+    elif weights:
+        raise UserError(f"no Inception weights at {weights}; correct inception_weights")
     sides = []
     for path in list(files.values())[:SIZE_SAMPLE]:
         with contextlib.suppress(ImageError):
             sides.append(min(read_image(path).size))
     if not sides:
         raise UserError(f"the first {SIZE_SAMPLE} generated images cannot be read; generate them again")
-    return statistics.mode(sides)
+    side = statistics.mode(sides)
+    size = config.size or side
+    description = f"largest centred square, Pillow's {config.resize} to {size}, uint8"
+    preparation = (description, lambda image: to_square(image, size=size, resample=RESAMPLING[config.resize]))
+    common: dict[str, Any] = {"networks": networks, "preparation": preparation}
+    label = "measure generated images"
+    generated = measure_features(benchmark, files, side=side, label=label, skipped=skipped, **common)
+    reference = _reference(benchmark, **common)
+    benchmark.pins["images_sha256"] = generated.about["images_sha256"]
+    of = of.with_protocol(
+        preparation=description,
+        generated_images=generated.about["images"],
+        reference_images=reference.about["images"],
+        reference_sha256=reference.about["images_sha256"],
+    )
+    rows = []
+    for network in networks:
+        key, fid = network.key, FID_ROWS.get(network.preprocessing, "")
+        if real := reference.moments.get(key):
+            of_network = of.with_protocol(features=key, features_sha256=network.weights_sha256)
+            options: dict[str, Any] = {
+                "fid": fid,
+                "paper": UM3["fid"],
+                "skipped": skipped.count,
+                "note": skipped.note(),
+            }
+            rows.append(features.distance_row(network, generated.moments[key], real, of=of_network, **options))
+        else:
+            note = f"the reference has no statistics of {key}; set reference= to the folder of real images"
+            fields = missing | {"paper": UM3["fid"] if has_inception else None}
+            rows.append(of.missing(features.distance_name(network, fid=fid), note=note, **fields))
+    note = features.inception_note(weights)
+    return rows if has_inception else rows + [of.missing(name, note=note, **missing) for name in names]
 
 
-def _networks(config: CocoGenerationConfig) -> "list[FeatureNetwork]":
-    from eval.metrics.features import inception_features, inception_path, random_features
-
-    weights, sha256 = config.inception_weights, config.inception_sha256
-    if inception_path(weights) is None:
-        if weights:
-            raise UserError(f"no Inception weights at {weights}; correct inception_weights")
-        return [random_features()]
-    return [
-        inception_features(weights, preprocessing=preprocessing, sha256=sha256)
-        for preprocessing in config.preprocessing
-    ]
-
-
-def _reference(
-    benchmark: Benchmark, *, networks: "Sequence[FeatureNetwork]", preparation: "Preparation"
-) -> "FeatureStatistics":
+def _reference(benchmark: Benchmark, **common: Any) -> "FeatureStatistics":
     from eval.benchmarks.feature_statistics import load_statistics, measure_features, save_statistics
 
-    path, skipped = Path(benchmark.config.reference), SkipCounter()
+    path, skipped, label = Path(benchmark.config.reference), SkipCounter(), "measure real images"
     if not path.exists():
         raise UserError(f"no reference at {path}; set it to a folder of real images or to its statistics")
     if path.is_file():
-        return load_statistics(path, networks=networks, preparation=preparation)
-    reference = measure_features(
-        benchmark,
-        image_files(path),
-        networks=networks,
-        preparation=preparation,
-        label="measure real images",
-        skipped=skipped,
-    )
+        return load_statistics(path, **common)
+    reference = measure_features(benchmark, image_files(path), label=label, skipped=skipped, **common)
     if is_main():
         file = Path(benchmark.config.output).with_suffix(".reference.npz")
         save_statistics(file, reference)
-        print(f"statistics of the real images: {file}; set reference= to it the next time. {skipped.note()}".strip())
+        said = f"statistics of the real images: {file}; set reference= to it the next time. {skipped.note()}"
+        print(printable(said.strip()))
     return reference
-
-
-def _distance(
-    network: "FeatureNetwork",
-    *,
-    generated: "FeatureStatistics",
-    reference: "FeatureStatistics",
-    skipped: SkipCounter,
-    of: Measurement,
-) -> Score:
-    from eval.benchmarks.feature_statistics import network_key
-    from eval.metrics.frechet import frechet_distance
-
-    key, n, dims = network_key(network), generated.about["images"], network.num_features
-    is_fid = network.name == "inception-2015"
-    name = FID_ROWS[network.preprocessing] if is_fid else f"frechet_distance[{network.name}]"
-    paper = UM3["fid"] if is_fid else None
-    if key not in reference.moments:
-        note = f"the reference has no statistics of {key}; set reference= to the folder of real images"
-        return of.missing(name, note=note, higher_is_better=False, paper=paper)
-    few = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
-    return of.with_protocol(features=key, features_sha256=network.weights_sha256).score(
-        name,
-        frechet_distance(generated.moments[key], reference.moments[key]),
-        n=n,
-        skipped=skipped.count,
-        higher_is_better=False,
-        paper=paper,
-        note="; ".join(filter(None, [few, skipped.note()])),
-    )

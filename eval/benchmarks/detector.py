@@ -6,7 +6,7 @@ post-processing and transformers' weights. Scores name it in their protocol, sin
 Shapes: Q queries, K classes, N objects, H height, W width.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,24 +40,15 @@ COLOUR_TEMPLATES = (
 )
 
 
-class Instance(NamedTuple):
-    """A segmented object; `mask` is bool (H, W)."""
-
-    name: str
-    score: float
-    box: Box
-    mask: NDArray
+Instance = tuple[DetectedObject, NDArray]
+"""A segmented object and its mask, bool (H, W)."""
 
 
 class Mask2Former:
     """A Mask2Former of COCO instances from a folder or the hub, with mmdet's post-processing."""
 
     def __init__(self, path: str) -> None:
-        """Load the model at `path`.
-
-        Raises:
-            UserError: no such model, or one with other classes than COCO's 80.
-        """
+        """Load the model at `path`. Raises UserError: no such model, or one with other classes than COCO's 80."""
         from transformers import Mask2FormerForUniversalSegmentation
         from transformers.models.mask2former import Mask2FormerImageProcessorPil
 
@@ -91,7 +82,7 @@ class Mask2Former:
         scores_N = scores_N * (masks_NHW.sigmoid() * inside_NHW).sum(dim=(1, 2)) / (area_N + 1e-6)
         detected = zip((pairs_N % num_classes).tolist(), scores_N.tolist(), inside_NHW.cpu().numpy(), strict=True)
         return [
-            Instance(CLASSES[label], score, _box(mask_HW), mask_HW)
+            (DetectedObject(CLASSES[label], score, _box(mask_HW)), mask_HW)
             for label, score, mask_HW in detected
             if score > THRESHOLD
         ]
@@ -119,7 +110,7 @@ def objects_of(
 ) -> list[DetectedObject]:
     """Detect the objects of an image, and classify the colour of those with a required colour."""
     instances = detector.detect(image)
-    objects = [DetectedObject(instance.name, instance.score, instance.box) for instance in instances]
+    objects = [detected for detected, _ in instances]
     if clip is None or not requirement.needs_colour:
         return objects
     by_class = confident(objects, tag=requirement.tag)
@@ -137,9 +128,9 @@ def objects_of(
 def cut_out(image: Image.Image, instance: Instance) -> Image.Image:
     """Crop the object's box; pixels outside its mask are grey."""
     blank = Image.new("RGB", image.size, BACKGROUND)
-    left, top, right, bottom = map(round, instance.box)
+    left, top, right, bottom = map(round, instance[0].box)
     box = (left, top, max(right, left + 1), max(bottom, top + 1))
-    return Image.composite(image, blank, Image.fromarray(instance.mask)).crop(box)
+    return Image.composite(image, blank, Image.fromarray(instance[1])).crop(box)
 
 
 @torch.inference_mode()

@@ -29,13 +29,6 @@ class Question(NamedTuple):
     parents: list[int]
 
 
-class AnsweredPrompt(NamedTuple):
-    """A prompt's questions, and for each image whether the answer to each question (by number) is yes."""
-
-    questions: Sequence[Question]
-    images: Sequence[Mapping[int, bool]]
-
-
 class Result(NamedTuple):
     """The mean score of each prompt, the answers (0 or 1) of each category, and the prompts without all answers."""
 
@@ -68,25 +61,20 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, lis
     items: dict[str, list[Question]] = {}
     for line, row in enumerate(rows[1:] if official else rows, start=3 if official else 2):
         try:
-            parents = [int(number) for number in row["dependency"].split(",")]
+            parents = [number for text in row["dependency"].split(",") if (number := int(text))]
             category = row["tuple"].split("(")[0].strip()
             question = Question(int(row["proposition_id"]), row["question_natural_language"], category, parents)
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: row {line} ({row.get('item_id')}) cannot be read: {error}") from None
-        items.setdefault(row["item_id"], []).append(question._replace(parents=[p for p in parents if p]))
-    if not official:
-        _check_parents(items, path=path)
-    return items
-
-
-def _check_parents(items: Mapping[str, Sequence[Question]], *, path: str | Path) -> None:
+        items.setdefault(row["item_id"], []).append(question)
     for item, questions in items.items():
         numbers = {question.number for question in questions}
         for question in questions:
-            if absent := set(question.parents) - numbers:
+            if (absent := set(question.parents) - numbers) and not official:
                 raise UserError(
                     f"{path}: question {question.number} of {item} depends on {min(absent)}, which does not exist"
                 )
+    return items
 
 
 def counted(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, float]:
@@ -102,20 +90,23 @@ def counted(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[
     return values
 
 
-def evaluate(items: Mapping[str, AnsweredPrompt], *, official: bool = False) -> Result:
-    """Score prompts by their answers."""
-    by_prompt: dict[str, float] = {}
-    by_category: dict[str, list[float]] = {}
-    dropped = []
-    for item, answered in items.items():
+def evaluate(
+    questions: Mapping[str, Sequence[Question]],
+    answers: Mapping[str, Sequence[Mapping[int, bool]]],
+    *,
+    official: bool = False,
+) -> Result:
+    """Score the prompts in `answers`: for each image whether the answer to each question (by number) is yes."""
+    result = Result({}, {}, [])
+    for item, images in answers.items():
         try:
-            values = [counted(answered.questions, answers) for answers in answered.images]
+            values = [counted(questions[item], of_image) for of_image in images]
         except KeyError:
-            dropped.append(item)
+            result.dropped.append(item)
             continue
-        by_prompt[item] = statistics.fmean(statistics.fmean(image.values()) for image in values)
-        last = {number: float(is_yes) for number, is_yes in answered.images[-1].items()}
+        result.by_prompt[item] = statistics.fmean(statistics.fmean(image.values()) for image in values)
+        last = {number: float(is_yes) for number, is_yes in images[-1].items()}
         for image in [last] if official else values:
-            for question in answered.questions:
-                by_category.setdefault(question.category, []).append(image[question.number])
-    return Result(by_prompt, by_category, dropped)
+            for question in questions[item]:
+                result.by_category.setdefault(question.category, []).append(image[question.number])
+    return result

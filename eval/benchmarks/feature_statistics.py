@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,35 +18,29 @@ from eval.benchmarks.benchmark import Benchmark
 from eval.command import SkipCounter
 from eval.metrics.features import FeatureNetwork
 from eval.metrics.frechet import Moments, StreamingMoments
-from eval.results_cache import ImageModel, image_hash
+from eval.part_files import read_arrays, write_arrays
+from eval.results_cache import image_hash
 from um3.core.config import differences
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, short_hash
+from um3.core.files import short_hash
 
 BATCH = 50
 PYTORCH_FID = "inception-2015 pytorch-fid"
+REMEDY = "set reference= to a folder of real images or to pytorch-fid's .npz with mu and sigma"
 
 
-class Preparation(NamedTuple):
-    """How an RGB image becomes uint8 (H, W, 3), in words and as a function."""
-
-    description: str
-    to_array: Callable[[Image.Image], NDArray]
+Preparation = tuple[str, Callable[[Image.Image], NDArray]]
+"""How an RGB image becomes uint8 (H, W, 3), in words and as a function."""
 
 
 class FeatureStatistics(NamedTuple):
-    """The moments of each network's features by `network_key`.
+    """The moments of each network's features by the network's key.
 
     `about` names the networks, the preparation of the images, their number and, whatever their order, the images.
     """
 
     moments: dict[str, Moments]
     about: dict[str, Any]
-
-
-def network_key(network: FeatureNetwork) -> str:
-    """`inception-2015 clean-fid`, `random-features`."""
-    return f"{network.name} {network.preprocessing}".strip()
 
 
 def measure_features(
@@ -71,28 +64,38 @@ def measure_features(
     Raises:
         UserError: fewer than two usable images.
     """
+
+    def extract(_: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, str] | None]:
+        results: list[dict[str, str] | None] = [None] * len(images)
+        if usable := [index for index, image in enumerate(images) if side in (0, min(image.size))]:
+            images_NHWC = np.stack([preparation[1](images[index]) for index in usable])
+            features = {network.key: network.extract(images_NHWC).numpy() for network in networks}
+            for row, index in enumerate(usable):
+                vectors = {key: features_ND[row].astype(np.float32) for key, features_ND in features.items()}
+                results[index] = {key: base64.b64encode(vector.tobytes()).decode() for key, vector in vectors.items()}
+        return results
+
     about: dict[str, Any] = _request(networks, preparation)
     features = benchmark.results(
         files,
         protocol=[about, side],
-        open_model=lambda: _feature_model(networks, to_array=preparation.to_array, side=side),
+        open_model=lambda: extract,
         label=label,
         skipped=skipped,
         batch_size=BATCH,
+        parse=lambda encoded: {key: encoded[key] for key in about["networks"]},
+        unusable="image of another size",
     )
-    for name in [name for name, encoded in features.items() if encoded is None]:
-        skipped.add("image of another size", name)
-        del features[name]
     if len(features) < 2:
         reasons = skipped.note() or "there are no others"
         raise UserError(f"{label}: only {len(features)} of {len(files)} images are usable ({reasons}); add images")
-    moments = {network_key(network): StreamingMoments(network.num_features) for network in networks}
-    names = list(features)
-    for start in range(0, len(names), BATCH):
-        batch = [features[name] for name in names[start : start + BATCH]]
+    moments = {network.key: StreamingMoments(network.num_features) for network in networks}
+    encoded = list(features.values())
+    for start in range(0, len(encoded), BATCH):
         for key, streaming in moments.items():
-            streaming.add(torch.from_numpy(np.stack([_decoded(encoded[key]) for encoded in batch])))
-    about |= {"images": len(names), "images_sha256": short_hash(sorted(map(short_hash, features.values())))}
+            batch = [base64.b64decode(of_image[key]) for of_image in encoded[start : start + BATCH]]
+            streaming.add(torch.from_numpy(np.stack([np.frombuffer(row, dtype=np.float32) for row in batch])))
+    about |= {"images": len(features), "images_sha256": short_hash(sorted(map(short_hash, encoded)))}
     return FeatureStatistics({key: streaming.result() for key, streaming in moments.items()}, about)
 
 
@@ -101,65 +104,43 @@ def save_statistics(path: Path, statistics: FeatureStatistics) -> None:
     arrays = {"about": np.asarray(json.dumps(statistics.about))}
     for key, moments in statistics.moments.items():
         arrays |= {f"{key}/mu": moments.mean.numpy(), f"{key}/sigma": moments.covariance.numpy()}
-    with atomic_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_arrays(path, arrays)
 
 
-def load_statistics(
-    path: str | Path, *, networks: Sequence[FeatureNetwork], preparation: Preparation
-) -> FeatureStatistics:
+def load_statistics(path: Path, *, networks: Sequence[FeatureNetwork], preparation: Preparation) -> FeatureStatistics:
     """Read an .npz of `save_statistics`, or of pytorch-fid (mu and sigma of its own preprocessing only).
 
     Raises:
         UserError: another file, or statistics of other networks or another preparation.
     """
+    expected, changes = _request(networks, preparation), list[str]()
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = dict(content)
+        arrays = read_arrays(path)
+        about: dict[str, Any] = {"images": 0, "images_sha256": image_hash(path), "networks": {PYTORCH_FID: ""}}
         if "mu" in arrays:
-            moments = Moments(0, *(torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma")))
-            return FeatureStatistics({PYTORCH_FID: moments}, {"images": 0, "images_sha256": image_hash(Path(path))})
-        about = json.loads(str(arrays["about"]))
-        pairs = {
-            key: [torch.from_numpy(arrays[f"{key}/{name}"]) for name in ("mu", "sigma")] for key in about["networks"]
-        }
-    except (OSError, EOFError, BadZipFile, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} contains no feature statistics ({error}); set reference= to a folder of real images or to "
-            "pytorch-fid's .npz with mu and sigma"
-        ) from None
-    expected = _request(networks, preparation)
-    if changes := differences({key: about.get(key) for key in expected}, expected):
+            arrays = {f"{PYTORCH_FID}/{name}": array for name, array in arrays.items()}
+        else:
+            about = json.loads(str(arrays["about"]))
+            about = {**about, "images": int(about["images"]), "images_sha256": str(about["images_sha256"])}
+            changes = differences({key: about.get(key) for key in expected}, expected)
+    except (UserError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} contains no feature statistics ({error}); {REMEDY}") from None
+    if changes:
         raise UserError(
             f"{path} was made differently ({'; '.join(changes)}); set reference= to the folder of real images"
         )
-    return FeatureStatistics({key: Moments(about["images"], *pair) for key, pair in pairs.items()}, about)
-
-
-def _feature_model(
-    networks: Sequence[FeatureNetwork], *, to_array: Callable[[Image.Image], NDArray], side: int
-) -> ImageModel:
-    def extract(_: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, str] | None]:
-        results: list[dict[str, str] | None] = [None] * len(images)
-        usable = [index for index, image in enumerate(images) if side in (0, min(image.size))]
-        if usable:
-            images_NHWC = np.stack([to_array(images[index]) for index in usable])
-            features = {network_key(network): network.extract(images_NHWC).numpy() for network in networks}
-            for row, index in enumerate(usable):
-                results[index] = {key: _encoded(features_ND[row]) for key, features_ND in features.items()}
-        return results
-
-    return extract
-
-
-def _encoded(features_D: NDArray) -> str:
-    return base64.b64encode(features_D.astype(np.float32).tobytes()).decode()
-
-
-def _decoded(encoded: str) -> NDArray:
-    return np.frombuffer(base64.b64decode(encoded), dtype=np.float32)
+    sizes = {network.key: network.num_features for network in networks}
+    moments = {}
+    for key in about["networks"]:
+        pair = [arrays.get(f"{key}/{name}", np.empty(0)) for name in ("mu", "sigma")]
+        size = sizes.get(key, pair[0].size)
+        is_finite = all(array.size and array.dtype.kind in "fiu" and np.isfinite(array).all() for array in pair)
+        if [array.shape for array in pair] != [(size,), (size, size)] or not is_finite:
+            shapes = ", ".join(f"{array.dtype} {array.shape}" for array in pair)
+            raise UserError(f"{path} contains no feature statistics of {size} finite dimensions ({shapes}); {REMEDY}")
+        moments[key] = Moments(about["images"], *(torch.from_numpy(array.astype(np.float64)) for array in pair))
+    return FeatureStatistics(moments, about)
 
 
 def _request(networks: Sequence[FeatureNetwork], preparation: Preparation) -> dict[str, Any]:
-    weights = {network_key(network): network.weights_sha256 for network in networks}
-    return {"preparation": preparation.description, "networks": weights}
+    return {"preparation": preparation[0], "networks": {n.key: n.weights_sha256 for n in networks}}

@@ -62,11 +62,7 @@ class Verdict(NamedTuple):
 
 
 def read_requirement(record: Any) -> Requirement:
-    """Read a line of the metadata, as parsed JSON.
-
-    Raises:
-        ValueError, KeyError, TypeError: another form.
-    """
+    """Read a line of the metadata, as parsed JSON. Raises ValueError, KeyError, TypeError: another form."""
     include = [_group(group, num_earlier=index) for index, group in enumerate(record["include"])]
     exclude = [_group(group, num_earlier=0) for group in record.get("exclude", [])]
     if record["tag"] not in TAGS or not include:
@@ -75,13 +71,14 @@ def read_requirement(record: Any) -> Requirement:
 
 
 def _group(record: Any, *, num_earlier: int) -> Group:
-    color = record.get("color", "")
-    relation, target = record.get("position", ("", 0))
-    if color and color not in COLOURS:
-        raise ValueError(f"unknown colour '{color}'")
-    if relation and (relation not in RELATIONS or not 0 <= target < num_earlier):
-        raise ValueError(f"unknown position '{relation}' of group {target}")
-    return Group(record["class"], int(record["count"]), color, relation, target)
+    group = Group(record["class"], int(record["count"]), record.get("color", ""), *record.get("position", ()))
+    if not isinstance(group.name, str) or group.number < 1:
+        raise ValueError(f"{group.number} objects of class {group.name}")
+    if group.color and group.color not in COLOURS:
+        raise ValueError(f"unknown colour '{group.color}'")
+    if group.relation and (group.relation not in RELATIONS or group.target not in range(num_earlier)):
+        raise ValueError(f"unknown position '{group.relation}' of group {group.target}")
+    return group._replace(target=int(group.target))
 
 
 def confident(objects: Sequence[DetectedObject], *, tag: str) -> dict[str, list[DetectedObject]]:

@@ -46,6 +46,11 @@ class FeatureNetwork(NamedTuple):
     preprocessing: str = ""
     """How images are resized for the network, if there is a choice."""
 
+    @property
+    def key(self) -> str:
+        """`inception-2015 clean-fid`, `random-features`."""
+        return f"{self.name} {self.preprocessing}".strip()
+
     def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
         """Mean and covariance of the features of all images."""
         streaming = StreamingMoments(self.num_features)
@@ -165,14 +170,34 @@ def frechet_rows(
     Over Inception features the row is called `fid`. Over other features its name contains theirs, and a row `fid`
     without a value says why.
     """
-    distance = frechet_distance(features.moments(images_NHWC), features.moments(originals_NHWC))
     n, dims = len(images_NHWC), features.num_features
-    note = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
-    common: dict[str, Any] = {"n": n, "higher_is_better": False, "note": note}
     missing = of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper.get(fid))
     of = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)
     if features.preprocessing:
         of = of.with_protocol(preprocessing=features.preprocessing)
-    if features.name == "inception-2015":
-        return [of.score(fid, distance, paper=paper.get(fid), **common)]
-    return [of.score(f"frechet_distance[{features.name}]", distance, **common), missing]
+    moments = features.moments(images_NHWC), features.moments(originals_NHWC)
+    row = distance_row(features, *moments, fid=fid, paper=paper.get(fid), of=of)
+    return [row] if row.metric == fid else [row, missing]
+
+
+def distance_name(features: FeatureNetwork, *, fid: str) -> str:
+    """The name of the distance over a network's features: `fid` over those of Inception only."""
+    return fid if features.name == "inception-2015" else f"frechet_distance[{features.name}]"
+
+
+def distance_row(
+    features: FeatureNetwork,
+    generated: Moments,
+    real: Moments,
+    *,
+    fid: str,
+    paper: float | None,
+    of: Measurement,
+    note: str = "",
+    **fields: Any,
+) -> Score:
+    """The Frechet distance of two sets of images; the paper's value stands beside an FID only."""
+    name, n, dims = distance_name(features, fid=fid), generated.num_vectors, features.num_features
+    few = f"{n} images for {dims} dimensions: biased upwards, compare only at equal n" if n < 10 * dims else ""
+    fields |= {"paper": paper if name == fid else None, "note": "; ".join(filter(None, [few, note]))}
+    return of.score(name, frechet_distance(generated, real), n=n, higher_is_better=False, **fields)

@@ -33,11 +33,7 @@ class StreamingMoments:
         self.scatter_DD = torch.zeros(num_features, num_features, dtype=torch.float64)
 
     def add(self, features_ND: Tensor) -> None:
-        """Add a batch of vectors.
-
-        Raises:
-            ValueError: a vector is not finite.
-        """
+        """Add a batch of vectors. Raises ValueError: a vector is not finite."""
         features_ND = features_ND.detach().to("cpu", torch.float64)
         if not torch.isfinite(features_ND).all():
             raise ValueError("a feature vector is not finite; check for a broken image or a diverged model")
@@ -51,11 +47,7 @@ class StreamingMoments:
         self.count = total
 
     def result(self) -> Moments:
-        """The moments of all batches.
-
-        Raises:
-            ValueError: fewer than two vectors.
-        """
+        """The moments of all batches. Raises ValueError: fewer than two vectors."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two images, got {self.count}")
         return Moments(self.count, self.mean_D.clone(), self.scatter_DD / (self.count - 1))

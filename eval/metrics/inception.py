@@ -15,6 +15,7 @@ resizing is part of a score's name:
 Shapes: B images, C channels, H height, W width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import get_args
 
@@ -105,19 +106,10 @@ class Block(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-def _average(x_BCHW: Tensor) -> Tensor:
-    return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _maximum(x_BCHW: Tensor) -> Tensor:
-    return F.max_pool2d(x_BCHW, 3, stride=1, padding=1)
-
-
-def _halve(x_BCHW: Tensor) -> Tensor:
-    return F.max_pool2d(x_BCHW, 3, stride=2)
-
-
-ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
+_average: Pool = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum: Pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halve: Pool = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
+ONE, THREE, FIVE, ROW, COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 
 def _chain(prefix: str, *layers: tuple[int, tuple[int, int]], stride: int = 1) -> Branch:
@@ -138,29 +130,15 @@ def _block_a(inputs: int, *, pool: int) -> Block:
     )
 
 
-def _block_b(inputs: int) -> Block:
-    """35 x 35 -> 17 x 17."""
-    double = _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), stride=2)
-    return Block(inputs, _chain("branch3x3", (384, THREE), stride=2), double, [_halve])
-
-
 def _block_c(inputs: int, *, width: int) -> Block:
     """17 x 17 grid; 7 x 7 convolutions are split into rows and columns."""
-    row, column = (1, 7), (7, 1)
     return Block(
         inputs,
         _chain("branch1x1", (192, ONE)),
-        _chain("branch7x7", (width, ONE), (width, row), (192, column)),
-        _chain("branch7x7dbl", (width, ONE), (width, column), (width, row), (width, column), (192, row)),
+        _chain("branch7x7", (width, ONE), (width, ROW), (192, COLUMN)),
+        _chain("branch7x7dbl", (width, ONE), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW)),
         [_average, *_chain("branch_pool", (192, ONE))],
     )
-
-
-def _block_d(inputs: int) -> Block:
-    """17 x 17 -> 8 x 8."""
-    three = _chain("branch3x3", (192, ONE), (320, THREE), stride=2)
-    seven = _chain("branch7x7x3", (192, ONE), (192, (1, 7)), (192, (7, 1)), (192, THREE), stride=2)
-    return Block(inputs, three, seven, [_halve])
 
 
 def _block_e(inputs: int, *, pool: Pool) -> Block:
@@ -179,29 +157,42 @@ class Inception2015(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, THREE, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, THREE, pad=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, THREE)
-        self.Conv2d_3b_1x1 = Conv(64, 80, ONE)
-        self.Conv2d_4a_3x3 = Conv(80, 192, THREE, pad=False)
-        self.Mixed_5b = _block_a(192, pool=32)
-        self.Mixed_5c = _block_a(256, pool=64)
-        self.Mixed_5d = _block_a(288, pool=64)
-        self.Mixed_6a = _block_b(288)
-        self.Mixed_6b = _block_c(768, width=128)
-        self.Mixed_6c = _block_c(768, width=160)
-        self.Mixed_6d = _block_c(768, width=160)
-        self.Mixed_6e = _block_c(768, width=192)
-        self.Mixed_7a = _block_d(768)
-        self.Mixed_7b = _block_e(1280, pool=_average)
-        self.Mixed_7c = _block_e(2048, pool=_maximum)
+        self.layers: dict[str, Conv | Block | Pool] = {
+            "Conv2d_1a_3x3": Conv(3, 32, THREE, stride=2),
+            "Conv2d_2a_3x3": Conv(32, 32, THREE, pad=False),
+            "Conv2d_2b_3x3": Conv(32, 64, THREE),
+            "pool 1": _halve,
+            "Conv2d_3b_1x1": Conv(64, 80, ONE),
+            "Conv2d_4a_3x3": Conv(80, 192, THREE, pad=False),
+            "pool 2": _halve,
+            "Mixed_5b": _block_a(192, pool=32),
+            "Mixed_5c": _block_a(256, pool=64),
+            "Mixed_5d": _block_a(288, pool=64),
+            "Mixed_6a": Block(  # 35 x 35 -> 17 x 17
+                288,
+                _chain("branch3x3", (384, THREE), stride=2),
+                _chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), stride=2),
+                [_halve],
+            ),
+            **{
+                f"Mixed_6{name}": _block_c(768, width=width)
+                for name, width in zip("bcde", (128, 160, 160, 192), strict=True)
+            },
+            "Mixed_7a": Block(  # 17 x 17 -> 8 x 8
+                768,
+                _chain("branch3x3", (192, ONE), (320, THREE), stride=2),
+                _chain("branch7x7x3", (192, ONE), (192, ROW), (192, COLUMN), (192, THREE), stride=2),
+                [_halve],
+            ),
+            "Mixed_7b": _block_e(1280, pool=_average),
+            "Mixed_7c": _block_e(2048, pool=_maximum),
+        }
+        for name, layer in self.layers.items():
+            if isinstance(layer, nn.Module):
+                self.add_module(name, layer)
         self.fc = nn.Linear(2048, 1008)
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels_BCHW)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
-        x = F.max_pool2d(x, 3, stride=2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW.mean(dim=(2, 3))

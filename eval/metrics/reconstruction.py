@@ -77,18 +77,11 @@ def quality(
         result.psnr.extend(psnr(images_BHWC, originals_BHWC=originals_BHWC).tolist())
         result.ssim.extend(ssim(images_BHWC, originals_BHWC=originals_BHWC).tolist())
         if distance:
-            lpips += _lpips(images_BHWC, originals_BHWC, distance=distance) * len(images_BHWC)
+            pair = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1 for pixels in (images_BHWC, originals_BHWC))
+            with torch.inference_mode():
+                lpips += float(distance(*pair)) * len(images_BHWC)
         progress.advance(len(images_BHWC))
     return result._replace(lpips=lpips / len(images_NHWC) if distance else None)
-
-
-@torch.inference_mode()
-def _lpips(images_BHWC: Tensor, originals_BHWC: Tensor, *, distance: PerceptualDistance) -> float:
-    """Mean LPIPS of a batch."""
-    images_BCHW, originals_BCHW = (
-        pixels.permute(0, 3, 1, 2).float() / 127.5 - 1 for pixels in (images_BHWC, originals_BHWC)
-    )
-    return float(distance(images_BCHW, originals_BCHW))
 
 
 def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:

@@ -14,22 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 from data_mix.sources.image_sources import ImageSourceConfig
-from eval.report.figures import curves, points, save, themed
+from eval.report.figures import curves, points, save
 from eval.report.table import Cell, Row, Table, markdown
 from eval.scores import Score, read_scores
 from eval.tasks.validation_data import trained_on
 from um3.core.commands import command_parser
 from um3.core.config import load_config
 from um3.core.errors import Terminated, UserError
-from um3.core.files import write_json, write_text
+from um3.core.files import folder_lock, write_json, write_text
 from um3.core.metrics import read_metrics
 from um3.core.ranges import PositiveInt
+from um3.core.text import printable
 
 CONVERGED = 0.1
 """A loss at convergence is the mean over this last share of the logged steps."""
+PHASES = ("stage1", "stage2", "um3")
 LOSSES = {"contrastive": "train/contrastive", "mse": "train/mse"}
 
 
@@ -53,18 +55,9 @@ class AblationRow:
     paper: list[float | None] = field(default_factory=list)
 
     @property
-    def last_phase(self) -> str:
-        """The last training phase of the row."""
-        return "um3" if self.um3 is not None else "stage2" if self.stage2 is not None else "stage1"
-
-    @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the evaluation that measure the row."""
         return ("tokenizer",) if self.um3 is None else ("language", "captions", "generation")
-
-    def read_scores(self, run: Path) -> dict[str, Score]:
-        """The scores of the row in its run folder, by key."""
-        return {score.key: score for part in self.parts for score in read_scores(run / "eval" / f"{part}.json")}
 
 
 @dataclass
@@ -109,80 +102,80 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, help="folder for the runs of the rows and for the table")
     parser.add_argument("--base", default="", help="run whose tokenizer and codes the rows with a um3 phase use")
     parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
-    parser.add_argument(
-        "--alone", action="store_true", help="only the rows with a single loss, and the ratio of the two"
-    )
+    about_alone = "only the rows with a single loss, and the ratio of the two"
+    parser.add_argument("--alone", action="store_true", help=about_alone)
     options = parser.parse_intermixed_args(arguments)
     ablation = load_config(Ablation, path=options.table)
     if options.alone:
         ablation.rows = [row for row in ablation.rows if row.alone]
         if not ablation.rows:
             raise UserError(f"{options.table} has no row with a single loss; set `alone` in one, or omit --alone")
-    runs = {row.name: ablation.folders(row, run=Path(options.run)) for row in ablation.rows}
-    first = runs[ablation.rows[0].name][0]
+    with folder_lock(options.run):
+        _make_table(ablation, options=options)
+
+
+def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
+    path = Path(options.run) / ("balance.md" if options.alone else "table.md")
+    runs = {row.name: ablation.folders(row, run=path.parent) for row in ablation.rows}
+    first, scores = runs[ablation.rows[0].name][0], dict[str, list[dict[str, Score]]]()
     for number, row in enumerate(ablation.rows, start=1):
-        for seed, folder in enumerate(runs[row.name]):
+        # All rows are measured on the validation images of the first row or of the base run, whatever they train on.
+        images = str(first) if row.um3 is None else options.base
+        for seed, run in enumerate(runs[row.name]):
             seeded = f", seed {seed}" if ablation.seeds > 1 else ""
-            print(f"row {number} of {len(ablation.rows)}: {row.name}{seeded}", flush=True)
-            settings = [f"loop.seed={seed}"] if seeded else []
+            print(printable(f"row {number} of {len(ablation.rows)}: {row.name}{seeded}"), flush=True)
             after = str(runs[row.after][seed]) if row.after else ""
-            _make(row, folder=folder, settings=settings, after=after, first=first, options=options)
-    scores = {row.name: [row.read_scores(folder) for folder in runs[row.name]] for row in ablation.rows}
-    lines = markdown(result_table(ablation, scores=scores))
+            places = {"{after}": after, "{text}": f"{after}/um3-export", "{base}": options.base}
+            settings = [f"loop.seed={seed}"] * bool(seeded)
+            _make_row(row, run=run, settings=settings, places=places, images_of=images, options=options)
+            rows = [score for part in row.parts for score in read_scores(run / "eval" / f"{part}.json")]
+            scores.setdefault(row.name, []).append({score.key: score for score in rows})
+    lines = [ablation.title, "", *markdown(result_table(ablation, scores=scores))]
     if ratio := balance({row.alone: runs[row.name][0] for row in ablation.rows if row.alone}):
         lines += ["", ratio]
-    path = Path(options.run) / ("balance.md" if options.alone else "table.md")
-    write_text(path, "\n".join([f"# {ablation.title}", "", *lines]) + "\n")
+    write_text(path, "\n".join(["# " + lines[0], *lines[1:]]) + "\n")
     values = {
-        name: [{key: score.to_dict() for key, score in of_seed.items()} for of_seed in seeds]
-        for name, seeds in scores.items()
+        name: [{k: score.to_dict() for k, score in of_seed.items()} for of_seed in scores[name]] for name in scores
     }
     write_json(path.with_suffix(".json"), values)
-    print("\n".join([ablation.title, *lines, str(path)]))
+    print("\n".join(map(printable, [*lines, path])))
     if ablation.curves:
-        files = {row.name: [run / row.last_phase / "metrics.jsonl" for run in runs[row.name]] for row in ablation.rows}
-        metrics = {name: list(map(read_metrics, of_seeds)) for name, of_seeds in files.items()}
+        metrics = {}
+        for row in ablation.rows:
+            last = [phase for phase in PHASES if getattr(row, phase) is not None][-1]
+            metrics[row.name] = [read_metrics(run / last / "metrics.jsonl") for run in runs[row.name]]
         panels = {
             title: {name: [points(rows, key) for rows in of_seeds] for name, of_seeds in metrics.items()}
             for key, title in ablation.curves.items()
         }
-        print(save(themed(curves(panels)), path.with_name("curves.png")))
+        print(save(curves(panels), path.with_name("curves.png")))
 
 
-def _make(
-    row: AblationRow, *, folder: Path, settings: list[str], after: str, first: Path, options: argparse.Namespace
+def _make_row(
+    row: AblationRow, *, run: Path, settings: list[str], places: dict[str, str], images_of: str, options: Any
 ) -> None:
-    """Train the phases of the row in `folder` and measure them. `first`: the folder of the table's first row."""
-    phases: dict[str, list[str]] = {}
-    if row.stage1 is not None:
-        phases["stage1"] = [*options.overrides, *row.stage1]
-    if row.stage2 is not None:
-        phases["stage2"] = [f"init_from={folder}/stage1/model", *row.stage2]
-    if row.um3 is not None:
-        base = ["visual_tokenizer={base}/stage2/model", "data.codes={base}/codes"]
-        phases["um3"] = [*base, *options.overrides, *row.um3]
-    text = Path(after) / "um3-export"
+    """Train the phases of the row in the folder `run` and measure them on the images of the run `images_of`."""
+    overrides = {
+        "stage1": options.overrides,
+        "stage2": [f"init_from={run}/stage1/model"],
+        "um3": ["visual_tokenizer={base}/stage2/model", "data.codes={base}/codes", *options.overrides],
+    }
+    phases = {phase: [*overrides[phase], *own] for phase in PHASES if (own := getattr(row, phase)) is not None}
+    text = Path(places["{text}"])
     if any("{text}" in setting for of_phase in phases.values() for setting in of_phase) and not text.exists():
-        _run(["um3", "export", f"{after}/um3/model", "--out", str(text)], row=row, output=text / "config.json")
-    places = {"{after}": after, "{text}": str(text), "{base}": options.base}
+        export = ["um3", "export", f"{places['{after}']}/um3/model", "--out", str(text)]
+        _run(export, row=row, output=text / "config.json")
     for phase, of_phase in phases.items():
-        filled = [_fill(setting, places) for setting in [*of_phase, *settings]]
+        for place, path in places.items():
+            of_phase = [setting.replace(place, path) for setting in of_phase]
         train = ["train", phase, "--processes", str(options.processes), "--config", options.config]
-        output = folder / phase / "done.json"
-        _run([*train, f"loop.output_dir={folder}/{phase}", *filled], row=row, output=output)
-    # All rows are measured on the validation images of the first row or of the base run, whatever they train on.
-    reference = str(first) if row.um3 is None else options.base
-    sources = trained_on(reference, phase="stage1", key="sources", kind=ImageSourceConfig)
+        train += [f"loop.output_dir={run}/{phase}", *of_phase, *settings]
+        _run(train, row=row, output=run / phase / "done.json")
+    sources = trained_on(images_of, phase="stage1", key="sources", kind=ImageSourceConfig)
     images = json.dumps([dataclasses.asdict(source) for source in sources])
-    evaluate = ["eval", "run", "--config", options.config, f"run={folder}", f"images={images}"]
-    output = folder / "eval" / f"{row.parts[-1]}.json"
-    _run([*evaluate, f"parts=[{','.join(row.parts)}]"], row=row, output=output)
-
-
-def _fill(setting: str, places: dict[str, str]) -> str:
-    for name, folder in places.items():
-        setting = setting.replace(name, folder)
-    return setting
+    evaluate = ["eval", "run", "--config", options.config, f"run={run}", f"images={images}"]
+    evaluate.append(f"parts=[{','.join(row.parts)}]")
+    _run(evaluate, row=row, output=run / "eval" / f"{row.parts[-1]}.json")
 
 
 def _run(command: list[str], *, row: AblationRow, output: Path) -> None:
@@ -217,20 +210,15 @@ def result_table(ablation: Ablation, *, scores: dict[str, list[dict[str, Score]]
         raise UserError(f"columns: no run has a score '{unknown[0]}'; use one of {', '.join(known)}")
     rows = []
     for row in ablation.rows:
-        paper = row.paper or [None] * len(ablation.columns)
-        of_columns = [[of_seed[key] for of_seed in scores[row.name] if key in of_seed] for key in ablation.columns]
-        rows.append(Row(row.name, [_cell(*pair) for pair in zip(of_columns, paper, strict=True)]))
+        cells = []
+        for key, paper in zip(ablation.columns, row.paper or [None] * len(ablation.columns), strict=True):
+            of_seeds = [of_seed[key] for of_seed in scores[row.name] if key in of_seed]
+            values = [score.value for score in of_seeds if score.value is not None]
+            shown = of_seeds[0].shown(fmean(values)) if values else "–"
+            shown += f" ± {of_seeds[0].shown(stdev(values))}" if len(values) > 1 else ""
+            cells.append(Cell(shown, f"(paper {of_seeds[0].shown(paper)})" if values and paper is not None else ""))
+        rows.append(Row(row.name, cells))
     return Table(ablation.title, list(ablation.columns.values()), rows, num_values=len(ablation.columns))
-
-
-def _cell(scores: list[Score], paper: float | None) -> Cell:
-    values = [score.value for score in scores if score.value is not None]
-    if not values:
-        return Cell("–")
-    shown = scores[0].shown(fmean(values))
-    if len(values) > 1:
-        shown += f" ± {scores[0].shown(stdev(values))}"
-    return Cell(shown, "" if paper is None else f"(paper {scores[0].shown(paper)})")
 
 
 def balance(alone: dict[str, Path]) -> str:
@@ -242,7 +230,10 @@ def balance(alone: dict[str, Path]) -> str:
         return ""
     last = {}
     for name, key in LOSSES.items():
-        values = [value for _, value in points(read_metrics(alone[name] / "stage1" / "metrics.jsonl"), key)]
+        path = alone[name] / "stage1" / "metrics.jsonl"
+        values = [value for _, value in points(read_metrics(path), key)]
+        if not values or not values[-1]:
+            raise UserError(f"{path} has no {key} of the run with this loss alone; delete the run and make it again")
         last[name] = fmean(values[-max(1, round(CONVERGED * len(values))) :])
     parts = f"contrastive {last['contrastive']:.4g} / squared error {last['mse']:.4g}"
     ratio = last["contrastive"] / last["mse"]

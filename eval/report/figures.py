@@ -7,7 +7,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_mix.batches.mix_figure import run_mix_figure
-from eval.report import tiles
 from eval.report.run_folder import RunData
-from eval.report.tiles import TileGroup
+from eval.report.samples import TileGroup, best_captions, best_generated, last_reconstructions
 from um3.core.files import atomic_file
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ DARK = {INK: "#e7e5df", MUTED: "#9a9ea7", RULE: "#3a3d44", PAPER: "#1b1d21"}
 CURVE_COLOURS = ("#3b6fb6", "#d9822b", "#3f8f5b", "#8a5fa8", "#b04a4a", "#777777")
 SAVED_DPI = 200
 LINE = 1.35  # of the font size
+MAX_DRAWN = 1e300  # also excludes nan
 CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "stage1": ("stage 1: reconstruct and align", {"train/mse": "squared error", "train/contrastive": "contrastive"}),
     "stage2": ("stage 2: sharpen", {"train/mse": "squared error", "train/perceptual": "perceptual"}),
@@ -38,27 +38,18 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
 Points = Sequence[tuple[int, float]]
 
 
-def make_figures(run: RunData) -> "dict[str, Figure | None]":
-    """Every figure of a report by name; None if the run has no data for it."""
-    charts = {"bits": bits(run), "losses": losses(run), "mix": run_mix_figure(run.metrics["um3"])}
-    charts["forgetting"] = forgetting(run)
-    return {
-        "hero": hero(run),
-        "hero_dark": hero(run, dark=True),
-        "generated": tile_figure(tiles.skills(run)),
-        "captions": tile_figure(tiles.captions(run), rows=2),
-        "reconstructions": reconstructions(run),
-        **{name: figure and themed(figure) for name, figure in charts.items()},
-    }
-
-
-def write_figures(figures: "Mapping[str, Figure | None]", folder: Path) -> None:
-    """Write the figures as PNGs; the file of a figure without data is removed."""
-    for name, figure in figures.items():
-        if figure is None:
-            (folder / f"{name}.png").unlink(missing_ok=True)
+def write_figures(run: RunData) -> "dict[str, Figure]":
+    """Write every figure that the run has data for as RUN/figures/NAME.png, remove the others; return them by name."""
+    drawn = {}
+    for name, draw in FIGURES.items():
+        path = run.folder / "figures" / f"{name}.png"
+        shown = f"{run.folder}: what the figure {name} shows"
+        figure = run.attempt(shown, draw, run, default=None)
+        if figure is not None and run.attempt(shown, save, figure, path, default=None):
+            drawn[name] = figure
         else:
-            save(figure, folder / f"{name}.png")
+            path.unlink(missing_ok=True)
+    return drawn
 
 
 def save(figure: "Figure", path: Path) -> Path:
@@ -94,21 +85,13 @@ class Canvas:
         self.axes.set(**self.limits)  # imshow changes them
 
     def text(
-        self,
-        words: str,
-        *,
-        x: float,
-        y: float,
-        size: float,
-        color: str = INK,
-        align: Literal["left", "center"] = "left",
-        middle: bool = False,
+        self, words: str, *, x: float, y: float, size: float, color: str = INK, ha: str = "left", middle: bool = False
     ) -> None:
         """Lines from y down, or centred at y with `middle`; texts with equal y share their first baseline."""
         lines = words.split("\n")
         top = y - len(lines) * size * LINE / 2 if middle else y
         for number, line in enumerate(lines):
-            shown = self.axes.text(x, top + size * (LINE * number + 1), line, ha=align, parse_math=False)
+            shown = self.axes.text(x, top + size * (LINE * number + 1), line, ha=ha, parse_math=False)
             shown.set(fontsize=0.72 * size, color=self.colours.get(color, color))
 
 
@@ -117,8 +100,8 @@ def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
 
     Shows successes if there are any. The other figures show all samples in order.
     """
-    generated, captions = tiles.best_generated(run), tiles.best_captions(run)
-    rebuilt = tiles.last_reconstructions(run)
+    generated, captions = best_generated(run.shown), best_captions(run.shown)
+    rebuilt = last_reconstructions(run.shown)
     if not generated and not captions and not rebuilt:
         return None
     canvas = Canvas(1500, 575, dark=dark)
@@ -127,7 +110,7 @@ def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
     for number, tile in enumerate(generated[:6]):
         x, y = 40 + 205 * (number % 3), 76 + 240 * (number // 3)
         canvas.image(tile.image, x=x, y=y, side=180, frame=WRONG if tile.right is False else RULE)
-        canvas.text(_wrapped(tile.text, 25), x=x + 90, y=y + 190, size=13.5, align="center")
+        canvas.text(_wrapped(tile.text, 25), x=x + 90, y=y + 190, size=13.5, ha="center")
     for number, tile in enumerate(captions[:3]):
         y = 76 + 160 * number
         canvas.image(tile.image, x=690, y=y, side=140)
@@ -136,7 +119,7 @@ def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
         y = 76 + 160 * number
         canvas.image(original.image, x=1150, y=y, side=140)
         canvas.image(reconstruction.image, x=1318, y=y, side=140)
-        canvas.text("→", x=1304, y=y + 70, size=18, color=MUTED, align="center", middle=True)
+        canvas.text("→", x=1304, y=y + 70, size=18, color=MUTED, ha="center", middle=True)
     return canvas.figure
 
 
@@ -173,40 +156,35 @@ def tile_figure(
 
 def reconstructions(run: RunData) -> "Figure | None":
     """Per source a row of validation images, then a row of their reconstructions after each stage."""
-    groups = [
-        group._replace(title=f"{source}: {group.title}")
-        for source, of_source in tiles.reconstructions(run).items()
-        for group in of_source
-    ]
+    groups = [group._replace(title=f"{group.source}: {group.title}") for group in run.shown["reconstructions"]]
     return tile_figure(groups, columns=12, side=102, pitch=112)
 
 
 def bits(run: RunData) -> "Figure | None":
     """Per source: the entropy of each bit, the correlations of the bits, and the effect of flipping each bit."""
-    reports, images = run.samples("tokenizer").get("bits", {}), run.images.get("tokenizer", {})
-    if not reports:
+    if not (part := run.parts.get("tokenizer")) or not (reports := part.samples.get("bits")):
         return None
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(12, 3.2 * len(reports))
     grid = figure.subplots(len(reports), 4, squeeze=False, width_ratios=(3, 2.6, 3, 2.6))
     for (entropy, correlation, flip, flipped), (source, report) in zip(grid, reports.items(), strict=True):
-        titles = {"entropy": f"{source}: entropy, bits", "flip": "flipped: change in grey levels"}
-        for axes, (name, title) in zip((entropy, flip), titles.items(), strict=True):
+        for axes, name in ((entropy, "entropy"), (flip, "flip")):
             axes.bar(range(len(report[name])), report[name], color=CURVE_COLOURS[0])
             axes.set(xlabel="bit, most significant first")
-            axes.set_title(title, loc="left")
         entropy.set_ylim(0, 1)
         shown = correlation.imshow(np.abs(report["correlation"]), vmin=0, vmax=1, cmap="Blues")
+        figure.colorbar(shown, ax=correlation, shrink=0.8)
         correlation.set(xlabel="bit")
-        correlation.set_title("correlation, absolute", loc="left")
         for axis in (entropy.xaxis, flip.xaxis, correlation.xaxis, correlation.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(shown, ax=correlation, shrink=0.8)
-        flipped.imshow(_sheet(images[f"{source}_flipped"]), interpolation="nearest")
+        flipped.imshow(_sheet(part.images[f"{source}_flipped"]), interpolation="nearest")
         flipped.set_axis_off()
+        entropy.set_title(f"{source}: entropy, bits", loc="left")
+        correlation.set_title("correlation, absolute", loc="left")
+        flip.set_title("flipped: change in grey levels", loc="left")
         flipped.set_title("an image, then each bit flipped", loc="left")
-    return figure
+    return themed(figure)
 
 
 def _sheet(images_KHWC: NDArray) -> NDArray:
@@ -214,11 +192,9 @@ def _sheet(images_KHWC: NDArray) -> NDArray:
     count, height, width, channels = images_KHWC.shape
     columns, gap = math.ceil(math.sqrt(count)), max(1, width // 16)
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
-    for number, image_HWC in enumerate(images_KHWC):
-        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = image_HWC
-    return sheet
+    padding = ((0, rows * columns - count), (0, gap), (0, gap), (0, 0))
+    grid = np.pad(images_KHWC, padding, constant_values=255).reshape(rows, columns, height + gap, width + gap, channels)
+    return grid.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap), channels)[:-gap, :-gap]
 
 
 def losses(run: RunData) -> "Figure | None":
@@ -233,8 +209,9 @@ def losses(run: RunData) -> "Figure | None":
 
 
 def points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
-    """(step, value) of every row of a metrics.jsonl that has a number under `key`."""
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    """(step, value) of every row of a metrics.jsonl that has a number under `key` which can be drawn."""
+    numbers = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [point for point in numbers if all(abs(number) < MAX_DRAWN for number in point)]
 
 
 def curves(
@@ -260,7 +237,7 @@ def curves(
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.legend(frameon=False, fontsize=9)
-    return figure
+    return themed(figure)
 
 
 def forgetting(run: RunData) -> "Figure | None":
@@ -288,7 +265,7 @@ def _figure(width: float, height: float) -> "Figure":
 def themed(figure: "Figure") -> "Figure":
     """The figure in the report's colours, so that `svg` can replace them with the page's."""
     for axes in figure.axes:
-        axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=11, color=INK)
+        axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=11, color=INK, parse_math=False)
         axes.xaxis.label.set_color(MUTED)
         axes.yaxis.label.set_color(MUTED)
         axes.tick_params(colors=MUTED, labelsize=9)
@@ -298,6 +275,7 @@ def themed(figure: "Figure") -> "Figure":
     for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)):
         for label in legend.get_texts() if legend else ():
             label.set_color(INK)
+            label.set_parse_math(False)
     return figure
 
 
@@ -313,6 +291,19 @@ def svg(figure: "Figure") -> str:
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     body = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", "var(--sans)", body)
     return f"{head}>{body}".replace(INK, "var(--ink)").replace(MUTED, "var(--muted)")
+
+
+FIGURES: "dict[str, Callable[[RunData], Figure | None]]" = {
+    "hero": hero,
+    "hero_dark": lambda run: hero(run, dark=True),
+    "generated": lambda run: tile_figure(run.shown["skills"]),
+    "captions": lambda run: tile_figure(run.shown["captions"], rows=2),
+    "reconstructions": reconstructions,
+    "bits": bits,
+    "losses": losses,
+    "mix": lambda run: (figure := run_mix_figure(run.metrics["um3"])) and themed(figure),
+    "forgetting": forgetting,
+}
 
 
 def _wrapped(words: str, width: int) -> str:

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from eval.config import PARTS
-from eval.report import figures, tiles
+from eval.report import figures
 from eval.report.results import labels, not_comparable, paper_tables, phase_table, protocols, result_tables
 from eval.report.run_folder import TRAINING_PHASES, RunData, load_run
 from eval.report.table import Table, escaped, markdown, markdown_list, print_tables
 from eval.scores import Score
 from um3.core.errors import UserError
-from um3.core.files import write_json, write_text
+from um3.core.files import folder_lock, write_json, write_text
 from um3.core.log import setup_logging
 from um3.core.metrics import commit, machine, versions
+from um3.core.text import printable, valid_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,58 +58,58 @@ def main(arguments: Sequence[str]) -> None:
 def write_report(runs: Sequence[RunData]) -> None:
     """Write report.json, .md, .html and figures/ into the first run's folder; print the table of all runs.
 
+    report.json is flat: `values` holds the scores of the first run by key, `others` those of the other runs by folder.
+    `protocols` holds the settings behind each protocol hash; values under different hashes must not be compared, and
+    `not_comparable` names them.
+
     Raises:
-        UserError: the same run twice.
+        UserError: the same run twice, or another process writes this report.
     """
-    folder = runs[0].folder
+    run, folder = runs[0], runs[0].folder
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("--run names the same run twice; name each run once")
-    run_figures = figures.make_figures(runs[0])
-    figures.write_figures(run_figures, folder / "figures")
-    results = result_tables(runs)
-    write_json(folder / "report.json", as_json(runs, results=results))
-    write_text(folder / "report.md", as_markdown(runs, results=results))
-    write_text(folder / "report.html", as_html(runs, results=results, run_figures=run_figures))
+    records = run.phases | {part: content.record for part, content in run.parts.items()}
+    with folder_lock(folder / "figures"):
+        run_figures, results = figures.write_figures(run), result_tables(runs)
+        shared = {
+            "problems": [valid_text(problem) for run in runs for problem in run.problems],
+            "protocols": protocols(runs),
+            "commit": commit(),
+            "versions": versions(),
+            "machine": machine(),
+        }
+        differing = [f"{keys} ({differs})" for keys, differs in not_comparable(results).items()]
+        fields = ("seconds", "peak_memory_gib", "steps", "processes", "commit")
+        only_json = {
+            "run": run.name,
+            "values": _values(run),
+            "others": {valid_text(str(other.folder)): _values(other) for other in runs[1:]},
+            "not_comparable": differing,
+            "phases": {phase: {name: record.get(name) for name in fields} for phase, record in records.items()},
+            "not_run": [name for name in (*TRAINING_PHASES, *PARTS) if name not in records],
+            "codes": run.codes,
+            "config": {name: record.get("config") for name, record in records.items()},
+        }
+        write_json(folder / "report.json", only_json | shared)
+        write_text(folder / "report.md", as_markdown(runs, results=results, **shared))
+        write_text(folder / "report.html", as_html(run, results=results, run_figures=run_figures, **shared))
     print_tables(results)
-    for keys, differs in not_comparable(results).items():
-        print(f"≠ not comparable, therefore in a row of its own: {keys} ({differs})")
-    if missing := ", ".join(key for table in results for key in table.missing):
-        print(f"without a value (the report gives the reasons): {missing}")
-    print(f"{INTERVALS} The paper's values belong to its data and scale; they are not comparable at demo scale.")
-    print(f"{folder / 'report.html'}  ·  report.md  ·  report.json  ·  figures in {folder / 'figures'}")
-
-
-def as_json(runs: Sequence[RunData], *, results: Sequence[Table]) -> dict[str, Any]:
-    """The report as flat JSON.
-
-    `values` holds the scores of the first run by key, `others` those of the other runs by folder. `protocols` holds the
-    settings behind each protocol hash; values under different hashes must not be compared, and `not_comparable` names
-    them.
-    """
-    run = runs[0]
-    records = run.phases | run.parts
-    fields = ("seconds", "peak_memory_gib", "steps", "processes", "commit")
-    return {
-        "run": run.name,
-        "values": _values(run),
-        "others": {str(other.folder): _values(other) for other in runs[1:]},
-        "protocols": protocols(runs),
-        "not_comparable": [f"{keys} ({differs})" for keys, differs in not_comparable(results).items()],
-        "phases": {phase: {name: record.get(name) for name in fields} for phase, record in records.items()},
-        "not_run": [name for name in (*TRAINING_PHASES, *PARTS) if name not in records],
-        "codes": run.codes,
-        "config": {name: record.get("config") for name, record in records.items()},
-        "commit": commit(),
-        "versions": versions(),
-        "machine": machine(),
-    }
+    missing = ", ".join(key for table in results for key in table.missing)
+    lines = [
+        *(f"≠ not comparable, therefore in a row of its own: {line}" for line in differing),
+        *[f"without a value (the report gives the reasons): {missing}"] * bool(missing),
+        *(f"not in the report: {problem}" for problem in shared["problems"]),
+        f"{INTERVALS} The paper's values belong to its data and scale; they are not comparable at demo scale.",
+        f"{folder / 'report.html'}  ·  report.md  ·  report.json  ·  figures in {folder / 'figures'}",
+    ]
+    print("\n".join(map(printable, lines)))
 
 
 def _values(run: RunData) -> dict[str, dict[str, Any]]:
     return {key: {k: v for k, v in score.to_dict().items() if k != "protocol"} for key, score in run.scores.items()}
 
 
-def as_markdown(runs: Sequence[RunData], *, results: Sequence[Table]) -> str:
+def as_markdown(runs: Sequence[RunData], *, results: Sequence[Table], **shared: Any) -> str:
     """The tables, the metrics without a value, and the protocols behind the hashes."""
     lines = [f"# {' · '.join(labels(runs))}", "", f"{INTERVALS} A row holds values of one protocol only.", ""]
     for table in results:
@@ -116,37 +117,33 @@ def as_markdown(runs: Sequence[RunData], *, results: Sequence[Table]) -> str:
         lines += [*markdown(table), ""]
     lines += markdown_list("Not comparable, therefore in rows of their own", not_comparable(results))
     lines += markdown_list("Not measured", {key: why for table in results for key, why in table.missing.items()})
-    lines += markdown_list("Protocols", protocols(runs))
+    lines += markdown_list("Files that could not be used", dict(enumerate(shared["problems"], start=1)))
+    lines += markdown_list("Protocols", shared["protocols"])
     for table in paper_tables():
         lines += [f"## The paper: {table.title}", "", *markdown(table), ""]
     return "\n".join(lines)
 
 
-def as_html(runs: Sequence[RunData], *, results: Sequence[Table], run_figures: "Mapping[str, Figure | None]") -> str:
+def as_html(run: RunData, *, run_figures: "Mapping[str, Figure]", **shared: Any) -> str:
     """The page: one file, images as data URIs."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    run = runs[0]
-    folder = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = data_uri
-    return environment.get_template(TEMPLATE).render(
+    heroes = [run.folder / "figures" / f"{name}.png" for name in ("hero", "hero_dark")]
+    html = environment.get_template(TEMPLATE).render(
         run=run,
-        results=results,
-        protocols=protocols(runs),
-        language=run.samples("language"),
         headlines=headlines(run),
-        large=any(array.shape[1] > TILE_SIDE for arrays in run.images.values() for array in arrays.values()),
-        heroes=[_png_uri(run.folder / "figures" / f"{name}.png") for name in ("hero", "hero_dark")],
-        tiles=tiles,
+        large=any(array.shape[1] > TILE_SIDE for part in run.parts.values() for array in part.images.values()),
+        heroes=[_uri("png", path.read_bytes()) if path.is_file() else "" for path in heroes],
         charts={name: Markup(figures.svg(figure)) for name in CHARTS if (figure := run_figures.get(name))},
         paper_tables=paper_tables(),
         phases=phase_table(run),
-        commit=commit(),
-        versions=versions(),
-        machine=machine(),
+        **shared,
     )
+    return valid_text(html)
 
 
 def headlines(run: RunData) -> list[tuple[Score, str, str]]:
@@ -169,10 +166,6 @@ def data_uri(image_HWC: NDArray) -> str:
     image.thumbnail((2 * TILE_SIDE, 2 * TILE_SIDE))
     image.save(buffer, format="JPEG", quality=88)
     return _uri("jpeg", buffer.getvalue())
-
-
-def _png_uri(path: Path) -> str:
-    return _uri("png", path.read_bytes()) if path.is_file() else ""
 
 
 def _uri(kind: str, content: bytes) -> str:

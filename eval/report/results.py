@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from eval.config import PARTS
-from eval.paper_values import REFERENCES, tables
+from eval.paper_values import AS_PRINTED, REFERENCES, TABLES
 from eval.report.run_folder import TRAINING_PHASES, RunData
+from eval.report.samples import SKILL_TITLES
 from eval.report.table import Cell, Row, Table
-from eval.report.tiles import SKILL_TITLES
 from eval.scores import Score
 from um3.core.config import differences
 from um3.core.progress import format_seconds
+from um3.core.text import valid_text
 
 TITLES = {"tokenizer": "Tokenizer", "captions": "Captions", "generation": "Generated images", "language": "Language"}
 ACRONYMS = ("psnr", "ssim", "lpips", "fid", "meteor", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
@@ -54,7 +55,7 @@ def result_tables(runs: Sequence[RunData]) -> list[Table]:
         rows: list[Row] = []
         missing: dict[str, str] = {}
         for task in dict.fromkeys(score.task for score in scores.values()):
-            heading = Row(task_title(task), note=f"paper: {_reference(task)}" if task in REFERENCES else "")
+            heading = Row(task_title(task), note=f"paper: {', '.join(REFERENCES[task])}" if task in REFERENCES else "")
             of_task = [score for score in scores.values() if score.task == task]
             measured = [row for score in of_task for row in _rows(score, runs=runs)]
             rows += [heading, *measured] if measured else []
@@ -63,7 +64,7 @@ def result_tables(runs: Sequence[RunData]) -> list[Table]:
                 if score.key not in keys:
                     paper = f" (paper: {score.shown(score.paper)})" if score.paper is not None else ""
                     missing[score.key] = score.note + paper
-        note = f"paper: {_reference(part)}" if scores else "not measured: run make eval"
+        note = f"paper: {', '.join(REFERENCES[part])}" if scores else "not measured: run make eval"
         results.append(Table(title, columns, rows, note=note, num_values=len(runs), missing=missing))
     return results
 
@@ -110,35 +111,38 @@ def not_comparable(results: Sequence[Table]) -> dict[str, str]:
 
 
 def paper_tables() -> list[Table]:
-    """The paper's main results."""
+    """The paper's main results as it prints them: most shares times 100, an empty cell without a value."""
+
+    def cell(key: str, value: float | None) -> Cell:
+        return Cell("" if value is None else f"{value:g}" if key in AS_PRINTED else f"{100 * value:.4g}")
+
     return [
-        Table(table.title, table.columns, [Row(name, [Cell(value) for value in cells]) for name, cells in table.rows])
-        for table in tables()
+        Table(
+            title,
+            list(columns.values()),
+            [Row(name, [cell(key, values.get(key)) for key in columns]) for name, values in systems.items()],
+        )
+        for title, columns, systems in TABLES
     ]
 
 
 def phase_table(run: RunData) -> Table:
     """Duration, memory and steps of every phase, in the order of the pipeline."""
-    records = run.phases | {f"eval: {part}": record for part, record in run.parts.items()}
+    records = run.phases | {f"eval: {part}": content.record for part, content in run.parts.items()}
     rows = []
     for name in (*TRAINING_PHASES, *(f"eval: {part}" for part in PARTS)):
         record = records.get(name, {})
         duration = format_seconds(record["seconds"]) if "seconds" in record else "" if record else "not run"
         memory = f"{record['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in record else ""
-        cells = (duration, memory, str(record.get("steps", "")), record.get("commit", ""))
-        rows.append(Row(name, [Cell(value) for value in cells]))
+        cells = (duration, memory, str(record.get("steps", "")), str(record.get("commit", "")))
+        rows.append(Row(name, list(map(Cell, cells))))
     return Table("Phases", ["duration", "peak memory", "steps", "commit"], rows, num_values=4)
 
 
 def labels(runs: Sequence[RunData]) -> list[str]:
     """The names of the runs; their folders if two runs have the same name."""
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
-
-
-def _reference(name: str) -> str:
-    """The system that the paper's values belong to, and its data."""
-    return f"{REFERENCES[name].system}, {REFERENCES[name].data}"
+    return names if len(set(names)) == len(names) else [valid_text(str(run.folder)) for run in runs]
 
 
 def metric_name(metric: str) -> str:

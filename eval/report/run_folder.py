@@ -1,18 +1,18 @@
 """The contents of a run folder, for a report. A phase that has not run is an empty entry, not an error."""
 
-import zipfile
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from eval.config import PARTS
-from eval.scores import Score, read_scores
+from eval.part_files import Part, read_images, read_record, scores_of
+from eval.report.samples import MAKERS
+from eval.scores import Score
 from um3.core.errors import UserError
-from um3.core.files import read_json
 from um3.core.metrics import read_metrics
+from um3.core.text import valid_text
 
 TRAINING_PHASES = ("stage1", "stage2", "um3")
 BENCHMARKS = {
@@ -22,68 +22,71 @@ BENCHMARKS = {
     "dpg": "generation",
 }
 """Results of the benchmark commands, and the part of the evaluation whose rows they join."""
+ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading values of another form raises."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunData:
-    """One run: scores by key and by part, results and images of each part, done.json and metrics of each phase."""
+    """One run: rows by part, files of each part, done.json and metrics of each phase, images to show.
+
+    `problems` has a line for every file that could not be used; the report leaves out what it holds.
+    """
 
     folder: Path
-    scores: dict[str, Score]
-    rows_by_part: dict[str, list[Score]]
-    parts: dict[str, dict[str, Any]]
-    images: dict[str, dict[str, NDArray]]
-    phases: dict[str, dict[str, Any]]
-    metrics: dict[str, list[dict[str, Any]]]
-    codes: dict[str, Any]
+    rows_by_part: dict[str, list[Score]] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    codes: dict[str, Any] = field(default_factory=dict)
+    shown: dict[str, list[Any]] = field(default_factory=dict)
+    """What the page shows of the samples, by the names in `eval.report.samples.MAKERS`."""
+    problems: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.resolve().name
+        return valid_text(self.folder.resolve().name)
 
-    def samples(self, part: str) -> dict[str, Any]:
-        """The samples that a part kept to look at; empty if it has not run."""
-        return self.parts.get(part, {}).get("samples") or {}
+    @functools.cached_property
+    def scores(self) -> dict[str, Score]:
+        """All rows by key."""
+        return {score.key: score for rows in self.rows_by_part.values() for score in rows}
+
+    def attempt(self, what: str | Path, read: Callable[..., Any], *arguments: Any, default: Any) -> Any:
+        """The result of `read`; if it meets values that cannot be used, `default` and a line in `problems`."""
+        try:
+            return read(*arguments)
+        except (UserError, OSError) as error:
+            self.problems.append(str(error))
+        except ODD as error:
+            self.problems.append(f"{what} holds values of another form ({error!r:.160}); run the phase that wrote it")
+        return default
 
 
 def load_run(folder: str | Path) -> RunData:
-    """Read a run folder.
-
-    Raises:
-        UserError: the folder is missing, has no results, or has a damaged file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
+    """Read a run folder. Raises UserError: the folder is missing or has no results."""
+    run = RunData(Path(folder))
+    if not run.folder.is_dir():
         raise UserError(f"run folder {folder} does not exist; train one with make demo, or correct --run")
-    files = {part: folder / "eval" / f"{part}.json" for part in (*PARTS, *BENCHMARKS)}
-    files = {part: path for part, path in files.items() if path.is_file()}
-    rows: dict[str, list[Score]] = {}
-    for part, path in files.items():
-        rows.setdefault(BENCHMARKS.get(part, part), []).extend(read_scores(path))
-    parts: dict[str, Any] = {part: read_json(files[part]) for part in PARTS if part in files}
-    phases = {phase: read_json(path) for phase in TRAINING_PHASES if (path := folder / phase / "done.json").is_file()}
-    metrics = {phase: read_metrics(folder / phase / "metrics.jsonl") for phase in TRAINING_PHASES}
-    summary = folder / "codes" / "summary.json"
-    if not rows and not phases and not any(metrics.values()):
+    for part in (*PARTS, *BENCHMARKS):
+        path = run.folder / "eval" / f"{part}.json"
+        record = run.attempt(path, read_record, path, default=None) if path.exists() else None
+        rows = run.attempt(path, scores_of, record, path, default=[]) if record else []
+        run.rows_by_part.setdefault(BENCHMARKS.get(part, part), []).extend(rows)
+        if record and part in PARTS:
+            images = run.attempt(path, read_images, path, record, default=None)
+            run.parts[part] = Part(record | {"samples": None} if images is None else record, rows, images or {})
+    for phase in TRAINING_PHASES:
+        done, metrics = run.folder / phase / "done.json", run.folder / phase / "metrics.jsonl"
+        if done.exists() and (record := run.attempt(done, read_record, done, default=None)):
+            run.phases[phase] = record
+        run.metrics[phase] = run.attempt(metrics, read_metrics, metrics, default=[])
+    if not (run.scores or run.parts or run.phases or any(run.metrics.values()) or run.problems):
         raise UserError(f"{folder} has no training phase and no evaluation; --run takes a run folder such as runs/demo")
-    return RunData(
-        folder=folder,
-        scores={score.key: score for scores in rows.values() for score in scores},
-        rows_by_part=rows,
-        parts=parts,
-        images={part: _arrays(folder / "eval" / f"{part}.npz") for part in parts},
-        phases=phases,
-        metrics=metrics,
-        codes=read_json(summary) if summary.is_file() else {},
-    )
-
-
-def _arrays(path: Path) -> dict[str, NDArray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run make eval") from None
+    summary = run.folder / "codes" / "summary.json"
+    run.codes = run.attempt(summary, read_record, summary, default={}) if summary.exists() else {}
+    for name, (part, make) in MAKERS.items():
+        path = run.folder / "eval" / f"{part}.json"
+        run.shown[name] = run.attempt(path, make, run.parts[part], run.scores, default=[]) if part in run.parts else []
+    return run

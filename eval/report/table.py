@@ -1,9 +1,11 @@
 """One table model with three renderers: terminal and Markdown here, HTML in `report_template.html`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from um3.core.text import printable
 
 MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\|[]`*_"} | {"<": "&lt;"})
 OTHERS_WIDTH, VALUES_WIDTH = 96, 26  # characters off a terminal: of all other columns, and of each column of values
@@ -54,50 +56,50 @@ def print_tables(tables: Sequence[Table]) -> None:
     from rich.markup import escape
     from rich.table import Table as Grid
 
+    def safe(text: object) -> str:
+        return escape(printable(text))
+
     num_values = tables[0].num_values
     console = Console(width=None if Console().is_terminal else OTHERS_WIDTH + VALUES_WIDTH * num_values)
     grid = Grid(box=None, pad_edge=False, header_style="dim")
     grid.add_column("")
     for number, column in enumerate(tables[0].columns):
-        grid.add_column(escape(column), justify="right", style="" if number < num_values else "dim")
+        grid.add_column(safe(column), justify="right", style="" if number < num_values else "dim")
     for table in tables:
-        grid.add_row(f"[bold]{escape(table.title)}[/] [dim]{escape(table.note)}[/]")
+        grid.add_row(f"[bold]{safe(table.title)}[/] [dim]{safe(table.note)}[/]")
         for row in table.rows:
-            name = f"{'    ' if row.cells else '  '}{escape(row.name)}{' ≠' if row.differs else ''}"
-            note = "" if row.cells or not row.note else f" [dim]{escape(row.note)}[/]"
-            grid.add_row(name + note, *(escape(str(cell)) for cell in row.cells))
+            name = f"{'    ' if row.cells else '  '}{safe(row.name)}{' ≠' if row.differs else ''}"
+            note = "" if row.cells or not row.note else f" [dim]{safe(row.note)}[/]"
+            grid.add_row(name + note, *map(safe, row.cells))
     console.print(grid)
 
 
 def markdown(table: Table) -> list[str]:
     """The lines of the table in Markdown, without its title."""
-    if not table.rows:
-        return []
-    lines = [_markdown_row(["", *map(escaped, table.columns)]), _markdown_row(["---", *["--:"] * len(table.columns)])]
+    rows = [["", *map(escaped, table.columns)], ["---", *["--:"] * len(table.columns)]] if table.rows else []
     for row in table.rows:
         name = f"{escaped(row.name)}{' ≠' if row.differs else ''}"
-        cells = [f"`{cell}`" if cell.settings else escaped(str(cell)) for cell in row.cells]
+        cells = [code(str(cell)) if cell.settings else escaped(str(cell)) for cell in row.cells]
         if not cells:
             name = f"**{name}**{f' ({escaped(row.note)})' if row.note else ''}"
             cells = [""] * len(table.columns)
-        lines.append(_markdown_row([name, *cells]))
-    return lines
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append([name, *cells])
+    return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def escaped(text: str) -> str:
     """Untrusted text on one line of Markdown: it cannot add a cell, a line, a link or a tag."""
-    return " ".join(text.split()).translate(MARKDOWN_ESCAPES)
+    return printable(" ".join(text.split())).translate(MARKDOWN_ESCAPES)
 
 
-def markdown_list(title: str, items: dict[str, Any]) -> list[str]:
+def code(text: object) -> str:
+    """Untrusted text as one code span of Markdown."""
+    return f"`{printable(text).replace('`', chr(39))}`"
+
+
+def markdown_list(title: str, items: Mapping[Any, Any]) -> list[str]:
     """A section with an item per key: text is escaped, everything else is JSON; nothing for no items."""
-    if not items:
-        return []
     values = {
-        key: escaped(value) if isinstance(value, str) else f"`{json.dumps(value)}`" for key, value in items.items()
+        key: escaped(value) if isinstance(value, str) else code(json.dumps(value)) for key, value in items.items()
     }
-    return [f"## {title}", "", *(f"- `{key}`: {value}" for key, value in values.items()), ""]
+    return [f"## {title}", "", *(f"- {code(key)}: {value}" for key, value in values.items()), ""] if items else []

@@ -114,6 +114,16 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
     return run
 
 
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """Seeded Inception weights in a file of the published layout, and the first digits of its sha256."""
+    from tests.helpers.tiny_judges import save_inception
+    from um3.core.files import sha256_of
+
+    file = save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
+    return str(file), sha256_of(file)[:8]
+
+
 @pytest.fixture
 def evaluate(run_folder, tmp_path):
     """Evaluates the tiny run with further settings; returns the rows in `folder` by key."""

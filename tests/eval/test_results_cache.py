@@ -59,6 +59,22 @@ def test_a_killed_run_resumes_and_ignores_a_cut_line(measure, tmp_path):
     assert again.asked == ["1.png", "2.png", "3.png"] and list(results.values()) == [0, 10, 20, 30]
 
 
+def test_a_damaged_record_is_noticed_and_measured_again(measure, tmp_path, caplog):
+    """Every byte of the second record, one bit flipped: its item is measured again, or its key no longer exists."""
+    results, _ = measure(Brightness())
+    lines = tmp_path / "out.values.jsonl"
+    whole = lines.read_bytes()
+    start, end = (whole.index(f'"item": "{name}.png'.encode()) - 40 for name in (1, 2))
+    for place in range(start, end, 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        lines.write_bytes(damaged)
+        caplog.clear()
+        again = Brightness()
+        assert measure(again)[0] == results and again.asked, bytes(damaged[start:end])
+        assert "damaged" in caplog.text and str(lines) in caplog.text
+
+
 def test_batches_do_not_depend_on_where_a_run_was_killed(measure, tmp_path):
     results, _ = measure(Brightness(), batch_size=2)
     lines = tmp_path / "out.values.jsonl"
@@ -87,24 +103,33 @@ def test_missing_and_unreadable_images_are_skipped_and_counted(measure, files):
         assert "unreadable image: not an image (1, such as 2.png)" in skipped.note()
 
 
-def test_two_ranks_share_the_work_and_read_all_results(measure, monkeypatch):
-    """The ranks run one after the other; test_coco_captions runs real processes."""
+@pytest.fixture
+def ranks(monkeypatch):
+    """Sets rank and number of ranks; they run one after the other (test_coco_captions runs real processes)."""
     monkeypatch.setattr("eval.results_cache._join_ranks", lambda: None)
     monkeypatch.setattr(distributed, "_process_group", lambda: None)  # an earlier test may have started one
+
+    def be(rank, *, of):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(of))
+
+    return be
+
+
+def test_two_ranks_share_the_work_and_read_all_results(measure, ranks):
     asked = []
     for rank in (1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        ranks(rank, of=2)
         model = Brightness()
         results, _ = measure(model)
         asked.append(model.asked)
     assert asked == [["1.png", "3.png"], ["0.png", "2.png"]] and list(results.values()) == [0, 10, 20, 30]
-    monkeypatch.delenv("WORLD_SIZE")
+    ranks(0, of=1)
     alone = Brightness()
     assert measure(alone)[0] == results and alone.asked == []
 
 
-def test_a_model_is_opened_only_if_a_result_is_missing(measure, monkeypatch):
+def test_a_model_is_opened_only_if_a_result_is_missing(measure, ranks):
     def missing():
         raise UserError("no model at x; give one")
 
@@ -112,10 +137,7 @@ def test_a_model_is_opened_only_if_a_result_is_missing(measure, monkeypatch):
         measure(None, open_model=missing)
     results, _ = measure(Brightness())
     assert measure(None, open_model=missing)[0] == results
-    # Another rank had no model for its share: its images are not missing.
-    monkeypatch.setattr("eval.results_cache._join_ranks", lambda: None)
-    monkeypatch.setattr(distributed, "_process_group", lambda: None)  # an earlier test may have started one
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks(0, of=2)  # another rank had no model for its share: its images are not missing
     _, skipped = measure(Brightness(), protocol="another")
     assert skipped.to_dict() == {"not measured": {"count": 2, "first": ["1.png", "3.png"]}}
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from eval.config import PARTS
+from eval.part_files import write_part
 from eval.run import main
-from eval.scores import read_scores
+from eval.scores import PartResult, read_scores
+from tests.helpers.processes import locked
 from um3.core.errors import UserError
 
 CONFIG = """
@@ -86,6 +88,53 @@ def test_up_to_date_parts_are_skipped(evaluated, run_folder, config_file, capsys
     main(["--config", str(config_file), f"run={run_folder}"])
 
 
+def change(part, **values):
+    part.write_text(json.dumps(json.loads(part.read_text()) | values))
+
+
+DAMAGE = {  # tests/eval/report/test_run_folder.py has every other kind of damage
+    "no images": lambda part: part.with_suffix(".npz").unlink(),
+    "cut images": lambda part: part.with_suffix(".npz").write_bytes(part.with_suffix(".npz").read_bytes()[:-50]),
+    "other images": lambda part: np.savez(part.with_suffix(".npz"), scenes=np.ones((6, 9, 9, 3), np.uint8)),
+    "cut scores": lambda part: part.write_text(part.read_text()[:-50]),
+    "an odd row": lambda part: change(part, scores=[1]),
+    "no digest": lambda part: change(part, files_sha256=None),
+    "odd digests": lambda part: change(part, files_sha256=["captions.npz"]),
+    "no file of items": lambda part: part.with_name("captions_items.jsonl").unlink(),
+    "nothing": lambda part: part.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_part_whose_files_are_not_whole_is_measured_again(damage, evaluated, run_folder, tmp_path, monkeypatch):
+    """The measurement itself is replaced by one that returns nothing."""
+    part = tmp_path / "captions.json"
+    for suffix in (".json", ".npz"):
+        shutil.copy(evaluated / f"captions{suffix}", tmp_path)
+    request = json.loads(part.read_text())["request"]
+    (tmp_path / "captions_items.jsonl").write_text("{}")
+    write_part(part, PartResult(read_scores(part), {}, {"scenes": np.zeros((6, 9, 9, 3), np.uint8)}), request=request)
+    measured = []
+    monkeypatch.setattr("eval.run.request_hash", lambda *_, **__: request)
+    monkeypatch.setattr("eval.run._evaluate_part", lambda *_, **__: measured.append(1))
+    arguments = [f"run={run_folder}", f"output_dir={tmp_path}", "parts=[captions]"]
+    main(arguments)
+    assert not measured
+    DAMAGE[damage](part)
+    main(arguments)
+    assert measured
+
+
+def test_one_process_writes_to_a_results_folder_and_it_must_be_writable(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.run._evaluate_part", lambda *_, **__: pytest.fail("measured"))
+    arguments = [f"run={run_folder}", f"output_dir={tmp_path / 'eval'}", "parts=[captions]"]
+    with locked(tmp_path / "eval"), pytest.raises(UserError, match="another process is writing"):
+        main(arguments)
+    (tmp_path / "file").touch()
+    with pytest.raises((UserError, OSError), match="file"):
+        main([*arguments, f"output_dir={tmp_path / 'file'}"])
+
+
 def test_the_same_request_gives_the_same_values(evaluated, run_folder, config_file, tmp_path):
     main(["--config", str(config_file), f"run={run_folder}", f"output_dir={tmp_path}", "parts=[generation,captions]"])
     for part in ("generation", "captions"):
@@ -118,21 +167,17 @@ def test_a_tokenizer_without_text_files_is_measured_too(qlip_folder, evaluate, t
         (["run=nowhere"], "no UM3 model in nowhere/um3/model; run make um3 first"),
         (["run=nowhere", "parts=[tokenizer]"], "no visual tokenizer in nowhere/stage1 or stage2; run make stage1"),
         (["run=nowhere", "parts=[tokenizer]", "tokenizer.stages={a: x}"], "visual tokenizer 'x'"),
+        (["run=RUN", "caption.num_images=3"], "did you mean 'captions'"),
+        (["run=RUN", "captions.num_images=1"], r"captions\.num_images is 1"),
+        (
+            ["run=RUN", "fid_features=inception-2015", "inception_weights=none", "parts=[tokenizer]"],
+            "no Inception weights at none",
+        ),
     ],
 )
-def test_missing_models_are_one_line_errors(config_file, overrides, message):
+def test_mistakes_are_one_line_errors(config_file, run_folder, overrides, message):
     with pytest.raises(UserError, match=message):
-        main(["--config", str(config_file), *overrides])
-
-
-def test_mistakes_in_the_config_are_one_line_errors(config_file, run_folder):
-    with pytest.raises(UserError, match="did you mean 'captions'"):
-        main(["--config", str(config_file), f"run={run_folder}", "caption.num_images=3"])
-    with pytest.raises(UserError, match=r"captions\.num_images is 1"):
-        main(["--config", str(config_file), f"run={run_folder}", "captions.num_images=1"])
-    inception = ["fid_features=inception-2015", "inception_weights=none", "parts=[tokenizer]"]
-    with pytest.raises(UserError, match="no Inception weights at none"):
-        main(["--config", str(config_file), f"run={run_folder}", *inception])
+        main(["--config", str(config_file), *(override.replace("RUN", str(run_folder)) for override in overrides)])
 
 
 def test_as_a_program_a_missing_model_is_one_line_and_exit_code_2(config_file, tmp_path):

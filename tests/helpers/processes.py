@@ -3,12 +3,13 @@
 python -m tests.helpers.processes MODULE FUNCTION RENDEZVOUS    # one rank; RANK and WORLD_SIZE in the environment
 """
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def run_on_ranks(function: Callable[[], Any], *, folder: Path, num_ranks: int = 
             process.kill()
     assert [process.returncode for process in processes] == [0] * num_ranks
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Another process holds the lock of `folder`."""
+    code = "import sys; from um3.core.files import folder_lock\n"
+    code += "with folder_lock(sys.argv[1]): print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "1\n"
+        yield
+        process.communicate("\n", timeout=60)
 
 
 def main() -> None:

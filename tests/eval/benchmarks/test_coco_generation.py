@@ -17,8 +17,8 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception import PREPROCESSINGS
 from eval.scores import read_scores
 from tests.helpers import tiny_judges
+from tests.helpers.processes import locked
 from um3.core.errors import UserError
-from um3.core.files import sha256_of
 from um3.inference.image_io import save_png
 
 RANDOM = "frechet_distance[random-features]"
@@ -69,8 +69,7 @@ def test_the_distance_is_that_of_the_features(generated, real):
 
 
 def test_equal_sets_have_distance_zero_in_any_order(generated, tmp_path):
-    mixed = folder(tmp_path / "mixed", noise(count=12, seed=0)[::-1])
-    row = scored(generated, f"reference={mixed}")[RANDOM]
+    row = scored(generated, f"reference={folder(tmp_path / 'mixed', noise(count=12, seed=0)[::-1])}")[RANDOM]
     assert row.value == pytest.approx(0, abs=1e-6)
     assert result(generated, "pins")["images_sha256"] == row.protocol["reference_sha256"]
 
@@ -80,12 +79,6 @@ def distance_of_pairs(first_2D, second_2D):
     a, b = ((pair[0] - pair[1]).double() / 2**0.5 for pair in (first_2D, second_2D))
     offset = first_2D.double().mean(0) - second_2D.double().mean(0)
     return float(offset @ offset + a @ a + b @ b - 2 * (a @ b).abs())
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    weights = tiny_judges.save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
-    return str(weights), sha256_of(weights)[:8]
 
 
 @pytest.mark.slow
@@ -115,7 +108,7 @@ def test_a_folder_is_measured_once_for_every_preprocessing(inception, generated)
         Benchmark.of_images("test", ScoredImagesConfig(str(generated))),
         {file.name: file for file in sorted(generated.iterdir())[:2]},
         networks=networks,
-        preparation=feature_statistics.Preparation("unchanged", np.asarray),
+        preparation=("unchanged", np.asarray),
         label="measure",
         skipped=None,
     )
@@ -163,16 +156,54 @@ def test_statistics_of_a_reference_replace_its_folder(generated, real):
         scored(generated, f"reference={statistics}", "resize=bicubic")
 
 
-def test_other_statistics_are_refused_in_one_line(generated, tmp_path):
+def test_statistics_of_another_network_give_a_row_without_a_value(generated, tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     rows = scored(generated, f"reference={tmp_path / 'stats.npz'}")
     assert rows[RANDOM].value is None and "no statistics of random-features" in rows[RANDOM].note
-    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
-    (tmp_path / "damaged.npz").write_bytes(b"nothing")
-    (tmp_path / "empty.npz").write_bytes(b"")
-    for name in ("other.npz", "damaged.npz", "empty.npz"):
-        with pytest.raises(UserError, match="contains no feature statistics"):
-            scored(generated, f"reference={tmp_path / name}")
+
+
+BAD_STATISTICS = {
+    "other names": {"mean": np.zeros(3)},
+    "mu alone": {"mu": np.zeros(2048)},
+    "another size": {"mu": np.zeros(2048), "sigma": np.eye(2047)},
+    "a row": {"mu": np.zeros((1, 2048)), "sigma": np.eye(2048)},
+    "text": {"mu": np.full(2, "x"), "sigma": np.full((2, 2), "x")},
+    "complex": {"mu": np.zeros(2, complex), "sigma": np.eye(2)},
+    "not finite": {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
+    "pickled": {"mu": np.array([{}, {}]), "sigma": np.eye(2)},
+    "about is a list": {"about": np.asarray("[1]")},
+    "about is nested": {"about": np.asarray("[" * 100_000)},
+}
+
+
+@pytest.mark.parametrize("content", BAD_STATISTICS.values(), ids=BAD_STATISTICS)
+def test_bad_statistics_are_refused_in_one_line(content, tmp_path):
+    np.savez(tmp_path / "bad.npz", **content)
+    refuse_statistics(tmp_path / "bad.npz")
+
+
+def test_damaged_own_statistics_are_refused_in_one_line(generated, real):
+    scored(generated, f"reference={real}")
+    path = generated.with_name("generated.reference.npz")
+    arrays, whole = dict(np.load(path)), path.read_bytes()
+    for data in (b"", b"no npz", whole[:-200]):
+        path.write_bytes(data)
+        refuse_statistics(path)
+    np.savez(path, **arrays | {"random-features/mu": np.zeros(5)})
+    refuse_statistics(path)
+
+
+def refuse_statistics(path):
+    preparation = ("largest centred square, Pillow's lanczos to 32, uint8", np.asarray)
+    with pytest.raises(UserError, match="no feature statistics") as caught:
+        feature_statistics.load_statistics(path, networks=[random_features()], preparation=preparation)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_process_writes_a_result_file(generated):
+    with locked(generated.with_name("generated.cache")), pytest.raises(UserError, match="another process is writing"):
+        scored(generated)
+    scored(generated)
 
 
 def test_a_killed_measurement_resumes_to_the_same_bits(generated, real, monkeypatch):
@@ -215,15 +246,13 @@ def test_clipscore_by_three_conventions(um3_folder, tmp_path):
 def test_mistakes_are_reported_in_one_line(generated, tmp_path):
     (tmp_path / "empty").mkdir()
     one = folder(tmp_path / "one", noise(count=1, seed=0))
-    for arguments, message in (
-        ([], "set images=FOLDER"),
-        ([f"images={tmp_path / 'empty'}"], "contains no images"),
-        ([f"images={generated}", "reference=nowhere"], "no reference at nowhere"),
-        (
-            [f"images={generated}", f"reference={generated}", "inception_weights=nowhere"],
-            "no Inception weights at nowhere",
-        ),
-        ([f"images={one}", f"reference={one}"], r"only 1 of 1 images are usable .*; add images"),
-    ):
+    for arguments, message in {
+        (): "set images=FOLDER",
+        ("images=nowhere",): "nowhere does not exist",
+        (f"images={tmp_path / 'empty'}",): "contains no images",
+        (f"images={generated}", "reference=nowhere"): "no reference at nowhere",
+        (f"images={generated}", f"reference={one}", "inception_weights=none"): "no Inception weights at none",
+        (f"images={one}", f"reference={one}"): r"only 1 of 1 images are usable .*; add images",
+    }.items():
         with pytest.raises(UserError, match=message):
             main(arguments)

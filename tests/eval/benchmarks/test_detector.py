@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval.benchmarks.detector import CLASSES, Instance, Mask2Former, colours_of, cut_out, objects_of
-from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, read_requirement
+from eval.benchmarks.detector import CLASSES, Mask2Former, colours_of, cut_out, objects_of
+from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, DetectedObject, read_requirement
 from eval.metrics.clipscore import load_clip
 from tests.helpers import tiny_judges
 from um3.core.errors import UserError
@@ -45,9 +45,9 @@ def test_detections_follow_from_the_networks_own_outputs(folder):
             expected += [(CLASSES[i], float(s), tuple(map(float, box))) for i, s in enumerate(shares) if s > THRESHOLD]
     instances = detector.detect(image)
     assert expected and len(instances) == len(expected)
-    for mine, theirs in zip(instances, sorted(expected, key=lambda values: -values[1]), strict=True):
+    for (mine, mask), theirs in zip(instances, sorted(expected, key=lambda values: -values[1]), strict=True):
         assert (mine.name, mine.box) == (theirs[0], theirs[2]) and mine.score == pytest.approx(theirs[1], rel=1e-4)
-        assert mine.mask.shape == (30, 50) and mine.mask.dtype == bool
+        assert mask.shape == (30, 50) and mask.dtype == bool
 
 
 def test_unsure_models_find_nothing(tmp_path):
@@ -66,10 +66,10 @@ def test_an_object_is_cut_out_on_grey():
     image = Image.new("RGB", (8, 6), "red")
     mask = np.zeros((6, 8), dtype=bool)
     mask[1:3, 2:5] = mask[4, 6] = True
-    crop = np.asarray(cut_out(image, Instance("dog", 0.9, (2.0, 1.0, 7.0, 5.0), mask)))
+    crop = np.asarray(cut_out(image, (DetectedObject("dog", 0.9, (2.0, 1.0, 7.0, 5.0)), mask)))
     assert crop.shape == (4, 5, 3)
     assert (crop[0, 0] == (255, 0, 0)).all() and (crop[3, 4] == (255, 0, 0)).all() and (crop[2, 0] == 0x99).all()
-    assert np.asarray(cut_out(image, Instance("dog", 0.9, (3.2, 2.4, 3.4, 2.4), mask))).shape == (1, 1, 3)
+    assert np.asarray(cut_out(image, (DetectedObject("dog", 0.9, (3.2, 2.4, 3.4, 2.4)), mask))).shape == (1, 1, 3)
 
 
 def test_the_colour_is_the_nearest_of_ten_averaged_texts(clip):
@@ -94,7 +94,7 @@ def test_only_objects_with_a_required_colour_get_one(clip):
         def detect(self, image):
             mask = np.ones((image.height, image.width), dtype=bool)
             sure = [("dog", 0.5), ("dog", 0.9), ("cat", 0.8), ("dog", 0.9)]
-            return [Instance(name, score, (0.0, 0.0, 20.0, 20.0), mask) for name, score in sure]
+            return [(DetectedObject(name, score, (0.0, 0.0, 20.0, 20.0)), mask) for name, score in sure]
 
     record = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "p"}
     objects = objects_of(noise_image(), requirement=read_requirement(record), detector=TwoDogs(), clip=clip)

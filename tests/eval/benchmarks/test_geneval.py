@@ -77,13 +77,10 @@ def values(rows):
     return {name: row.value for name, row in rows.items()}
 
 
-def test_right_objects_are_right_images(images, tmp_path):
+def test_the_mean_is_over_tasks_and_its_interval_over_prompts(images, tmp_path):
     rows = scored(images, f"detections={detections(tmp_path / 'd.jsonl')}")
     assert values(rows) == dict.fromkeys((*TAGS, "mean"), 1.0)
     assert rows["mean"].n == 24 and rows["colors"].n == 4 and rows["mean"].paper == 0.48
-
-
-def test_the_mean_is_over_tasks_and_its_interval_over_prompts(images, tmp_path):
     path = detections(tmp_path / "d.jsonl", wrong=[*FILES[0][:1], *FILES[2][:3], *FILES[5]])
     rows = scored(images, f"detections={path}")
     assert [rows[tag].value for tag in TAGS] == [0.75, 1, 0.25, 1, 1, 0]

@@ -1,7 +1,6 @@
-"""GenEval's rules on objects placed by hand, and against a second implementation on random ones."""
+"""GenEval's rules on objects placed by hand."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -37,28 +36,31 @@ def group(name, count=1, **more):
     return {"class": name, "count": count, **more}
 
 
-ONE_DOG = requirement("single_object", group("dog"))
+ONE, TWO = requirement("single_object", group("dog")), requirement("two_object", group("dog"), group("cat"))
+COLOURED = requirement("color_attr", group("dog", color="red"), group("cat", color="blue"))
 
 
 @pytest.mark.parametrize(
-    ("objects", "right"),
+    ("wanted", "objects", "reasons"),
     [
-        ([detected("dog")], True),
-        ([detected("dog"), detected("dog", at=(50, 0)), detected("cat")], True),
-        ([], False),
-        ([detected("cat")], False),
-        ([detected("dog", score=0.3)], False),
-        ([detected("dog", score=0.301)], True),
+        (ONE, [detected("dog")], []),
+        (ONE, [detected("dog"), detected("dog", at=(50, 0)), detected("cat")], []),
+        (ONE, [], ["expected 1 dog, found 0"]),
+        (ONE, [detected("cat")], ["expected 1 dog, found 0"]),
+        (ONE, [detected("dog", score=0.3)], ["expected 1 dog, found 0"]),
+        (ONE, [detected("dog", score=0.301)], []),
+        (TWO, [detected("dog"), detected("cat")], []),
+        (TWO, [detected("dog")], ["expected 1 cat, found 0"]),
+        (COLOURED, [detected("dog", color="red"), detected("cat", color="blue")], []),
+        (
+            COLOURED,
+            [detected("dog", color="blue"), detected("cat", color="red")],
+            ["expected 1 red dog, found 0", "expected 1 blue cat, found 0"],
+        ),
     ],
 )
-def test_single_object(objects, right):
-    assert verdict(ONE_DOG, objects).correct is right
-
-
-def test_two_objects_need_both_and_say_which_is_missing():
-    two = requirement("two_object", group("dog"), group("cat"))
-    assert verdict(two, [detected("dog"), detected("cat")]).correct
-    assert verdict(two, [detected("dog")]).reasons == ["expected 1 cat, found 0"]
+def test_objects_and_their_colours(wanted, objects, reasons):
+    assert verdict(wanted, objects) == (not reasons, reasons)
 
 
 @pytest.mark.parametrize(("count", "right"), [(1, False), (2, True), (3, False), (4, False)])
@@ -87,12 +89,6 @@ def test_colours(color):
     assert verdict(wanted, [detected("dog", color=other, score=0.5), detected("dog", color=color)]).correct
 
 
-def test_attributes_belong_to_their_own_object():
-    both = requirement("color_attr", group("dog", color="red"), group("cat", color="blue"))
-    assert verdict(both, [detected("dog", color="red"), detected("cat", color="blue")]).correct
-    assert not verdict(both, [detected("dog", color="blue"), detected("cat", color="red")]).correct
-
-
 @pytest.mark.parametrize(
     ("at", "expected"),
     [
@@ -115,18 +111,14 @@ def test_relations_of_boxes(at, expected):
     assert relations(box(0, 0), box(*at)) == {RELATIONS[RELATIONS.index(each) ^ 1] for each in expected}
 
 
-@pytest.mark.parametrize(
-    ("relation", "at"), [("left of", (-50, 0)), ("right of", (50, 0)), ("above", (0, -50)), ("below", (0, 50))]
-)
-def test_position(relation, at):
+@pytest.mark.parametrize(("relation", "x", "y"), zip(RELATIONS, (-50, 50, 0, 0), (0, 0, -50, 50), strict=True))
+def test_position(relation, x, y):
     wanted = requirement("position", group("dog"), group("cat", position=[relation, 0]))
-    assert verdict(wanted, [detected("dog"), detected("cat", at=at)]).correct
-    wrong = verdict(wanted, [detected("dog"), detected("cat", at=(-at[0], -at[1]))])
-    assert not wrong.correct and wrong.reasons[0].startswith(f"expected cat {relation} dog, found ")
-    assert verdict(wanted, [detected("cat", at=at)]).reasons == [
-        "expected 1 dog, found 0",
-        f"no target for cat to be {relation}",
-    ]
+    assert verdict(wanted, [detected("dog"), detected("cat", at=(x, y))]).correct
+    (reason,) = verdict(wanted, [detected("dog"), detected("cat", at=(-x, -y))]).reasons
+    assert reason.startswith(f"expected cat {relation} dog, found ")
+    without_dog = ["expected 1 dog, found 0", f"no target for cat to be {relation}"]
+    assert verdict(wanted, [detected("cat", at=(x, y))]).reasons == without_dog
 
 
 def test_every_member_stands_in_relation_to_every_target():
@@ -146,6 +138,9 @@ def test_every_member_stands_in_relation_to_every_target():
         {"tag": "position", "include": [group("dog"), group("cat", position=["near", 0])], "prompt": "p"},
         {"tag": "position", "include": [group("dog", position=["above", 0])], "prompt": "p"},
         {"tag": "single_object", "include": [{"class": "dog"}], "prompt": "p"},
+        {"tag": "single_object", "include": [group(["dog"])], "prompt": "p"},
+        {"tag": "single_object", "include": [group("dog", 0)], "prompt": "p"},
+        {"tag": "position", "include": [group("dog"), group("cat", position=["above", 0.5])], "prompt": "p"},
     ],
 )
 def test_other_metadata_is_refused(record):
@@ -163,61 +158,3 @@ def test_the_published_metadata_is_understood():
         assert {group.name for group in (*requirement.include, *requirement.exclude)} <= set(CLASSES)
     tags = [requirement.tag for requirement in requirements]
     assert [tags.count(tag) for tag in TAGS] == [80, 99, 80, 94, 100, 100] and len(CLASSES) == 80
-
-
-def second_opinion(record, objects):
-    """The same rules written again as one loop with flags over plain lists."""
-    least = 0.9 if record["tag"] == "counting" else 0.3
-    by_class = {}
-    for one in sorted(objects, key=lambda one: one.score, reverse=True):
-        if one.score > least and len(by_class.setdefault(one.name, [])) < 16:
-            by_class[one.name].append(one)
-    ok, groups = True, []
-    for wanted in record["include"]:
-        mine, good = by_class.get(wanted["class"], [])[: wanted["count"]], True
-        enough = len(mine) >= wanted["count"]
-        if enough and "color" in wanted:
-            enough = sum(one.color == wanted["color"] for one in mine) >= wanted["count"]
-        if not enough:
-            good = False
-        elif "position" in wanted:
-            relation, index = wanted["position"]
-            good = groups[index] is not None and all(holds(relation, a.box, b.box) for a in mine for b in groups[index])
-        groups.append(mine if good else None)
-        ok = ok and good
-    return ok and not any(len(by_class.get(one["class"], [])) >= one["count"] for one in record.get("exclude", []))
-
-
-def holds(relation, a, b):
-    """One axis at a time: is the shrunk offset along it more than half of the whole distance?"""
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
-    centre = [((a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2) for i in (0, 1)]
-    size = (a[axis + 2] - a[axis]) + (b[axis + 2] - b[axis])
-    left = sign * centre[axis] - 0.1 * size
-    return left > 1e-3 and left / (centre[0] ** 2 + centre[1] ** 2) ** 0.5 > 0.5
-
-
-def test_a_second_implementation_agrees_on_random_images():
-    generator, right = random.Random(0), 0
-    names = ["dog", "cat"]
-    for _ in range(4000):
-        include = [group(generator.choice(names), generator.choice([1, 1, 2]))]
-        if generator.random() < 0.7:
-            include.append(group(generator.choice(names)))
-        if generator.random() < 0.4:
-            include[0]["color"] = generator.choice(COLOURS[:2])
-        if len(include) > 1 and generator.random() < 0.5:
-            include[1]["position"] = [generator.choice(RELATIONS), 0]
-        record = {"tag": generator.choice(TAGS), "include": include, "prompt": "p"}
-        if generator.random() < 0.3:
-            record["exclude"] = [group(include[0]["class"], include[0]["count"] + 1)]
-        objects = []
-        for _ in range(generator.randint(0, 6)):
-            x, y = generator.randint(0, 60), generator.randint(0, 60)
-            place = (x, y, x + generator.randint(5, 40), y + generator.randint(5, 40))
-            score = generator.choice([0.2, 0.5, 0.95]) + generator.random() / 100
-            objects.append(DetectedObject(generator.choice(names), score, place, generator.choice(COLOURS[:2])))
-        expected = second_opinion(record, objects)
-        assert verdict(read_requirement(record), objects).correct is expected, (record, objects)
-        right += expected
-    assert 400 < right < 3000, "both outcomes are common"

@@ -7,9 +7,7 @@ import torch
 from eval.metrics.features import INCEPTION_URL, inception_features, random_features
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception import PREPROCESSINGS, Inception2015, prepare
-from tests.helpers import tiny_judges
 from um3.core.errors import UserError
-from um3.core.files import sha256_of
 
 
 def noise(*, count=12, seed=0):
@@ -35,13 +33,6 @@ def test_inception_has_the_published_layout():
     assert shapes["Mixed_7a.branch7x7x3_3.conv.weight"] == (192, 192, 7, 1)
     assert shapes["Mixed_7c.branch3x3dbl_3b.bn.running_var"] == (384,)
     assert shapes["fc.weight"] == (1008, 2048)
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """Seeded weights in a file of the published layout, and the first digits of its sha256."""
-    file = tiny_judges.save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
-    return str(file), sha256_of(file)[:8]
 
 
 @pytest.mark.slow
@@ -84,15 +75,14 @@ def test_a_plain_colour_keeps_its_value_in_every_preprocessing():
 
 def by_hand(image_HW, x, y, *, corners):
     """One bilinear value: between the corners of pixels (TensorFlow 1) or between their centres (torch)."""
-    height, width = image_HW.shape
     places = []
-    for place, length in ((y, height), (x, width)):
-        exact = place * length / 299 if corners else (place + 0.5) * length / 299 - 0.5
-        lower = int(np.floor(max(exact, 0)))
-        places.append((min(lower, length - 1), min(lower + 1, length - 1), max(exact, 0) - lower))
+    for place, length in zip((y, x), image_HW.shape, strict=True):
+        exact = max(place * length / 299 if corners else (place + 0.5) * length / 299 - 0.5, 0)
+        lower = int(exact)
+        places.append((min(lower, length - 1), min(lower + 1, length - 1), exact - lower))
     (top, bottom, down), (left, right, along) = places
-    upper = image_HW[top, left] * (1 - along) + image_HW[top, right] * along
-    return upper * (1 - down) + (image_HW[bottom, left] * (1 - along) + image_HW[bottom, right] * along) * down
+    upper, lower = (image_HW[row, left] * (1 - along) + image_HW[row, right] * along for row in (top, bottom))
+    return upper * (1 - down) + lower * down
 
 
 @pytest.mark.parametrize(("name", "corners"), [("pytorch-fid", False), ("torch-fidelity", True)])
@@ -100,11 +90,10 @@ def by_hand(image_HW, x, y, *, corners):
 def test_bilinear_preprocessings_by_hand(name, corners, size):
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.uint8)
     prepared = prepare(image, preprocessing=name)
+    middle, scale = (127.5, 127.5) if name == "pytorch-fid" else (128, 128)
     for x, y in ((0, 0), (298, 298), (150, 3), (17, 222)):
-        for channel in range(3):
-            value = by_hand(image[0, ..., channel].astype(np.float64), x, y, corners=corners)
-            expected = value / 127.5 - 1 if name == "pytorch-fid" else (value - 128) / 128
-            assert float(prepared[0, channel, y, x]) == pytest.approx(expected, abs=2e-4)
+        values = np.array([by_hand(image[0, ..., c].astype(np.float64), x, y, corners=corners) for c in range(3)])
+        np.testing.assert_allclose(prepared[0, :, y, x], (values - middle) / scale, atol=2e-4)
 
 
 def test_clean_fid_is_antialiased():

@@ -62,20 +62,18 @@ rows:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
-    """The options of an ablation over a tiny experiment; `table` writes the table's file."""
+def arguments(tmp_path):
+    """The options of an ablation over a tiny experiment; `write` writes the table's file."""
     (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
     return ["--table", str(tmp_path / "table.yaml"), "--config", str(tmp_path / "tiny.yaml"), "--run", str(tmp_path)]
 
 
-def write(folder: Path, text: str) -> str:
+def write(folder, text):
     (folder / "table.yaml").write_text(text)
     return str(folder / "table.yaml")
 
 
-def test_every_row_runs_its_phases_with_its_settings_and_seed(
-    tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, arguments, monkeypatch):
     commands: list[str] = []
 
     def run(command: list[str], *, row: ablation.AblationRow, output: Path) -> None:
@@ -108,9 +106,7 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(
 
 
 @pytest.mark.slow
-def test_rows_are_trained_measured_and_weighed(
-    tmp_path: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_are_trained_measured_and_weighed(tmp_path, arguments, capfd):
     write(tmp_path, TABLE)
     main([*arguments, "--alone"])
     lines = (tmp_path / "balance.md").read_text().splitlines()
@@ -126,7 +122,7 @@ def test_rows_are_trained_measured_and_weighed(
 
 
 @pytest.mark.slow
-def test_a_row_starts_from_the_row_that_it_comes_after(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_row_starts_from_the_row_that_it_comes_after(tmp_path, arguments):
     write(tmp_path, CHAIN)
     main(arguments)
     first, second = (load(tmp_path / name / "stage1/model")[0] for name in ("first", "second"))
@@ -141,7 +137,7 @@ def test_a_row_starts_from_the_row_that_it_comes_after(tmp_path: Path, arguments
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_table_saves_its_row(number: signal.Signals, tmp_path: Path, arguments: list[str]) -> None:
+def test_a_stopped_table_saves_its_row(number, tmp_path, arguments):
     write(tmp_path, TABLE)
     command = [sys.executable, "-m", "eval", "ablation", *arguments, "--alone", "loop.max_steps=100000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -157,17 +153,17 @@ def test_a_stopped_table_saves_its_row(number: signal.Signals, tmp_path: Path, a
     assert int(checkpoints[-1].parent.name.removeprefix("step-")) >= len(metrics.read_text().splitlines()) - 1 > 2
 
 
-def test_a_row_that_fails_ends_the_table_in_one_line(
-    tmp_path: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_that_fails_ends_the_table_in_one_line(tmp_path, arguments, capfd):
     write(tmp_path, TABLE.replace("loss.mse=0", "loss.nothing=0"))
     with pytest.raises(UserError, match="row '1 : 0' stopped with exit code 2 in stage1"):
         main(arguments)
     assert "loss.nothing" in capfd.readouterr().err
 
 
-def test_the_rule_needs_both_losses(tmp_path: Path) -> None:
+def test_the_rule_needs_both_losses(tmp_path):
     assert balance({"mse": tmp_path}) == ""
+    with pytest.raises(UserError, match=r"stage1/metrics\.jsonl has no train/contrastive"):
+        balance({"mse": tmp_path, "contrastive": tmp_path})
 
 
 @pytest.mark.parametrize(
@@ -184,12 +180,12 @@ def test_the_rule_needs_both_losses(tmp_path: Path) -> None:
         ("columns: {a/b: B}\nrows: [{name: a, stage1: [], paper: [1, 2]}]", "2 values of the paper for 1 columns"),
     ],
 )
-def test_a_bad_table_is_a_one_line_error(text: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_table_is_a_one_line_error(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_config(Ablation, path=write(tmp_path, text))
 
 
-def test_a_column_needs_a_score(tmp_path: Path) -> None:
+def test_a_column_needs_a_score(tmp_path):
     text = "columns: {x/psnr: PSNR, x/none: none}\nrows: [{name: a, stage1: []}]"
     table = load_config(Ablation, path=write(tmp_path, text))
     scores = {"x/psnr": Measurement("x", 0).score("psnr", 20.0, n=1)}
@@ -200,5 +196,5 @@ def test_a_column_needs_a_score(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").iterdir()), ids=lambda path: path.stem)
-def test_every_table_of_the_project_loads(path: Path) -> None:
+def test_every_table_of_the_project_loads(path):
     assert load_config(Ablation, path=path).title

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from eval.config import PARTS
-from eval.report.figures import make_figures, write_figures
 from eval.report.report import data_uri, headlines, main
 from eval.report.results import labels, metric_name, result_tables, task_title
 from eval.report.run_folder import load_run
@@ -42,7 +41,7 @@ def reported(evaluated):
 @pytest.fixture
 def no_figures(monkeypatch):
     """The report without its figures, which take most of its time."""
-    monkeypatch.setattr("eval.report.figures.make_figures", lambda run: {})
+    monkeypatch.setattr("eval.report.figures.write_figures", lambda run: {})
 
 
 class Page(HTMLParser):
@@ -97,15 +96,12 @@ def test_generated_images_have_their_prompt_and_verdict(reported):
 
 def test_report_json_is_flat_and_complete(reported):
     report = json.loads((reported / "report.json").read_text())
-    rows = [
-        row for part in ("captions", "generation", "tokenizer") for row in read_scores(reported / f"eval/{part}.json")
-    ]
-    assert set(report["values"]) == {row.key for row in rows}
+    parts = ("captions", "generation", "tokenizer")
+    assert set(report["values"]) == {row.key for part in parts for row in read_scores(reported / f"eval/{part}.json")}
     psnr = report["values"]["scenes_reconstruction_stage1/psnr"]
     assert {"value", "n", "seed", "protocol_hash", "paper", "note", "commit"} <= psnr.keys() and psnr["n"] == 4
     assert report["phases"]["stage1"]["seconds"] == 12.5 and report["phases"]["captions"]["peak_memory_gib"] > 0
-    assert report["not_run"] == ["language"]
-    assert report["versions"]["torch"] and report["machine"]["cpu_cores"]
+    assert report["not_run"] == ["language"] and report["versions"]["torch"] and report["machine"]["cpu_cores"]
 
 
 def test_every_figure_is_written(reported):
@@ -129,11 +125,13 @@ def test_writing_the_report_again_changes_nothing(reported, monkeypatch):
 def test_a_run_without_evaluation_says_what_is_missing(run_folder, tmp_path, capsys):
     run = tmp_path / "young"
     shutil.copytree(run_folder / "stage1", run / "stage1")
+    (run / "figures").mkdir()
+    (run / "figures" / "generated.png").write_bytes(b"of an earlier report")
     main(["--run", str(run)])
     page = read(run / "report.html")
     for words in ("no results yet", "No generated images", "No captions", "No reconstructions", "not run"):
         assert words in page.text
-    assert {path.stem for path in (run / "figures").iterdir()} == {"losses"}
+    assert {path.stem for path in (run / "figures").glob("*.png")} == {"losses"}
     assert json.loads((run / "report.json").read_text())["not_run"] == ["stage2", "um3", *PARTS]
     assert "not measured: run make eval" in capsys.readouterr().out
 
@@ -239,28 +237,23 @@ def test_captions_from_outside_cannot_break_the_page(evaluated, tmp_path, no_fig
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_names_from_outside_cannot_break_the_markdown(tmp_path, no_figures):
-    row = Measurement("a|b\n<img>", 0, {"c": "`|"}).score("x_[1](http://y)", 0.5, n=3)
-    hole = Measurement("t", 0).missing("m", note="say `x` | <b>no</b>\nmore")
+def test_names_from_outside_cannot_break_markdown_or_terminal(tmp_path, no_figures, capsys):
+    row = Measurement("a|b\n<img>\x1b[31m", 0, {"c": "`|<b>"}).score("x_[1](http://y)", 0.5, n=3)
+    hole = Measurement("t", 0).missing("m\x1b]0;", note="say `x` | <b>no</b>\nmore")
     write_scores(tmp_path / "eval" / "language.json", [row, hole])
     main(["--run", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
-    assert r"**a\|b &lt;img>**" in text and r"x \[1\](http://y)" in text and "<b>" not in text
-    assert r"say \`x\` \| &lt;b>no&lt;/b> more" in text
+    assert r"**a\|b &lt;img>\\x1b\[31m**" in text and r"x \[1\](http://y)" in text and "<b>no" not in text
+    assert r"say \`x\` \| &lt;b>no&lt;/b> more" in text and """: `{"version": "1", "c": "'|<b>"}`""" in text
+    assert "\x1b" not in text + capsys.readouterr().out
 
 
 def test_names_and_headlines_are_readable(evaluated):
     assert task_title("scenes_reconstruction_stage1") == "reconstruction · scenes · stage 1"
-    assert task_title("my_photos_captions") == "captions · my_photos"
-    assert task_title("piqa") == "piqa"
+    assert task_title("my_photos_captions") == "captions · my_photos" and task_title("piqa") == "piqa"
     assert metric_name("frechet_distance[qlip-features]") == "Frechet distance, qlip-features"
-    run = load_run(evaluated)
-    first = headlines(run)
-    assert [score.key for score, _, _ in first][:3] == [
-        "skills/mean",
-        "scenes_captions/exact_match",
-        "scenes_reconstruction_stage2/psnr",
-    ]
+    first = ["skills/mean", "scenes_captions/exact_match", "scenes_reconstruction_stage2/psnr"]
+    assert [score.key for score, _, _ in headlines(load_run(evaluated))][:3] == first
 
 
 def test_large_images_are_shrunk_for_the_page_and_small_ones_kept():
@@ -270,12 +263,3 @@ def test_large_images_are_shrunk_for_the_page_and_small_ones_kept():
     assert (np.asarray(kept) == small).all()
     shrunk = Image.open(io.BytesIO(base64.b64decode(data_uri(large).split(",", 1)[1])))
     assert shrunk.format == "JPEG" and max(shrunk.size) < 256
-
-
-def test_a_figure_whose_data_is_gone_is_removed(evaluated, tmp_path):
-    run = tmp_path / "less"
-    shutil.copytree(evaluated / "stage1", run / "stage1")
-    (run / "figures").mkdir()
-    (run / "figures" / "generated.png").write_bytes(b"of an earlier report")
-    write_figures(make_figures(load_run(run)), run / "figures")
-    assert [path.name for path in (run / "figures").iterdir()] == ["losses.png"]
