@@ -140,6 +140,9 @@ serve: $(READY) ## Serve a web page that generates and captions images (Ctrl-C s
 mix-preview: $(READY) ## Plot the scheduled data mix before a run starts
 	@$(PY) -m data_mix mix-preview --config "$$CONFIG" --out "$$RUN/mix.png" 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
+check: $(READY) ## Verify the code shards, text caches and checkpoints in RUN against their checksums
+	@$(PY) -m train check '$(RUN)' $(ARGS)
+
 plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
 	@$(PY) -m train plan --config "$$CONFIG" --gpus "$$GPUS" --gpu "$$GPU" $(ARGS)
 

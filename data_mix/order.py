@@ -50,11 +50,7 @@ class SampleOrder:
 
 
 def each_index(source: Any, *, seed: int, name: str) -> Iterator[int]:
-    """Every index of a source once: in an order drawn from the seed, or in ascending order for a streamed source.
-
-    Raises:
-        UserError: the source is empty.
-    """
+    """Every index of a source once: in an order drawn from the seed, or in ascending order for a streamed source."""
     order = SampleOrder(len(source), seed=seed, name=name)
     is_streamed = hub_stream(source) is not None
     return (draw if is_streamed else order.index(draw) for draw in range(order.length))
@@ -69,13 +65,9 @@ class ExactCounts:
     which finds an exact plan wherever there is one).
     """
 
-    def __init__(self, shares: Callable[[int], tuple[int, ...]], *, batch_size: int | Callable[[int], int]) -> None:
-        """`shares(step)` returns the share of each class in SHARE_UNITs, summing to SHARE_UNIT.
-
-        `batch_size`: the samples to share out at every step, or a function from the step to their number.
-        """
-        self.shares = shares
-        self.batch_size = batch_size if callable(batch_size) else lambda step: batch_size
+    def __init__(self, shares: Callable[[int], tuple[int, ...]], *, batch_size: Callable[[int], int]) -> None:
+        """Functions of the step: the share of each class, summing to SHARE_UNIT, and the samples to share out."""
+        self.shares, self.batch_size = shares, batch_size
         self.num_classes = len(shares(0))
         self._sums = [0] * self.num_classes
         # Flat arrays: tuples would take 100 MB for 600,000 steps of three classes, each of these takes 14.
@@ -124,18 +116,13 @@ class ExactCounts:
 
 
 def fixed_shares(weights: Sequence[float], *, of: str = "") -> tuple[int, ...]:
-    """`weights` scaled to sum to SHARE_UNIT; the rounding error goes to the largest.
+    """`weights` (of the sources `of`) scaled to sum to SHARE_UNIT; the rounding error goes to the largest.
 
-    Args:
-        of: what the weights belong to, for the error message.
-
-    Raises:
-        UserError: a negative or non-finite weight, or none above zero.
+    UserError for a negative or non-finite weight, or none above zero.
     """
     if not weights or not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        raise UserError(
-            f"weights {list(weights)}{of and f' of {of}'}: all must be finite and at least 0, and one above 0"
-        )
+        where = of and f" of {of}"
+        raise UserError(f"weights {list(weights)}{where}: all must be finite and at least 0, and one above 0")
     shares = [round(weight / sum(weights) * SHARE_UNIT) for weight in weights]
     shares[shares.index(max(shares))] += SHARE_UNIT - sum(shares)
     return tuple(shares)
@@ -148,11 +135,7 @@ def interleave(counts: Sequence[int]) -> list[int]:
 
 
 def rank_positions(batch_size: int, *, rank: int, world_size: int) -> range:
-    """The positions of a global batch that belong to `rank`.
-
-    Raises:
-        UserError: the batch does not divide among the ranks.
-    """
+    """The positions of a global batch that belong to `rank`; UserError if it does not divide among the ranks."""
     if batch_size < 1 or batch_size % world_size:
         raise UserError(f"batch_size={batch_size} does not divide among {world_size} processes; use a multiple of it")
     share = batch_size // world_size

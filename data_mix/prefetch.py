@@ -1,8 +1,7 @@
 """Prepare the next batch in a thread while the model computes on the current one."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 BatchT = TypeVar("BatchT")
 MadeT = TypeVar("MadeT", covariant=True)
@@ -19,8 +18,7 @@ class Batches(Protocol[MadeT]):
 class Prefetch(Generic[BatchT]):
     """Returns the batch of a step and starts preparing the batch of the next step.
 
-    An error in the thread is raised when the batch of that step is requested. `close` (or leaving the `with` block)
-    waits for the batch in preparation.
+    An error in the thread is raised when the batch of that step is requested.
     """
 
     def __init__(self, batches: Batches[BatchT], *, num_steps: int | None = None) -> None:
@@ -31,27 +29,15 @@ class Prefetch(Generic[BatchT]):
 
     def batch(self, step: int) -> BatchT:
         """The batch of `step`; any order of steps works, only consecutive steps are prepared in advance."""
-        if self._ahead is None or self._ahead[0] != step:
-            self._start(step)
-        assert self._ahead is not None
-        _, future = self._ahead
+        ahead, future = self._ahead or (None, None)
+        if ahead != step or future is None:
+            future = self._thread.submit(self.batches.batch, step)
         self._ahead = None
         batch = future.result()
         if self.num_steps is None or step + 1 < self.num_steps:
-            self._start(step + 1)
+            self._ahead = (step + 1, self._thread.submit(self.batches.batch, step + 1))
         return batch
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread after the batch in preparation."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, step: int) -> None:
-        self._ahead = (step, self._thread.submit(self.batches.batch, step))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

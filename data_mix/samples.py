@@ -1,5 +1,6 @@
 """The samples of an image source, and the interface of all image sources."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,9 +30,13 @@ class BadSample(Exception):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A map from index to sample; an index gives the same sample in every process."""
+    """A map from index to sample; an index gives the same sample in every process.
+
+    fingerprint: computes a hash of what its list of samples depends on; `open_image_source` sets it.
+    """
 
     name: str
+    fingerprint: Callable[[], str]
 
     def __len__(self) -> int: ...
 

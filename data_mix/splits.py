@@ -1,6 +1,8 @@
 """Which samples belong to train and which to val: by the split names of a data set, else by hash of the key."""
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -8,8 +10,11 @@ import numpy as np
 from data_mix.samples import Split
 from data_mix.sources.config import SourceConfig
 from um3.core.errors import UserError
+from um3.core.text import printable
 
-TRAIN_WORDS = frozenset({"train", "training"})
+logger = logging.getLogger(__name__)
+
+TRAIN_WORDS = frozenset({"train", "training", "restval"})  # restval: of Karpathy's split of COCO
 VAL_WORDS = frozenset({"val", "valid", "validation", "dev"})
 TEST_WORDS = frozenset({"test", "testing"})
 SPLIT_WORDS = TRAIN_WORDS | VAL_WORDS | TEST_WORDS
@@ -19,7 +24,8 @@ def split_labels(available: Collection[str], *, split: Split, where: str) -> tup
     """The labels of a data set's own splits to read for `split`, and whether they must still be divided by hash.
 
     Val is read from val, validation, valid or dev; without those from test; without that it is a part of train. A split
-    with another name (extra, unlabeled) is never read. UserError if none of `available` fits.
+    with another name (extra, unlabeled) is never read; those are told, with their numbers of samples in a Counter.
+    UserError if none of `available` fits.
     """
     by_word = {label: label.strip().lower() for label in available}
     train = {label for label, word in by_word.items() if word in TRAIN_WORDS}
@@ -27,6 +33,10 @@ def split_labels(available: Collection[str], *, split: Split, where: str) -> tup
     val = val or {label for label, word in by_word.items() if word in TEST_WORDS}
     if not train and (split == "train" or not val):
         raise UserError(f"{where}: no split is called train (found: {', '.join(sorted(available)) or 'none'})")
+    unread = sorted(label for label, word in by_word.items() if word not in SPLIT_WORDS)
+    if unread and split == "train":
+        names = [f"'{label}' ({available[label]})" if isinstance(available, Counter) else label for label in unread]
+        logger.warning("%s: the samples of these splits are not read: %s", where, printable(", ".join(names)))
     return (val if split == "val" and val else train), not val
 
 
@@ -39,7 +49,7 @@ def choose_samples(
     """
     is_chosen, by_hash = np.ones(num_samples, dtype=bool), True
     if labels is not None:
-        wanted, by_hash = split_labels(set(labels), split=split, where=config.where)
+        wanted, by_hash = split_labels(Counter(labels), split=split, where=config.where)
         is_chosen = np.isin(np.asarray(labels), sorted(wanted))
     if by_hash:
         # The hash of a key is the same on every machine and beside any other samples.

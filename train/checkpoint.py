@@ -73,7 +73,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     _delete(folder, *LEFTOVERS)
     damaged: dict[Path, str] = {}
     for path in reversed(_step_folders(folder)):
-        if not (files := _damaged_files(path)):
+        if not (files := damaged_files(path)):
             for newer in damaged:
                 shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
                 os.replace(newer, newer.with_name(newer.name + ".damaged"))
@@ -182,7 +182,7 @@ def _delete(folder: Path, *patterns: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _damaged_files(path: Path) -> list[str]:
+def damaged_files(path: Path) -> list[str]:
     """Names of the checkpoint's files that are missing or differ from what was written."""
     try:
         meta = read_meta(path)

@@ -44,20 +44,14 @@ class ImageReader:
         self._bad: dict[int, str] = {}
 
     def read(self, draw: int, *, skipped: Counter[tuple[str, str]]) -> Sample:
-        """The sample of the `draw`-th turn; samples that are skipped on the way are added to `skipped`.
-
-        Raises:
-            UserError: no sample of the source can be used.
-        """
+        """The sample of the `draw`-th turn; those skipped on the way are added to `skipped`. UserError if all are."""
         for index in self.order.substitutes(draw):
             if index not in self._bad:
                 try:
                     return self.source[index]
                 except BadSample as error:
                     if error.reason not in self._bad.values():
-                        logger.warning(
-                            "%s: skipping sample %d, and all others like it: %s", self.source.name, index, error
-                        )
+                        logger.warning("%s: skipping sample %d and others like it: %s", self.source.name, index, error)
                     self._bad[index] = error.reason
             skipped[self.source.name, self._bad[index]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
@@ -78,40 +72,30 @@ class ImageBatches:
         self,
         sources: Sequence[ImageSource],
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] = (),
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         caption: CaptionChoice = "first",
     ) -> None:
-        """`weights`: relative share of each source; None draws from each in proportion to its length.
+        """`weights`: relative share of each source; without them, in proportion to its length.
 
-        Raises:
-            UserError: no sources, an empty source, two of one name, invalid weights, or a batch that does not divide
-                among the ranks.
+        UserError for no or empty sources, two of one name, or a batch that does not divide among the ranks.
         """
         names = [source.name for source in sources]
         if not names:
             raise UserError("no image sources are given; name at least one in the config's list of images")
         if len(set(names)) < len(names):
             raise UserError(f"image sources {names}: give each its own name")
-        shares = fixed_shares(
-            [float(len(source)) for source in sources] if weights is None else weights, of=f"image sources {names}"
-        )
-        if len(shares) != len(names):
-            raise UserError(f"{len(shares)} weights for {len(names)} image sources {names}; give one each")
+        shares = fixed_shares(weights or [float(len(source)) for source in sources], of=f"image sources {names}")
         self.batch_size, self.seed, self.caption = batch_size, seed, caption
         self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.readers = [ImageReader(source, seed=seed) for source in sources]
-        self.counts = ExactCounts(lambda step: shares, batch_size=batch_size)
+        self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
 
     def batch(self, step: int) -> ImageBatch:
-        """This rank's part of the batch of `step`.
-
-        Raises:
-            UserError: no sample of a source can be used, or the sources yield images of different sizes.
-        """
+        """This rank's part of the batch of `step`; UserError if no sample of a source can be used."""
         skipped: Counter[tuple[str, str]] = Counter()
         draws = self.counts.draws(step)
         samples, captions, sources = [], [], []
@@ -119,17 +103,13 @@ class ImageBatches:
             reader, draw = self.readers[draws[position][0]], draws[position][1]
             sample = reader.read(draw, skipped=skipped)
             samples.append(sample)
-            captions.append(self._choose(sample.captions, step=step, position=position))
+            is_first = self.caption == "first"
+            draw = 0 if is_first else derive_seed(self.seed, "caption", step, position) % len(sample.captions)
+            captions.append(sample.captions[draw])
             sources.append(reader.source.name)
-        sizes = {sample.image_HWC.shape for sample in samples}
-        if len(sizes) > 1:
-            raise UserError(
-                f"images of different sizes in one batch: {sorted(sizes)}; open every source at the same size"
-            )
         images_BHWC = torch.from_numpy(np.stack([sample.image_HWC for sample in samples]))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
 
-    def _choose(self, captions: Sequence[str], *, step: int, position: int) -> str:
-        if self.caption == "first" or len(captions) == 1:
-            return captions[0]
-        return captions[derive_seed(self.seed, "caption", step, position) % len(captions)]
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of what each source's list of samples depends on, by "images/SOURCE", to verify a resumed run."""
+        return {f"images/{reader.source.name}": reader.source.fingerprint() for reader in self.readers}

@@ -1,10 +1,9 @@
 """UM3's batches: each mixes text, image-to-text and text-to-image samples in the scheduled counts.
 
-The samples of a step are a function of (seed, step), so the state to save is the step. They are planned for the global
-batch, which is cut into equal parts for the ranks. Each rank lays its samples into sequences (`packing`).
-
-A sample whose shard cannot be read is replaced by the next readable one of its source, for the same task and at the
-same position of the batch, and counted. So the counts stay exact on every rank and after every resume.
+The samples of a step are a function of (seed, step). They are planned for the global batch, which is cut into equal
+parts for the ranks. Each rank lays its samples into sequences (`packing`). A sample whose shard cannot be read is
+replaced by the next readable one of its source, for the same task and at the same position of the batch, and counted.
+So the counts stay exact on every rank and after every resume.
 
 Shape legend: B = sequences of this rank, T = tokens of the longest of them (at most seq_len), N = patches of an image,
 P = visual ids of an image, K = pairs of task and source, C = the columns of `data_mix.batches.statistics.COUNTED`.
@@ -42,18 +41,17 @@ NUM_SPECIAL_TOKENS = 4  # of a sequence with an image and a caption: bos, begin 
 
 
 class PlannedSample(NamedTuple):
-    """One sample of a global batch, at `position`: number `sample` of `source`, the `draw`-th taken from it."""
+    """One sample of a global batch, at `position`: number `sample` of `source`, the `draw`-th taken from it.
+
+    key: "task/source".
+    """
 
     position: int
     task: Task
     source: str
     draw: int
     sample: int
-
-    @property
-    def key(self) -> str:
-        """task/source"""
-        return f"{self.task}/{self.source}"
+    key: str
 
 
 class SequenceBatch(NamedTuple):
@@ -77,11 +75,10 @@ class SequenceBatch(NamedTuple):
 
 
 class TaskSamples(NamedTuple):
-    """The sources of one task: names, the share and the order of each, and how many samples it gives at every step."""
+    """The sources of one task: the order of each by name, its share, and how many samples it gives at every step."""
 
-    names: list[str]
-    shares: tuple[int, ...]
     orders: dict[str, SampleOrder]
+    shares: tuple[int, ...]
     counts: ExactCounts
 
 
@@ -106,13 +103,9 @@ class SequenceBatches:
     ) -> None:
         """Opens the sources that the mix needs.
 
-        Args:
-            cache: folder for the tokenised text, visible to every rank.
-            fingerprint: of the visual tokenizer that the model uses; codes of another are refused.
-
-        Raises:
-            UserError: a source cannot be opened, a task of the mix has no source, the codes do not fit `ids`, sequences
-                are too short for an image, or the batch does not divide among the ranks.
+        cache: folder for the tokenised text, visible to every rank. fingerprint: of the visual tokenizer that the model
+        uses; codes of another are refused. UserError if a source cannot be opened, a task of the mix has no source, the
+        codes do not fit `ids`, sequences are too short for an image, or the batch does not divide among the ranks.
         """
         self.config, self.ids, self.text_tokenizer = config, ids, text_tokenizer
         self.batch_size, self.seed = batch_size, seed
@@ -135,7 +128,12 @@ class SequenceBatches:
                 origin=source_fingerprint(source, "train"),
             )
         self.tasks = {task: self._task_samples(task) for task in tasks}
-        self.keys = [f"{task}/{name}" for task, samples in self.tasks.items() for name in samples.names]
+        self.shares = {
+            f"{task}/{name}": share / SHARE_UNIT
+            for task, samples in self.tasks.items()
+            for name, share in zip(samples.orders, samples.shares, strict=True)
+        }
+        self.keys = list(self.shares)
 
     def plan(self, step: int) -> list[PlannedSample]:
         """The samples of the global batch of `step`, with the tasks evenly spread; the same on every rank."""
@@ -145,28 +143,16 @@ class SequenceBatches:
         for position, number in enumerate(interleave([counts[task] for task in TASKS])):
             task = TASKS[number]
             i, draw = next(draws[task])
-            source = self.tasks[task].names[i]
-            plan.append(PlannedSample(position, task, source, draw, self.tasks[task].orders[source].index(draw)))
+            source, order = list(self.tasks[task].orders.items())[i]
+            plan.append(PlannedSample(position, task, source, draw, order.index(draw), key=f"{task}/{source}"))
         return plan
 
     def scheduled(self, step: int) -> dict[str, float]:
-        """Samples scheduled in all batches before `step`, by "task" and "task/source" (the source's share of the
-        samples that its task got). The samples drawn differ from either by less than one.
-        """
-        due = self.schedule.due(step, batch_size=self.batch_size)
-        scheduled: dict[str, float] = {task: due[task] for task in self.tasks}
-        drawn = self.schedule.counts_before(step, batch_size=self.batch_size)
-        for task, samples in self.tasks.items():
-            for name, share in zip(samples.names, samples.shares, strict=True):
-                scheduled[f"{task}/{name}"] = drawn[task] * share / SHARE_UNIT
-        return scheduled
+        """Samples scheduled before `step`, by task and "task/source"; the samples drawn differ by less than one."""
+        return self.schedule.due_samples(self.shares, batch_size=self.batch_size, step=step)
 
     def batch(self, step: int) -> SequenceBatch:
-        """This rank's part of the batch of `step`.
-
-        Raises:
-            UserError: more than half of a source's shards cannot be read.
-        """
+        """This rank's part of the batch of `step`; UserError if most shards of a source cannot be read."""
         plan = self.plan(step)
         mine, images = [], {}
         for planned in (plan[position] for position in self.positions):
@@ -190,50 +176,50 @@ class SequenceBatches:
             seen_KC=seen_KC,
             truncated_captions=sum(len(tokens) > self.max_caption_tokens for tokens in captions.values()),
             bad_files=sum(len(source.bad_files.reasons) for source in self.images.values())
-            + sum(len(stream.bad_files) for stream in self.texts.values()),
+            + sum(len(stream.tokens.bad_files) for stream in self.texts.values()),
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of the content of each source: the codes and captions of "images/SOURCE", the ids of "text/SOURCE"."""
+        streams = {f"text/{name}": stream.tokens.fingerprint for name, stream in self.texts.items()}
+        return {f"images/{name}": source.digest for name, source in self.images.items()} | streams
+
     def state(self, step: int) -> dict[str, Any]:
-        """The state for a checkpoint of `step`: enough to verify that a resumed run reads the same samples."""
-        draws, sizes = {}, {}
-        for task, samples in self.tasks.items():
-            for name, draw in zip(samples.names, samples.counts.before(step), strict=True):
-                draws[f"{task}/{name}"] = draw
-                sizes[f"{task}/{name}"] = samples.orders[name].length
-        return {"seed": self.seed, "step": step, "batch_size": self.batch_size, "draws": draws, "sizes": sizes}
+        """The state for a checkpoint of `step`, to verify that a resumed run reads the same samples."""
+        draws = [draw for samples in self.tasks.values() for draw in samples.counts.before(step)]
+        sizes = [order.length for samples in self.tasks.values() for order in samples.orders.values()]
+        data = {"draws": dict(zip(self.keys, draws, strict=True)), "sizes": dict(zip(self.keys, sizes, strict=True))}
+        state = {"seed": self.seed, "step": step, "batch_size": self.batch_size, "fingerprints": self.fingerprints()}
+        return state | data
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Compare a checkpoint's `state` with the state of this config at the same step.
-
-        Raises:
-            UserError: they differ, so a resumed run would not read the samples of an uninterrupted one.
-        """
+        """UserError if a checkpoint's `state` is not that of these sources and this config at the same step."""
         expected = self.state(int(state["step"]))
-        for key in ("seed", "batch_size", "sizes", "draws"):
-            if state.get(key) != expected[key]:
+        for key in ("seed", "batch_size", "sizes", "draws", "fingerprints"):
+            old, new = state.get(key), expected[key]
+            if old != new:
+                if isinstance(old, dict) and old.keys() == new.keys():
+                    name = next(name for name in new if old[name] != new[name])
+                    key, old, new = f"{key} of {name}", old[name], new[name]
                 raise UserError(
-                    f"the checkpoint of step {state['step']} was trained on other data: {key} {state.get(key)}, now "
-                    f"{expected[key]}; resume with the config of the checkpoint, or start a new run folder"
+                    f"the checkpoint of step {state['step']} was trained on other data: {key} {old}, now {new}; resume "
+                    "with the config and data of the checkpoint, or start a new run folder"
                 )
 
     def _task_samples(self, task: Task) -> TaskSamples:
         """UserError if the task has no source, a weight names an unknown source, or weights are invalid."""
-        sources: Mapping[str, CodeShards | TokenStream] = self.texts if task == "text" else self.images
+        sources: Mapping[str, CodeShards | TokenStream] = self.images
         weights = self.config.image_weights
         if task == "text":
-            weights = {source.name: source.weight for source in self.config.texts}
+            sources, weights = self.texts, {source.name: source.weight for source in self.config.texts}
         if not sources:
             raise UserError(f"data.mix has {task} samples, but no source gives any; add one, or set its ratios to 0")
         if unknown := sorted(weights.keys() - sources.keys()):
             raise UserError(f"weights of {task} samples name the unknown source '{unknown[0]}'; known: {list(sources)}")
-        names = sorted(weights or sources)
-        sizes = {name: len(sources[name]) for name in names}
-        shares = fixed_shares([float((weights or sizes)[name]) for name in names], of=f"{task} sources {names}")
-        orders = {name: SampleOrder(sizes[name], seed=self.seed, name=f"{task}/{name}") for name in names}
-        counts = ExactCounts(
-            lambda step: shares, batch_size=lambda step: self.schedule.counts(step, batch_size=self.batch_size)[task]
-        )
-        return TaskSamples(names, shares, orders, counts)
+        sizes = {name: len(sources[name]) for name in sorted(weights or sources)}
+        shares = fixed_shares([float((weights or sizes)[name]) for name in sizes], of=f"{task} sources {list(sizes)}")
+        orders = {name: SampleOrder(size, seed=self.seed, name=f"{task}/{name}") for name, size in sizes.items()}
+        return TaskSamples(orders, shares, self.schedule.source_counts(task, shares, batch_size=self.batch_size))
 
     def _read_image(self, planned: PlannedSample) -> tuple[PlannedSample, CodedSample]:
         """The planned sample, or its substitute if its shard cannot be read."""

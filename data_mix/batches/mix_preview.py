@@ -1,4 +1,4 @@
-"""`make mix-preview`: draw the scheduled data mix, and the mix that a run has read so far."""
+"""`make mix-preview`: draw the scheduled data mix."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data_mix.batches.config import DataConfig
-from data_mix.batches.mix_figure import draw_mix, due_samples
+from data_mix.batches.mix_figure import draw_mix
 from data_mix.batches.schedule import TASKS, Schedule
 from data_mix.order import fixed_shares
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import UserError
-from um3.core.metrics import read_metrics
+from um3.core.files import atomic_file
 
 
 @dataclass
@@ -24,29 +24,25 @@ class PreviewConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw the mix of a UM3 config, and of a run if --metrics names its log."""
+    """Draw the mix of a UM3 config."""
     parser = command_parser("python -m data_mix mix-preview", "Draw the data mix of a UM3 config.", config="required")
     parser.add_argument("--out", required=True, help="PNG to write")
-    parser.add_argument("--metrics", help="metrics.jsonl of a run, to draw the mix of the samples that it read")
     config, options = read_config(PreviewConfig, parser, section="um3", arguments=arguments, partial=True)
     for key in ("max_steps", "batch_size"):
         if not isinstance(value := config.loop.get(key), int) or value < 1:
             raise UserError(f"{options.config} sets loop.{key} to {value}; pass loop.{key}=NUMBER, at least 1")
     steps, batch_size = config.loop["max_steps"], config.loop["batch_size"]
     schedule, shares = Schedule(config.data.mix), source_shares(config.data)
-    realised = read_metrics(options.metrics) if options.metrics else None
-    draw_mix(schedule, shares, batch_size=batch_size, steps=steps, path=options.out, realised=realised)
+    figure = draw_mix(schedule, shares, batch_size=batch_size, steps=steps)
+    with atomic_file(options.out) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     print(f"{options.out}: the mix of {steps} steps of {batch_size} samples")
-    for key, count in due_samples(schedule, shares, batch_size=batch_size, step=steps).items():
+    for key, count in schedule.due_samples(shares, batch_size=batch_size, step=steps).items():
         print(f"  {key}: {count:,.0f}")
 
 
 def source_shares(config: DataConfig) -> dict[str, float]:
-    """Share of each "task/source" in the samples of its task; before `make codes`, all images are one source "images".
-
-    Raises:
-        UserError: invalid weights, or damaged code shards.
-    """
+    """Share of each "task/source" in the samples of its task; before `make codes`, all images are one source."""
     texts = {source.name: source.weight for source in config.texts} or {"none": 1.0}
     images: Mapping[str, float] = config.image_weights
     if not images and any(Path(config.codes).glob("*.arrow")):

@@ -1,8 +1,8 @@
 """Lay the samples of a batch into sequences: one in each, or as many as fit.
 
-Packed or not, a batch holds the same samples, so the ratios, the order and the saved state do not change: every rank
-packs its own samples last, by their lengths alone. Ranks may get different numbers of sequences. That is harmless: the
-loss is a sum over the global count of targets, and the engine only counts forward passes (`micro_batches`).
+Packed or not, a batch holds the same samples: every rank packs its own ones last, by their lengths alone. Ranks may get
+different numbers of sequences. That is harmless: the loss is a sum over the global count of targets, and the engine
+only counts forward passes (`micro_batches`).
 
 Shape legend: B = sequences of this rank, T = tokens of the longest of them.
 """
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from um3.core.errors import UserError
 from um3.model.sequences import TrainingSequence
 
 
@@ -39,14 +38,8 @@ def first_fit(lengths: Sequence[int], *, seq_len: int) -> list[int]:
 
 
 def lay_out(samples: Sequence[TrainingSequence], *, seq_len: int, packed: bool, pad_id: int) -> PaddedSequences:
-    """The sequences that hold `samples`, as wide as the longest of them.
-
-    Raises:
-        UserError: a sample is longer than `seq_len`.
-    """
+    """The sequences that hold `samples` (of at most `seq_len` ids), as wide as the longest of them."""
     lengths = [len(sample.input_ids) for sample in samples]
-    if max(lengths) > seq_len:
-        raise UserError(f"a sample of {max(lengths)} tokens exceeds data.seq_len={seq_len}; raise data.seq_len")
     numbers = first_fit(lengths, seq_len=seq_len) if packed else list(range(len(samples)))
     ends = [0] * (max(numbers) + 1)
     places = []

@@ -41,10 +41,7 @@ class Schedule:
         return dict(zip(TASKS, self._proportions(step), strict=True))
 
     def counts(self, step: int, *, batch_size: int) -> dict[Task, int]:
-        """Samples of each task in the batch of `step`; they sum to `batch_size`.
-
-        Their sum over the steps from 0 to any step differs by less than one sample from the sum of the proportions.
-        """
+        """Samples of each task in the batch of `step`. Their sum over all steps is within one of the schedule."""
         return dict(zip(TASKS, self._exact(batch_size).at(step), strict=True))
 
     def counts_before(self, step: int, *, batch_size: int) -> dict[Task, int]:
@@ -55,13 +52,23 @@ class Schedule:
         """Sum of the proportions over all batches before `step`, in samples; `counts_before` rounds it."""
         return dict(zip(TASKS, self._exact(batch_size).due(step), strict=True))
 
+    def due_samples(self, shares: dict[str, float], *, batch_size: int, step: int) -> dict[str, float]:
+        """Samples due before `step` by task, and by "task/source": the source's share of its task's whole samples."""
+        due, had = self.due(step, batch_size=batch_size), self.counts_before(step, batch_size=batch_size)
+        tasks: dict[str, float] = {task: due[task] for task in map(task_of, shares)}
+        return tasks | {key: had[task_of(key)] * share for key, share in shares.items()}
+
+    def source_counts(self, task: Task, shares: tuple[int, ...], *, batch_size: int) -> ExactCounts:
+        """Samples of each source of a task, by the sources' `shares` of it (`fixed_shares`)."""
+        return ExactCounts(lambda _: shares, batch_size=lambda step: self.counts(step, batch_size=batch_size)[task])
+
     def _make_counts(self, batch_size: int) -> ExactCounts:
         end = fixed_shares(self.config.end)
 
         def shares(step: int) -> tuple[int, ...]:
             return end if self._progress(step) == 1 else fixed_shares(self._proportions(step))
 
-        return ExactCounts(shares, batch_size=batch_size)
+        return ExactCounts(shares, batch_size=lambda _: batch_size)
 
     def _proportions(self, step: int) -> list[float]:
         start, end, progress = self.config.start, self.config.end, self._progress(step)
@@ -73,6 +80,11 @@ class Schedule:
         """Finished share of the calm-down, 0 to 1."""
         total = self.config.calm_down_steps
         return min(step / total, 1.0) if total else 1.0
+
+
+def task_of(key: str) -> Task:
+    """The task of a "task/source"."""
+    return next(task for task in TASKS if key.partition("/")[0] == task)
 
 
 def _normalised(ratios: list[float]) -> list[float]:

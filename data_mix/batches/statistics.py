@@ -25,11 +25,7 @@ class MixStatistics:
         self.total_KC += seen_KC.astype(np.int64)
 
     def metrics(self, *, scheduled: Mapping[str, float]) -> dict[str, float]:
-        """The sums as data/samples/TASK, data/samples/TASK/SOURCE, data/text_tokens/TASK/SOURCE and so on.
-
-        Args:
-            scheduled: scheduled samples by "task" and "task/source"; becomes data/scheduled/...
-        """
+        """The sums as data/samples/TASK, data/samples/TASK/SOURCE and so on; `scheduled` becomes data/scheduled/..."""
         values = {f"data/scheduled/{key}": count for key, count in scheduled.items()}
         samples = dict(zip(self.keys, self.total_KC[:, 0].tolist(), strict=True))
         for task in dict.fromkeys(key.partition("/")[0] for key in self.keys):

@@ -1,15 +1,15 @@
 """`make codes`: encode every image of the sources with the visual tokenizer and write code shards.
 
-A shard holds the usable ones of a fixed range of a source's samples. So an interrupted run keeps the finished shards,
-and resuming it gives the same bytes as a run without interruption.
+A shard holds the usable ones of a fixed range of a source's samples. So a resumed run keeps the finished shards and
+writes the same bytes as one without interruption. No finished shard is deleted before its replacement is written.
 
 Shape legend: B = images of one batch or shard, N = patches of one image.
 """
 
+import contextlib
 import logging
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import device
 from um3.core.errors import UserError
-from um3.core.files import read_json, sha256_of, short_hash, write_json
+from um3.core.files import folder_lock, read_json, sha256_of, short_hash, write_json
 from um3.core.hub import HUB_ID
 from um3.core.log import setup_logging
 from um3.core.progress import Progress
@@ -72,7 +72,7 @@ class EncodeConfig:
 
 
 class ShardJob(NamedTuple):
-    """One shard to make, of the samples `indices` of `source`; `Prefetch` reads them in batches."""
+    """One shard to make of the samples `indices` of `source`, in batches that `Prefetch` reads."""
 
     path: Path
     header: ShardHeader
@@ -90,6 +90,16 @@ class ShardJob(NamedTuple):
                 reasons.append(error.reason)
         return samples, reasons
 
+    def is_finished(self) -> bool:
+        """Whether the shard is there, made of the same plan."""
+        try:
+            return replace(read_header(self.path), skipped={}, num_images=0, crc32=0) == self.header
+        except FileNotFoundError:
+            return False
+        except UserError as error:
+            logger.warning("%s", error)
+            return False
+
 
 def main(arguments: Sequence[str]) -> None:
     """Encode the images of a config; return at once if the shards are up to date."""
@@ -102,17 +112,14 @@ def main(arguments: Sequence[str]) -> None:
     if _is_up_to_date(Path(config.output_dir), inputs_hash=inputs_hash):
         print(f"{config.output_dir}: up to date")
         return
-    encode(config, inputs_hash=inputs_hash)
+    with folder_lock(config.output_dir):
+        encode(config, inputs_hash=inputs_hash)
 
 
-def encode(config: EncodeConfig, *, inputs_hash: str) -> dict[str, Any]:
-    """Write the missing shards and summary.json to `config.output_dir`; returns the summary.
+def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
+    """Write the missing shards and then summary.json, with `inputs_hash`, to `config.output_dir`.
 
-    `inputs_hash` is kept in the summary; `main` compares it to see whether the shards are up to date.
-
-    Raises:
-        UserError: the tokenizer cannot be loaded, its codes do not fit the shards, a source cannot be opened, or a
-            source has no usable image.
+    UserError if the tokenizer or a source cannot be opened, codes do not fit, or a source has no usable image.
     """
     # These imports take seconds, which a run that is up to date should not spend.
     from tokenizer import load
@@ -127,28 +134,28 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> dict[str, Any]:
         )
     out = Path(config.output_dir)
     jobs = _plan(config, qlip=qlip)
-    missing = [job for job in jobs if not _is_finished(job)]
-    _remove_outdated(out, kept={job.path for job in jobs} - {job.path for job in missing})
+    missing = [job for job in jobs if not job.is_finished()]
+    outdated = {path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
+    outdated -= {job.path for job in jobs} - {job.path for job in missing}
+    if num_shards := sum(path.suffix != ".partial" for path in outdated):
+        logger.info("%s: replacing %d shards of another tokenizer, config or format", out, num_shards)
+    (out / "summary.json").unlink(missing_ok=True)
     streams = _resume_streams(out / "streams.json", jobs=jobs)
     total, num_missing = (sum(len(job.indices) for job in some) for some in (jobs, missing))
     progress = Progress(total, label="encoding", unit="images", start=total - num_missing)
     for job in missing:
-        skipped, keys, codes_BN, captions = _encode_shard(job, qlip=qlip, progress=progress)
+        content = _encode_shard(job, qlip=qlip, progress=progress)
         if streams:  # saved before the shard, which depends on it
             write_json(out / "streams.json", {name: part.state() for name, part in streams.items()})
-        header = replace(job.header, skipped=skipped)
-        write_shard(job.path, header=header, keys=keys, codes_BN=codes_BN, captions=captions)
-    summary = _summary(jobs, inputs_hash=inputs_hash)
-    write_json(out / "summary.json", summary)
-    return summary
+        write_shard(job.path, **content)
+    summary = _summary(jobs)
+    for path in outdated - {job.path for job in jobs}:
+        path.unlink(missing_ok=True)
+    write_json(out / "summary.json", {"inputs_hash": inputs_hash} | summary)
 
 
 def _inputs_hash(config: EncodeConfig) -> str:
-    """Hash of all that decides what the shards hold: settings, sources and the tokenizer's weights.
-
-    Raises:
-        UserError: there is no tokenizer in the folder.
-    """
+    """Hash of all that decides what the shards hold; UserError if there is no tokenizer."""
     weights = Path(config.visual_tokenizer) / "model.safetensors"
     if weights.exists():
         qlip = sha256_of(weights)
@@ -164,10 +171,12 @@ def _inputs_hash(config: EncodeConfig) -> str:
 
 
 def _is_up_to_date(out: Path, *, inputs_hash: str) -> bool:
-    if not (out / "summary.json").exists():
+    """Whether the summary is of these inputs and all of its shards are there, with whole headers."""
+    try:
+        summary = read_json(out / "summary.json")
+        return summary["inputs_hash"] == inputs_hash and all(read_header(out / name) for name in summary["files"])
+    except (UserError, LookupError, TypeError, FileNotFoundError):
         return False
-    summary = read_json(out / "summary.json")
-    return summary.get("inputs_hash") == inputs_hash and all((out / name).exists() for name in summary["files"])
 
 
 def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
@@ -178,8 +187,12 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
     )
     for split in get_args(Split):
         for source_config in config.images:
-            source = _open(source_config, split=split, size=qlip.image_size, seed=config.seed)
-            if source is None:
+            try:
+                source = open_image_source(source_config, split=split, size=qlip.image_size, seed=config.seed)
+            except UserError:
+                if split == "train" or source_config.val_fraction > 0:
+                    raise
+                logger.info("%s: no val split, because val_fraction=0", source_config.name)
                 continue
             num_samples = min(len(source), config.limit or len(source))
             streamed = hub_stream(source)
@@ -197,57 +210,29 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
     return jobs
 
 
-def _open(config: ImageSourceConfig, *, split: Split, size: int, seed: int) -> ImageSource | None:
-    """The source, or None for the val split of a source without one."""
-    try:
-        return open_image_source(config, split=split, size=size, seed=seed)
-    except UserError:
-        if split == "train" or config.val_fraction > 0:
-            raise
-        logger.info("%s: no val split, because val_fraction=0", config.name)
-        return None
-
-
-def _is_finished(job: ShardJob) -> bool:
-    if not job.path.exists():
-        return False
-    try:
-        return replace(read_header(job.path), skipped={}, num_images=0) == job.header
-    except UserError as error:
-        logger.warning("%s", error)
-        return False
-
-
-def _remove_outdated(out: Path, *, kept: set[Path]) -> None:
-    """Remove the summary, shards of another tokenizer or plan, and the partial files of a killed run."""
-    outdated = [path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name) and path not in kept]
-    num_shards = sum(path.suffix != ".partial" for path in outdated)
-    if num_shards:
-        logger.info("%s: replacing %d shards of another tokenizer, config or format", out, num_shards)
-    for path in [out / "summary.json", *outdated]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / ".arrow", ignore_errors=True)  # copies that version 1 made of its .parquet shards
-
-
 def _resume_streams(path: Path, *, jobs: Sequence[ShardJob]) -> dict[str, HubStream]:
-    """The streamed sources by split and name. Each resumes from its state in `path`, so that its samples keep their
-    numbers."""
-    streams = {f"{job.header.split}-{job.header.source}": hub_stream(job.source) for job in jobs}
-    states = read_json(path) if path.exists() else {}
-    parts = {name: part for name, part in streams.items() if part is not None}
-    for name in parts.keys() & states.keys():
-        parts[name].resume(states[name])
-    return parts
+    """The streamed sources by split and name, resumed from `path`, so that their samples keep their numbers."""
+    streams = {
+        f"{job.header.split}-{job.header.source}": stream
+        for job in jobs
+        if (stream := hub_stream(job.source)) is not None
+    }
+    if streams and path.exists():
+        try:
+            states = read_json(path)
+            for name in streams.keys() & states.keys():
+                streams[name].resume(states[name])
+        except (LookupError, TypeError, AttributeError):
+            raise UserError(f"{path} is damaged; delete {path.parent} and run make codes") from None
+    return streams
 
 
-def _encode_shard(
-    job: ShardJob, *, qlip: "QLIPImages", progress: Progress
-) -> tuple[dict[str, int], list[str], np.ndarray, list[tuple[str, ...]]]:
-    """Skipped samples by reason; keys, codes_BN and captions of the others."""
+def _encode_shard(job: ShardJob, *, qlip: "QLIPImages", progress: Progress) -> dict[str, Any]:
+    """The arguments of `write_shard`."""
     skipped: Counter[str] = Counter()
     keys, captions, codes = [], [], [np.zeros((0, qlip.num_codes), dtype=np.int64)]
     num_batches = math.ceil(len(job.indices) / job.batch_size)
-    with Prefetch(job, num_steps=num_batches) as batches:
+    with contextlib.closing(Prefetch(job, num_steps=num_batches)) as batches:
         for step in range(num_batches):
             samples, reasons = batches.batch(step)
             if samples:
@@ -256,18 +241,18 @@ def _encode_shard(
             captions += [sample.captions for sample in samples]
             skipped.update(reasons)
             progress.advance(len(samples) + len(reasons), note=f"{skipped.total()} skipped" if skipped else None)
-    return dict(skipped), keys, np.concatenate(codes), captions
+    header = replace(job.header, skipped=dict(skipped))
+    return {"header": header, "keys": keys, "codes_BN": np.concatenate(codes), "captions": captions}
 
 
-def _summary(jobs: Sequence[ShardJob], *, inputs_hash: str) -> dict[str, Any]:
+def _summary(jobs: Sequence[ShardJob]) -> dict[str, Any]:
     """Counts by split and source, from the headers of the finished shards."""
     splits: dict[str, dict[str, dict[str, Any]]] = {}
     bad_files: dict[str, str] = {}
     for job in jobs:
         header = read_header(job.path)
-        counts = splits.setdefault(header.split, {}).setdefault(
-            header.source, {"samples": 0, "images": 0, "shards": 0, "skipped": {}}
-        )
+        new: dict[str, Any] = {"samples": 0, "images": 0, "shards": 0, "skipped": {}}
+        counts = splits.setdefault(header.split, {}).setdefault(header.source, new)
         counts["samples"] += len(job.indices)
         counts["images"] += header.num_images
         counts["shards"] += 1
@@ -282,5 +267,4 @@ def _summary(jobs: Sequence[ShardJob], *, inputs_hash: str) -> dict[str, Any]:
             if reasons:
                 logger.warning("%s of '%s': %d images; skipped: %s", split, name, counts["images"], reasons)
     tokenizer = {name: getattr(header, name) for name in ("fingerprint", "bits", "image_size", "num_patches")}
-    files = [job.path.name for job in jobs]
-    return {"inputs_hash": inputs_hash, **tokenizer, "splits": splits, "bad_files": bad_files, "files": files}
+    return tokenizer | {"splits": splits, "bad_files": bad_files, "files": [job.path.name for job in jobs]}

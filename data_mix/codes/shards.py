@@ -1,9 +1,9 @@
 """Code shards: images as codes of the visual tokenizer, on disk.
 
 A shard is an Arrow IPC file of one record batch with the columns `key` (string), `codes` (one uint32 per patch) and
-`captions` (list of strings). Its schema metadata holds a `ShardHeader` as JSON. Readers check the headers of all shards
-at once and map a shard into memory when one of its images is first read. So thousands of shards open at once, all
-processes of a machine share the page cache, and no copy of the codes is made.
+`captions` (list of strings). Its schema metadata holds a `ShardHeader` as JSON, and checksums of it and of the columns.
+Readers check the headers of all shards at once, and map and check a shard when one of its images is first read. So
+thousands of shards open at once, all processes of a machine share the page cache, and no copy of the codes is made.
 
 Shape legend: N = patches of one image, B = images of a shard.
 """
@@ -12,22 +12,26 @@ import bisect
 import contextlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from data_mix.checksums import columns_crc32
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles, DamagedFile
 from um3.core.errors import UserError
-from um3.core.files import atomic_file
+from um3.core.files import atomic_file, short_hash
+from um3.core.text import valid_text
 
 MAX_BITS = 32  # codes are stored as uint32
-METADATA_KEY = b"code_shard_2"  # ends with the version of the format
+METADATA_KEY = b"code_shard_3"  # ends with the version of the format
+CHECKSUM_KEY = b"code_shard_crc32"
 COLUMNS = ("key", "codes", "captions")
 
 
@@ -36,22 +40,33 @@ class ShardHeader:
     """The metadata of a shard.
 
     fingerprint, bits, image_size: of the visual tokenizer that made the codes.
-    num_patches, num_images: the shape of the codes; `write_shard` fills them in.
     plan: hash of everything that decides which samples the shards of a source hold, to resume an encoding.
+    num_patches, num_images, crc32: shape of the codes and CRC-32 of the columns; `write_shard` fills them in.
     skipped: number of samples that could not be used, by reason.
     """
 
     fingerprint: str
     bits: int
     image_size: int
-    split: str = ""
+    split: str = "train"
     source: str = ""
     shard: int = 0
     num_shards: int = 1
     plan: str = ""
     num_patches: int = 0
     num_images: int = 0
+    crc32: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no shard can have."""
+        numbers = (self.image_size, self.shard, self.num_shards, self.num_patches, self.num_images, self.crc32)
+        if not (type(self.bits) is int and 1 <= self.bits <= MAX_BITS):
+            raise ValueError(f"codes of {self.bits} bits; code shards hold 1 to {MAX_BITS}")
+        if not all(type(number) is int and 0 <= number < 2**32 for number in (*numbers, *self.skipped.values())):
+            raise ValueError(f"one of {numbers} or {self.skipped} is not a count")
+        if self.split not in get_args(Split) or not isinstance(self.source, str):
+            raise ValueError(f"{self.split}-{self.source} is not a split and a source")
 
 
 class CodedSample(NamedTuple):
@@ -70,113 +85,104 @@ def shard_path(folder: str | Path, *, split: str, source: str, shard: int) -> Pa
 def write_shard(
     path: Path, *, header: ShardHeader, keys: Sequence[str], codes_BN: np.ndarray, captions: Sequence[Sequence[str]]
 ) -> None:
-    """Write one shard atomically; the same arguments give the same bytes.
-
-    Raises:
-        ValueError: codes of more than 32 bits, or outside the header's bits.
-    """
-    if not 1 <= header.bits <= MAX_BITS:
-        raise ValueError(f"codes of {header.bits} bits do not fit the uint32 of code shards")
+    """Write one shard atomically; the same arguments give the same bytes. ValueError for codes outside the bits."""
     if codes_BN.size and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < 2**header.bits:
         raise ValueError(f"codes {codes_BN.min()}..{codes_BN.max()} are outside {header.bits} bits")
     num_images, num_patches = codes_BN.shape
-    header = replace(header, num_images=num_images, num_patches=num_patches)
     values = pa.array(codes_BN.astype(np.uint32).reshape(-1))
-    batch = pa.RecordBatch.from_arrays(
-        [
-            pa.array(keys, pa.string()),
-            pa.FixedSizeListArray.from_arrays(values, num_patches),
-            pa.array([list(texts) for texts in captions], pa.list_(pa.string())),
-        ],
-        names=COLUMNS,
-        metadata={METADATA_KEY: json.dumps(asdict(header), sort_keys=True)},
-    )
+    texts = [[valid_text(text) for text in texts] for texts in captions]
+    columns = [
+        pa.array(map(valid_text, keys), pa.string()),
+        pa.FixedSizeListArray.from_arrays(values, num_patches),
+        pa.array(texts, pa.list_(pa.string())),
+    ]
+    header = replace(header, num_images=num_images, num_patches=num_patches, crc32=columns_crc32(columns))
+    text = json.dumps(asdict(header), sort_keys=True).encode()
+    metadata = {METADATA_KEY: text, CHECKSUM_KEY: str(zlib.crc32(text))}
+    batch = pa.RecordBatch.from_arrays(columns, names=COLUMNS, metadata=metadata)
     with atomic_file(path) as partial, pa.ipc.new_file(str(partial), batch.schema) as writer:
         writer.write_batch(batch)
 
 
 def read_header(path: Path) -> ShardHeader:
-    """The header of a shard.
-
-    Raises:
-        UserError: the file is damaged or is not a code shard.
-    """
-    with _damage_named(path), pa.memory_map(str(path)) as file:
+    """The header of a shard; UserError if the file is damaged or is not a code shard."""
+    with _damage_named(path), pa.OSFile(str(path)) as file:
         metadata = pa.ipc.open_file(file).schema.metadata or {}
+    text = metadata.get(METADATA_KEY, b"")
     try:
-        return ShardHeader(**json.loads(metadata[METADATA_KEY]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not a code shard of this version; delete it and run make codes") from None
+        if metadata.get(CHECKSUM_KEY) == str(zlib.crc32(text)).encode():
+            return ShardHeader(**json.loads(text))
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        pass
+    raise DamagedFile(f"{path} is not a code shard of this version, or is damaged; delete it and run make codes")
 
 
 class CodeShards:
     """All coded images of one source and split, by index.
 
     A shard that cannot be read is tried again and then skipped: its images still count, and raise BadSample. More than
-    half of the shards must be readable. `bad_files` holds the skipped shards with the reason.
+    half of the shards must be readable. `bad_files` holds the skipped shards with the reason, `digest` is a hash of
+    the content of all shards.
     """
 
     def __init__(self, name: str, headers: Mapping[Path, ShardHeader]) -> None:
         """`headers`: those of all shards; `open_code_sources` reads and checks them."""
-        first = next(iter(headers.values()))
+        where, first = next(iter(headers.items()))
         self.name = name
-        self.fingerprint, self.bits, self.image_size = first.fingerprint, first.bits, first.image_size
-        self.num_patches = first.num_patches
+        self.bits, self.num_patches = first.bits, first.num_patches
+        self.fingerprint, self.image_size = first.fingerprint, first.image_size
+        self.digest = short_hash([header.crc32 for header in headers.values()])
         self.bad_files = BadFiles(name)
         self._headers = {path: header for path, header in headers.items() if header.num_images}
         self._paths = list(self._headers)
         self._ends = list(itertools.accumulate(header.num_images for header in self._headers.values()))
-        self._mapped: dict[Path, _MappedShard] = {}
+        self._mapped: dict[Path, MappedShard] = {}
         if not self._ends:
-            where = next(iter(headers)).parent
-            raise UserError(f"the {first.split} codes of '{name}' hold no image; see 'skipped' in {where}/summary.json")
+            raise UserError(
+                f"the {first.split} codes of '{name}' hold no image; see 'skipped' in {where.parent}/summary.json"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> CodedSample:
-        """Coded image `index`.
-
-        Raises:
-            BadSample: its shard is skipped because it cannot be read.
-            UserError: more than half of the shards cannot be read.
-        """
+        """Coded image `index`; BadSample if its shard cannot be read, UserError if more than half of them cannot."""
         if not 0 <= index < len(self):
             raise IndexError(f"coded image {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
-        path = self._paths[number]
-        shard = self._shard(path)
+        shard = self._shard(self._paths[number])
         row = index - self._ends[number] + len(shard.codes_BN)
-        codes_N = shard.codes_BN[row].astype(np.int64)
-        if int(codes_N.max()) >> self.bits:
-            raise UserError(f"{path} holds a code of more than {self.bits} bits; delete it and run make codes")
-        return CodedSample(shard.keys[row].as_py(), torch.from_numpy(codes_N), tuple(shard.captions[row].as_py()))
+        codes_N = torch.from_numpy(shard.codes_BN[row].astype(np.int64))
+        return CodedSample(shard.keys[row].as_py(), codes_N, tuple(shard.captions[row].as_py()))
 
-    def _shard(self, path: Path) -> "_MappedShard":
-        if path not in self._mapped:
-            try:
-                self._mapped[path] = self.bad_files.read(path, lambda: _map_shard(path, header=self._headers[path]))
-            except BadSample:
-                num_bad = len(self.bad_files.reasons)
-                if num_bad <= len(self._paths) / 2:
-                    raise
-                raise UserError(
-                    f"{num_bad} of the {len(self._paths)} shards of '{self.name}' cannot be read, more than half; "
-                    f"the last: {self.bad_files.reasons[path]}"
-                ) from None
+    def _shard(self, path: Path) -> "MappedShard":
+        if (shard := self._mapped.get(path)) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size < shard.num_bytes:
+                    # Reading a mapped file past the end that it was cut to would kill the process (SIGBUS).
+                    del self._mapped[path]
+        if path in self._mapped:
+            return self._mapped[path]
+        try:
+            self._mapped[path] = self.bad_files.read(path, lambda: map_shard(path, header=self._headers[path]))
+        except BadSample:
+            num_bad = len(self.bad_files.reasons)
+            if num_bad <= len(self._paths) / 2:
+                raise
+            raise UserError(
+                f"{num_bad} of the {len(self._paths)} shards of '{self.name}' cannot be read, more than half; "
+                f"the last: {self.bad_files.reasons[path]}"
+            ) from None
         return self._mapped[path]
 
 
 def shard_headers(folder: str | Path, *, split: Split) -> dict[Path, ShardHeader]:
-    """The headers of a folder's shards of one split, in the order of their names.
-
-    Raises:
-        UserError: there are none, or one of them is damaged.
-    """
-    headers = {path: read_header(path) for path in sorted(Path(folder).glob("*.arrow"))}
-    headers = {path: header for path, header in headers.items() if header.split == split}
-    if not headers and any(Path(folder).glob(f"{split}-*.parquet")):
-        raise UserError(f"the code shards in {folder} have an old format (.parquet); run make codes to replace them")
+    """The headers of a folder's shards of one split by path; UserError if there are none, or one is damaged."""
+    headers = {path: read_header(path) for path in sorted(Path(folder).glob(f"{split}-*.arrow"))}
+    for path, header in headers.items():
+        expected = shard_path(folder, split=header.split, source=header.source, shard=header.shard)
+        if path != expected:
+            raise UserError(f"{path} is a copy of {expected.name}; delete it or restore its name")
     if not headers:
         raise UserError(f"there are no {split} codes in {folder}; run make codes first")
     return headers
@@ -187,34 +193,48 @@ def open_code_sources(
 ) -> dict[str, CodeShards]:
     """The coded images of a folder by source, in the order of their names.
 
-    Raises:
-        UserError: shards that are absent, damaged, without images or made by another tokenizer than the others or
-            than `expected_fingerprint`.
+    UserError for shards that are absent, damaged, without images, or made by different tokenizers or by another than
+    the `expected_fingerprint`.
     """
     headers = shard_headers(folder, split=split)
-    _check_tokenizer(headers, expected_fingerprint=expected_fingerprint)
+    path, first = next(iter(headers.items()))
+    if expected_fingerprint not in (None, first.fingerprint):
+        raise UserError(
+            f"{path} was made by the tokenizer with fingerprint {first.fingerprint}, this run uses "
+            f"{expected_fingerprint}; run make codes to encode the images again"
+        )
+    for other, header in headers.items():
+        for name in ("fingerprint", "bits", "image_size", "num_patches"):
+            if getattr(header, name) != getattr(first, name):
+                raise UserError(
+                    f"{path} and {other} differ in {name}: {getattr(first, name)} and {getattr(header, name)}; run "
+                    "make codes to encode the images again"
+                )
     sources: dict[str, dict[Path, ShardHeader]] = {}
     for path, header in headers.items():
         sources.setdefault(header.source, {})[path] = header
     for source, shards in sources.items():
-        _check_complete(shards, source=source)
+        first = next(iter(shards.values()))
+        plans = {(header.plan, header.num_shards) for header in shards.values()}
+        if len(plans) > 1 or len(shards) != first.num_shards:
+            raise UserError(
+                f"{folder}: the encoding of '{source}' is incomplete, {len(shards)} {split} shards of "
+                f"{first.num_shards}; run make codes to finish it"
+            )
     return {source: CodeShards(source, sources[source]) for source in sorted(sources)}
 
 
-class _MappedShard(NamedTuple):
-    """The columns of a shard in mapped memory."""
+class MappedShard(NamedTuple):
+    """The size of a shard and its columns in mapped memory."""
 
+    num_bytes: int
     keys: pa.StringArray
     captions: pa.ListArray
     codes_BN: np.ndarray
 
 
-def _map_shard(path: Path, *, header: ShardHeader) -> _MappedShard:
-    """Map a shard into memory.
-
-    Raises:
-        DamagedFile: its content is invalid, or it changed since its header was read.
-    """
+def map_shard(path: Path, *, header: ShardHeader) -> MappedShard:
+    """Map a shard into memory; DamagedFile if its content is invalid, or changed since its `header` was read."""
     if read_header(path) != header:
         raise DamagedFile(f"{path} changed since this process opened it; run make codes, then start again")
     with _damage_named(path), pa.memory_map(str(path)) as file:
@@ -224,8 +244,10 @@ def _map_shard(path: Path, *, header: ShardHeader) -> _MappedShard:
         codes = pa.list_(pa.uint32(), header.num_patches)
         if (len(batch), tuple(batch.schema.names), batch.schema.types[1]) != (header.num_images, COLUMNS, codes):
             raise pa.ArrowInvalid("its columns are not those of its header")
+        if columns_crc32(batch.columns) != header.crc32:
+            raise pa.ArrowInvalid("its content does not have the checksum in its header")
         codes_BN = batch["codes"].values.to_numpy(zero_copy_only=True).reshape(len(batch), header.num_patches)
-        return _MappedShard(batch["key"], batch["captions"], codes_BN)
+        return MappedShard(file.size(), batch["key"], batch["captions"], codes_BN)
 
 
 @contextlib.contextmanager
@@ -233,37 +255,8 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Turn errors about a file's content into DamagedFile; errors of the system pass."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split("\n")[0].split())
         raise DamagedFile(f"{path} is damaged ({reason}); delete it and run make codes") from None
-
-
-def _check_complete(headers: Mapping[Path, ShardHeader], *, source: str) -> None:
-    """UserError unless these are all shards of one plan."""
-    path, first = next(iter(headers.items()))
-    numbers = sorted(header.shard for header in headers.values())
-    plans = {(header.plan, header.num_shards) for header in headers.values()}
-    if len(plans) > 1 or numbers != list(range(first.num_shards)):
-        raise UserError(
-            f"{path.parent}: the encoding of '{source}' is incomplete, {len(headers)} {first.split} shards of "
-            f"{first.num_shards}; run make codes to finish it"
-        )
-
-
-def _check_tokenizer(headers: Mapping[Path, ShardHeader], *, expected_fingerprint: str | None) -> None:
-    """UserError unless one tokenizer, the expected one, made all shards."""
-    first_path, first = next(iter(headers.items()))
-    if expected_fingerprint not in (None, first.fingerprint):
-        raise UserError(
-            f"{first_path} was made by the tokenizer with fingerprint {first.fingerprint}, this run uses "
-            f"{expected_fingerprint}; run make codes to encode the images again"
-        )
-    for path, header in headers.items():
-        for name in ("fingerprint", "bits", "image_size", "num_patches"):
-            if getattr(header, name) != getattr(first, name):
-                raise UserError(
-                    f"{first_path} and {path} differ in {name}: {getattr(first, name)} and {getattr(header, name)}; "
-                    "run make codes to encode the images again"
-                )

@@ -4,6 +4,8 @@ They are the only real images with classes that need no download, so the demo me
 accuracy on them. Source: UCI "Optical Recognition of Handwritten Digits" (CC BY 4.0), 8 x 8 maps of ink.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -22,6 +24,7 @@ class DigitsSource:
     """The digits of one split, dark ink on the background of the scenes, uint8 (size, size, 3)."""
 
     name = "digits"
+    fingerprint: Callable[[], str]
     class_names = CLASS_NAMES
 
     def __init__(self, *, size: int, split: Split) -> None:
@@ -39,11 +42,11 @@ class DigitsSource:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"digit {index} of {len(self)}")
-        image_HWC = _render(self._ink_N88[index], size=self.size)
-        captions = captions_of(CLASS_NAMES[self.labels[index]])
-        return Sample(key=f"digits-{self.rows[index]:04d}", image_HWC=image_HWC, captions=captions)
+        # One blank cell on each side: the strokes reach the border of the map and would end in a hard cut.
+        ink = Image.fromarray(np.pad(self._ink_N88[index], 1))
+        enlarged = ink.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        image_HWC = blend(np.clip(np.asarray(enlarged), 0, 1), ink=INK)
+        return Sample(f"digits-{self.rows[index]:04d}", image_HWC, captions_of(CLASS_NAMES[self.labels[index]]))
 
 
 def _split_rows(labels: np.ndarray, *, split: Split) -> np.ndarray:
@@ -60,10 +63,3 @@ def _split_rows(labels: np.ndarray, *, split: Split) -> np.ndarray:
 def captions_of(class_name: str) -> tuple[str, ...]:
     """The captions of a digit called `class_name`, which are also the prompts of the zero-shot test."""
     return (f"a handwritten {class_name}", f"the digit {class_name}", f"the number {class_name} in ink")
-
-
-def _render(ink_88: np.ndarray, *, size: int) -> np.ndarray:
-    """An 8 x 8 map of ink in [0, 1], enlarged smoothly and blended with the background."""
-    # One blank cell on each side: the strokes reach the border of the map and would end in a hard cut.
-    enlarged = Image.fromarray(np.pad(ink_88, 1)).resize((size, size), Image.Resampling.BICUBIC)
-    return blend(np.clip(np.asarray(enlarged), 0, 1), ink=INK)

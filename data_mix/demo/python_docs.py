@@ -13,15 +13,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Packages that are not part of the library; tests, tools with windows, and tables of code points.
-_FOREIGN = {"site-packages", "dist-packages", "ensurepip"}
-_UNFIT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
-SKIPPED_FOLDERS = frozenset(_FOREIGN | _UNFIT)
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "ensurepip"}) | {  # not part of the library
+    "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data",  # no prose
+}  # fmt: skip
 MIN_WORDS = 5  # shorter paragraphs are headings and labels
 MIN_PROSE = 0.93  # share of letters, spaces and plain punctuation; tables, signatures and grammar have less
 MIN_DOCUMENT_CHARS = 200
 MAX_DOCUMENT_CHARS = 3000  # about 750 tokens
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _PROSE = re.compile(r"[A-Za-z ,.;:'’“”\"()!?-]")
 _ROLE = re.compile(r":[a-z:]+:`~?([^`]+)`")
 _LIST_MARK = re.compile(r"^(?:[*\-•]|\(?\d+[.)]|[a-z]\))\s+")
@@ -38,9 +38,11 @@ class Document(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def python_documents() -> tuple[Document, ...]:
     """All documents of this Python in a fixed order, without repeated paragraphs. Takes about 3 s, once a process."""
+    from pydoc_data.topics import topics
+
     seen: set[str] = set()
     documents: list[Document] = []
-    for name, texts in (*_topics(), *_modules()):
+    for name, texts in (*((f"topic/{name}", [topics[name]]) for name in sorted(topics)), *_modules()):
         paragraphs = dict.fromkeys(paragraph for text in texts for paragraph in prose_paragraphs(text))
         new = [paragraph for paragraph in paragraphs if paragraph not in seen]
         seen.update(new)
@@ -48,13 +50,6 @@ def python_documents() -> tuple[Document, ...]:
             if len(text) >= MIN_DOCUMENT_CHARS:
                 documents.append(Document(f"{name}#{number}", text))
     return tuple(documents)
-
-
-def _topics() -> Iterator[tuple[str, list[str]]]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield f"topic/{name}", [topics[name]]
 
 
 def _modules() -> Iterator[tuple[str, list[str]]]:
@@ -72,10 +67,8 @@ def _modules() -> Iterator[tuple[str, list[str]]]:
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
     """Depth first, which is the order of the file."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text:
-            yield text
+    if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+        yield text
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
             yield from _docstrings(child)
@@ -92,16 +85,11 @@ def prose_paragraphs(text: str) -> Iterator[str]:
             continue
         paragraph = _ROLE.sub(r"\1", " ".join(lines)).replace("``", "").replace("`", "")
         paragraph = re.sub(r"\s+", " ", _LIST_MARK.sub("", paragraph)).strip()
-        if _is_prose(paragraph):
+        is_sentence = re.match(r"[\"'“(]", paragraph) or paragraph[:1].isupper()
+        is_sentence = is_sentence and paragraph.endswith((".", "!", "?", ":", ")", "”", '"'))
+        is_long = len(paragraph.split()) >= MIN_WORDS
+        if is_sentence and is_long and len(_PROSE.findall(paragraph)) >= MIN_PROSE * len(paragraph):
             yield paragraph
-
-
-def _is_prose(paragraph: str) -> bool:
-    if len(paragraph.split()) < MIN_WORDS or not paragraph.endswith((".", "!", "?", ":", ")", "”", '"')):
-        return False
-    if not (paragraph[0].isupper() or paragraph[0] in "\"'“("):
-        return False
-    return len(_PROSE.findall(paragraph)) >= MIN_PROSE * len(paragraph)
 
 
 def packed(paragraphs: Iterable[str], *, max_chars: int) -> Iterator[str]:

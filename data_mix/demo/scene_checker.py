@@ -69,9 +69,7 @@ class Verdict(NamedTuple):
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """The objects in a uint8 RGB (H, W, 3) image, in reading order of their boxes; ValueError for another array."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"expected a uint8 (height, width, 3) image, got {image.dtype} {image.shape}")
+    """The objects in a uint8 RGB (H, W, 3) image, in reading order of their boxes."""
     shrink = max(1.0, max(image.shape[:2]) / MAX_SIZE)
     if shrink > 1:
         smaller = (round(image.shape[1] / shrink), round(image.shape[0] / shrink))
@@ -85,15 +83,11 @@ def detect(image: np.ndarray) -> list[Detection]:
         if inside_HW.sum() >= MIN_AREA * scale**2:
             for colour, coverage_HW in _split_by_colour(offset_HW3[rows, columns], inside_HW, scale=scale):
                 detections += _objects(coverage_HW, colour, top=rows.start, left=columns.start, scale=scale)
-    if shrink > 1:
-        detections = [_enlarged(detection, factor=shrink) for detection in detections]
+    for place, detection in enumerate(detections):
+        left, top, right, bottom = (round(edge * shrink) for edge in detection.box)
+        centre = (detection.centre[0] * shrink, detection.centre[1] * shrink)
+        detections[place] = detection._replace(box=(left, top, right, bottom), centre=centre)
     return sorted(detections, key=lambda detection: (detection.box[1], detection.box[0]))
-
-
-def _enlarged(detection: Detection, *, factor: float) -> Detection:
-    left, top, right, bottom = (round(edge * factor) for edge in detection.box)
-    centre = (detection.centre[0] * factor, detection.centre[1] * factor)
-    return detection._replace(box=(left, top, right, bottom), centre=centre)
 
 
 def _split_by_colour(offset_HW3: np.ndarray, inside_HW: np.ndarray, *, scale: float) -> list[tuple[Colour, np.ndarray]]:
@@ -144,10 +138,9 @@ def _objects(coverage_HW: np.ndarray, colour: Colour, *, top: int, left: int, sc
             continue
         # A rim of one pixel around the part holds the half-covered edge pixels of its shape.
         other_HW = (part_HW > 0) & (part_HW != number)
-        padded_HW = np.pad(np.where(other_HW, 0, coverage_HW), 1)[
-            rows.start : rows.stop + 2, columns.start : columns.stop + 2
-        ]
-        shape, score = _best_shape(padded_HW, scale=scale)
+        padded_HW = np.pad(np.where(other_HW, 0, coverage_HW), 1)
+        rim_HW = padded_HW[rows.start : rows.stop + 2, columns.start : columns.stop + 2]
+        shape, score = _best_shape(rim_HW, scale=scale)
         if score >= MIN_IOU:
             y_1, x_1, y_2, x_2 = top + rows.start, left + columns.start, top + rows.stop, left + columns.stop
             centre = ((x_1 + x_2) / 2, (y_1 + y_2) / 2)
@@ -186,12 +179,8 @@ def _middle(length: int, *, reach: int) -> slice:
 @functools.lru_cache(maxsize=256)
 def _templates(side: int, *, blur: float) -> list[tuple[Shape, np.ndarray]]:
     """Every shape with a rim of one pixel, (side + 2, side + 2): as rendered, and blurred by `blur` pixels."""
-    templates = []
-    for shape in SHAPES:
-        mask_SS = np.pad(shape_mask(shape, side), 1)
-        for sigma in (0.0, blur):
-            templates.append((shape, _sharpened(ndimage.gaussian_filter(mask_SS, sigma, mode="constant"))))
-    return templates
+    masks = [(shape, np.pad(shape_mask(shape, side), 1), sigma) for shape in SHAPES for sigma in (0.0, blur)]
+    return [(shape, _sharpened(ndimage.gaussian_filter(mask, sigma, mode="constant"))) for shape, mask, sigma in masks]
 
 
 def _sharpened(coverage: np.ndarray) -> np.ndarray:
@@ -212,7 +201,7 @@ def check_detections(detections: Sequence[Detection], demands: Demands, *, size:
     for demand, copies in Counter(demands.objects).items():
         # "a circle and a circle" demands two of the kind.
         number = sum(_matches(detection, demand) for detection in detections)
-        met[noun_phrase(demand)] = number == demand.count if demand.exact else number >= copies
+        met[noun_phrase(demand)] = number == demand.count if demand.count > 1 else number >= copies
     if demands.relation is not None:
         first, second = demands.objects
         met[prompt_text(demands)] = any(

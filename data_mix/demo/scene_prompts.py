@@ -30,16 +30,11 @@ PLURALS: dict[Shape, str] = {"circle": "circles", "square": "squares", "triangle
 
 @dataclass(frozen=True)
 class ObjectDemand:
-    """`count` objects of this shape, and of this colour unless it is None."""
+    """An object (at least one), or exactly `count` above one, of this shape, and of this colour unless it is None."""
 
     shape: Shape
     colour: Colour | None = None
     count: int = 1
-
-    @property
-    def exact(self) -> bool:
-        """A number word means exactly that many; the article "a" means at least one."""
-        return self.count > 1
 
 
 @dataclass(frozen=True)
@@ -85,22 +80,20 @@ def parse_prompt(prompt: str) -> Demands:
     first, *rest = _JOINT.split(text)
     if len(rest) not in (0, 2):
         raise ValueError(f"{prompt!r} joins more than two objects")
-    objects = tuple(_parse_phrase(phrase, prompt=prompt) for phrase in (first, *rest[1:]))
     relation = next((relation for relation in RELATIONS if rest and rest[0] == relation), None)
-    return Demands(objects=objects, relation=relation)
-
-
-def _parse_phrase(phrase: str, *, prompt: str) -> ObjectDemand:
-    match = _PHRASE.fullmatch(phrase)
-    if match is None:
-        raise ValueError(f"{prompt!r} is not a scene prompt: cannot read {phrase!r}")
-    number, colour_word, noun = match.groups()
-    count = _COUNTS[number]
-    if (noun in PLURALS.values()) != (count > 1):
-        raise ValueError(f"{prompt!r} is not a scene prompt: {number!r} does not agree with {noun!r}")
-    shape = next(shape for shape in SHAPES if noun in (shape, PLURALS[shape]))
-    colour = next((colour for colour in COLOURS if colour == colour_word), None)
-    return ObjectDemand(shape=shape, colour=colour, count=count)
+    objects = []
+    for phrase in (first, *rest[1:]):
+        match = _PHRASE.fullmatch(phrase)
+        if match is None:
+            raise ValueError(f"{prompt!r} is not a scene prompt: cannot read {phrase!r}")
+        number, colour_word, noun = match.groups()
+        count = _COUNTS[number]
+        if (noun in PLURALS.values()) != (count > 1):
+            raise ValueError(f"{prompt!r} is not a scene prompt: {number!r} does not agree with {noun!r}")
+        shape = next(shape for shape in SHAPES if noun in (shape, PLURALS[shape]))
+        colour = next((colour for colour in COLOURS if colour == colour_word), None)
+        objects.append(ObjectDemand(shape, colour, count))
+    return Demands(tuple(objects), relation)
 
 
 def evaluation_prompts(*, per_skill: int, seed: int) -> list[ScenePrompt]:

@@ -10,8 +10,8 @@ Shape legend: H, W = image height and width, S = side of one object's box, all i
 import functools
 import random
 import zlib
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -78,14 +78,13 @@ class ScenesSource:
     """`length` scenes of `size` x `size` pixels. No val scene is in the train split of any seed."""
 
     name = "scenes"
+    fingerprint: Callable[[], str]
 
     def __init__(self, *, size: int = 32, length: int = 50_000, seed: int = 0, split: Split = "train") -> None:
         if size < MIN_SIZE:
             raise ValueError(f"size={size}: scenes need at least {MIN_SIZE} pixels to show their shapes")
         if length < 1:
             raise ValueError(f"length={length}: at least one scene is needed")
-        if split not in get_args(Split):
-            raise ValueError(f"split={split!r}: one of {', '.join(get_args(Split))}")
         self.size, self.length, self.seed = size, length, seed
         self.split: Split = split
 
@@ -93,10 +92,8 @@ class ScenesSource:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        objects = self.objects(index)
-        image_HWC = render(objects, size=self.size)
-        key = f"scenes-{self.split}-{self.seed}-{index:08d}"
-        return Sample(key=key, image_HWC=image_HWC, captions=captions(objects))
+        objects, key = self.objects(index), f"scenes-{self.split}-{self.seed}-{index:08d}"
+        return Sample(key, render(objects, size=self.size), captions(objects))
 
     def objects(self, index: int) -> tuple[SceneObject, ...]:
         """The objects of scene `index`; IndexError outside [0, length)."""
@@ -105,17 +102,10 @@ class ScenesSource:
         draw = Draw(derive_seed(self.seed, "scenes", self.split, index))
         while True:
             objects = draw_scene(draw, size=self.size)
-            if _belongs_to_val(objects) == (self.split == "val"):
+            # The split depends on the content: two seeds that draw the same scene put it into the same split.
+            text = ";".join(f"{o.shape},{o.colour},{o.left},{o.top},{o.side}" for o in sorted(objects))
+            if (zlib.crc32(text.encode()) % VAL_EVERY == 0) == (self.split == "val"):
                 return objects
-
-
-def _belongs_to_val(objects: Sequence[SceneObject]) -> bool:
-    """The split depends on the content: two seeds that draw the same scene put it into the same split."""
-    text = ";".join(f"{o.shape},{o.colour},{o.left},{o.top},{o.side}" for o in sorted(objects))
-    return zlib.crc32(text.encode()) % VAL_EVERY == 0
-
-
-# --- random choices
 
 
 Option = TypeVar("Option")
@@ -188,10 +178,8 @@ def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
             for o in placed
         ):
             placed.append(SceneObject(shape, colour, left, top, side))
-        else:
-            misses += 1
-            if misses % 8 == 0:
-                placed.clear()
+        elif (misses := misses + 1) % 8 == 0:
+            placed.clear()
     return tuple(sorted(placed, key=lambda o: (o.top, o.left)))
 
 
@@ -220,13 +208,9 @@ def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
     return first, SceneObject(second_shape, second_colour, *corner_2, side_2)
 
 
-# --- pixels
-
-
 def render(objects: Sequence[SceneObject], *, size: int) -> np.ndarray:
     """The scene as uint8 RGB (size, size, 3). Boxes must not overlap: a patch is pasted with its background."""
-    image_HWC = np.empty((size, size, 3), dtype=np.uint8)
-    image_HWC[:] = BACKGROUND
+    image_HWC = np.full((size, size, 3), BACKGROUND, dtype=np.uint8)
     for o in objects:
         image_HWC[o.top : o.top + o.side, o.left : o.left + o.side] = _patch(o.shape, o.colour, o.side)
     return image_HWC
@@ -267,9 +251,6 @@ def _inside(shape: Shape, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray
     return (np.abs(x - middle) <= arm / 2) | (np.abs(y - middle) <= arm / 2)
 
 
-# --- captions
-
-
 def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
     """The captions of a scene in the words of the prompts of the six skills, the most detailed first.
 
@@ -284,15 +265,10 @@ def captions(objects: Sequence[SceneObject]) -> tuple[str, ...]:
     full_1, full_2 = (ObjectDemand(shape, colour) for shape, colour in kinds)
     bare_1, bare_2 = (ObjectDemand(shape) for shape, _ in kinds)
     relation = relation_of(objects[0].centre, objects[1].centre)
-    demands = [
-        Demands((full_1, full_2), relation),
-        Demands((full_2, full_1), MIRRORED[relation]),
-        Demands((bare_1, bare_2), relation),
-        Demands((bare_2, bare_1), MIRRORED[relation]),
-        Demands((full_1, full_2)),
-        Demands((bare_1, bare_2)),
-    ]
-    return tuple(map(prompt_text, demands))
+    demands = []
+    for first, second in ((full_1, full_2), (bare_1, bare_2)):
+        demands += [Demands((first, second), relation), Demands((second, first), MIRRORED[relation])]
+    return tuple(map(prompt_text, [*demands, Demands((full_1, full_2)), Demands((bare_1, bare_2))]))
 
 
 def relation_of(first: tuple[float, float], second: tuple[float, float]) -> Relation:

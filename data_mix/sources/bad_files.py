@@ -1,4 +1,4 @@
-"""Files that cannot be read: each is retried, then skipped for the rest of the process and its samples counted."""
+"""What a source cannot use: unreadable files, each retried and then skipped, and the counts of other reasons."""
 
 import logging
 from collections.abc import Callable
@@ -10,10 +10,12 @@ import pyarrow as pa
 from data_mix.retry import retry
 from data_mix.samples import BadSample
 from um3.core.errors import UserError
+from um3.core.text import printable
 
 logger = logging.getLogger(__name__)
 
 UNREADABLE = "unreadable file"  # the reason of every sample of a skipped file
+DAMAGED = "damaged, used up to the damage"  # the reason of a file in `BadFiles.counts`
 
 ResultT = TypeVar("ResultT")
 
@@ -23,15 +25,15 @@ class DamagedFile(UserError):
 
 
 class BadFiles:
-    """The files of one source that could not be read, with the reason of each.
-
-    The list is not saved: every process finds it again, and a file that became readable is used by the next process.
+    """What one source does not use. reasons: why each unreadable file is skipped; every process finds them again, so a
+    file that became readable is used by the next one. counts: number and first example of every other reason.
     """
 
     def __init__(self, source: str, *, skip: bool = True) -> None:
-        """`skip`: false makes the first unreadable file an error (`skip_bad_files` of a source)."""
+        """`skip`: false makes the first unreadable file or record an error (`skip_bad_files` of a source)."""
         self.source, self.skip = source, skip
         self.reasons: dict[Path, str] = {}
+        self.counts: dict[str, tuple[int, str]] = {}
 
     def read(self, file: Path, action: Callable[[], ResultT]) -> ResultT:
         """Return `action()`, which reads `file`; retry it after an error.
@@ -52,7 +54,27 @@ class BadFiles:
         if not self.skip:
             raise UserError(f"source '{self.source}': {reason}; repair the file, or set skip_bad_files=true")
         self.reasons[file] = reason
-        logger.warning("source '%s': skipping the samples of an unreadable file: %s", self.source, reason)
+        logger.warning("source '%s': skipping the samples of an unreadable file: %s", self.source, printable(reason))
+
+    def skip_record(self, reason: str, where: str) -> None:
+        """Count a record that cannot be used; UserError where `skip` is false."""
+        if not self.skip:
+            raise UserError(f"source '{self.source}': {where}: {reason}; repair it, or set skip_bad_files=true")
+        self.count(reason, where)
+
+    def count(self, reason: str, where: str, *, number: int = 1) -> None:
+        """Add `number` to the count of a reason, which is a short fixed phrase; `where` is an example."""
+        before, example = self.counts.get(reason, (0, where))
+        self.counts[reason] = (before + number, example)
+
+    def summary(self) -> str:
+        """Every reason with its count and first example; empty if there is none."""
+        return printable("; ".join(f"{reason}: {n} (such as {where})" for reason, (n, where) in self.counts.items()))
+
+    def report(self, num_samples: int) -> None:
+        """Log one line for a source that was opened, unless all that it found is used."""
+        if self.counts:
+            logger.warning("source '%s': %d samples; %s", self.source, num_samples, self.summary())
 
 
 def _is_worth_a_retry(error: Exception, num_retries: int) -> bool:

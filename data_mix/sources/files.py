@@ -1,68 +1,83 @@
-"""Which files a source reads, how its samples are named, and which kind of source a path is.
+"""The one rule for what is read: which files, how samples are named, and what text, lines, records and pairs are.
 
-This is the one place for these rules; every reader uses it:
-- A path is a file, a folder (searched with all folders below it) or a glob. Files are read in the order of their paths.
-- A sample is named by its file, relative to the folder that was asked for, and its place in the file (`b/0.tar#17`).
-- A path owner/name that does not exist on this disk is a data set of the Hugging Face hub.
+Every reader of `data_mix.sources` follows it, and it has one test (tests/data_mix/sources/test_rule.py):
+- Files: a path that exists is a file or a folder, never a pattern; another path is a glob. A folder is searched with
+  the folders below it, by the rule of `um3.core.files.walk_files`: names that begin with a dot are passed over (also in
+  a tar), links are followed, suffixes are compared without case. Files are read in the order of their paths. A path
+  owner/name that does not exist on this disk is a data set of the Hugging Face hub.
+- Keys: a sample is named by its file, relative to the folder that was asked for, and its place in it (`b/0.tar#17`).
+- Lines end at \\n, \\r\\n and \\r only; of JSON lines, at \\n.
+- Text that UTF-8 cannot hold becomes U+FFFD in captions, documents and keys (`um3.core.text.valid_text`). Bytes that
+  are not UTF-8 make a record, a caption or a text file unreadable.
+- Records: one that is null, blank, of another type, not JSON or nested too deeply is skipped and counted; with
+  skip_bad_files=false it is an error.
+- Pairs: names match exactly, else after Unicode normalisation (NFC) and with / for \\; of an image name, only the
+  suffix is dropped. All captions of an image are kept, in their order. In a tar, the last member of a name counts.
+- Counts: every source reports what it does not use, by reason with an example, when it is opened (`BadFiles.report`).
 """
 
 import glob
+import io
+import json
 import os
+import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import pyarrow as pa
+
+from data_mix.sources.bad_files import BadFiles, ResultT
 from data_mix.sources.config import ImageKind, ImageSourceConfig, SourceConfig, TextKind, TextSourceConfig
 from um3.core.errors import UserError
+from um3.core.files import walk_files
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")
-FileKinds = Mapping[str, tuple[str, ...]]
-# The suffixes of each kind. A folder without files of IMAGE_KINDS is a folder of images.
-IMAGE_KINDS: FileKinds = {"parquet": (".parquet",), "webdataset": (".tar",)}
-TEXT_KINDS: FileKinds = {"parquet": (".parquet",), "jsonl": JSONL, "txt": (".txt",)}
+CAPTION_SUFFIXES = (".parquet", *JSONL)
+FILE_KINDS = {"parquet": (".parquet",), "webdataset": (".tar",), "jsonl": JSONL, "txt": (".txt",)}
+IMAGE_KINDS = ("parquet", "webdataset")  # a folder without files of these kinds is a folder of images
+TEXT_KINDS = ("parquet", "jsonl", "txt")
 HUB_DATASET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.+-]+))?")
 
 
-def list_files(
-    path: str, *, suffixes: Sequence[str], source: str, any_case: bool = False, hidden: bool = True
-) -> list[Path]:
-    """The files at a path whose names end in one of `suffixes`, sorted; UserError if there are none.
-
-    any_case: also take suffixes in upper case. hidden: also take names of files and folders that begin with a dot.
-    """
-    files = sorted(
-        file
-        for file in _paths(path)
-        if (file.name.lower() if any_case else file.name).endswith(tuple(suffixes))
-        and (hidden or not any(part.startswith(".") for part in file.relative_to(path).parts))
-        and file.is_file()
-    )
+def list_files(path: str, *, suffixes: Sequence[str], source: str) -> list[Path]:
+    """The files at a path whose names end in one of `suffixes`, sorted; UserError if there are none."""
+    if Path(path).is_dir():
+        files = walk_files(path, suffixes=suffixes)
+    else:
+        names = [path] if Path(path).exists() else glob.glob(path, recursive=True)  # noqa: PTH207 (absolute patterns)
+        files = sorted(Path(name) for name in names if name.lower().endswith(tuple(suffixes)) and Path(name).is_file())
     if not files:
         raise UserError(f"source '{source}': no {' or '.join(suffixes)} file at '{path}'; give a file, folder or glob")
     return files
 
 
-def all_files(path: str) -> list[Path]:
-    """Every file at a path, sorted; none at an empty path."""
-    return sorted(file for file in _paths(path) if file.is_file())
-
-
-def _paths(path: str) -> Iterable[Path]:
-    if not path or Path(path).is_file():
-        return [Path(path)] if path else []
-    if Path(path).is_dir():
-        return Path(path).rglob("*")
-    return map(Path, glob.glob(path, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-
-
-def file_keys(files: Sequence[Path], path: str) -> list[str]:
+def file_keys(files: Sequence[str | Path], path: str) -> list[str]:
     """Name of each file, relative to the folder that was asked for, else to the deepest folder that holds them all.
 
     So no two files share a name, and a data set that moves as a whole keeps its names and splits.
     """
-    root = path if Path(path).is_dir() else os.path.commonpath([file.parent for file in files])
-    return [file.relative_to(root).as_posix() for file in files]
+    root = Path(path) if Path(path).is_dir() else os.path.commonpath([Path(file).parent for file in files])
+    prefix = os.path.join(root, "")
+    return [str(file).removeprefix(prefix) for file in files]
+
+
+def match_names(names: Iterable[str], others: Mapping[str, object]) -> dict[str, str]:
+    """For each of `names` that has one, its equal in `others`: exactly equal, else equal once normalised."""
+    names = list(names)
+    matches = {name: name for name in names if name in others}
+    if len(matches) < len(others) and len(matches) < len(names):
+        rest = {_normalised(other): other for other in others if other not in matches}
+        wanted = {name: _normalised(name) for name in names if name not in matches}
+        matches |= {name: rest[normalised] for name, normalised in wanted.items() if normalised in rest}
+    return matches
+
+
+def _normalised(name: str) -> str:
+    return posixpath.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
 def looks_like_hub(path: str) -> bool:
@@ -92,35 +107,70 @@ def text_kind(config: TextSourceConfig) -> TextKind:
     return cast(TextKind, _kind(config, TEXT_KINDS, generated=("python_docs",), default="python_docs"))
 
 
-def _kind(config: SourceConfig, file_kinds: FileKinds, *, generated: Sequence[str], default: str) -> str:
+def _kind(config: SourceConfig, kinds: Sequence[str], *, generated: Sequence[str], default: str) -> str:
     kind = config.kind
     if kind == "auto":
-        kind = _kind_of_path(config, file_kinds) if config.path else default
+        kind = _kind_of_path(config, kinds) if config.path else default
     if not kind:
         raise UserError(f"{config.where} has no path; give one, or set kind to {' or '.join(generated)}")
     if bool(config.path) == (kind in generated):
-        raise UserError(
-            f"{config.where}: kind={kind} {'takes no' if config.path else 'needs a'} path; set path or kind"
-        )
+        needs = "takes no" if config.path else "needs a"
+        raise UserError(f"{config.where}: kind={kind} {needs} path; set path or kind")
     if config.stream and kind != "hub":
         raise UserError(f"{config.where}: stream={config.stream} is for kind=hub, not kind={kind}; set stream=0")
     return kind
 
 
-def _kind_of_path(config: SourceConfig, file_kinds: FileKinds) -> str:
-    path, is_folder = config.path, Path(config.path).is_dir()
-    names = [file.name for file in Path(path).rglob("*")] if is_folder else [path]
-    kinds = [kind for kind, suffixes in file_kinds.items() if any(name.endswith(suffixes) for name in names)]
-    if len(kinds) > 1 and file_kinds is IMAGE_KINDS:
+def _kind_of_path(config: SourceConfig, kinds: Sequence[str]) -> str:
+    path, is_folder, is_image = config.path, Path(config.path).is_dir(), kinds is IMAGE_KINDS
+    suffixes = [suffix for kind in kinds for suffix in FILE_KINDS[kind]]
+    names = [file.name.lower() for file in walk_files(path, suffixes=suffixes)] if is_folder else [path.lower()]
+    found = [kind for kind in kinds if any(name.endswith(FILE_KINDS[kind]) for name in names)]
+    if len(found) > 1 and is_image:
         raise UserError(f"{config.where}: both .parquet and .tar files are there; set kind")
-    if kinds:
-        return kinds[0]
-    if is_folder and file_kinds is IMAGE_KINDS:
+    if found:
+        return found[0]
+    if is_folder and is_image:
         return "folder"
     if looks_like_hub(path):
         return "hub"
-    suffixes = ", ".join(suffix for group in file_kinds.values() for suffix in group)
     raise UserError(
-        f"{config.where}: neither a folder nor {suffixes} (file, folder or glob) nor a Hugging Face data set "
-        "(owner/name); check the path or set kind"
+        f"{config.where}: neither a folder nor {', '.join(suffixes)} (file, folder or glob) nor a Hugging Face data "
+        "set (owner/name); check the path or set kind"
     )
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, each with its byte offset; a compressed file is unpacked."""
+    offset = 0
+    with file.open("rb") as packed:
+        compression = COMPRESSIONS.get(file.suffix.lower())
+        lines = packed if compression is None else io.BufferedReader(pa.input_stream(packed, compression=compression))
+        for line in lines:
+            yield offset, line
+            offset += len(line)
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; ValueError for anything else."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"has: {type(record).__name__}")
+    return record
+
+
+def read_records(
+    file: Path, use: Callable[[dict[str, Any]], ResultT], *, reason: str, bad_files: BadFiles
+) -> Iterator[ResultT]:
+    """What `use` makes of the object in each line; a line that is none or for which it raises is counted."""
+    for number, (_, line) in enumerate(read_lines(file), start=1):
+        try:
+            if line.strip():
+                yield use(parse_record(line))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            bad_files.skip_record(reason, f"{file}:{number} ({error})")

@@ -1,28 +1,61 @@
 """A short name for the data of a source; it is kept beside what is made of the data, to notice when the data change."""
 
-import os
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
-from data_mix.sources.config import SourceConfig
-from data_mix.sources.files import all_files
+from data_mix.sources.bad_files import BadFiles
+from data_mix.sources.config import ImageSourceConfig, SourceConfig, TextSourceConfig
+from data_mix.sources.files import CAPTION_SUFFIXES, FILE_KINDS, file_keys, image_kind, list_files, text_kind
+from data_mix.sources.image_folder import COCO_FILE, list_folder
+from data_mix.sources.presets import IMAGE_PRESETS, TEXT_PRESETS, apply_preset
 from um3.core.config import to_dict
+from um3.core.errors import UserError
 from um3.core.files import short_hash
+from um3.core.images import SUFFIXES
+
+CONTENT_FILES = 10_000  # of no more files, the ends are read as well
+CONTENT_BYTES = 2**16  # of each: all of a caption, the statistics of a parquet file, the last captions of a tar
 
 
 def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
-    """Short hash of a source's config, of `values`, and of the name, size and time of every file that it reads.
+    """Short hash of a source's config, of `values`, and of name, size and (of few) content of every file that is read.
 
-    The weight does not count: how often a sample is drawn does not change the sample.
+    The weight does not count: how often a sample is drawn does not change the sample. Times and the folder of files on
+    this disk do not count either: data may move.
     """
     settings = to_dict(config)
     del settings["weight"]
     # Settings that are not used do not count either, so that a new setting keeps what was made before it.
     settings = {name: value for name, value in settings.items() if value not in ("", 0)}
-    files = [] if config.kind == "hub" else _file_states(config.path)
-    return short_hash(settings, values, files, _file_states(settings.get("captions", "")))
+    read: dict[str, list[tuple[str, int, str]]] = {}  # data may move: the files stand in place of their paths
+    for path, files in _files_read(config):
+        read[path] = []
+        for name, file in zip(file_keys(files, path), files, strict=True):
+            size, content = file.stat().st_size, b""
+            if len(files) <= CONTENT_FILES:
+                with contextlib.suppress(PermissionError), file.open("rb") as data:
+                    data.seek(max(0, size - CONTENT_BYTES))
+                    content = data.read()
+            read[path].append((name, size, hashlib.sha256(content).hexdigest()))
+    return short_hash({name: read.get(value, value) for name, value in settings.items()}, values)
 
 
-def _file_states(path: str) -> list[tuple[str, int, int]]:
-    root = path if Path(path).is_dir() else Path(path).parent
-    stats = [(os.path.relpath(file, root), file.stat()) for file in all_files(path)]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def _files_read(config: SourceConfig) -> Iterator[tuple[str, Sequence[Path]]]:
+    """A path with the files at it that are read: those of the data, and those of captions in files of their own."""
+    with contextlib.suppress(UserError):  # a path does not exist, which the reader reports
+        if isinstance(config, ImageSourceConfig):
+            config = apply_preset(config, presets=IMAGE_PRESETS)
+            kind: str = image_kind(config)
+            if config.captions and config.has_captions:
+                yield config.captions, list_files(config.captions, suffixes=CAPTION_SUFFIXES, source=config.name)
+            if kind == "folder":
+                images, sidecars, metadata = list_folder(config, bad_files=BadFiles(config.name))
+                yield config.path, [*map(Path, (*images, *sidecars.values(), *metadata))]
+        else:
+            config = apply_preset(config, presets=TEXT_PRESETS)
+            kind = text_kind(cast(TextSourceConfig, config))
+        if suffixes := (FILE_KINDS | {"coco": (*SUFFIXES, COCO_FILE)}).get(kind):
+            yield config.path, list_files(config.path, suffixes=suffixes, source=config.name)

@@ -21,7 +21,7 @@ from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import UNREADABLE, BadFiles
 from data_mix.sources.config import SourceConfig
 from data_mix.sources.files import hub_place
-from data_mix.sources.tables import IMAGE_FOLDER
+from data_mix.sources.tables import IMAGE_FOLDER, ROWS_AT_ONCE
 from data_mix.splits import split_labels
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 256  # of a parquet file, whose row groups may be as large as the file
 SCHEMA_ROWS = 100  # the first rows give the columns of a data set that does not describe them
 HOW_TO_RESUME = "finished work is kept; run the same command again to resume"
 
@@ -248,7 +247,8 @@ class HubStream:
             parts = [splits[label] for label in sorted(labels)]
             # A part without features has no image column that `datasets` would decode.
             parts = [part if part.features is None else part.decode(False) for part in parts]
-            schema = _schema(parts[0])
+            features, rows = parts[0].features, itertools.islice(parts[0], SCHEMA_ROWS)
+            schema = features.arrow_schema if features is not None else pa.Table.from_pylist(list(rows)).schema
         except UserError:
             raise
         except Exception as error:
@@ -258,7 +258,9 @@ class HubStream:
             self._check(schema)
         label, data_files = "+".join(sorted(labels)), builder.config.data_files or {}
         names = [str(file) for part in sorted(labels) for file in data_files.get(part, [])]
-        digest = short_hash(label, config, [_file_state(name) for name in names])
+        # The names on the hub hold their commit.
+        sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in names]
+        digest = short_hash(label, config, names, sizes)
         if len(names) != (num_files := sum(part.num_shards for part in parts)):
             names = [f"{self.path}/{label}/{number}" for number in range(num_files)]
         first = self._num_val if by_hash and self.split == "train" else 0
@@ -268,15 +270,3 @@ class HubStream:
 def hub_stream(source: object) -> HubStream | None:
     """The stream that a source of texts or images reads; None for a source that can be read in any order."""
     return getattr(source, "stream", None)
-
-
-def _schema(part: "IterableDataset") -> pa.Schema:
-    if part.features is not None:
-        return part.features.arrow_schema
-    return pa.Table.from_pylist(list(itertools.islice(part, SCHEMA_ROWS))).schema
-
-
-def _file_state(name: str) -> tuple[str, int, int] | str:
-    """The name of a file, which holds the commit of one on the hub; for one on this disk with its size and time."""
-    stat = Path(name).stat() if Path(name).exists() else None
-    return name if stat is None else (name, stat.st_size, stat.st_mtime_ns)

@@ -1,20 +1,27 @@
 """Images that are files of their own: any folder of images with captions, and MS-COCO."""
 
 import json
+import os
+import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_mix.samples import BadSample, Split
+from data_mix.sources.bad_files import BadFiles
 from data_mix.sources.config import ImageSourceConfig
-from data_mix.sources.files import file_keys, list_files
+from data_mix.sources.files import file_keys, match_names, read_records
 from data_mix.sources.images import ImageReader, caption_field
 from data_mix.splits import SPLIT_WORDS, choose_samples
 from um3.core.errors import UserError
+from um3.core.files import walk_files
 from um3.core.images import SUFFIXES
+from um3.core.text import text_lines
 
 COCO_FILE = "dataset_coco.json"
 COCO_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train", "restval"), "val": ("val",)}
+METADATA_FILE = "metadata.jsonl"
 
 
 class ImageFiles(ImageReader):
@@ -33,6 +40,34 @@ class ImageFiles(ImageReader):
         return self._root / self._keys[index]
 
 
+class FolderFiles(NamedTuple):
+    """The files of a folder that are read. sidecars: image -> .txt file of the same name; metadata: metadata.jsonl."""
+
+    images: list[str]
+    sidecars: dict[str, str]
+    metadata: list[str]
+
+
+def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> FolderFiles:
+    """The images of a source of kind folder and, where it reads them, the files of their captions."""
+    suffixes = (*SUFFIXES, ".txt", METADATA_FILE) if config.has_captions and not config.captions else SUFFIXES
+    images, texts, metadata = dict[str, str](), dict[str, str](), list[str]()  # stem by path, and path by stem
+    for path in map(str, walk_files(config.path, suffixes=suffixes)):
+        stem, _, suffix = path.rpartition(".")
+        if suffix.lower() == "jsonl":
+            metadata += [path] if path.lower().endswith(f"/{METADATA_FILE}") else []
+        elif suffix.lower() != "txt":
+            images[path] = stem
+        elif texts.setdefault(stem, path) != path:
+            bad_files.count("second .txt of one name", path)
+    stems = match_names(images.values(), texts)
+    sidecars = {image: texts[stems[stem]] for image, stem in images.items() if stem in stems}
+    if num_shared := len(sidecars) - len(set(sidecars.values())):
+        text = Counter(sidecars.values()).most_common(1)[0][0]
+        bad_files.count("several images with one .txt", text, number=num_shared)
+    return FolderFiles(list(images), sidecars, metadata)
+
+
 # Not the `imagefolder` of `datasets`: it takes no captions from .txt files, drops without a word every image that
 # metadata.jsonl does not name (2 of 3 in a trial), and gives the label of a folder instead of the split words below.
 class FolderImages(ImageFiles):
@@ -45,55 +80,61 @@ class FolderImages(ImageFiles):
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
-        self._root = root = Path(config.path)
-        if not root.is_dir():
+        self._root = Path(config.path)
+        if not self._root.is_dir():
             raise UserError(f"source '{config.name}': there is no folder '{config.path}'; check the path")
-        files = list_files(config.path, suffixes=SUFFIXES, source=config.name, any_case=True, hidden=False)
-        reads_captions = config.has_captions and self._caption_table is None
-        captions = _metadata_captions(root, where=config.where) if reads_captions else {}
-        if reads_captions and not any(file in captions or file.with_suffix(".txt").is_file() for file in files):
-            raise UserError(
-                f"{config.where}: none of its {len(files)} images has a caption; put a .txt of the same name beside "
-                "each, or a metadata.jsonl with file_name and caption, or set has_captions=false if you need none"
-            )
-        keys = file_keys(files, config.path)
+        images, sidecars, metadata = list_folder(config, bad_files=self.bad_files)
+        if not images:
+            raise UserError(f"{config.where}: no {' or '.join(SUFFIXES)} file in it; check the path")
+        captions = self._read_metadata(images, metadata)
+        if config.has_captions and not config.captions:
+            without = [image for image in images if image not in captions and image not in sidecars]
+            if len(without) == len(images):
+                counts = self.bad_files.summary()
+                raise UserError(
+                    f"{config.where}: none of its {len(images)} images has a caption{counts and f' ({counts})'}; put a "
+                    f".txt of the same name beside each, or a {METADATA_FILE} with file_name and caption, or set "
+                    "has_captions=false if you need none"
+                )
+            if without:
+                self.bad_files.count("no caption", without[0], number=len(without))
+        keys = file_keys(images, config.path)
         top_folders = [key.split("/")[0].lower() if "/" in key else "" for key in keys]
         labels = top_folders if SPLIT_WORDS.issuperset(top_folders) else None
         chosen = choose_samples(config, keys, num_samples=len(keys), split=split, labels=labels)
+        self._open_captions(config, keys, chosen)
         self._keys = [keys[number] for number in chosen]
-        self._metadata = {key: captions[root / key] for key in self._keys if root / key in captions}
+        paths = [images[number] for number in chosen]
+        self._values = [captions.get(path, sidecars.get(path)) for path in paths]  # captions, or the path of a sidecar
+
+    def _read_metadata(self, images: list[str], files: list[str]) -> dict[str, list[Any]]:
+        """Image -> captions as written, from all lines that name the image."""
+        captions: dict[str, list[Any]] = {}
+        for file in files:
+            folder = os.path.dirname(file)  # noqa: PTH120 (a million Path objects take seconds)
+            reason = "no JSON object with file_name"
+            for name, caption in read_records(Path(file), _name_and_caption, reason=reason, bad_files=self.bad_files):
+                texts = captions.setdefault(os.path.normpath(posixpath.join(folder, name)), [])
+                texts.extend(caption if isinstance(caption, list) else [caption])
+        matches = match_names(images, captions)
+        for name in sorted(captions.keys() - matches.values()):
+            self.bad_files.count("names no image", name)
+        return {image: captions[name] for image, name in matches.items()}
 
     def _captions(self, index: int) -> Any:
-        key = self._keys[index]
-        if key in self._metadata:
-            return self._metadata[key]
-        file = (self._root / key).with_suffix(".txt")
+        value = self._values[index]
+        if value is None:
+            raise BadSample("no caption", detail=self._keys[index])
         try:
-            return file.read_text(encoding="utf-8-sig").splitlines()
-        except FileNotFoundError:
-            raise BadSample("no caption", detail=key) from None
+            return text_lines(Path(value).read_bytes().decode("utf-8-sig")) if isinstance(value, str) else value
         except (OSError, UnicodeDecodeError) as error:
-            raise BadSample("unreadable caption", detail=f"{file}: {error}") from None
+            raise BadSample("unreadable caption", detail=f"{value}: {error}") from None
 
 
-def _metadata_captions(root: Path, *, where: str) -> dict[Path, Any]:
-    """Image path -> captions as written, from all metadata.jsonl files below `root`."""
-    captions: dict[Path, Any] = {}
-    for file in sorted(root.rglob("metadata.jsonl")):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    image = file.parent / record["file_name"]
-                except (ValueError, KeyError, TypeError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    raise UserError(
-                        f"{where}: {file}:{number} is not a JSON object with file_name ({reason})"
-                    ) from None
-                captions[image] = caption_field(record)
-    return captions
+def _name_and_caption(record: dict[str, Any]) -> tuple[str, Any]:
+    if not isinstance(name := record["file_name"], str):
+        raise TypeError(f"file_name is {name}")
+    return name, caption_field(record)
 
 
 class CocoImages(ImageFiles):
@@ -101,20 +142,24 @@ class CocoImages(ImageFiles):
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
-        self._root = Path(config.path)
+        self._root, self._keys, self._sentences = Path(config.path), [], []
         file = self._root / COCO_FILE
         try:
-            images = [
-                image for image in json.loads(file.read_bytes())["images"] if image["split"] in COCO_SPLITS[split]
-            ]
-            self._keys = [f"{image['filepath']}/{image['filename']}" for image in images]
-            self._sentences = [[sentence["raw"] for sentence in image["sentences"]] for image in images]
+            images = json.loads(file.read_bytes())["images"]
+            for number, image in enumerate(images):
+                try:
+                    if image["split"] in COCO_SPLITS[split]:
+                        sentences = [sentence["raw"] for sentence in image["sentences"]]
+                        self._keys.append(f"{image['filepath']}/{image['filename']}")
+                        self._sentences.append(sentences)
+                except (KeyError, TypeError) as error:
+                    self.bad_files.skip_record("no split, file or sentences", f"image {number} of {file} ({error})")
         except FileNotFoundError:
             raise UserError(f"{config.where}: no {COCO_FILE} in it; put Karpathy's file beside train2014/") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"source '{config.name}': '{file}' is not in Karpathy's format ({reason})") from None
-        if not images:
+        if not self._keys:
             raise UserError(f"{config.where}: {COCO_FILE} has no image of {' or '.join(COCO_SPLITS[split])}; add data")
 
     def _captions(self, index: int) -> Any:

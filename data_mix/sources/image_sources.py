@@ -1,14 +1,18 @@
 """Open the image source of a config."""
 
+import functools
+
 from data_mix.demo.digits import DigitsSource
 from data_mix.demo.scenes import ScenesSource
 from data_mix.samples import ImageSource, Split
 from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.files import image_kind
-from data_mix.sources.hub_streaming import HubStream
+from data_mix.sources.fingerprint import source_fingerprint
+from data_mix.sources.hub_streaming import HubStream, hub_stream
 from data_mix.sources.image_folder import CocoImages, FolderImages
+from data_mix.sources.images import ImageReader
 from data_mix.sources.presets import IMAGE_PRESETS, apply_preset
-from data_mix.sources.tables import TableImages, TableSplit, image_columns, open_hub, open_parquet, parquet_schema
+from data_mix.sources.tables import TableImages, TableSplit, image_columns, open_hub, open_parquet
 from data_mix.sources.webdataset import WebDatasetImages
 from um3.core.errors import UserError
 
@@ -23,7 +27,16 @@ def open_image_source(
     seed: of the scenes. classes: the captions are names or numbers of classes. UserError for a missing path, wrong
     columns or broken files; a single bad image raises BadSample when it is read.
     """
-    config = apply_preset(config, presets=IMAGE_PRESETS)
+    source = _open(apply_preset(config, presets=IMAGE_PRESETS), split=split, size=size, seed=seed, classes=classes)
+    if isinstance(source, ImageReader):
+        source.bad_files.report(len(source))
+    stream = hub_stream(source)
+    values = (split, seed, len(source), stream.digest if stream is not None else "")
+    source.fingerprint = functools.partial(source_fingerprint, config, *values)
+    return source
+
+
+def _open(config: ImageSourceConfig, *, split: Split, size: int, seed: int, classes: bool) -> ImageSource:
     kind = image_kind(config)
     if config.captions and kind not in ("folder", "webdataset"):
         raise UserError(f"{config.where}: captions is for folders and .tar files, not for kind={kind}")
@@ -34,26 +47,21 @@ def open_image_source(
     if kind == "coco":
         return CocoImages(config, split=split, size=size)
     if kind in ("scenes", "digits"):
-        return _generated_source(config, kind=kind, split=split, size=size, seed=seed)
+        length = config.length if split == "train" else max(1, round(config.length * config.val_fraction))
+        source: ScenesSource | DigitsSource
+        try:
+            if kind == "digits":
+                source = DigitsSource(size=size, split=split)
+            else:
+                source = ScenesSource(size=size, length=length, seed=seed, split=split)
+        except ValueError as error:
+            raise UserError(f"{config.where}: {error}") from None
+        source.name = config.name
+        return source
     rows: TableSplit | HubStream
     if kind == "parquet":
-        image, caption = image_columns(config, parquet_schema(config), classes=classes)
-        rows = open_parquet(config, columns=[image, caption] if caption else [image], split=split)
+        rows = open_parquet(config, pick=functools.partial(image_columns, config, classes=classes), split=split)
     else:
         rows = HubStream(config, split=split) if config.stream else open_hub(config, split=split)
-        image, caption = image_columns(config, rows.schema, classes=classes)
-    return TableImages(config, rows, size=size, image_column=image, caption_column=caption)
-
-
-def _generated_source(config: ImageSourceConfig, *, kind: str, split: Split, size: int, seed: int) -> ImageSource:
-    source: ScenesSource | DigitsSource
-    try:
-        if kind == "digits":
-            source = DigitsSource(size=size, split=split)
-        else:
-            length = config.length if split == "train" else max(1, round(config.length * config.val_fraction))
-            source = ScenesSource(size=size, length=length, seed=seed, split=split)
-    except ValueError as error:
-        raise UserError(f"{config.where}: {error}") from None
-    source.name = config.name
-    return source
+    columns = image_columns(config, rows.schema, classes=classes)
+    return TableImages(config, rows, size=size, columns=columns)

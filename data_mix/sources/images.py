@@ -3,11 +3,13 @@
 Shape legend: H = W = size of the source; C = 3, RGB.
 """
 
-import bisect
+import re
 from abc import ABC, abstractmethod
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
@@ -16,29 +18,38 @@ import pyarrow.parquet as pq
 from data_mix.samples import BadSample, Sample
 from data_mix.sources.bad_files import BadFiles
 from data_mix.sources.config import ImageSourceConfig
-from data_mix.sources.files import JSONL, list_files
+from data_mix.sources.files import CAPTION_SUFFIXES, list_files, read_records
 from um3.core.errors import UserError
-from um3.core.images import ImageError, read_image, to_square
+from um3.core.images import SUFFIXES, ImageError, read_image, to_square
+from um3.core.text import valid_text
 
 if TYPE_CHECKING:
     from data_mix.sources.hub_streaming import HubStream
 
-CACHE_BYTES = 256 * 2**20  # limit for the decoded images that a source keeps
 # Of metadata.jsonl, of the JSON of WebDataset shards, and of files of captions.
 CAPTION_FIELDS = ("captions", "caption", "text", "texts")
-KEY_COLUMNS = ("key", "image_id", "id", "file_name", "filename", "image")
+KEY_COLUMNS = ("file_name", "filename", "image", "key", "image_id", "id")  # a name says more than an id
+SUFFIX = rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$"
+END_NUMBER = r"(?s)^.*?0*(\d+)$"
+CACHE_BYTES = 256 * 2**20  # limit for the decoded images that a source keeps
 
 
 class ImageReader(ABC):
     """An image source that reads files: find the bytes and captions of an index, decode, crop to a square, cache."""
 
     stream: "HubStream | None" = None
+    fingerprint: Callable[[], str]
 
     def __init__(self, config: ImageSourceConfig, *, size: int) -> None:
         self.name, self.size, self.has_captions = config.name, size, config.has_captions
         self.bad_files = BadFiles(config.name, skip=config.skip_bad_files)
-        self._caption_table = CaptionTable(config) if config.captions and config.has_captions else None
+        self._caption_table: CaptionTable | None = None
         self._decoded: dict[int, Sample] = {}
+
+    def _open_captions(self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray) -> None:
+        """Read `config.captions` for images with these paths, of which those of the numbers `chosen` are used."""
+        if config.captions and config.has_captions:
+            self._caption_table = CaptionTable(config, paths, chosen, bad_files=self.bad_files)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -67,7 +78,7 @@ class ImageReader(ABC):
                     self.bad_files.add(Path(key), f"{key}: {error.message}")  # raises UserError
                 raise BadSample(error.reason, detail=f"{key}: {error.message}") from None
             image_HWC.flags.writeable = False  # the cache returns the same array several times
-            sample = Sample(key=key, image_HWC=image_HWC, captions=captions)
+            sample = Sample(key=valid_text(key), image_HWC=image_HWC, captions=captions)
             if len(self._decoded) < CACHE_BYTES // image_HWC.nbytes:
                 self._decoded[index] = sample
         return sample
@@ -80,7 +91,7 @@ class ImageReader(ABC):
         if not self.has_captions:
             return ("",)
         key = self._key(index)
-        value = self._captions(index) if self._caption_table is None else self._caption_table.value(key)
+        value = self._captions(index) if self._caption_table is None else self._caption_table.value(index)
         return clean_captions(value, key=key)
 
 
@@ -90,71 +101,124 @@ def clean_captions(value: Any, *, key: str) -> tuple[str, ...]:
     A whole number, as of a class, is a caption.
     """
     texts = value if isinstance(value, list | tuple) else [value]
-    captions = dict.fromkeys(" ".join(str(text).split()) for text in texts if type(text) in (str, int))
+    captions = dict.fromkeys(" ".join(valid_text(str(text)).split()) for text in texts if type(text) in (str, int))
     captions.pop("", None)
     if not captions:
         raise BadSample("empty caption", detail=key)
     return tuple(captions)
 
 
-def caption_field(record: Any) -> Any:
+class CaptionTable:
+    """The captions of images by their file names (sa_223750.jpg), or by the whole numbers in which those end (223750).
+
+    Names are compared without the suffix of an image, and without folders if that tells all images and all names apart,
+    else with as many folders as it takes, and at last with the suffix. All is matched at once in Arrow: 11M captions
+    need no dictionary, and they stay in the chunks in which they were read.
+    """
+
+    def __init__(
+        self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray, *, bad_files: BadFiles
+    ) -> None:
+        """Read `config.captions` for all images of a source, of which those with the numbers `chosen` are used.
+
+        UserError if a file cannot be read or has no such columns, if no name fits, or if a name fits two images.
+        """
+        self._where = f"source '{config.name}': captions '{config.captions}'"
+        files = list_files(config.captions, suffixes=CAPTION_SUFFIXES, source=config.name)
+        try:
+            tables = [self._read(file, column=config.caption_column, bad_files=bad_files) for file in files]
+            whole = pa.concat_tables(tables, promote_options="permissive")
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self._where} cannot be read: {' '.join(str(error).split())}") from None
+        table = whole.drop_null()
+        self._captions = table.column("caption")
+        images = pa.array(map(valid_text, paths), pa.large_string())
+        rows, groups = self._match(table.column("key"), images)
+        unmatched = np.flatnonzero(~np.isin(rows, groups))
+        if len(whole) > len(table):
+            bad_files.count("no name or no caption", config.captions, number=len(whole) - len(table))
+        if len(unmatched):
+            bad_files.count("names no image", str(table.column("key")[int(unmatched[0])]), number=len(unmatched))
+        self._order = np.argsort(rows, kind="stable")
+        self._starts = np.searchsorted(rows[self._order], np.arange(rows.max() + 2))
+        self._groups = groups[chosen]
+
+    def value(self, index: int) -> list[Any]:
+        """The captions of a sample, as the table has them."""
+        group = self._groups[index]
+        first, end = self._starts[group : group + 2] if group >= 0 else (0, 0)
+        values = [self._captions[int(row)].as_py() for row in self._order[first:end]]
+        return [text for value in values for text in (value if isinstance(value, list) else [value])]
+
+    def _read(self, file: Path, *, column: str, bad_files: BadFiles) -> pa.Table:
+        """The columns "key" and "caption" of a file, in types that may hold more than 2 GiB."""
+        is_parquet = file.suffix.lower() == ".parquet"
+        table = pq.ParquetFile(file) if is_parquet else _read_jsonl(file, column=column, bad_files=bad_files)
+        names = table.schema_arrow.names if is_parquet else table.column_names
+        key = next((name for name in KEY_COLUMNS if name in names), "")
+        caption = column or next((name for name in CAPTION_FIELDS if name in names), "")
+        if not key or caption not in names:
+            raise UserError(
+                f"{self._where} need a column of {', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_FIELDS)} (or "
+                f"set caption_column); the columns are {', '.join(names)}"
+            )
+        keys, captions = (table.read([key, caption]) if is_parquet else table).select([key, caption]).columns
+        is_list = pa.types.is_list(captions.type) or pa.types.is_large_list(captions.type)
+        captions = captions.cast(pa.list_(pa.large_string()) if is_list else pa.large_string())
+        return pa.table({"key": keys.cast(pa.large_string()), "caption": captions})
+
+    def _match(self, keys: pa.ChunkedArray, images: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        """The number of the name of each row and each image, the same for a pair; -1 for an image without a row."""
+        keys, images = _normalised(keys), _normalised(images)
+        paths = keys.unique()
+        problem = f"names none of its {len(images)} images, such as '{images[0]}'"
+        for names, wanted in _comparisons(paths, images):
+            distinct = names.unique()
+            groups_of_paths = pc.index_in(names, value_set=distinct).to_numpy()
+            groups = pc.index_in(wanted, value_set=distinct).fill_null(-1).to_numpy()
+            num_paths = np.bincount(groups_of_paths, minlength=len(distinct))
+            num_images = np.bincount(groups[groups >= 0], minlength=len(distinct))
+            collided = np.flatnonzero((num_images > 1) | ((num_images == 1) & (num_paths > 1)))
+            if num_images.any() and not len(collided):
+                return groups_of_paths[pc.index_in(keys, value_set=paths).to_numpy()], groups
+            if len(collided) and "may be" not in problem:
+                pair = [images[int(number)].as_py() for number in np.flatnonzero(groups == collided[0])[:2]]
+                problem = f"'{distinct[int(collided[0])]}' may be the name of {' and '.join(pair)}"
+        raise UserError(f"{self._where}: {problem}; write the names there with folder and suffix")
+
+
+def _comparisons(paths: pa.Array, images: pa.Array) -> Iterator[list[pa.Array]]:
+    """`paths` and `images` in the forms in which they may be equal, one after the other (see CaptionTable)."""
+    stems = [pc.replace_substring_regex(names, SUFFIX, "") for names in (paths, images)]
+    if pc.all(pc.match_substring_regex(stems[0], r"^\d+$")).as_py():
+        yield [pc.replace_substring_regex(names, END_NUMBER, r"\1") for names in stems]
+    for count in range(1, 2 + (pc.max(pc.count_substring(paths, "/")).as_py() or 0)):
+        last_parts = rf"(?s)^.*/((?:[^/]*/){{{count - 1}}}[^/]*)$"
+        for pair in (stems, [paths, images]):
+            yield [pc.replace_substring_regex(names, last_parts, r"\1") for names in pair]
+
+
+def _read_jsonl(file: Path, *, column: str, bad_files: BadFiles) -> pa.Table:
+    """All columns of a file of JSON lines; if Arrow refuses a line, key and caption of the others, read one by one."""
+
+    def use(record: dict[str, Any]) -> dict[str, Any]:
+        key = record[next((name for name in KEY_COLUMNS if name in record), KEY_COLUMNS[0])]
+        value = record[column] if column else caption_field(record)
+        texts = value if isinstance(value, list) else [value]
+        return {"key": valid_text(str(key)), column or "caption": [valid_text(text) for text in texts]}
+
+    try:
+        with pa.input_stream(str(file), compression="detect") as stream:
+            return pyarrow.json.read_json(stream)
+    except (pa.ArrowException, UnicodeError):
+        return pa.Table.from_pylist(list(read_records(file, use, reason="no name or no caption", bad_files=bad_files)))
+
+
+def caption_field(record: dict[str, Any]) -> Any:
     """The value of the first of CAPTION_FIELDS in a JSON object; None without one."""
-    if not isinstance(record, dict):
-        return None
     return next((record[field] for field in CAPTION_FIELDS if field in record), None)
 
 
-class CaptionTable:
-    """Captions in files of their own, by the name of the image file; recaptioned data sets are published like this.
-
-    A key is an image's file name without folders and extension (sa_223750), or a whole number for the file name that
-    ends in it (223750). The table is sorted by key and searched by bisection: 11M captions need no dictionary.
-    """
-
-    def __init__(self, config: ImageSourceConfig) -> None:
-        """Read `config.captions`. UserError if there are no files, no such columns, or a file cannot be read."""
-        where = f"source '{config.name}': captions '{config.captions}'"
-        files = list_files(config.captions, suffixes=(".parquet", *JSONL), source=config.name)
-        try:
-            tables = [_read_table(str(file)) for file in files]
-            names = tables[0].column_names
-            key = next((name for name in KEY_COLUMNS if name in names), "")
-            caption = config.caption_column or next((name for name in CAPTION_FIELDS if name in names), "")
-            if not key or caption not in names:
-                raise UserError(
-                    f"{where} need a column of {', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_FIELDS)} (or set "
-                    f"caption_column); the columns are {', '.join(names)}"
-                )
-            table = pa.concat_tables([table.select([key, caption]) for table in tables], promote_options="permissive")
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
-        table = table.drop_null()
-        keys = table.column(key)
-        self._has_numbers = pa.types.is_integer(keys.type)
-        if not self._has_numbers:
-            keys = pa.chunked_array([pa.array([_stem(str(name)) for name in keys.to_pylist()], pa.string())])
-        order = pc.sort_indices(keys)
-        self._keys, self._captions = keys.take(order).combine_chunks(), table.column(caption).take(order)
-
-    def value(self, key: str) -> Any:
-        """The captions of a sample's key (SHARD#STEM or a path) as the table has them; None without any."""
-        stem = _stem(key.rpartition("#")[2])
-        wanted: str | int = stem
-        if self._has_numbers:
-            wanted = int(stem[len(stem.rstrip("0123456789")) :] or -1)
-        row = bisect.bisect_left(range(len(self._keys)), wanted, key=lambda row: self._keys[row].as_py())
-        if row == len(self._keys) or self._keys[row].as_py() != wanted:
-            return None
-        return self._captions[row].as_py()
-
-
-def _read_table(file: str) -> pa.Table:
-    if file.endswith(".parquet"):
-        return pq.read_table(file, partitioning=None)
-    with pa.input_stream(file, compression="detect") as stream:
-        return pyarrow.json.read_json(stream)
-
-
-def _stem(name: str) -> str:
-    """A file name without folders and extension."""
-    return PurePosixPath(name).name.partition(".")[0]
+def _normalised(names: Any) -> Any:
+    names = pc.replace_substring(pc.utf8_normalize(names, form="NFC"), "\\", "/")
+    return pc.replace_substring_regex(names, r"^(\./)+", "")

@@ -1,13 +1,15 @@
 """Parquet files and downloaded Hugging Face data sets as one Arrow table with random access, and images in tables.
 
-Small parquet files are read into memory. `datasets` converts larger ones once to Arrow files in its cache and maps
-them, so memory stays small and any row is a cheap read.
+Small parquet files are read into memory. Larger ones are copied once to an Arrow file in the cache folder, which every
+process maps, so memory stays small and any row is a cheap read.
 """
 
 import bisect
 import contextlib
+import fcntl
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +21,24 @@ from data_mix.retry import one_line
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles
 from data_mix.sources.config import ImageSourceConfig, SourceConfig
-from data_mix.sources.files import TEXT_KINDS, file_keys, hub_place, list_files
+from data_mix.sources.file_index import cache_folder, file_states, load_arrow
+from data_mix.sources.files import FILE_KINDS, file_keys, hub_place, list_files
 from data_mix.sources.images import CAPTION_FIELDS, ImageReader
 from data_mix.splits import SPLIT_WORDS, choose_samples, split_labels
 from um3.core.errors import UserError
+from um3.core.files import atomic_file, short_hash
+from um3.core.progress import Progress
 
 if TYPE_CHECKING:
     from data_mix.sources.hub_streaming import HubStream
 
 IN_MEMORY_BYTES = 512 * 2**20
+ROWS_AT_ONCE = 256  # of images: those of a row group may have more than the 2 GiB that one Arrow array holds
 SPLIT_COLUMN = "split"
 IMAGE_FOLDER = "imagefolder"  # what `datasets` calls a data set whose images are files of their own
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "picture", "photo")
 CAPTION_COLUMNS = (*CAPTION_FIELDS, "txt", "sentences", "description", "prompt")
+Fits = Callable[[pa.DataType], bool]
 
 
 class TableSplit:
@@ -74,79 +81,118 @@ class TableSplit:
         return f"{self._names[file]}#{row - self._starts[file]}"
 
     def value(self, index: int, *, column: str) -> Any:
-        """The Python value of one cell."""
-        return self._table.column(column)[int(self._rows[index])].as_py()
-
-
-def parquet_schema(config: SourceConfig) -> pa.Schema:
-    """The schema of the first file that can be read."""
-    for file in list_files(config.path, suffixes=TEXT_KINDS["parquet"], source=config.name):
+        """The Python value of one cell; BadSample for text that is not UTF-8."""
         try:
-            return pq.read_schema(file)
-        except (pa.ArrowException, OSError) as error:
-            reason = f"cannot read parquet '{file}': {one_line(error)}"
-    raise UserError(f"source '{config.name}': {reason}")
+            return self._table.column(column)[int(self._rows[index])].as_py()
+        except UnicodeDecodeError as error:
+            raise BadSample("not UTF-8", detail=f"{self.key(index)}: {error}") from None
+
+    def skip_nulls(self, column: str) -> None:
+        """Drop the rows of this split without a value in `column`, and count them."""
+        is_null = self._table.column(column).is_null().to_numpy()[self._rows]
+        if is_null.any():
+            where = self.key(int(is_null.argmax()))
+            self.bad_files.skip_record("null", where)
+            self.bad_files.count("null", where, number=int(is_null.sum()) - 1)
+            self._rows = self._rows[~is_null]
 
 
-def open_parquet(config: SourceConfig, *, columns: Sequence[str], split: Split) -> TableSplit:
-    """The rows of `split` with `columns`, which must exist (see `parquet_schema`). Unreadable files are skipped.
+def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[str]], split: Split) -> TableSplit:
+    """The rows of `split` with the columns that `pick` chooses in the schema of all files; damaged files are skipped.
 
     UserError if no file can be read, or if the files have different columns.
     """
-    files = list_files(config.path, suffixes=TEXT_KINDS["parquet"], source=config.name)
-    has_split = SPLIT_COLUMN in parquet_schema(config).names
-    columns = list(dict.fromkeys([*columns, *([SPLIT_COLUMN] if has_split else [])]))
+    files = list_files(config.path, suffixes=FILE_KINDS["parquet"], source=config.name)
     bad_files = BadFiles(config.name, skip=config.skip_bad_files)
+    schemas: dict[Path, pa.Schema] = {}
+    num_rows: dict[Path, int] = {}
+    types: dict[str, pa.DataType] = {}
+    for file in files:
+        with contextlib.suppress(BadSample):
+            schemas[file], num_rows[file] = bad_files.read(file, functools.partial(_read_footer, file))
+            for field in schemas[file]:
+                types[field.name] = _common_type(types.get(field.name, pa.null()), field.type)
+    if not schemas:
+        raise UserError(f"source '{config.name}': cannot read parquet: {bad_files.reasons[files[0]]}")
+    columns = list(
+        dict.fromkeys([*filter(None, pick(pa.schema(list(types.items())))), *({SPLIT_COLUMN} & types.keys())])
+    )
+    schema = pa.schema([(column, types[column]) for column in columns])
+    for file in schemas:
+        if missing := set(columns) - set(schemas[file].names):
+            raise UserError(f"{config.where}: '{file}' has no column '{missing.pop()}', which other files have")
+    files = list(schemas)
     try:
         try:
-            table, counts = _read(files, columns=columns)
+            table = _read(files, schema=schema)
         except (pa.ArrowException, OSError, ValueError):
-            files = [file for file in files if _is_readable(file, columns=columns, bad_files=bad_files)]
-            if not files or not bad_files.reasons:
+            for file in files:
+                with contextlib.suppress(BadSample):
+                    bad_files.read(file, lambda file=file: sum(len(batch) for batch in _batches(file, schema)))  # type: ignore[misc]
+            files = [file for file in files if file not in bad_files.reasons]
+            if len(files) in (0, len(schemas)):
                 raise
-            table, counts = _read(files, columns=columns)
+            table = _read(files, schema=schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"source '{config.name}': cannot read parquet at '{config.path}': {one_line(error)}") from None
-    if table.num_rows != sum(counts) or not set(columns) <= set(table.column_names):
-        raise UserError(f"{config.where}: the parquet files differ in their columns ({', '.join(columns)})")
-    counts_by_name = dict(zip(file_keys(files, config.path), counts, strict=True))
-    labels = _labels_of_names(counts_by_name)
-    if has_split:
+    counts = dict(zip(file_keys(files, config.path), (num_rows[file] for file in files), strict=True))
+    labels = _labels_of_names(counts)
+    if SPLIT_COLUMN in columns:
         labels = [str(label) for label in table.column(SPLIT_COLUMN).to_pylist()]
-    return TableSplit(
-        table, config=config, split=split, files=counts_by_name, labels=labels, by_hash=True, bad_files=bad_files
-    )
+    return TableSplit(table, config=config, split=split, files=counts, labels=labels, by_hash=True, bad_files=bad_files)
 
 
-def _read(files: Sequence[Path], *, columns: Sequence[str]) -> tuple[pa.Table, list[int]]:
-    """All rows, and the number of rows of each file."""
-    counts = [pq.read_metadata(file).num_rows for file in files]
+def _read_footer(file: Path) -> tuple[pa.Schema, int]:
+    with file.open("rb") as data:  # Arrow opens no path that is not UTF-8
+        parquet = pq.ParquetFile(data)
+        return parquet.schema_arrow, parquet.metadata.num_rows
+
+
+def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    """The type of a column in all files: without nulls and dictionaries, and large strings for strings of two kinds."""
+    if pa.types.is_dictionary(second):
+        second = second.value_type
+    if pa.types.is_null(first) or pa.types.is_null(second):
+        return second if pa.types.is_null(first) else first
+    return pa.large_string() if first != second and holds_text(first) and holds_text(second) else first
+
+
+def _read(files: Sequence[Path], *, schema: pa.Schema) -> pa.Table:
+    """All rows of all files: in memory, or mapped from a copy that is made once."""
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        tables = [pq.read_table(file, columns=list(columns), partitioning=None) for file in files]
-        return pa.concat_tables(tables, promote_options="permissive"), counts
-    import datasets
+        return pa.concat_tables([_read_file(file, schema) for file in files])
+    # Not `datasets`: it reads row groups whole, but Arrow cannot hold 2 GiB of images in one; it takes names for
+    # patterns and the first file for the schema, and it never replaces a damaged copy.
+    path = cache_folder() / "tables" / f"{short_hash(file_states(files), str(schema))}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = load_arrow(path)
+        if table is None:
+            progress = Progress(len(files), label="copying parquet", unit="files")
+            with atomic_file(path) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+                for file in files:
+                    for batch in _batches(file, schema):
+                        writer.write_batch(batch)
+                    progress.advance()
+            table = load_arrow(path)
+    return table
 
-    names = [str(file) for file in files]
+
+def _read_file(file: Path, schema: pa.Schema) -> pa.Table:
     try:
-        # Not on_bad_files="skip": it keeps the rows before the damage and does not say which files it skipped.
-        mapped = datasets.load_dataset("parquet", data_files=names, columns=list(columns), split="train")
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
-    return mapped.with_format("arrow")[:], counts
+        with file.open("rb") as data:
+            return pq.ParquetFile(data).read(schema.names).select(schema.names).cast(schema)
+    except pa.ArrowException:  # also for more than 2 GiB of images in one row group
+        return pa.Table.from_batches(_batches(file, schema), schema)
 
 
-def _is_readable(file: Path, *, columns: Sequence[str], bad_files: BadFiles) -> bool:
-    """Read all row groups of a file; skip the file if that fails."""
-
-    def read() -> None:
-        with pq.ParquetFile(file) as parquet:
-            names = [column for column in columns if column in parquet.schema_arrow.names]
-            for group in range(parquet.num_row_groups):
-                parquet.read_row_group(group, columns=names)
-
-    with contextlib.suppress(BadSample):
-        bad_files.read(file, read)
-    return file not in bad_files.reasons
+def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """All rows of a file, some at a time."""
+    num_rows = ROWS_AT_ONCE if any(map(_holds_images, schema.types)) else 16 * ROWS_AT_ONCE
+    with file.open("rb") as data:
+        for batch in pq.ParquetFile(data).iter_batches(num_rows, columns=schema.names):
+            yield batch.select(schema.names).cast(schema)
 
 
 def _labels_of_names(files: Mapping[str, int]) -> list[str] | None:
@@ -185,18 +231,12 @@ class TableImages(ImageReader):
     """Images and captions in two columns of a table."""
 
     def __init__(
-        self,
-        config: ImageSourceConfig,
-        rows: "TableSplit | HubStream",
-        *,
-        size: int,
-        image_column: str,
-        caption_column: str,
+        self, config: ImageSourceConfig, rows: "TableSplit | HubStream", *, size: int, columns: tuple[str, str]
     ) -> None:
         super().__init__(config, size=size)
         self._rows, self.bad_files = rows, rows.bad_files
         self.stream = None if isinstance(rows, TableSplit) else rows
-        self._image_column, self._caption_column = image_column, caption_column
+        self._image_column, self._caption_column = columns
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -224,7 +264,7 @@ def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool
     column is missing or of another type, or cannot be found.
     """
 
-    def column(setting: str, words: Sequence[str], fits: Callable[[pa.DataType], bool], expected: str) -> str:
+    def column(setting: str, words: Sequence[str], fits: Fits, expected: str) -> str:
         fitting = {field.name.lower(): field.name for field in schema if fits(field.type)}
         name = getattr(config, setting) or next((fitting[word] for word in words if word in fitting), "")
         if not name and fits is _holds_images and len(fitting) == 1:
@@ -247,13 +287,7 @@ def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool
 
 
 def check_column(
-    config: SourceConfig,
-    schema: pa.Schema,
-    column: str,
-    *,
-    fits: Callable[[pa.DataType], bool],
-    expected: str,
-    setting: str,
+    config: SourceConfig, schema: pa.Schema, column: str, *, fits: Fits, expected: str, setting: str
 ) -> None:
     """UserError unless the table has `column` and its type `fits`; the message names the config key `setting`."""
     if column not in schema.names:

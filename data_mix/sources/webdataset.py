@@ -1,36 +1,37 @@
 """WebDataset shards: tar files in which an image and its captions lie side by side under one stem.
 
 The members are listed when the source is opened (`data_mix.sources.file_index`), and a sample is read at its offset.
-Nothing is extracted, so a member called ../x and a link are only names. The samples of an unreadable shard raise
-BadSample.
+Nothing is extracted, so a member called ../x is only a name. The samples of an unreadable shard raise BadSample.
 """
 
 import functools
-import json
-import logging
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from data_mix.samples import BadSample, Split
-from data_mix.sources.bad_files import DamagedFile
+from data_mix.sources.bad_files import DAMAGED, BadFiles, DamagedFile
 from data_mix.sources.config import ImageSourceConfig
-from data_mix.sources.file_index import FileIndex, Listing
-from data_mix.sources.files import IMAGE_KINDS
+from data_mix.sources.file_index import FileIndex
+from data_mix.sources.files import parse_record
 from data_mix.sources.images import ImageReader, caption_field
 from um3.core.images import MAX_FILE_BYTES
-
-logger = logging.getLogger(__name__)
+from um3.core.text import text_lines
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-CAPTION_EXTENSIONS = ("txt", "json", "cls")
+IMAGES = frozenset(IMAGE_EXTENSIONS)
+EXTENSIONS = IMAGES | {"txt", "json", "cls"}
 MAX_CAPTION_BYTES = 2**20
 # Where an image and its caption lie in their shard; the places of a caption are null without one.
 PLACES = ("image_offset", "image_size", "caption_offset", "caption_size")
 SCHEMA = pa.schema([("stem", pa.large_binary()), *((name, pa.int64()) for name in PLACES), ("is_json", pa.bool_())])
+HIDDEN = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")
+
+Place = tuple[int, int]  # offset and size
 
 
 class WebDatasetImages(ImageReader):
@@ -38,6 +39,9 @@ class WebDatasetImages(ImageReader):
 
     `caption_column` "txt" takes the captions from stem.txt (one a line), "cls" from stem.cls, another name from that
     field of stem.json; empty takes stem.txt if it exists, else the caption field of stem.json.
+
+    The stem of a member ends at its last dot. An image without captions of that stem takes those of the stem that ends
+    at the first dot, as in WebDataset (z.left.jpg, z.txt); of several such images only the first is a sample.
     """
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
@@ -45,14 +49,10 @@ class WebDatasetImages(ImageReader):
         self._column = "" if config.captions else config.caption_column
         self._where = config.where
         self._index = FileIndex(
-            config,
-            split=split,
-            suffixes=IMAGE_KINDS["webdataset"],
-            schema=SCHEMA,
-            kind=f"webdataset-{self._column or 'any'}",
-            list_file=self._list_shard,
-            bad_files=self.bad_files,
+            config, kind="webdataset", variant=self._column, split=split, schema=SCHEMA, list_file=self._list_shard
         )
+        self.bad_files = self._index.bad_files
+        self._open_captions(config, self._index.all_keys(separator="/"), self._index.rows)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -67,10 +67,10 @@ class WebDatasetImages(ImageReader):
         data, is_json = self._read(index, "caption", limit=MAX_CAPTION_BYTES)
         try:
             if not is_json:
-                return data.decode("utf-8-sig").splitlines()
-            record = json.loads(data)
-            return record.get(self._column) if self._column and isinstance(record, dict) else caption_field(record)
-        except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
+                return text_lines(data.decode("utf-8-sig"))
+            record = parse_record(data)
+            return record.get(self._column) if self._column else caption_field(record)
+        except ValueError as error:  # also bytes that are not UTF-8
             raise BadSample("unreadable caption", detail=f"{self._key(index)}: {error}") from None
 
     def _read(self, index: int, member: str, *, limit: int) -> tuple[bytes, bool]:
@@ -86,31 +86,87 @@ class WebDatasetImages(ImageReader):
             raise BadSample("truncated", detail=self._key(index))
         return data, entry["is_json"]
 
-    def _list_shard(self, shard: Path) -> Listing:
-        """The samples of one shard in the order of their images."""
-        members: dict[str, dict[str, tuple[int, int]]] = {}
-        damage = ""
+    def _list_shard(self, shard: Path, bad_files: BadFiles) -> pa.Table:
+        """The samples of one shard in the order of their stems."""
+        places: dict[str, dict[str, Place]] = {}  # by stem and extension
+        count = bad_files.count
         try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    stem, extension = _stem_and_extension(member.name)
-                    # A sparse member is not stored in one piece, so an offset does not find it.
-                    is_file = member.isreg() and not member.issparse()
-                    if is_file and extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS:
-                        members.setdefault(stem, {}).setdefault(extension, (member.offset_data, member.size))
+            for member in _members(shard):
+                stem, extension = _stem_and_extension(member.name)
+                if extension not in EXTENSIONS or HIDDEN.search(member.name):
+                    continue
+                place: Place | None = (member.offset_data, member.size)
+                if member.islnk():
+                    linked_stem, linked_extension = _stem_and_extension(member.linkname)
+                    place = places.get(linked_stem, {}).get(linked_extension)
+                elif not member.isreg() or member.issparse():  # a sparse member is not stored in one piece
+                    place = None
+                if place is None:
+                    count("link, sparse or special member", f"{shard}#{member.name}")
+                    continue
+                if extension in places.setdefault(stem, {}):
+                    count("replaced by a later member of the same name", f"{shard}#{member.name}")
+                places[stem][extension] = place
         except (tarfile.TarError, EOFError, ValueError) as error:
-            if not members:
+            if not places:
                 reason = f"'{shard}' is not an uncompressed tar file ({error}); unpack .tar.gz first"
                 raise DamagedFile(f"{self._where}: {reason}") from None
-            damage = str(error)
-        if members and not damage and not _has_end_mark(shard):
-            damage = "cut off"  # tarfile takes a file that was cut within a header for a complete one
-        if damage and not self.bad_files.skip:
-            raise DamagedFile(f"{self._where}: '{shard}' is damaged ({damage})")
-        if damage:
-            logger.warning("%s: '%s' is damaged (%s); using the samples before the damage", self._where, shard, damage)
-        entries = list(_entries(members, column=self._column))
-        return Listing(pa.Table.from_pylist(entries, schema=SCHEMA), is_whole=not damage)
+            if not bad_files.skip:
+                raise DamagedFile(f"{self._where}: '{shard}' is damaged ({error})") from None
+            count(DAMAGED, f"{shard} ({error})")
+        return self._entries(shard, places, count=bad_files.count)
+
+    def _entries(self, shard: Path, places: dict[str, dict[str, Place]], *, count: Callable[..., None]) -> pa.Table:
+        """Index entries (see SCHEMA) of the stems that have an image."""
+        column = self._column
+        captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
+        samples = {stem: places.get(_stem_to_first_dot(stem), found) for stem, found in places.items()}
+        for stem, found in places.items():
+            if not found.keys() & IMAGES and samples[stem].keys() & IMAGES:  # z.png takes z.a.txt, as in WebDataset
+                samples[stem] |= {extension: found[extension] for extension in found.keys() - samples[stem].keys()}
+        entries, used = [], set[int]()
+        for stem, found in places.items():
+            image = next((extension for extension in IMAGE_EXTENSIONS if extension in found), None)
+            if image is None:
+                continue
+            if len(found.keys() & IMAGES) > 1:
+                count("second image of one name", f"{shard}#{stem}")
+            if not found.keys() - IMAGES and samples[stem].keys() - IMAGES:
+                if id(samples[stem]) in used or samples[stem].keys() & IMAGES:
+                    count("second image of one sample", f"{shard}#{stem}")
+                    continue
+                used.add(id(samples[stem]))
+                found, stem = found | samples[stem], _stem_to_first_dot(stem)
+            caption = next((extension for extension in captions if extension in found), "")
+            name = stem.encode("utf-8", "surrogateescape")  # a name in a tar may be any bytes
+            entries.append((name, *found[image], *found.get(caption, (None, None)), caption == "json"))
+        for stem, found in places.items():
+            if not samples[stem].keys() & IMAGES and not found.keys() & IMAGES and id(found) not in used:
+                count("captions without an image", f"{shard}#{stem}")
+        columns = zip(*entries, strict=True) if entries else [[]] * len(SCHEMA)
+        return pa.table([pa.array(*column) for column in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
+
+
+def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, and of others that were joined to it; TarError where it is damaged or cut off."""
+    with shard.open("rb") as file:
+        start, end = 0, shard.stat().st_size
+        while start < end:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                yield from tar
+                file.seek(tar.offset)
+            # tarfile takes a file that was cut within a header, and a header that is damaged, for the end.
+            if any(block := file.read(tarfile.BLOCKSIZE)) or not block:
+                raise tarfile.ReadError("cut off")
+            start = end
+            while zeros := file.read(2**20):
+                if rest := zeros.lstrip(b"\0"):
+                    start = file.tell() - len(rest)
+                    start -= start % tarfile.BLOCKSIZE
+                    break
+        if not end:
+            raise tarfile.ReadError("empty file")
 
 
 def _bytes_at(shard: Path, *, offset: int, size: int) -> bytes:
@@ -119,27 +175,13 @@ def _bytes_at(shard: Path, *, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _entries(members: dict[str, dict[str, tuple[int, int]]], *, column: str) -> Iterator[dict[str, Any]]:
-    """Index entries (see SCHEMA) of the stems that have an image; `members`: offset and size by stem and extension."""
-    captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
-    for stem, places in members.items():
-        image = next((places[extension] for extension in IMAGE_EXTENSIONS if extension in places), None)
-        extension = next((extension for extension in captions if extension in places), "")
-        if image is not None:
-            name = stem.encode("utf-8", "surrogateescape")  # a name in a tar may be any bytes
-            numbers = (*image, *places.get(extension, (None, None)))
-            yield {"stem": name, "is_json": extension == "json"} | dict(zip(PLACES, numbers, strict=True))
-
-
-def _has_end_mark(shard: Path) -> bool:
-    """Whether the tar ends in a block of zeros, as a complete one does."""
-    with shard.open("rb") as file:
-        file.seek(max(0, shard.stat().st_size - tarfile.BLOCKSIZE))
-        return not any(file.read())
-
-
 def _stem_and_extension(name: str) -> tuple[str, str]:
-    """a/b.left.jpg -> (a/b, jpg): as in WebDataset, the stem ends at the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extensions = file.partition(".")
-    return f"{folder}{slash}{stem}", extensions.rpartition(".")[2].lower()
+    """a/b.left.JPG -> (a/b.left, jpg)."""
+    stem, _, extension = name.rpartition(".")
+    return stem, extension.lower()
+
+
+def _stem_to_first_dot(stem: str) -> str:
+    """a/b.left -> a/b: a sample of WebDataset, which has several files that may differ in more than their suffix."""
+    folder, slash, name = stem.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}" if "." in name else stem

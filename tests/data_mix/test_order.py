@@ -8,11 +8,6 @@ from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, i
 from um3.core.errors import UserError
 
 
-def constant_counts(weights: list[float], *, batch_size: int) -> ExactCounts:
-    shares = fixed_shares(weights)
-    return ExactCounts(lambda step: shares, batch_size=batch_size)
-
-
 def test_each_epoch_reads_every_sample_once_in_its_own_order() -> None:
     order = SampleOrder(50, seed=3, name="scenes")
     epochs = [[order.index(draw) for draw in range(50 * epoch, 50 * (epoch + 1))] for epoch in range(3)]
@@ -35,68 +30,43 @@ def test_order_depends_on_seed_and_name_only() -> None:
 def test_substitutes_are_the_rest_of_the_epoch_once_each() -> None:
     order = SampleOrder(6, seed=0, name="a")
     for draw in (0, 4, 11, 13):
-        substitutes = list(order.substitutes(draw))
-        assert substitutes[0] == order.index(draw) and sorted(substitutes) == list(range(6))
         epoch = [order.index(draw - draw % 6 + position) for position in range(6)]
-        assert substitutes == epoch[draw % 6 :] + epoch[: draw % 6]
+        assert list(order.substitutes(draw)) == epoch[draw % 6 :] + epoch[: draw % 6]
+        assert sorted(epoch) == list(range(6)) and epoch[draw % 6] == order.index(draw)
 
 
-def test_due_counts_and_draws_agree() -> None:
-    counts = constant_counts([0.5, 0.3, 0.2], batch_size=7)
-    given = [0, 0, 0]
-    for step in range(51):
-        assert counts.before(step) == tuple(given)
-        assert counts.due(step) == pytest.approx([3.5 * step, 2.1 * step, 1.4 * step])
-        assert all(abs(count - due) < 1 for count, due in zip(given, counts.due(step), strict=True))
-        for i, number in counts.draws(step):
-            assert number == given[i], "every class is drawn in sequence"
-            given[i] += 1
+def check_counts(shares: list[tuple[int, ...]], sizes: list[int]) -> None:
+    """The counts of batches of these sizes are whole, exact in sum, and within one sample of their shares."""
+    counts = ExactCounts(shares.__getitem__, batch_size=sizes.__getitem__)
+    given, due = [0] * len(shares[0]), [0.0] * len(shares[0])
+    for step, size in enumerate(sizes):
+        assert counts.before(step) == tuple(given) and counts.due(step) == pytest.approx(due)
+        at = counts.at(step)
+        assert sum(at) == size and min(at) >= 0
+        drawn = counts.draws(step)
+        for i, share in enumerate(shares[step]):
+            assert [number for j, number in drawn if j == i] == list(range(given[i], given[i] + at[i])), "in sequence"
+            given[i] += at[i]
+            due[i] += share * size / SHARE_UNIT
+            assert abs(given[i] - due[i]) < 1 + 1e-6
+    middle = len(sizes) // 2
+    fresh = ExactCounts(shares.__getitem__, batch_size=sizes.__getitem__)
+    assert fresh.at(middle) == counts.at(middle), "they do not depend on where one starts"
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 9])
 def test_fixed_shares_stay_within_one_sample_after_every_step(num_classes: int) -> None:
     draw = random.Random(num_classes)
-    for batch_size in (1, 2, 7, 64):
+    for sizes in ([1], [2], [7], [64], [0, 0, 1, 3]):
         weights = [draw.choice([0.0, 0.01, 1.0, 1.0, 30.0 * draw.random()]) for _ in range(num_classes - 1)] + [1.0]
-        counts = constant_counts(weights, batch_size=batch_size)
-        for step in range(1, 400):
-            given = counts.before(step)
-            assert sum(given) == step * batch_size
-            assert min(counts.at(step)) >= 0
-            for count, weight in zip(given, weights, strict=True):
-                assert abs(count - weight / sum(weights) * step * batch_size) < 1 + 1e-6
+        check_counts([fixed_shares(weights)] * 400, [draw.choice(sizes) for _ in range(300)])
 
 
 def test_changing_shares_of_three_classes_stay_within_one_sample() -> None:
     draw = random.Random(0)
     for _ in range(40):
-        table = [fixed_shares([draw.random() ** 4, draw.random(), draw.random() ** 2]) for _ in range(150)]
-        batch_size = draw.choice([1, 2, 3, 10])
-        counts = ExactCounts(table.__getitem__, batch_size=batch_size)
-        for step in range(1, 150):
-            given = counts.before(step)
-            assert sum(given) == step * batch_size
-            assert min(counts.at(step - 1)) >= 0
-            for i in range(3):
-                assert abs(given[i] - sum(shares[i] for shares in table[:step]) * batch_size / SHARE_UNIT) < 1
-
-
-def test_batches_of_changing_size_keep_to_the_shares() -> None:
-    draw = random.Random(5)
-    sizes = [draw.choice([0, 0, 1, 3]) for _ in range(300)]
-    shares = fixed_shares([0.5, 0.2, 0.2, 0.1])
-    counts = ExactCounts(lambda step: shares, batch_size=sizes.__getitem__)
-    for step in range(1, 300):
-        assert sum(counts.at(step - 1)) == sizes[step - 1]
-        for count, share in zip(counts.before(step), shares, strict=True):
-            assert abs(count - share / SHARE_UNIT * sum(sizes[:step])) < 1
-
-
-def test_counts_at_a_step_do_not_depend_on_where_one_starts() -> None:
-    walked = constant_counts([0.5, 0.3, 0.2], batch_size=7)
-    one_by_one = [walked.at(step) for step in range(100)]
-    assert constant_counts([0.5, 0.3, 0.2], batch_size=7).at(57) == one_by_one[57]
-    assert len(set(one_by_one)) > 1
+        shares = [fixed_shares([draw.random() ** 4, draw.random(), draw.random() ** 2]) for _ in range(150)]
+        check_counts(shares, [draw.choice([1, 2, 3, 10])] * 149)
 
 
 @pytest.mark.parametrize("weights", [[], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0]])

@@ -1,6 +1,7 @@
 """Image batches: exact shares, the same global batch for any number of ranks, unusable samples counted."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 from data_mix.batches.image_batches import ImageBatches
 from data_mix.demo.scenes import ScenesSource
 from data_mix.samples import BadSample, Sample
+from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
+from tests.helpers.image_files import encoded
 from um3.core.errors import UserError
 
 
 class PlainImages:
     """Plain images; those with an index in `bad` cannot be used."""
 
-    def __init__(self, name: str, *, length: int = 20, bad: tuple[int, ...] = (), size: int = 4) -> None:
-        self.name, self.length, self.bad, self.size = name, length, bad, size
+    def __init__(self, name: str, *, length: int = 20, bad: tuple[int, ...] = ()) -> None:
+        self.name, self.length, self.bad = name, length, bad
+        self.fingerprint = lambda: f"{name} {length}"
         self.num_read = 0
 
     def __len__(self) -> int:
@@ -27,7 +31,7 @@ class PlainImages:
         self.num_read += 1
         if index in self.bad:
             raise BadSample("cannot be decoded", detail=f"index {index}")
-        image_HWC = np.full((self.size, self.size, 3), index, dtype=np.uint8)
+        image_HWC = np.full((4, 4, 3), index, dtype=np.uint8)
         return Sample(f"{self.name}-{index}", image_HWC, captions=(f"full {index}", f"short {index}"))
 
 
@@ -61,33 +65,44 @@ def test_without_weights_all_sources_end_their_epochs_together() -> None:
     assert sorted(keys) == sorted([f"a-{i}" for i in range(30)] + [f"b-{i}" for i in range(10)])
 
 
-def test_any_number_of_ranks_sees_the_same_global_batch() -> None:
-    def read(world_size: int, step: int) -> tuple[list[str], list[str], int]:
+def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> None:
+    def opened(rank: int = 0, world_size: int = 1) -> ImageBatches:
         sources = [PlainImages("a", bad=(1, 5, 6)), PlainImages("b", length=13)]
-        options: dict[str, Any] = {"weights": [2, 1], "batch_size": 12, "world_size": world_size, "caption": "random"}
-        parts = [batches_of(*sources, rank=rank, **options).batch(step) for rank in range(world_size)]
-        num_skipped = sum(sum(part.skipped.values()) for part in parts)
-        return [k for part in parts for k in part.keys], [c for part in parts for c in part.captions], num_skipped
+        options: dict[str, Any] = {"weights": [2, 1], "batch_size": 12, "caption": "random"}
+        return batches_of(*sources, rank=rank, world_size=world_size, **options)
 
+    part = opened(rank=3, world_size=4)
+    part.batch(0)
+    assert 3 <= sum(reader.source.num_read for reader in part.readers) < 6, "a rank reads only its own samples"
+    uninterrupted = opened()
+    batches = [uninterrupted.batch(step) for step in range(12)]
+    assert batches[0].keys != batches[3].keys
     for step in (0, 3, 11):
-        assert read(1, step) == read(2, step) == read(4, step)
-    assert read(1, 0) != read(1, 3)
+        for world_size in (1, 2, 4):
+            parts = [opened(rank, world_size).batch(step) for rank in range(world_size)]
+            assert torch.equal(torch.cat([part.images_BHWC for part in parts]), batches[step].images_BHWC)
+            for name in ("keys", "captions", "sources"):
+                assert [value for part in parts for value in getattr(part, name)] == getattr(batches[step], name)
+            assert sum((Counter(part.skipped) for part in parts), Counter()) == batches[step].skipped
 
 
-def test_a_rank_reads_only_its_own_samples() -> None:
-    source = PlainImages("a")
-    batches_of(source, batch_size=8, rank=1, world_size=4).batch(0)
-    assert source.num_read == 2
+def test_fingerprints_name_the_samples_of_every_source() -> None:
+    assert batches_of(PlainImages("a"), PlainImages("b")).fingerprints() == {"images/a": "a 20", "images/b": "b 20"}
 
 
-def test_a_resumed_run_gets_the_batches_of_the_uninterrupted_one() -> None:
-    runs = [
-        batches_of(PlainImages("a", bad=(3,)), PlainImages("b"), weights=[3, 1], caption="random") for _ in range(2)
-    ]
-    batches = [runs[0].batch(step) for step in range(12)]
-    for step in range(7, 12):
-        resumed = runs[1].batch(step)
-        assert torch.equal(resumed.images_BHWC, batches[step].images_BHWC) and resumed[1:] == batches[step][1:]
+def test_the_fingerprint_of_files_follows_them_and_notices_new_ones(tmp_path: Path) -> None:
+    def fingerprint(folder: Path) -> str:
+        config = ImageSourceConfig("mine", path=str(folder), val_fraction=0, has_captions=False)
+        return open_image_source(config, split="train", size=8, seed=0).fingerprint()
+
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        (tmp_path / f"a/{number}.png").write_bytes(encoded(number))
+    before = fingerprint(tmp_path / "a")
+    moved = (tmp_path / "a").rename(tmp_path / "b")
+    assert fingerprint(moved) == before
+    (moved / "3.png").write_bytes(encoded(3))
+    assert fingerprint(moved) != before
 
 
 def test_random_captions_use_all_of_them() -> None:
@@ -109,8 +124,6 @@ def test_unusable_samples_are_replaced_and_counted_each_time() -> None:
     [
         ([], {}, "no image sources"),
         ([PlainImages("a"), PlainImages("a")], {}, "its own name"),
-        ([PlainImages("a")], {"weights": [1, 2]}, "2 weights for 1 image sources"),
-        ([PlainImages("a"), PlainImages("b", size=8)], {"weights": [1, 1]}, "different sizes"),
         ([PlainImages("a", length=3, bad=(0, 1, 2))], {}, r"none of the 3 samples .* 'a' .*cannot be decoded \(3\)"),
     ],
 )

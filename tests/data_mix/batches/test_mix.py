@@ -87,37 +87,17 @@ def text_between(sequence_T: torch.Tensor, after: int, before: int) -> str:
     return str(TOKENIZER.decode(ids[start + 1 : ids.index(before, start + 1)]))
 
 
-def test_shapes_and_padding(make: Make) -> None:
-    batch = make().batch(0)
-    assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, SEQ_LEN)
+@pytest.mark.parametrize("text_seq_len", [0, 8])
+def test_a_batch_is_padded_to_its_longest_sequence(make: Make, text_seq_len: int) -> None:
+    batches = make(mix=MixConfig(start=[1, 1, 2], end=[1, 1, 2]), text_seq_len=text_seq_len)
+    batch, is_text = batches.batch(0), is_task(batches, 0, "text")
+    assert batch.input_ids_BT.shape == batch.target_mask_BT.shape == (16, int(lengths_of(batch).max()))
+    assert lengths_of(batch)[is_text].max() == (text_seq_len or SEQ_LEN) and lengths_of(batch)[~is_text].max() > 8
     assert (batch.input_ids_BT.dtype, batch.target_mask_BT.dtype) == (torch.int64, torch.bool)
     for ids_T, targets_T, length in zip(batch.input_ids_BT, batch.target_mask_BT, lengths_of(batch), strict=True):
         assert (ids_T[length:] == IDS.pad_id).all() and not targets_T[length:].any()
         assert ids_T[0] == IDS.bos_id and not targets_T[0] and targets_T.any()
         assert int(ids_T.max()) < IDS.vocab_size
-
-
-def test_counts_follow_the_schedule_exactly(make: Make) -> None:
-    batches = make()
-    schedule = Schedule(batches.config.mix)
-    drawn: Counter[str] = Counter()
-    for step in range(40):
-        batch = batches.batch(step)
-        expected = schedule.counts(step, batch_size=16)
-        assert [int(is_task(batches, step, task).sum()) for task in TASKS] == list(expected.values())
-        by_source: Counter[str] = Counter()
-        for key, count in batch.counts.items():
-            by_source[key.partition("/")[2]] += count
-        assert Counter(batch.sources) == by_source
-        drawn.update(batch.counts)
-        assert abs(drawn["text/prose"] - (drawn["text/prose"] + drawn["text/notes"]) * 2 / 3) < 1
-    for task in ("i2t", "t2i"):
-        total = drawn[f"{task}/photo"] + drawn[f"{task}/drawing"]
-        assert abs(drawn[f"{task}/photo"] - total * 17 / 25) < 1
-    assert sum(drawn.values()) == 40 * 16
-    state = batches.state(40)
-    assert state["draws"] == dict(drawn) and (state["seed"], state["step"]) == (0, 40)
-    assert make(rank=3, world_size=4).state(40) == state
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
@@ -160,6 +140,16 @@ def test_a_checkpoint_of_other_data_is_refused(make: Make, change: dict[str, Any
     state = make().state(30)
     with pytest.raises(UserError, match=f"step 30 was trained on other data: {message}"):
         make(**change).check_state(state)
+
+
+def test_other_codes_or_texts_of_the_same_size_are_refused(make: Make) -> None:
+    batches = make()
+    state = json.loads(json.dumps(batches.state(30)))
+    batches.check_state(state)
+    assert set(batches.fingerprints()) == {"text/prose", "text/notes", "images/photo", "images/drawing"}
+    for name in batches.fingerprints():
+        with pytest.raises(UserError, match=f"other data: fingerprints of {name} another, now"):
+            batches.check_state(state | {"fingerprints": state["fingerprints"] | {name: "another"}})
 
 
 def test_each_epoch_shows_every_image_once_to_each_task(make: Make) -> None:
@@ -205,14 +195,6 @@ def test_caption_dropout_makes_unconditional_sequences_of_t2i_only(make: Make) -
     assert (lengths[is_task(everything, 0, "i2t")] > IDS.image_tokens + 4).all()
 
 
-@pytest.mark.parametrize("text_seq_len", [0, 8])
-def test_a_batch_is_as_wide_as_its_longest_sequence(make: Make, text_seq_len: int) -> None:
-    batches = make(mix=MixConfig(start=[1, 1, 2], end=[1, 1, 2]), text_seq_len=text_seq_len)
-    batch, is_text = batches.batch(0), is_task(batches, 0, "text")
-    assert batch.input_ids_BT.shape == (16, int(lengths_of(batch).max()))
-    assert lengths_of(batch)[is_text].max() == (text_seq_len or SEQ_LEN) and lengths_of(batch)[~is_text].max() > 8
-
-
 def test_supervision_decides_whether_conditions_are_targets(make: Make) -> None:
     batches = make(mix=I2T_AND_T2I, supervision="target", caption_dropout=0.0)
     target = batches.batch(0)
@@ -231,28 +213,39 @@ def test_long_captions_are_cut_and_counted_images_never(make: Make) -> None:
     assert ((batch.input_ids_BT >= IDS.text_vocab_size).sum(1) == IDS.image_tokens).all()
 
 
-def test_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(make: Make) -> None:
+def test_counts_and_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(make: Make) -> None:
     whole, parts = make(), [make(rank=rank, world_size=2) for rank in range(2)]
-    statistics = MixStatistics(whole.keys)
-    tokens: Counter[str] = Counter()
+    statistics, schedule = MixStatistics(whole.keys), Schedule(whole.config.mix)
+    drawn, tokens = Counter[str](), Counter[str]()
     for step in range(40):
+        batch = whole.batch(step)
+        of_tasks = [int(is_task(whole, step, task).sum()) for task in TASKS]
+        assert of_tasks == list(schedule.counts(step, batch_size=16).values())
+        assert sorted(batch.sources) == sorted(key.partition("/")[2] for key in Counter(batch.counts).elements())
+        drawn.update(batch.counts)
+        assert abs(drawn["text/prose"] - (drawn["text/prose"] + drawn["text/notes"]) * 2 / 3) < 1
         statistics.add(sum(part.batch(step).seen_KC for part in parts).numpy())
         if step == 20:
             state, statistics = statistics.state(), MixStatistics(whole.keys)
             statistics.load(json.loads(json.dumps(state)))
-        for ids_T, planned in zip(whole.batch(step).input_ids_BT, whole.plan(step), strict=True):
+        for ids_T, planned in zip(batch.input_ids_BT, whole.plan(step), strict=True):
             is_visual = ids_T >= IDS.text_vocab_size
-            tokens[f"text_tokens/{planned.key}"] += int((~is_visual & (ids_T != IDS.pad_id)).sum())
+            tokens[f"data/text_tokens/{planned.key}"] += int((~is_visual & (ids_T != IDS.pad_id)).sum())
             if planned.task != "text":
-                tokens[f"visual_tokens/{planned.key}"] += int(is_visual.sum())
+                tokens[f"data/visual_tokens/{planned.key}"] += int(is_visual.sum())
         values = statistics.metrics(scheduled=whole.scheduled(step + 1))
         for key in [*TASKS, *whole.keys]:
             assert abs(values[f"data/samples/{key}"] - values[f"data/scheduled/{key}"]) < 1
-    draws = whole.state(40)["draws"]
-    assert {key: values[f"data/samples/{key}"] for key in whole.keys} == draws
-    assert {key.removeprefix("data/"): count for key, count in values.items() if "_tokens/" in key} == tokens
-    assert values["data/visual_tokens/i2t/photo"] == IDS.image_tokens * draws["i2t/photo"]
-    assert values["data/samples/text"] == draws["text/prose"] + draws["text/notes"]
+    for task in ("i2t", "t2i"):
+        photos, drawings = drawn[f"{task}/photo"], drawn[f"{task}/drawing"]
+        assert abs(photos - (photos + drawings) * 17 / 25) < 1
+    state = whole.state(40)
+    assert sum(drawn.values()) == 40 * 16 and make(rank=3, world_size=4).state(40) == state
+    assert state["draws"] == dict(drawn) == {key: values[f"data/samples/{key}"] for key in whole.keys}
+    assert (state["seed"], state["step"]) == (0, 40)
+    assert {key: count for key, count in values.items() if "_tokens/" in key} == tokens
+    assert values["data/visual_tokens/i2t/photo"] == IDS.image_tokens * drawn["i2t/photo"]
+    assert values["data/samples/text"] == drawn["text/prose"] + drawn["text/notes"]
 
 
 def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(
@@ -261,12 +254,8 @@ def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(
     """Batches depend on (seed, step) and on which shards can be read: on every rank, and after a resume."""
     common = CODES | {"source": "photo", "num_shards": 4, "num_images": 10}
     paths = [write_codes(tmp_path, shard=shard, **common) for shard in range(4)]
-    options = {
-        "codes": str(tmp_path),
-        "mix": MixConfig(start=[0, 1, 2], end=[0, 1, 2]),
-        "seq_len": 40,
-        "batch_size": 12,
-    }
+    mix = MixConfig(start=[0, 1, 2], end=[0, 1, 2])
+    options: dict[str, Any] = {"codes": str(tmp_path), "mix": mix, "seq_len": 40, "batch_size": 12}
     before = [make(**options).batch(step) for step in range(8)]
     reader, late, fresh = (make(**options) for _ in range(3))
     parts = [make(rank=rank, world_size=2, **options) for rank in range(2)]

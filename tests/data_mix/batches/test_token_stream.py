@@ -102,7 +102,31 @@ def test_tokenising_resumes_with_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     assert [documents.read[begin] for begin in begins] == [0, 30, 70, 80], "finished documents are not read again"
     assert sorted(path.suffix for path in (tmp_path / "a").iterdir()) == [".bin", ".json"]
     assert read_json(next((tmp_path / "a").glob("*.json")))["skipped"] == 2
-    assert np.array_equal(resumed.tokens, stream_of(documents, tmp_path / "b").tokens)
+    assert np.array_equal(resumed.tokens[:], stream_of(documents, tmp_path / "b").tokens[:])
+
+
+def test_a_damaged_stream_is_made_again_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    documents = PROSE * 40
+    stream = stream_of(documents, tmp_path)
+    path, record, expected = stream.tokens.path, stream.tokens.path.with_suffix(".json"), stream.tokens[:]
+    data, text = path.read_bytes(), record.read_text()
+    assert len(data) > 3 * token_stream.CHUNK_BYTES
+    for bytes_, json_ in ((data[:-900], text), (data[:-1] + b"x", text), (data, "{}"), (data, "[" + text), (data, "")):
+        path.write_bytes(bytes_)
+        record.write_text(json_)
+        again = stream_of(documents, tmp_path).tokens
+        assert np.array_equal(again[:], expected) and again.fingerprint == stream.tokens.fingerprint
+        assert "making the tokens of 'prose' again" in caplog.text
+        caplog.clear()
+    place = 5 * token_stream.CHUNK_BYTES // 4
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    flipped = stream_of(documents, tmp_path)
+    assert np.array_equal(flipped.tokens[:4096], expected[:4096])
+    for damaged in (lambda: flipped.tokens[place // 4 :], flipped.tokens.check, lambda: stream[len(stream) - 1]):
+        with pytest.raises(UserError, match=rf"{path.name} is damaged .*; delete it"):
+            damaged()
+        if damaged == flipped.tokens.check:
+            os.truncate(path, 100)  # while it is open
 
 
 def test_documents_of_a_file_that_vanishes_are_skipped_and_named(
@@ -118,7 +142,7 @@ def test_documents_of_a_file_that_vanishes_are_skipped_and_named(
     text = str(TOKENIZER.decode(sequence.input_ids, skip_special_tokens=True))
     assert [f"document {number} 3" in text for number in range(3)] == [True, False, True]
     caplog.clear()
-    assert list(stream_of(documents, tmp_path / "cache").bad_files) == [str(tmp_path / "1.jsonl")]
+    assert list(stream_of(documents, tmp_path / "cache").tokens.bad_files) == [str(tmp_path / "1.jsonl")]
     assert "1.jsonl" in caplog.text, "a later run warns as well"
     assert read_json(next((tmp_path / "cache").glob("*.json")))["skipped"] == 4
     packed = pa.compress(b'{"text": "whole"}', codec="zstd", asbytes=True)
@@ -148,3 +172,8 @@ def test_scattered_sequences_are_pieces_of_different_documents(tmp_path: Path) -
         assert all(torch.equal(a.input_ids, b.input_ids) for a, b in pairs) == is_same
     with pytest.raises(UserError, match="'t' holds no text"):
         scattered(2, ["", " "])
+    path = next((tmp_path / "0").iterdir())
+    for text in (path.read_text().replace("1", "2", 1), "[]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=f"{path.name} is damaged; delete it"):
+            scattered(0)

@@ -1,5 +1,6 @@
 """`make codes` with a tiny tokenizer: the codes are its codes, runs resume, nothing is made twice."""
 
+import errno
 import json
 import logging
 import os
@@ -9,8 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -99,18 +102,19 @@ def test_shards_hold_the_codes_of_the_tokenizer(
     assert capsys.readouterr().out.count("up to date") == 2
 
 
-def test_a_run_resumes_with_the_same_bytes(tmp_path: Path, qlip: Path) -> None:
+def test_only_missing_and_damaged_shards_are_made_again(tmp_path: Path, qlip: Path) -> None:
     path, codes = config_file(tmp_path, qlip=qlip), tmp_path / "codes"
     run(path)
-    uninterrupted = shard_bytes(codes)
+    finished = shard_bytes(codes)
     written = (codes / "train-scenes-00000.arrow").stat().st_mtime_ns
-    (codes / "train-scenes-00001.arrow").unlink()
-    (codes / "train-scenes-00002.arrow").write_bytes(b"cut short")
-    (codes / "val-scenes-00000.arrow.partial").write_bytes(b"half")
-    run(path)
-    assert shard_bytes(codes) == uninterrupted
+    for data in (None, b"cut short", finished["train-scenes-00001.arrow"][:-9]):
+        (codes / "train-scenes-00001.arrow").unlink()
+        if data:
+            (codes / "train-scenes-00001.arrow").write_bytes(data)
+        (codes / "val-scenes-00000.arrow.partial").write_bytes(b"half")
+        run(path)
+        assert shard_bytes(codes) == finished and not list(codes.glob("*.partial"))
     assert (codes / "train-scenes-00000.arrow").stat().st_mtime_ns == written
-    assert not list(codes.glob("*.partial"))
 
 
 @pytest.mark.slow
@@ -121,6 +125,9 @@ def test_a_killed_run_resumes_with_the_same_bytes(tmp_path: Path, qlip: Path) ->
     deadline = time.monotonic() + 60
     while len(list(codes.glob("*.arrow"))) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="another process is writing to"):
+        run(path, "batch_size=4")
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = shard_bytes(codes)
@@ -152,6 +159,18 @@ def test_unusable_images_are_counted_and_new_ones_encoded(tmp_path: Path, qlip: 
         run(path)
 
 
+def test_files_that_are_not_read_times_and_places_make_nothing_again(
+    tmp_path: Path, qlip: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config_file(tmp_path, qlip=qlip, images=f"[{{name: noise, path: {images}, val_fraction: 0}}]"))
+    for name in (".DS_Store", "notes.txt~"):
+        (images / name).write_bytes(b"of another program")
+    os.utime(images / "00.png")
+    moved = images.rename(tmp_path / "moved")
+    run(config_file(tmp_path, qlip=qlip, images=f"[{{name: noise, path: {moved}, val_fraction: 0}}]"))
+    assert "up to date" in capsys.readouterr().out
+
+
 def test_shards_of_another_tokenizer_or_format_are_replaced(
     tmp_path: Path, qlip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,9 +181,23 @@ def test_shards_of_another_tokenizer_or_format_are_replaced(
     run(config_file(tmp_path, qlip=other), "samples_per_shard=30")
     assert "replacing 5 shards of another tokenizer" in capsys.readouterr().err
     names = [f"{name}-scenes-0000{shard}.arrow" for name, shard in (("train", 0), ("train", 1), ("val", 0))]
-    assert sorted(path.name for path in codes.iterdir()) == ["summary.json", *names]
+    assert sorted(path.name for path in codes.iterdir()) == [".lock", "summary.json", *names]
     fingerprint = tokenizer.load(other)[0].fingerprint()
     assert {read_header(path).fingerprint for path in codes.glob("*.arrow")} == {fingerprint}
+
+
+def test_a_full_disk_stops_the_run_and_costs_no_finished_shard(
+    tmp_path: Path, qlip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, codes = config_file(tmp_path, qlip=qlip), tmp_path / "codes"
+    run(path)
+    finished = shard_bytes(codes)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(pa.ipc, "new_file", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        run(path, "samples_per_shard=30", "images=[{name: digits}]")
+    assert shard_bytes(codes) == finished and not (codes / "summary.json").exists()
+    run(path)
+    assert shard_bytes(codes) == finished
 
 
 def test_limit_takes_the_first_samples_of_each_source(tmp_path: Path, qlip: Path) -> None:

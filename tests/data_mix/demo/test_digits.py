@@ -8,15 +8,17 @@ from sklearn.linear_model import LogisticRegression
 
 from data_mix.demo.digits import CLASS_NAMES, DigitsSource
 from data_mix.demo.scenes import BACKGROUND
-from data_mix.samples import ImageSource
 
 
 def test_the_split_is_fixed_disjoint_and_stratified() -> None:
     train, val = DigitsSource(size=16, split="train"), DigitsSource(size=16, split="val")
-    assert isinstance(train, ImageSource)
     assert (len(train), len(val)) == (1438, 359)
     assert set(train.rows) | set(val.rows) == set(range(1797))
     assert set(Counter(val.labels).values()) <= set(range(34, 38))
+    with pytest.raises(IndexError):
+        val[359]
+    with pytest.raises(ValueError, match="size=4"):
+        DigitsSource(size=4, split="val")
     assert list(val.rows[:5]) == [2, 8, 12, 27, 37]  # golden
 
 
@@ -39,10 +41,3 @@ def test_classes_can_be_read_from_the_pixels() -> None:
     probe = LogisticRegression(max_iter=200).fit(x_train, train.labels[:600])
     assert probe.score(x_val, val.labels) > 0.85
     assert len(CLASS_NAMES) == 10
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="size=4"):
-        DigitsSource(size=4, split="val")
-    with pytest.raises(IndexError):
-        DigitsSource(size=16, split="val")[359]

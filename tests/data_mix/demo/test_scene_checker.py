@@ -23,10 +23,6 @@ from data_mix.demo.scenes import BACKGROUND, SceneObject, ScenesSource, render
 Degrade = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def clean(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    return image
-
-
 def blur_and_noise(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """About 27 dB."""
     blurred = ndimage.gaussian_filter(image.astype(float), (0.6, 0.6, 0))
@@ -54,7 +50,9 @@ def truth(objects: Sequence[SceneObject], demands: Demands) -> bool:
     return any(fits(a, first) and fits(b, second) and stands(a, b) for a in objects for b in objects if a != b)
 
 
-@pytest.mark.parametrize(("degrade", "num_scenes", "least"), [(clean, 200, 0.99), (blur_and_noise, 120, 0.95)])
+@pytest.mark.parametrize(
+    ("degrade", "num_scenes", "least"), [(lambda image, _: image, 200, 0.99), (blur_and_noise, 120, 0.95)]
+)
 def test_agrees_with_the_truth(degrade: Degrade, num_scenes: int, least: float) -> None:
     source = ScenesSource(size=32, seed=11, split="val")
     generator = np.random.default_rng(0)
@@ -110,21 +108,17 @@ def test_reads_other_sizes(size: int) -> None:
     assert (detection.shape, detection.colour) == ("square", "green") and detection.score > 0.9
 
 
-def test_a_soft_red_edge_is_not_a_pink_object() -> None:
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.5])
+def test_soft_edges_and_touching_objects_are_told_apart(sigma: float) -> None:
     image = render([SceneObject("circle", "red", 6, 6, 18)], size=32).astype(float)
-    for sigma in (0.5, 1.0, 1.5):
-        blurred = np.rint(ndimage.gaussian_filter(image, (sigma, sigma, 0))).astype(np.uint8)
-        assert describe(blurred) == "a red circle"
-
-
-def test_touching_objects_of_two_colours_are_told_apart() -> None:
+    blurred = np.rint(ndimage.gaussian_filter(image, (sigma, sigma, 0))).astype(np.uint8)
+    assert describe(blurred) == "a red circle", "its edge is not a pink object"
     image = render([SceneObject("square", "red", 5, 9, 11), SceneObject("circle", "blue", 16, 9, 11)], size=32)
     assert describe(image) == "a red square left of a blue circle"
 
 
 def test_specks_blank_and_noise_hold_nothing() -> None:
-    blank = np.empty((32, 32, 3), dtype=np.uint8)
-    blank[:] = BACKGROUND
+    blank = np.full((32, 32, 3), BACKGROUND, dtype=np.uint8)
     assert detect(blank) == [] and describe(blank) is None
     specks = blank.copy()
     specks[3:5, 3:6] = (215, 30, 35)
@@ -137,11 +131,8 @@ def test_a_verdict_names_the_demands_that_are_met() -> None:
     image = render([SceneObject("circle", "red", 2, 10, 11), SceneObject("square", "blue", 18, 10, 11)], size=32)
     verdict = check(image, parse_prompt("a red circle right of a green square"))
     assert not verdict.passed
-    assert verdict.demands_met == {
-        "a red circle": True,
-        "a green square": False,
-        "a red circle right of a green square": False,
-    }
+    expected = {"a red circle": True, "a green square": False, "a red circle right of a green square": False}
+    assert verdict.demands_met == expected
     assert check(image, parse_prompt("a blue square right of a red circle")).passed
 
 
@@ -161,10 +152,3 @@ def test_other_groups_of_objects_have_no_caption() -> None:
     assert caption_of(detections(("circle", "red"), ("square", "blue"), ("cross", "green"))) is None
     assert caption_of(detections(*[("circle", "red")] * 5)) is None
     assert caption_of(detections(*[("circle", "red")] * 4)) == "four red circles"
-
-
-def test_other_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match="float32"):
-        detect(np.zeros((32, 32, 3), dtype=np.float32))
-    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"):
-        detect(np.zeros((3, 32, 32), dtype=np.uint8))

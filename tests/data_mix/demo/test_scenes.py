@@ -16,14 +16,12 @@ from data_mix.demo.scene_prompts import (
     prompt_text,
 )
 from data_mix.demo.scenes import BACKGROUND, PALETTE, SceneObject, ScenesSource, captions, render, shape_mask
-from data_mix.samples import ImageSource
 
 NUM_SCENES = 500
 
 
 def test_a_scene_depends_on_seed_split_and_index_only() -> None:
     source, longer = ScenesSource(size=32, length=10, seed=3), ScenesSource(size=32, length=99, seed=3)
-    assert isinstance(source, ImageSource)
     for index in reversed(range(10)):
         assert source[index].key == longer[index].key and source[index].captions == longer[index].captions
         np.testing.assert_array_equal(source[index].image_HWC, longer[index].image_HWC)
@@ -150,9 +148,9 @@ def test_evaluation_prompts_cover_six_skills() -> None:
 
 
 def test_wrong_arguments() -> None:
-    for options in ({"size": 8}, {"length": 0}, {"split": "test"}):
+    for options in ({"size": 8}, {"length": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}="):
-            ScenesSource(**options)  # type: ignore[arg-type]
+            ScenesSource(**options)
     with pytest.raises(ValueError, match="per_skill=0"):
         evaluation_prompts(per_skill=0, seed=0)
     with pytest.raises(IndexError):

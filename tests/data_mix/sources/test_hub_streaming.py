@@ -212,7 +212,7 @@ def test_damaged_and_empty_files_side_by_side(words: Path, short_waits: None) ->
 
 
 def texts_of(stream: TokenStream) -> str:
-    return str(TOKENIZER.decode(torch.from_numpy(stream.tokens.astype("int64")), skip_special_tokens=True))
+    return str(TOKENIZER.decode(torch.from_numpy(stream.tokens[:].astype("int64")), skip_special_tokens=True))
 
 
 def test_tokens_of_a_changed_set_are_made_again(

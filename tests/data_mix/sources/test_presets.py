@@ -82,20 +82,16 @@ def test_sa1b_takes_its_captions_from_another_file(form: str, tmp_path: Path) ->
         images("sa1b", tmp_path / "*.tar")
 
 
-def test_captions_for_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "images/deep").mkdir(parents=True)
-    (tmp_path / "images/deep/one.jpg").write_bytes(encoded(1, "JPEG"))
-    (tmp_path / "images/deep/one.txt").write_text("not this")
-    (tmp_path / "c.jsonl").write_text('{"key": "one", "text": "mine"}\n{"key": null, "text": "x"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"name": "one", "text": "mine"}\n')
+def test_mistakes_in_captions(tmp_path: Path) -> None:
+    (tmp_path / "one.jpg").write_bytes(encoded(1, "JPEG"))
+    write_lines(tmp_path / "bad.jsonl", [{"name": "one", "text": "mine"}])
     (tmp_path / "broken.parquet").write_bytes(b"nothing")
-    assert samples(images("", tmp_path / "images", captions=str(tmp_path / "c.jsonl")))[0].captions == ("mine",)
     for file, message in (
-        ("bad.jsonl", r"need a column of key, image_id, .*name, text"),
+        ("bad.jsonl", r"need a column of file_name, .*name, text"),
         ("broken.parquet", r"captions '.*broken.parquet' cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
-            images("", tmp_path / "images", captions=str(tmp_path / file))
+            images("", tmp_path, kind="folder", captions=str(tmp_path / file))
     with pytest.raises(UserError, match="not for kind=scenes"):
         open_image_source(ImageSourceConfig(captions=str(tmp_path / "c.jsonl")), split="train", size=32, seed=0)
 
@@ -131,28 +127,19 @@ def texts_of(source: TextSource) -> list[str]:
 
 
 def test_dclm_as_distributed_and_as_parquet(tmp_path: Path) -> None:
-    records = [
-        {
-            "text": f"Document {number} of the web.\n\nIts second line.",
-            "url": f"https://x/{number}",
-            "metadata": {"WARC-Type": "response", "Content-Length": "3"},
-            "language_id_whole_page_fasttext": {"en": 0.98},
-            "previous_word_count": 7,
-        }
-        for number in range(9)
-    ]
+    texts = [f"Document {number} of the web.\n\nIts second line." for number in range(9)]
+    records = [{"text": text, "url": "https://x", "metadata": {"WARC-Type": "response"}} for text in texts]
     folder = tmp_path / "global-shard_01_of_10/local-shard_0_of_10"
     folder.mkdir(parents=True)
     for shard in range(3):
         write_lines(folder / f"shard_0000000{shard}_processed.jsonl.zst", records[3 * shard : 3 * shard + 3])
-    expected = [record["text"] for record in records]
     config = TextSourceConfig(name="dclm", preset="dclm-baseline", path=str(tmp_path), val_fraction=0.0)
     source = open_text_source(config, split="train")
-    assert texts_of(source) == expected
-    assert [source[index] for index in (8, 0, 4)] == [expected[8], expected[0], expected[4]]
+    assert texts_of(source) == texts
+    assert [source[index] for index in (8, 0, 4)] == [texts[8], texts[0], texts[4]]
     config.path = str(tmp_path / "part.parquet")
     pq.write_table(pa.Table.from_pylist(records), config.path)
-    assert texts_of(open_text_source(config, split="train")) == expected
+    assert texts_of(open_text_source(config, split="train")) == texts
 
 
 def test_mistakes_name_the_presets_and_their_data(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""`make check`: read what a run wrote, and compare it with the checksums that were written with it."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from data_mix.batches.token_stream import TokenFile, read_sequences
+from data_mix.codes.shards import map_shard, read_header
+from train.checkpoint import damaged_files
+from um3.core.errors import UserError
+from um3.core.files import walk_files
+from um3.core.text import printable
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a line for each file of a run that has checksums; UserError if one is damaged, or if there is none."""
+    parser = argparse.ArgumentParser(prog="python -m train check", description="Verify the files of a run.")
+    parser.add_argument("run", type=Path, help="folder of a run, or one below it, such as runs/demo")
+    run = parser.parse_args(arguments).run
+    if not run.is_dir():
+        raise UserError(f"there is no folder '{run}'; give RUN= the folder of a run, such as runs/demo")
+    results = []
+    for path, check in checks(run):
+        try:
+            check(path)
+            results.append("")
+        except (UserError, OSError) as error:
+            results.append(str(error))
+        print(printable(results[-1] or f"{path}: ok"), flush=True)
+    if damaged := sum(map(bool, results)):
+        raise UserError(
+            f"{run}: {damaged} of {len(results)} files are damaged; each line above that names one says how"
+        )
+    if not results:
+        raise UserError(f"'{run}' holds no code shard, text cache or checkpoint; give RUN= the folder of a run")
+
+
+def checks(run: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
+    """Each code shard, text cache and checkpoint below `run`, and the function that verifies it."""
+    for path in walk_files(run, suffixes=(".arrow", ".bin", ".json")):
+        if path.suffix == ".arrow":
+            yield path, lambda path: map_shard(path, header=read_header(path))
+        elif path.suffix == ".bin" and path.name.startswith("text-"):
+            yield path, lambda path: TokenFile(path).check()
+        elif path.name.startswith("sequences-"):
+            yield path, read_sequences
+        elif path.name == "meta.json" and path.parent.parent.name == "checkpoints":
+            yield path.parent, _check_checkpoint
+
+
+def _check_checkpoint(path: Path) -> None:
+    if files := damaged_files(path):
+        raise UserError(f"{path} is damaged ({', '.join(files)}); delete it to resume from the previous checkpoint")
