@@ -58,14 +58,14 @@ def main(arguments: Sequence[str]) -> None:
 
 def _report(stage: str, run: TrainingRun, *, options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.flops import stage1_flops, stage2_flops
-    from tokenizer.configuration import QLIPConfig
+    from tokenizer.configuration import read_qlip_config
     from train.engine import precision_of
 
     config = load_config(STAGES[stage], path=run.folder / "config.yaml")
     loop, precision = config.loop, precision_of(config.engine)
     times = run.step_seconds(warmup=options.warmup)
     images_per_s = loop.batch_size / fmean(times)
-    qlip_config = QLIPConfig.from_pretrained(run.folder / "model")
+    qlip_config = read_qlip_config(run.folder / "model")
     if stage == "stage1":
         flops = stage1_flops(qlip_config, text_tokens=_text_tokens(config, run))
     else:

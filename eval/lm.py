@@ -14,23 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.lm_eval_data import find_benchmarks, write_task_yamls
 from eval.results_cache import ResultsCache
 from um3.core.distributed import device
-from um3.core.errors import UserError
 from um3.core.files import short_hash
+from um3.core.hub import load_pretrained
 from um3.core.progress import Progress
 from um3.model.text_tokenizer import encode_texts, read_text_tokenizer
 
 CHUNK = 256  # requests between two progress lines, and between two entries of the cache
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @register_model("um3")
@@ -52,12 +49,16 @@ class UM3LM(HFLM):
     tokenizer: Any
 
     def __init__(self, pretrained: Any, *, cache: ResultsCache | None = None, **options: Any) -> None:
+        loading: dict[str, Any] = {"backend": "causal", "softmax_dtype": "float32"}
+        if isinstance(pretrained, str):  # lm-eval loads it by itself, as its own options say
+            load_pretrained(AutoConfig, pretrained, kind="language model")
+            loading["use_safetensors"] = True
         try:
-            super().__init__(pretrained=pretrained, **{"backend": "causal", "softmax_dtype": "float32", **options})
-        except LOADING_ERRORS as error:
-            if not isinstance(pretrained, str):
-                raise
-            raise _not_loadable(pretrained, error) from None
+            super().__init__(pretrained=pretrained, **loading | options)
+        except Exception:
+            if isinstance(pretrained, str):
+                load_language_model(pretrained)  # gives the reason in one line
+            raise
         self.ids: dict[str, Any] | None = getattr(self.model.config, "um3", None)
         self.cache = cache
         self.own_max_tokens = int(options.get("max_length") or 0)
@@ -159,29 +160,8 @@ def load_language_model(path_or_hub_id: str) -> tuple[PreTrainedModel, PreTraine
     Raises:
         UserError: there is no causal language model, its weights are missing or damaged, or it has no text tokenizer.
     """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_hub_id, dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
-    except LOADING_ERRORS as error:
-        raise _not_loadable(path_or_hub_id, error) from None
-    model, report = loaded
-    if wrong := sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"]):
-        raise UserError(f"the weights in '{path_or_hub_id}' do not fit its config.json ({wrong[0]}); write it again")
-    tokenizer = read_text_tokenizer(path_or_hub_id)
-    if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # without files transformers makes an empty one
-        raise UserError(
-            f"no text tokenizer in '{path_or_hub_id}' (the loaded one returns no tokens); copy the model's own files"
-        )
-    return model.to(device()).eval(), tokenizer
-
-
-def _not_loadable(path_or_hub_id: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
-    return UserError(
-        f"no language model can be loaded from '{path_or_hub_id}' ({reason}); give a folder with config.json and "
-        "model.safetensors, or a hub id"
-    )
+    model = load_pretrained(AutoModelForCausalLM, path_or_hub_id, dtype="auto", kind="language model")
+    return model.to(device()).eval(), read_text_tokenizer(path_or_hub_id)
 
 
 def main(arguments: Sequence[str]) -> None:

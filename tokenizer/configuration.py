@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from um3.core.errors import UserError
+from um3.core.hub import load_pretrained
 
 RELEASED_MODEL_TYPE = "clip"
 RELEASED_LICENSE = "non-commercial use only (NVIDIA's licence of the released QLIP weights)"
@@ -19,23 +19,23 @@ NEUTRAL_OPTIONS = {
 }  # fmt: skip
 """Options of transformers' configs that change no output of a trained QLIP; they are ignored."""
 
+SIZES = ("_size", "_layers", "_heads", "_channels", "_dim", "_embeddings", "_grid")
+"""Ends of the names of a tower's sizes."""
 
-def check_options(options: Mapping[str, Any], *, known: Collection[str], where: str) -> None:
-    """Refuse options that this code does not know.
 
-    Raises:
-        ValueError: names the first unknown option, and `where` it is.
+def check_options(
+    options: Mapping[str, Any], *, known: Collection[str], where: str | Path, falsy: bool = False
+) -> None:
+    """Raise ValueError, which names the option and `where` it is, for an option that this code does not know.
+
+    With `falsy`, options that are null, false, 0 or empty are known: other libraries' configs are full of them.
     """
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"{where} has the unknown option {unknown[0]}={options[unknown[0]]!r}, which may change the outputs; "
-            "remove it if it does not"
-        )
-
-
-def _switched_on(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that are null, false, 0 or empty, with which other libraries' configs are full."""
-    return {name: value for name, value in options.items() if value}
+    for name in sorted(options.keys() - known):
+        if options[name] or not falsy:
+            raise ValueError(
+                f"{where} has the unknown option {name}={options[name]!r}, which may change the outputs; "
+                "remove it if it does not"
+            )
 
 
 @strict
@@ -48,11 +48,14 @@ class _TowerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **options: Any) -> None:
-        check_options(_switched_on(options), known=NEUTRAL_OPTIONS, where=self.base_config_key)
+        check_options(options, known=NEUTRAL_OPTIONS, falsy=True, where=self.base_config_key)
         super().__post_init__(**options)
 
     def validate_architecture(self) -> None:
-        """Refuse head counts that do not divide the width, and patches that do not divide the image."""
+        """Refuse sizes below 1, head counts that do not divide the width, patches that do not divide the image."""
+        for name, value in vars(self).items():
+            if name.endswith(SIZES) and isinstance(value, int) and value < 1:
+                raise ValueError(f"{self.base_config_key}.{name} is {value}; it must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -142,7 +145,7 @@ class QLIPConfig(PreTrainedConfig):
     weights_license: str = ""
 
     def __post_init__(self, **options: Any) -> None:
-        check_options(_switched_on(options), known=NEUTRAL_OPTIONS, where="config.json")
+        check_options(options, known=NEUTRAL_OPTIONS, falsy=True, where="config.json")
         for name, kind in SUB_CONFIGS.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
@@ -181,15 +184,5 @@ class QLIPConfig(PreTrainedConfig):
 
 
 def read_qlip_config(folder: Path) -> QLIPConfig:
-    """The config of a QLIP folder.
-
-    Raises:
-        UserError: no config.json, another kind of model, an unknown option or an invalid value.
-    """
-    try:
-        return QLIPConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        # The last line of a strict dataclass's error gives the reason, the first of any other.
-        line = str(error).strip().split("\n")[-1 if isinstance(error, StrictDataclassError) else 0]
-        reason = " ".join(line.split()).removeprefix("ValueError: ").removeprefix("TypeError: ")
-        raise UserError(f"cannot load a QLIP tokenizer from {folder}: {reason}") from None
+    """The config of a QLIP folder; UserError for another kind of model, an unknown option or an invalid value."""
+    return load_pretrained(QLIPConfig, folder, kind="QLIP tokenizer")

@@ -83,12 +83,7 @@ class _HalvingBlock(nn.Module):
 
 
 def build_discriminator(kind: DiscriminatorKind, *, channels: int, num_layers: int, image_size: int) -> nn.Module:
-    """A discriminator with fresh weights.
-
-    Raises:
-        UserError: too many layers for images of `image_size` pixels a side, or `channels` that GroupNorm's 8 groups do
-            not divide.
-    """
+    """A discriminator with fresh weights; UserError if it does not fit images of `image_size` pixels a side."""
     build = {"patch": PatchDiscriminator, "residual": ResidualDiscriminator}[kind]
     try:
         with torch.device("meta"):

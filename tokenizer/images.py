@@ -27,25 +27,20 @@ class ImageTokenizer(Protocol):
     @property
     def image_size(self) -> int:
         """Side of an image, in pixels."""
-        ...
 
     @property
     def num_bits(self) -> int:
         """Bits of one code: codes lie in 0 .. 2^num_bits - 1."""
-        ...
 
     @property
     def num_codes(self) -> int:
         """Codes of one image."""
-        ...
 
     def encode(self, images_BHWC: NDArray, /) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) -> codes int64 (B, N) on the CPU."""
-        ...
 
     def decode(self, codes_BN: torch.Tensor, /) -> NDArray:
         """Codes int64 (B, N) on the CPU -> images uint8 (B, H, W, 3)."""
-        ...
 
 
 class QLIPImages(NamedTuple):
@@ -108,21 +103,15 @@ def embed_images(
     images: "NDArray | Sequence[Image.Image]", *, model: QLIPModel, processor: QLIPProcessor
 ) -> torch.Tensor:
     """All images, uint8 (B, H, W, 3) or PIL images -> l2-normalised embeddings (B, P), float32 on the CPU."""
-    embeddings = []
-    for batch in _batches(len(images), batch_size=EMBEDDING_BATCH):
-        pixels_BCHW = processor.pixels(images[batch]).to(model.device, model.dtype)
-        embeddings.append(model.get_image_features(pixels_BCHW).float().cpu())
-    return torch.cat(embeddings)
+    batches = (processor.pixels(images[batch]) for batch in _batches(len(images), batch_size=EMBEDDING_BATCH))
+    return torch.cat([model.get_image_features(x.to(model.device, model.dtype)).float().cpu() for x in batches])
 
 
 @torch.no_grad()
 def embed_texts(texts: Sequence[str], *, model: QLIPModel, processor: QLIPProcessor) -> torch.Tensor:
     """All texts -> l2-normalised embeddings (T, P), float32 on the CPU."""
-    embeddings = []
-    for batch in _batches(len(texts), batch_size=EMBEDDING_BATCH):
-        inputs = {name: ids.to(model.device) for name, ids in processor.text(texts[batch]).items()}
-        embeddings.append(model.get_text_features(**inputs).float().cpu())
-    return torch.cat(embeddings)
+    batches = (processor.text(texts[batch])["input_ids"] for batch in _batches(len(texts), batch_size=EMBEDDING_BATCH))
+    return torch.cat([model.get_text_features(ids_BT.to(model.device)).float().cpu() for ids_BT in batches])
 
 
 def _batches(count: int, *, batch_size: int, label: str = "") -> Iterator[slice]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -27,7 +26,8 @@ from tokenizer.configuration import (
 from tokenizer.layers import Encoder, Linear, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
-from um3.core.hub import model_folder
+from um3.core.hub import load_pretrained, model_folder
+from um3.core.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class QLIPModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.weights_license:
-            logger.warning("the weights in %s: %s", model.name_or_path, model.config.weights_license)
+            logger.warning("the weights in %s: %s", model.name_or_path, printable(model.config.weights_license))
         return loaded
 
     @property
@@ -244,11 +244,7 @@ class QLIPModel(PreTrainedModel):
         return self._image_embeds(self.vision_model(pixel_values))
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) -> l2-normalised (B, P).
-
-        The tower is causal and pools at the end of the text, so that padding changes nothing. `attention_mask` is
-        accepted for compatibility with CLIP, and unused.
-        """
+        """Token ids (B, T) -> l2-normalised (B, P). Padding after the end changes nothing; the mask is unused."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -273,8 +269,7 @@ class QLIPModel(PreTrainedModel):
     ) -> QLIPOutput:
         """Embeddings, logits, reconstructions, codes and quantizer terms in one pass.
 
-        Without `bottleneck` the decoder reads the encoder's output directly: there are no codes, and the quantizer's
-        terms are those of a code with a single state.
+        Without `bottleneck` the decoder reads the encoder's output; the quantizer's terms are those of a single code.
         """
         hidden_BTD = self.vision_model(pixel_values)
         image_embeds_BP = self._image_embeds(hidden_BTD)
@@ -310,33 +305,18 @@ class QLIPModel(PreTrainedModel):
 
 
 def load_qlip(path_or_hub_id: str | Path) -> QLIPModel:
-    """Load a QLIP folder or hub id, with one-line errors.
+    """Load a QLIP folder or hub id.
 
     Raises:
-        UserError: no such folder or hub id, another kind of model, an unknown option or invalid value in config.json,
-            damaged weights, or tensors that do not match config.json (missing, extra, of another shape).
+        UserError: nothing there, another kind of model, an unknown option or invalid value, or weights that are
+            damaged, not finite or not those of config.json.
     """
     folder = model_folder(path_or_hub_id, kind="QLIP tokenizer")
     config = read_qlip_config(folder)
-    reporter = logging.getLogger("transformers.modeling_utils")
-    reporter.disabled = True  # its table of mismatches would repeat the errors below
-    try:
-        model, report = QLIPModel.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except SafetensorError as error:
-        raise UserError(f"the weights in {folder} are damaged ({error}); fetch or train them again") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).strip().split("\n")[0].split())
-        raise UserError(f"cannot load a QLIP tokenizer from {folder}: {reason}") from None
-    finally:
-        reporter.disabled = False
-    for names, problem in (
-        (report["missing_keys"], "lacks {} of QLIP's tensors"),
-        (report["unexpected_keys"], "holds {} tensors that config.json does not describe"),
-        ([name for name, *_ in report["mismatched_keys"]], "holds {} tensors of other shapes than in config.json"),
-    ):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise UserError(f"{folder} {problem.format(len(names))} ({some}); fetch it or train it again")
+    model = load_pretrained(QLIPModel, folder, config=config, kind="QLIP tokenizer", strict=True)
+    with torch.inference_mode():
+        size = config.vision_tower.image_size
+        pixels_BCHW = torch.zeros(1, config.vision_tower.num_channels, size, size, device=model.device)
+        if not model.eval().decode(model.encode(pixels_BCHW)).isfinite().all():
+            raise UserError(f"{folder} gives images with NaN or infinity; fetch it or train it again")
     return model

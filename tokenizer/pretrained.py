@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizer.modeling import QLIPModel
 from um3.core.errors import UserError
-from um3.core.hub import model_folder, read_tensors
+from um3.core.hub import model_folder, read_tensors, read_weights
 
 LAYER = r"blocks\.(\d+)\."
 EVA_NAMES: tuple[tuple[str, str], ...] = (
@@ -51,7 +51,7 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
     path = _local_path(str(path))
     if path.is_dir():
-        published = read_tensors(path / "model.safetensors")
+        published = read_weights(path)
         table = {name: x for name, x in published.items() if name.startswith(parts) and ".rope." not in name}
         if not table:
             raise UserError(f"{path} holds no QLIP encoder; set model.encoder_weights to a QLIP folder or an EVA file")
@@ -60,7 +60,8 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     # EVA-CLIP keeps its encoder under `visual.`, beside a text tower.
     visual = {name.removeprefix("visual."): x for name, x in published.items() if name.startswith("visual.")}
     for name, tensor in (visual or published).items():
-        if target := _qlip_name(name):
+        matches = ((re.fullmatch(pattern, name), target) for pattern, target in EVA_NAMES)
+        if target := next((match.expand(target) for match, target in matches if match), ""):
             table[f"vision_model.{target}"] = tensor
         elif not EVA_SKIPPED.fullmatch(name):
             raise UserError(f"{path}: QLIP's encoder has no tensor for '{name}'; use an EVA-02 or EVA-CLIP file")
@@ -102,13 +103,6 @@ def _local_path(path: str) -> Path:
         raise UserError(
             f"{path} is neither a local file nor OWNER/NAME/FILE on the hub ({reason}); check model.encoder_weights"
         ) from None
-
-
-def _qlip_name(name: str) -> str:
-    for pattern, replacement in EVA_NAMES:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
-    return ""
 
 
 def _copy(

@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H height, W width, T tokens.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ import torch
 from tokenizer.configuration import check_options, read_qlip_config
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
-from um3.core.hub import model_folder
+from um3.core.hub import load_pretrained, model_folder, save_tokenizer
+from um3.core.text import valid_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,11 +55,7 @@ class QLIPProcessor:
 
     @property
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the text tower.
-
-        Raises:
-            UserError: the folder has none.
-        """
+        """The tokenizer of the text tower; UserError if the folder has none."""
         if self._text_tokenizer is None:
             raise UserError("this QLIP folder has no text tokenizer files; add CLIP's vocab.json and merges.txt to it")
         return self._text_tokenizer
@@ -74,11 +72,15 @@ class QLIPProcessor:
         options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
         folder = model_folder(path_or_hub_id, kind="QLIP tokenizer", **options)
         config = read_qlip_config(folder)
-        try:
+        text_tokenizer, entries = None, config.text_tower.vocab_size
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             # The folder's model type does not determine its text tokenizer; the tokenizer files do.
-            text_tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_tower)
-        except (OSError, ValueError, KeyError, AttributeError):
-            text_tokenizer = None
+            text_tokenizer = load_pretrained(AutoTokenizer, folder, config=config.text_tower, kind="text tokenizer")
+            if (largest := max(text_tokenizer.get_vocab().values(), default=0)) >= entries:
+                raise UserError(
+                    f"{folder}: the text tokenizer has the id {largest}, but text_config.vocab_size is {entries}; "
+                    "restore the tokenizer files that were saved with the model"
+                )
         return cls(
             text_tokenizer,
             image_size=config.vision_tower.image_size,
@@ -110,7 +112,7 @@ class QLIPProcessor:
             "image_std": list(self.image_std),
         }
         if self._text_tokenizer is not None:
-            self._text_tokenizer.save_pretrained(folder)
+            save_tokenizer(self._text_tokenizer, folder)
         write_json(Path(folder) / "preprocessor_config.json", values)
 
     def pixels(self, images: "np.ndarray | torch.Tensor | Sequence[Image.Image]") -> torch.Tensor:
@@ -143,9 +145,17 @@ class QLIPProcessor:
         return x_BCHW * _channels(self.image_std, x_BCHW) + _channels(self.image_mean, x_BCHW)
 
     def text(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, cut to the tower's positions."""
+        """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, cut to the tower's positions.
+
+        Names of special tokens in a caption are plain text.
+        """
         encoded = self.text_tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
+            [valid_text(caption) for caption in captions],
+            padding=True,
+            truncation=True,
+            max_length=self.max_text_tokens,
+            split_special_tokens=True,
+            return_tensors="pt",
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
@@ -160,17 +170,14 @@ def _read_scales(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold an object")
-        check_options(values, known={*SCALES, *STEPS, *OTHER_OPTIONS}, where=str(path))
+        check_options(values, known={*SCALES, *STEPS, *OTHER_OPTIONS}, where=path)
         if skipped := [step for step in STEPS if not values.get(step, True)]:
             raise ValueError(f"{path} switches {skipped[0]} off, which QLIP's images need; remove that line")
-        scales = {name: values[name] for name in SCALES if name in values}
-        if not all(_is_per_channel(scale) for scale in scales.values()):
-            raise ValueError(f"{path}: {' and '.join(SCALES)} must be three numbers each; correct or delete them")
+        for name in values.keys() & SCALES:
+            is_list = isinstance(values[name], list) and len(values[name]) == 3
+            lowest = 0 if name == "image_std" else -math.inf
+            if not is_list or not all(isinstance(x, int | float) and lowest < x < math.inf for x in values[name]):
+                raise ValueError(f"{path}: {name} must be three numbers, finite, deviations above 0; correct it")
     except ValueError as error:
         raise UserError(str(error)) from None
-    return scales
-
-
-def _is_per_channel(values: Any) -> bool:
-    """True for a list of three numbers."""
-    return isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+    return {name: values[name] for name in SCALES if name in values}

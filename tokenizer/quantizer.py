@@ -77,11 +77,7 @@ class BinarySphericalQuantizer(nn.Module):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, l2_norm: bool) -> "BinarySphericalQuantizer":
-        """The quantizer of a config's `quantizer_cfg`, which may hold every option of the released quantizers.
-
-        Raises:
-            ValueError: an unknown option, or one that is not a number.
-        """
+        """The quantizer of a config's `quantizer_cfg`; ValueError for an option that no released quantizer has."""
         check_options(options, known={*USED_OPTIONS, *UNUSED_OPTIONS}, where="quantizer_cfg")
         if not options.get("l2_norm", True):
             raise ValueError("quantizer_cfg.l2_norm is false; only codes of +-1/sqrt(bits) are supported")
@@ -91,9 +87,6 @@ class BinarySphericalQuantizer(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int if is_count else int | float) or value < is_count:
                 raise ValueError(f"quantizer_cfg.{name} is {value!r}; it must be a {'positive ' * is_count}number")
         return cls(l2_norm=l2_norm, **values)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.embed_dim}, group_size={self.group_size}, inv_temperature={self.inv_temperature}"
 
     def forward(self, z_BNL: torch.Tensor, *, entropy: bool = True) -> QuantizerOutput:
         """Quantize, in float32 also under autocast. `entropy=False` skips the loss terms, which are zero then."""
@@ -143,11 +136,6 @@ class BinarySphericalQuantizer(nn.Module):
     def codes_to_quantized(self, codes_BN: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) -> float32 (B, N, L) of +-1/sqrt(L)."""
         return (2 * codes_to_bits(codes_BN, num_bits=self.embed_dim) - 1).float() * self.scale
-
-    def group_indices(self, codes_BN: torch.Tensor) -> torch.Tensor:
-        """Codes (B, N) -> index of each group's state (B, N, G), most significant bit first."""
-        bits_BNL = codes_to_bits(codes_BN, num_bits=self.embed_dim)
-        return bits_to_codes(bits_BNL.unflatten(-1, (-1, self.group_size)))
 
 
 def codebook_entropy(mean_GK: torch.Tensor) -> torch.Tensor:

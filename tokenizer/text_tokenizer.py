@@ -1,44 +1,60 @@
 """The text tower's tokenizer: CLIP's, or a small one trained on the run's captions."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from um3.core.errors import UserError
+from um3.core.hub import load_pretrained
+from um3.core.text import valid_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 BEGIN, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
 def train_caption_tokenizer(captions: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a lower-casing byte-level BPE that wraps every caption in begin and end tokens, like CLIP's."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import normalizers, processors
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        # END must not have id 2, which QLIP's config reads as the old CLIP convention (see `TextModel`).
-        special_tokens=[PAD, END, BEGIN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
+    lower = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    # END must not have id 2, which QLIP's config reads as the old CLIP convention (see `TextModel`).
+    options: dict[str, Any] = {"special_tokens": [PAD, END, BEGIN], "normalizer": lower}
+    tokenizer = train_byte_bpe(captions, setting="text.vocab_size", vocab_size=vocab_size, **options)
     ends = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A {END}", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD)
 
 
-def load_caption_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the text tower's tokenizer (CLIP's, for example) from a folder or hub id.
+def train_byte_bpe(
+    texts: Iterable[str], *, setting: str, vocab_size: int, special_tokens: list[str], normalizer: Any = None
+) -> "Tokenizer":
+    """Byte-level BPE over `texts`, the special tokens first; words begin with a blank if there is a `normalizer`.
 
-    Raises:
-        UserError: no tokenizer there.
+    A vocabulary that the texts do not fill is logged under the name of its `setting`.
     """
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"cannot load a text tokenizer from {path}: {reason}") from None
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=normalizer is not None)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(map(valid_text, texts), trainer)
+    if (found := tokenizer.get_vocab_size()) < vocab_size:
+        logger.warning("%s=%d: the texts give only %d entries", setting, vocab_size, found)
+    return tokenizer
+
+
+def load_caption_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the text tower's tokenizer (CLIP's, for example) from a folder or hub id; UserError if there is none."""
+    return load_pretrained(AutoTokenizer, path, kind="text tokenizer")

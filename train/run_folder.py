@@ -12,8 +12,8 @@ from typing import Any
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
-from um3.core.files import read_json, sha256_of
-from um3.core.hub import HUB_ID
+from um3.core.files import read_json
+from um3.core.hub import HUB_ID, weights_digest
 
 # Settings that a resumed run may change without becoming another run: they change no result.
 FREE_SETTINGS = (
@@ -75,7 +75,7 @@ def start_folder(config: Any) -> None:
 
 
 def model_digest(path_or_hub_id: str, *, made_by: str) -> str:
-    """Fingerprint of a model folder (a hash of its weights file); a hub id is its own fingerprint.
+    """Fingerprint of a model folder (a hash of its weights); a hub id is its own fingerprint.
 
     Args:
         made_by: the make target that writes such a folder, for the error message.
@@ -83,9 +83,8 @@ def model_digest(path_or_hub_id: str, *, made_by: str) -> str:
     Raises:
         UserError: the folder does not exist.
     """
-    weights = Path(path_or_hub_id) / "model.safetensors"
-    if weights.exists():
-        return sha256_of(weights)[:16]
+    if digest := weights_digest(path_or_hub_id):
+        return digest
     is_local = path_or_hub_id.startswith((".", "/", "runs/")) or Path(path_or_hub_id).exists()
     if is_local or not HUB_ID.fullmatch(path_or_hub_id):
         raise UserError(

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 
 from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, Box, DetectedObject, Requirement, confident, members_of
 from eval.metrics.clipscore import Clip
 from um3.core.distributed import device
 from um3.core.errors import UserError
+from um3.core.hub import load_pretrained
 
 _NAMES = """
     person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -53,12 +53,8 @@ class Mask2Former:
         from transformers.models.mask2former import Mask2FormerImageProcessorPil
 
         remedy = "set detector= to facebook/mask2former-swin-small-coco-instance or its folder"
-        try:  # not through um3.core.hub.model_folder: published judges may have .bin weights only
-            model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(path)
-            self.processor: Any = Mask2FormerImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"no Mask2Former at '{path}' ({reason}); {remedy}") from None
+        loaders: Any = (Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil)
+        model, self.processor = (load_pretrained(loader, path, kind="Mask2Former", remedy=remedy) for loader in loaders)
         if model.config.num_labels != len(CLASSES):
             raise UserError(
                 f"{path} has {model.config.num_labels} classes; GenEval needs COCO's {len(CLASSES)}; {remedy}"

@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from um3.core.distributed import device
-from um3.core.errors import UserError
+from um3.core.hub import load_pretrained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,19 +36,14 @@ class YesNoModel:
         )
 
         # By hand: transformers 5 has no pipeline for models of visual question answering.
-        try:
-            names = AutoConfig.from_pretrained(path).architectures or []
-            self.answers_only = any(name.endswith("ForQuestionAnswering") for name in names)
-            loader: Any = AutoModelForVisualQuestionAnswering if self.answers_only else AutoModelForImageTextToText
-            self.model: Any = loader.from_pretrained(path).eval().to(device())
-            self.processor: Any = AutoProcessor.from_pretrained(path)
-            self.processor.tokenizer.padding_side = "left"  # so that answers follow the questions directly
-            self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"no model that answers questions about images at '{path}' ({reason}); set vqa= to a folder or hub id"
-            ) from None
+        options: Any = {"kind": "VQA model", "remedy": "set vqa= to a folder or hub id of one"}
+        names = load_pretrained(AutoConfig, path, **options).architectures or []
+        self.answers_only = any(name.endswith("ForQuestionAnswering") for name in names)
+        loader: Any = AutoModelForVisualQuestionAnswering if self.answers_only else AutoModelForImageTextToText
+        self.model: Any = load_pretrained(loader, path, **options).eval().to(device())
+        self.processor: Any = load_pretrained(AutoProcessor, path, **options)
+        self.processor.tokenizer.padding_side = "left"  # so that answers follow the questions directly
+        self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
 
     def ask(self, image: "Image.Image", questions: "Sequence[str]") -> list[bool]:
         """Whether the answer to each question begins with yes."""

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from eval.paper_values import UM3
@@ -27,6 +26,7 @@ from eval.scores import Measurement, Score
 from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import device
 from um3.core.errors import UserError
+from um3.core.hub import load_pretrained
 
 BATCH = 64
 
@@ -58,13 +58,11 @@ def load_clip(name: str) -> Clip:
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessorPil
 
-    try:
-        model = CLIPModel.from_pretrained(name).eval()
-        text_tokenizer, processor = AutoTokenizer.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"no CLIP at '{name}' ({reason}); give the folder of openai/clip-vit-base-patch32") from None
-    return Clip(model.to(device()), text_tokenizer, processor, name)
+    model, text_tokenizer, processor = (
+        load_pretrained(loader, name, kind="CLIP", remedy="give the folder of openai/clip-vit-base-patch32")
+        for loader in (CLIPModel, AutoTokenizer, CLIPImageProcessorPil)
+    )
+    return Clip(model.eval().to(device()), text_tokenizer, processor, name)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from um3.core.images import FORMATS, ImageError, read_image, to_square
 
@@ -40,14 +40,15 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
     return float(np.abs(np.asarray(first).astype(int) - np.asarray(second).astype(int)).mean())
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG with a header and without pixels."""
+def png(width: int, height: int, *, depth: int = 8, colour: int = 2, pixels: bytes = b"", clear: bytes = b"") -> bytes:
+    """A PNG of these values, which may be fewer than the header says; `clear` is the transparent colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header += chunk(b"tRNS", clear) if clear else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -86,6 +87,47 @@ def test_transparency_is_laid_on_white() -> None:
         assert decoded(other, "PNG").getpixel((1, 1)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(
+    ("depth", "colour", "pixels", "clear", "expected"),
+    [
+        (1, 0, b"\x40", [0], [255, 255, 255, 255]),
+        (2, 0, b"\x1b", [2], [0, 85, 255, 255]),
+        (4, 0, b"\x3f\xf0", [3], [255, 255, 255, 0]),
+        (16, 0, struct.pack(">4H", 1000, 1001, 65535, 0), [1000], [255, 4, 255, 0]),
+        (16, 2, struct.pack(">12H", 9, 1, 1, 9, 2, 1, 0, 0, 0, 9, 1, 300), [9, 1, 1], [255, 0, 0, 0]),
+        (16, 4, struct.pack(">8H", 30000, 65535, 30000, 0, 0, 32768, 65535, 65535), [], [117, 255, 127, 255]),
+        (16, 6, struct.pack(">16H", *[30000] * 3, 65535, *[0] * 7, 65535, *[65535] * 4), [], [117, 255, 0, 255]),
+    ],
+)
+def test_transparency_and_alpha_at_every_depth(
+    depth: int, colour: int, pixels: bytes, clear: list[int], expected: list[int]
+) -> None:
+    data = png(4, 1, depth=depth, colour=colour, pixels=b"\0" + pixels, clear=struct.pack(f">{len(clear)}H", *clear))
+    assert np.asarray(read_image(data))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_large_metadata_of_a_png_does_not_cost_the_image(kind: str, tmp_path: Path) -> None:
+    info, options = PngImagePlugin.PngInfo(), {}
+    if kind == "iTXt":
+        info.add_itxt("workflow", "y" * 2**21, zip=True)
+    elif kind == "iCCP":
+        options["icc_profile"] = bytes(range(256)) * 2**13
+    else:
+        info.add_text("workflow", "x" * (2**21 if kind == "zTXt" else 2**26 + 1), zip=kind == "zTXt")
+    data = encoded(sample_image(), "PNG", pnginfo=info, **options)
+    (tmp_path / "image.png").write_bytes(data)
+    for source in (data, tmp_path / "image.png"):
+        assert mean_difference(read_image(source), sample_image()) == 0
+    assert reason(data[: len(data) - 200]) == "truncated"
+
+
+def test_a_16_bit_tiff_with_white_at_zero_keeps_its_brightness() -> None:
+    ramp = np.tile(np.arange(256, dtype=np.uint16) * 257, (4, 1))
+    inverted = decoded(Image.fromarray(ramp), "TIFF", tiffinfo={262: 0})
+    assert np.asarray(inverted)[0, :, 0].tolist() == list(range(255, -1, -1))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied_once(kind: str) -> None:
     exif = Image.Exif()
@@ -108,7 +150,7 @@ def test_an_animation_gives_its_first_frame(kind: str, options: dict[str, Any]) 
 
 
 def test_a_giant_is_refused_from_its_header() -> None:
-    assert reason(png_header(60_000, 60_000)) == reason(png_header(8_000, 8_000)) == "too large"
+    assert reason(png(60_000, 60_000)) == reason(png(8_000, 8_000)) == "too large"
     assert reason(encoded(sample_image(), "PNG"), max_pixels=1_199) == "too large"
     assert read_image(encoded(sample_image(), "PNG"), max_pixels=1_200).size == (40, 30)
 
@@ -126,7 +168,8 @@ def test_other_files_have_their_reason(tmp_path: Path) -> None:
         assert reason(content) == "not an image"
     assert reason(tmp_path / "absent.png") == reason(tmp_path) == "cannot be read"
     floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    for values in (floats, np.arange(64, dtype=np.int32).reshape(8, 8) * 1_000_000):
+    integers = np.arange(64, dtype=np.int32).reshape(8, 8)
+    for values in (floats, integers, integers * 1_000_000):
         assert reason(encoded(Image.fromarray(values), "TIFF")) == "unsupported pixels"
 
 

@@ -105,9 +105,9 @@ def test_missing_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("visual_projection.weight"), r"lacks 1 .*\(visual_projection.weight\)"),
-        (lambda tensors: tensors.update(stranger=torch.zeros(1)), r"1 tensors .*config.json.*\(stranger\)"),
-        (lambda tensors: tensors.update({"logit_scale": torch.zeros(3)}), r"other shapes .*\(logit_scale\)"),
+        (lambda tensors: tensors.pop("visual_projection.weight"), "lack 1 .*'visual_projection.weight'"),
+        (lambda tensors: tensors.update(stranger=torch.zeros(1)), "1 tensors .*config.json.*'stranger'"),
+        (lambda tensors: tensors.update({"logit_scale": torch.zeros(3)}), "logit_scale is"),
     ],
     ids=("missing", "extra", "shape"),
 )

@@ -106,5 +106,5 @@ def test_a_missing_text_tokenizer_is_named(model: QLIPModel, tmp_path: Path) -> 
     processor = QLIPProcessor.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no text tokenizer"):
         processor.text(["a red circle"])
-    with pytest.raises(UserError, match="cannot load a text tokenizer"):
+    with pytest.raises(UserError, match=r"text tokenizer .*absent"):
         load_caption_tokenizer(tmp_path / "absent")

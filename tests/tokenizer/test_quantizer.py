@@ -2,12 +2,11 @@
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.tensor_sizes import TensorSizes
 from tokenizer.quantizer import BinarySphericalQuantizer, codebook_entropy
 
 
@@ -60,26 +59,12 @@ def test_invalid_groups_are_refused(group_size: int) -> None:
         BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
 
 
-class Largest(TorchDispatchMode):
-    """Records the largest number of elements of any tensor created under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return result
-
-
 @pytest.mark.parametrize(("bits", "group_size"), [(28, 1), (28, 4), (60, 1)])
 def test_memory_grows_with_bits_not_with_corners(bits: int, group_size: int) -> None:
     z = normal(4, 1024, bits).requires_grad_()
     quantizer = BinarySphericalQuantizer(embed_dim=bits, group_size=group_size)
-    with Largest() as largest:
+    with TensorSizes() as sizes:
         output = quantizer(z)
         (output.loss + output.quantized_BNL.square().sum() + output.commitment).backward()
     assert z.grad is not None and torch.isfinite(z.grad).all() and int(output.codes_BN.min()) >= 0
-    assert z.numel() <= largest.elements <= 8 * z.numel()
+    assert z.numel() <= sizes.largest <= 8 * z.numel()

@@ -281,6 +281,7 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     from train.recipes.um3 import UM3Objective
+    from um3.core.hub import load_pretrained
     from um3.model.bit_embeddings import BitEmbeddings
     from um3.model.configuration import is_um3
     from um3.model.extend import extend_model, read_base_config
@@ -290,12 +291,14 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
     base = config.model.base_model
     with torch.device("meta"):
         if is_um3(base):
-            stored = AutoConfig.from_pretrained(base, trust_remote_code=False)
-            ids, model = UnifiedVocabulary.from_dict(stored.um3), AutoModelForCausalLM.from_config(stored)
+            stored = load_pretrained(AutoConfig, base, kind="UM3 model")
+            ids = UnifiedVocabulary.from_dict(stored.um3, where=Path(base) / "config.json")
+            model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
         elif base:
             stored = LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
             ids = _vocabulary(config, text_vocab_size=stored.vocab_size + 2)
-            model = extend_model(AutoModelForCausalLM.from_config(stored), ids=ids, qk_norm=config.model.qk_norm)
+            model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
+            model = extend_model(model, ids=ids, qk_norm=config.model.qk_norm)
         else:
             ids = _vocabulary(config, text_vocab_size=config.vocabulary.text_vocab_size)
             model = build_model(config.model, ids=ids)
@@ -306,7 +309,7 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
 
 def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
     """A vocabulary of the right sizes; which text entries are the special tokens does not matter here."""
-    from tokenizer.configuration import QLIPConfig
+    from tokenizer.configuration import read_qlip_config
     from um3.model.extend import load_base_tokenizer
     from um3.model.vocabulary import UnifiedVocabulary
 
@@ -315,7 +318,7 @@ def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabular
     if vocabulary.tokenizer:
         text_vocab_size = len(load_base_tokenizer(vocabulary.tokenizer)[0])
     if (Path(config.visual_tokenizer) / "config.json").is_file():
-        vision = QLIPConfig.from_pretrained(config.visual_tokenizer).vision_tower
+        vision = read_qlip_config(Path(config.visual_tokenizer)).vision_tower
         patches = (vision.image_size // vision.patch_size) ** 2
     return UnifiedVocabulary(
         text_vocab_size=text_vocab_size,

@@ -58,9 +58,8 @@ class InitConfig:
     subtokens, bits_per_subtoken: how a code becomes tokens; 0: the fewest sub-tokens of equal size, at most 14 bits
     each.
     text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: the prose of Python's documentation.
-    num_sequences, seq_len: number and length of the sequences that fit the gains of an inserted normalisation; the
-    text loss is
-        measured on as many that follow them.
+    num_sequences, seq_len: of the sequences that fit the gains of an inserted normalisation; the text loss is measured
+        on as many that follow them.
     dtype: of the saved weights; "base" keeps the base model's.
     """
 
@@ -97,8 +96,12 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("base_model and output_dir must be set: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER")
     inputs = {"visual_tokenizer": model_digest(config.visual_tokenizer, made_by="stage2")}
     request = {"config": to_dict(config), "inputs": inputs}
-    if _is_done(Path(config.output_dir), request=request):
-        print(f"{config.output_dir} is up to date")
+    folder = Path(config.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        record = read_json(folder / "done.json") if (folder / "done.json").exists() else {}
+        if not isinstance(record, dict) or any(record.get(key) != value for key, value in request.items()):
+            raise UserError(f"{folder} exists already with other content; use another RUN=, or delete that folder")
+        print(f"{folder} is up to date")
         return
     make_start(config, request=request)
 
@@ -106,11 +109,7 @@ def main(arguments: Sequence[str]) -> None:
 def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]:
     """Write `model` and `done.json` below `config.output_dir`, both or nothing; print and return the record.
 
-    Args:
-        request: what the folder is compared with when the command runs again; becomes part of the record.
-
-    Raises:
-        UserError: a base model, tokenizer or text that cannot be used.
+    `request` is part of the record; when the command runs again, the folder is compared with it.
     """
     began = time.monotonic()
     stored = read_base_config(config.base_model)
@@ -123,14 +122,8 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
     before = text_loss(base, sequences=measured, sizes=(entries, entries))
     record = request | {"base_architecture": type(base).__name__, "text_loss_before": before.base_entries}
     sequences = [sequence.input_ids for sequence in calibration]
-    model = extend_base(
-        base,
-        config,
-        ids=ids,
-        base_entries=entries,
-        seed=config.seed,
-        gains=lambda base: fitted_gains(base, sequences),
-    ).eval()
+    options: dict[str, Any] = {"ids": ids, "base_entries": entries, "seed": config.seed}
+    model = extend_base(base, config, gains=lambda base: fitted_gains(base, sequences), **options).eval()
     del base
     name = str(stored.dtype or "float32").removeprefix("torch.") if config.dtype == "base" else config.dtype
     dtype: torch.dtype = getattr(torch, name)
@@ -169,17 +162,6 @@ def text_loss(model: PreTrainedModel, *, sequences: Sequence[TrainingSequence], 
             sums[index] += float(F.cross_entropy(F.linear(hidden_XD, head_VD[:size]), targets_X, reduction="sum"))
         count += len(targets_X)
     return TextLoss(*(total / count for total in sums))
-
-
-def _is_done(folder: Path, *, request: dict[str, Any]) -> bool:
-    """True if `folder` holds the result of `request`; UserError if it holds anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if (folder / "done.json").exists():
-        record = read_json(folder / "done.json")
-        if all(record.get(key) == value for key, value in request.items()):
-            return True
-    raise UserError(f"{folder} exists already with other content; use another RUN=, or delete that folder")
 
 
 def _vocabulary(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
@@ -241,11 +223,9 @@ def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary
         print(f"  {part:<30} {count:>13,}")
     before, after = record["text_loss_before"], TextLoss(**record["text_loss_after"])
     print(f"  text loss on {record['text_tokens']:,} tokens of {config.text or 'Python prose'}, nats per token")
-    for name, value in (
-        ("before", before),
-        ("after", after.base_entries),
-        ("after, with the image tokens", after.text_vocab_size),
-    ):
+    for name, value in {
+        "before": before, "after": after.base_entries, "after, with the image tokens": after.text_vocab_size
+    }.items():  # fmt: skip
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     print(
         f'train it: make um3 ARGS="model.base_model={config.output_dir}/model '

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_mix.batches.token_stream import TokenStream
@@ -15,6 +15,7 @@ from train.recipes.configs import UM3Config
 from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
+from um3.core.hub import read_tensors
 from um3.model.configuration import ModelConfig, is_um3
 from um3.model.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
 from um3.model.language_model import LoadedModel, build_model, load_model
@@ -82,7 +83,7 @@ class UM3Start:
                 base.to("cpu")  # type: ignore[arg-type]
 
             path = Path(self.config.loop.output_dir) / "cache" / "qk_norm_gains.safetensors"
-            return load_file(make_once(path, fit))
+            return read_tensors(make_once(path, fit))
 
         base, seed = load_base(config.base_model), self.config.loop.seed
         return extend_base(base, config, ids=self.ids, base_entries=self.base_entries, seed=seed, gains=gains)

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000  # 150 MB of RGB, more than any photo used for training
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What undoes an EXIF orientation."""
 
 ImageReason = Literal[
     "cannot be read", "not an image", "too large", "truncated", "cannot be decoded", "unsupported pixels"
@@ -33,19 +42,20 @@ class ImageError(Exception):
 def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a file or its bytes (PNG, JPEG, WEBP, GIF, BMP or TIFF) to an upright, opaque RGB image.
 
-    The EXIF orientation is applied, transparency is laid on white, and 16-bit grey is scaled to 8 bits. An animation
-    gives its first frame.
+    The EXIF orientation is applied, transparency is laid on white, and 16 bits are scaled to 8. An animation gives its
+    first frame. Text and colour profiles of a PNG, of any size, are not read if Pillow refuses their size.
 
     Raises:
         ImageError: the file is damaged or unsupported, or has more than `max_pixels` pixels.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise ImageError("too large", f"{size} pixels exceed the limit of {max_pixels:,}")
-            image.load()
-            return _to_rgb(_upright(image))
+        try:
+            return _decode(source, max_pixels=max_pixels)
+        except ValueError:  # Pillow's limits on text in a PNG, among others
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            if not data.startswith(PNG_SIGNATURE):
+                raise
+            return _decode(_without_metadata(data), max_pixels=max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -59,17 +69,49 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         raise ImageError(reason, f"{type(error).__name__}: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF does not affect the pixels, which are decoded by now
-        return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+def _decode(source: Path | bytes, *, max_pixels: int) -> Image.Image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            size = f"{image.width} x {image.height}"
+            raise ImageError("too large", f"{size} pixels exceed the limit of {max_pixels:,}")
+        layout = image.tile[0].args if image.format == "PNG" and image.tile else ""
+        image.load()
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # damaged EXIF does not affect the pixels, which are decoded by now
+            orientation = 1
+        if layout == "RGB;16B" and "transparency" in image.info:
+            rgb = _clear_16_bits(source, image)
+        else:
+            if layout in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the pixels only
+                image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
+            rgb = _to_rgb(image)
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that no pixel depends on."""
+    parts, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if data[start + 4 : start + 8] not in PNG_METADATA:
+            parts.append(data[start:end])
+        start = end
+    return b"".join(parts)
+
+
+def _clear_16_bits(source: Path | bytes, image: Image.Image) -> Image.Image:
+    """A 16-bit RGB with one transparent colour. Pillow keeps the high bytes; a second reading gives the low ones."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=["PNG"]) as low:
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+        values_HWC = np.asarray(image).astype(np.int64) * 256 + np.asarray(low)
+    is_clear_HW1 = (values_HWC == np.array(image.info["transparency"])).all(-1, keepdims=True)
+    return Image.fromarray(np.where(is_clear_HW1, 255, np.asarray(image)).astype(np.uint8))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError("unsupported pixels", "the range of floating-point pixels is unknown; save as 8 or 16 bits")
+    if image.mode in ("F", "I"):
+        raise ImageError("unsupported pixels", "the range of 32-bit pixels is unknown; save as 8 or 16 bits")
     if image.mode.startswith("I"):
         return _from_integers(image)
     if image.has_transparency_data:
@@ -79,11 +121,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB. Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageError("unsupported pixels", "the range of 32-bit pixels is unknown; save as 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    """Grey of up to 16 bits to RGB. Pillow's own conversion clips everything above 255 to white."""
+    values, tags = np.asarray(image).astype(np.int64), getattr(image, "tag_v2", {})
+    highest = 2 ** int(tags.get(BITS_PER_SAMPLE, (16,))[0]) - 1
+    grey = (values * 255 + highest // 2) // highest
+    grey = 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+    grey = np.where(values == image.info.get("transparency", -1), 255, grey)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def to_square(image: Image.Image, *, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:

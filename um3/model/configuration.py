@@ -51,6 +51,6 @@ class ModelConfig:
 def is_um3(path: str | Path) -> bool:
     """True if `path` is the folder of a UM3: its config.json has a "um3" section."""
     try:
-        return "um3" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "um3" in dict(json.loads((Path(path) / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, write_json
+from um3.core.hub import save_tokenizer
 from um3.model.extend import EMBEDDING, HEAD, assemble_model
 from um3.model.language_model import load_model
-from um3.model.vocabulary import UnifiedVocabulary
 
 
 def export_text_half(folder: str | Path, *, out: str | Path) -> str:
@@ -23,9 +23,6 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
 
     It keeps the rows of the base's own tokenizer (without a base: of all text entries), so the text logits are
     unchanged. The head is tied again if the base's was tied and its rows still equal those of the embedding.
-
-    Raises:
-        UserError: `folder` does not contain a UM3, or `out` exists and holds more than its lock.
     """
     out = Path(out)
     if out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {".lock"}):
@@ -34,7 +31,17 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     base: dict[str, Any] = loaded.model.config.um3.get("base") or {}
     entries = int(base.get("entries", loaded.ids.text_vocab_size))
     tied = bool(base.get("tied", loaded.model.config.tie_word_embeddings))
-    model = text_half(loaded.model, ids=loaded.ids, entries=entries, tie=tied)
+    with torch.no_grad():
+        weights: dict[str, Tensor] = dict(loaded.model.state_dict())
+        weights[EMBEDDING] = weights[EMBEDDING][:entries].clone()
+        head_VD = loaded.model.get_output_embeddings().weight[:entries]
+        config, ids = copy.deepcopy(loaded.model.config), loaded.ids
+        config.vocab_size, config.tie_word_embeddings = entries, tied and torch.equal(weights[EMBEDDING], head_VD)
+        weights[HEAD] = weights[EMBEDDING] if config.tie_word_embeddings else head_VD.clone()
+        del config.um3
+        model = assemble_model(type(loaded.model), config, weights)
+    pad_id = ids.pad_id if ids.pad_id < entries else None
+    model.generation_config = GenerationConfig(bos_token_id=ids.bos_id, eos_token_id=ids.eos_id, pad_token_id=pad_id)
     if not base:  # Training started texts with bos. A base's tokenizer keeps its own setting.
         loaded.text_tokenizer.add_bos_token = True
     with atomic_folder(out) as partial:
@@ -49,26 +56,9 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     return summary
 
 
-@torch.no_grad()
-def text_half(model: PreTrainedModel, *, ids: UnifiedVocabulary, entries: int, tie: bool) -> PreTrainedModel:
-    """A model of the same architecture with the first `entries` rows; it shares the tensors of the layers."""
-    weights: dict[str, Tensor] = dict(model.state_dict())
-    weights[EMBEDDING] = weights[EMBEDDING][:entries].clone()
-    head_VD = model.get_output_embeddings().weight[:entries]
-    config = copy.deepcopy(model.config)
-    config.vocab_size = entries
-    config.tie_word_embeddings = tie and torch.equal(weights[EMBEDDING], head_VD)
-    weights[HEAD] = weights[EMBEDDING] if config.tie_word_embeddings else head_VD.clone()
-    del config.um3
-    half = assemble_model(type(model), config, weights)
-    pad_id = ids.pad_id if ids.pad_id < entries else None
-    half.generation_config = GenerationConfig(bos_token_id=ids.bos_id, eos_token_id=ids.eos_id, pad_token_id=pad_id)
-    return half.eval()
-
-
 def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, *, entries: int) -> None:
     """Save a tokenizer without the entries that UM3 added: those with ids from `entries` on."""
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     backend = read_json(folder / "tokenizer.json")
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] < entries]
     write_json(folder / "tokenizer.json", backend)

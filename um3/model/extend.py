@@ -5,11 +5,10 @@ Shapes: B batch, T positions, V entries, D width, K head dimension, X vectors of
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,11 +23,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from um3.core.errors import UserError
-from um3.core.hub import model_folder
+from um3.core.hub import load_pretrained, model_folder
 from um3.core.progress import track
 from um3.core.seeds import torch_generator
 from um3.model.configuration import IMAGE_SAMPLING, NewTokenInit
-from um3.model.text_tokenizer import add_image_tokens, encode_texts, num_entries, read_text_tokenizer
+from um3.model.text_tokenizer import add_image_tokens, num_entries, read_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -43,15 +42,8 @@ ROWS_AT_ONCE = 8192
 
 
 def read_base_config(path_or_hub_id: str) -> PreTrainedConfig:
-    """The config of a language model that UM3 can extend. From the hub it downloads config.json only, no weights.
-
-    Raises:
-        UserError: no model there, a UM3, another architecture, no causal language model, or quantised weights.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path_or_hub_id, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(path_or_hub_id, error) from None
+    """The config of a language model that UM3 can extend (UserError for any other); downloads no weights."""
+    config = load_pretrained(AutoConfig, path_or_hub_id, kind="base model")
     base, known = f"base '{path_or_hub_id}'", ", ".join(SUPPORTED_BASES)
     if config.model_type not in SUPPORTED_BASES:
         raise UserError(f"{base} is a '{config.model_type}' model; UM3 extends one of: {known}")
@@ -66,37 +58,25 @@ def read_base_config(path_or_hub_id: str) -> PreTrainedConfig:
 
 
 def load_base(path_or_hub_id: str) -> PreTrainedModel:
-    """Load a Llama or Qwen language model in float32 from a folder or the hub.
-
-    Raises:
-        UserError: as `read_base_config`, or weights that are missing or damaged.
-    """
+    """Load a Llama or Qwen in float32 from a folder or the hub; UserError for another model or unusable weights."""
     read_base_config(path_or_hub_id)
     folder = model_folder(path_or_hub_id, kind="language model")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(path_or_hub_id, error) from None
-    base, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"base '{path_or_hub_id}' lacks the weights '{missing[0]}' and {len(missing) - 1} more; download it again"
-        )
+    base = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32, kind="base model", strict=True)
     base.name_or_path = str(path_or_hub_id)
-    return cast(PreTrainedModel, base)
+    return check_logits(base, folder)
+
+
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model itself; UserError if its logits are not finite, as with a NaN or 0 in the wrong place of its config."""
+    if not model(torch.tensor([[0, 1]], device=model.device)).logits.isfinite().all():
+        raise UserError(f"{folder} gives logits with NaN or infinity; restore the numbers in its config.json")
+    return model
 
 
 def load_base_tokenizer(path_or_hub_id: str) -> tuple[PreTrainedTokenizerBase, int]:
-    """A base's tokenizer with UM3's special tokens and without a chat template, and its original number of entries.
-
-    Raises:
-        UserError: no tokenizer there.
-    """
+    """A base's tokenizer with UM3's special tokens and without a chat template, and its original number of entries."""
     tokenizer = read_text_tokenizer(path_or_hub_id)
-    if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # transformers creates an empty one where the files are missing
-        raise UserError(f"no text tokenizer at '{path_or_hub_id}' (it gives no tokens for a text); use the base's own")
     entries = num_entries(tokenizer)
     tokenizer.chat_template = None  # UM3's prompts are plain sequences (um3.model.sequences)
     return add_image_tokens(tokenizer), entries
@@ -172,10 +152,7 @@ def assemble_model(
 
 
 def set_generation_defaults(model: PreTrainedModel, *, ids: UnifiedVocabulary) -> PreTrainedModel:
-    """Set the special ids for `generate()` and the image sampling defaults; returns the model.
-
-    Image options have a key of their own: `generate()` does not read it, so stock text generation is unchanged.
-    """
+    """Set the special ids for `generate()` and the image sampling defaults, which it ignores; returns the model."""
     # The padding id is in the generation config only. In the model's config it would freeze that row, which is in use
     # if the tokenizer pads with its end of text.
     model.generation_config = GenerationConfig(
@@ -244,11 +221,6 @@ def _license_of(path_or_hub_id: str) -> str:
         return str(ModelCard.load(card, ignore_metadata_errors=True).data.license or "") if card else ""
     except (OSError, ValueError):
         return ""
-
-
-def _not_loadable(path_or_hub_id: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).strip().split("\n")[0].split())
-    return UserError(f"cannot load the base model '{path_or_hub_id}' ({reason}); use a folder or a hub id")
 
 
 def _qwen3_config(config: PreTrainedConfig) -> Qwen3Config:

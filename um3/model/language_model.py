@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -23,10 +21,11 @@ from transformers import (
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
+from um3.core.hub import load_pretrained, save_tokenizer
 from um3.model.configuration import ModelConfig
-from um3.model.extend import set_generation_defaults
+from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.model_card import model_card
-from um3.model.text_tokenizer import BEGIN_OF_IMAGE
+from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
 QLIP_FOLDER = "qlip"
@@ -107,7 +106,7 @@ def save_model(
         stored = getattr(model.config, "um3", None) or {}
         model.config.um3 = stored | ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
         model.save_pretrained(partial, state_dict=state_dict)
-        text_tokenizer.save_pretrained(partial)
+        save_tokenizer(text_tokenizer, partial)
         qlip.save_pretrained(partial / QLIP_FOLDER)
         processor.save_pretrained(partial / QLIP_FOLDER)
         with torch.device("meta"):  # under ZeRO 3 the model's own tensors are on other ranks
@@ -120,36 +119,35 @@ def save_model(
 def load_model(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """Load a folder that `save_model` wrote, in eval mode.
-
-    Raises:
-        UserError: no such folder, a model that is not a UM3, or one without its text tokenizer.
-    """
+    """Load a folder that `save_model` wrote, in eval mode; UserError if it is not a whole, sound UM3."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no UM3 model in {folder}; run make demo or pass --model with the folder of a trained one")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder}: {' '.join(str(error).strip().split(chr(10))[0].split())}") from None
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, kind="UM3 model", strict=True).eval()
     stored = getattr(model.config, "um3", None)
     if stored is None:
         raise UserError(f"{folder} is a {model.config.model_type} model, not a UM3 (no 'um3' in its config.json)")
-    ids = UnifiedVocabulary.from_dict(stored)
-    text_tokenizer = _load_text_tokenizer(folder, ids=ids)
-    return LoadedModel(model.eval(), text_tokenizer, ids=ids, fingerprint=str(stored["tokenizer_fingerprint"]))
-
-
-def _load_text_tokenizer(folder: Path, *, ids: UnifiedVocabulary) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
-        tokenizer = None
-    # Where its files are missing, transformers silently creates an empty tokenizer of the model's type.
-    if tokenizer is None or tokenizer.get_vocab().get(BEGIN_OF_IMAGE) != ids.begin_of_image_id:
+    ids = UnifiedVocabulary.from_dict(stored, where=folder / "config.json")
+    if model.config.vocab_size != ids.vocab_size:
         raise UserError(
-            f"{folder} has no text tokenizer with {BEGIN_OF_IMAGE} as id {ids.begin_of_image_id}; "
-            "restore the tokenizer.json and tokenizer_config.json that were saved with the model"
+            f"{folder}/config.json: vocab_size is {model.config.vocab_size}, but 'um3' describes {ids.vocab_size} "
+            "entries; restore the config.json that was saved with the model"
         )
-    return tokenizer
+    check_logits(model, folder)
+    text_tokenizer = read_text_tokenizer(folder)
+    vocabulary = text_tokenizer.get_vocab()
+    if vocabulary.get(BEGIN_OF_IMAGE) != ids.begin_of_image_id or num_entries(text_tokenizer) > ids.text_vocab_size:
+        raise UserError(
+            f"{folder} has no text tokenizer of {ids.text_vocab_size} entries with {BEGIN_OF_IMAGE} as id "
+            f"{ids.begin_of_image_id}; restore the tokenizer.json and tokenizer_config.json that were saved with it"
+        )
+    base = stored.get("base") or {"entries": ids.text_vocab_size, "architecture": ""}
+    is_base = isinstance(base, dict) and type(base.get("entries")) is int and isinstance(base.get("architecture"), str)
+    for name, is_sound in (
+        ("tokenizer_fingerprint", isinstance(stored.get("tokenizer_fingerprint"), str)),
+        ("base", is_base and 0 < base["entries"] <= ids.text_vocab_size),
+    ):
+        if not is_sound:
+            raise UserError(f"{folder}/config.json, 'um3': {name} is {stored.get(name)!r}; restore that file")
+    model.to(torch.device(device))
+    return LoadedModel(model, text_tokenizer, ids=ids, fingerprint=stored["tokenizer_fingerprint"])

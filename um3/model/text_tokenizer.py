@@ -7,12 +7,16 @@ prompt is collapsed, without a leading space.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tokenizer.text_tokenizer import train_byte_bpe
 from um3.core.errors import UserError
 from um3.core.files import short_hash
+from um3.core.hub import load_pretrained
+from um3.core.text import valid_text
 from um3.model.vocabulary import UnifiedVocabulary
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
@@ -24,30 +28,20 @@ NUM_BYTES = 256
 
 
 def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts` with the five special tokens first; deterministic.
-
-    Raises:
-        UserError: `vocab_size` is too small for the 256 bytes and the special tokens.
-    """
+    """Byte-level BPE over `texts` with the five special tokens first; deterministic."""
     smallest = NUM_BYTES + len(SPECIALS)
     if vocab_size < smallest:
         raise UserError(f"text_vocab_size of {vocab_size} is too small; use {smallest} or more")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer=trainer)
-    return _with_specials(bpe)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(SPECIALS)}
+    return _with_specials(train_byte_bpe(texts, setting="vocabulary.text_vocab_size", **options))
 
 
 def read_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer of `train_text_tokenizer` from the file that its `backend_tokenizer` was saved to."""
-    return _with_specials(Tokenizer.from_file(str(path)))
+    try:
+        return _with_specials(Tokenizer.from_file(str(path)))
+    except Exception:  # tokenizers raises this kind itself
+        raise UserError(f"{path} is damaged; delete it, and it is trained again") from None
 
 
 def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
@@ -62,16 +56,13 @@ def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id without a change.
-
-    Raises:
-        UserError: no tokenizer there, or one that needs remote code.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no text tokenizer at '{path_or_hub_id}' ({reason}); use a folder or a hub id") from None
+    """Load the tokenizer of a folder or hub id; UserError if there is none, or a damaged one."""
+    tokenizer = load_pretrained(AutoTokenizer, path_or_hub_id, kind="text tokenizer")
+    if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # transformers creates an empty one where the files are missing
+        raise UserError(
+            f"no text tokenizer at '{path_or_hub_id}' (the loaded one gives no tokens for a text); use the model's own"
+        )
+    return tokenizer
 
 
 def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -127,7 +118,11 @@ def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) ->
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        [valid_text(text) for text in texts],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )
     return encoded["input_ids"]
 

@@ -9,12 +9,14 @@ Shapes: B batch, N patches of an image, P = N * subtokens visual ids of an image
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
+from um3.core.errors import UserError
 from um3.model.configuration import OLD_KEYS
 
 SPECIAL_IDS = ("bos_id", "eos_id", "pad_id", "begin_of_image_id", "end_of_image_id")
@@ -113,10 +115,22 @@ class UnifiedVocabulary:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`. Ignores other keys, such as the fingerprint, and reads the names of older versions."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: int(values[name if name in values else OLD_KEYS.get(name, name)]) for name in names})
+    def from_dict(cls, values: Any, *, where: str | Path = "config.json") -> Self:
+        """Inverse of `to_dict`. Ignores other keys, such as the fingerprint, and reads the names of older versions.
+
+        Raises:
+            UserError: no such values; the message names `where` and the value.
+        """
+        sizes = {}
+        try:
+            for name in (field.name for field in dataclasses.fields(cls)):
+                sizes[name] = values[name if name in values else OLD_KEYS.get(name, name)]
+                if type(sizes[name]) is not int:
+                    raise ValueError(f"{name} is {sizes[name]!r}, not a whole number")
+            return cls(**sizes)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"there is no '{name}'" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{where}, 'um3': {reason}; restore the file that was saved with the model") from None
 
     def _subtoken_starts(self, device: torch.device) -> Tensor:
         return self.text_vocab_size + (torch.arange(self.subtokens, device=device) << self.bits_per_subtoken)

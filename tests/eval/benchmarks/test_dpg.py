@@ -128,7 +128,7 @@ def test_missing_models_and_mistakes_are_reported_in_one_line(images, questions,
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").touch()
     row = scored(images, f"questions={questions}", f"vqa={tmp_path / 'model'}")["overall"]
-    assert row.value is None and "no model that answers questions about images at" in row.note
+    assert row.value is None and "is damaged" in row.note
     for arguments, message in (
         ([f"images={images}", "vqa=a", "answers=b"], "set one of them"),
         (["images=nowhere"], "nowhere does not exist"),

@@ -154,7 +154,7 @@ def test_missing_models_and_mistakes_are_reported_in_one_line(images, tmp_path):
     (tmp_path / "weights" / "model.safetensors").touch()
     for options, note in (
         ([], "mask2former-swin-small-coco-instance"),
-        ([f"detector={tmp_path / 'weights'}"], f"no Mask2Former at '{tmp_path / 'weights'}'"),
+        ([f"detector={tmp_path / 'weights'}"], f"{tmp_path / 'weights' / 'model.safetensors'} is damaged"),
     ):
         rows = scored(images, *options)
         assert set(rows) == {*TAGS, "mean"} and all(row.value is None and note in row.note for row in rows.values())

@@ -109,7 +109,7 @@ def test_clip_cosines_equal_the_models_own_logits(tmp_path, scenes):
         output = clip.model(**clip.text_tokenizer(texts, padding=True, return_tensors="pt"), pixel_values=pixels)
     expected = output.logits_per_image.diag() / clip.model.logit_scale.exp()
     torch.testing.assert_close(clip_cosines(images, texts=texts, clip=clip), expected.detach(), atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="no CLIP at"):
+    with pytest.raises(UserError, match="CLIP"):
         load_clip(str(tmp_path / "none"))
 
 

@@ -159,7 +159,7 @@ def test_lm_evals_command_line_reads_the_local_copies(um3_folder, exported, run_
 
 
 def test_on_its_command_line_a_missing_folder_is_one_line(run_lm_eval, um3_folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no language model can be loaded from"):
+    with pytest.raises(UserError, match="language model"):
         run_lm_eval("--model", "um3", "--model_args", f"pretrained={tmp_path}/none", "--tasks", "piqa")
     monkeypatch.setenv("LM_EVAL_DATA", str(tmp_path / "none"))
     with pytest.raises(UserError, match="LM_EVAL_DATA"):

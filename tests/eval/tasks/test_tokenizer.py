@@ -188,7 +188,7 @@ def test_changed_files_make_a_result_out_of_date(classes: Path, monkeypatch: pyt
         ("tokenizer.external={mine: 'mean_colour:nothing'}", "image_size is None"),
         ("tokenizer.perceptual={backbone: DATA/vgg.pth, heads: DATA/vgg.pth}", "cannot be read as tensors only"),
         ("tokenizer.perceptual={backbone: DATA/vgg.pth}", "needs both"),
-        ("tokenizer.stages={a: RUN/stage1/model, b: DATA/broken}", "are damaged"),
+        ("tokenizer.stages={a: RUN/stage1/model, b: DATA/broken}", "is damaged"),
     ],
 )
 def test_errors_come_before_the_first_measurement(

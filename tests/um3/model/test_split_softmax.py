@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.helpers.tensor_sizes import TensorSizes
 from tokenizer import onednn
 from um3.model import split_softmax as loss_module
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
@@ -95,36 +94,20 @@ def test_split_does_not_change_the_other_halfs_rows() -> None:
     assert gradient_VD[:NUM_TEXT].any()
 
 
-class Products(TorchDispatchMode):
-    """Records the size of the largest tensor and the shape of every matrix product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest, self.shapes = 0, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        tensors = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
-        self.largest = max([self.largest, *(tensor.numel() for tensor in tensors)])
-        if "_linear_pointwise" in str(function) or "mm" in str(function):
-            self.shapes += [tuple(tensor.shape) for tensor in tensors]
-        return result
-
-
 @pytest.mark.parametrize("uses_onednn", [False, True])
 def test_the_head_is_applied_only_at_targets_of_its_half(uses_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "AVAILABLE", uses_onednn and onednn.AVAILABLE)
     monkeypatch.setattr(loss_module, "ONEDNN_ROWS", 1)  # any length
     batch = make_batch()
-    with Products() as seen:
+    with TensorSizes() as seen:
         loss = ours(batch, chunk_tokens=1000)
     text, visual = int(loss.text_count), int(loss.visual_count)
     assert 0 < text < 63 - visual
-    assert seen.shapes == [(text, NUM_TEXT), (visual, NUM_ENTRIES - NUM_TEXT)]
+    assert seen.products == [(text, NUM_TEXT), (visual, NUM_ENTRIES - NUM_TEXT)]
     with seen:
         (loss.text_sum + loss.visual_sum).backward()
-    again = [shape for shape in seen.shapes[2:] if shape[1] != 16]  # the gradients have the width, 16
-    assert again == seen.shapes[:2] and len(seen.shapes) == 8
+    again = [shape for shape in seen.products[2:] if shape[1] != 16]  # the gradients have the width, 16
+    assert again == seen.products[:2] and len(seen.products) == 8
 
 
 @pytest.mark.parametrize("limit", ["tokens", "bytes"])
@@ -138,7 +121,7 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(
     chunk_size = chunk * (NUM_ENTRIES if mode == "joint" else NUM_ENTRIES - NUM_TEXT)
     if limit == "bytes":
         monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * chunk_size)
-    with Products() as seen:
+    with TensorSizes() as seen:
         loss = ours(batch, mode=mode, z_loss=0.1, chunk_tokens=chunk if limit == "tokens" else 1000)
         (loss.text_sum + loss.visual_sum + loss.text_z_sum + loss.visual_z_sum).backward()
     assert seen.largest == chunk_size and loss.visual_count > chunk
@@ -147,12 +130,7 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits(
 def test_no_logits_are_saved_for_the_backward_pass() -> None:
     batch = make_batch()
     sizes: list[int] = []
-
-    def record(saved: Tensor) -> Tensor:
-        sizes.append(saved.numel())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
         ours(batch, chunk_tokens=1000)
     assert max(sizes) == max(batch.hidden.numel(), batch.weight.numel())
 

@@ -324,7 +324,7 @@ def invalid_base(folder: Path, kind: str) -> Path:
         ("vocabulary", "40. entries, .* 320 rows"),
         ("no tokenizer", "no text tokenizer at"),
         ("weights", "'model.layers.0.mlp.up_proj.weight'"),
-        ("damaged", "cannot load the base model"),
+        ("damaged", "model.safetensors is damaged"),
     ],
 )
 def test_an_invalid_base_is_a_one_line_error(
