@@ -7,6 +7,7 @@ PYTHON ?= python3
 NPROC ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(nproc 2>/dev/null || echo 1)" -lt 2 ] && echo 1 || echo 2)
 DATA ?=
 TEXT ?=
+VAL_FRACTION ?=
 ARGS ?=
 NAME ?= weights
 BASE ?=
@@ -34,7 +35,8 @@ $(foreach name,$(PATHS),$(if $(filter command environment,$(firstword $(origin $
 export $(PATHS)
 IN_RUN = $${oc.env:RUN}
 # DATA and TEXT replace the image and text sources of the config.
-IMAGES = '[{name: data, path: "$${oc.env:DATA}"}]'
+comma := ,
+IMAGES = '[{name: data, path: "$${oc.env:DATA}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 TEXTS = '[{name: text, path: "$${oc.env:TEXT}"}]'
 
 # Benchmarks of generated images generate first if PROMPTS names their list; GENERATE holds settings for that step.
@@ -50,6 +52,7 @@ help: ## List the targets
 	@echo
 	@printf '  CONFIG=NAME of a file in configs/, or a path (now %s)   RUN=FOLDER (now %s)   NPROC=processes (now $(NPROC))\n' "$$CONFIG" "$$RUN"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" overrides the config of one target"
+	@echo "  VAL_FRACTION=share of DATA that is kept for validation"
 
 setup: $(READY) ## Create .venv with every pinned dependency
 	@:

@@ -102,7 +102,7 @@ def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     size = QLIPSizeConfig(image_size=image_size, patch_size=8, **tower)
     scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
     text = TextTowerConfig(vocab_size=300, max_tokens=24, **tower)
-    qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0)
+    qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0, cache=folder)
     save_tokenizer(folder / "qlip", qlip=qlip, processor=processor, weights={})
     fingerprint = load_qlip(folder / "qlip").fingerprint()
     generator, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))

@@ -12,8 +12,7 @@ The folder is written as `step-00000500.partial`, synced, then renamed, so it ap
 file does not match its hash, it was damaged later.
 """
 
-import hashlib
-import json
+import contextlib
 import logging
 import os
 import shutil
@@ -26,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from train.engine import AVERAGE, base_optimizer, state_keys
+from train.run_folder import read_record, write_record
 from um3.core.distributed import device, is_main, sum_over_ranks, wait_for_main
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder, read_json, sha256_of, write_json
+from um3.core.files import atomic_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
         with atomic_folder(target) as partial:
             names = [name for label, engine in engines.items() for name in _write_engine(partial, label, engine)]
             digests = {name: sha256_of(partial / name) for name in names}
-            meta = {"step": step, "state": state, "files": digests}
-            write_json(partial / "meta.json", meta | {"sha256": _digest(meta)})
+            write_record(partial / "meta.json", {"step": step, "state": state, "files": digests})
     else:
         for engine in engines.values():
             for _ in _full_tensors(engine, kinds=("param", *state_keys(engine))):
@@ -91,7 +90,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a checkpoint: step, state, files."""
-    return read_json(path / "meta.json")
+    return read_record(path / "meta.json")
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
@@ -156,9 +155,8 @@ def remove_old(folder: Path, *, keep: int, best_by: str = "") -> None:
     kept = {*paths[-keep:], *([min(scores, key=scores.__getitem__)] if scores else [])}
     for path in paths:
         if path not in kept:
-            os.replace(
-                path, path.with_name(path.name + ".old")
-            )  # a kill during the deletion leaves no damaged checkpoint
+            # A kill during the deletion must not leave a damaged checkpoint.
+            os.replace(path, path.with_name(path.name + ".old"))
     _delete(folder, "*.old")
 
 
@@ -186,30 +184,19 @@ def damaged_files(path: Path) -> list[str]:
     """Names of the checkpoint's files that are missing or differ from what was written."""
     try:
         meta = read_meta(path)
-        files, digest = meta["files"], meta.pop("sha256")
-        if digest != _digest(meta) or path != _step_folder(path.parent, meta["step"]):
-            return ["meta.json"]
-        return [name for name, digest in files.items() if not _has_digest(path / name, digest)]
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, UserError):
+    except UserError:
         return ["meta.json"]
-
-
-def _has_digest(path: Path, digest: str) -> bool:
-    try:
-        return sha256_of(path) == digest
-    except OSError:
-        return False
-
-
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    if path.name != f"step-{meta['step']:08d}":
+        return ["meta.json"]
+    files = {path / name: digest for name, digest in meta["files"].items()}
+    return [file.name for file, digest in files.items() if not file.is_file() or sha256_of(file) != digest]
 
 
 def _mean(path: Path, name: str) -> float | None:
-    try:
+    """The mean of a metric that a checkpoint holds; None if it does not, or is damaged."""
+    with contextlib.suppress(UserError, KeyError):
         return float(read_meta(path)["state"]["means"][name])
-    except (OSError, LookupError, TypeError, ValueError, UserError):
-        return None
+    return None
 
 
 def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -75,6 +75,9 @@ class LoopConfig:
     save_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
+    resume_from: str = ""
+    """A checkpoint of another run, such as runs/a/um3/checkpoints/step-00000500, that a run without checkpoints resumes
+    from with its own settings (a lower learning rate, for example)."""
     keep_best_by: str = "train/loss"
     """Metric whose lowest mean between two saves marks the best checkpoint, which is kept too; empty: keep none."""
     num_threads: NonNegativeInt = 0

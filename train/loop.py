@@ -18,12 +18,20 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from train.checkpoint import load_optimizer, load_weights, read_meta, remove_old, resume_point, save_checkpoint
+from train.checkpoint import (
+    damaged_files,
+    load_optimizer,
+    load_weights,
+    read_meta,
+    remove_old,
+    resume_point,
+    save_checkpoint,
+)
 from train.config import LoopConfig
+from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict
 from um3.core.distributed import any_rank, is_main, rank, wait_for_main, world_size
 from um3.core.errors import Interrupted, UserError
-from um3.core.files import write_json
 from um3.core.metrics import MetricsWriter, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
 from um3.core.seeds import seed_everything
@@ -52,10 +60,13 @@ class Task(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the evaluations that are due after `step` steps; empty if none is due (a collective call)."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what the batches depend on besides the config: data, vocabularies."""
+
     def state(self, step: int) -> dict[str, Any]:
         """The data state after `step` steps, equal on every rank, for a checkpoint."""
 
-    def check_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Load a checkpoint's data state; raise UserError if it does not belong to this config."""
 
     def finish(self, folder: Path) -> dict[str, Any]:
@@ -76,9 +87,13 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.output_dir)
-    engines, start, state = _resume(task, folder=folder / "checkpoints", inputs=inputs)
+    run = {"config": to_dict(config), "inputs": inputs}
+    if is_main():
+        run |= {"data": data_fingerprints(config), "fingerprints": task.fingerprints()}
+    engines, start, state = _resume(task, loop=loop, run=run)
     metrics = None
     if is_main():
+        start_folder(config)
         rows = state.get("metrics_rows", 0)
         metrics = MetricsWriter(folder, resume_step=start, num_rows=rows, views=loop.loggers, config=to_dict(config))
     progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)
@@ -86,7 +101,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     since_save: list[dict[str, float]] = []
 
     def save(step: int) -> None:
-        state = {"data": task.state(step), "spent_s": spent_s + time.monotonic() - began, "inputs": inputs}
+        state = {"data": task.state(step), "spent_s": spent_s + time.monotonic() - began, "run": run}
         state["metrics_rows"] = metrics.num_rows if metrics else 0
         state["means"] = _means(since_save, loop.keep_best_by)
         since_save.clear()
@@ -112,20 +127,27 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
                 _stop(received, step=done, folder=folder)
     if metrics is not None:
         metrics.close()
-    _finish(task, config=config, inputs=inputs, seconds=spent_s + time.monotonic() - began)
+    _finish(task, folder=folder, run=run, seconds=spent_s + time.monotonic() - began)
 
 
-def _resume(task: Task, *, folder: Path, inputs: dict[str, str]) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """(engines, first step, state of the loop), from the newest valid checkpoint if there is one."""
-    path = resume_point(folder)
+def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """(engines, first step, state of the loop), from the newest valid checkpoint of this run, or `resume_from`.
+
+    run: what must be equal in the checkpoint (on the first rank; the others end with it).
+    """
+    path = resume_point(Path(loop.output_dir, "checkpoints"))
+    if path is None and loop.resume_from:
+        path = Path(loop.resume_from)
+        if files := damaged_files(path):
+            raise UserError(f"loop.resume_from={path} is not a whole checkpoint ({files[0]}); set another one")
+        run = {name: value for name, value in run.items() if name != "config"}
     if path is None:
         return task.build_engines(), 0, {}
     meta = read_meta(path)
-    if (old_inputs := meta["state"]["inputs"]) != inputs:
-        raise UserError(
-            f"{path} was trained from other inputs ({old_inputs} -> {inputs}); restore those, or use another RUN="
-        )
-    task.check_state(meta["state"]["data"])
+    if "run" not in meta["state"]:
+        raise UserError(f"{path} was written by another version of this project; use another RUN=")
+    refuse_other_run(path, meta["state"]["run"], run)
+    task.load_state(meta["state"]["data"])
     for label, module in task.modules().items():
         load_weights(path, label=label, module=module)
     engines = task.build_engines()
@@ -143,7 +165,7 @@ def _train_step(task: Task, *, step: int, folder: Path) -> dict[str, float]:
     except NonFiniteLoss as error:
         raise UserError(
             f"step {step + 1}: non-finite loss ({error}); the step was discarded. Rerunning fails again: start a new "
-            f"RUN= with a lower optimizer.lr, with a copy of {folder}/checkpoints to keep the steps before"
+            f"RUN= with a lower optimizer.lr, and loop.resume_from={folder}/checkpoints/step-... for the steps before"
         ) from None
     return values
 
@@ -197,15 +219,14 @@ def _stop(received: list[signal.Signals], *, step: int, folder: Path) -> NoRetur
     raise Interrupted
 
 
-def _finish(task: Task, *, config: Any, inputs: dict[str, str], seconds: float) -> None:
-    folder = Path(config.loop.output_dir)
+def _finish(task: Task, *, folder: Path, run: dict[str, Any], seconds: float) -> None:
     facts = task.finish(folder)
     if is_main():
         peaks = _memory("peak_memory_gib", "peak_gpu_memory_gib")
-        record = {"inputs": inputs, "steps": config.loop.max_steps, "seconds": round(seconds, 1)}
+        record = run | {"steps": run["config"]["loop"]["max_steps"], "seconds": round(seconds, 1)}
         record |= {name: round(gib, 3) for name, gib in peaks.items()} | {"processes": world_size(), **facts}
-        record |= {"config": to_dict(config), "commit": commit(), "versions": versions(), "machine": machine()}
-        write_json(folder / "done.json", record)
+        record |= {"commit": commit(), "versions": versions(), "machine": machine(), "files": result_files(folder)}
+        write_record(folder / "done.json", record)
     wait_for_main()
 
 

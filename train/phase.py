@@ -1,5 +1,6 @@
 """`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is stage1, stage2 or um3."""
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -7,9 +8,11 @@ from typing import Any
 
 from train.launch import is_worker, launch
 from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
-from train.run_folder import is_done, start_folder
+from train.run_folder import is_done
 from um3.core.commands import command_parser, read_config
+from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError
+from um3.core.files import folder_lock
 from um3.core.log import quiet_model_files
 
 CONFIGS: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config, "um3": UM3Config}
@@ -29,12 +32,16 @@ def main(arguments: Sequence[str]) -> None:
         return
     if options.processes > 1 and not is_worker():
         sys.exit(launch(arguments, processes=options.processes, timeout_s=config.engine.timeout_s))
+    with folder_lock(config.loop.output_dir) if is_main() else contextlib.nullcontext():
+        _train(config, phase=phase, inputs=inputs)
+
+
+def _train(config: Any, *, phase: str, inputs: dict[str, str]) -> None:
     recipe = importlib.import_module(f"train.recipes.{phase}")
     from train import engine, loop
 
     quiet_model_files()
     engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
-    start_folder(config)
     try:
         loop.run(recipe.build_task(config), config=config, inputs=inputs)
     except Interrupted:

@@ -1,19 +1,25 @@
-"""The folder of a training phase: whether its result is up to date, and what it was made from.
+"""The folder of a training phase: whether its result is up to date and whole, and what it was made from.
 
-    config.yaml     the resolved config, written before the first step
-    done.json       written last: inputs, fingerprints, time, memory, versions
+    config.yaml     the resolved config
+    done.json       written last: config, inputs, data, the files of the result; time, memory, versions
 
 This module does not import torch: a phase that is up to date must end at once.
 """
 
+import hashlib
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from data_mix.sources.fingerprint import source_fingerprint
 from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
-from um3.core.files import read_json
+from um3.core.files import read_json, sha256_of, short_hash, walk_files, write_json
 from um3.core.hub import HUB_ID, weights_digest
+
+logger = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without becoming another run: they change no result.
 FREE_SETTINGS = (
@@ -27,61 +33,153 @@ FREE_SETTINGS = (
     "text_validation.alarm_above",
     "evaluate.",
 )
-# Folders may move: their content is compared by fingerprint.
+# Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "data.codes:")
+FREE_SOURCE_KEYS = ("path", "captions")
+EDITABLE = ("README.md", "generation_config.json")
+"""Files of a model that its user may edit; of these only the existence is checked."""
+WHOLE_BYTES = 2**30
+"""Of larger files only the size and the first MiB, the header of safetensors, are compared."""
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that make `new` another run than `old`, as `key: old -> new` lines."""
-    return [line for line in differences(old, new) if not line.startswith((*FREE_SETTINGS, *FREE_FOLDERS))]
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON object with its own sha256, atomically."""
+    write_json(path, record | {"sha256": _digest(record)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote.
+
+    Raises:
+        UserError: the file is missing, or is not as it was written.
+    """
+    record: dict[str, Any] = read_json(path, keys=["sha256"])
+    if record.pop("sha256") != _digest(record):
+        raise UserError(f"{path} is not as it was written; restore it, or delete it and run the phase again")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(config: Any, *, inputs: dict[str, str]) -> bool:
-    """True if the phase's folder holds the finished result of this config and these inputs.
+    """True if the phase's folder holds the whole result of this config and these inputs.
+
+    A result that lacks files, or has damaged ones, is reported; the phase makes it again from its last checkpoint.
 
     Args:
         config: the recipe's config, with a `loop` section.
         inputs: fingerprints of the models that the phase starts from.
 
     Raises:
-        UserError: the folder belongs to a run with other settings or other inputs.
+        UserError: the folder belongs to a run with other settings, inputs or data, or its result is damaged and there
+            is no checkpoint.
     """
-    folder = Path(config.loop.output_dir)
-    if (folder / "config.yaml").exists():
-        old = to_dict(load_config(type(config), path=folder / "config.yaml"))
-        if changed := changed_settings(old, to_dict(config)):
-            some = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
-            raise UserError(
-                f"{folder} was made with other settings ({some}); use another RUN=, or delete that folder to "
-                "train again"
-            )
-    if not (folder / "done.json").exists():
+    folder, new = Path(config.loop.output_dir), {"config": to_dict(config), "inputs": inputs}
+    config_file, done_file = folder / "config.yaml", folder / "done.json"
+    if config_file.exists():
+        if not config_file.read_bytes().strip():
+            raise UserError(f"{config_file} is empty; delete it: the checkpoints and done.json hold the settings too")
+        refuse_other_run(config_file, {"config": to_dict(load_config(type(config), path=config_file))}, new)
+    if not done_file.exists():
         return False
-    old_inputs = read_json(folder / "done.json")["inputs"]
-    if old_inputs != inputs:
+    record = read_record(done_file)
+    sections = ("data", "text_validation")
+    if any(record["config"].get(name) != new["config"].get(name) for name in sections):
+        new["data"] = data_fingerprints(config)  # only if paths differ: it lists all files
+    refuse_other_run(done_file, record, new)
+    damaged = damaged_files(folder, record["files"])
+    if damaged and not any((folder / "checkpoints").glob("step-*")):
+        raise UserError(f"{folder} lacks {damaged[0]}, or it is damaged; restore it, or delete {folder} to train again")
+    if damaged and is_main():
+        print(f"{folder}: {', '.join(damaged)} missing or damaged; making the result again from the last checkpoint")
+    return not damaged
+
+
+def refuse_other_run(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError if the record `old`, found at `place`, is that of another run than `new`.
+
+    Both hold "config" and other dictionaries, of which those in both are compared.
+    """
+    changed = changed_settings(old["config"], new["config"]) if "config" in old and "config" in new else []
+    for part in sorted((old.keys() & new.keys()) - {"config"}):
+        changed += differences({part: old[part]}, {part: new[part]})
+    if changed:
+        some = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
         raise UserError(
-            f"{folder} was made from other inputs ({old_inputs} -> {inputs}); use another RUN=, or delete that folder "
-            "to train again"
+            f"{place} is of a run with other settings, inputs or data ({some}); restore them, use another RUN=, or "
+            f"delete {place.parent if place.suffix else place} to train again"
         )
-    return True
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that make `new` another run than `old`, as `key: old -> new` lines."""
+    lines = differences(_without_places(old), _without_places(new))
+    return [line for line in lines if not line.startswith((*FREE_SETTINGS, *FREE_FOLDERS))]
+
+
+def _without_places(value: Any) -> Any:
+    """A config without the paths of its data sources, which are elements of lists."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: part for key, part in item.items() if key not in FREE_SOURCE_KEYS} if isinstance(item, dict) else item
+        for item in value
+    ]
+
+
+def data_fingerprints(config: Any) -> dict[str, str]:
+    """`source_fingerprint` of every data source of a recipe's config, by section and name."""
+    lists = {"data.sources": getattr(config.data, "sources", []), "data.texts": getattr(config.data, "texts", [])}
+    if hasattr(config, "text_validation"):
+        lists["text_validation.texts"] = config.text_validation.texts
+    return {f"{section}.{source.name}": source_fingerprint(source) for section, all in lists.items() for source in all}
 
 
 def start_folder(config: Any) -> None:
-    """Create the phase's folder with its resolved config.yaml."""
-    folder = Path(config.loop.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_main() and not (folder / "config.yaml").exists():
-        save_config(config, folder / "config.yaml")
+    """Write config.yaml of a run that `is_done` has accepted; a missing one is reported."""
+    path = Path(config.loop.output_dir) / "config.yaml"
+    if path.exists() and to_dict(load_config(type(config), path=path)) == to_dict(config):
+        return
+    if not path.exists() and (path.with_name("done.json").exists() or path.with_name("checkpoints").exists()):
+        logger.warning("%s is missing; writing it again from this command, whose settings are those of the run", path)
+    save_config(config, path)
+
+
+def result_files(folder: Path) -> dict[str, str]:
+    """A digest of every file of the finished model `folder`/model, by path; empty for those that may be edited."""
+    return {str(path.relative_to(folder)): _file_digest(path) for path in walk_files(folder / "model")}
+
+
+def damaged_files(folder: Path, files: dict[str, str]) -> list[str]:
+    """The `result_files` that are missing or no longer have their digest."""
+    return [
+        name
+        for name, digest in files.items()
+        if not ((folder / name).is_file() and _file_digest(folder / name) == digest)
+    ]
+
+
+def _file_digest(path: Path) -> str:
+    if path.name in EDITABLE:
+        return ""
+    if path.stat().st_size <= WHOLE_BYTES:
+        return sha256_of(path)[:16]
+    with path.open("rb") as file:
+        return short_hash(path.stat().st_size, file.read(2**20))
 
 
 def model_digest(path_or_hub_id: str, *, made_by: str) -> str:
-    """Fingerprint of a model folder (a hash of its weights); a hub id is its own fingerprint.
+    """Fingerprint of the weights of a model folder or of a file; a hub id is its own fingerprint.
 
     Args:
         made_by: the make target that writes such a folder, for the error message.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: there are no weights.
     """
     if digest := weights_digest(path_or_hub_id):
         return digest

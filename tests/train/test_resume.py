@@ -1,18 +1,25 @@
 """Runs that are stopped, killed, damaged or started twice."""
 
+import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_mix.samples import BadSample
+from tests.helpers.image_files import encoded
 from tests.helpers.survive import long_run, outcome
-from tests.train.conftest import arguments, logged, losses, train_here
+from tests.train.conftest import ROOT, arguments, logged, losses, train_here
 from train import checkpoint, loop
 from train.phase import main
+from train.run_folder import read_record, result_files, write_record
 from um3.core.errors import Interrupted, UserError
 
 
@@ -76,7 +83,7 @@ def test_other_settings_and_other_inputs_are_refused(made: Path, tmp_path: Path)
     copied = tmp_path / "copied"
     shutil.copytree(made, copied)
     shutil.copy(copied / "stage2/model/model.safetensors", copied / "stage1/model/model.safetensors")
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match=r"inputs\.init_from"):
         main(arguments("stage2", copied))
 
 
@@ -192,41 +199,194 @@ def test_an_unknown_metric_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_non_finite_loss_loses_nothing_and_its_remedy_works(stopped: tuple[list[str], Path], tmp_path: Path) -> None:
     command, folder = stopped
-    shutil.copytree(folder, tmp_path / "hot/checkpoints")
-    hot = [*command, f"loop.output_dir={tmp_path}/hot", "optimizer.lr=1e30", "loop.save_every_steps=1"]
+    start = f"loop.resume_from={folder}/step-00000004"
+    hot = [*command, f"loop.output_dir={tmp_path}/hot", start, "optimizer.lr=1e18", "loop.save_every_steps=1"]
     with pytest.raises(UserError, match=r"^step 6: .*train/mse is (nan|inf).* on rank 0: images of scenes: .*RUN="):
         main(hot)
     kept = sorted(path.name for path in (tmp_path / "hot/checkpoints").iterdir())
-    assert kept[-1] == "step-00000005" and "step-00000004" in kept
+    assert kept == ["step-00000005"]
     assert logged(tmp_path / "hot", "step") == [5]
-    # The remedy: another folder, a copy of the checkpoints, a lower rate.
-    shutil.rmtree(tmp_path / "hot/checkpoints/step-00000005")
-    shutil.copytree(tmp_path / "hot/checkpoints", tmp_path / "cool/checkpoints")
-    main([*command, f"loop.output_dir={tmp_path}/cool"])
+    cool = [*command, f"loop.output_dir={tmp_path}/cool"]
+    with pytest.raises(UserError, match="step-00000009 is not a whole checkpoint"):
+        main([*cool, f"loop.resume_from={folder}/step-00000009"])
+    main([*cool, start])
     main(command)
     assert outcome(tmp_path / "cool")["model"] == outcome(tmp_path / "run")["model"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["vocabulary.text_vocab_size=300"], "text vocabulary"),
-        (
-            ["vocabulary.subtokens=3", "vocabulary.bits_per_subtoken=4"],
-            r"step-00000002 holds '\S+' of shape \(448, 32\), .* \(368, 32\)",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_vocabulary_is_refused(
-    changes: list[str], message: str, made: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("change", ["optimizer.lr=0.1", "loop.seed=7", "vocabulary.text_vocab_size=300"])
+def test_a_checkpoint_of_another_run_is_refused(change: str, made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other/checkpoints"
     shutil.copytree(made / "um3/checkpoints", folder)
-    shutil.rmtree(folder / "step-00000004")
-    with pytest.raises(UserError, match=message):
-        train_here("um3", made, tmp_path / "other", "data.seq_len=80", *changes)
-    assert checkpoint.find_checkpoint(folder) == folder / "step-00000002"
+    name, value = change.split("=")
+    with pytest.raises(UserError, match=rf"step-00000004 .*{name}: \S+ -> {value}"):
+        train_here("um3", made, tmp_path / "other", change)
     assert not (tmp_path / "other/done.json").exists()
+    if "vocab" in name:
+        (folder / "step-00000004").rename(tmp_path / "step-00000004")
+        options = [f"loop.resume_from={tmp_path}/step-00000004", change]
+        with pytest.raises(UserError, match=r"vocabulary: \w+ -> \w+"):
+            train_here("um3", made, tmp_path / "third", *options)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(made: Path, tmp_path: Path) -> None:
+    options = [f"loop.resume_from={made}/um3/checkpoints/step-00000004", "model.hidden_size=64"]
+    with pytest.raises(UserError, match=r"step-00000004 holds '\S+' of shape \(\d+, 32\), .* \(\d+, 64\)"):
+        train_here("um3", made, tmp_path, *options)
+
+
+@pytest.fixture(scope="module")
+def stage1_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder `images` of 40 images with captions, and `run`, a stage 1 on them that was killed after two steps."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "images").mkdir()
+    for number in range(40):
+        (folder / f"images/{number:02d}.png").write_bytes(encoded(number))
+        (folder / f"images/{number:02d}.txt").write_text(f"picture {number} of {('red', 'blue')[number % 2]}")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(on_images(folder), 2, patch)
+    return folder
+
+
+def on_images(folder: Path) -> list[str]:
+    """Command of a stage 1 in `folder`/run on `folder`/images."""
+    sources = f'data.sources=[{{name: mine, path: "{folder}/images", val_fraction: 0.1}}]'
+    return arguments("stage1", folder, f"loop.output_dir={folder}/run", sources)
+
+
+def test_a_run_resumes_with_its_vocabulary_on_moved_data_only_if_they_are_the_same(
+    stage1_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, index: int) -> None:
+        raise BadSample("unreadable image")
+
+    moved = tmp_path / "moved"
+    shutil.copytree(stage1_of_images, moved)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_mix.sources.images.ImageReader.__getitem__", fail)
+        with pytest.raises(UserError, match=r"none of the .* samples"):  # unreadable, but the same vocabulary
+            main(on_images(moved))
+    main(on_images(moved))
+    (vocabulary,) = (moved / "run/cache").glob("captions-*.json")
+    entries = json.loads(json.loads(vocabulary.read_text())["backend"])["model"]["vocab"]
+    assert json.loads((moved / "run/model/tokenizer.json").read_text())["model"]["vocab"] == entries
+    assert str(moved) in (moved / "run/config.yaml").read_text()
+
+    changed = tmp_path / "changed"
+    shutil.copytree(stage1_of_images, changed)
+    (changed / "images/90.png").write_bytes(encoded(90))
+    (changed / "images/90.txt").write_text("seventeen wonderful butterflies")
+    with pytest.raises(UserError, match=r"data\.sources\.mine: \w+ -> \w+"):
+        main(on_images(changed))
+
+
+def test_another_vocabulary_is_refused(stage1_of_images: Path, tmp_path: Path) -> None:
+    shutil.copytree(stage1_of_images, tmp_path / "copy")
+    (vocabulary,) = (tmp_path / "copy/run/cache").glob("captions-*.json")
+    record = read_record(vocabulary)
+    swapped = {"red": "blue", "blue": "red"}
+    pattern = r"(?<=\\u0120)(red|blue)(?=\")|(?<=Ġ)(red|blue)(?=\")"
+    write_record(vocabulary, record | {"backend": re.sub(pattern, lambda word: swapped[word[0]], record["backend"])})
+    with pytest.raises(UserError, match=r"fingerprints\.vocabulary: \w+ -> \w+"):
+        main(on_images(tmp_path / "copy"))
+    cut(vocabulary)
+    with pytest.raises(UserError, match=vocabulary.name):
+        main(on_images(tmp_path / "copy"))
+
+
+def test_an_empty_validation_split_is_found_before_training(stage1_of_images: Path, tmp_path: Path) -> None:
+    shutil.copytree(stage1_of_images / "images", tmp_path / "images")
+    command = [argument.replace("0.1}", "1e-9}") for argument in on_images(tmp_path)]
+    with pytest.raises(UserError, match=r"in the val split.*VAL_FRACTION"):
+        main(command)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_changed_text_is_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text("\n\n".join(f"Passage {number} " + "word " * 60 for number in range(40)))
+    source = f"[{{name: prose, path: {prose}, val_fraction: 0.3}}]"
+    command = arguments("um3", made, f"loop.output_dir={tmp_path}/um3", f"data.texts={source}")
+    kill(command, 2, monkeypatch)
+    prose.write_text(prose.read_text().replace("word", "verb"))
+    os.utime(prose, (0, 0))
+    with pytest.raises(UserError, match=r"data\.texts\.prose: \w+ -> \w+"):
+        main(command)
+
+
+@pytest.mark.parametrize("phase", ["stage1", "um3"])
+def test_a_run_killed_before_its_result_makes_the_same_files(phase: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / phase, tmp_path / phase)
+    shutil.rmtree(tmp_path / phase / "model")
+    (tmp_path / phase / "done.json").unlink()
+    main(arguments(phase, made, f"loop.output_dir={tmp_path}/{phase}"))
+    assert result_files(tmp_path / phase) == result_files(made / phase)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_result_is_made_again(
+    damage: Callable[[Path], None], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "stage1"
+    shutil.copytree(made / "stage1", folder)
+    damage(folder / "model/model.safetensors")
+    (folder / "model/README.md").write_text("notes of its user")
+    command = arguments("stage1", made, f"loop.output_dir={folder}")
+    main(command)
+    assert "model/model.safetensors" in capsys.readouterr().out
+    assert result_files(folder)["model/model.safetensors"] == result_files(made / "stage1")["model/model.safetensors"]
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match=rf"model/\w+.*delete {folder}"):
+        main(command)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"inputs": {}, "sha256": "0"}', "[" * 100_000])
+def test_an_odd_record_is_one_line(content: str, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "done.json").write_text(content)
+    with pytest.raises(UserError, match=r"done\.json") as caught:
+        main(arguments("stage1", made, f"loop.output_dir={tmp_path}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lost_config_is_told(
+    stopped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, _ = stopped
+    file = tmp_path / "run/config.yaml"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml is empty"):
+        main(command)
+    file.unlink()
+    with pytest.raises(UserError, match=r"step-00000004 .*optimizer\.lr: 0\.003 -> 0\.1"):
+        main([*command, "optimizer.lr=0.1"])
+    assert not file.exists()
+    main(command)
+    assert "config.yaml is missing" in capsys.readouterr().err and "lr: 0.003" in file.read_text()
+
+
+def test_a_run_folder_has_one_writer(stopped: tuple[list[str], Path], tmp_path: Path) -> None:
+    command, _ = stopped
+    script = (
+        "import sys, time; from um3.core.files import folder_lock\n"
+        f"with folder_lock({str(tmp_path / 'run')!r}): print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline()
+            before = (tmp_path / "run/metrics.jsonl").read_bytes()
+            with pytest.raises(UserError, match=f"another process is writing to {tmp_path}/run"):
+                main(command)
+            assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+        finally:
+            other.kill()
+    main(command)  # the kernel has released the lock
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to \S+file/run"):
+        main(arguments("stage1", made, f"loop.output_dir={tmp_path}/file/run"))
 
 
 def test_a_run_does_not_resume_with_other_inputs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +394,7 @@ def test_a_run_does_not_resume_with_other_inputs(made: Path, tmp_path: Path, mon
     flip(tmp_path / "stage1/model.safetensors")
     command = arguments("stage2", made, f"loop.output_dir={tmp_path}/stage2")
     kill(command, 3, monkeypatch)
-    with pytest.raises(UserError, match=r"step-00000002 was trained from other inputs \({'init_from': "):
+    with pytest.raises(UserError, match=r"step-00000002 is of a run with other .*inputs\.init_from: \w+ -> \w+"):
         main([*command, f"init_from={tmp_path}/stage1"])
 
 

@@ -11,6 +11,7 @@ from data_mix.sources.image_sources import ImageSourceConfig
 from data_mix.sources.text import TextSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.run_folder import model_digest
+from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Size
 from um3.model.configuration import ModelConfig, is_um3
 
@@ -136,7 +137,10 @@ class Stage1Config:
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""
-        return {"init_from": model_digest(self.model.init_from, made_by="stage1")} if self.model.init_from else {}
+        if self.model.init_from:
+            return {"init_from": model_digest(self.model.init_from, made_by="stage1")}
+        files = {"encoder_weights": self.model.encoder_weights, "text.weights": self.text.weights}
+        return {name: weights_digest(path) or path for name, path in files.items() if path}
 
 
 @dataclass
@@ -198,7 +202,10 @@ class Stage2Config:
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""
-        return {"init_from": model_digest(self.init_from, made_by="stage1")}
+        files = {
+            f"perceptual.{name}": weights_digest(path) or path for name, path in vars(self.perceptual).items() if path
+        }
+        return {"init_from": model_digest(self.init_from, made_by="stage1")} | files
 
 
 @dataclass

@@ -35,6 +35,7 @@ from train.recipes.tokenizer_setup import new_tokenizer, open_sources, train_onl
 from train.recipes.tokenizer_task import TokenizerTask, described
 from um3.core.distributed import device, gather_with_gradient, mean_over_ranks, sum_over_ranks, world_size
 from um3.core.errors import UserError
+from um3.model.text_tokenizer import vocabulary_digest
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -81,7 +82,8 @@ class Stage1Task(TokenizerTask):
             sources = open_sources(config.data, size=processor.image_size, seed=config.loop.seed)
         else:
             sources = open_sources(config.data, size=model.image_size, seed=config.loop.seed)
-            qlip, processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed)
+            cache = Path(config.loop.output_dir) / "cache"
+            qlip, processor = new_tokenizer(model, config.text, sources=sources, seed=config.loop.seed, cache=cache)
         super().__init__(config, qlip=qlip, processor=processor, sources=sources)
         self.objective = Stage1Objective(self.qlip, bottleneck=config.bottleneck == "bsq")
         if config.trainable:
@@ -174,6 +176,9 @@ class Stage1Task(TokenizerTask):
         codebook = codebook_entropy(mean_GK)
         penalty = self.qlip.vision_model.quantizer.penalty(torch.zeros_like(codebook), codebook)
         return {"contrastive": contrastive.loss, "entropy": penalty}, contrastive.accuracy
+
+    def fingerprints(self) -> dict[str, str]:
+        return super().fingerprints() | {"vocabulary": vocabulary_digest(self.processor.text_tokenizer)}
 
     def finish(self, folder: Path) -> dict[str, Any]:
         return self.write_tokenizer(folder / "model", engine=self.engine)

@@ -1,10 +1,13 @@
 """The QLIP model that stage 1 starts from: its configuration, new or pretrained weights, and which parameters train."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from data_mix.samples import BadSample, ImageSource
 from data_mix.sources.image_sources import open_image_source
@@ -14,7 +17,10 @@ from tokenizer.pretrained import load_encoder, load_text_tower
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text_tokenizer import load_caption_tokenizer, train_caption_tokenizer
 from train.recipes.configs import ImageDataConfig, QLIPSizeConfig, TextTowerConfig
+from train.run_folder import read_record, write_record
+from um3.core.distributed import is_main, make_once
 from um3.core.errors import UserError
+from um3.core.files import short_hash
 from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -29,7 +35,17 @@ TOKENIZER_SAMPLES = 4000
 
 
 def open_sources(data: ImageDataConfig, *, size: int, seed: int) -> list[ImageSource]:
-    """The train splits of the configured sources, as squares of `size` pixels."""
+    """The train splits of the configured sources, as squares of `size` pixels.
+
+    Raises:
+        UserError: a source cannot be opened, or leaves no image for the validation of the phases that follow.
+    """
+    for source in data.sources if is_main() else []:
+        try:
+            if source.val_fraction:
+                open_image_source(source, split="val", size=size, seed=seed)
+        except UserError as error:
+            raise UserError(f"{error}; with DATA= set VAL_FRACTION=0.2, or 0 to train on every image") from None
     return [open_image_source(source, split="train", size=size, seed=seed) for source in data.sources]
 
 
@@ -67,13 +83,19 @@ def _hugging_face(config: QLIPSizeConfig | TextTowerConfig, *names: str) -> dict
 
 
 def new_tokenizer(
-    model: QLIPSizeConfig, text: TextTowerConfig, *, sources: list[ImageSource], seed: int
+    model: QLIPSizeConfig, text: TextTowerConfig, *, sources: list[ImageSource], seed: int, cache: Path
 ) -> tuple[QLIPModel, QLIPProcessor]:
-    """A new QLIP of this size, with the configured pretrained towers, and its processor; equal on every rank."""
+    """A new QLIP of this size, with the configured pretrained towers, and its processor; equal on every rank.
+
+    A trained vocabulary is kept in the folder `cache`: an image that cannot be read later must not change its ids.
+    """
     if text.tokenizer:
         text_tokenizer = load_caption_tokenizer(text.tokenizer)
     else:
-        text_tokenizer = train_caption_tokenizer(_captions(sources), vocab_size=text.vocab_size)
+        text_tokenizer = trained_once(
+            cache / f"captions-{short_hash([source.fingerprint() for source in sources], text.vocab_size)}.json",
+            lambda: train_caption_tokenizer(_captions(sources), vocab_size=text.vocab_size),
+        )
     seed_everything(seed, "qlip weights")
     qlip = QLIPModel(qlip_config(model, text, text_tokenizer=text_tokenizer))
     for load, path in ((load_encoder, model.encoder_weights), (load_text_tower, text.weights)):
@@ -81,6 +103,22 @@ def new_tokenizer(
             examples = "" if kind == "loaded" else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             logger.info("%s: %d tensors %s%s", path, len(names), kind, examples if names else "")
     return qlip, QLIPProcessor(text_tokenizer, image_size=model.image_size, max_text_tokens=text.max_tokens)
+
+
+def trained_once(path: Path, train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The tokenizer whose backend is kept in `path`; the first rank trains it if there is none (a collective call).
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def make() -> None:
+        tokenizer = train()
+        options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "backend"}
+        write_record(path, {"backend": tokenizer.backend_tokenizer.to_str(), "options": options})
+
+    record = read_record(make_once(path, make))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(record["backend"]), **record["options"])
 
 
 def train_only(module: nn.Module, prefixes: Sequence[str]) -> None:

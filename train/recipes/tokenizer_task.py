@@ -38,7 +38,7 @@ class TokenizerTask:
         qlip.logit_scale.data = qlip.logit_scale.data.reshape(1)
         if config.engine.activation_checkpointing:
             qlip.gradient_checkpointing_enable()
-        batches = ImageBatches(
+        self.data = ImageBatches(
             sources,
             weights=[source.weight for source in config.data.sources],
             batch_size=config.loop.batch_size,
@@ -47,7 +47,7 @@ class TokenizerTask:
             world_size=world_size(),
             caption=config.data.caption,
         )
-        self.batches: Prefetch[ImageBatch] = Prefetch(batches, num_steps=config.loop.max_steps)
+        self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)
         self.skipped: dict[str, int] = {}
 
     def set_rate(self, engine: Any, config: Any, *, step: int) -> float:
@@ -66,11 +66,14 @@ class TokenizerTask:
     def evaluate(self, step: int) -> dict[str, float]:
         return {}
 
+    def fingerprints(self) -> dict[str, str]:
+        return self.data.fingerprints()
+
     def state(self, step: int) -> dict[str, Any]:
         return {"seed": self.loop.seed, "step": step}
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Batches are a function of (seed, step), and the config was compared before: there is nothing to check."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Batches are a function of (seed, step), and the run was compared before: there is nothing to load."""
 
     def write_tokenizer(self, folder: Path, *, engine: Any) -> dict[str, Any]:
         """Write the QLIP folder with an engine's trained weights; return its record for done.json (a collective

@@ -34,7 +34,6 @@ from train.recipes.evaluation import Evaluation
 from train.recipes.text_validation import TextValidation
 from train.recipes.um3_start import UM3Start
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
-from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
 from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.language_model import save_model
@@ -119,7 +118,6 @@ class UM3Task:
         self.fingerprint = qlip.fingerprint()
         start = UM3Start(config, qlip=qlip, texts=self._vocabulary_texts())
         self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
-        self.vocabulary = vocabulary_digest(self.text_tokenizer)
         self.rows = SequenceBatches(
             config.data,
             ids=self.ids,
@@ -234,21 +232,17 @@ class UM3Task:
             values |= self.evaluation.measure(self._write_model, step=step)
         return values
 
+    def fingerprints(self) -> dict[str, str]:
+        return self.rows.fingerprints() | {"vocabulary": vocabulary_digest(self.text_tokenizer)}
+
     def state(self, step: int) -> dict[str, Any]:
-        state = self.rows.state(step) | {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
-        state |= {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
+        state = self.rows.state(step) | {"seen": self.account.state(), "truncated_captions": self.truncated_captions}
         if self.text_validation is not None:
             state["text_loss_at_start"] = self.text_validation.start_loss
         return state
 
-    def check_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data; take over the counts of one that fits."""
-        if state["vocabulary"] != self.vocabulary:
-            raise UserError(
-                f"the checkpoint of step {state['step']} was trained with text vocabulary {state['vocabulary']}, but "
-                f"this run has {self.vocabulary}; restore the text tokenizer, or the texts that it was trained on, or "
-                "use another RUN="
-            )
         self.rows.check_state(state)
         self.account.load(state["seen"])
         self.truncated_captions = state["truncated_captions"]

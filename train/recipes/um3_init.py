@@ -25,12 +25,12 @@ from data_mix.sources.files import looks_like_hub
 from data_mix.sources.text import ListDocuments, TextSourceConfig, open_text_source
 from tokenizer.modeling import load_qlip
 from train.recipes.um3_start import extend_base, fitted_gains
-from train.run_folder import model_digest
+from train.run_folder import damaged_files, model_digest, read_record, refuse_other_run, result_files, write_record
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
 from um3.core.distributed import device
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder, read_json, write_json
+from um3.core.files import folder_lock
 from um3.core.log import quiet_model_files, setup_logging
 from um3.core.metrics import commit, machine, versions
 from um3.core.progress import peak_memory_gib, track
@@ -96,18 +96,15 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("base_model and output_dir must be set: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER")
     inputs = {"visual_tokenizer": model_digest(config.visual_tokenizer, made_by="stage2")}
     request = {"config": to_dict(config), "inputs": inputs}
-    folder = Path(config.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        record = read_json(folder / "done.json") if (folder / "done.json").exists() else {}
-        if not isinstance(record, dict) or any(record.get(key) != value for key, value in request.items()):
-            raise UserError(f"{folder} exists already with other content; use another RUN=, or delete that folder")
-        print(f"{folder} is up to date")
-        return
-    make_start(config, request=request)
+    with folder_lock(config.output_dir):
+        if _is_done(Path(config.output_dir), request=request):
+            print(f"{config.output_dir} is up to date")
+        else:
+            make_start(config, request=request)
 
 
 def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]:
-    """Write `model` and `done.json` below `config.output_dir`, both or nothing; print and return the record.
+    """Write `model` and then `done.json` below `config.output_dir`; print and return the record.
 
     `request` is part of the record; when the command runs again, the folder is compared with it.
     """
@@ -134,17 +131,18 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
     record |= {"text_loss_after": after._asdict(), "dtype": str(dtype)}
     record |= {"text_tokens": sum(int(sequence.targets.sum()) for sequence in measured)}
     model.to("cpu", dtype)
-    with atomic_folder(config.output_dir) as partial:
-        save_model(
-            partial / "model",
-            model=model,
-            text_tokenizer=text_tokenizer,
-            ids=ids,
-            qlip_folder=config.visual_tokenizer,
-            trained=False,
-        )
-        record |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
-        write_json(partial / "done.json", record | {"commit": commit(), "versions": versions(), "machine": machine()})
+    folder = Path(config.output_dir)
+    save_model(
+        folder / "model",
+        model=model,
+        text_tokenizer=text_tokenizer,
+        ids=ids,
+        qlip_folder=config.visual_tokenizer,
+        trained=False,
+    )
+    record |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
+    record |= {"commit": commit(), "versions": versions(), "machine": machine(), "files": result_files(folder)}
+    write_record(folder / "done.json", record)
     _print(record, config=config, ids=ids)
     return record
 
@@ -162,6 +160,17 @@ def text_loss(model: PreTrainedModel, *, sequences: Sequence[TrainingSequence], 
             sums[index] += float(F.cross_entropy(F.linear(hidden_XD, head_VD[:size]), targets_X, reduction="sum"))
         count += len(targets_X)
     return TextLoss(*(total / count for total in sums))
+
+
+def _is_done(folder: Path, *, request: dict[str, Any]) -> bool:
+    """True if `folder` holds the whole result of `request`; UserError if it holds that of another."""
+    if not (folder / "done.json").exists():
+        if (folder / "model").exists():
+            raise UserError(f"{folder}/model exists already without done.json; use another RUN=, or delete {folder}")
+        return False
+    record = read_record(folder / "done.json")
+    refuse_other_run(folder / "done.json", record, request)
+    return not damaged_files(folder, record["files"])
 
 
 def _vocabulary(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:

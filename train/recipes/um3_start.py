@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_mix.batches.token_stream import TokenStream
 from data_mix.sources.fingerprint import source_fingerprint
 from train.recipes.configs import UM3Config
+from train.recipes.tokenizer_setup import trained_once
 from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
@@ -19,7 +20,7 @@ from um3.core.hub import read_tensors
 from um3.model.configuration import ModelConfig, is_um3
 from um3.model.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
 from um3.model.language_model import LoadedModel, build_model, load_model
-from um3.model.text_tokenizer import make_vocabulary, read_trained_tokenizer, train_text_tokenizer
+from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
@@ -95,13 +96,7 @@ class UM3Start:
         codes_digest = sha256_of(codes) if codes.exists() else ""
         key = short_hash([source_fingerprint(source, "train") for source in data.texts], codes_digest, entries)
         path = Path(self.config.loop.output_dir) / "cache" / f"vocabulary-{key}.json"
-
-        def train() -> None:
-            tokenizer = train_text_tokenizer(texts, vocab_size=entries)
-            with atomic_file(path) as partial:
-                tokenizer.backend_tokenizer.save(str(partial))
-
-        return read_trained_tokenizer(make_once(path, train))
+        return trained_once(path, lambda: train_text_tokenizer(texts, vocab_size=entries))
 
 
 def fitted_gains(base: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

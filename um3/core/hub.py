@@ -134,8 +134,8 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Fingerprint of the weights of a model folder, of one file or of shards; empty without weights."""
-    files = weight_files(folder)
+    """Fingerprint of a file, or of the weights of a model folder, in one file or in shards; empty without weights."""
+    files = [Path(folder)] if Path(folder).is_file() else weight_files(folder)
     if len(files) < 2:
         return sha256_of(files[0])[:16] if files else ""
     return short_hash([(file.name, sha256_of(file)) for file in files])

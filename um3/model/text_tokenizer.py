@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokenizer.text_tokenizer import train_byte_bpe
@@ -33,20 +32,9 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
     if vocab_size < smallest:
         raise UserError(f"text_vocab_size of {vocab_size} is too small; use {smallest} or more")
     options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(SPECIALS)}
-    return _with_specials(train_byte_bpe(texts, setting="vocabulary.text_vocab_size", **options))
-
-
-def read_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer of `train_text_tokenizer` from the file that its `backend_tokenizer` was saved to."""
-    try:
-        return _with_specials(Tokenizer.from_file(str(path)))
-    except Exception:  # tokenizers raises this kind itself
-        raise UserError(f"{path} is damaged; delete it, and it is trained again") from None
-
-
-def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    bpe = train_byte_bpe(texts, setting="vocabulary.text_vocab_size", **options)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,

@@ -67,7 +67,7 @@ def test_um3_writes_a_stock_checkpoint_that_samples(made: Path) -> None:
 
 
 def test_a_non_finite_loss_names_terms_rank_and_images(tmp_path: Path) -> None:
-    options = ["optimizer.kind=adamw", "optimizer.lr=1e30", "optimizer.grad_clip=0"]
+    options = ["optimizer.kind=adamw", "optimizer.lr=1e18", "optimizer.grad_clip=0"]
     with pytest.raises(UserError, match=r"^step \d: .*train/mse is nan.* on rank 0: images of scenes: scenes-train-0-"):
         train_here("stage1", tmp_path, tmp_path / "stage1", *options)
     assert not (tmp_path / "stage1/model").exists()
@@ -130,7 +130,7 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path: Path, made
     assert changed and all(name.startswith("vision_decoder.") for name in changed)
 
     shutil.copytree(made / "stage1/model", towers / "model", dirs_exist_ok=True)
-    with pytest.raises(UserError, match="other inputs"):
+    with pytest.raises(UserError, match=r"inputs\.init_from"):
         train_here("stage1", tmp_path, quantizer, *options)
 
 

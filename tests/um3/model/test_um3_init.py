@@ -333,7 +333,7 @@ def test_an_invalid_base_is_a_one_line_error(
     base = invalid_base(tmp_path / "base", kind)
     with pytest.raises(UserError, match=message) as caught:
         init(command(base, qlip_folder, text, tmp_path / "out"))
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out/model").exists()
 
 
 def test_other_mistakes_are_one_line(
@@ -360,11 +360,10 @@ def test_other_mistakes_are_one_line(
     refused("has fewer than 256 tokens", "seq_len=4000", text=short)
     refused("absent.txt", text=tmp_path / "absent.txt")
     refused("unknown key 'qknorm'", "qknorm=true")
-    assert not out.exists()
-    refused("exists already with other content", "qk_norm=true", out=start("llama", "qk_norm=false"))
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    refused("exists already with other content")
-    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    refused("qk_norm: False -> True", "qk_norm=true", base=bases["llama"], out=start("llama", "qk_norm=false"))
+    (out / "model").mkdir()
+    (out / "model/thesis.txt").write_text("mine")
+    refused("without done.json")
+    assert [path.name for path in (out / "model").iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match="no 'um3' in its config"):
         export_text_half(qwen, out=tmp_path / "plain")
