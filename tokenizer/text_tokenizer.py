@@ -51,7 +51,7 @@ def train_byte_bpe(
     )
     tokenizer.train_from_iterator(map(valid_text, texts), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
-        logger.warning("%s=%d: the texts give only %d entries", setting, vocab_size, found)
+        logger.warning("%s is %d, but the texts give only %d entries", setting, vocab_size, found)
     return tokenizer
 
 

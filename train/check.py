@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_mix.batches.token_stream import TokenFile, read_sequences
 from data_mix.codes.shards import map_shard, read_header
+from train import run_folder
 from train.checkpoint import damaged_files
 from um3.core.errors import UserError
 from um3.core.files import walk_files
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def checks(run: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
-    """Each code shard, text cache and checkpoint below `run`, and the function that verifies it."""
+    """Each code shard, text cache, checkpoint and finished model below `run`, and the function that verifies it."""
     for path in walk_files(run, suffixes=(".arrow", ".bin", ".json")):
         if path.suffix == ".arrow":
             yield path, lambda path: map_shard(path, header=read_header(path))
@@ -46,8 +47,15 @@ def checks(run: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
             yield path, read_sequences
         elif path.name == "meta.json" and path.parent.parent.name == "checkpoints":
             yield path.parent, _check_checkpoint
+        elif path.name == "done.json" and (path.parent / "model").is_dir():
+            yield path, _check_result
 
 
 def _check_checkpoint(path: Path) -> None:
     if files := damaged_files(path):
         raise UserError(f"{path} is damaged ({', '.join(files)}); delete it to resume from the previous checkpoint")
+
+
+def _check_result(path: Path) -> None:
+    if files := run_folder.damaged_files(path.parent, run_folder.read_record(path)["files"]):
+        raise UserError(f"{path.parent} lacks {', '.join(files)}, or they are damaged; run its phase again")

@@ -116,7 +116,7 @@ def test_a_part_whose_files_are_not_whole_is_measured_again(damage, evaluated, r
     write_part(part, PartResult(read_scores(part), {}, {"scenes": np.zeros((6, 9, 9, 3), np.uint8)}), request=request)
     measured = []
     monkeypatch.setattr("eval.run.request_hash", lambda *_, **__: request)
-    monkeypatch.setattr("eval.run._evaluate_part", lambda *_, **__: measured.append(1))
+    monkeypatch.setattr("eval.run._evaluate_part", lambda *_, **__: measured.append(1) or [])
     arguments = [f"run={run_folder}", f"output_dir={tmp_path}", "parts=[captions]"]
     main(arguments)
     assert not measured

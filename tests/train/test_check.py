@@ -1,6 +1,5 @@
 """`make check`: every file of a run that has checksums is read, and a damaged one is named with its remedy."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from data_mix.sources.text import ListDocuments
 from tests.data_mix.batches.test_mix import IDS, PROSE, TOKENIZER
 from tests.helpers.code_shards import write_codes
 from train.check import main
-from train.checkpoint import _digest
+from train.run_folder import result_files, write_record
 from um3.core.errors import UserError
 from um3.core.files import sha256_of
 
@@ -26,13 +25,16 @@ def run(tmp_path: Path) -> Path:
     step.mkdir(parents=True)
     (step / "model-00000.safetensors").write_bytes(b"weights")
     meta = {"step": 2, "files": {"model-00000.safetensors": sha256_of(step / "model-00000.safetensors")}}
-    (step / "meta.json").write_text(json.dumps(meta | {"sha256": _digest(meta)}))
+    write_record(step / "meta.json", meta)
+    (tmp_path / "um3/model").mkdir()
+    (tmp_path / "um3/model/config.json").write_text("{}")
+    write_record(tmp_path / "um3/done.json", {"files": result_files(tmp_path / "um3")})
     return tmp_path
 
 
 def test_a_whole_run_is_ok(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run)])
-    assert [line.endswith(": ok") for line in capsys.readouterr().out.splitlines()] == [True] * 4
+    assert [line.endswith(": ok") for line in capsys.readouterr().out.splitlines()] == [True] * 5
     (run / "empty").mkdir()
     for name in ("absent", "empty"):
         with pytest.raises(UserError, match=f"{name}.* RUN="):
@@ -46,6 +48,7 @@ def test_a_whole_run_is_ok(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("um3/cache/text-*.bin", "the next run makes it again"),
         ("um3/cache/sequences-*.json", "the next run makes it again"),
         ("um3/checkpoints/*/*.safetensors", "resume from the previous checkpoint"),
+        ("um3/model/config.json", "run its phase again"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_remedy(
@@ -55,7 +58,7 @@ def test_a_damaged_file_is_named_with_its_remedy(
     data = path.read_bytes()
     place = data.find(b"scenes-0-3") if path.suffix == ".arrow" else len(data) // 2
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.raises(UserError, match="1 of 4 files are damaged"):
+    with pytest.raises(UserError, match="1 of 5 files are damaged"):
         main([str(run)])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(": ok")]
     assert len(lines) == 1 and path.name in lines[0] and remedy in lines[0]

@@ -236,7 +236,7 @@ def test_clipscore_by_three_conventions(um3_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "model.safetensors").touch()
     unavailable = scored(images, f"clip={tmp_path / 'empty'}")["clipscore"]
-    assert unavailable.value is None and f"CLIP '{tmp_path / 'empty'}'" in unavailable.note
+    assert unavailable.value is None and str(tmp_path / "empty") in unavailable.note
     (images / "00002.png").unlink()
     fewer = scored(images, f"clip={clip}")["clipscore"]
     assert (fewer.n, fewer.skipped) == (3, 1) and "missing image (1, such as 00002.png)" in fewer.note

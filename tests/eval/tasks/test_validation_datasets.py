@@ -89,5 +89,5 @@ def test_missing_captions_are_a_one_line_error(evaluate, tmp_path: Path) -> None
 def test_a_damaged_config_of_the_run_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1/config.yaml").write_text(content)
-    with pytest.raises(UserError, match=f"{tmp_path}/stage1/config.yaml "):
+    with pytest.raises(UserError, match=f"{tmp_path}/stage1/config.yaml"):
         trained_on(str(tmp_path), phase="stage1", key="images", kind=ImageSourceConfig)

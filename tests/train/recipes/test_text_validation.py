@@ -114,7 +114,7 @@ def test_it_measures_other_texts_even_if_no_text_is_trained(made: Path, tmp_path
     ("overrides", "message"),
     [
         (["text_validation.every_steps=15", "loop.log_every_steps=10"], r"every_steps=15 .* loop\.log_every_steps=10"),
-        (["text_validation.num_sequences=0"], "num_sequences=0"),
+        (["text_validation.num_sequences=0"], r"num_sequences is 0"),
         (
             ["text_validation.texts=[]", "data.texts=[]", "data.mix.start=[0, 1, 1]", "data.mix.end=[0, 1, 1]"],
             "0 text sources",
