@@ -51,7 +51,8 @@ def train_byte_bpe(
     )
     tokenizer.train_from_iterator(map(valid_text, texts), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
-        logger.warning("%s is %d, but the texts give only %d entries", setting, vocab_size, found)
+        about = "%s is %d, but the texts give only %d entries; the others stay unused"
+        logger.warning(about, setting, vocab_size, found)
     return tokenizer
 
 
