@@ -7,9 +7,7 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-RETRY_WAITS_S = (0.5, 2.0, 8.0)
-"""Seconds before each retry; a file server that recovers does so within seconds."""
-
+RETRY_WAITS_S = (0.5, 2.0, 8.0)  # before each retry; a file server that recovers does so within seconds
 ResultT = TypeVar("ResultT")
 
 
@@ -18,12 +16,8 @@ def retry(
 ) -> ResultT:
     """Return `action()`. After an exception, wait and call it again, at most once for each of RETRY_WAITS_S.
 
-    Args:
-        where: what is read, for the log.
-        is_worth_it: whether to retry after an exception, given the number of retries so far.
-
-    Raises:
-        Exception: that of the last call.
+    where: what is read, for the log. is_worth_it: whether to retry after an exception, given the number of retries so
+    far. The exception of the last call is raised.
     """
     for num_retries, wait_s in enumerate(RETRY_WAITS_S):
         try:

@@ -10,10 +10,7 @@ CaptionChoice = Literal["first", "random"]
 
 
 class Sample(NamedTuple):
-    """One image with its captions.
-
-    image_HWC: uint8 RGB, square, of the source's size. captions: at least one, the most detailed first.
-    """
+    """An image (uint8 RGB, square, of the source's size) and its captions: at least one, the most detailed first."""
 
     key: str
     image_HWC: np.ndarray
@@ -42,4 +39,3 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`; raises BadSample if it cannot be used, IndexError past the end."""
-        ...

@@ -24,8 +24,7 @@ def split_labels(available: Collection[str], *, split: Split, where: str) -> tup
     """The labels of a data set's own splits to read for `split`, and whether they must still be divided by hash.
 
     Val is read from val, validation, valid or dev; without those from test; without that it is a part of train. A split
-    with another name (extra, unlabeled) is never read; those are told, with their numbers of samples in a Counter.
-    UserError if none of `available` fits.
+    with another name is never read, which is told. UserError if none of `available` fits.
     """
     by_word = {label: label.strip().lower() for label in available}
     train = {label for label, word in by_word.items() if word in TRAIN_WORDS}
@@ -43,10 +42,7 @@ def split_labels(available: Collection[str], *, split: Split, where: str) -> tup
 def choose_samples(
     config: SourceConfig, keys: Iterable[str], *, num_samples: int, split: Split, labels: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Numbers of the samples of `split`, ascending int64, by `labels` (one for each sample) or by hash of the keys.
-
-    UserError if the labels name no train split, or if `split` would be empty.
-    """
+    """Numbers of the samples of `split`, ascending int64, by `labels` (of each) or hash of keys; UserError if none."""
     is_chosen, by_hash = np.ones(num_samples, dtype=bool), True
     if labels is not None:
         wanted, by_hash = split_labels(Counter(labels), split=split, where=config.where)

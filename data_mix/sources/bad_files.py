@@ -25,21 +25,21 @@ class DamagedFile(UserError):
 
 
 class BadFiles:
-    """What one source does not use. reasons: why each unreadable file is skipped; every process finds them again, so a
-    file that became readable is used by the next one. counts: number and first example of every other reason.
+    """What one source does not use. skip: false makes the first unreadable file or record an error.
+
+    reasons: why each file is skipped; every process finds them again, so a file that became readable is used by the
+    next one. counts: number and first example of every other reason.
     """
 
     def __init__(self, source: str, *, skip: bool = True) -> None:
-        """`skip`: false makes the first unreadable file or record an error (`skip_bad_files` of a source)."""
         self.source, self.skip = source, skip
         self.reasons: dict[Path, str] = {}
         self.counts: dict[str, tuple[int, str]] = {}
 
     def read(self, file: Path, action: Callable[[], ResultT]) -> ResultT:
-        """Return `action()`, which reads `file`; retry it after an error.
+        """Return `action()`, which reads `file`, or raise BadSample if it failed now or earlier.
 
-        An error of the system (an OSError with a number) gets all retries, wrong content gets one. BadSample if it
-        failed now or earlier; UserError if it failed and `skip` is false.
+        An error of the system (an OSError with a number) gets all retries, wrong content gets one.
         """
         if file not in self.reasons:
             try:
@@ -51,16 +51,18 @@ class BadFiles:
 
     def add(self, file: Path, reason: str) -> None:
         """Skip `file` from now on, with a warning; UserError where `skip` is false."""
-        if not self.skip:
-            raise UserError(f"source '{self.source}': {reason}; repair the file, or set skip_bad_files=true")
+        self._check_skip(reason)
         self.reasons[file] = reason
         logger.warning("source '%s': skipping the samples of an unreadable file: %s", self.source, printable(reason))
 
     def skip_record(self, reason: str, where: str) -> None:
         """Count a record that cannot be used; UserError where `skip` is false."""
-        if not self.skip:
-            raise UserError(f"source '{self.source}': {where}: {reason}; repair it, or set skip_bad_files=true")
+        self._check_skip(f"{where}: {reason}")
         self.count(reason, where)
+
+    def _check_skip(self, problem: str) -> None:
+        if not self.skip:
+            raise UserError(f"source '{self.source}': {problem}; repair it, or set skip_bad_files=true")
 
     def count(self, reason: str, where: str, *, number: int = 1) -> None:
         """Add `number` to the count of a reason, which is a short fixed phrase; `where` is an example."""
@@ -78,6 +80,5 @@ class BadFiles:
 
 
 def _is_worth_a_retry(error: Exception, num_retries: int) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return True
-    return isinstance(error, OSError | DamagedFile | pa.ArrowException) and num_retries == 0
+    is_of_system = isinstance(error, OSError) and error.errno is not None
+    return is_of_system or (num_retries == 0 and isinstance(error, OSError | DamagedFile | pa.ArrowException))

@@ -18,8 +18,7 @@ class SourceConfig:
     preset: a data set with a known layout, see `data_mix.sources.presets`.
     weight: share of the samples, relative to the other sources.
     val_fraction: share that is kept for validation where the data set has no split of its own.
-    stream: number of training samples to stream from a Hugging Face data set, in its order, without downloading all of
-        it; 0 downloads it.
+    stream: number of training samples to stream from a Hugging Face data set, in its order; 0 downloads it whole.
     skip_bad_files: skip files that cannot be read, with a warning and exact counts; false makes the first one an error.
         A downloaded Hugging Face data set is always read whole.
     """

@@ -1,7 +1,7 @@
 """Indexes of large files: where each sample lies, listed once and then mapped into memory by every process.
 
 Small data is listed whenever it is opened. For more than CACHED_FROM_BYTES, the index is kept in the cache folder under
-a hash of the files' paths, sizes and times. An index is not kept if a file could not be read to its end.
+a hash of the files' paths, sizes and times, unless a file could not be read to its end.
 """
 
 import contextlib
@@ -30,9 +30,7 @@ logger = logging.getLogger(__name__)
 
 CACHED_FROM_BYTES = 256 * 2**20
 VERSION = 3  # of the format of the indexes
-COUNTS = b"counts"  # of what the listing did not use, in the metadata of an index
-CHECKSUM = b"crc32"  # of the columns, in the metadata of an index
-
+COUNTS, CHECKSUM = b"counts", b"crc32"  # in the metadata of an index: of what is not used, and of the columns
 
 ListFile = Callable[[Path, BadFiles], pa.Table]  # lists the samples of a file, and counts what it does not list
 
@@ -76,8 +74,8 @@ class FileIndex:
 
     def key(self, index: int) -> str:
         """The key of a sample: the name of its file, and its own."""
-        row = int(self.rows[index])
-        return self._key(*(self._entries[column][row].as_py() for column in self._columns))
+        entry = self.entry(index)
+        return self._key(*(entry[column] for column in self._columns))
 
     def _key(self, file: int, name: int | bytes, *, separator: str = "#") -> str:
         own = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
@@ -128,15 +126,12 @@ class FileIndex:
 
 def cache_folder() -> Path:
     """$UM3_CACHE, else um3 in $XDG_CACHE_HOME or ~/.cache; machines that share it share the indexes."""
-    if folder := os.environ.get("UM3_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "um3"
+    return Path(os.environ.get("UM3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "um3"))
 
 
 def file_states(files: Sequence[Path]) -> list[tuple[str, int, int]]:
     """Path, size and time of each file."""
-    stats = ((file, file.stat()) for file in files)
-    return [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
 def load_arrow(path: Path) -> pa.Table | None:
@@ -168,7 +163,6 @@ def _save(table: pa.Table, path: Path) -> None:
                 with pa.memory_map(str(partial)) as file:
                     checksum = _checksum(pa.ipc.open_file(file).read_all())
                 table = table.replace_schema_metadata({**(table.schema.metadata or {}), CHECKSUM: checksum})
+        logger.info("%d samples indexed in %s", len(table), path)
     except OSError as error:
         logger.warning("cannot keep an index in %s (%s); set UM3_CACHE to a writable folder", path.parent, error)
-    else:
-        logger.info("%d samples indexed in %s", len(table), path)

@@ -56,10 +56,7 @@ def list_files(path: str, *, suffixes: Sequence[str], source: str) -> list[Path]
 
 
 def file_keys(files: Sequence[str | Path], path: str) -> list[str]:
-    """Name of each file, relative to the folder that was asked for, else to the deepest folder that holds them all.
-
-    So no two files share a name, and a data set that moves as a whole keeps its names and splits.
-    """
+    """Name of each file, relative to the folder that was asked for, else to the deepest folder that holds them all."""
     root = Path(path) if Path(path).is_dir() else os.path.commonpath([Path(file).parent for file in files])
     prefix = os.path.join(root, "")
     return [str(file).removeprefix(prefix) for file in files]
@@ -94,16 +91,13 @@ def hub_place(path: str) -> tuple[str, str | None, str | None]:
 
 
 def image_kind(config: ImageSourceConfig) -> ImageKind:
-    """`config.kind`; `auto` is derived from the path, or else from the name.
-
-    UserError if the kind is unclear, or does not fit the path or `stream`.
-    """
+    """`config.kind`; `auto` is derived from path or name. UserError if unclear or unfit for the path or `stream`."""
     default = config.name if config.name in ("scenes", "digits") else ""
     return cast(ImageKind, _kind(config, IMAGE_KINDS, generated=("scenes", "digits"), default=default))
 
 
 def text_kind(config: TextSourceConfig) -> TextKind:
-    """`config.kind`; `auto` is derived from the path. The errors are those of `image_kind`."""
+    """The same for texts, whose default is the built-in prose."""
     return cast(TextKind, _kind(config, TEXT_KINDS, generated=("python_docs",), default="python_docs"))
 
 
@@ -114,8 +108,9 @@ def _kind(config: SourceConfig, kinds: Sequence[str], *, generated: Sequence[str
     if not kind:
         raise UserError(f"{config.where} has no path; give one, or set kind to {' or '.join(generated)}")
     if bool(config.path) == (kind in generated):
-        needs = "takes no" if config.path else "needs a"
-        raise UserError(f"{config.where}: kind={kind} {needs} path; set path or kind")
+        raise UserError(
+            f"{config.where}: kind={kind} {'takes no' if config.path else 'needs a'} path; set path or kind"
+        )
     if config.stream and kind != "hub":
         raise UserError(f"{config.where}: stream={config.stream} is for kind=hub, not kind={kind}; set stream=0")
     return kind
@@ -128,16 +123,10 @@ def _kind_of_path(config: SourceConfig, kinds: Sequence[str]) -> str:
     found = [kind for kind in kinds if any(name.endswith(FILE_KINDS[kind]) for name in names)]
     if len(found) > 1 and is_image:
         raise UserError(f"{config.where}: both .parquet and .tar files are there; set kind")
-    if found:
-        return found[0]
-    if is_folder and is_image:
-        return "folder"
-    if looks_like_hub(path):
-        return "hub"
-    raise UserError(
-        f"{config.where}: neither a folder nor {', '.join(suffixes)} (file, folder or glob) nor a Hugging Face data "
-        "set (owner/name); check the path or set kind"
-    )
+    if found or (is_folder and is_image) or looks_like_hub(path):
+        return found[0] if found else "folder" if is_folder else "hub"
+    allowed = f"a folder nor {', '.join(suffixes)} (file, folder or glob) nor a Hugging Face data set (owner/name)"
+    raise UserError(f"{config.where}: neither {allowed}; check the path or set kind")
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -155,10 +144,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
     """The JSON object of a line; ValueError for anything else."""
     try:
         record = json.loads(line)
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"has: {type(record).__name__}")
     return record

@@ -23,14 +23,11 @@ CONTENT_BYTES = 2**16  # of each: all of a caption, the statistics of a parquet 
 def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
     """Short hash of a source's config, of `values`, and of name, size and (of few) content of every file that is read.
 
-    The weight does not count: how often a sample is drawn does not change the sample. Times and the folder of files on
-    this disk do not count either: data may move.
+    Not of the weight: how often a sample is drawn does not change the sample. Not of times and the folder of files on
+    this disk: data may move. Not of settings that are not used: a new setting keeps what was made before it.
     """
-    settings = to_dict(config)
-    del settings["weight"]
-    # Settings that are not used do not count either, so that a new setting keeps what was made before it.
-    settings = {name: value for name, value in settings.items() if value not in ("", 0)}
-    read: dict[str, list[tuple[str, int, str]]] = {}  # data may move: the files stand in place of their paths
+    settings = {name: value for name, value in to_dict(config).items() if name != "weight" and value not in ("", 0)}
+    read: dict[str, list[tuple[str, int, str]]] = {}  # the files stand in place of their paths
     for path, files in _files_read(config):
         read[path] = []
         for name, file in zip(file_keys(files, path), files, strict=True):

@@ -1,7 +1,7 @@
 """Hugging Face data sets, streamed file after file in their own order, without a download of the whole data set.
 
-Reading the samples in order reads every byte once. To resume, keep `HubStream.state()` beside what was made of the
-samples: the next process starts with the file in which the last one stopped.
+Reading in order reads every byte once. To resume, keep `HubStream.state()` beside what was made of the samples: the
+next process starts with the file in which the last one stopped.
 """
 
 import bisect
@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import UNREADABLE, BadFiles
 from data_mix.sources.config import SourceConfig
 from data_mix.sources.files import hub_place
-from data_mix.sources.tables import IMAGE_FOLDER, ROWS_AT_ONCE
+from data_mix.sources.tables import IMAGE_FOLDER, ROWS_AT_ONCE, TableSplit, open_hub, open_parquet
 from data_mix.splits import split_labels
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -66,17 +66,14 @@ class HubStream:
     """One split of a streamed data set, with the interface of `data_mix.sources.tables.TableSplit`.
 
     The data set is opened when a row is first read. Train has `config.stream` rows, val `val_fraction` times as many.
-    Without a val split in the data set, its first rows are val and the next are train.
-
-    A file that fails is retried and then skipped, unless other files cannot be read either. Its rows before the failure
-    are used; its other rows have no number, unless an earlier process read them.
+    Without a val split in the data set, its first rows are val and the next are train. A file that fails is retried and
+    then skipped, unless other files cannot be read either. Its rows before the failure are used; its other rows have no
+    number, unless an earlier process read them.
     """
 
-    def __init__(
-        self, config: SourceConfig, *, split: Split, check: Callable[[pa.Schema], object] | None = None
-    ) -> None:
-        """`check` is called with the schema when the data set is opened. UserError if val would be empty."""
-        self.path, self.where, self.split, self._check = config.path, config.where, split, check
+    def __init__(self, config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[str]], split: Split) -> None:
+        """`pick` checks the schema when the data set is opened. UserError if val would be empty."""
+        self.path, self.where, self.split, self._pick = config.path, config.where, split, pick
         self.bad_files = BadFiles(config.name, skip=config.skip_bad_files)
         self._num_val = math.ceil(config.stream * config.val_fraction)
         self._num_rows = config.stream if split == "train" else self._num_val
@@ -94,16 +91,12 @@ class HubStream:
         return f"{self.path}/{self._files.label}#{self._files.first + index}"
 
     def value(self, index: int, *, column: str) -> Any:
-        """The Python value of one cell.
-
-        BadSample if the data set ends before it (PastTheEnd) or its file became unreadable; UserError if the data set
-        cannot be opened, or not be read after retries.
-        """
+        """The Python value of one cell; BadSample if the set ends before it (PastTheEnd) or its file is unreadable."""
         return self._record(self._files.first + index).get(column)
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns, from the description of the data set or its first rows."""
+        """From the description of the data set or its first rows."""
         return self._files.schema
 
     @property
@@ -146,8 +139,6 @@ class HubStream:
         self.bad_files.reasons |= {Path(file): reason for file, reason in state["bad_files"].items()}
         return True
 
-    # --- rows
-
     def _record(self, row: int) -> dict[str, Any]:
         current, record = self._current
         if row < self._end and (not 0 <= current <= row or self._file_of(row) != self._file_of(current)):
@@ -181,11 +172,11 @@ class HubStream:
                 number += 1
             if end is not None:
                 yield from ((missing, None) for missing in range(max(number, row), end))
-                continue
-            self._starts.append(number)
-            num_missing = self._files.first + self._num_rows - number
-            if num_missing > 0 and number == self._end:
-                logger.warning("%s: ends after %d rows, %d fewer than stream=", self.where, number, num_missing)
+            else:
+                self._starts.append(number)
+                num_missing = self._files.first + self._num_rows - number
+                if num_missing > 0 and number == self._end:
+                    logger.warning("%s: ends after %d rows, %d fewer than stream=", self.where, number, num_missing)
 
     def _records(self, file: int) -> Iterator[dict[str, Any]]:
         """The rows of a file, until its end or the first that cannot be read."""
@@ -195,13 +186,10 @@ class HubStream:
 
         def read_next() -> dict[str, Any] | None:
             nonlocal records
-            try:
-                if records is None:
-                    records = itertools.islice(self._files.rows(file), num_read, None)
-                return next(records, None)
-            except Exception:
-                records = None
-                raise
+            reader, records = records or itertools.islice(self._files.rows(file), num_read, None), None
+            record = next(reader, None)
+            records = reader  # not after an error, which ends a reader
+            return record
 
         while True:
             try:
@@ -231,8 +219,6 @@ class HubStream:
                     return True
         return False
 
-    # --- the data set
-
     @functools.cached_property
     def _files(self) -> HubFiles:
         import datasets
@@ -251,20 +237,26 @@ class HubStream:
             schema = features.arrow_schema if features is not None else pa.Table.from_pylist(list(rows)).schema
         except UserError:
             raise
-        except Exception as error:
-            # A mistake of the user ends in an exception of the hub client, requests, pyarrow or the builder.
+        except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
             raise UserError(f"{self.where}: cannot open the Hugging Face data set: {one_line(error)}") from None
-        if self._check is not None:
-            self._check(schema)
+        self._pick(schema)
         label, data_files = "+".join(sorted(labels)), builder.config.data_files or {}
-        names = [str(file) for part in sorted(labels) for file in data_files.get(part, [])]
-        # The names on the hub hold their commit.
+        names = [str(file) for part in sorted(labels) for file in data_files.get(part, [])]  # with the hub's commit
         sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in names]
         digest = short_hash(label, config, names, sizes)
         if len(names) != (num_files := sum(part.num_shards for part in parts)):
             names = [f"{self.path}/{label}/{number}" for number in range(num_files)]
         first = self._num_val if by_hash and self.split == "train" else 0
         return HubFiles(label, parts, names, digest, schema, first, has_files=builder.name == IMAGE_FOLDER)
+
+
+def open_rows(
+    config: SourceConfig, *, kind: str, pick: Callable[[pa.Schema], Iterable[str]], split: Split
+) -> TableSplit | HubStream:
+    """The rows of a source of kind parquet or hub; `pick` names the columns of a schema to read, or refuses it."""
+    if kind == "parquet":
+        return open_parquet(config, pick=pick, split=split)
+    return (HubStream if config.stream else open_hub)(config, pick=pick, split=split)
 
 
 def hub_stream(source: object) -> HubStream | None:

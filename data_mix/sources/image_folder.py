@@ -4,15 +4,14 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles
 from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.files import file_keys, match_names, read_records
-from data_mix.sources.images import ImageReader, caption_field
+from data_mix.sources.images import CaptionTable, ImageReader, caption_field
 from data_mix.splits import SPLIT_WORDS, choose_samples
 from um3.core.errors import UserError
 from um3.core.files import walk_files
@@ -24,32 +23,8 @@ COCO_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train", "restval"), "val
 METADATA_FILE = "metadata.jsonl"
 
 
-class ImageFiles(ImageReader):
-    """Images with the paths `_keys` below the folder `_root`."""
-
-    _root: Path
-    _keys: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _key(self, index: int) -> str:
-        return self._keys[index]
-
-    def _image(self, index: int) -> Path:
-        return self._root / self._keys[index]
-
-
-class FolderFiles(NamedTuple):
-    """The files of a folder that are read. sidecars: image -> .txt file of the same name; metadata: metadata.jsonl."""
-
-    images: list[str]
-    sidecars: dict[str, str]
-    metadata: list[str]
-
-
-def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> FolderFiles:
-    """The images of a source of kind folder and, where it reads them, the files of their captions."""
+def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> tuple[list[str], dict[str, str], list[str]]:
+    """The files of a source of kind folder that it reads: images, image -> .txt of the same name, metadata.jsonl."""
     suffixes = (*SUFFIXES, ".txt", METADATA_FILE) if config.has_captions and not config.captions else SUFFIXES
     images, texts, metadata = dict[str, str](), dict[str, str](), list[str]()  # stem by path, and path by stem
     for path in map(str, walk_files(config.path, suffixes=suffixes)):
@@ -65,47 +40,70 @@ def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> FolderFile
     if num_shared := len(sidecars) - len(set(sidecars.values())):
         text = Counter(sidecars.values()).most_common(1)[0][0]
         bad_files.count("several images with one .txt", text, number=num_shared)
-    return FolderFiles(list(images), sidecars, metadata)
+    return list(images), sidecars, metadata
+
+
+class ImageFiles(ImageReader):
+    """Images with the paths `_rows` below the folder `_root`. _values: their captions, or the path of a .txt file."""
+
+    _rows: list[str]
+
+    def __init__(self, config: ImageSourceConfig, *, size: int) -> None:
+        super().__init__(config, size=size)
+        self._root, self._rows, self._values = Path(config.path), [], list[Any]()
+
+    def _key(self, index: int) -> str:
+        return self._rows[index]
+
+    def _image(self, index: int) -> Path:
+        return self._root / self._rows[index]
+
+    def _captions(self, index: int) -> Any:
+        value = self._values[index]
+        if value is None:
+            raise BadSample("no caption", detail=self._rows[index])
+        try:
+            return text_lines(Path(value).read_bytes().decode("utf-8-sig")) if isinstance(value, str) else value
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSample("unreadable caption", detail=f"{value}: {error}") from None
 
 
 # Not the `imagefolder` of `datasets`: it takes no captions from .txt files, drops without a word every image that
 # metadata.jsonl does not name (2 of 3 in a trial), and gives the label of a folder instead of the split words below.
 class FolderImages(ImageFiles):
-    """Every image below a folder, with captions from metadata.jsonl or from a .txt file of the same name.
+    """Every image below a folder, with captions from metadata.jsonl or from the lines of a .txt file of the same name.
 
-    A metadata.jsonl may lie in any folder and describes the files in and below it: {"file_name": ..., "caption" or
-    "captions" or "text": ...}. In a .txt file every line is a caption. If every image lies in a top folder called
-    train, val, validation or test, these are the splits; otherwise the hash of the path decides.
+    A metadata.jsonl may lie in any folder and describes the files in and below it: {"file_name": ..., "caption": ...}.
+    If every image lies in a top folder called train, val, validation or test, these are the splits, else the hash of
+    the path decides.
     """
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
-        self._root = Path(config.path)
         if not self._root.is_dir():
             raise UserError(f"source '{config.name}': there is no folder '{config.path}'; check the path")
         images, sidecars, metadata = list_folder(config, bad_files=self.bad_files)
         if not images:
             raise UserError(f"{config.where}: no {' or '.join(SUFFIXES)} file in it; check the path")
         captions = self._read_metadata(images, metadata)
-        if config.has_captions and not config.captions:
-            without = [image for image in images if image not in captions and image not in sidecars]
+        without = [image for image in images if image not in captions and image not in sidecars]
+        if without and config.has_captions and not config.captions:
             if len(without) == len(images):
                 counts = self.bad_files.summary()
+                remedy = f"put a .txt of the same name beside each, or a {METADATA_FILE} with file_name and caption"
                 raise UserError(
-                    f"{config.where}: none of its {len(images)} images has a caption{counts and f' ({counts})'}; put a "
-                    f".txt of the same name beside each, or a {METADATA_FILE} with file_name and caption, or set "
-                    "has_captions=false if you need none"
+                    f"{config.where}: none of its {len(images)} images has a caption{counts and f' ({counts})'}; "
+                    f"{remedy}, or set has_captions=false if you need none"
                 )
-            if without:
-                self.bad_files.count("no caption", without[0], number=len(without))
+            self.bad_files.count("no caption", without[0], number=len(without))
         keys = file_keys(images, config.path)
-        top_folders = [key.split("/")[0].lower() if "/" in key else "" for key in keys]
+        top_folders = [key.rpartition("/")[0].split("/")[0].lower() for key in keys]
         labels = top_folders if SPLIT_WORDS.issuperset(top_folders) else None
         chosen = choose_samples(config, keys, num_samples=len(keys), split=split, labels=labels)
-        self._open_captions(config, keys, chosen)
-        self._keys = [keys[number] for number in chosen]
-        paths = [images[number] for number in chosen]
-        self._values = [captions.get(path, sidecars.get(path)) for path in paths]  # captions, or the path of a sidecar
+        if config.captions and config.has_captions:
+            self._caption_table = CaptionTable(config, keys, chosen, bad_files=self.bad_files)
+        self._rows = [keys[number] for number in chosen]
+        self._values = [captions.get(images[number], sidecars.get(images[number])) for number in chosen]
 
     def _read_metadata(self, images: list[str], files: list[str]) -> dict[str, list[Any]]:
         """Image -> captions as written, from all lines that name the image."""
@@ -121,15 +119,6 @@ class FolderImages(ImageFiles):
             self.bad_files.count("names no image", name)
         return {image: captions[name] for image, name in matches.items()}
 
-    def _captions(self, index: int) -> Any:
-        value = self._values[index]
-        if value is None:
-            raise BadSample("no caption", detail=self._keys[index])
-        try:
-            return text_lines(Path(value).read_bytes().decode("utf-8-sig")) if isinstance(value, str) else value
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadSample("unreadable caption", detail=f"{value}: {error}") from None
-
 
 def _name_and_caption(record: dict[str, Any]) -> tuple[str, Any]:
     if not isinstance(name := record["file_name"], str):
@@ -142,7 +131,6 @@ class CocoImages(ImageFiles):
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
-        self._root, self._keys, self._sentences = Path(config.path), [], []
         file = self._root / COCO_FILE
         try:
             images = json.loads(file.read_bytes())["images"]
@@ -150,8 +138,8 @@ class CocoImages(ImageFiles):
                 try:
                     if image["split"] in COCO_SPLITS[split]:
                         sentences = [sentence["raw"] for sentence in image["sentences"]]
-                        self._keys.append(f"{image['filepath']}/{image['filename']}")
-                        self._sentences.append(sentences)
+                        self._rows.append(f"{image['filepath']}/{image['filename']}")
+                        self._values.append(sentences)
                 except (KeyError, TypeError) as error:
                     self.bad_files.skip_record("no split, file or sentences", f"image {number} of {file} ({error})")
         except FileNotFoundError:
@@ -159,8 +147,5 @@ class CocoImages(ImageFiles):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"source '{config.name}': '{file}' is not in Karpathy's format ({reason})") from None
-        if not self._keys:
+        if not self._rows:
             raise UserError(f"{config.where}: {COCO_FILE} has no image of {' or '.join(COCO_SPLITS[split])}; add data")
-
-    def _captions(self, index: int) -> Any:
-        return self._sentences[index]

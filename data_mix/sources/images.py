@@ -37,6 +37,7 @@ CACHE_BYTES = 256 * 2**20  # limit for the decoded images that a source keeps
 class ImageReader(ABC):
     """An image source that reads files: find the bytes and captions of an index, decode, crop to a square, cache."""
 
+    _rows: Any  # lists the samples of the split; has a length and `key(index)`
     stream: "HubStream | None" = None
     fingerprint: Callable[[], str]
 
@@ -46,16 +47,11 @@ class ImageReader(ABC):
         self._caption_table: CaptionTable | None = None
         self._decoded: dict[int, Sample] = {}
 
-    def _open_captions(self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray) -> None:
-        """Read `config.captions` for images with these paths, of which those of the numbers `chosen` are used."""
-        if config.captions and config.has_captions:
-            self._caption_table = CaptionTable(config, paths, chosen, bad_files=self.bad_files)
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def _key(self, index: int) -> str: ...
+    def _key(self, index: int) -> str:
+        return str(self._rows.key(index))
 
     @abstractmethod
     def _image(self, index: int) -> Path | bytes:
@@ -84,45 +80,32 @@ class ImageReader(ABC):
         return sample
 
     def captions_of(self, index: int) -> tuple[str, ...]:
-        """The captions of an image without reading the image; raises BadSample if it has none.
+        """The captions of an image without reading it, each on one line, without repeated ones; BadSample without any.
 
-        Without `has_captions`, every image has one empty caption.
+        Without `has_captions`, every image has one empty caption. A whole number, as of a class, is a caption.
         """
         if not self.has_captions:
             return ("",)
-        key = self._key(index)
         value = self._captions(index) if self._caption_table is None else self._caption_table.value(index)
-        return clean_captions(value, key=key)
-
-
-def clean_captions(value: Any, *, key: str) -> tuple[str, ...]:
-    """The captions in `value`, each on one line, without blank and repeated ones; BadSample if there is none.
-
-    A whole number, as of a class, is a caption.
-    """
-    texts = value if isinstance(value, list | tuple) else [value]
-    captions = dict.fromkeys(" ".join(valid_text(str(text)).split()) for text in texts if type(text) in (str, int))
-    captions.pop("", None)
-    if not captions:
-        raise BadSample("empty caption", detail=key)
-    return tuple(captions)
+        texts = value if isinstance(value, list | tuple) else [value]
+        captions = dict.fromkeys(" ".join(valid_text(str(text)).split()) for text in texts if type(text) in (str, int))
+        captions.pop("", None)
+        if not captions:
+            raise BadSample("empty caption", detail=self._key(index))
+        return tuple(captions)
 
 
 class CaptionTable:
     """The captions of images by their file names (sa_223750.jpg), or by the whole numbers in which those end (223750).
 
     Names are compared without the suffix of an image, and without folders if that tells all images and all names apart,
-    else with as many folders as it takes, and at last with the suffix. All is matched at once in Arrow: 11M captions
-    need no dictionary, and they stay in the chunks in which they were read.
+    else with as many folders as it takes, and at last with the suffix. Arrow matches all at once, for 11M captions.
     """
 
     def __init__(
         self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray, *, bad_files: BadFiles
     ) -> None:
-        """Read `config.captions` for all images of a source, of which those with the numbers `chosen` are used.
-
-        UserError if a file cannot be read or has no such columns, if no name fits, or if a name fits two images.
-        """
+        """Read `config.captions` for all images of a source, of which those with the numbers `chosen` are used."""
         self._where = f"source '{config.name}': captions '{config.captions}'"
         files = list_files(config.captions, suffixes=CAPTION_SUFFIXES, source=config.name)
         try:
@@ -158,10 +141,8 @@ class CaptionTable:
         key = next((name for name in KEY_COLUMNS if name in names), "")
         caption = column or next((name for name in CAPTION_FIELDS if name in names), "")
         if not key or caption not in names:
-            raise UserError(
-                f"{self._where} need a column of {', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_FIELDS)} (or "
-                f"set caption_column); the columns are {', '.join(names)}"
-            )
+            wanted = f"{', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_FIELDS)} (or set caption_column)"
+            raise UserError(f"{self._where} need a column of {wanted}; the columns are {', '.join(names)}")
         keys, captions = (table.read([key, caption]) if is_parquet else table).select([key, caption]).columns
         is_list = pa.types.is_list(captions.type) or pa.types.is_large_list(captions.type)
         captions = captions.cast(pa.list_(pa.large_string()) if is_list else pa.large_string())

@@ -16,10 +16,9 @@ ConfigT = TypeVar("ConfigT", bound=SourceConfig)
 
 @dataclass(frozen=True)
 class Preset:
-    """One data set.
+    """A data set: what its path holds, and its licence in the words of its distributors; read it before use.
 
-    layout: what the path holds. licence: in the words of its distributors; read it before use. settings: the values
-    for the source's config. needs: settings that the config must give as well.
+    settings: the values for the source's config. needs: settings that the config must give as well.
     """
 
     layout: str
@@ -71,10 +70,7 @@ TEXT_PRESETS = {
 
 
 def apply_preset(config: ConfigT, *, presets: dict[str, Preset]) -> ConfigT:
-    """Fill in the settings of `config.preset` for every field that has its default value.
-
-    UserError if there is no such preset, or a setting that it needs is missing.
-    """
+    """Fill in the settings of `config.preset` for every field that has its default value; UserError without any."""
     if not config.preset:
         return config
     if config.preset not in presets:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -42,34 +42,17 @@ Fits = Callable[[pa.DataType], bool]
 
 
 class TableSplit:
-    """The rows of one split of a table.
+    """The rows of one split of a table, of which no file is read after it was opened.
 
-    bad_files: the files that could not be read when it was opened; afterwards no file is read.
     read_file: reads an image that is a file of its own, downloaded with the table; None for another table, whose paths
-        come from its author and are not followed.
+    come from its author and are not followed.
     """
 
-    def __init__(
-        self,
-        table: pa.Table,
-        *,
-        config: SourceConfig,
-        split: Split,
-        files: Mapping[str, int],
-        labels: Sequence[str] | None = None,
-        by_hash: bool,
-        bad_files: BadFiles | None = None,
-        has_files: bool = False,
-    ) -> None:
-        """files: names and numbers of rows of its files. labels: the split of each row, else by hash if `by_hash`."""
-        self._table, self.schema = table, table.schema
-        self.read_file = Path if has_files else None
-        self.bad_files = bad_files or BadFiles(config.name)
+    def __init__(self, table: pa.Table, rows: np.ndarray, *, files: Mapping[str, int], bad_files: BadFiles) -> None:
+        """rows: the numbers of the rows of the split. files: names and numbers of rows of the table's files."""
+        self._table, self.schema, self._rows, self.bad_files = table, table.schema, rows, bad_files
+        self.read_file: Callable[[str], Path] | None = None
         self._names, self._starts = list(files), [0, *np.cumsum(list(files.values())).tolist()]
-        self._rows = np.arange(table.num_rows)
-        if labels is not None or by_hash:
-            keys = (f"{name}#{row}" for name, count in files.items() for row in range(count))
-            self._rows = choose_samples(config, keys, num_samples=table.num_rows, split=split, labels=labels)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,10 +81,7 @@ class TableSplit:
 
 
 def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[str]], split: Split) -> TableSplit:
-    """The rows of `split` with the columns that `pick` chooses in the schema of all files; damaged files are skipped.
-
-    UserError if no file can be read, or if the files have different columns.
-    """
+    """The rows of `split`, with the columns that `pick` chooses in the schema of all files that can be read."""
     files = list_files(config.path, suffixes=FILE_KINDS["parquet"], source=config.name)
     bad_files = BadFiles(config.name, skip=config.skip_bad_files)
     schemas: dict[Path, pa.Schema] = {}
@@ -114,10 +94,8 @@ def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[s
                 types[field.name] = _common_type(types.get(field.name, pa.null()), field.type)
     if not schemas:
         raise UserError(f"source '{config.name}': cannot read parquet: {bad_files.reasons[files[0]]}")
-    columns = list(
-        dict.fromkeys([*filter(None, pick(pa.schema(list(types.items())))), *({SPLIT_COLUMN} & types.keys())])
-    )
-    schema = pa.schema([(column, types[column]) for column in columns])
+    columns = list(dict.fromkeys([*filter(None, pick(pa.schema(types))), *({SPLIT_COLUMN} & types.keys())]))
+    schema = pa.schema({column: types[column] for column in columns})
     for file in schemas:
         if missing := set(columns) - set(schemas[file].names):
             raise UserError(f"{config.where}: '{file}' has no column '{missing.pop()}', which other files have")
@@ -139,7 +117,12 @@ def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[s
     labels = _labels_of_names(counts)
     if SPLIT_COLUMN in columns:
         labels = [str(label) for label in table.column(SPLIT_COLUMN).to_pylist()]
-    return TableSplit(table, config=config, split=split, files=counts, labels=labels, by_hash=True, bad_files=bad_files)
+    rows = choose_samples(config, _keys(counts), num_samples=len(table), split=split, labels=labels)
+    return TableSplit(table, rows, files=counts, bad_files=bad_files)
+
+
+def _keys(files: Mapping[str, int]) -> Iterator[str]:
+    return (f"{name}#{row}" for name, num_rows in files.items() for row in range(num_rows))
 
 
 def _read_footer(file: Path) -> tuple[pa.Schema, int]:
@@ -150,17 +133,16 @@ def _read_footer(file: Path) -> tuple[pa.Schema, int]:
 
 def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     """The type of a column in all files: without nulls and dictionaries, and large strings for strings of two kinds."""
-    if pa.types.is_dictionary(second):
-        second = second.value_type
-    if pa.types.is_null(first) or pa.types.is_null(second):
-        return second if pa.types.is_null(first) else first
+    second = second.value_type if pa.types.is_dictionary(second) else second
+    if pa.types.is_null(first):
+        return second
     return pa.large_string() if first != second and holds_text(first) and holds_text(second) else first
 
 
 def _read(files: Sequence[Path], *, schema: pa.Schema) -> pa.Table:
     """All rows of all files: in memory, or mapped from a copy that is made once."""
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        return pa.concat_tables([_read_file(file, schema) for file in files])
+        return pa.Table.from_batches((batch for file in files for batch in _batches(file, schema)), schema)
     # Not `datasets`: it reads row groups whole, but Arrow cannot hold 2 GiB of images in one; it takes names for
     # patterns and the first file for the schema, and it never replaces a damaged copy.
     path = cache_folder() / "tables" / f"{short_hash(file_states(files), str(schema))}.arrow"
@@ -179,14 +161,6 @@ def _read(files: Sequence[Path], *, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _read_file(file: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        with file.open("rb") as data:
-            return pq.ParquetFile(data).read(schema.names).select(schema.names).cast(schema)
-    except pa.ArrowException:  # also for more than 2 GiB of images in one row group
-        return pa.Table.from_batches(_batches(file, schema), schema)
-
-
 def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """All rows of a file, some at a time."""
     num_rows = ROWS_AT_ONCE if any(map(_holds_images, schema.types)) else 16 * ROWS_AT_ONCE
@@ -203,8 +177,8 @@ def _labels_of_names(files: Mapping[str, int]) -> list[str] | None:
     return [first for (first, *_), count in zip(words, files.values(), strict=True) for _ in range(count)]
 
 
-def open_hub(config: SourceConfig, *, split: Split) -> TableSplit:
-    """A Hugging Face data set, downloaded whole; none of its code is run. UserError if it cannot be opened."""
+def open_hub(config: SourceConfig, *, pick: Callable[[pa.Schema], object], split: Split) -> TableSplit:
+    """A Hugging Face data set, downloaded whole; none of its code is run. `pick` checks its schema."""
     import datasets
 
     name, revision, hub_config = hub_place(config.path)
@@ -214,17 +188,17 @@ def open_hub(config: SourceConfig, *, split: Split) -> TableSplit:
         parts = [datasets.load_dataset(name, hub_config, split=label, revision=revision) for label in sorted(labels)]
     except UserError:
         raise
-    except Exception as error:
-        # A mistake of the user ends in an exception of the hub client, requests, pyarrow or the builder.
+    except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
         raise UserError(f"{config.where}: cannot open the Hugging Face data set: {one_line(error)}") from None
-    return TableSplit(
-        pa.concat_tables([part.with_format("arrow")[:] for part in parts]),
-        config=config,
-        split=split,
-        files={f"{config.path}/{label}": len(part) for label, part in zip(sorted(labels), parts, strict=True)},
-        by_hash=by_hash,
-        has_files=parts[0].info.builder_name == IMAGE_FOLDER,
-    )
+    table = pa.concat_tables([part.with_format("arrow")[:] for part in parts])
+    pick(table.schema)
+    files = {f"{config.path}/{label}": len(part) for label, part in zip(sorted(labels), parts, strict=True)}
+    chosen = np.arange(len(table))
+    if by_hash:
+        chosen = choose_samples(config, _keys(files), num_samples=len(table), split=split)
+    rows = TableSplit(table, chosen, files=files, bad_files=BadFiles(config.name))
+    rows.read_file = Path if parts[0].info.builder_name == IMAGE_FOLDER else None
+    return rows
 
 
 class TableImages(ImageReader):
@@ -238,17 +212,11 @@ class TableImages(ImageReader):
         self.stream = None if isinstance(rows, TableSplit) else rows
         self._image_column, self._caption_column = columns
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def _key(self, index: int) -> str:
-        return self._rows.key(index)
-
     def _image(self, index: int) -> Path | bytes:
         value = self._rows.value(index, column=self._image_column)
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if not data and path and self._rows.read_file is not None:
-            return self._rows.read_file(path)
+            return cast(Path | bytes, self._rows.read_file(path))
         if not data:
             raise BadSample("no image", detail=self._key(index))
         return data
@@ -258,24 +226,22 @@ class TableImages(ImageReader):
 
 
 def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool = False) -> tuple[str, str]:
-    """The names of the image and the caption column: those of the config, else found by name and type.
+    """The names of the image and the caption column ("" without `has_captions`), else found by name and type.
 
-    Without `has_captions` the caption column is empty. With `classes` captions may be whole numbers. UserError if a
-    column is missing or of another type, or cannot be found.
+    With `classes` captions may be whole numbers. UserError if a column is missing, of another type or cannot be found.
     """
 
     def column(setting: str, words: Sequence[str], fits: Fits, expected: str) -> str:
         fitting = {field.name.lower(): field.name for field in schema if fits(field.type)}
         name = getattr(config, setting) or next((fitting[word] for word in words if word in fitting), "")
-        if not name and fits is _holds_images and len(fitting) == 1:
-            name = next(iter(fitting.values()))
+        if fits is _holds_images and len(fitting) == 1:
+            name = name or next(iter(fitting.values()))
         if not name:
             has_links = fits is _holds_images and {"url", "image_url"} & {name.lower() for name in schema.names}
             remedy = "download its links with img2dataset --output_format webdataset" if has_links else f"set {setting}"
-            what, names = setting.replace("_", " "), ", ".join(schema.names)
-            raise UserError(f"{config.where}: cannot tell the {what} among {names}; {remedy}")
-        check_column(config, schema, name, fits=fits, expected=expected, setting=setting)
-        return name
+            tried = f"the {setting.replace('_', ' ')} among {', '.join(schema.names)}"
+            raise UserError(f"{config.where}: cannot tell {tried}; {remedy}")
+        return check_column(config, schema, column=name, fits=fits, expected=expected, setting=setting)[0]
 
     def is_caption(kind: pa.DataType) -> bool:
         return holds_text(kind, lists=True) or (classes and pa.types.is_integer(kind))
@@ -287,14 +253,15 @@ def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool
 
 
 def check_column(
-    config: SourceConfig, schema: pa.Schema, column: str, *, fits: Fits, expected: str, setting: str
-) -> None:
-    """UserError unless the table has `column` and its type `fits`; the message names the config key `setting`."""
+    config: SourceConfig, schema: pa.Schema, *, column: str, fits: Fits, expected: str, setting: str
+) -> tuple[str]:
+    """`column`; UserError unless the table has it and its type `fits`. `setting`: its config key, for messages."""
     if column not in schema.names:
         raise UserError(f"{config.where}: no column '{column}' (has: {', '.join(schema.names)}); set {setting}")
     kind = schema.field(column).type
     if not fits(kind):
         raise UserError(f"{config.where}: column '{column}' holds {kind}, not {expected}; set {setting}")
+    return (column,)
 
 
 def holds_text(kind: pa.DataType, *, lists: bool = False) -> bool:

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -16,14 +16,12 @@ from data_mix.sources.bad_files import BadFiles, DamagedFile
 from data_mix.sources.config import TextSourceConfig
 from data_mix.sources.file_index import FileIndex
 from data_mix.sources.files import FILE_KINDS, file_keys, list_files, parse_record, read_lines, text_kind
-from data_mix.sources.hub_streaming import HubStream
+from data_mix.sources.hub_streaming import HubStream, open_rows
 from data_mix.sources.presets import TEXT_PRESETS, apply_preset
-from data_mix.sources.tables import TableSplit, check_column, holds_text, open_hub, open_parquet
+from data_mix.sources.tables import TableSplit, check_column, holds_text
 from data_mix.splits import choose_samples
 from um3.core.errors import UserError
 from um3.core.text import valid_text
-
-__all__ = ["TextSource", "TextSourceConfig", "open_text_source", "readable_texts"]
 
 INDEX_SCHEMA = pa.schema({"offset": pa.int64()})  # byte offset of each document
 PASSAGE_CHARS = 4000  # a plain text file is cut between paragraphs into documents of about this length
@@ -36,7 +34,6 @@ class TextSource(Protocol):
     name: str
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> str: ...
 
 
@@ -55,19 +52,8 @@ def _open(config: TextSourceConfig, *, split: Split) -> "ListDocuments | JsonlDo
         documents = list(_passages(config, bad_files) if kind == "txt" else python_documents())
         chosen = choose_samples(config, (key for key, _ in documents), num_samples=len(documents), split=split)
         return ListDocuments(config.name, [documents[number][1] for number in chosen], bad_files=bad_files)
-
-    def columns(schema: pa.Schema) -> list[str]:
-        check_column(config, schema, config.field, fits=holds_text, expected="text", setting="field")
-        return [config.field]
-
-    rows: TableSplit | HubStream
-    if kind == "parquet":
-        rows = open_parquet(config, pick=columns, split=split)
-    elif config.stream:
-        rows = HubStream(config, split=split, check=columns)
-    else:
-        rows = open_hub(config, split=split)
-        columns(rows.schema)
+    options: dict[str, Any] = {"column": config.field, "fits": holds_text, "expected": "text", "setting": "field"}
+    rows = open_rows(config, kind=kind, pick=functools.partial(check_column, config, **options), split=split)
     if isinstance(rows, TableSplit):
         rows.skip_nulls(config.field)
     return TableDocuments(config, rows)
@@ -120,7 +106,7 @@ def _cut(block: str) -> Iterator[str]:
     start = 0
     while len(block) - start > PASSAGE_CHARS:
         end = start + PASSAGE_CHARS
-        cut = max(block.rfind("\n", start, end), block.rfind(" ", start, end))
+        cut = max(block.rfind(space, start, end) for space in "\n ")
         cut = cut if cut > start else end
         yield block[start:cut]
         start = cut
@@ -166,9 +152,7 @@ class JsonlDocuments:
 
     def _text(self, line: bytes) -> str:
         """The text of a line, empty for a blank one; ValueError if it holds none."""
-        if not line.strip():
-            return ""
-        record = parse_record(line)
+        record = parse_record(line) if line.strip() else {self._field: ""}
         if not isinstance(text := record.get(self._field), str):
             raise ValueError(f"has: {', '.join(record)}")
         return valid_text(text)

@@ -1,10 +1,9 @@
 """WebDataset shards: tar files in which an image and its captions lie side by side under one stem.
 
 The members are listed when the source is opened (`data_mix.sources.file_index`), and a sample is read at its offset.
-Nothing is extracted, so a member called ../x is only a name. The samples of an unreadable shard raise BadSample.
+Nothing is extracted, so a member called ../x is only a name.
 """
 
-import functools
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from data_mix.sources.bad_files import DAMAGED, BadFiles, DamagedFile
 from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.file_index import FileIndex
 from data_mix.sources.files import parse_record
-from data_mix.sources.images import ImageReader, caption_field
+from data_mix.sources.images import CaptionTable, ImageReader, caption_field
 from um3.core.images import MAX_FILE_BYTES
 from um3.core.text import text_lines
 
@@ -32,6 +31,7 @@ SCHEMA = pa.schema([("stem", pa.large_binary()), *((name, pa.int64()) for name i
 HIDDEN = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")
 
 Place = tuple[int, int]  # offset and size
+Places = dict[str, dict[str, Place]]  # by stem and extension
 
 
 class WebDatasetImages(ImageReader):
@@ -47,18 +47,13 @@ class WebDatasetImages(ImageReader):
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
         self._column = "" if config.captions else config.caption_column
-        self._where = config.where
-        self._index = FileIndex(
+        self._rows: FileIndex = FileIndex(
             config, kind="webdataset", variant=self._column, split=split, schema=SCHEMA, list_file=self._list_shard
         )
-        self.bad_files = self._index.bad_files
-        self._open_captions(config, self._index.all_keys(separator="/"), self._index.rows)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def _key(self, index: int) -> str:
-        return self._index.key(index)
+        self.bad_files = self._rows.bad_files
+        if config.captions and config.has_captions:
+            paths = self._rows.all_keys(separator="/")
+            self._caption_table = CaptionTable(config, paths, self._rows.rows, bad_files=self.bad_files)
 
     def _image(self, index: int) -> bytes:
         return self._read(index, "image", limit=MAX_FILE_BYTES)[0]
@@ -75,20 +70,26 @@ class WebDatasetImages(ImageReader):
 
     def _read(self, index: int, member: str, *, limit: int) -> tuple[bytes, bool]:
         """The bytes of a sample's "image" or "caption", and whether the caption is JSON."""
-        entry = self._index.entry(index)
-        offset, size, shard = entry[f"{member}_offset"], entry[f"{member}_size"], self._index.files[entry["file"]]
+        entry = self._rows.entry(index)
+        offset, size, shard = entry[f"{member}_offset"], entry[f"{member}_size"], self._rows.files[entry["file"]]
         if offset is None:
             raise BadSample(f"no {member}", detail=self._key(index))
         if size > limit:
             raise BadSample("too large", detail=f"{self._key(index)}: {size:,} bytes, {limit:,} allowed")
-        data = self.bad_files.read(shard, functools.partial(_bytes_at, shard, offset=offset, size=size))
+
+        def read() -> bytes:
+            with shard.open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+
+        data = self.bad_files.read(shard, read)
         if len(data) < size:
             raise BadSample("truncated", detail=self._key(index))
         return data, entry["is_json"]
 
     def _list_shard(self, shard: Path, bad_files: BadFiles) -> pa.Table:
         """The samples of one shard in the order of their stems."""
-        places: dict[str, dict[str, Place]] = {}  # by stem and extension
+        places: Places = {}
         count = bad_files.count
         try:
             for member in _members(shard):
@@ -97,8 +98,8 @@ class WebDatasetImages(ImageReader):
                     continue
                 place: Place | None = (member.offset_data, member.size)
                 if member.islnk():
-                    linked_stem, linked_extension = _stem_and_extension(member.linkname)
-                    place = places.get(linked_stem, {}).get(linked_extension)
+                    linked, linked_extension = _stem_and_extension(member.linkname)
+                    place = places.get(linked, {}).get(linked_extension)
                 elif not member.isreg() or member.issparse():  # a sparse member is not stored in one piece
                     place = None
                 if place is None:
@@ -110,13 +111,13 @@ class WebDatasetImages(ImageReader):
         except (tarfile.TarError, EOFError, ValueError) as error:
             if not places:
                 reason = f"'{shard}' is not an uncompressed tar file ({error}); unpack .tar.gz first"
-                raise DamagedFile(f"{self._where}: {reason}") from None
+                raise DamagedFile(reason) from None
             if not bad_files.skip:
-                raise DamagedFile(f"{self._where}: '{shard}' is damaged ({error})") from None
+                raise DamagedFile(f"'{shard}' is damaged ({error})") from None
             count(DAMAGED, f"{shard} ({error})")
         return self._entries(shard, places, count=bad_files.count)
 
-    def _entries(self, shard: Path, places: dict[str, dict[str, Place]], *, count: Callable[..., None]) -> pa.Table:
+    def _entries(self, shard: Path, places: Places, *, count: Callable[..., None]) -> pa.Table:
         """Index entries (see SCHEMA) of the stems that have an image."""
         column = self._column
         captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
@@ -126,10 +127,9 @@ class WebDatasetImages(ImageReader):
                 samples[stem] |= {extension: found[extension] for extension in found.keys() - samples[stem].keys()}
         entries, used = [], set[int]()
         for stem, found in places.items():
-            image = next((extension for extension in IMAGE_EXTENSIONS if extension in found), None)
-            if image is None:
+            if not (images := [extension for extension in IMAGE_EXTENSIONS if extension in found]):
                 continue
-            if len(found.keys() & IMAGES) > 1:
+            if len(images) > 1:
                 count("second image of one name", f"{shard}#{stem}")
             if not found.keys() - IMAGES and samples[stem].keys() - IMAGES:
                 if id(samples[stem]) in used or samples[stem].keys() & IMAGES:
@@ -139,7 +139,7 @@ class WebDatasetImages(ImageReader):
                 found, stem = found | samples[stem], _stem_to_first_dot(stem)
             caption = next((extension for extension in captions if extension in found), "")
             name = stem.encode("utf-8", "surrogateescape")  # a name in a tar may be any bytes
-            entries.append((name, *found[image], *found.get(caption, (None, None)), caption == "json"))
+            entries.append((name, *found[images[0]], *found.get(caption, (None, None)), caption == "json"))
         for stem, found in places.items():
             if not samples[stem].keys() & IMAGES and not found.keys() & IMAGES and id(found) not in used:
                 count("captions without an image", f"{shard}#{stem}")
@@ -162,17 +162,10 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
             start = end
             while zeros := file.read(2**20):
                 if rest := zeros.lstrip(b"\0"):
-                    start = file.tell() - len(rest)
-                    start -= start % tarfile.BLOCKSIZE
+                    start = (file.tell() - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
                     break
         if not end:
             raise tarfile.ReadError("empty file")
-
-
-def _bytes_at(shard: Path, *, offset: int, size: int) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
 
 
 def _stem_and_extension(name: str) -> tuple[str, str]:
@@ -183,5 +176,4 @@ def _stem_and_extension(name: str) -> tuple[str, str]:
 
 def _stem_to_first_dot(stem: str) -> str:
     """a/b.left -> a/b: a sample of WebDataset, which has several files that may differ in more than their suffix."""
-    folder, slash, name = stem.rpartition("/")
-    return f"{folder}{slash}{name.partition('.')[0]}" if "." in name else stem
+    return re.sub(r"\.[^/]*\Z", "", stem)

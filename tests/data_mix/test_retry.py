@@ -1,31 +1,22 @@
 """Retries: as many as there are waits, unless the error is not worth it."""
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 
 from data_mix import retry as retry_module
 from data_mix.retry import one_line, retry
 
 
-@pytest.mark.parametrize(("num_failures", "num_calls"), [(0, 1), (2, 3), (3, 4), (9, 4)])
-def test_an_action_is_repeated_until_it_succeeds(
-    num_failures: int, num_calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("num_failures", [0, 2, 3, 9])
+def test_an_action_is_repeated_until_it_succeeds(num_failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(retry_module.time, "sleep", waits.append)
-    calls: list[int] = []
-
-    def action() -> str:
-        calls.append(1)
-        if len(calls) <= num_failures:
-            raise OSError("busy")
-        return "done"
-
-    if num_failures < 4:
+    action = Mock(side_effect=[*[OSError("busy")] * num_failures, "done"])
+    with pytest.raises(OSError, match="busy") if num_failures > 3 else nullcontext():
         assert retry(action, where="test") == "done"
-    else:
-        with pytest.raises(OSError, match="busy"):
-            retry(action, where="test")
-    assert len(calls) == num_calls and waits == list(retry_module.RETRY_WAITS_S[: num_calls - 1])
+    assert waits == list(retry_module.RETRY_WAITS_S[:num_failures]) and action.call_count == len(waits) + 1
 
 
 def test_an_error_that_is_not_worth_it_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,9 @@ def write_words(folder: Path, *, files: int = 3, part: str = "train", rows: int 
         pq.write_table(pa.table({"text": texts}), folder / f"{part}-{number:05d}-of-{files:05d}.parquet")
 
 
-def documents(
-    stream: int, *, split: Split = "train", val_fraction: float = 0.0, field: str = "text", skip_bad_files: bool = True
-) -> TableDocuments:
-    config = TextSourceConfig(name="h", kind="hub", path="own/words", stream=stream, val_fraction=val_fraction)
-    config = replace(config, field=field, skip_bad_files=skip_bad_files)
-    source = open_text_source(config, split=split)
+def documents(stream: int, *, split: Split = "train", **options: Any) -> TableDocuments:
+    options = {"kind": "hub", "path": "own/words", "val_fraction": 0.0, **options}
+    source = open_text_source(TextSourceConfig(name="h", stream=stream, **options), split=split)
     assert isinstance(source, TableDocuments)
     return source
 
@@ -77,29 +73,19 @@ def resume(source: TableDocuments, other: TableDocuments) -> bool:
     return source.stream.resume(json.loads(json.dumps(other.stream.state())))
 
 
-class FailingFiles:
-    """Files of a stream; file 1 fails at its row `fails_at` the first `num_failures` times."""
+def let_fail(monkeypatch: pytest.MonkeyPatch, *, fails_at: int, num_failures: int) -> list[int]:
+    """Let file 1 fail at its row `fails_at` the first `num_failures` times; return the list of the opened files."""
+    opened, rows = list[int](), HubFiles.rows
 
-    def __init__(self, files: HubFiles, *, fails_at: int, num_failures: int) -> None:
-        self._files, self._fails_at, self._num_failures = files, fails_at, num_failures
-        self.opened: list[int] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._files, name)
-
-    def rows(self, file: int) -> Iterator[dict[str, Any]]:
-        self.opened.append(file)
-        for place, row in enumerate(self._files.rows(file)):
-            if file == 1 and place == self._fails_at and self.opened.count(1) <= self._num_failures:
+    def failing_rows(files: HubFiles, file: int) -> Iterator[dict[str, Any]]:
+        opened.append(file)
+        for place, row in enumerate(rows(files, file)):
+            if file == 1 and place == fails_at and opened.count(1) <= num_failures:
                 raise ConnectionError("cut")
             yield row
 
-
-def let_fail(source: TableDocuments, *, fails_at: int, num_failures: int) -> FailingFiles:
-    assert source.stream is not None
-    files = FailingFiles(source.stream._files, fails_at=fails_at, num_failures=num_failures)
-    source.stream.__dict__["_files"] = files
-    return files
+    monkeypatch.setattr(HubFiles, "rows", failing_rows)
+    return opened
 
 
 def test_a_downloaded_set(words: Path) -> None:
@@ -184,20 +170,22 @@ def test_a_damaged_file_is_skipped_and_stays_skipped(
     assert again[:40] == [f"{number}-{row}" for number in (0, 2) for row in range(20)]
 
 
-def test_rows_that_a_file_no_longer_gives_keep_their_numbers(words: Path, short_waits: None) -> None:
+def test_rows_that_a_file_no_longer_gives_keep_their_numbers(
+    words: Path, short_waits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_words(words)
     source, later = documents(30), documents(30)
     read(source)
     assert resume(later, source)
-    files = let_fail(later, fails_at=4, num_failures=1000)
+    opened = let_fail(monkeypatch, fails_at=4, num_failures=1000)
     assert read(later) == numbered(0, 14) + ["unreadable file"] * 6 + numbered(20, 30)
-    assert len(files.opened) < 20, "the file is not read again for each of its rows"
+    assert len(opened) < 20, "the file is not read again for each of its rows"
 
 
-def test_a_short_failure_loses_nothing(words: Path, short_waits: None) -> None:
+def test_a_short_failure_loses_nothing(words: Path, short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     write_words(words)
     source = documents(30)
-    let_fail(source, fails_at=0, num_failures=4)
+    let_fail(monkeypatch, fails_at=0, num_failures=4)
     assert read(source) == numbered(0, 30) and not source.bad_files.reasons
 
 
@@ -288,8 +276,8 @@ def test_images_that_are_files(words: Path, stream: int) -> None:
     folder.mkdir()
     for number in range(6):
         (folder / f"{number}.png").write_bytes(encoded(number))
-    rows = [json.dumps({"file_name": f"{number}.png", "text": f"number {number}"}) for number in range(6)]
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    rows = [{"file_name": f"{number}.png", "text": f"number {number}"} for number in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert numbers_of(images(stream)) == list(range(stream or 6))
     (folder / "1.png").unlink()
     with pytest.raises(BadSample, match=r"cannot be read|no image"):
@@ -319,9 +307,8 @@ def test_mistakes_are_one_line(words: Path) -> None:
         ("own/absent", 0, r"own/absent\): cannot open"),
         ("own/words:german", 5, "BuilderConfig 'german' not found"),
     ):
-        config = TextSourceConfig(name="h", kind="hub" if path.startswith("own") else "auto", path=path, stream=stream)
         with pytest.raises(UserError, match=message) as caught:
-            open_text_source(config, split="train")[0]
+            documents(stream, path=path, kind="hub" if path.startswith("own") else "auto")[0]
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no column 'body' \(has: text\); set field"):
         documents(5, field="body")[0]

@@ -9,17 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_mix.samples import BadSample, ImageSource, Sample, Split
-from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.presets import IMAGE_PRESETS, TEXT_PRESETS
-from data_mix.sources.text import TextSource, TextSourceConfig, open_text_source
+from data_mix.sources.text import TextSourceConfig, open_text_source
+from tests.data_mix.sources.test_sources import opened
 from tests.helpers.image_files import encoded, write_tar
 from um3.core.errors import UserError
 
 
-def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
-    """JSON lines, compressed if the name says so."""
+def write_rows(file: Path, table: pa.Table) -> None:
+    """A parquet file, or JSON lines that are compressed if the name says so."""
+    if file.suffix == ".parquet":
+        return pq.write_table(table, file)
     with pa.output_stream(str(file), compression="detect") as stream:
-        stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        return stream.write("".join(json.dumps(record) + "\n" for record in table.to_pylist()).encode())
 
 
 def write_img2dataset(folder: Path, **columns: Any) -> None:
@@ -38,9 +40,7 @@ def write_img2dataset(folder: Path, **columns: Any) -> None:
 
 
 def images(preset: str, path: Path, split: Split = "train", **options: Any) -> ImageSource:
-    options = {"val_fraction": 0.0} | options
-    config = ImageSourceConfig(name="mine", preset=preset, path=str(path), **options)
-    return open_image_source(config, split=split, size=8, seed=0)
+    return opened(path, split, preset=preset, val_fraction=0.0, **options)
 
 
 def samples(source: ImageSource) -> list[Sample]:
@@ -57,7 +57,7 @@ def test_shards_of_img2dataset(preset: str, tmp_path: Path) -> None:
     assert {sample.captions for sample in recaptions} == {("a long caption",)}
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.zst", "parquet", "parquet by number"])
+@pytest.mark.parametrize("form", ["jsonl.zst", "parquet", "parquet by number"])
 def test_sa1b_takes_its_captions_from_another_file(form: str, tmp_path: Path) -> None:
     numbers = [223750, 223751, 9, 223752]
     members: dict[str, bytes] = {}
@@ -65,17 +65,12 @@ def test_sa1b_takes_its_captions_from_another_file(form: str, tmp_path: Path) ->
         masks = {"image": {"image_id": number, "file_name": f"sa_{number}.jpg"}, "annotations": [{"area": 3}]}
         members |= {f"./sa_{number}.jpg": encoded(1, "JPEG"), f"./sa_{number}.json": json.dumps(masks).encode()}
     write_tar(tmp_path / "sa_000020.tar", members)
-    file = tmp_path / f"captions.{form.split()[0]}"
-    if form.startswith("parquet"):
-        keys: list[Any] = numbers[:3] if "number" in form else [f"images/sa_{n}.jpg" for n in numbers[:3]]
-        texts = [[f"number {n}", "short"] for n in numbers[:3]]
-        pq.write_table(pa.table({"image_id": keys, "captions": texts}), file)
-    else:
-        rows = [{"image_id": f"sa_{n}.jpg", "caption": f"number {n}", "model": "m"} for n in reversed(numbers[:3])]
-        write_lines(file, rows)
+    keys: list[Any] = numbers[:3] if "number" in form else [f"images/sa_{n}.jpg" for n in numbers[:3]]
+    texts = [[f"number {n}", "short"] for n in numbers[:3]]
+    file, rows = tmp_path / f"captions.{form.split()[0]}", pa.table({"image_id": keys, "captions": texts})
+    write_rows(file, rows.take([2, 1, 0]))
     source = images("sa1b", tmp_path / "*.tar", captions=str(file))
-    more = ("short",) if form.startswith("parquet") else ()
-    assert [source[i].captions for i in range(3)] == [(f"number {number}", *more) for number in numbers[:3]]
+    assert [source[i].captions for i in range(3)] == [(f"number {number}", "short") for number in numbers[:3]]
     with pytest.raises(BadSample, match=r"empty caption: sa_000020.tar#./sa_223752"):
         source[3]
     with pytest.raises(UserError, match=r"preset=sa1b needs captions"):
@@ -84,7 +79,7 @@ def test_sa1b_takes_its_captions_from_another_file(form: str, tmp_path: Path) ->
 
 def test_mistakes_in_captions(tmp_path: Path) -> None:
     (tmp_path / "one.jpg").write_bytes(encoded(1, "JPEG"))
-    write_lines(tmp_path / "bad.jsonl", [{"name": "one", "text": "mine"}])
+    (tmp_path / "bad.jsonl").write_text('{"name": "one", "text": "mine"}')
     (tmp_path / "broken.parquet").write_bytes(b"nothing")
     for file, message in (
         ("bad.jsonl", r"need a column of file_name, .*name, text"),
@@ -93,7 +88,7 @@ def test_mistakes_in_captions(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             images("", tmp_path, kind="folder", captions=str(tmp_path / file))
     with pytest.raises(UserError, match="not for kind=scenes"):
-        open_image_source(ImageSourceConfig(captions=str(tmp_path / "c.jsonl")), split="train", size=32, seed=0)
+        opened("", kind="scenes", captions=str(tmp_path / "c.jsonl"))
 
 
 def test_coco_in_karpathys_split(tmp_path: Path) -> None:
@@ -122,24 +117,19 @@ def test_coco_in_karpathys_split(tmp_path: Path) -> None:
         images("coco", tmp_path / "train2014")
 
 
-def texts_of(source: TextSource) -> list[str]:
-    return [source[index] for index in range(len(source))]
-
-
 def test_dclm_as_distributed_and_as_parquet(tmp_path: Path) -> None:
     texts = [f"Document {number} of the web.\n\nIts second line." for number in range(9)]
     records = [{"text": text, "url": "https://x", "metadata": {"WARC-Type": "response"}} for text in texts]
     folder = tmp_path / "global-shard_01_of_10/local-shard_0_of_10"
     folder.mkdir(parents=True)
     for shard in range(3):
-        write_lines(folder / f"shard_0000000{shard}_processed.jsonl.zst", records[3 * shard : 3 * shard + 3])
-    config = TextSourceConfig(name="dclm", preset="dclm-baseline", path=str(tmp_path), val_fraction=0.0)
-    source = open_text_source(config, split="train")
-    assert texts_of(source) == texts
-    assert [source[index] for index in (8, 0, 4)] == [texts[8], texts[0], texts[4]]
-    config.path = str(tmp_path / "part.parquet")
-    pq.write_table(pa.Table.from_pylist(records), config.path)
-    assert texts_of(open_text_source(config, split="train")) == texts
+        table = pa.Table.from_pylist(records[3 * shard : 3 * shard + 3])
+        write_rows(folder / f"shard_0000000{shard}_processed.jsonl.zst", table)
+    write_rows(tmp_path / "part.parquet", pa.Table.from_pylist(records))
+    for path in (folder, tmp_path / "part.parquet"):
+        config = TextSourceConfig(name="dclm", preset="dclm-baseline", path=str(path), val_fraction=0.0)
+        source = open_text_source(config, split="train")
+        assert [source[index] for index in (*range(9), 8, 0, 4)] == [*texts, texts[8], texts[0], texts[4]]
 
 
 def test_mistakes_name_the_presets_and_their_data(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from data_mix.sources.config import ImageSourceConfig, SourceConfig, TextSourceC
 from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.image_sources import open_image_source
 from data_mix.sources.text import open_text_source, readable_texts
+from tests.data_mix.sources import test_sources
 from tests.data_mix.sources.test_sources import read_all
 from tests.helpers.image_files import encoded, write_tar
 from um3.core.errors import UserError
@@ -56,21 +57,17 @@ def write_reader(reader: str, folder: Path) -> dict[str, Any]:
             (folder / f"{name}.TXT").write_text("\r\n".join(texts or []), newline="")
     if reader == "metadata.jsonl":
         records: list[Any] = [None, 3, "x", {"file_name": 3}]
-        records += [
-            {"file_name": f"{name}.png", "text": text}
-            for name, texts in zip(NAMES, lists, strict=True)
-            for text in texts
-        ]
+        for name, texts in zip(NAMES, lists, strict=True):
+            records += [{"file_name": f"{name}.png", "text": text} for text in texts]
         write_lines(folder / "metadata.jsonl", records)
         with (folder / "metadata.jsonl").open("a") as file:
             file.write("[" * 100_000)
     if reader == "coco":
-        entry = {"filepath": "linked", "split": "train"}
-        images = [
-            entry | {"filename": f"{name}.png", "sentences": [{"raw": text} for text in texts]}
-            for name, texts in zip(NAMES, lists, strict=True)
-        ]
-        (above / "own/data/dataset_coco.json").write_text(json.dumps({"images": [None, {"split": "train"}, *images]}))
+        images = [None, {"split": "train"}]
+        for name, texts in zip(NAMES, lists, strict=True):
+            sentences = [{"raw": text} for text in texts]
+            images += [{"filepath": "linked", "split": "train", "filename": f"{name}.png", "sentences": sentences}]
+        (above / "own/data/dataset_coco.json").write_text(json.dumps({"images": images}))
         return {"kind": "coco"}
     if reader == "captions.jsonl":
         write_lines(above / reader, [{"id": 7, "file_name": f"{name}.png", "text": text} for name, text in pairs])
@@ -132,14 +129,8 @@ def write_documents(reader: str, folder: Path) -> None:
         (folder / "latin.txt").write_bytes(b"caf\xe9")
     elif reader.startswith("jsonl"):
         lines = [json.dumps({"text": text}).encode() for text in (*TEXTS, *BAD_TEXTS)]
-        lines += [
-            b'{"text": "caf\xe9"}',
-            b'{"x": "y"}',
-            b"null",
-            b"[" * 100_000,
-            b"{",
-            b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
-        ]
+        lines += [b'{"text": "caf\xe9"}', b'{"x": "y"}', b"null", b"[" * 100_000, b"{"]
+        lines += [b'{"text": "x", "n": ' + b"9" * 5000 + b"}"]
         with pa.output_stream(str(folder / f"0.{reader}"), compression="detect") as file:
             file.write(b"\r\n".join(lines))
     else:
@@ -168,8 +159,7 @@ def test_documents(reader: str, linked: Path, caplog: pytest.LogCaptureFixture, 
 
 def opened(path: Path, **options: Any) -> tuple[dict[str, tuple[str, ...]], Any]:
     """The captions of the train split by key, and the source."""
-    config = ImageSourceConfig(name="mine", path=str(path), **{"val_fraction": 0.0, **options})
-    source = open_image_source(config, split="train", size=4, seed=0)
+    source = test_sources.opened(path, **{"val_fraction": 0.0, **options})
     return {sample.key: sample.captions for sample in read_all(source)[0]}, source
 
 
@@ -197,24 +187,12 @@ def test_joined_and_linked_members_of_a_tar(tmp_path: Path) -> None:
 
 def test_names_of_webdataset(tmp_path: Path) -> None:
     """A dotted name is its own sample, unless its captions are those of the stem up to the first dot."""
-    plain = {
-        "1.5.png": "",
-        "1.6.png": "",
-        "z.left.png": "",
-        "z.right.png": "",
-        "z.txt": "z",
-        "y.png": "",
-        "y.a.txt": "y",
-    }
-    own = {"10.20.png": "", "10.20.txt": "20", "10.21.jpg": "", "10.21.png": "", "10.21.txt": "21", "lost.txt": "lost"}
-    images = {
-        name: encoded(1) if name[-3:] in ("png", "jpg") else text.encode() for name, text in (plain | own).items()
-    }
-    write_tar(tmp_path / "a.tar", images)
+    images = "1.5.png 1.6.png z.left.png z.right.png z.txt y.png y.a.txt 10.20.png 10.20.txt 10.21.jpg 10.21.png"
+    names = [*images.split(), "10.21.txt", "lost.txt"]
+    write_tar(tmp_path / "a.tar", {name: name.encode() if name.endswith("txt") else encoded(1) for name in names})
     captions, source = opened(tmp_path / "a.tar")
-    assert captions == {
-        f"a.tar#{stem}": (text,) for stem, text in (("z", "z"), ("y", "y"), ("10.20", "20"), ("10.21", "21"))
-    }
+    texts = {"z": "z.txt", "y": "y.a.txt", "10.20": "10.20.txt", "10.21": "10.21.txt"}
+    assert captions == {f"a.tar#{stem}": (text,) for stem, text in texts.items()}
     reasons = ("second image of one sample", "second image of one name", "captions without an image")
     assert counts(source) == dict.fromkeys(reasons, 1)
     assert len(opened(tmp_path / "a.tar", has_captions=False)[0]) == 6
@@ -276,12 +254,8 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path, name: str, parquet_in_
 
 
 def test_types_of_all_parquet_files_together(tmp_path: Path, parquet_in_memory: bool) -> None:
-    columns = [
-        pa.nulls(1),
-        pa.array(["one"]).dictionary_encode(),
-        pa.array(["two"]),
-        pa.array(["six"], pa.large_string()),
-    ]
+    columns = [pa.nulls(1), pa.array(["one"]).dictionary_encode(), pa.array(["two"])]
+    columns += [pa.array(["six"], pa.large_string())]
     for number, column in enumerate(columns):
         pq.write_table(pa.table({"image": [encoded(1)], "caption": column}), tmp_path / f"{number}.parquet")
     assert sorted(opened(tmp_path)[0].values()) == [("one",), ("six",), ("two",)]
