@@ -4,30 +4,31 @@ Legend: B batch, N patches, L bits of a code, S sub-tokens of a code.
 """
 
 import torch
+from torch import Tensor
 
 MAX_BITS = 62
 
 
-def codes_to_bits(codes_BN: torch.Tensor, *, num_bits: int) -> torch.Tensor:
+def codes_to_bits(codes_BN: Tensor, *, num_bits: int) -> Tensor:
     """Codes (..., N) int64 -> bits (..., N, L) int64 of 0 and 1, most significant first."""
     return codes_to_subtokens(codes_BN, subtokens=num_bits, bits_per_subtoken=1)
 
 
-def bits_to_codes(bits_BNL: torch.Tensor) -> torch.Tensor:
+def bits_to_codes(bits_BNL: Tensor) -> Tensor:
     """Bits (..., N, L) of 0 and 1 (or booleans), most significant first -> codes (..., N) int64."""
     _check_bits(bits_BNL.shape[-1])
     shifts_L = torch.arange(bits_BNL.shape[-1] - 1, -1, -1, device=bits_BNL.device)
     return (bits_BNL.long() << shifts_L).sum(-1)
 
 
-def codes_to_subtokens(codes_BN: torch.Tensor, *, subtokens: int, bits_per_subtoken: int) -> torch.Tensor:
+def codes_to_subtokens(codes_BN: Tensor, *, subtokens: int, bits_per_subtoken: int) -> Tensor:
     """Codes (..., N) -> sub-tokens (..., N, S) of `bits_per_subtoken` bits; sub-token 0 holds the high bits."""
     _check_range(codes_BN, name="codes", num_bits=subtokens * bits_per_subtoken)
     shifts_S = torch.arange(subtokens - 1, -1, -1, device=codes_BN.device) * bits_per_subtoken
     return (codes_BN.long().unsqueeze(-1) >> shifts_S) & ((1 << bits_per_subtoken) - 1)
 
 
-def subtokens_to_codes(subtokens_BNS: torch.Tensor, *, bits_per_subtoken: int) -> torch.Tensor:
+def subtokens_to_codes(subtokens_BNS: Tensor, *, bits_per_subtoken: int) -> Tensor:
     """Sub-tokens (..., N, S) -> codes (..., N) int64; the inverse of `codes_to_subtokens`."""
     _check_bits(subtokens_BNS.shape[-1] * bits_per_subtoken)
     _check_range(subtokens_BNS, name="sub-tokens", num_bits=bits_per_subtoken)
@@ -40,7 +41,7 @@ def _check_bits(num_bits: int) -> None:
         raise ValueError(f"codes of {num_bits} bits are not supported; use 1 to {MAX_BITS}")
 
 
-def _check_range(values: torch.Tensor, *, name: str, num_bits: int) -> None:
+def _check_range(values: Tensor, *, name: str, num_bits: int) -> None:
     _check_bits(num_bits)
     if values.is_floating_point():
         raise ValueError(f"{name} must be integers, not {values.dtype}")

@@ -26,16 +26,10 @@ SIZES = ("_size", "_layers", "_heads", "_channels", "_dim", "_embeddings", "_gri
 def check_options(
     options: Mapping[str, Any], *, known: Collection[str], where: str | Path, falsy: bool = False
 ) -> None:
-    """Raise ValueError, which names the option and `where` it is, for an option that this code does not know.
-
-    With `falsy`, options that are null, false, 0 or empty are known: other libraries' configs are full of them.
-    """
+    """Raise ValueError for an option that is not `known`; with `falsy`, null, false, 0 and empty ones are known too."""
     for name in sorted(options.keys() - known):
         if options[name] or not falsy:
-            raise ValueError(
-                f"{where} has the unknown option {name}={options[name]!r}, which may change the outputs; "
-                "remove it if it does not"
-            )
+            raise ValueError(f"{where}: unknown option {name}={options[name]!r}; remove it if it changes no output")
 
 
 @strict
@@ -57,9 +51,8 @@ class _TowerConfig(PreTrainedConfig):
             if name.endswith(SIZES) and isinstance(value, int) and value < 1:
                 raise ValueError(f"{self.base_config_key}.{name} is {value}; it must be at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            heads = self.num_attention_heads
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
         image_size, patch_size = getattr(self, "image_size", 0), getattr(self, "patch_size", 1)
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
@@ -176,9 +169,9 @@ class QLIPConfig(PreTrainedConfig):
                 values["weights_license"] = RELEASED_LICENSE
             values["model_type"] = cls.model_type
         elif values.get("model_type") != cls.model_type:
+            where, kind = args[0] if args else "config.json", values.get("model_type")
             raise UserError(
-                f"{args[0] if args else 'config.json'} holds a '{values.get('model_type')}' model, not a QLIP; "
-                "use the folder or hub id of a visual tokenizer"
+                f"{where} holds a '{kind}' model, not a QLIP; use the folder or hub id of a visual tokenizer"
             )
         return values, rest
 

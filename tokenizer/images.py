@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
@@ -16,6 +17,8 @@ from um3.core.progress import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    Images = NDArray | Sequence[Image.Image]
 
 CODE_BATCH = 64
 EMBEDDING_BATCH = 256
@@ -36,10 +39,10 @@ class ImageTokenizer(Protocol):
     def num_codes(self) -> int:
         """Codes of one image."""
 
-    def encode(self, images_BHWC: NDArray, /) -> torch.Tensor:
+    def encode(self, images_BHWC: NDArray, /) -> Tensor:
         """Images uint8 (B, H, W, 3) -> codes int64 (B, N) on the CPU."""
 
-    def decode(self, codes_BN: torch.Tensor, /) -> NDArray:
+    def decode(self, codes_BN: Tensor, /) -> NDArray:
         """Codes int64 (B, N) on the CPU -> images uint8 (B, H, W, 3)."""
 
 
@@ -62,24 +65,20 @@ class QLIPImages(NamedTuple):
         return self.model.num_patches
 
     @torch.inference_mode()
-    def encode(self, images: "NDArray | Sequence[Image.Image]", /) -> torch.Tensor:
+    def encode(self, images: "Images", /) -> Tensor:
         """Images, uint8 (B, H, W, 3) or PIL images of any size (cropped, resized) -> codes int64 (B, N)."""
         pixels_BCHW = self.processor.pixels(images)
         return self.model.encode(pixels_BCHW.to(self.model.device, self.model.dtype)).cpu()
 
     @torch.inference_mode()
-    def decode(self, codes_BN: torch.Tensor, /) -> NDArray:
+    def decode(self, codes_BN: Tensor, /) -> NDArray:
         """Codes int64 (B, N) -> images uint8 (B, H, W, 3), clipped and rounded."""
         return self.processor.images(self.model.decode(codes_BN.to(self.model.device)))
 
 
 def encode_images(
-    tokenizer: ImageTokenizer,
-    images: "NDArray | Sequence[Image.Image]",
-    *,
-    batch_size: int = CODE_BATCH,
-    label: str = "",
-) -> torch.Tensor:
+    tokenizer: ImageTokenizer, images: "Images", *, batch_size: int = CODE_BATCH, label: str = ""
+) -> Tensor:
     """All images -> codes int64 (B, N), `batch_size` at a time; a `label` shows the progress."""
     codes = [torch.empty(0, tokenizer.num_codes, dtype=torch.int64)]
     for batch in _batches(len(images), batch_size=batch_size, label=label):
@@ -88,7 +87,7 @@ def encode_images(
 
 
 def decode_codes(
-    tokenizer: ImageTokenizer, codes_BN: torch.Tensor, *, batch_size: int = CODE_BATCH, label: str = ""
+    tokenizer: ImageTokenizer, codes_BN: Tensor, *, batch_size: int = CODE_BATCH, label: str = ""
 ) -> NDArray:
     """All codes (B, N) -> images uint8 (B, H, W, 3), `batch_size` at a time; a `label` shows the progress."""
     size = tokenizer.image_size
@@ -99,16 +98,14 @@ def decode_codes(
 
 
 @torch.no_grad()
-def embed_images(
-    images: "NDArray | Sequence[Image.Image]", *, model: QLIPModel, processor: QLIPProcessor
-) -> torch.Tensor:
+def embed_images(images: "Images", *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
     """All images, uint8 (B, H, W, 3) or PIL images -> l2-normalised embeddings (B, P), float32 on the CPU."""
     batches = (processor.pixels(images[batch]) for batch in _batches(len(images), batch_size=EMBEDDING_BATCH))
     return torch.cat([model.get_image_features(x.to(model.device, model.dtype)).float().cpu() for x in batches])
 
 
 @torch.no_grad()
-def embed_texts(texts: Sequence[str], *, model: QLIPModel, processor: QLIPProcessor) -> torch.Tensor:
+def embed_texts(texts: Sequence[str], *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
     """All texts -> l2-normalised embeddings (T, P), float32 on the CPU."""
     batches = (processor.text(texts[batch])["input_ids"] for batch in _batches(len(texts), batch_size=EMBEDDING_BATCH))
     return torch.cat([model.get_text_features(ids_BT.to(model.device)).float().cpu() for ids_BT in batches])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from tokenizer import onednn
@@ -21,7 +21,7 @@ ROPE_THETA = 10000.0
 class Linear(nn.Linear):
     """nn.Linear that uses oneDNN without gradient, where oneDNN supports the tensors."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not onednn.serves(x, self.weight):
             return super().forward(x)
         return onednn.linear(x, self.weight, self.bias)
@@ -33,8 +33,8 @@ class RotaryEmbedding2D(nn.Module):
     Positions are scaled to a grid of `pretrained_grid` patches a side, so that a finer grid interpolates.
     """
 
-    freqs_cos: torch.Tensor
-    freqs_sin: torch.Tensor
+    freqs_cos: Tensor
+    freqs_sin: Tensor
 
     def __init__(self, *, head_dim: int, grid: int, pretrained_grid: int):
         super().__init__()
@@ -46,7 +46,7 @@ class RotaryEmbedding2D(nn.Module):
         self.register_buffer("freqs_cos", angle_NH.cos())
         self.register_buffer("freqs_sin", angle_NH.sin())
 
-    def forward(self, x_BETH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BETH: Tensor) -> Tensor:
         """Rotate the last N tokens; tokens before them (a class token) are unchanged."""
         num_prefix = x_BETH.shape[2] - self.freqs_cos.shape[0]
         prefix, patches = x_BETH[:, :, :num_prefix], x_BETH[:, :, num_prefix:]
@@ -56,15 +56,20 @@ class RotaryEmbedding2D(nn.Module):
         return torch.cat([prefix, patches], dim=2) if num_prefix else patches
 
 
-def build_rope(config: TowerConfig) -> RotaryEmbedding2D | None:
-    """The rotary tables of a visual tower; None if its config has none."""
+def build_rope(config: TowerConfig) -> nn.Module:
+    """The rotary tables of a visual tower; the identity if its config has none."""
     if isinstance(config, QLIPTextConfig) or not config.rope:
-        return None
+        return nn.Identity()
     return RotaryEmbedding2D(
         head_dim=config.hidden_size // config.num_attention_heads,
         grid=config.image_size // config.patch_size,
         pretrained_grid=config.rope_pretrained_grid,
     )
+
+
+def sub_norm(config: TowerConfig, width: int) -> nn.Module:
+    """EVA-02's LayerNorm inside attention and MLP; the identity for a tower without it."""
+    return nn.LayerNorm(width, eps=config.layer_norm_eps) if getattr(config, "subln", False) else nn.Identity()
 
 
 class Attention(nn.Module):
@@ -78,22 +83,17 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width, bias=getattr(config, "k_bias", True))
         self.v_proj = Linear(width, width)
-        subln = getattr(config, "subln", False)
-        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps) if subln else None
+        self.inner_attn_ln = sub_norm(config, width)
         self.out_proj = Linear(width, width)
         self.rope = build_rope(config)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = (
             projection(x_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
-        mixed_BTD = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
-        if self.inner_attn_ln is not None:
-            mixed_BTD = self.inner_attn_ln(mixed_BTD)
-        return self.out_proj(mixed_BTD)
+        mixed = F.scaled_dot_product_attention(self.rope(q), self.rope(k), v, is_causal=self.causal)
+        return self.out_proj(self.inner_attn_ln(mixed.transpose(1, 2).flatten(2)))
 
 
 class SwiGLU(nn.Module):
@@ -103,12 +103,11 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w1 = Linear(config.hidden_size, config.intermediate_size)
         self.w2 = Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if config.subln else None
+        self.ffn_ln = sub_norm(config, config.intermediate_size)
         self.w3 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(self.w1(x_BTD)) * self.w2(x_BTD)
-        return self.w3(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x_BTD)) * self.w2(x_BTD)))
 
 
 class MLP(nn.Module):
@@ -118,13 +117,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        subln = getattr(config, "subln", False)
-        self.ffn_ln = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps) if subln else None
+        self.ffn_ln = sub_norm(config, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        hidden = self.activation(self.fc1(x_BTD))
-        return self.fc2(hidden if self.ffn_ln is None else self.ffn_ln(hidden))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(self.ffn_ln(self.activation(self.fc1(x_BTD))))
 
 
 class Block(nn.Module):
@@ -137,7 +134,7 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SwiGLU(config) if not isinstance(config, QLIPTextConfig) and config.swiglu else MLP(config)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
         return x_BTD + self.mlp(self.layer_norm2(x_BTD))
 
@@ -145,14 +142,14 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """A stack of blocks."""
 
-    _gradient_checkpointing_func: Callable[..., torch.Tensor]  # set by transformers' gradient_checkpointing_enable
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by transformers' gradient_checkpointing_enable
 
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD)

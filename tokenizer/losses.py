@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from um3.core.distributed import gather_with_gradient, rank
@@ -17,16 +18,12 @@ CHUNK_ROWS = 1024  # x 65,536 float32 logits = 256 MiB
 class ContrastiveLoss(NamedTuple):
     """InfoNCE, and the share of images whose own caption has the highest logit."""
 
-    loss: torch.Tensor
-    accuracy: torch.Tensor
+    loss: Tensor
+    accuracy: Tensor
 
 
 def info_nce(
-    image_embeds_BP: torch.Tensor,
-    text_embeds_BP: torch.Tensor,
-    *,
-    logit_scale: torch.Tensor,
-    chunk_rows: int = CHUNK_ROWS,
+    image_embeds_BP: Tensor, text_embeds_BP: Tensor, *, logit_scale: Tensor, chunk_rows: int = CHUNK_ROWS
 ) -> ContrastiveLoss:
     """Symmetric InfoNCE of the local batch against the global batch (paper, L_align).
 
@@ -44,8 +41,8 @@ def info_nce(
 
 
 def _retrieval(
-    query_BP: torch.Tensor, key_GP: torch.Tensor, target_B: torch.Tensor, scale: torch.Tensor, *, chunk_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query_BP: Tensor, key_GP: Tensor, target_B: Tensor, scale: Tensor, *, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and accuracy of each query's own key among all keys."""
     if len(query_BP) <= chunk_rows:
         loss, hits = _retrieval_sums(query_BP, key_GP, target_B, scale)
@@ -58,9 +55,7 @@ def _retrieval(
     return loss / len(query_BP), hits / len(query_BP)
 
 
-def _retrieval_sums(
-    query_CP: torch.Tensor, key_GP: torch.Tensor, target_C: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _retrieval_sums(query_CP: Tensor, key_GP: Tensor, target_C: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     logits_CG = scale * query_CP @ key_GP.T
     loss = F.cross_entropy(logits_CG, target_C, reduction="sum")
     return loss, torch.eq(logits_CG.argmax(-1), target_C).float().sum().detach()
@@ -69,13 +64,13 @@ def _retrieval_sums(
 AdversarialKind = Literal["hinge", "non_saturating"]
 
 
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, *, kind: AdversarialKind) -> torch.Tensor:
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: AdversarialKind) -> Tensor:
     """The discriminator's loss on its logits of real and of reconstructed images (any shape); scalar."""
     if kind == "hinge":
         return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
     return (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()) / 2
 
 
-def generator_loss(fake_logits: torch.Tensor, *, kind: AdversarialKind) -> torch.Tensor:
+def generator_loss(fake_logits: Tensor, *, kind: AdversarialKind) -> Tensor:
     """The tokenizer's adversarial loss on the logits of its reconstructions (weight a_g); scalar."""
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()

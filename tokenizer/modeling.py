@@ -12,17 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from tokenizer.configuration import (
-    QLIPConfig,
-    QLIPDecoderConfig,
-    QLIPTextConfig,
-    QLIPVisionConfig,
-    read_qlip_config,
-)
+from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig, read_qlip_config
 from tokenizer.layers import Encoder, Linear, build_rope
 from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
 from um3.core.errors import UserError
@@ -39,17 +33,17 @@ OLD_CLIP_END_ID = 2
 class QLIPOutput(ModelOutput):
     """Result of `QLIPModel.forward`; text fields are None without `input_ids`."""
 
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    reconstructions: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
-    quantized: torch.Tensor | None = None
-    quantizer_loss: torch.Tensor | None = None
-    sample_entropy: torch.Tensor | None = None
-    codebook_entropy: torch.Tensor | None = None
-    commitment: torch.Tensor | None = None
-    soft_code: torch.Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    reconstructions: Tensor | None = None
+    codes: Tensor | None = None
+    quantized: Tensor | None = None
+    quantizer_loss: Tensor | None = None
+    sample_entropy: Tensor | None = None
+    codebook_entropy: Tensor | None = None
+    commitment: Tensor | None = None
+    soft_code: Tensor | None = None
 
 
 class TextEmbeddings(nn.Module):
@@ -60,7 +54,7 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
         return self.token_embedding(input_ids_BT) + self.position_embedding.weight[: input_ids_BT.shape[1]]
 
 
@@ -76,17 +70,12 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        if input_ids_BT.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"{input_ids_BT.shape[1]} text tokens exceed the tower's {self.max_tokens} positions; truncate the text"
-            )
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        if (length := input_ids_BT.shape[1]) > self.max_tokens:
+            raise ValueError(f"{length} text tokens exceed the tower's {self.max_tokens} positions; truncate the text")
         x_BTD = self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
-        if self.end_id == OLD_CLIP_END_ID:
-            end_B = input_ids_BT.argmax(-1)
-        else:
-            end_B = torch.eq(input_ids_BT, self.end_id).int().argmax(-1)
-        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]
+        ends_BT = input_ids_BT if self.end_id == OLD_CLIP_END_ID else torch.eq(input_ids_BT, self.end_id).int()
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), ends_BT.argmax(-1)]
 
 
 class VisionEmbeddings(nn.Module):
@@ -97,17 +86,14 @@ class VisionEmbeddings(nn.Module):
         self.image_size = config.image_size
         num_patches = (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Embedding(num_patches + 1, config.hidden_size)
 
-    def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
-        if pixel_values_BCHW.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {tuple(pixel_values_BCHW.shape[-2:])} pixels; this model takes "
-                f"{self.image_size}x{self.image_size} pixels: resize the images with its processor"
-            )
+    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
+        (height, width), size = pixel_values_BCHW.shape[-2:], self.image_size
+        if not height == width == size:
+            raise ValueError(f"images of {height}x{width} pixels; the model takes {size}x{size}: use its processor")
         pixel_values_BCHW = pixel_values_BCHW.to(self.class_embedding.dtype)
         patches_BND = self.patch_embedding(pixel_values_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
@@ -122,7 +108,7 @@ class QuantizerEmbed(nn.Module):
         self.c_fc = Linear(width_in, hidden)
         self.c_proj = Linear(hidden, width_out)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
@@ -132,27 +118,24 @@ class VisionModel(nn.Module):
     def __init__(self, config: QLIPVisionConfig):
         super().__init__()
         if config.quantizer != "bsq" or config.quantizer_embed_type != "mlp":
-            raise ValueError(
-                f"vision_config: quantizer '{config.quantizer}' with embedding '{config.quantizer_embed_type}' is not "
-                "supported; use 'bsq' with 'mlp', as the released QLIP checkpoints do"
-            )
+            kind = f"quantizer '{config.quantizer}' with embedding '{config.quantizer_embed_type}'"
+            raise ValueError(f"vision_config: {kind} is not supported; use 'bsq' with 'mlp', as the released QLIPs do")
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
         self.encoder = Encoder(config)
         self.rope = build_rope(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.quantizer = BinarySphericalQuantizer.from_options(
-            config.quantizer_cfg or {}, l2_norm=config.quantizer_l2_norm
-        )
+        options = config.quantizer_cfg or {}
+        self.quantizer = BinarySphericalQuantizer.from_options(options, l2_norm=config.quantizer_l2_norm)
         bits, width_post = self.quantizer.embed_dim, config.hidden_size_post_q or width
         self.quant_embed = QuantizerEmbed(width, bits, hidden=width)
         self.quant_embed_post = QuantizerEmbed(bits, width_post, hidden=width_post)
 
-    def forward(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
         """Images -> last hidden states (B, 1 + N, D), class token first."""
         return self.encoder(self.embeddings(pixel_values_BCHW))
 
-    def quantize(self, hidden_BTD: torch.Tensor, *, entropy: bool) -> QuantizerOutput:
+    def quantize(self, hidden_BTD: Tensor, *, entropy: bool) -> QuantizerOutput:
         """Last hidden states -> quantized patches."""
         return self.quantizer(self.quant_embed(hidden_BTD[:, 1:]), entropy=entropy)
 
@@ -171,7 +154,7 @@ class VisionDecoder(nn.Module):
         self.ffn = nn.Sequential(Linear(width, inner), nn.Tanh())
         self.conv_out = Linear(inner, config.num_channels * config.patch_size**2)
 
-    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = self.norm(self.encoder(x_BND + self.position_embeddings))
         patches_BNF = self.conv_out(self.ffn(x_BND))
         patches = patches_BNF.unflatten(1, (self.grid, self.grid)).unflatten(-1, (-1, self.patch_size, self.patch_size))
@@ -206,15 +189,14 @@ class QLIPModel(PreTrainedModel):
                 nn.init.zeros_(linear.bias)
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
                 nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, VisionEmbeddings):
-            nn.init.normal_(module.class_embedding, std=std)
-        elif isinstance(module, VisionDecoder):
-            nn.init.normal_(module.position_embeddings, std=std)
+        elif isinstance(module, VisionEmbeddings | VisionDecoder):
+            for embedding in module.parameters(recurse=False):
+                nn.init.normal_(embedding, std=std)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -235,37 +217,32 @@ class QLIPModel(PreTrainedModel):
         """Codes per image."""
         return self.vision_decoder.grid**2
 
-    def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, C, H, W) -> last hidden states (B, 1 + N, D), class token first."""
         return self.vision_model(pixel_values)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, C, H, W) -> l2-normalised (B, P)."""
         return self._image_embeds(self.vision_model(pixel_values))
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> l2-normalised (B, P). Padding after the end changes nothing; the mask is unused."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixel_values: Tensor) -> Tensor:
         """Images (B, C, H, W) -> codes (B, N) int64."""
         return self.vision_model.quantize(self.vision_model(pixel_values), entropy=False).codes_BN
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) int64 -> images (B, C, H, W) in the processor's normalised space."""
         return self.decode_quantized(self.vision_model.quantizer.codes_to_quantized(codes).to(self.dtype))
 
-    def decode_quantized(self, quantized_BNL: torch.Tensor) -> torch.Tensor:
+    def decode_quantized(self, quantized_BNL: Tensor) -> Tensor:
         """Quantized patches (B, N, L) -> images (B, C, H, W)."""
         return self.vision_decoder(self.vision_model.quant_embed_post(quantized_BNL))
 
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor | None = None,
-        *,
-        bottleneck: bool = True,
-        **kwargs: Any,
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, *, bottleneck: bool = True, **kwargs: Any
     ) -> QLIPOutput:
         """Embeddings, logits, reconstructions, codes and quantizer terms in one pass.
 
@@ -299,7 +276,7 @@ class QLIPModel(PreTrainedModel):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _image_embeds(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def _image_embeds(self, hidden_BTD: Tensor) -> Tensor:
         pooled_BD = self.vision_model.post_layernorm(hidden_BTD[:, 0])
         return F.normalize(self.visual_projection(pooled_BD), dim=-1)
 
@@ -307,9 +284,7 @@ class QLIPModel(PreTrainedModel):
 def load_qlip(path_or_hub_id: str | Path) -> QLIPModel:
     """Load a QLIP folder or hub id.
 
-    Raises:
-        UserError: nothing there, another kind of model, an unknown option or invalid value, or weights that are
-            damaged, not finite or not those of config.json.
+    UserError: another kind of model, an unknown option or invalid value, or damaged, not finite or unexpected weights.
     """
     folder = model_folder(path_or_hub_id, kind="QLIP tokenizer")
     config = read_qlip_config(folder)

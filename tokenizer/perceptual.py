@@ -1,6 +1,6 @@
-"""The perceptual loss of stage 2: LPIPS with VGG-16, or a seeded random-feature network without its weights.
+"""The perceptual loss of stage 2: LPIPS with VGG-16, or without its weights a seeded random-feature network.
 
-The two have different names in every metric. Legend: B batch, C channels.
+Legend: B batch, C channels.
 """
 
 import logging
@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from um3.core.errors import UserError
 from um3.core.hub import read_tensors
-from um3.core.seeds import derive_seed
+from um3.core.seeds import torch_generator
 
 logger = logging.getLogger(__name__)
 
 VGG16_PLAN = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+RANDOM_PLAN = ((16, 16), (32, 32), (64, 64))
 # LPIPS's input normalisation, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -25,12 +26,11 @@ class PerceptualDistance(nn.Module):
     """Distance of two images in the unit-normalised features of a convolutional network, summed over its stages.
 
     With VGG-16's ImageNet weights and LPIPS's linear heads it is LPIPS (Zhang et al. 2018), `name` "lpips_vgg". With
-    fewer channels, random weights of a fixed seed and uniform heads it is "random_features": a multi-scale texture
-    distance that is not comparable with LPIPS.
+    fewer channels, seeded random weights and uniform heads it is "random_features", not comparable with LPIPS.
     """
 
-    shift: torch.Tensor
-    scale: torch.Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, *, plan: Sequence[Sequence[int]], name: str):
         super().__init__()
@@ -47,44 +47,33 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
 
-    def forward(self, first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
         """Mean distance over the batch of images in [-1, 1]; scalar."""
         x, y = ((image - self.shift) / self.scale for image in (first_BCHW, second_BCHW))
         total = first_BCHW.new_zeros(())
         for stage, head_C in zip(self.stages, self.heads, strict=True):
             x, y = stage(x), stage(y)
-            difference = (self._unit(x) - self._unit(y)).square()
-            total = total + (difference * head_C.view(1, -1, 1, 1)).sum(1).mean()
+            unit_x, unit_y = (f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in (x, y))
+            total = total + ((unit_x - unit_y).square() * head_C.view(1, -1, 1, 1)).sum(1).mean()
         return total
 
-    @staticmethod
-    def _unit(x_BCHW: torch.Tensor) -> torch.Tensor:
-        return x_BCHW / (x_BCHW.square().sum(1, keepdim=True) + 1e-10).sqrt()
 
-
-def random_feature_distance(*, width: int = 16, num_stages: int = 3) -> PerceptualDistance:
+def random_feature_distance() -> PerceptualDistance:
     """The distance without downloaded weights: seeded and frozen."""
-    plan = [(min(width * 2**index, 8 * width),) * 2 for index in range(num_stages)]
-    distance = PerceptualDistance(plan=plan, name="random_features")
-    generator = torch.Generator().manual_seed(derive_seed(0, "random-feature distance"))
-    for module in distance.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.in_channels * 9
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2.0 / fan_in) ** 0.5
-            if module.bias is not None:
-                module.bias.data.zero_()
+    distance = PerceptualDistance(plan=RANDOM_PLAN, name="random_features")
+    generator = torch_generator(0, "random-feature distance")
+    for parameter in distance.stages.parameters():
+        parameter.data.zero_()
+        if parameter.dim() == 4:  # a convolution's weight, not its bias
+            std = (2.0 / parameter[0].numel()) ** 0.5
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
     return distance.requires_grad_(False).eval()
 
 
 def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
-    """LPIPS-VGG from the two published files.
+    """LPIPS-VGG from torchvision's VGG-16 weights (`vgg16-397923af.pth`) and LPIPS's linear heads (`vgg.pth`).
 
-    Args:
-        backbone: torchvision's VGG-16 weights (`vgg16-397923af.pth`: keys `features.N.weight`).
-        heads: LPIPS's linear heads (`vgg.pth`: keys `linI.model.1.weight`).
-
-    Raises:
-        UserError: a file is missing or holds other tensors.
+    UserError: a file is missing or holds other tensors.
     """
     distance = PerceptualDistance(plan=VGG16_PLAN, name="lpips_vgg")
     features, linear = read_tensors(backbone), read_tensors(heads)
@@ -97,9 +86,8 @@ def lpips_vgg(*, backbone: str | Path, heads: str | Path) -> PerceptualDistance:
                 position += 1
             distance.heads[index].data.copy_(linear[f"lin{index}.model.1.weight"].flatten())
     except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error}); docs/tokenizer.md names the two files"
-        ) from None
+        problem = f"{backbone} or {heads} is not VGG-16 with LPIPS heads ({error})"
+        raise UserError(f"{problem}; docs/tokenizer.md names the two files") from None
     return distance.requires_grad_(False).eval()
 
 

@@ -1,7 +1,6 @@
 """Initialization from pretrained towers: EVA-02's or EVA-CLIP's visual encoder, CLIP's text tower (paper, Table 3b).
 
-The names are those of the published files. A tensor that QLIP lacks is in a list of known ones, or an error. A tensor
-that the file lacks keeps its fresh values and is reported. Legend: D width, P patch size, G side of a patch grid.
+Legend: D width, P patch size, G side of a patch grid.
 """
 
 import re
@@ -38,21 +37,14 @@ def load_encoder(qlip: QLIPModel, path: str | Path) -> dict[str, list[str]]:
     """Initialize the visual encoder of `qlip` from an EVA-02 (MIM) or EVA-CLIP file, or from a QLIP folder.
 
     `path` names a local safetensors or tensors-only `.pt` file, a QLIP folder, or a file on the hub: OWNER/NAME/FILE.
-    Position embeddings and the patch convolution are resampled (bicubic) to QLIP's grid and patch size. EVA-CLIP's
-    projection is skipped: its dimension is that of another text tower.
-
-    Returns:
-        Names of QLIP's encoder tensors by source: copied from the file ("loaded"), resampled ("resampled"), or
-        missing in the file ("fresh").
-
-    Raises:
-        UserError: no such file, a damaged one, or a tensor of another architecture or shape.
+    Position embeddings and the patch convolution are resampled (bicubic) to QLIP's grid and patch size. Returns the
+    names of QLIP's encoder tensors by source: copied ("loaded"), "resampled", or missing in the file ("fresh").
+    UserError: no such file, a damaged one, or a tensor of another architecture or shape.
     """
     parts = ("vision_model.embeddings.", "vision_model.encoder.", "vision_model.post_layernorm.")
     path = _local_path(str(path))
     if path.is_dir():
-        published = read_weights(path)
-        table = {name: x for name, x in published.items() if name.startswith(parts) and ".rope." not in name}
+        table = {name: x for name, x in read_weights(path).items() if name.startswith(parts) and ".rope." not in name}
         if not table:
             raise UserError(f"{path} holds no QLIP encoder; set model.encoder_weights to a QLIP folder or an EVA file")
         return _copy(table, qlip=qlip, parts=parts, path=path)
@@ -73,11 +65,9 @@ def load_text_tower(qlip: QLIPModel, path_or_hub_id: str | Path) -> dict[str, li
 
     Returns and raises as `load_encoder`; nothing is resampled.
     """
-    for file in CLIP_FILES:
-        path = model_folder(path_or_hub_id, kind="CLIP", files=[file]) / file
-        if path.exists():
-            break
-    else:
+    paths = (model_folder(path_or_hub_id, kind="CLIP", files=[file]) / file for file in CLIP_FILES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         raise UserError(f"{path_or_hub_id} has no {' or '.join(CLIP_FILES)}; set text.weights to a CLIP")
     parts = ("text_model.", "text_projection.")
     table = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(parts)}
@@ -89,8 +79,7 @@ def load_text_tower(qlip: QLIPModel, path_or_hub_id: str | Path) -> dict[str, li
 
 def _local_path(path: str) -> Path:
     """The path itself, or the cached file of OWNER/NAME/FILE on the hub, which is downloaded if needed."""
-    owner, _, rest = path.partition("/")
-    name, _, file = rest.partition("/")
+    owner, name, file = (*path.split("/", 2), "", "")[:3]
     if Path(path).exists() or owner in ("", ".", "..") or not file:
         return Path(path)
     from huggingface_hub import hf_hub_download
@@ -100,20 +89,15 @@ def _local_path(path: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{name}", file))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{path} is neither a local file nor OWNER/NAME/FILE on the hub ({reason}); check model.encoder_weights"
-        ) from None
+        problem = f"{path} is neither a local file nor OWNER/NAME/FILE on the hub ({reason})"
+        raise UserError(f"{problem}; check model.encoder_weights") from None
 
 
-def _copy(
-    table: dict[str, Tensor], *, qlip: QLIPModel, parts: tuple[str, ...], path: str | Path
-) -> dict[str, list[str]]:
+def _copy(table: dict[str, Tensor], *, qlip: QLIPModel, parts: tuple[str, ...], path: Path) -> dict[str, list[str]]:
     parameters = {name: value for name, value in qlip.named_parameters() if name.startswith(parts)}
     if unknown := sorted(table.keys() - parameters.keys()):
-        raise UserError(
-            f"{path}: this QLIP lacks {len(unknown)} of its tensors ({unknown[0]}, ...); change the config's depth or "
-            "kind of layers"
-        )
+        lacking = f"{path}: this QLIP lacks {len(unknown)} of its tensors ({unknown[0]}, ...)"
+        raise UserError(f"{lacking}; change the config's depth or kind of layers")
     report: dict[str, list[str]] = {"loaded": [], "resampled": [], "fresh": sorted(parameters.keys() - table.keys())}
     for name, tensor in sorted(table.items()):
         fitted = _fit(name, tensor.float(), like=parameters[name])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokenizer.configuration import check_options, read_qlip_config
 from um3.core.errors import UserError
@@ -64,8 +65,7 @@ class QLIPProcessor:
     def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> "QLIPProcessor":
         """Load from a QLIP folder or hub id; `options` such as `revision` are the hub's.
 
-        Raises:
-            UserError: no QLIP there, or an unknown option or invalid value in preprocessor_config.json.
+        UserError: no QLIP there, or an unknown option or invalid value in preprocessor_config.json.
         """
         from transformers import AutoTokenizer
 
@@ -77,10 +77,8 @@ class QLIPProcessor:
             # The folder's model type does not determine its text tokenizer; the tokenizer files do.
             text_tokenizer = load_pretrained(AutoTokenizer, folder, config=config.text_tower, kind="text tokenizer")
             if (largest := max(text_tokenizer.get_vocab().values(), default=0)) >= entries:
-                raise UserError(
-                    f"{folder}: the text tokenizer has the id {largest}, but text_config.vocab_size is {entries}; "
-                    "restore the tokenizer files that were saved with the model"
-                )
+                problem = f"the text tokenizer has the id {largest}, but text_config.vocab_size is {entries}"
+                raise UserError(f"{folder}: {problem}; restore the tokenizer files that were saved with the model")
         return cls(
             text_tokenizer,
             image_size=config.vision_tower.image_size,
@@ -91,9 +89,9 @@ class QLIPProcessor:
     def __call__(
         self,
         *,
-        images: "np.ndarray | torch.Tensor | Sequence[Image.Image] | None" = None,
+        images: "np.ndarray | Tensor | Sequence[Image.Image] | None" = None,
         text: Iterable[str] | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Images and captions -> inputs of `QLIPModel.forward`: `pixel_values`, `input_ids`, `attention_mask`."""
         inputs = {} if images is None else {"pixel_values": self.pixels(images)}
         return inputs if text is None else inputs | self.text([text] if isinstance(text, str) else text)
@@ -101,82 +99,66 @@ class QLIPProcessor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json and the files of the text tokenizer."""
         size = {"height": self.image_size, "width": self.image_size}
-        values = {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "QLIPProcessor",
-            "size": size,
-            "crop_size": size,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-        }
+        values: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "processor_class": "QLIPProcessor"}
+        values |= {"size": size, "crop_size": size, "resample": 3, "rescale_factor": 1 / 255}
+        values |= {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
         if self._text_tokenizer is not None:
             save_tokenizer(self._text_tokenizer, folder)
         write_json(Path(folder) / "preprocessor_config.json", values)
 
-    def pixels(self, images: "np.ndarray | torch.Tensor | Sequence[Image.Image]") -> torch.Tensor:
-        """Images -> normalised float32 (B, C, H, W).
+    def pixels(self, images: "np.ndarray | Tensor | Sequence[Image.Image]") -> Tensor:
+        """Images, uint8 (B, H, W, 3) of the model's size or PIL images of any size -> normalised float32 (B, C, H, W).
 
-        `images` is uint8 (B, H, W, 3) at the model's size, or a sequence of PIL images of any size, which are
-        centre-cropped and resized.
+        PIL images are centre-cropped and resized.
         """
-        if not isinstance(images, np.ndarray | torch.Tensor):
+        if not isinstance(images, np.ndarray | Tensor):
             from um3.core.images import to_square
 
             images = np.stack([to_square(image, size=self.image_size) for image in images])
         images_BHWC = torch.as_tensor(images)
         if images_BHWC.dtype != torch.uint8 or images_BHWC.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(
-                f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; "
-                f"expected uint8 (B, {self.image_size}, {self.image_size}, 3)"
-            )
+            expected = f"uint8 (B, {self.image_size}, {self.image_size}, 3)"
+            raise ValueError(f"images of {images_BHWC.dtype} {tuple(images_BHWC.shape)}; expected {expected}")
         unit_BCHW = images_BHWC.permute(0, 3, 1, 2).float() / 255
         return (unit_BCHW - _channels(self.image_mean, unit_BCHW)) / _channels(self.image_std, unit_BCHW)
 
-    def images(self, pixel_values_BCHW: torch.Tensor) -> np.ndarray:
+    def images(self, pixel_values_BCHW: Tensor) -> np.ndarray:
         """Normalised pixels (B, C, H, W) -> uint8 (B, H, W, 3), clipped and rounded."""
         unit_BCHW = self.unit_range(pixel_values_BCHW.detach().float()).clamp(0, 1)
         return (unit_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def unit_range(self, pixel_values_BCHW: torch.Tensor) -> torch.Tensor:
+    def unit_range(self, pixel_values_BCHW: Tensor) -> Tensor:
         """Normalised pixels -> pixels with black 0 and white 1, unclipped, with gradient."""
         x_BCHW = pixel_values_BCHW
         return x_BCHW * _channels(self.image_std, x_BCHW) + _channels(self.image_mean, x_BCHW)
 
-    def text(self, captions: Iterable[str]) -> dict[str, torch.Tensor]:
+    def text(self, captions: Iterable[str]) -> dict[str, Tensor]:
         """Captions -> `input_ids` and `attention_mask` (B, T), padded to the longest, cut to the tower's positions.
 
         Names of special tokens in a caption are plain text.
         """
+        texts, limit = [valid_text(caption) for caption in captions], self.max_text_tokens
         encoded = self.text_tokenizer(
-            [valid_text(caption) for caption in captions],
-            padding=True,
-            truncation=True,
-            max_length=self.max_text_tokens,
-            split_special_tokens=True,
-            return_tensors="pt",
+            texts, padding=True, truncation=True, max_length=limit, split_special_tokens=True, return_tensors="pt"
         )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _channels(values: Sequence[float], like_BCHW: torch.Tensor) -> torch.Tensor:
+def _channels(values: Sequence[float], like_BCHW: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like_BCHW.dtype, device=like_BCHW.device).view(1, -1, 1, 1)
 
 
 def _read_scales(path: Path) -> dict[str, Any]:
     """`image_mean` and `image_std` of a preprocessor_config.json; empty without the file."""
-    values = read_json(path) if path.exists() else {}
+    values = read_json(path, dict) if path.exists() else {}
     try:
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold an object")
         check_options(values, known={*SCALES, *STEPS, *OTHER_OPTIONS}, where=path)
         if skipped := [step for step in STEPS if not values.get(step, True)]:
             raise ValueError(f"{path} switches {skipped[0]} off, which QLIP's images need; remove that line")
         for name in values.keys() & SCALES:
-            is_list = isinstance(values[name], list) and len(values[name]) == 3
-            lowest = 0 if name == "image_std" else -math.inf
-            if not is_list or not all(isinstance(x, int | float) and lowest < x < math.inf for x in values[name]):
+            numbers, lowest = values[name], 0 if name == "image_std" else -math.inf
+            is_list = isinstance(numbers, list) and len(numbers) == 3
+            if not is_list or not all(isinstance(x, int | float) and lowest < x < math.inf for x in numbers):
                 raise ValueError(f"{path}: {name} must be three numbers, finite, deviations above 0; correct it")
     except ValueError as error:
         raise UserError(str(error)) from None

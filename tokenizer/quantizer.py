@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tokenizer.bits import bits_to_codes, codes_to_bits
 from tokenizer.configuration import check_options
@@ -33,22 +33,15 @@ UNUSED_OPTIONS = {
 
 
 class QuantizerOutput(NamedTuple):
-    """The result for a batch of patches."""
+    """The result for a batch of patches; entropies in nats."""
 
-    quantized_BNL: torch.Tensor
-    """+-1/sqrt(L), with the straight-through gradient."""
-    codes_BN: torch.Tensor
-    """One int64 code per patch, most significant bit first."""
-    loss: torch.Tensor
-    """Entropy penalty (gamma0 * E[H] - gamma1 * H[E]) / inv_temperature; scalar, nats."""
-    sample_entropy: torch.Tensor
-    """E[H(Q)]: mean entropy of a patch's soft code, nats."""
-    codebook_entropy: torch.Tensor
-    """H(E[Q]), summed over groups, nats."""
-    commitment: torch.Tensor
-    """Mean over patches of ||sg(zhat) - z||^2 (SPEC stage 1, weight a_z)."""
-    mean_GK: torch.Tensor
-    """E[Q]: the mean soft code of each group, K states; it suffices for the codebook entropy of several batches."""
+    quantized_BNL: Tensor  # +-1/sqrt(L), with the straight-through gradient
+    codes_BN: Tensor  # one int64 code per patch, most significant bit first
+    loss: Tensor  # entropy penalty (gamma0 * E[H] - gamma1 * H[E]) / inv_temperature; scalar
+    sample_entropy: Tensor  # E[H(Q)]: mean entropy of a patch's soft code
+    codebook_entropy: Tensor  # H(E[Q]), summed over groups
+    commitment: Tensor  # mean over patches of ||sg(zhat) - z||^2 (SPEC stage 1, weight a_z)
+    mean_GK: Tensor  # E[Q]: the mean soft code of each group; it suffices for the entropy of several batches
 
 
 class BinarySphericalQuantizer(nn.Module):
@@ -68,9 +61,7 @@ class BinarySphericalQuantizer(nn.Module):
         if embed_dim % group_size:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of group_size {group_size}")
         if group_size > MAX_GROUP_SIZE:
-            raise ValueError(
-                f"group_size {group_size} would need 2^{group_size} states per group; the limit is {MAX_GROUP_SIZE}"
-            )
+            raise ValueError(f"group_size {group_size} needs 2^{group_size} states; the limit is {MAX_GROUP_SIZE}")
         self.embed_dim, self.group_size, self.inv_temperature = embed_dim, group_size, inv_temperature
         self.l2_norm, self.gamma0, self.gamma1 = l2_norm, gamma0, gamma1
         self.scale = embed_dim**-0.5
@@ -88,7 +79,7 @@ class BinarySphericalQuantizer(nn.Module):
                 raise ValueError(f"quantizer_cfg.{name} is {value!r}; it must be a {'positive ' * is_count}number")
         return cls(l2_norm=l2_norm, **values)
 
-    def forward(self, z_BNL: torch.Tensor, *, entropy: bool = True) -> QuantizerOutput:
+    def forward(self, z_BNL: Tensor, *, entropy: bool = True) -> QuantizerOutput:
         """Quantize, in float32 also under autocast. `entropy=False` skips the loss terms, which are zero then."""
         with torch.autocast(z_BNL.device.type, enabled=False):
             z_BNL = z_BNL.float()
@@ -99,8 +90,7 @@ class BinarySphericalQuantizer(nn.Module):
             # The released model passes the gradient through sign() and then scales by 1/sqrt(L), so the gradient
             # has that factor too (checked against its pixel gradient). The value is hard_BNL exactly.
             quantized_BNL = hard_BNL + (z_BNL - z_BNL.detach()) * self.scale
-            zero = z_BNL.new_zeros(())
-            sample, codebook, commitment, mean_GK = zero, zero, zero, zero
+            sample = codebook = commitment = mean_GK = z_BNL.new_zeros(())
             if entropy:
                 sample, mean_GK = self.soft_code(z_BNL)
                 codebook = codebook_entropy(mean_GK)
@@ -108,11 +98,11 @@ class BinarySphericalQuantizer(nn.Module):
             loss = self.penalty(sample, codebook)
         return QuantizerOutput(quantized_BNL, bits_to_codes(positive_BNL), loss, sample, codebook, commitment, mean_GK)
 
-    def penalty(self, sample: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    def penalty(self, sample: Tensor, codebook: Tensor) -> Tensor:
         """(gamma0 * E[H(Q)] - gamma1 * H(E[Q])) / inv_temperature, as in the released code."""
         return (self.gamma0 * sample - self.gamma1 * codebook) / self.inv_temperature
 
-    def soft_code(self, z_BNL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def soft_code(self, z_BNL: Tensor) -> tuple[Tensor, Tensor]:
         """E[H(Q)] in nats and E[Q] (G, K), of normalised z.
 
         The soft code of a group is a softmax over its corners of 2 * inv_temperature * <z, corner>. It factorises into
@@ -133,11 +123,11 @@ class BinarySphericalQuantizer(nn.Module):
             states_MGK = torch.cat([states_MGK * (1 - p_MG1), states_MGK * p_MG1], dim=-1)
         return sample, states_MGK.mean(0)
 
-    def codes_to_quantized(self, codes_BN: torch.Tensor) -> torch.Tensor:
+    def codes_to_quantized(self, codes_BN: Tensor) -> Tensor:
         """Codes (B, N) -> float32 (B, N, L) of +-1/sqrt(L)."""
         return (2 * codes_to_bits(codes_BN, num_bits=self.embed_dim) - 1).float() * self.scale
 
 
-def codebook_entropy(mean_GK: torch.Tensor) -> torch.Tensor:
+def codebook_entropy(mean_GK: Tensor) -> Tensor:
     """H(E[Q]) in nats, summed over groups, of the mean soft code."""
     return -torch.xlogy(mean_GK, mean_GK).sum()

@@ -3,25 +3,20 @@
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from um3.core.hub import load_pretrained
 from um3.core.text import valid_text
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 logger = logging.getLogger(__name__)
-
 BEGIN, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
 def train_caption_tokenizer(captions: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a lower-casing byte-level BPE that wraps every caption in begin and end tokens, like CLIP's."""
-    from tokenizers import normalizers, processors
-
     lower = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     # END must not have id 2, which QLIP's config reads as the old CLIP convention (see `TextModel`).
     options: dict[str, Any] = {"special_tokens": [PAD, END, BEGIN], "normalizer": lower}
@@ -33,13 +28,11 @@ def train_caption_tokenizer(captions: Iterable[str], *, vocab_size: int) -> PreT
 
 def train_byte_bpe(
     texts: Iterable[str], *, setting: str, vocab_size: int, special_tokens: list[str], normalizer: Any = None
-) -> "Tokenizer":
+) -> Tokenizer:
     """Byte-level BPE over `texts`, the special tokens first; words begin with a blank if there is a `normalizer`.
 
     A vocabulary that the texts do not fill is logged under the name of its `setting`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer

@@ -17,9 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def tiny_config(**changes: object) -> QLIPConfig:
     tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16)
     tower |= dict(patch_size=8, rope_pretrained_grid=2)
-    text: dict[str, object] = dict(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
+    text: dict[str, object] = {name: tower[name] for name in list(tower)[:4]} | {"vocab_size": 300}
     text |= dict(max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0, hidden_act="gelu")
     vision = {**tower, "quantizer_cfg": {"embed_dim": 28, "group_size": 1}, **changes}
     decoder = {key: value for key, value in vision.items() if not key.startswith(("quantizer", "hidden_size_post"))}
@@ -49,9 +47,9 @@ def lpips_files(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
             features[f"features.{position}.weight"] = 0.05 * torch.randn(wider, width, 3, 3, generator=generator)
             features[f"features.{position}.bias"] = torch.zeros(wider)
             position, width = position + 2, wider
-    assert max(int(key.split(".")[1]) for key in features) == 28  # torchvision's last VGG-16 convolution
+    assert "features.28.weight" in features and position == 30  # torchvision's last VGG-16 convolution
     heads = {f"lin{i}.model.1.weight": torch.rand(1, widths[-1], 1, 1) for i, widths in enumerate(VGG16_PLAN)}
-    backbone_file, heads_file = folder / f"vgg{seed}.pth", folder / f"heads{seed}.pth"
-    torch.save(features, backbone_file)
-    torch.save(heads, heads_file)
-    return backbone_file, heads_file
+    files = folder / f"vgg{seed}.pth", folder / f"heads{seed}.pth"
+    for table, file in zip((features, heads), files, strict=True):
+        torch.save(table, file)
+    return files

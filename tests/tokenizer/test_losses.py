@@ -1,16 +1,18 @@
-"""InfoNCE, adversarial and perceptual terms."""
+"""InfoNCE, also over two processes, adversarial and perceptual terms."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.processes import run_on_ranks
 from tests.tokenizer.conftest import lpips_files
 from tokenizer.discriminator import DiscriminatorKind, build_discriminator
 from tokenizer.losses import AdversarialKind, discriminator_loss, generator_loss, info_nce
 from tokenizer.perceptual import build_perceptual_distance, lpips_vgg, random_feature_distance
+from um3.core.distributed import rank, world_size
 from um3.core.errors import UserError
 
 
@@ -21,6 +23,32 @@ def test_info_nce_equals_the_textbook_form() -> None:
     expected = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
     torch.testing.assert_close(info_nce(image, text, logit_scale=torch.tensor(10.0)).loss, expected)
     assert float(info_nce(image, image, logit_scale=torch.tensor(100.0)).accuracy) == 1.0
+
+
+def loss_and_gradients() -> dict[str, Any]:
+    """This rank's loss, accuracy and gradients on its share of one fixed global batch."""
+    generator = torch.Generator().manual_seed(3)
+    image_BP, text_BP = (
+        torch.randn(6, 5, generator=generator).chunk(world_size())[rank()].clone().requires_grad_() for _ in range(2)
+    )
+    log_scale = torch.tensor(1.5, requires_grad=True)
+    result = info_nce(F.normalize(image_BP, dim=-1), F.normalize(text_BP, dim=-1), logit_scale=log_scale.exp())
+    gradients = torch.autograd.grad(result.loss, (image_BP, text_BP, log_scale))
+    means = [(gradient / world_size()).tolist() for gradient in gradients]  # the engine averages over ranks
+    return {"values": [result.loss.item(), result.accuracy.item()], "gradients": means}
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_what_one_process_computes(tmp_path: Path) -> None:
+    whole = loss_and_gradients()
+    first, second = run_on_ranks(loss_and_gradients, folder=tmp_path)
+    assert first["values"] != second["values"]
+    assert [sum(pair) / 2 for pair in zip(first["values"], second["values"], strict=True)] == pytest.approx(
+        whole["values"], rel=1e-6
+    )
+    *embeds, scale = (a + b for a, b in zip(first["gradients"], second["gradients"], strict=True))
+    assert scale == pytest.approx(whole["gradients"][2], rel=1e-5)
+    torch.testing.assert_close(torch.tensor(embeds), torch.tensor(whole["gradients"][:2]))
 
 
 def test_info_nce_in_chunks_is_the_same_and_saves_no_logits() -> None:
@@ -56,11 +84,10 @@ def test_discriminator_learns_to_separate_two_sets(kind: DiscriminatorKind) -> N
     real, fake = torch.rand(8, 3, 32, 32) * 2 - 1, torch.zeros(8, 3, 32, 32)
     losses = []
     for _ in range(12):
-        loss = discriminator_loss(model(real), model(fake), kind="hinge")
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(discriminator_loss(model(real), model(fake), kind="hinge"))
+        losses[-1].backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
     assert losses[-1] < 0.6 * losses[0]
     # The logit of an image does not depend on the rest of the batch.
     torch.testing.assert_close(model(real)[:1], model(real[:1]))
@@ -73,10 +100,7 @@ def test_a_discriminator_that_does_not_fit_is_refused(kind: DiscriminatorKind, c
 
 
 def test_random_features_are_seeded_frozen_and_never_called_lpips() -> None:
-    torch.manual_seed(0)
-    first = random_feature_distance()
-    torch.manual_seed(1)
-    second = random_feature_distance()
+    first, second = (random_feature_distance() for _ in range(2))
     image, noisy = torch.zeros(2, 3, 32, 32), 0.1 * torch.randn(2, 3, 32, 32)
     assert float(first(image, image)) == 0.0
     assert torch.equal(first(image, noisy), second(image, noisy)) and float(first(image, noisy)) > 0
@@ -90,12 +114,10 @@ def test_lpips_loads_the_published_layout_and_refuses_others(tmp_path: Path) -> 
     assert distance.name == "lpips_vgg"
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     assert float(distance(image, -image)) > float(distance(image, image)) == 0.0
-    with pytest.raises(UserError, match="VGG-16"):
-        lpips_vgg(backbone=heads, heads=backbone)
-    with pytest.raises(UserError, match="does not exist"):
-        lpips_vgg(backbone=tmp_path / "absent.pth", heads=heads)
+    (tmp_path / "noise.pth").write_bytes(b"not a tensor file")
+    wrong = {"VGG-16": heads, "does not exist": tmp_path / "absent.pth", "cannot be read": tmp_path / "noise.pth"}
+    for message, file in wrong.items():
+        with pytest.raises(UserError, match=message):
+            lpips_vgg(backbone=file, heads=heads)
     with pytest.raises(UserError, match="both"):
         build_perceptual_distance(backbone="x", heads="")
-    (tmp_path / "noise.pth").write_bytes(b"not a tensor file")
-    with pytest.raises(UserError, match="cannot be read"):
-        lpips_vgg(backbone=tmp_path / "noise.pth", heads=heads)

@@ -15,25 +15,23 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.pretrained import load_encoder, load_text_tower
 from um3.core.errors import UserError
 
+EVA_NAMES = {
+    "encoder.layers.": "blocks.", "self_attn.": "attn.", "layer_norm": "norm", "attn.q_proj.bias": "attn.q_bias",
+    "attn.v_proj.bias": "attn.v_bias", "attn.out_proj": "attn.proj", "post_layernorm": "norm",
+    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding.weight": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+}  # fmt: skip
+
 
 def eva_file(qlip: QLIPModel, path: Path, *, prefix: str = "") -> Path:
     """Write the encoder of `qlip` as EVA publishes one: its names, separate q and v biases, a head and tables."""
-    table = {
-        "mask_token": torch.zeros(1, 1, 32),
-        "head.weight": torch.zeros(5, 32),
-        "rope.freqs_cos": torch.zeros(4, 16),
-    }
+    table = {name: torch.zeros(4, 16) for name in ("mask_token", "head.weight", "rope.freqs_cos")}
     for name, tensor in qlip.vision_model.named_parameters():
-        name = name.replace("encoder.layers.", "blocks.").replace("self_attn.", "attn.").replace("layer_norm", "norm")
-        name = name.replace("attn.q_proj.bias", "attn.q_bias").replace("attn.v_proj.bias", "attn.v_bias")
-        name = name.replace("attn.out_proj", "attn.proj").replace("post_layernorm", "norm")
-        if name.startswith("quant"):
-            continue
-        if name == "embeddings.class_embedding":
-            name, tensor = "cls_token", tensor[None, None]
-        elif name == "embeddings.position_embedding.weight":
-            name, tensor = "pos_embed", tensor[None]
-        table[prefix + name.replace("embeddings.patch_embedding", "patch_embed.proj")] = tensor.detach().clone()
+        for ours, published in EVA_NAMES.items():
+            name = name.replace(ours, published)
+        if not name.startswith("quant"):
+            extra = {"cls_token": (None, None), "pos_embed": (None,)}.get(name, ())
+            table[prefix + name] = tensor[extra].detach().clone()
     if prefix:
         table["text.positional_embedding"] = torch.zeros(3)
     if path.suffix == ".pt":
@@ -75,11 +73,11 @@ def test_an_encoder_on_the_hub_is_read_from_the_cache(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "models--owner--eva" / "snapshots" / ("0" * 40)
-    (tmp_path / "models--owner--eva" / "refs").mkdir(parents=True)
-    (tmp_path / "models--owner--eva" / "refs" / "main").write_text("0" * 40)
-    (snapshot / "files").mkdir(parents=True)
-    eva_file(tiny_qlip, snapshot / "files" / "eva.pt")
+    repo, commit = tmp_path / "models--owner--eva", "0" * 40
+    for folder in ("refs", f"snapshots/{commit}/files"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    eva_file(tiny_qlip, repo / f"snapshots/{commit}/files/eva.pt")
     assert load_encoder(fresh(), "owner/eva/files/eva.pt")["fresh"] == []
     for wrong in ("owner/eva/other.pt", "no one/eva/eva.pt"):
         with pytest.raises(UserError, match=f"{wrong} .*OWNER/NAME/FILE"):
@@ -131,13 +129,9 @@ def test_a_file_that_does_not_fit_is_refused(
 
 
 def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
-    text = tiny_qlip.config.text_tower
-    sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "hidden_act")}
-    sizes |= {name: getattr(text, name) for name in ("num_hidden_layers", "num_attention_heads", "eos_token_id")}
+    options = tiny_qlip.config.text_tower.to_dict() | {"projection_dim": 24, "layer_norm_eps": 1e-5}
     torch.manual_seed(2)
-    clip = CLIPTextModelWithProjection(
-        CLIPTextConfig(**sizes, max_position_embeddings=text.max_position_embeddings, projection_dim=24)
-    ).eval()
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(**options)).eval()
     clip.save_pretrained(tmp_path)
     ids = torch.tensor([[1, 5, 9, 299], [1, 7, 299, 0]])
     report = load_text_tower(tiny_qlip, tmp_path)

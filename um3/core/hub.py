@@ -40,10 +40,9 @@ MAX_LAYERS = 10_000
 def model_folder(
     path_or_hub_id: str | Path, *, kind: str = "model", files: Sequence[str] = MODEL_FILES, **options: Any
 ) -> Path:
-    """The local folder of a model; a hub repository is downloaded to the cache unless it is there.
+    """The local folder of a model; a hub repository is downloaded to the cache unless it is there; UserError without.
 
-    `kind` is the expected model for the error message, `files` are the patterns to download, `options` those of
-    `huggingface_hub.snapshot_download`. UserError: neither a local folder nor an accessible Hugging Face repo.
+    `kind` is the model in the error message, `files` are patterns, `options` are those of `snapshot_download`.
     """
     if Path(path_or_hub_id).is_dir():
         return Path(path_or_hub_id)
@@ -56,10 +55,8 @@ def model_folder(
             return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(files), **options))
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = f" ({type(error).__name__}: {_reason(error)})"
-    raise UserError(
-        f"{kind} '{path_or_hub_id}' is neither a local folder nor an accessible Hugging Face repo{reason}; "
-        "check the path or the hub id"
-    )
+    problem = f"{kind} '{path_or_hub_id}' is neither a local folder nor an accessible Hugging Face repo{reason}"
+    raise UserError(f"{problem}; check the path or the hub id")
 
 
 def load_pretrained(
@@ -77,8 +74,8 @@ def load_pretrained(
     of a model in a folder are compared with the header of its weights before memory is allocated. A head that
     config.json ties to the embedding, but that the weights hold as another tensor, stays a head of its own.
 
-    `kind` and `remedy` are for the UserError, which names the file and value that cannot be used, or the weights that
-    are missing, not finite or of other shapes than in config.json; with `strict` also those that it does not describe.
+    UserError names the `kind`, the file and value that cannot be used, or the weights that are missing, not finite or
+    of other shapes than in config.json, with `strict` also those that it does not describe, and the `remedy`.
     """
     folder = model_folder(path_or_hub_id, kind=kind, files=["*.json"])
     is_model = hasattr(loader, "from_config") or hasattr(loader, "_from_config")
@@ -148,11 +145,7 @@ def read_weights(folder: str | Path) -> "dict[str, Tensor]":
 
 
 def read_tensors(path: str | Path) -> "dict[str, Tensor]":
-    """The tensors of a `.safetensors` file or of a torch file that holds only tensors, on the CPU.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds other objects than tensors.
-    """
+    """The tensors of a `.safetensors` file or of a torch file that holds only tensors, on the CPU; UserError if not."""
     import torch
     from safetensors.torch import load_file
 

@@ -1,7 +1,6 @@
 """Safe decoding of image files: a common format becomes a plain RGB image, anything else raises `ImageError`.
 
-The size in the header is checked before anything is decoded. Colour profiles are not applied: the models are trained
-on the values of the file, as their image processors read it at inference.
+Colour profiles are not applied: models are trained on the values of the file, as image processors read it at inference.
 """
 
 import io
@@ -24,7 +23,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """What undoes an EXIF orientation."""
-
 ImageReason = Literal[
     "cannot be read", "not an image", "too large", "truncated", "cannot be decoded", "unsupported pixels"
 ]
@@ -44,9 +42,7 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
     The EXIF orientation is applied, transparency is laid on white, and 16 bits are scaled to 8. An animation gives its
     first frame. Text and colour profiles of a PNG, of any size, are not read if Pillow refuses their size.
-
-    Raises:
-        ImageError: the file is damaged or unsupported, or has more than `max_pixels` pixels.
+    ImageError: the file is damaged or unsupported, or has more than `max_pixels` pixels.
     """
     try:
         try:
@@ -71,21 +67,19 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
 
 def _decode(source: Path | bytes, *, max_pixels: int) -> Image.Image:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            size = f"{image.width} x {image.height}"
-            raise ImageError("too large", f"{size} pixels exceed the limit of {max_pixels:,}")
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("too large", f"{width} x {height} pixels exceed the limit of {max_pixels:,}")
         layout = image.tile[0].args if image.format == "PNG" and image.tile else ""
         image.load()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # damaged EXIF does not affect the pixels, which are decoded by now
             orientation = 1
-        if layout == "RGB;16B" and "transparency" in image.info:
-            rgb = _clear_16_bits(source, image)
-        else:
-            if layout in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the pixels only
-                image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
-            rgb = _to_rgb(image)
+        if layout in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the pixels only
+            image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
+        is_wide = layout == "RGB;16B" and "transparency" in image.info
+        rgb = _clear_16_bits(source, image) if is_wide else _to_rgb(image)
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
@@ -126,7 +120,7 @@ def _from_integers(image: Image.Image) -> Image.Image:
     highest = 2 ** int(tags.get(BITS_PER_SAMPLE, (16,))[0]) - 1
     grey = (values * 255 + highest // 2) // highest
     grey = 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
-    grey = np.where(values == image.info.get("transparency", -1), 255, grey)
+    grey[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 

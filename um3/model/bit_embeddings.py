@@ -1,8 +1,7 @@
 """Embeddings that visual tokens share: one vector per bit of a code, added to each token's own embedding.
 
-A token's own row learns only from the codes that contain it; the bit vectors learn from every code, so a rare code
-starts where its bits place it. All vectors start at zero. `fold` adds them to the plain rows when the model is saved,
-so a checkpoint keeps its stock architecture and new rows still start as the mean of the text rows (paper, section 4).
+A token's own row learns only from the codes that contain it; the bit vectors, zero at first, learn from every code.
+`fold` adds them to the plain rows when the model is saved, so a checkpoint keeps its stock architecture.
 
 Shapes: B sequences, T positions, V entries, W entries of a sub-token, L bits of a code, D width.
 """
@@ -18,20 +17,14 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 
 class BitEmbeddings(nn.Module):
-    """One vector per bit of each sub-token, for the input embedding and for the output head.
-
-    Raises:
-        UserError: the model's output head is tied to its input embedding.
-    """
+    """One vector per bit of each sub-token, for the input embedding and for the output head, which must be untied."""
 
     signs_VL: Tensor
 
     def __init__(self, ids: UnifiedVocabulary, *, model_config: PreTrainedConfig):
         super().__init__()
         if model_config.tie_word_embeddings:
-            raise UserError(
-                "vocabulary.bit_embeddings needs an untied output head; set model.tie_word_embeddings=false"
-            )
+            raise UserError("vocabulary.bit_embeddings needs an untied head; set model.tie_word_embeddings=false")
         self.input_LD = nn.Parameter(torch.zeros(ids.num_bits, model_config.hidden_size))
         self.output_LD = nn.Parameter(torch.zeros(ids.num_bits, model_config.hidden_size))
         signs_WL = 2.0 * codes_to_bits(torch.arange(1 << ids.bits_per_subtoken), num_bits=ids.bits_per_subtoken) - 1.0

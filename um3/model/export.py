@@ -68,10 +68,9 @@ def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, *, entries
         content = value.get("content") if isinstance(value, dict) else value
         return not (isinstance(content, str) and content in removed)
 
-    config = {key: value for key, value in read_json(folder / "tokenizer_config.json").items() if is_kept(value)}
-    for key, value in config.items():
-        if isinstance(value, list):
-            config[key] = [token for token in value if is_kept(token)]
-        elif isinstance(value, dict):
-            config[key] = {name: token for name, token in value.items() if is_kept(token)}
-    write_json(folder / "tokenizer_config.json", config)
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if is_kept(part)}
+        return [kept(part) for part in value if is_kept(part)] if isinstance(value, list) else value
+
+    write_json(folder / "tokenizer_config.json", kept(read_json(folder / "tokenizer_config.json")))

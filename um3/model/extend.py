@@ -85,10 +85,8 @@ def load_base_tokenizer(path_or_hub_id: str) -> tuple[PreTrainedTokenizerBase, i
 def check_vocabulary(entries: int, *, rows: int) -> None:
     """Raise UserError if a tokenizer has more entries than the base has rows."""
     if entries > rows:
-        raise UserError(
-            f"the text tokenizer has {entries:,} entries, but the base only {rows:,} rows; "
-            "use the tokenizer that the base was trained with"
-        )
+        problem = f"the text tokenizer has {entries:,} entries, but the base only {rows:,} rows"
+        raise UserError(f"{problem}; use the tokenizer that the base was trained with")
 
 
 def extend_model(
@@ -106,11 +104,8 @@ def extend_model(
     The first `base_entries` rows are kept: those of the base's own tokenizer (None: as many as fit); padding rows after
     them are dropped. New input and output rows are the mean of the kept ones (section 4 of the paper), or normal with
     their standard deviation; the output head is untied. `gains` of an inserted normalisation (`fit_gains`) default to
-    ones.
-
-    Raises:
-        UserError: `qk_norm` is off for a base that has it, or on for one whose layer Qwen3 cannot express; a
-            tokenizer with more entries than the base has rows.
+    ones. UserError: `qk_norm` is off for a base that has it, or on for one whose layer Qwen3 cannot express; the
+    tokenizer has more entries than the base has rows.
     """
     config = base_model.config
     if config.model_type == "qwen3" and not qk_norm:
@@ -141,7 +136,7 @@ def extend_model(
 def assemble_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, Tensor]
 ) -> PreTrainedModel:
-    """A model that uses these tensors without a copy; tied if the config says so."""
+    """A model that uses these tensors without a copy."""
     with torch.device("meta"):
         model = model_class(config)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -182,13 +177,12 @@ def fit_gains(base_model: PreTrainedModel, *, calibration: Sequence[Tensor]) -> 
         x_XK = output_BTD.double().reshape(-1, head_dim)
         rms_X1 = (x_XK.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         share_XK = (x_XK / rms_X1).pow(2)
-        sums_2K = torch.stack([(share_XK * rms_X1).sum(0), share_XK.sum(0)])
-        sums[key] = sums[key] + sums_2K if key in sums else sums_2K
+        sums[key] = sums.get(key, 0) + torch.stack([(share_XK * rms_X1).sum(0), share_XK.sum(0)])
 
-    for index, layer in enumerate(base_model.model.layers):
-        for part, projection in (("q", layer.self_attn.q_proj), ("k", layer.self_attn.k_proj)):
-            key = _gain_name(index, part)
-            hooks.append(projection.register_forward_hook(lambda _m, _i, output, key=key: collect(key, output)))
+    for name, module in base_model.named_modules():
+        if name.endswith((".q_proj", ".k_proj")):
+            key = name.removesuffix("proj") + "norm.weight"
+            hooks.append(module.register_forward_hook(lambda _m, _i, output, key=key: collect(key, output)))
     try:
         for input_ids_BT in track(calibration, total=len(calibration), label="fitting qk-norm", unit="batches"):
             base_model.model(input_ids=input_ids_BT.to(base_model.device), use_cache=False)
@@ -201,16 +195,13 @@ def fit_gains(base_model: PreTrainedModel, *, calibration: Sequence[Tensor]) -> 
 def _extend_rows(rows_VD: Tensor, *, kept: int, total: int, generator: torch.Generator | None) -> Tensor:
     """The first `kept` rows unchanged, then new ones up to `total`: their mean, or with a generator random."""
     kept_VD = rows_VD[:kept]
-    extended_VD = rows_VD.new_empty(total, rows_VD.shape[1])
-    extended_VD[:kept] = kept_VD
     if generator is None:
         # In parts: a float64 copy of 128,256 rows of width 2,048 would take 2 GiB.
         sums_D = [part_VD.double().sum(0) for part_VD in kept_VD.split(ROWS_AT_ONCE)]
-        extended_VD[kept:] = (torch.stack(sums_D).sum(0) / kept).to(rows_VD.dtype)
+        new_VD = (torch.stack(sums_D).sum(0) / kept).expand(total - kept, -1)
     else:
-        noise_VD = torch.randn(total - kept, rows_VD.shape[1], generator=generator)
-        extended_VD[kept:] = noise_VD.to(rows_VD.device) * kept_VD.std()
-    return extended_VD
+        new_VD = torch.randn(total - kept, rows_VD.shape[1], generator=generator).to(kept_VD.device) * kept_VD.std()
+    return torch.cat([kept_VD, new_VD.to(rows_VD)])
 
 
 def _license_of(path_or_hub_id: str) -> str:
@@ -239,18 +230,15 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _gain_name(layer: int, part: str) -> str:
-    return f"model.layers.{layer}.self_attn.{part}_norm.weight"
-
-
 def _qk_norm_weights(base_model: PreTrainedModel, *, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that Qwen3 has and the base lacks: the gains, and for Qwen2 a zero bias of the output projection."""
     config, like = base_model.config, base_model.model.embed_tokens.weight
-    weights = {}
-    for layer in range(config.num_hidden_layers):
-        for part in ("q", "k"):
-            ones_K = torch.ones(_head_dim(config), dtype=like.dtype, device=like.device)
-            weights[_gain_name(layer, part)] = gains.get(_gain_name(layer, part), ones_K).to(like)
-        if config.model_type == "qwen2":
-            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = like.new_zeros(config.hidden_size)
+    layers = [f"model.layers.{layer}.self_attn" for layer in range(config.num_hidden_layers)]
+    names, ones_K = (
+        [f"{layer}.{part}_norm.weight" for layer in layers for part in "qk"],
+        like.new_ones(_head_dim(config)),
+    )
+    weights = {name: gains.get(name, ones_K).to(like, copy=True) for name in names}
+    if config.model_type == "qwen2":
+        weights |= {f"{layer}.o_proj.bias": like.new_zeros(config.hidden_size) for layer in layers}
     return weights

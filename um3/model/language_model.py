@@ -1,18 +1,21 @@
 """UM3 as a stock language model: build it from a config, count its parameters, save and load it.
 
-With query-key normalisation the architecture is transformers' Qwen3ForCausalLM, without it LlamaForCausalLM (or the
-base's own). There is no modeling code of ours, so transformers, vLLM and lm-eval load a checkpoint as it is.
+The architecture is transformers' Qwen3ForCausalLM, without query-key normalisation LlamaForCausalLM or the base's own,
+so that transformers, vLLM and lm-eval load a checkpoint as it is.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -24,7 +27,6 @@ from um3.core.files import atomic_folder, write_text
 from um3.core.hub import load_pretrained, save_tokenizer
 from um3.model.configuration import ModelConfig
 from um3.model.extend import check_logits, set_generation_defaults
-from um3.model.model_card import model_card
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
@@ -46,21 +48,12 @@ def build_model(config: ModelConfig, *, ids: UnifiedVocabulary) -> PreTrainedMod
     Works under `torch.device("meta")` for counting parameters.
     """
     assert not config.base_model, "a base brings its own sizes"
-    sizes: dict[str, Any] = {
-        "vocab_size": ids.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": ids.bos_id,
-        "eos_token_id": ids.eos_id,
-    }
+    same = ("hidden_size", "head_dim", "intermediate_size", "max_position_embeddings", "initializer_range")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in (*same, "tie_word_embeddings")}
+    sizes |= {"vocab_size": ids.vocab_size, "bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id}
+    sizes |= {"num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
+    sizes |= {"num_key_value_heads": config.num_kv_heads}
+    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if config.qk_norm else LlamaForCausalLM(LlamaConfig(**sizes))
     return set_generation_defaults(model, ids=ids)
 
@@ -72,15 +65,9 @@ def count_parameters(model: PreTrainedModel, *, ids: UnifiedVocabulary) -> dict[
     text_head, visual_head = (0, 0) if model.config.tie_word_embeddings else (text, visual)
     total = sum(parameter.numel() for parameter in model.parameters())
     norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
-    return {
-        "text embedding": text,
-        "visual embedding": visual,
-        "layers": total - text - visual - text_head - visual_head - norms,
-        "norms": norms,
-        "text head": text_head,
-        "visual head": visual_head,
-        "total": total,
-    }
+    layers = total - text - visual - text_head - visual_head - norms
+    parts = {"text embedding": text, "visual embedding": visual, "layers": layers, "norms": norms}
+    return parts | {"text head": text_head, "visual head": visual_head, "total": total}
 
 
 def save_model(
@@ -111,9 +98,27 @@ def save_model(
         processor.save_pretrained(partial / QLIP_FOLDER)
         with torch.device("meta"):  # under ZeRO 3 the model's own tensors are on other ranks
             parts = count_parameters(AutoModelForCausalLM.from_config(model.config, trust_remote_code=False), ids=ids)
-        license_of_qlip = str(qlip.config.weights_license)
-        card = model_card(model.config, ids=ids, parts=parts, qlip_license=license_of_qlip, trained=trained)
+        card = model_card(model.config, ids=ids, parts=parts, qlip_license=qlip.config.weights_license, trained=trained)
         write_text(partial / "README.md", card)
+
+
+def model_card(
+    config: PreTrainedConfig, *, ids: UnifiedVocabulary, parts: Mapping[str, int], qlip_license: str, trained: bool
+) -> str:
+    """The folder's README.md, from `model_card.md`: the model, its ids and parameters, how to use it, licences."""
+    base: dict[str, Any] = config.um3.get("base") or {}
+    architecture = next(iter(config.architectures or []), config.model_type)
+    changed = ", except for the inserted query-key normalisation" if base.get("architecture") != architecture else ""
+    start = f"a starting point: the visual rows are untrained, text is as in the base{changed if base else ''}"
+    licence: dict[str, Any] = {"license": base.get("license") or None}
+    if qlip_license:
+        licence = {"license": "other", "license_name": "non-commercial"}
+    data = ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=["um3", "qlip"], **licence)
+    facts: dict[str, Any] = {"ids": ids, "parts": dict(parts), "base": base, "architecture": architecture}
+    facts |= {"state": "trained" if trained else start, "bos": "bos" if ids.bos_id != ids.eos_id else "eos"}
+    facts |= {"fingerprint": config.um3["tokenizer_fingerprint"], "qlip_license": qlip_license}
+    card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("model_card.md")), **facts)
+    return str(card.content).rstrip() + "\n"
 
 
 def load_model(
@@ -128,26 +133,22 @@ def load_model(
     if stored is None:
         raise UserError(f"{folder} is a {model.config.model_type} model, not a UM3 (no 'um3' in its config.json)")
     ids = UnifiedVocabulary.from_dict(stored, where=folder / "config.json")
-    if model.config.vocab_size != ids.vocab_size:
-        raise UserError(
-            f"{folder}/config.json: vocab_size is {model.config.vocab_size}, but 'um3' describes {ids.vocab_size} "
-            "entries; restore the config.json that was saved with the model"
-        )
+    if (rows := model.config.vocab_size) != ids.vocab_size:
+        problem = f"vocab_size is {rows}, but 'um3' describes {ids.vocab_size} entries"
+        raise UserError(f"{folder}/config.json: {problem}; restore the config.json that was saved with the model")
     check_logits(model, folder)
     text_tokenizer = read_text_tokenizer(folder)
     vocabulary = text_tokenizer.get_vocab()
     if vocabulary.get(BEGIN_OF_IMAGE) != ids.begin_of_image_id or num_entries(text_tokenizer) > ids.text_vocab_size:
-        raise UserError(
-            f"{folder} has no text tokenizer of {ids.text_vocab_size} entries with {BEGIN_OF_IMAGE} as id "
-            f"{ids.begin_of_image_id}; restore the tokenizer.json and tokenizer_config.json that were saved with it"
+        expected = (
+            f"text tokenizer of {ids.text_vocab_size} entries with {BEGIN_OF_IMAGE} as id {ids.begin_of_image_id}"
         )
+        raise UserError(f"{folder} has no {expected}; restore its tokenizer.json and tokenizer_config.json")
     base = stored.get("base") or {"entries": ids.text_vocab_size, "architecture": ""}
     is_base = isinstance(base, dict) and type(base.get("entries")) is int and isinstance(base.get("architecture"), str)
-    for name, is_sound in (
-        ("tokenizer_fingerprint", isinstance(stored.get("tokenizer_fingerprint"), str)),
-        ("base", is_base and 0 < base["entries"] <= ids.text_vocab_size),
-    ):
-        if not is_sound:
-            raise UserError(f"{folder}/config.json, 'um3': {name} is {stored.get(name)!r}; restore that file")
+    is_base = is_base and 0 < base["entries"] <= ids.text_vocab_size
+    if not is_base or not isinstance(stored.get("tokenizer_fingerprint"), str):
+        name = "tokenizer_fingerprint" if is_base else "base"
+        raise UserError(f"{folder}/config.json, 'um3': {name} is {stored.get(name)!r}; restore that file")
     model.to(torch.device(device))
     return LoadedModel(model, text_tokenizer, ids=ids, fingerprint=stored["tokenizer_fingerprint"])

@@ -19,6 +19,7 @@ from um3.model.configuration import Supervision
 from um3.model.vocabulary import UnifiedVocabulary
 
 Tokens = Sequence[int] | Tensor
+Pieces = Sequence[int | Tokens]
 
 
 class TrainingSequence(NamedTuple):
@@ -30,24 +31,21 @@ class TrainingSequence(NamedTuple):
 
 def text_sequence(tokens: Tokens, *, ids: UnifiedVocabulary) -> TrainingSequence:
     """`bos tokens eos`; every token except bos is a target."""
-    return _sequence(context=[ids.bos_id], answer=[tokens, ids.eos_id])
+    return _sequence([ids.bos_id], [tokens, ids.eos_id])
 
 
 def image_to_text_sequence(
     visual_ids: Tokens, caption: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
 ) -> TrainingSequence:
     """`bos <boi> visual <eoi> caption eos`; "target" predicts caption and eos, "all" every token except bos."""
-    return _sequence(
-        context=[ids.bos_id, *_image(visual_ids, ids=ids)], answer=[caption, ids.eos_id], supervision=supervision
-    )
+    return _sequence([ids.bos_id, *_image(visual_ids, ids=ids)], [caption, ids.eos_id], supervision=supervision)
 
 
 def text_to_image_sequence(
     caption: Tokens, visual_ids: Tokens, *, ids: UnifiedVocabulary, supervision: Supervision = "target"
 ) -> TrainingSequence:
     """`bos caption <boi> visual <eoi> eos`; "target" predicts all after the caption, "all" every token except bos."""
-    image = _image(visual_ids, ids=ids)
-    return _sequence(context=[ids.bos_id, caption], answer=[*image, ids.eos_id], supervision=supervision)
+    return _sequence([ids.bos_id, caption], [*_image(visual_ids, ids=ids), ids.eos_id], supervision=supervision)
 
 
 def unconditional_sequence(
@@ -58,7 +56,7 @@ def unconditional_sequence(
     <boi> is not a target: no caption asked for an image, and a model that learns it would start texts with an image.
     """
     begin, image, end = _image(visual_ids, ids=ids)
-    return _sequence(context=[ids.bos_id, begin], answer=[image, end, ids.eos_id], supervision=supervision)
+    return _sequence([ids.bos_id, begin], [image, end, ids.eos_id], supervision=supervision)
 
 
 def image_prompt(caption: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
@@ -87,9 +85,7 @@ def document_positions(input_ids_BT: Tensor, *, bos_id: int) -> Tensor:
     return positions_BT - starts_BT
 
 
-def _sequence(
-    *, context: Sequence[int | Tokens], answer: Sequence[int | Tokens], supervision: Supervision = "target"
-) -> TrainingSequence:
+def _sequence(context: Pieces, answer: Pieces, *, supervision: Supervision = "target") -> TrainingSequence:
     if supervision not in ("target", "all"):
         raise ValueError(f"supervision '{supervision}' is unknown; use 'target' or 'all'")
     input_ids = _join(*context, *answer)

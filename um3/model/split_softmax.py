@@ -1,9 +1,8 @@
 """The split softmax: a text target competes with text entries only, a visual target with visual entries only.
 
 Equation 6 of the paper, against logit shift between the modalities. "joint" is the usual softmax over all entries, for
-the ablation. The head is applied only at positions with a target and only with the rows of the target's half, chunk by
-chunk. The backward pass computes a chunk's logits again and turns them into their gradient in place. So no tensor of
-(positions x full vocabulary) ever exists, and at most one chunk of logits.
+the ablation. The head is applied chunk by chunk, to positions with a target and with the rows of the target's half. The
+backward pass computes a chunk's logits again, so at most one chunk of logits exists at a time.
 
 Shapes: B batch, T positions, N = B * T of them, C positions of a chunk, D width, V entries, R entries of a half.
 """
@@ -23,6 +22,10 @@ DEFAULT_CHUNK_TOKENS = 2048
 CHUNK_BYTES = 2**28
 ONEDNN_ROWS = 64
 """oneDNN keeps a kernel for every length it has seen, so it gets multiples of this only."""
+
+
+Chunk = tuple[Tensor, Tensor, slice]
+"""Positions of one half (C), their targets relative to the first of its rows (C), and those rows of the head."""
 
 
 class SplitLoss(NamedTuple):
@@ -57,46 +60,27 @@ def split_softmax_loss(
     of the hidden states (or autocast's); softmax, sums and the head's gradient over the chunks are float32. Both inputs
     get a gradient even where nothing is supervised, so that a sharded backward cannot hang. `z_loss` is the coefficient
     of logsumexp^2 (0: off). Logits exist for at most `chunk_tokens` positions at a time, fewer if these would exceed
-    CHUNK_BYTES.
-
-    Raises:
-        ValueError: an unknown mode, or `chunk_tokens` below 1.
+    CHUNK_BYTES. ValueError: an unknown mode, or `chunk_tokens` below 1.
     """
     if mode not in ("split", "joint"):
         raise ValueError(f"loss mode '{mode}' is unknown; use 'split' or 'joint'")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    text_rows, visual_rows = slice(0, text_vocab_size), slice(text_vocab_size, len(lm_head_weight_VD))
-    if mode == "joint":
-        text_rows = visual_rows = slice(0, len(lm_head_weight_VD))
+    middle, end = text_vocab_size, len(lm_head_weight_VD)
+    rows_of_halves = [slice(0, middle), slice(middle, end)] if mode == "split" else [slice(0, end)] * 2
     target_ids_N, supervised_N = target_ids_BT.flatten(), supervised_BT.flatten()
-    is_text_N = supervised_N & (target_ids_N < text_vocab_size)
-    is_visual_N = supervised_N & (target_ids_N >= text_vocab_size)
+    halves_N = [supervised_N & (target_ids_N < middle), supervised_N & (target_ids_N >= middle)]
     chunks = [
-        _Chunk(positions_C, target_ids_N[positions_C] - rows.start, rows)
-        for is_half_N, rows in ((is_text_N, text_rows), (is_visual_N, visual_rows))
+        (positions_C, target_ids_N[positions_C] - rows.start, rows)
+        for is_half_N, rows in zip(halves_N, rows_of_halves, strict=True)
         for positions_C in _split(is_half_N.nonzero().squeeze(-1), rows=rows, chunk_tokens=chunk_tokens)
     ]
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
     target_logits_N, logsumexp_N = _Logits.apply(hidden_BTD.flatten(0, 1), lm_head_weight_VD, chunks, dtype)
-    losses_N, z_losses_N = logsumexp_N - target_logits_N, z_loss * logsumexp_N.square()
-    return SplitLoss(
-        text_sum=losses_N[is_text_N].sum(),
-        visual_sum=losses_N[is_visual_N].sum(),
-        text_z_sum=z_losses_N[is_text_N].sum(),
-        visual_z_sum=z_losses_N[is_visual_N].sum(),
-        text_count=is_text_N.sum(),
-        visual_count=is_visual_N.sum(),
-    )
-
-
-class _Chunk(NamedTuple):
-    """Positions of one half, their targets relative to the first of `rows`, and the head's rows that compete."""
-
-    positions_C: Tensor
-    targets_C: Tensor
-    rows: slice
+    values_N = (logsumexp_N - target_logits_N, z_loss * logsumexp_N.square())
+    sums = [value_N[is_half_N].sum() for value_N in values_N for is_half_N in halves_N]
+    return SplitLoss(*sums, *(is_half_N.sum() for is_half_N in halves_N))
 
 
 def _split(positions_N: Tensor, *, rows: slice, chunk_tokens: int) -> tuple[Tensor, ...]:
@@ -113,7 +97,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, chunks: list[_Chunk], dtype: torch.dtype
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, chunks: list[Chunk], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         rows_VD = weight_VD.to(dtype)
         target_logits_N, logsumexp_N = hidden_ND.new_zeros(2, len(hidden_ND), dtype=torch.float32)
@@ -139,7 +123,10 @@ class _Logits(torch.autograd.Function):
             grad_CR = _linear(hidden_CD, rows_VD[rows]).float().sub_(logsumexp_N[positions_C, None]).exp_()
             grad_CR.mul_(grad_logsumexp_N[positions_C, None])
             grad_CR[torch.arange(len(grad_CR), device=grad_CR.device), targets_C] += grad_target_N[positions_C]
-            _add_product(grad_weight_VD[rows], grad_CR.to(ctx.dtype).T, hidden_CD)
+            if ctx.dtype == torch.float32:
+                grad_weight_VD[rows].addmm_(grad_CR.T, hidden_CD)
+            else:
+                grad_weight_VD[rows] += grad_CR.to(ctx.dtype).T @ hidden_CD
             grad_hidden_ND[positions_C] = _linear(grad_CR.to(ctx.dtype), rows_VD[rows].T).to(hidden_ND.dtype)
             del grad_CR  # free it before the next chunk
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
@@ -152,14 +139,6 @@ def _reduce(hidden_CD: Tensor, rows_RD: Tensor, *, targets_C: Tensor) -> tuple[T
     # torch.logsumexp in place: on a CPU, filling a second tensor of this size takes as long as the exponentials.
     highest_C = logits_CR.amax(-1)
     return target_logits_C, logits_CR.sub_(highest_C[:, None]).exp_().sum(-1).log() + highest_C
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where `total` may have higher precision."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _linear(x_CD: Tensor, rows_RD: Tensor) -> Tensor:

@@ -33,23 +33,17 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
         raise UserError(f"text_vocab_size of {vocab_size} is too small; use {smallest} or more")
     options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": list(SPECIALS)}
     bpe = train_byte_bpe(texts, setting="vocabulary.text_vocab_size", **options)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=[BEGIN_OF_IMAGE, END_OF_IMAGE],
-        clean_up_tokenization_spaces=False,
-    )
+    options = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "clean_up_tokenization_spaces": False}
+    options["additional_special_tokens"] = [BEGIN_OF_IMAGE, END_OF_IMAGE]
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
 
 
 def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id; UserError if there is none, or a damaged one."""
     tokenizer = load_pretrained(AutoTokenizer, path_or_hub_id, kind="text tokenizer")
     if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # transformers creates an empty one where the files are missing
-        raise UserError(
-            f"no text tokenizer at '{path_or_hub_id}' (the loaded one gives no tokens for a text); use the model's own"
-        )
+        problem = f"no text tokenizer at '{path_or_hub_id}' (the loaded one gives no tokens for a text)"
+        raise UserError(f"{problem}; use the model's own")
     return tokenizer
 
 
@@ -73,16 +67,13 @@ def make_vocabulary(
 ) -> UnifiedVocabulary:
     """The vocabulary of a model with this text tokenizer; without a bos token (Qwen) sequences begin with eos.
 
-    Raises:
-        UserError: the tokenizer has no end-of-text token or lacks the image tokens.
+    UserError: the tokenizer has no end-of-text token or lacks the image tokens.
     """
+    vocabulary, name = tokenizer.get_vocab(), f"the text tokenizer '{tokenizer.name_or_path}'"
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the text tokenizer '{tokenizer.name_or_path}' has no end-of-text token; use one that has")
-    vocabulary = tokenizer.get_vocab()
+        raise UserError(f"{name} has no end-of-text token; use one that has")
     if BEGIN_OF_IMAGE not in vocabulary or END_OF_IMAGE not in vocabulary or tokenizer.pad_token_id is None:
-        raise UserError(
-            f"the text tokenizer '{tokenizer.name_or_path}' lacks the image tokens; pass it to add_image_tokens"
-        )
+        raise UserError(f"{name} lacks the image tokens; pass it to add_image_tokens")
     return UnifiedVocabulary(
         text_vocab_size=num_entries(tokenizer),
         subtokens=subtokens,

@@ -26,8 +26,7 @@ SPECIAL_IDS = ("bos_id", "eos_id", "pad_id", "begin_of_image_id", "end_of_image_
 class UnifiedVocabulary:
     """The ranges and special ids of a model's vocabulary; stored in its config.json under "um3".
 
-    Raises:
-        ValueError: a special id outside the text entries, or sub-tokens that do not fit int64 codes.
+    ValueError: a special id outside the text entries, or sub-tokens that do not fit int64 codes.
     """
 
     text_vocab_size: int
@@ -44,10 +43,9 @@ class UnifiedVocabulary:
         if self.subtokens < 1 or self.bits_per_subtoken < 1 or self.num_patches < 1:
             raise ValueError(f"subtokens, bits_per_subtoken and num_patches must be at least 1: {self}")
         if self.bits_per_subtoken > 20 or self.num_bits > 60:
-            raise ValueError(
-                f"{self.subtokens} subtokens of {self.bits_per_subtoken} bits: a subtoken has at most 20 bits (it owns "
-                "2**bits output rows) and a code at most 60; use more subtokens of fewer bits"
-            )
+            limits = "a subtoken has at most 20 bits (it owns 2**bits output rows) and a code at most 60"
+            sizes = f"{self.subtokens} subtokens of {self.bits_per_subtoken} bits"
+            raise ValueError(f"{sizes}: {limits}; use more subtokens of fewer bits")
         for name in SPECIAL_IDS:
             value = getattr(self, name)
             if not 0 <= value < self.text_vocab_size:
@@ -91,23 +89,16 @@ class UnifiedVocabulary:
         return (subtokens_BNS + self._subtoken_starts(codes_BN.device)).flatten(-2)
 
     def ids_to_codes(self, ids_BP: Tensor) -> Tensor:
-        """Visual ids (..., N * subtokens) -> codes (..., N).
-
-        Raises:
-            ValueError: the number of ids is not a multiple of `subtokens`, or an id is outside its sub-token's range.
-        """
+        """Visual ids (..., N * subtokens) -> codes (..., N); ValueError for an id outside its sub-token's range."""
         if ids_BP.shape[-1] % self.subtokens:
             raise ValueError(f"{ids_BP.shape[-1]} visual ids are not a multiple of {self.subtokens} subtokens")
         subtokens_BNS = ids_BP.unflatten(-1, (-1, self.subtokens)) - self._subtoken_starts(ids_BP.device)
         illegal_BNS = (subtokens_BNS < 0) | (subtokens_BNS >= 1 << self.bits_per_subtoken)
         if illegal_BNS.any():
             first = int(illegal_BNS.flatten().nonzero()[0])
-            position = first % ids_BP.shape[-1]
-            subtoken = position % self.subtokens
-            raise ValueError(
-                f"id {int(ids_BP.flatten()[first])} at position {position} is outside the range "
-                f"{self.subtoken_range(subtoken)} of subtoken {subtoken}"
-            )
+            position, subtoken = first % ids_BP.shape[-1], first % self.subtokens
+            place = f"id {int(ids_BP.flatten()[first])} at position {position}"
+            raise ValueError(f"{place} is outside the range {self.subtoken_range(subtoken)} of subtoken {subtoken}")
         return subtokens_to_codes(subtokens_BNS, bits_per_subtoken=self.bits_per_subtoken)
 
     def to_dict(self) -> dict[str, int]:
@@ -116,10 +107,9 @@ class UnifiedVocabulary:
 
     @classmethod
     def from_dict(cls, values: Any, *, where: str | Path = "config.json") -> Self:
-        """Inverse of `to_dict`. Ignores other keys, such as the fingerprint, and reads the names of older versions.
+        """Inverse of `to_dict`, which ignores other keys and reads the names of older versions; UserError without them.
 
-        Raises:
-            UserError: no such values; the message names `where` and the value.
+        The message names `where` and the value.
         """
         sizes = {}
         try:

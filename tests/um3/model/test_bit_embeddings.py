@@ -25,10 +25,8 @@ def test_a_code_gets_the_signed_sum_of_its_own_bits() -> None:
     added_BTD = bits.add_to_inputs(torch.zeros(1, 4, 16), ids_BT=ids_BT)
     assert not added_BTD[0, 0].any()  # a text entry
     signs_L = torch.tensor([1.0 if digit == "1" else -1.0 for digit in f"{code:012b}"])
-    for subtoken in range(3):
-        bit_range = slice(4 * subtoken, 4 * subtoken + 4)
-        expected_D = signs_L[bit_range] @ bits.input_LD[bit_range]
-        torch.testing.assert_close(added_BTD[0, subtoken + 1], expected_D)
+    expected_SD = (signs_L[:, None] * bits.input_LD).unflatten(0, (3, 4)).sum(1)
+    torch.testing.assert_close(added_BTD[0, 1:], expected_SD)
     head_VD = bits.add_to_head(torch.zeros(IDS.vocab_size, 16))
     torch.testing.assert_close(head_VD[ids_BT[0, 2]], signs_L[4:8] @ bits.output_LD[4:8])
     assert not head_VD[: IDS.text_vocab_size].any()

@@ -85,9 +85,8 @@ def test_a_fresh_model_trains_and_has_the_requested_shape(qk_norm: bool) -> None
     model = make_model(ids, head_dim=16, qk_norm=qk_norm)
     assert isinstance(model, Qwen3ForCausalLM if qk_norm else LlamaForCausalLM)
     assert model.config.to_dict()["rope_parameters"]["rope_theta"] == 10_000.0
-    assert (
-        model.generation_config.pad_token_id == ids.pad_id and model.generation_config.image_sampling == IMAGE_SAMPLING
-    )
+    defaults = model.generation_config
+    assert defaults.pad_token_id == ids.pad_id and defaults.image_sampling == IMAGE_SAMPLING
     model(TEXT_BT, labels=TEXT_BT).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -96,10 +95,9 @@ def test_paper_size_on_the_meta_device() -> None:
     """Llama-3.2-1B: 1,235,814,400 parameters, then an untied head and 2 x 32,768 visual rows of width 2,048."""
     ids = make_ids(text_vocab_size=128_258, subtokens=2, bits_per_subtoken=14, num_patches=256)
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    sizes |= {"vocab_size": 128_256, "num_key_value_heads": 8}
     with torch.device("meta"):
-        base = LlamaForCausalLM(
-            LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=True, **sizes)
-        )
+        base = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
         assert sum(parameter.numel() for parameter in base.parameters()) == 1_235_814_400
         model = extend_model(base, ids=ids, qk_norm=True)
     counts = count_parameters(model, ids=ids)

@@ -38,7 +38,6 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, keys: tuple[Any, ...], value: Any) -> None:
-    """Set a value, nested below `keys`, of a JSON file."""
     values = part = json.loads(path.read_text())
     for key in keys[:-1]:
         part = part[key]
@@ -52,17 +51,14 @@ def rewrite(path: Path, **tensors: torch.Tensor | None) -> None:
     save_file(kept, path, metadata={"format": "pt"})
 
 
-def shard(folder: Path) -> dict[str, torch.Tensor]:
+def shard(folder: Path) -> None:
     """Split the weights of a folder into two files with an index, as large models are saved."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    names = sorted(tensors)
-    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, half in halves.items():
-        save_file({name: tensors[name] for name in half}, folder / file, metadata={"format": "pt"})
-    places = {name: file for file, half in halves.items() for name in half}
+    places = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return tensors
 
 
 def test_every_load_of_the_product_passes_the_checked_door() -> None:
@@ -221,4 +217,4 @@ def test_a_vocabulary_that_texts_do_not_fill_is_told(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         assert len(train_text_tokenizer(["a red \ud83d disk"], vocab_size=5000)) < 300
         train_caption_tokenizer(["a red disk"], vocab_size=6000)
-    assert "text_vocab_size=5000" in caplog.text and "text.vocab_size=6000" in caplog.text
+    assert "text_vocab_size is 5000" in caplog.text and "text.vocab_size is 6000" in caplog.text

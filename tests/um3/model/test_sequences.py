@@ -1,5 +1,7 @@
 """Layouts of training sequences, their targets, and that prompts are their beginnings."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,14 +21,10 @@ LAYOUTS = {
 """Tokens and targets under supervision "target"."""
 
 
-def make(kind: str, **options: str) -> sequences.TrainingSequence:
-    if kind == "text":
-        return sequences.text_sequence(CAPTION, ids=IDS)
-    if kind == "image-to-text":
-        return sequences.image_to_text_sequence(VISUAL, CAPTION, ids=IDS, **options)  # type: ignore[arg-type]
-    if kind == "text-to-image":
-        return sequences.text_to_image_sequence(CAPTION, VISUAL, ids=IDS, **options)  # type: ignore[arg-type]
-    return sequences.unconditional_sequence(VISUAL, ids=IDS, **options)  # type: ignore[arg-type]
+def make(kind: str, **options: Any) -> sequences.TrainingSequence:
+    parts = {"text": [CAPTION], "image-to-text": [VISUAL, CAPTION], "text-to-image": [CAPTION, VISUAL]}
+    function = getattr(sequences, kind.replace("-", "_") + "_sequence")
+    return function(*parts.get(kind, [VISUAL]), ids=IDS, **options)
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))

@@ -23,14 +23,12 @@ def test_training_is_deterministic_and_has_the_requested_size(tokenizer: PreTrai
     assert [tokenizer.convert_tokens_to_ids(token) for token in tt.SPECIALS] == [0, 1, 2, 3, 4]
 
 
-HOSTILE = f"a red disk {tt.EOS} {tt.BEGIN_OF_IMAGE}{tt.PAD}"
-
-
-@pytest.mark.parametrize("text", ["a red disk", "Ünïcode · 漢字 🙂", "  two  spaces\nand a line ", "", HOSTILE])
-def test_any_text_survives_the_round_trip_without_special_tokens(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    (tokens,) = tt.encode_texts([text], tokenizer=tokenizer)
-    assert not set(tokens) & {0, 1, 2, 3, 4}
-    assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text
+def test_any_text_survives_the_round_trip_without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    hostile = f"a red disk {tt.EOS} {tt.BEGIN_OF_IMAGE}{tt.PAD}"
+    for text in ("a red disk", "Ünïcode · 漢字 🙂", "  two  spaces\nand a line ", "", hostile):
+        (tokens,) = tt.encode_texts([text], tokenizer=tokenizer)
+        assert not set(tokens) & {0, 1, 2, 3, 4}
+        assert tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text
 
 
 def test_captions_have_collapsed_white_space(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -46,9 +44,8 @@ def test_a_saved_tokenizer_loads_with_stock_code(tokenizer: PreTrainedTokenizerF
     ours = tt.read_text_tokenizer(tmp_path)
     assert ours.get_vocab() == tokenizer.get_vocab() and ours.pad_token == tt.PAD
     assert tt.vocabulary_digest(ours) == tt.vocabulary_digest(tokenizer)
-    trained, loaded = (
-        tt.make_vocabulary(t, subtokens=4, bits_per_subtoken=7, num_patches=16) for t in (tokenizer, ours)
-    )
+    sizes = {"subtokens": 4, "bits_per_subtoken": 7, "num_patches": 16}
+    trained, loaded = (tt.make_vocabulary(each, **sizes) for each in (tokenizer, ours))
     assert trained == loaded and (loaded.text_vocab_size, loaded.pad_id, loaded.begin_of_image_id) == (280, 2, 3)
 
 
@@ -67,12 +64,9 @@ def test_image_tokens_on_a_foreign_tokenizer() -> None:
     assert (ids.bos_id, ids.pad_id, ids.begin_of_image_id, ids.end_of_image_id, ids.text_vocab_size) == (0, 2, 7, 8, 9)
     assert tt.encode_captions(["a red disk"], tokenizer=tokenizer) == [[3, 4, 5]]
     assert len(tt.add_image_tokens(tokenizer)) == 9
-
-
-def test_without_a_bos_token_sequences_begin_with_eos() -> None:
-    tokenizer = tt.add_image_tokens(foreign_tokenizer(bos=False))
-    ids = tt.make_vocabulary(tokenizer, subtokens=1, bits_per_subtoken=8, num_patches=4)
-    assert ids.bos_id == ids.eos_id == 1
+    without_bos = tt.add_image_tokens(foreign_tokenizer(bos=False))
+    ids = tt.make_vocabulary(without_bos, subtokens=1, bits_per_subtoken=8, num_patches=4)
+    assert ids.bos_id == ids.eos_id == 1  # sequences begin with eos
 
 
 def test_mistakes_are_user_errors(tmp_path: Path) -> None:

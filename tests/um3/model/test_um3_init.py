@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from tests.helpers.tiny_um3 import make_base
+from tests.tokenizer.conftest import change_json
 from tokenizer.configuration import RELEASED_LICENSE
 from train.recipes.um3_init import main as init
 from um3.core.errors import UserError
@@ -60,15 +62,15 @@ def byte_tokenizer(*, words: int, specials: list[str], bos: bool, padding: bool)
 
 def save_base(folder: Path, *, kind: str) -> PreTrainedModel:
     """A base with random weights and its tokenizer: a Llama with the real vocabulary, Qwens with a padded one."""
-    if kind == "llama":
+    is_llama = kind == "llama"
+    specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    if is_llama:
         specials = LLAMA_SPECIALS + [f"<|reserved_{i}|>" for i in range(251)]
-        text_tokenizer = byte_tokenizer(words=LLAMA_ENTRIES - 256, specials=specials, bos=True, padding=False)
-        assert len(text_tokenizer) == LLAMA_ENTRIES
-        base = make_base(kind, vocab_size=LLAMA_ENTRIES, tie_word_embeddings=True)
-    else:
-        specials = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-        text_tokenizer = byte_tokenizer(words=QWEN_ENTRIES - 3, specials=specials, bos=False, padding=True)
-        base = make_base(kind, vocab_size=320, tie_word_embeddings=kind == "qwen3")
+    entries, rows = (LLAMA_ENTRIES, LLAMA_ENTRIES) if is_llama else (QWEN_ENTRIES, 320)
+    words = entries - len(specials)
+    text_tokenizer = byte_tokenizer(words=words, specials=specials, bos=is_llama, padding=not is_llama)
+    assert len(text_tokenizer) == entries
+    base = make_base(kind, vocab_size=rows, tie_word_embeddings=kind != "qwen2")
     base.save_pretrained(folder)
     text_tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: llama3.2\n---\nA base.\n")
@@ -92,18 +94,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(
-    bases: dict[str, Path], qlip_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def start(bases: dict[str, Path], qlip_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Runs um3-init once for each base and settings; returns its folder."""
-    folders: dict[tuple[str, ...], Path] = {}
 
+    @cache
     def make(kind: str, *settings: str) -> Path:
-        if (kind, *settings) not in folders:
-            folder = tmp_path_factory.mktemp("run") / "um3-init"
-            init(command(bases[kind], qlip_folder, text, folder, *settings))
-            folders[kind, *settings] = folder
-        return folders[kind, *settings]
+        folder = tmp_path_factory.mktemp("run") / "um3-init"
+        init(command(bases[kind], qlip_folder, text, folder, *settings))
+        return folder
 
     return make
 
@@ -223,8 +221,7 @@ def test_export_restores_the_base(kind: str, start: Start, bases: dict[str, Path
 
 def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start: Start, tmp_path: Path) -> None:
     """The head is untied and the layout Qwen3's."""
-    folder = tmp_path / "model"
-    shutil.copytree(start("llama", "qk_norm=true") / "model", folder)
+    folder = shutil.copytree(start("llama", "qk_norm=true") / "model", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data[7] += 0.5
     model.save_pretrained(folder)
@@ -278,10 +275,8 @@ def test_the_model_card(start: Start, qlip_folder: Path, bases: dict[str, Path],
     facts += [f"| {ids.subtoken_range(s)[0]} .. {ids.subtoken_range(s)[1] - 1} |" for s in range(ids.subtokens)]
     facts += ["`Qwen3ForCausalLM`", f"| total | {record(folder.parent)['parameters']['total']:,} |"]
     assert not [fact for fact in facts if fact not in card]
-    released = tmp_path / "qlip"
-    shutil.copytree(qlip_folder, released)
-    config = json.loads((released / "config.json").read_text()) | {"weights_license": RELEASED_LICENSE}
-    (released / "config.json").write_text(json.dumps(config))
+    released = shutil.copytree(qlip_folder, tmp_path / "qlip")
+    change_json(released / "config.json", weights_license=RELEASED_LICENSE)
     init(command(bases["qwen2"], released, text, tmp_path / "out"))
     card = (tmp_path / "out/model/README.md").read_text()
     assert RELEASED_LICENSE in card and "license: other\n" in card
@@ -289,28 +284,27 @@ def test_the_model_card(start: Start, qlip_folder: Path, bases: dict[str, Path],
 
 def invalid_base(folder: Path, kind: str) -> Path:
     """A base folder with one thing wrong."""
-    base = save_base(folder, kind="qwen2")
-    if kind == "gpt2":
-        GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)).save_pretrained(folder)
-    elif kind == "bert":
-        BertModel(BertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2)).save_pretrained(folder)
-    elif kind == "classifier":
-        config = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-    elif kind == "unknown":
-        values = json.loads((folder / "config.json").read_text()) | {"model_type": "mystery"}
-        (folder / "config.json").write_text(json.dumps(values))
-    elif kind == "vocabulary":
-        byte_tokenizer(words=400, specials=["<s>", "</s>"], bos=True, padding=False).save_pretrained(folder)
-    elif kind == "no tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    elif kind == "weights":
-        state = base.state_dict()
-        del state["model.layers.0.mlp.up_proj.weight"]
-        base.save_pretrained(folder, state_dict=state)
-    elif kind == "damaged":
-        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    base, weights = save_base(folder, kind="qwen2"), folder / "model.safetensors"
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 320}
+    match kind:
+        case "gpt2":
+            GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)).save_pretrained(folder)
+        case "bert":
+            BertModel(BertConfig(**sizes)).save_pretrained(folder)
+        case "classifier":
+            LlamaForSequenceClassification(LlamaConfig(**sizes)).save_pretrained(folder)
+        case "unknown":
+            change_json(folder / "config.json", model_type="mystery")
+        case "vocabulary":
+            byte_tokenizer(words=400, specials=["<s>", "</s>"], bos=True, padding=False).save_pretrained(folder)
+        case "no tokenizer":
+            for file in folder.glob("tokenizer*"):
+                file.unlink()
+        case "weights":
+            rest = [item for item in base.state_dict().items() if item[0] != "model.layers.0.mlp.up_proj.weight"]
+            base.save_pretrained(folder, state_dict=dict(rest))
+        case "damaged":
+            weights.write_bytes(weights.read_bytes()[:1000])
     return folder
 
 
