@@ -32,9 +32,7 @@ class SkipCounter:
 
     def note(self) -> str:
         """One line with every reason; empty if nothing was skipped."""
-        reasons = [
-            f"{reason} ({entry['count']}, such as {entry['first'][0]})" for reason, entry in self._reasons.items()
-        ]
+        reasons = [f"{name} ({entry['count']}, such as {entry['first'][0]})" for name, entry in self._reasons.items()]
         return f"{self.count} skipped: {'; '.join(reasons)}" if reasons else ""
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -53,11 +51,7 @@ def run_command(
 
 
 def model_hash(folder_or_hub_id: str | Path) -> str:
-    """Names the weights in a model's folder; a hub id stands for itself.
-
-    Raises:
-        UserError: a folder without weights.
-    """
+    """Names the weights in a model's folder; a hub id stands for itself. UserError for a folder without weights."""
     if not Path(folder_or_hub_id).is_dir():
         return str(folder_or_hub_id)
     files = walk_files(folder_or_hub_id, suffixes=(".safetensors",))

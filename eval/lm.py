@@ -5,6 +5,7 @@ LM_EVAL_DATA=data/bench python -m eval lm --model um3 --model_args pretrained=ru
 
 import argparse
 import copy
+import itertools
 import logging
 import os
 import sys
@@ -111,11 +112,8 @@ class UM3LM(HFLM):
             pieces += [(text, context_ids + ids[:start], ids[start : start + step]) for start in starts]
             counts.append(len(starts))
         scored = iter(super()._loglikelihood_tokens(pieces, disable_tqdm=True, **kwargs))
-        results = []
-        for count in counts:
-            parts = [next(scored) for _ in range(count)]
-            results.append((sum(value for value, _ in parts), all(greedy for _, greedy in parts)))
-        return results
+        parts = (list(itertools.islice(scored, count)) for count in counts)
+        return [(sum(value for value, _ in part), all(greedy for _, greedy in part)) for part in parts]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would generate it."""
@@ -157,8 +155,7 @@ class UM3LM(HFLM):
 def load_language_model(path_or_hub_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model and its tokenizer to this process's device, in its stored precision.
 
-    Raises:
-        UserError: there is no causal language model, its weights are missing or damaged, or it has no text tokenizer.
+    UserError if there is none, its weights are missing or damaged, or it has no text tokenizer.
     """
     model = load_pretrained(AutoModelForCausalLM, path_or_hub_id, dtype="auto", kind="language model")
     return model.to(device()).eval(), read_text_tokenizer(path_or_hub_id)

@@ -37,10 +37,7 @@ def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None
     """The 95 % percentile bootstrap interval of sum(values) / sum(weights), by default of the mean.
 
     The items are resampled 1,000 times with a fixed seed, so equal items give an equal interval. Identical items, or
-    fewer than two, have no interval: resampling them shows no spread.
-
-    Raises:
-        ValueError: different numbers of values and weights.
+    fewer than two, have no interval: resampling them shows no spread. ValueError unless each value has one weight.
     """
     items = np.asarray(values, dtype=np.float64)
     item_weights = np.ones_like(items) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -48,31 +45,25 @@ def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None
         raise ValueError(f"{items.size} values and {item_weights.size} weights; give one weight per value")
     if len(np.unique(items / item_weights)) < 2:
         return Interval(None, None)
-    generator, means = np.random.default_rng(0), np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        resampled = generator.integers(items.size, size=items.size)
-        means[index] = items[resampled].sum() / item_weights[resampled].sum()
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(items.size, size=items.size) for _ in range(RESAMPLES))
+    means = [items[indices].sum() / item_weights[indices].sum() for indices in drawn]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 
-@functools.cache
-def _commit() -> str:
-    return metrics.commit()
+_commit = functools.cache(metrics.commit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One measured value. Accuracies, BLEU, CIDEr and the like are fractions; "%" and "x100" only format them.
 
-    Args:
-        n: the number of scored items; `skipped` counts the requested items that could not be scored.
-        protocol: every setting that two values must share to be comparable.
-        paper: the value in the paper, in the same unit.
-        low, high: the 95 % interval (`bootstrap`); None if the value is not a mean over items (a Frechet distance).
+    n: the number of scored items; `skipped` counts the requested items that could not be scored. protocol: every
+    setting that two values must share to be comparable. paper: the value in the paper, in the same unit. low, high:
+    the 95 % interval (`bootstrap`); None if the value is not a mean over items (a Frechet distance).
 
-    Raises:
-        ValueError: a value that is not finite, a missing value without a note, or an incomplete interval.
+    ValueError for a value that is not finite, a missing value without a note, or an incomplete interval.
     """
 
     task: str
@@ -162,8 +153,7 @@ class Measurement:
 
     def mean(self, metric: str, values: Sequence[float], **fields: Any) -> Score:
         """A row with the mean of one value per item, and its interval."""
-        interval = bootstrap(values)
-        return self.score(metric, float(np.mean(values)), n=len(values), **interval._asdict(), **fields)
+        return self.score(metric, float(np.mean(values)), n=len(values), **bootstrap(values)._asdict(), **fields)
 
     def missing(self, metric: str, *, note: str, **fields: Any) -> Score:
         """A row without a value; `note` gives the reason."""
@@ -183,11 +173,7 @@ class PartResult(NamedTuple):
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = None, **more: Any) -> None:
-    """Write `{"scores": [...], "samples": ..., **more}`.
-
-    Raises:
-        ValueError: two rows with the same key.
-    """
+    """Write `{"scores": [...], "samples": ..., **more}`; ValueError if two rows have the same key."""
     rows = list(scores)
     keys = [score.key for score in rows]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -196,11 +182,7 @@ def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = No
 
 
 def read_scores(path: str | Path) -> list[Score]:
-    """Read the rows of a file written by `write_scores`.
-
-    Raises:
-        UserError: the file is missing, or is not a file of scores.
-    """
+    """Read the rows of a file written by `write_scores`; UserError if it is missing, or is not such a file."""
     content = read_json(path)
     try:
         return [Score.from_dict(row) for row in content["scores"]]

@@ -34,13 +34,7 @@ BATCH = 64
 
 
 class Record(NamedTuple):
-    """One entry of a file.
-
-    Args:
-        fields: the entry's values by name; None if the line is not a JSON object.
-        place: where it stands, for messages.
-        line: the JSON line; empty for other forms.
-    """
+    """One entry of a file: its values by name (None if the line is not a JSON object), its place, and its JSON line."""
 
     fields: dict[str, Any] | None
     place: str
@@ -53,9 +47,8 @@ def read_records(path: str | Path, *, split: str = "") -> Iterator[Record]:
     `split` names the part of a hub set. In a folder of .parquet files it selects those with `split` in their name, if
     there are any. A record that has a field "split" is returned whatever its split.
 
-    Raises:
-        UserError: `path` is neither a file, a folder nor an accessible hub set.
-        ValueError, TypeError, KeyError, AttributeError, csv.Error, OSError: the content has another form.
+    UserError if `path` is neither a file, a folder nor an accessible hub set; ValueError, TypeError, KeyError,
+    AttributeError, csv.Error or OSError if the content has another form.
     """
     place = Path(path)
     if place.suffix == ".jsonl":
@@ -86,11 +79,7 @@ def json_lines(path: Path) -> Iterator[Record]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        UserError: the file cannot be read, or has another encoding; the message names the file and the place.
-    """
+    """The text of a file in UTF-8, with or without a byte order mark; UserError names the file and the place."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,11 +90,7 @@ def read_text(path: Path) -> str:
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """Find all images below a folder (`walk_files`), by their names below it, sorted.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Find all images below a folder (`walk_files`), by their names below it, sorted; UserError if there are none."""
     files = walk_files(folder, suffixes=SUFFIXES)
     if not files:
         raise UserError(f"{folder} contains no images ({' '.join(SUFFIXES)}); give a folder of images")
@@ -113,11 +98,7 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def captions_of(fields: Mapping[str, Any]) -> list[str]:
-    """The captions of a record: a text, a list of texts, or Karpathy's sentences; other values are ignored.
-
-    Raises:
-        KeyError: the record has none of `CAPTION_FIELDS`.
-    """
+    """The captions of a record: a text, a list of texts, or Karpathy's sentences; KeyError without any."""
     content = fields[first_field(fields, CAPTION_FIELDS)]
     values = content if isinstance(content, list | tuple) else [content]
     texts = [value.get("raw") if isinstance(value, Mapping) else value for value in values]
@@ -130,15 +111,11 @@ def image_id_of(fields: Mapping[str, Any]) -> str:
 
 
 def first_field(fields: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The first of `names` that has a value.
-
-    Raises:
-        KeyError: none has.
-    """
-    name = next((name for name in names if fields.get(name) is not None), None)
-    if name is None:
-        raise KeyError(f"none of {', '.join(names)}")
-    return name
+    """The first of `names` that has a value; KeyError if none has."""
+    for name in names:
+        if fields.get(name) is not None:
+            return name
+    raise KeyError(f"none of {', '.join(names)}")
 
 
 def _fields(row: Any) -> dict[str, Any] | None:
@@ -174,8 +151,7 @@ def _rows(path: Path, *, split: str) -> Iterator[Any]:
         yield from _json_rows(parse_json(path.read_bytes(), where=path))
     elif path.suffix in (".csv", ".tsv"):
         text = io.StringIO(read_text(path), newline="")
-        is_tsv = path.suffix == ".tsv"
-        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
+        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
         for row in csv.DictReader(text, **form):
             yield {str(name).lower(): value for name, value in row.items()}
     else:

@@ -23,8 +23,8 @@ from um3.core.progress import track
 METEOR_TIMEOUT_S = 600.0
 # pycocoevalcap's own METEOR process hangs at exit after any error (it never releases a lock), and fails in locales
 # that write decimals with a comma. This one has a fixed locale and a time limit.
-METEOR_COMMAND = ("java", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", "meteor-1.5.jar")
-METEOR_ARGUMENTS = ("-", "-", "-stdio", "-l", "en", "-norm")
+METEOR_COMMAND = ["java", "-Duser.language=en", "-Duser.country=US", "-Xmx2G", "-jar", "meteor-1.5.jar"]
+METEOR_COMMAND += ["-", "-", "-stdio", "-l", "en", "-norm"]
 
 
 def caption_scores(
@@ -39,10 +39,7 @@ def caption_scores(
     """All caption metrics of `candidates` against the references of each image.
 
     The order of the captions and the kind of white space inside them do not matter. An empty caption scores zero; the
-    notes count them. `note` is added to the notes of the rows.
-
-    Raises:
-        UserError: the numbers of captions and images differ, or an image has no reference.
+    notes count them, after `note`. UserError if an image has no reference, or not every image has one caption.
     """
     _check(candidates, references)
     of = of.with_protocol(
@@ -51,17 +48,16 @@ def caption_scores(
         references_sha256=short_hash(sorted("\t".join(map(normalise, texts)) for texts in references)),
     )
     pairs = list(zip(candidates, references, strict=True))
-    common: dict[str, Any] = {"skipped": skipped}
     num_empty = sum(not tokenize(candidate) for candidate in candidates)
     empty_note = f"{num_empty} of {len(pairs)} captions are empty and count as wrong" if num_empty else ""
     notes = "; ".join(filter(None, [note, empty_note]))
-    matches = [_matches(candidate, texts[:1]) for candidate, texts in pairs]
-    matches_any = [_matches(candidate, texts) for candidate, texts in pairs]
+    matches = [[normalise(candidate) == normalise(text) for text in texts] for candidate, texts in pairs]
+    share: dict[str, Any] = {"unit": "%", "skipped": skipped}
     rows = [
-        of.mean("exact_match", matches, note="equals the full caption (captions[0])", unit="%", **common),
-        of.mean("exact_match_any", matches_any, note="equals any of the references", unit="%", **common),
+        of.mean("exact_match", [first for first, *_ in matches], note="equals the full caption (captions[0])", **share),
+        of.mean("exact_match_any", list(map(any, matches)), note="equals any of the references", **share),
     ]
-    common |= {"unit": "x100", "n": len(pairs)}
+    common: dict[str, Any] = {"unit": "x100", "n": len(pairs), "skipped": skipped}
     num_words = max(len(tokenize(texts[0]).split()) for texts in references)
     values, by_image = corpus_scores(candidates, references=references)
     for name, value in values.items():
@@ -71,7 +67,9 @@ def caption_scores(
         else:
             interval = bootstrap(by_image[name])._asdict() if name in by_image else {}
             rows.append(of.score(name, value, paper=UM3.get(name), note=notes, **common, **interval))
-    if reason := _no_meteor(requested=meteor):
+    if not meteor or shutil.which("java") is None:
+        reason = "not requested; set captions.meteor=true (needs Java, starts in about 20 s)"
+        reason = "needs Java, which is not installed" if meteor else reason
         return [*rows, of.missing("meteor", note=reason, paper=UM3["meteor"], unit="x100")]
     value = meteor_score(candidates, references=references)
     return [*rows, of.score("meteor", value, paper=UM3["meteor"], note=notes, **common)]
@@ -97,26 +95,20 @@ def corpus_scores(
 
 
 def meteor_score(candidates: Sequence[str], *, references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 of the whole set, by the package's jar.
-
-    Raises:
-        UserError: Java is missing, or METEOR failed or took more than 10 minutes.
-    """
+    """METEOR 1.5 of the whole set, by the package's jar; UserError if it fails or takes over 10 minutes."""
     import pycocoevalcap.meteor
 
     _check(candidates, references)
-    if shutil.which("java") is None:
-        raise UserError("METEOR needs Java; install a JRE or set captions.meteor=false")
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     options |= {"cwd": Path(next(iter(pycocoevalcap.meteor.__path__))), "env": os.environ | {"LC_ALL": "C.UTF-8"}}
     try:
-        with subprocess.Popen([*METEOR_COMMAND, *METEOR_ARGUMENTS], text=True, encoding="utf-8", **options) as process:
+        with subprocess.Popen(METEOR_COMMAND, text=True, encoding="utf-8", **options) as process:
             try:
                 return _run_meteor(process, candidates, references=references)
             finally:
                 process.kill()
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"METEOR failed ({type(error).__name__}: {error}); set captions.meteor=false") from None
+        raise UserError(f"METEOR failed ({error!r}); install Java, or set captions.meteor=false") from None
 
 
 def _run_meteor(
@@ -140,17 +132,6 @@ def _run_meteor(
         return float(lines[-1])
     finally:
         watchdog.cancel()
-
-
-def _no_meteor(*, requested: bool) -> str:
-    """The reason why METEOR cannot be computed, or an empty string."""
-    if not requested:
-        return "not requested; set captions.meteor=true (needs Java, starts in about 20 s)"
-    return "" if shutil.which("java") else "needs Java, which is not installed"
-
-
-def _matches(candidate: str, references: Sequence[str]) -> bool:
-    return normalise(candidate) in {normalise(text) for text in references}
 
 
 def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -50,11 +50,7 @@ class Clip(NamedTuple):
 
 
 def load_clip(name: str) -> Clip:
-    """Load a CLIP from a folder or hub id.
-
-    Raises:
-        UserError: there is no CLIP.
-    """
+    """Load a CLIP from a folder or hub id; UserError if there is none."""
     from transformers import AutoTokenizer, CLIPModel
     from transformers.models.clip import CLIPImageProcessorPil
 
@@ -77,13 +73,9 @@ def clip_cosines(
     for start in range(0, len(texts), BATCH):
         batch = images[start : start + BATCH]
         pil_images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in batch]
-        tokens = clip.text_tokenizer(
-            [prefix + text for text in texts[start : start + BATCH]],
-            padding=True,
-            truncation=True,
-            max_length=max_tokens,
-            return_tensors="pt",
-        )
+        prefixed = [prefix + text for text in texts[start : start + BATCH]]
+        options = {"padding": True, "truncation": True, "max_length": max_tokens, "return_tensors": "pt"}
+        tokens = clip.text_tokenizer(prefixed, **options)
         pixels = clip.processor(pil_images, return_tensors="pt")["pixel_values"]
         output = clip.model(**tokens.to(clip.model.device), pixel_values=pixels.to(clip.model.device))
         images_BD, texts_BD = F.normalize(output.image_embeds, dim=1), F.normalize(output.text_embeds, dim=1)

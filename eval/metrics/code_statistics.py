@@ -53,15 +53,8 @@ def code_statistics(codes_BN: Tensor, *, num_bits: int, decode: Callable[[Tensor
         flipped_BHWC = decode(first_BN ^ (1 << (num_bits - 1 - bit)))
         changes.append(np.abs(flipped_BHWC.astype(np.int16) - images_BHWC).mean())
         flipped_images.append(flipped_BHWC[0])
-    return CodeStatistics(
-        ones_L=ones_L.numpy(),
-        entropy_L=entropy_L.numpy(),
-        correlation_LL=correlation_LL.numpy(),
-        flip_L=np.array(changes),
-        flipped_KHWC=np.stack(flipped_images),
-        num_codes=codes_BN.numel(),
-        num_distinct=len(codes_BN.unique()),
-    )
+    by_bit = ones_L.numpy(), entropy_L.numpy(), correlation_LL.numpy(), np.array(changes)
+    return CodeStatistics(*by_bit, np.stack(flipped_images), codes_BN.numel(), len(codes_BN.unique()))
 
 
 def code_scores(statistics: CodeStatistics, *, n: int, of: Measurement) -> list[Score]:
@@ -76,9 +69,7 @@ def code_scores(statistics: CodeStatistics, *, n: int, of: Measurement) -> list[
     distinct_note = f"{statistics.num_distinct:,} of at most {possible:,} in {statistics.num_codes:,} codes"
     return [
         of.score("entropy", entropy, n=n, note=f"sum of the entropies of {num_bits} bits"),
-        of.score(
-            "saturated_bits", float(saturated_L.sum()), n=n, higher_is_better=False, note=warning if names else ""
-        ),
+        of.score("saturated_bits", float(saturated_L.sum()), n=n, higher_is_better=False, note=names and warning),
         of.score("correlation", largest, n=n, higher_is_better=False, note="largest absolute value between two bits"),
         of.score("distinct_codes", statistics.num_distinct / possible, n=n, unit="%", note=distinct_note),
     ]

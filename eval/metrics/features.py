@@ -8,6 +8,7 @@
 Shapes: B, N images, H height, W width, D feature dimensions.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,14 +72,12 @@ def open_features(
 def random_features(*, seed: int = 0) -> FeatureNetwork:
     """Three strided random convolutions; a feature is the mean activation of a channel of a layer."""
     generator = torch_generator(seed, "random-features")
-    layers, inputs = nn.ModuleList(), 3
-    for outputs in RANDOM_CHANNELS:
+    layers = nn.ModuleList()
+    for inputs, outputs in itertools.pairwise((3, *RANDOM_CHANNELS)):
         layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
-        scale = (2 / (inputs * 9)) ** 0.5
-        layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * scale)
+        layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / (inputs * 9)) ** 0.5)
         layer.bias.data.copy_(torch.randn(outputs, generator=generator) * 0.1)  # type: ignore[union-attr]
         layers.append(layer)
-        inputs = outputs
 
     @torch.no_grad()
     def extract(images_BHWC: NDArray) -> Tensor:
@@ -110,16 +109,14 @@ def inception_features(
 ) -> FeatureNetwork:
     """The 2015 Inception, from `weights` or from torch.hub's cache; nothing is downloaded.
 
-    Raises:
-        UserError: the weights are missing, or the file's sha256 does not start with `sha256`.
+    UserError if the weights are missing, or the file's sha256 does not start with `sha256`.
     """
     path = inception_path(weights)
     if path is None:
         raise UserError(inception_note(weights))
     if not (digest := sha256_of(path)).startswith(sha256):
-        raise UserError(
-            f"{path} is not the published file (its sha256 starts with {digest[:8]}, not {sha256}); use {INCEPTION_URL}"
-        )
+        digests = f"its sha256 starts with {digest[:8]}, not {sha256}"
+        raise UserError(f"{path} is not the published file ({digests}); use {INCEPTION_URL}")
     network = Inception2015().eval()
     try:
         network.load_state_dict(read_tensors(path))
@@ -132,8 +129,8 @@ def inception_features(
     def extract(images_BHWC: NDArray) -> Tensor:
         return network(prepare(images_BHWC, preprocessing=preprocessing).to(device())).cpu()
 
-    name: FeatureName = "inception-2015"
-    return FeatureNetwork(name, Inception2015.num_features, extract, weights_sha256(network), preprocessing)
+    hashed = weights_sha256(network)
+    return FeatureNetwork("inception-2015", Inception2015.num_features, extract, hashed, preprocessing)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -165,11 +162,7 @@ def frechet_rows(
     paper: Mapping[str, float],
     of: Measurement,
 ) -> list[Score]:
-    """The Frechet distance of two sets of images.
-
-    Over Inception features the row is called `fid`. Over other features its name contains theirs, and a row `fid`
-    without a value says why.
-    """
+    """The Frechet distance of two sets; over other features than Inception's also a row `fid` with the reason."""
     n, dims = len(images_NHWC), features.num_features
     missing = of.missing(fid, note=inception_note(), higher_is_better=False, paper=paper.get(fid))
     of = of.with_protocol(features=features.name, dimensions=dims, features_sha256=features.weights_sha256, images=n)

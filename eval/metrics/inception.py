@@ -157,14 +157,14 @@ class Inception2015(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers: dict[str, Conv | Block | Pool] = {
+        layers: dict[str, nn.Module] = {
             "Conv2d_1a_3x3": Conv(3, 32, THREE, stride=2),
             "Conv2d_2a_3x3": Conv(32, 32, THREE, pad=False),
             "Conv2d_2b_3x3": Conv(32, 64, THREE),
-            "pool 1": _halve,
+            "pool_1": nn.MaxPool2d(3, stride=2),
             "Conv2d_3b_1x1": Conv(64, 80, ONE),
             "Conv2d_4a_3x3": Conv(80, 192, THREE, pad=False),
-            "pool 2": _halve,
+            "pool_2": nn.MaxPool2d(3, stride=2),
             "Mixed_5b": _block_a(192, pool=32),
             "Mixed_5c": _block_a(256, pool=64),
             "Mixed_5d": _block_a(288, pool=64),
@@ -187,12 +187,11 @@ class Inception2015(nn.Module):
             "Mixed_7b": _block_e(1280, pool=_average),
             "Mixed_7c": _block_e(2048, pool=_maximum),
         }
-        for name, layer in self.layers.items():
-            if isinstance(layer, nn.Module):
-                self.add_module(name, layer)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        for layer in self.layers.values():
+        for layer in list(self.children())[:-1]:  # all but `fc`
             x_BCHW = layer(x_BCHW)
         return x_BCHW.mean(dim=(2, 3))

@@ -28,11 +28,7 @@ LPIPS_PROTOCOL = COMMON | {"range": "-1 to 1"}
 
 
 def psnr(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of every image in dB, float64 (B,), at most MAX_PSNR.
-
-    Raises:
-        ValueError: the images are not uint8, or the shapes differ.
-    """
+    """Peak signal-to-noise ratio of every image in dB, float64 (B,), at most MAX_PSNR; ValueError as in `_pair`."""
     images, originals = _pair(images_BHWC, originals_BHWC)
     error_B = (images - originals).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(PEAK**2 / error_B)).clamp(max=MAX_PSNR)
@@ -41,8 +37,7 @@ def psnr(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
 def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> Tensor:
     """Structural similarity of every image, float64 (B,): mean over the valid windows and the channels.
 
-    Raises:
-        ValueError: the images are not uint8, the shapes differ, or a side is shorter than the window of 11.
+    ValueError as in `_pair`, or if a side is shorter than the window of 11.
     """
     images, originals = _pair(images_BHWC, originals_BHWC)
     if min(images.shape[1:3]) < WINDOW:
@@ -85,6 +80,7 @@ def quality(
 
 
 def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64; ValueError unless both are uint8 (B, H, W, 3) of one shape."""
     first, second = torch.as_tensor(images), torch.as_tensor(originals)
     if first.dtype != torch.uint8 or second.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, got {first.dtype} and {second.dtype}")
@@ -95,9 +91,7 @@ def _pair(images: NDArray | Tensor, originals: NDArray | Tensor) -> tuple[Tensor
 
 def _blur(x_BCHW: Tensor) -> Tensor:
     """Gaussian mean over every window that lies inside the image."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).to(x_BCHW.device)
-    channels = x_BCHW.shape[1]
-    rows = F.conv2d(x_BCHW, weights.reshape(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(rows, weights.reshape(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x_BCHW.device) - WINDOW // 2
+    weights, channels = torch.exp(-(offsets**2) / (2 * SIGMA**2)), x_BCHW.shape[1]
+    kernel = (weights / weights.sum()).expand(channels, 1, 1, WINDOW)
+    return F.conv2d(F.conv2d(x_BCHW, kernel.mT, groups=channels), kernel, groups=channels)

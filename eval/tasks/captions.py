@@ -1,5 +1,7 @@
 """The captions part of `make eval`: greedy captions of validation images of every source."""
 
+from typing import Any
+
 from eval.config import EvalConfig
 from eval.metrics.captions import caption_scores
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult
@@ -8,26 +10,15 @@ from um3.inference.pipeline import UM3Pipeline
 
 
 def evaluate_captions(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
-    """Caption metrics for each image source with captions.
-
-    Raises:
-        UserError: a source has too few usable images, or METEOR failed.
-    """
-    part, result = config.captions, PartResult([], {}, {})
+    """Caption metrics of each image source with captions; UserError if one has too few images, or METEOR failed."""
+    part, result, size = config.captions, PartResult([], {}, {}), pipeline.processor.image_size
     of = Measurement("", config.seed, {"decoding": "greedy", "max_new_tokens": part.max_new_tokens})
     for source in config.captioned:
-        size = pipeline.processor.image_size
         data = validation_images(source, num_images=part.num_images, size=size, seed=config.seed)
         captions = pipeline.caption(data.images, max_new_tokens=part.max_new_tokens, batch_size=part.batch_size)
-        result.scores.extend(
-            caption_scores(
-                captions,
-                references=data.captions,
-                of=of.named(f"{data.name}_captions"),
-                skipped=data.num_skipped,
-                meteor=part.meteor,
-            )
-        )
+        options: dict[str, Any] = {"skipped": data.num_skipped, "meteor": part.meteor}
+        of = of.named(f"{data.name}_captions")
+        result.scores.extend(caption_scores(captions, references=data.captions, of=of, **options))
         result.samples[data.name] = [
             {"caption": caption, "references": list(references), "right": caption == references[0]}
             for caption, references in list(zip(captions, data.captions, strict=True))[:SHOWN_IMAGES]

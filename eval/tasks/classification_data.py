@@ -24,6 +24,8 @@ from um3.core.text import text_lines, valid_text
 
 BATCH = 256
 HASHED_BYTES = 256 * 2**20
+LabelledSplit = tuple[Sequence[str | None], Callable[[int], NDArray], str]
+"""The label of every image (None if it has none), and `read` and `identity` of its `ClassificationData`."""
 
 
 class ClassificationData:
@@ -45,11 +47,7 @@ class ClassificationData:
         return len(self.classes)
 
     def batches(self) -> Iterator[tuple[NDArray, Sequence[int]]]:
-        """Images uint8 (N, H, W, 3) and their classes; every pass is the same.
-
-        Raises:
-            UserError: none of the images can be read.
-        """
+        """Images uint8 (N, H, W, 3) and their classes, equal in every pass; UserError if none can be read."""
         self.skipped = 0
         progress = Progress(len(self), label=f"read {self._label}") if self._label else None
         for start in range(0, len(self), BATCH):
@@ -90,19 +88,16 @@ def digits_task(*, size: int) -> ClassificationTask:
         images = [source[index].image_HWC for index in range(len(source))]
         return ClassificationData(images.__getitem__, classes=source.labels, identity=f"scikit-learn's digits, {split}")
 
-    return ClassificationTask(
-        "digits", data("val"), data("train"), list(DigitsSource.class_names), list(captions_of("{}"))
-    )
+    names, templates = list(DigitsSource.class_names), list(captions_of("{}"))
+    return ClassificationTask("digits", data("val"), data("train"), names, templates)
 
 
 def open_classification(config: ClassificationConfig, *, size: int) -> ClassificationTask:
     """Open a data set, with its train split if there is one.
 
-    Classes are ordered by the names of their folders, or by their labels in a table (numbers by value).
-
-    Raises:
-        UserError: the data cannot be opened, have fewer than two classes, or different ones in train and val, or the
-            class names or templates do not fit.
+    Classes are ordered by the names of their folders, or by their labels in a table (numbers by value). UserError if
+    the data cannot be opened, have fewer than two classes, or different ones in train and val, or if the class names
+    or templates do not fit.
     """
     is_table, train, note = bool(config.label_column), None, ""
     val = _table_split(config, split="val", size=size) if is_table else _folder_split(config, split="val", size=size)
@@ -113,38 +108,27 @@ def open_classification(config: ClassificationConfig, *, size: int) -> Classific
             note = f"no train split: {error}"
     elif (Path(config.path) / "train").is_dir():
         train = _folder_split(config, split="train", size=size)
-        if other := {*val.labels} ^ {*train.labels}:
+        if other := {*val[0]} ^ {*train[0]}:
             raise UserError(f"{config.path}: the class '{min(map(str, other))}' is in only one of train and val")
     else:
         note = f"needs {config.path}/train with a folder of images per class"
-    labels = {label for label in (*val.labels, *(train.labels if train else ())) if label is not None}
+    labels = {label for label in (*val[0], *(train[0] if train else ())) if label is not None}
     ordered = sorted(labels, key=int if is_table and all(label.isdecimal() for label in labels) else None)
     if len(ordered) < 2:
-        raise UserError(
-            f"{config.path}: found {len(ordered)} classes in its val split; classification needs two or more"
-        )
+        raise UserError(f"{config.path}: found {len(ordered)} classes; classification needs two or more")
     class_names = read_class_names(config.class_names, classes=ordered)
     number_of = {label: number for number, label in enumerate(ordered)}
 
-    def data(split: _LabelledSplit, name: str) -> ClassificationData:
-        classes = [None if label is None else number_of[label] for label in split.labels]
-        return ClassificationData(split.read, classes=classes, identity=split.identity, label=f"{config.name} {name}")
+    def data(split: LabelledSplit, name: str) -> ClassificationData:
+        labels, read, identity = split
+        classes = [None if label is None else number_of[label] for label in labels]
+        return ClassificationData(read, classes=classes, identity=identity, label=f"{config.name} {name}")
 
-    train_data = data(train, "train") if train else None
-    return ClassificationTask(
-        config.name, data(val, "val"), train_data, class_names, read_templates(config.templates), note
-    )
-
-
-class _LabelledSplit(NamedTuple):
-    """The label of every image (None if it has none), and the arguments of its `ClassificationData`."""
-
-    labels: Sequence[str | None]
-    read: Callable[[int], NDArray]
-    identity: str
+    train_data, templates = data(train, "train") if train else None, read_templates(config.templates)
+    return ClassificationTask(config.name, data(val, "val"), train_data, class_names, templates, note)
 
 
-def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> _LabelledSplit:
+def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> LabelledSplit:
     """PATH/SPLIT/CLASS/IMAGE at any depth, as ImageNet is usually unpacked. No image is opened."""
     root = Path(config.path) / split
     if not root.is_dir():
@@ -155,11 +139,11 @@ def _folder_split(config: ClassificationConfig, *, split: Split, size: int) -> _
     labels = [name.split("/")[0] for name, _ in images]
     if empty := folders - {*labels}:
         raise UserError(f"{root / min(empty)} has no image ({' '.join(SUFFIXES)}); delete the folder or add images")
-    return _LabelledSplit(
-        labels,
-        lambda index: to_square(read_image(root / images[index][0]), size=size),
-        f"names and sizes {short_hash(images)}",
-    )
+
+    def read(index: int) -> NDArray:
+        return to_square(read_image(root / images[index][0]), size=size)
+
+    return labels, read, f"names and sizes {short_hash(images)}"
 
 
 def data_hash(path: str | Path) -> str:
@@ -173,10 +157,10 @@ def data_hash(path: str | Path) -> str:
     states = [(os.path.relpath(file, path), file.stat().st_size) for file in files]
     if sum(size for _, size in states) > HASHED_BYTES:
         return short_hash(states)
-    return short_hash(states, [sha256_of(file) for file in files])
+    return short_hash(states, list(map(sha256_of, files)))
 
 
-def _table_split(config: ClassificationConfig, *, split: Split, size: int) -> _LabelledSplit:
+def _table_split(config: ClassificationConfig, *, split: Split, size: int) -> LabelledSplit:
     """Parquet, WebDataset shards or a hub set with a column of classes."""
     source_config = ImageSourceConfig(name=config.name, path=config.path, caption_column=config.label_column)
     source = open_image_source(source_config, split=split, size=size, seed=0, classes=True)
@@ -189,15 +173,11 @@ def _table_split(config: ClassificationConfig, *, split: Split, size: int) -> _L
             labels.append(label_of(index)[0])
         except BadSample:
             labels.append(None)
-    return _LabelledSplit(labels, lambda index: source[index].image_HWC, f"numbers and classes {short_hash(labels)}")
+    return labels, lambda index: source[index].image_HWC, f"numbers and classes {short_hash(labels)}"
 
 
 def read_class_names(path: str, *, classes: Sequence[str]) -> list[str]:
-    """One name per class, from a file with one per line in the order of `classes`; without a file, `classes`.
-
-    Raises:
-        UserError: the file is missing, or has another number of lines.
-    """
+    """One name per class, from a file with one per line in the order of `classes`; without a file, `classes`."""
     if not path:
         return [name.replace("_", " ") for name in classes]
     names = _lines(path, what="class names")
@@ -207,11 +187,7 @@ def read_class_names(path: str, *, classes: Sequence[str]) -> list[str]:
 
 
 def read_templates(path: str) -> list[str]:
-    """Prompts with one {} for the class name, from a file with one per line; without a file, a plain one.
-
-    Raises:
-        UserError: the file is missing or empty, or a line does not have exactly one {}.
-    """
+    """Prompts with one {} for the class name each, from a file with one a line; without a file, a plain one."""
     if not path:
         return ["a photo of a {}."]
     lines = _lines(path, what="templates")

@@ -23,8 +23,7 @@ LIMITS = {"image_size": (WINDOW, 1 << 14), "num_bits": (1, MAX_BITS), "num_codes
 def open_external_tokenizer(target: str, *, name: str) -> "CheckedTokenizer":
     """Call the function `target` (package.module:function, without arguments), and try its result on two images.
 
-    Raises:
-        UserError: there is no such function, or it does not return an `ImageTokenizer`.
+    UserError if there is no such function, or it does not return an `ImageTokenizer`.
     """
     where = f"tokenizer.external: {name} ({target})"
     module, _, function = target.partition(":")
@@ -44,12 +43,9 @@ def open_external_tokenizer(target: str, *, name: str) -> "CheckedTokenizer":
 
 
 class CheckedTokenizer:
-    """Wraps an `ImageTokenizer` and checks the types, shapes and ranges of its outputs."""
+    """Wraps an `ImageTokenizer`; UserError if an attribute or a type, shape or range is wrong."""
 
     def __init__(self, inner: ImageTokenizer, *, where: str):
-        """Raises:
-        UserError: an attribute is missing or out of range, or encode or decode is missing.
-        """
         for name, (lowest, highest) in LIMITS.items():
             value = getattr(inner, name, None)
             if not isinstance(value, int) or not lowest <= value <= highest:
@@ -62,26 +58,16 @@ class CheckedTokenizer:
 
     @torch.inference_mode()
     def encode(self, images_BHWC: NDArray, /) -> Tensor:
-        """Images uint8 (B, H, W, 3) -> codes int64 (B, N).
-
-        Raises:
-            UserError: the tokenizer returned anything else.
-        """
+        """Images uint8 (B, H, W, 3) -> codes int64 (B, N)."""
         codes_BN = self._inner.encode(images_BHWC)
         self._check("encode", codes_BN, kind=Tensor, dtype=torch.int64, shape=(len(images_BHWC), self.num_codes))
         if bool(((codes_BN < 0) | (codes_BN >> self.num_bits > 0)).any()):
-            raise UserError(
-                f"{self._where}: encode returned codes outside 0 to 2^{self.num_bits} - 1; correct num_bits"
-            )
+            raise UserError(f"{self._where}: encode returned codes outside 0 to 2^{self.num_bits}-1; correct num_bits")
         return codes_BN.cpu()
 
     @torch.inference_mode()
     def decode(self, codes_BN: Tensor, /) -> NDArray:
-        """Codes int64 (B, N) -> images uint8 (B, H, W, 3).
-
-        Raises:
-            UserError: the tokenizer returned anything else.
-        """
+        """Codes int64 (B, N) -> images uint8 (B, H, W, 3)."""
         images_BHWC = self._inner.decode(codes_BN)
         shape = (len(codes_BN), self.image_size, self.image_size, 3)
         self._check("decode", images_BHWC, kind=np.ndarray, dtype=np.dtype(np.uint8), shape=shape)
@@ -90,6 +76,5 @@ class CheckedTokenizer:
     def _check(self, method: str, value: Any, *, kind: type, dtype: Any, shape: tuple[int, ...]) -> None:
         if not isinstance(value, kind) or (value.dtype, tuple(value.shape)) != (dtype, shape):  # type: ignore[attr-defined]
             returned = f"{type(value).__name__} {getattr(value, 'dtype', '')} {tuple(getattr(value, 'shape', ()))}"
-            raise UserError(
-                f"{self._where}: {method} returned {returned}; it must return {kind.__name__} {dtype} {shape}"
-            )
+            expected = f"{kind.__name__} {dtype} {shape}"
+            raise UserError(f"{self._where}: {method} returned {returned}; it must return {expected}")

@@ -7,12 +7,13 @@ change the last digits of the logits.)
 """
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from eval.command import model_hash, run_command
 from eval.config import SamplingConfig
@@ -74,11 +75,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def generate_benchmark(config: GenerateConfig) -> None:
-    """Generate the images of a prompt list.
-
-    Raises:
-        UserError: the model or the prompts are missing, or the folder holds other images.
-    """
+    """Generate the images of a prompt list; UserError without model or prompts, or if the folder holds others."""
     if not (Path(config.model) / "config.json").is_file():
         raise UserError(f"no UM3 model in {config.model}; run make um3 first, or set model=FOLDER")
     prompts = read_prompts(config.prompts, limit=config.limit, seed=config.seed)
@@ -94,7 +91,7 @@ def generate_benchmark(config: GenerateConfig) -> None:
         return UM3Pipeline.from_pretrained(config.model, device=device())
 
     with folder_lock(config.output_dir) if is_main() else contextlib.nullcontext():
-        generate_folder(config, prompts=prompts, load_pipeline=load, share_over_ranks=True)
+        generate_folder(config, prompts=prompts, load_pipeline=load)
 
 
 def generate_folder(
@@ -102,64 +99,56 @@ def generate_folder(
     *,
     prompts: Sequence[Prompt],
     load_pipeline: Callable[[], "UM3Pipeline"],
-    share_over_ranks: bool = False,
-    replace: bool = False,
+    is_exclusive: bool = False,
 ) -> GeneratedFolder:
     """Generate the images that are missing in `config.output_dir`; without any the pipeline is not loaded.
 
-    Args:
-        share_over_ranks: generate this rank's share only.
-        replace: delete images with other settings, instead of raising.
-
-    Raises:
-        UserError: the folder holds other images.
+    The ranks share the work, and UserError if the folder holds other images. With `is_exclusive` this process generates
+    all images, and deletes those with other settings.
     """
     began, folder = time.monotonic(), Path(config.output_dir)
-    generated = plan_folder(config, prompts=prompts)
+    generated = _plan(config, prompts=prompts)
     deadline = began + MANIFEST_TIMEOUT_S
-    while share_over_ranks and not is_main() and not has_manifest(folder) and time.monotonic() < deadline:
+    while not (is_exclusive or is_main() or has_manifest(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)  # until the first rank has checked the folder; ranks do not communicate
     try:
         is_planned = check_manifest(folder, generated)
     except UserError:
-        if not replace:
+        if not is_exclusive:
             raise
         shutil.rmtree(folder)
         is_planned = False
     if is_main() and not is_planned:
         write_manifest(folder, generated, model=config.model, prompts_file=config.prompts)
+    files = [prompt.files for prompt in generated.prompts]
     size = max(1, config.sampling.batch_size // config.num_images)
     groups: Sequence[range] = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-    groups = groups[rank() :: world_size()] if share_over_ranks else groups
-    files = generated.prompts
-    missing = [
-        group for group in groups if not all((folder / file).is_file() for i in group for file in files[i].files)
-    ]
+    groups = groups if is_exclusive else groups[rank() :: world_size()]
+    missing = [group for group in groups if not all((folder / file).is_file() for i in group for file in files[i])]
     count, num_missing = (sum(map(len, ranges)) * config.num_images for ranges in (groups, missing))
     if missing:
         pipeline, progress = load_pipeline(), Progress(count, label="generate images", start=count - num_missing)
     for group in missing:
+        seeds = [seed for i in group for seed in generated.prompts[i].seeds]
+        options: dict[str, Any] = {"num_images": config.num_images, "seeds": seeds, **vars(config.sampling)}
         with quiet_progress():
-            _generate_group(
-                config, pipeline=pipeline, prompts=[prompts[i] for i in group], files=[files[i] for i in group]
-            )
+            images = iter(pipeline.generate([prompts[i].text for i in group], **options).images)
+        for i in group:
+            copies = list(itertools.islice(images, config.num_images))
+            write_images(folder, layout=config.layout, files=files[i], images=copies, prompt=prompts[i])
         progress.advance(len(group) * config.num_images)
     result = f"generated in {format_seconds(time.monotonic() - began)}" if missing else "up to date"
     print(f"{count} images {result} -> {folder}" + (f" (rank {rank()})" if not is_main() else ""))
     return generated
 
 
-def plan_folder(config: GenerateConfig, *, prompts: Sequence[Prompt]) -> GeneratedFolder:
+def _plan(config: GenerateConfig, *, prompts: Sequence[Prompt]) -> GeneratedFolder:
     """The manifest: everything that the images depend on. Files and seeds depend on a prompt's place alone."""
-    generated = [
-        GeneratedPrompt(
-            prompt.id,
-            prompt.text,
-            image_files(config.layout, index=index, prompt_id=prompt.id, num_images=config.num_images),
-            [derive_seed(config.seed, "image", index, copy) for copy in range(config.num_images)],
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    generated = []
+    for index, prompt in enumerate(prompts):
+        files = image_files(config.layout, index=index, prompt_id=prompt.id, num_images=config.num_images)
+        seeds = [derive_seed(config.seed, "image", index, copy) for copy in range(config.num_images)]
+        generated.append(GeneratedPrompt(prompt.id, prompt.text, files, seeds))
     protocol = {
         "num_prompts": len(prompts),
         "prompts_sha256": short_hash([prompt.text for prompt in prompts]),
@@ -167,25 +156,6 @@ def plan_folder(config: GenerateConfig, *, prompts: Sequence[Prompt]) -> Generat
         "images_per_prompt": config.num_images,
         **config.sampling.protocol(),
     }
-    seeds = [seed for prompt in generated for seed in prompt.seeds]
-    pins = {"seed": config.seed, "seeds_sha256": short_hash(seeds), "model_sha256": model_hash(config.model)}
+    seeds_sha256 = short_hash([seed for prompt in generated for seed in prompt.seeds])
+    pins = {"seed": config.seed, "seeds_sha256": seeds_sha256, "model_sha256": model_hash(config.model)}
     return GeneratedFolder(protocol, pins, generated)
-
-
-def _generate_group(
-    config: GenerateConfig, *, pipeline: "UM3Pipeline", prompts: Sequence[Prompt], files: Sequence[GeneratedPrompt]
-) -> None:
-    images_NHWC = pipeline.generate(
-        [prompt.text for prompt in prompts],
-        num_images=config.num_images,
-        seeds=[seed for prompt in files for seed in prompt.seeds],
-        batch_size=config.sampling.batch_size,
-        temperature=config.sampling.temperature,
-        top_p=config.sampling.top_p,
-        top_k=config.sampling.top_k,
-        guidance_scale=config.sampling.guidance_scale,
-    ).images
-    for index, prompt in enumerate(prompts):
-        images = list(images_NHWC[index * config.num_images : (index + 1) * config.num_images])
-        names = files[index].files
-        write_images(Path(config.output_dir), layout=config.layout, files=names, images=images, prompt=prompt)

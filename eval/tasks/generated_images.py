@@ -75,11 +75,9 @@ def write_images(
     """
     from um3.inference.image_io import png_bytes
 
-    if layout == "grid":
-        images = [grid(images)]
     if layout == "geneval":
         write_text(folder / Path(files[0]).parents[1] / "metadata.jsonl", prompt.line + "\n")
-    for file, image in zip(files, images, strict=True):
+    for file, image in zip(files, [grid(images)] if layout == "grid" else images, strict=True):
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(PARTIAL_SUFFIX)
@@ -103,17 +101,11 @@ def read_images(folder: Path, generated: GeneratedFolder) -> NDArray:
 
 
 def check_manifest(folder: Path, generated: GeneratedFolder) -> bool:
-    """Whether the folder has a manifest, which must then be that of `generated`.
-
-    Raises:
-        UserError: the folder holds other images.
-    """
+    """Whether the folder has a manifest, which must then be that of `generated`; UserError if it holds other images."""
     if has_manifest(folder):
         stored = read_manifest(folder)
-        if changes := differences(stored.protocol | stored.pins, generated.protocol | generated.pins):
-            raise UserError(
-                f"the images in {folder} have other settings ({'; '.join(changes)}); use another output folder"
-            )
+        if changes := "; ".join(differences(stored.protocol | stored.pins, generated.protocol | generated.pins)):
+            raise UserError(f"the images in {folder} have other settings ({changes}); use another output folder")
         return True
     if folder.is_dir() and walk_files(folder, suffixes=SUFFIXES):
         raise UserError(f"{folder} contains images but no {MANIFEST}; use an empty output folder")
@@ -122,18 +114,13 @@ def check_manifest(folder: Path, generated: GeneratedFolder) -> bool:
 
 def write_manifest(folder: Path, generated: GeneratedFolder, **origin: Any) -> None:
     """Write the manifest, with `origin`, the commit and the package versions for information."""
-    about = {**origin, "commit": commit(), "versions": versions()}
+    about = {"protocol": generated.protocol, "pins": generated.pins, **origin, "commit": commit()}
     prompts = [prompt._asdict() for prompt in generated.prompts]
-    content = {"protocol": generated.protocol, "pins": generated.pins, **about, "prompts": prompts}
-    write_json(folder / MANIFEST, content)
+    write_json(folder / MANIFEST, {**about, "versions": versions(), "prompts": prompts})
 
 
 def read_manifest(folder: str | Path) -> GeneratedFolder:
-    """Read a folder's manifest.
-
-    Raises:
-        UserError: the manifest is missing or damaged.
-    """
+    """Read a folder's manifest; UserError if it is missing or damaged."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"no {MANIFEST} in {folder}; generate the images with python -m eval generate-images")

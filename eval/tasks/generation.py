@@ -22,7 +22,7 @@ from eval.metrics.features import FeatureNetwork, frechet_rows, open_features
 from eval.paper_values import GENEVAL_LLAMAGEN_QLIP, UM3
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult, Score, bootstrap
 from eval.tasks.generate_images import GenerateConfig, generate_folder
-from eval.tasks.generated_images import GeneratedFolder, read_images
+from eval.tasks.generated_images import read_images
 from eval.tasks.prompts import Prompt
 from eval.tasks.validation_data import validation_images
 from um3.core.errors import UserError
@@ -36,36 +36,27 @@ CHECKER = "scene checker"
 def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: UM3Pipeline) -> PartResult:
     """Generate images to RESULTS/generated/NAME and score them. Images of an interrupted evaluation are reused.
 
-    Raises:
-        UserError: the feature network or CLIP is missing, or a source has too few usable images.
+    UserError if the feature network or CLIP is missing, or a source has too few usable images.
     """
-    part, size = config.generation, pipeline.processor.image_size
+    part = config.generation
+    towers: dict[str, Any] = {"model": pipeline.qlip, "processor": pipeline.processor}
     # Load the metrics' networks before the hours of generation.
-    features = open_features(
-        config.fid_features,
-        model=pipeline.qlip,
-        processor=pipeline.processor,
-        inception_weights=config.inception_weights,
-    )
+    features = open_features(config.fid_features, **towers, inception_weights=config.inception_weights)
     clip = load_clip(part.clip) if part.clip else None
     of = Measurement("", config.seed, part.sampling.protocol())
     result = PartResult([], {"captions": {}, "skills": []}, {})
-    data = [
-        validation_images(source, num_images=part.num_images, size=size, seed=config.seed)
-        for source in config.captioned
-    ]
+    wanted = {"num_images": part.num_images, "size": pipeline.processor.image_size, "seed": config.seed}
+    data = [validation_images(source, **wanted) for source in config.captioned]
     for source in data:
         prompts = source.full_captions
-        folder, generated = _generate(config, name=source.name, prompts=prompts, model=model, pipeline=pipeline)
-        images_NHWC, task = read_images(folder, generated), of.named(f"{source.name}_generation")
-        options: dict[str, Any] = {"pipeline": pipeline, "features": features, "clip": clip, "of": task}
-        result.scores.extend(
-            distribution_scores(images_NHWC, originals_NHWC=source.images, captions=prompts, **options)
-        )
+        images_NHWC, samples = _generate(config, name=source.name, prompts=prompts, model=model, pipeline=pipeline)
+        task = of.named(f"{source.name}_generation")
+        options: dict[str, Any] = {"pipeline": pipeline, "features": features, "clip": clip, "captions": prompts}
+        result.scores.extend(distribution_scores(images_NHWC, originals_NHWC=source.images, of=task, **options))
         if source.has_checker:
             note = "the caption read from the generated pixels equals the prompt"
             result.scores.append(read_back_row(images_NHWC, captions=prompts, note=note, of=task))
-        result.samples["captions"][source.name] = _samples(generated)[:SHOWN_IMAGES]
+        result.samples["captions"][source.name] = samples[:SHOWN_IMAGES]
         result.images[f"{source.name}_drawn"] = images_NHWC[:SHOWN_IMAGES]
         result.images[f"{source.name}_real"] = source.images[:SHOWN_IMAGES]
     if any(source.has_checker for source in data):
@@ -81,32 +72,28 @@ def _evaluate_skills(
     """Generate images for the prompts of the six skills, and add their scores to `result`."""
     scenes = evaluation_prompts(per_skill=config.generation.per_skill, seed=config.seed)
     prompts = [scene.prompt for scene in scenes]
-    folder, generated = _generate(config, name="skills", prompts=prompts, model=model, pipeline=pipeline)
-    result.images["skills"] = read_images(folder, generated)
-    verdicts = check_scenes(result.images["skills"], prompts=scenes)
+    images_NHWC, samples = _generate(config, name="skills", prompts=prompts, model=model, pipeline=pipeline)
+    result.images["skills"], verdicts = images_NHWC, check_scenes(images_NHWC, prompts=scenes)
     result.scores.extend(skill_scores(verdicts, prompts=scenes, of=of))
     result.samples["skills"] = [
         sample | {"skill": scene.skill, "passed": verdict.passed, "demands_met": verdict.demands_met}
-        for sample, scene, verdict in zip(_samples(generated), scenes, verdicts, strict=True)
+        for sample, scene, verdict in zip(samples, scenes, verdicts, strict=True)
     ]
 
 
 def _generate(
     config: EvalConfig, *, name: str, prompts: Sequence[str], model: Path, pipeline: UM3Pipeline
-) -> tuple[Path, GeneratedFolder]:
+) -> tuple[NDArray, list[dict[str, Any]]]:
     """One image per prompt in RESULTS/generated/NAME; images with other settings or of another model are replaced."""
     folder = config.results_dir / "generated" / name
     if config.force:
         shutil.rmtree(folder, ignore_errors=True)
-    request = GenerateConfig(
-        model=str(model), prompts=name, output_dir=str(folder), seed=config.seed, sampling=config.generation.sampling
-    )
+    settings: dict[str, Any] = {"seed": config.seed, "sampling": config.generation.sampling}
+    request = GenerateConfig(model=str(model), prompts=name, output_dir=str(folder), **settings)
     numbered = [Prompt(f"{index:05d}", text) for index, text in enumerate(prompts)]
-    return folder, generate_folder(request, prompts=numbered, load_pipeline=lambda: pipeline, replace=True)
-
-
-def _samples(generated: GeneratedFolder) -> list[dict[str, Any]]:
-    return [{"prompt": prompt.prompt, "seed": prompt.seeds[0]} for prompt in generated.prompts]
+    generated = generate_folder(request, prompts=numbered, load_pipeline=lambda: pipeline, is_exclusive=True)
+    samples = [{"prompt": prompt.prompt, "seed": prompt.seeds[0]} for prompt in generated.prompts]
+    return read_images(folder, generated), samples
 
 
 def distribution_scores(
@@ -147,13 +134,11 @@ def check_scenes(images_NHWC: Iterable[NDArray], *, prompts: Sequence[ScenePromp
 def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt], of: Measurement) -> list[Score]:
     """Share of images that meet all demands of their prompt, for each of GenEval's six skills, and the mean of the six.
 
-    Raises:
-        UserError: a skill has no prompt.
+    UserError if a skill has no prompt.
     """
     of = of.with_protocol(judge=CHECKER, prompts_sha256=short_hash([prompt.prompt for prompt in prompts]))
     rows, paper = [], GENEVAL_LLAMAGEN_QLIP
-    shares: list[float] = []
-    weights: list[float] = []
+    shares, weights = list[float](), list[float]()
     for skill in SKILLS:
         passed = [v.passed for v, prompt in zip(verdicts, prompts, strict=True) if prompt.skill == skill]
         if not passed:

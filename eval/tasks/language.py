@@ -11,12 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from eval.config import EvalConfig, LanguageConfig
-from eval.lm_eval_data import TASKS, find_benchmarks, load_tasks
+from eval.lm_eval_data import TASKS, open_benchmarks
 from eval.paper_values import LANGUAGE_METRICS, UM3
 from eval.results_cache import ResultsCache
-from eval.scores import Interval, Measurement, PartResult, Score, Unit, bootstrap
-from eval.tasks.prose_tasks import CHOICES, CLOZE, PROSE, ClozeItem, cloze_items, cloze_task, prose_task
+from eval.scores import Interval, Measurement, PartResult, Score, bootstrap
+from eval.tasks.prose_tasks import CHOICES, CLOZE, PROSE, ClozeItem, cloze_items, prose_tasks
 from eval.tasks.validation_data import validation_documents
 from um3.core.errors import UserError
 from um3.core.files import short_hash, write_text
@@ -32,8 +34,7 @@ SCORING = "log-likelihood over text ids, after the model's own start of a text"
 def evaluate_language(config: EvalConfig, *, model: Path, request: str) -> PartResult:
     """Evaluate any causal language model. Finished requests are stored until the last score is known.
 
-    Raises:
-        UserError: nothing to measure, too little text, or a benchmark or model that cannot be read.
+    UserError if there is nothing to measure, too little text, or a benchmark or model that cannot be read.
     """
     part = config.language
     documents = validation_documents(config.texts, seed=config.seed) if config.texts else []
@@ -56,20 +57,6 @@ def evaluate_language(config: EvalConfig, *, model: Path, request: str) -> PartR
     return result
 
 
-def open_benchmarks(benchmarks: str | Path, *, folder: str | Path, limit: int | None = None) -> dict[str, Any]:
-    """lm-eval's loaded tasks for the data in `benchmarks`, by name; `folder` is for temporary files.
-
-    A task whose data cannot be used has its UserError instead. UserError if no task has data there.
-    """
-    data = find_benchmarks(benchmarks)
-    if str(benchmarks) and not data:
-        raise UserError(
-            f"{benchmarks} has no data of the language tasks ({', '.join(TASKS)}); add files such as "
-            "piqa_valid.jsonl or folders such as baber/piqa (docs/evaluation.md)"
-        )
-    return load_tasks(Path(folder), data=data, limit=limit)
-
-
 def language_scores(
     lm: "UM3LM",
     *,
@@ -81,12 +68,8 @@ def language_scores(
 ) -> PartResult:
     """Rows of every language task; the log-likelihoods of every item go to `folder`/language_items.jsonl.
 
-    Args:
-        documents: validation texts, for the cloze and the bits per byte; without any these have no value.
-        benchmarks: the tasks of `open_benchmarks`; the others have no value.
-
-    Raises:
-        UserError: too little text.
+    `documents` are validation texts, for the cloze and the bits per byte; `benchmarks` the tasks of `open_benchmarks`.
+    What either lacks has no value. UserError for too little text.
     """
     of = Measurement("language", seed, {"scored": SCORING, "shots": 0, "max_tokens": lm.own_max_tokens})
     result, items = PartResult([], {"cloze": [], "prompts": {}}, {}), list[dict[str, Any]]()
@@ -95,8 +78,10 @@ def language_scores(
         texts = [text for text in documents if text.strip()][: config.num_documents]
         results = _run_prose_tasks(lm, cloze=cloze, texts=texts, folder=folder)
         result.scores.extend([*_choice_rows(results, name=CLOZE, of=of), *_prose_rows(results, of=of)])
-        result.samples["cloze"] = _cloze_samples(results, items=cloze)
         items += [*_items(results, name=CLOZE), *_items(results, name=PROSE)]
+        for item, asked in list(zip(items, cloze, strict=False))[:NUM_SAMPLES]:
+            chosen = int(np.argmax(item["log_likelihoods"]))
+            result.samples["cloze"].append({**asked._asdict(), "chosen": chosen, "right": chosen == asked.label})
     else:
         note = "no validation text; set TEXT to texts"
         result.scores.extend(_missing_rows(CLOZE, "acc", "acc_norm", note=note, of=of))
@@ -105,14 +90,13 @@ def language_scores(
     for name in TASKS:
         missing = f"no local data; put {TASKS[name].hub_name} or {name}.jsonl into a folder, set LM_EVAL_DATA to it"
         task = benchmarks.get(name, missing)
-        if isinstance(task, UserError):
-            errors.append(str(task))
         if isinstance(task, UserError | str):
+            errors += [str(task)] if isinstance(task, UserError) else []
             result.scores.extend(_missing_rows(name, LANGUAGE_METRICS[name], note=str(task), of=of))
             continue
         results = run_tasks(lm, task, limit=config.limit)
         result.scores.extend(_choice_rows(results, name=name, of=of))
-        context, continuation = _sorted_samples(results, name=name)[0]["arguments"][0]
+        context, continuation = results["samples"][name][0]["arguments"][0]
         result.samples["prompts"][name] = {"context": context, "continuation": continuation}
         items += _items(results, name=name)
     write_text(folder / ITEMS_FILE, "".join(json.dumps(item) + "\n" for item in items))
@@ -120,7 +104,7 @@ def language_scores(
 
 
 def run_tasks(lm: "UM3LM", loaded: dict[str, Any], *, limit: int | None = None) -> dict[str, Any]:
-    """lm-eval's results, without examples in the prompt, for tasks that its `TaskManager` has loaded."""
+    """lm-eval's results for loaded tasks, without examples in the prompt; the samples are in the order of the items."""
     from lm_eval import evaluate
 
     for task in loaded["tasks"].values():
@@ -128,6 +112,8 @@ def run_tasks(lm: "UM3LM", loaded: dict[str, Any], *, limit: int | None = None) 
     # simple_evaluate would ask pip, git and lscpu about the machine, which takes seconds per task.
     results = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None, "lm-eval returns results on the first rank, and there is only one"
+    for samples in results["samples"].values():
+        samples.sort(key=lambda sample: int(sample["doc_id"]))
     return dict(results)
 
 
@@ -141,13 +127,13 @@ def _run_prose_tasks(lm: "UM3LM", *, cloze: Sequence[ClozeItem], texts: Sequence
     write_text(cloze_file, "".join(json.dumps(item._asdict()) + "\n" for item in cloze))
     write_text(prose_file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     with TemporaryDirectory() as cache:
-        configs = [cloze_task(cloze_file, cache=Path(cache)), prose_task(prose_file, cache=Path(cache))]
+        configs = prose_tasks(cloze_file=cloze_file, prose_file=prose_file, cache=Path(cache))
         return run_tasks(lm, TaskManager(include_defaults=False).load(configs))
 
 
 def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list[Score]:
     """lm-eval's accuracies of a multiple choice, with their intervals over the items."""
-    values, samples = results["results"][name], _sorted_samples(results, name=name)
+    values, samples = results["results"][name], results["samples"][name]
     items_sha256 = short_hash([[sample["arguments"], sample["target"]] for sample in samples])
     of = of.named(name).with_protocol(items=len(samples), items_sha256=items_sha256)
     note = f"choose the next sentence of validation text; chance is 1 in {CHOICES}" if name == CLOZE else ""
@@ -169,7 +155,7 @@ def _choice_rows(results: dict[str, Any], *, name: str, of: Measurement) -> list
 
 
 def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
-    values, samples = results["results"][PROSE], _sorted_samples(results, name=PROSE)
+    values, samples = results["results"][PROSE], results["samples"][PROSE]
     documents_sha256 = short_hash([sample["target"] for sample in samples])
     of = of.named(PROSE).with_protocol(documents=len(samples), documents_sha256=documents_sha256)
     losses = [-float(sample["bits_per_byte"][0]) for sample in samples]
@@ -191,41 +177,22 @@ def _prose_rows(results: dict[str, Any], *, of: Measurement) -> list[Score]:
 
 
 def _missing_rows(task: str, *metrics: str, note: str, of: Measurement) -> list[Score]:
-    papers = {metric: UM3.get(task) if metric == LANGUAGE_METRICS.get(task) else None for metric in metrics}
-    units: dict[str, Unit] = {metric: "%" if metric.startswith("acc") else "" for metric in metrics}
-    of = of.named(task)
-    return [of.missing(metric, note=note, unit=units[metric], paper=papers[metric]) for metric in metrics]
-
-
-def _sorted_samples(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
-    return sorted(results["samples"][name], key=lambda sample: int(sample["doc_id"]))
+    unit, scored = "%" if metrics[0].startswith("acc") else "", LANGUAGE_METRICS.get(task)
+    papers = {metric: UM3.get(task) if metric == scored else None for metric in metrics}
+    return [of.named(task).missing(metric, note=note, unit=unit, paper=paper) for metric, paper in papers.items()]
 
 
 def _items(results: dict[str, Any], *, name: str) -> list[dict[str, Any]]:
     """Per item: a choice's log-likelihoods and accuracies, or a document's log-likelihood, bytes and words."""
     items = []
-    for sample in _sorted_samples(results, name=name):
+    for sample in results["samples"][name]:
         item: dict[str, Any] = {"task": name, "item": sample["doc_id"]}
         if name == PROSE:
             log_likelihood, num_bytes = sample["bits_per_byte"]
             item |= {"log_likelihood": log_likelihood, "bytes": num_bytes, "words": sample["word_perplexity"][1]}
         else:
-            item |= {"answer": sample["target"], "log_likelihoods": _log_likelihoods(sample)}
+            log_likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+            item |= {"answer": sample["target"], "log_likelihoods": log_likelihoods}
             item |= {metric: sample[metric] for metric in ("acc", "acc_norm") if metric in sample}
         items.append(item)
     return items
-
-
-def _log_likelihoods(sample: dict[str, Any]) -> list[float]:
-    return [float(response[0]) for response in sample["filtered_resps"]]
-
-
-def _cloze_samples(results: dict[str, Any], *, items: Sequence[ClozeItem]) -> list[dict[str, Any]]:
-    """The first cloze items with the model's choice."""
-    samples = []
-    for sample in _sorted_samples(results, name=CLOZE)[:NUM_SAMPLES]:
-        log_likelihoods = _log_likelihoods(sample)
-        chosen = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
-        item = items[sample["doc_id"]]
-        samples.append({**item._asdict(), "chosen": chosen, "right": chosen == item.label})
-    return samples

@@ -3,12 +3,12 @@
 Shapes: N images, D feature dimensions, S probe inputs, K classes.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eval.config import ProbeConfig
@@ -50,15 +50,8 @@ class Probe(NamedTuple):
 
     def predict(self, inputs_NS: Tensor) -> Tensor:
         """Class index (N,) of every input, on the CPU."""
-        return torch.cat([self._logits(inputs_BS).argmax(dim=1).cpu() for inputs_BS in inputs_NS.split(PREDICT_BATCH)])
-
-    def is_finite(self) -> bool:
-        """Whether the training did not diverge."""
-        return all(bool(part.isfinite().all()) for part in self)
-
-    def _logits(self, inputs_BS: Tensor) -> Tensor:
-        standardised_BS = (inputs_BS.to(self.weight) - self.offset) / self.scale
-        return F.linear(standardised_BS, self.weight, self.bias)
+        batches = ((x_BS.to(self.weight) - self.offset) / self.scale for x_BS in inputs_NS.split(PREDICT_BATCH))
+        return torch.cat([F.linear(x_BS, self.weight, self.bias).argmax(dim=1).cpu() for x_BS in batches])
 
 
 def probe_scores(
@@ -73,22 +66,20 @@ def probe_scores(
     train, val = (probe_data(data, model=model, processor=processor) for data in (task.train, task.val))
     of = of.with_protocol(**protocol(config), train_images=len(train.labels_N), train_data=task.train.identity)
     of = of.with_protocol(images=len(val.labels_N), data=task.val.identity)
-    scores = []
+    scores, options = [], dict[str, Any](labels_N=train.labels_N, num_classes=len(task.class_names))
+    adamw = functools.partial(fit_adamw, config=config, seed=of.seed)
     for feature in PROBE_FEATURES:
         metric, inputs_NS = f"probe_{feature}", train.inputs(feature)
         common: dict[str, Any] = {"unit": "%", "paper": LINEAR_PROBE["QLIP-B"][feature]}
-        options: dict[str, Any] = {"labels_N": train.labels_N, "num_classes": len(task.class_names)}
-        if config.kind == "adamw":
-            probe = fit_adamw(inputs_NS, config=config, seed=of.seed, label=metric, **options)
+        is_adamw = config.kind == "adamw"
+        probe: Probe = adamw(inputs_NS, label=metric, **options) if is_adamw else fit_logistic(inputs_NS, **options)
+        if all(bool(part.isfinite().all()) for part in probe):
+            hits = (probe.predict(val.inputs(feature)) == val.labels_N).tolist()
+            note = f"chance is 1 in {len(task.class_names)}"
+            scores.append(of.mean(metric, hits, skipped=task.val.skipped, note=note, **common))
         else:
-            probe = fit_logistic(inputs_NS, **options)
-        if not probe.is_finite():
             note = f"the probe diverged: a feature is not finite, or tokenizer.probe.lr={config.lr:g} is too high"
             scores.append(of.missing(metric, note=note, **common))
-            continue
-        hits = (probe.predict(val.inputs(feature)) == val.labels_N).tolist()
-        note = f"chance is 1 in {len(task.class_names)}"
-        scores.append(of.mean(metric, hits, skipped=task.val.skipped, note=note, **common))
     return scores
 
 
@@ -101,24 +92,19 @@ def protocol(config: ProbeConfig) -> dict[str, Any]:
     return common | {"classifier": f"AdamW {BETAS}, weight decay 0, linear warm-up, cosine to 0"} | settings
 
 
+@torch.no_grad()
 def probe_data(data: ClassificationData, *, model: QLIPModel, processor: QLIPProcessor) -> ProbeData:
-    """The features of all readable images, with their labels."""
+    """The features of all readable images, from the image tower's last hidden states, with their labels."""
     both_NS, labels = torch.empty(0), list[int]()
     for images_BHWC, batch_labels in data.batches():
-        both_BS = probe_inputs(images_BHWC, model=model, processor=processor)
+        pixels_BCHW = processor.pixels(images_BHWC).to(model.device, model.dtype)
+        hidden_BTD = model.vision_features(pixels_BCHW).float()
+        both_BS = torch.cat([hidden_BTD[:, 0], hidden_BTD[:, 1:].mean(dim=1)], dim=1).cpu()
         if not labels:
             both_NS = both_BS.new_empty(len(data), both_BS.shape[1])
         both_NS[len(labels) : len(labels) + len(batch_labels)] = both_BS
         labels += batch_labels
     return ProbeData(both_NS[: len(labels)], torch.tensor(labels))
-
-
-@torch.no_grad()
-def probe_inputs(images_BHWC: NDArray, *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
-    """Class token and mean of patches of the image tower's last hidden states: (B, 2 D) float32 on the CPU."""
-    pixels_BCHW = processor.pixels(images_BHWC).to(model.device, model.dtype)
-    hidden_BTD = model.vision_features(pixels_BCHW).float()
-    return torch.cat([hidden_BTD[:, 0], hidden_BTD[:, 1:].mean(dim=1)], dim=1).cpu()
 
 
 def fit_adamw(
@@ -154,8 +140,8 @@ def lr_share(step: int, *, warmup: int, total: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def fit_logistic(inputs_NS: Tensor, *, labels_N: Tensor, num_classes: int, c: float = 1.0) -> Probe:
-    """Multinomial logistic regression: summed cross entropy + |w|^2 / (2 c), minimised by LBFGS in float64.
+def fit_logistic(inputs_NS: Tensor, *, labels_N: Tensor, num_classes: int) -> Probe:
+    """Multinomial logistic regression: summed cross entropy + |w|^2 / 2, minimised by LBFGS in float64.
 
     scikit-learn's refuses features that are not finite and has another model for two classes. With more classes its
     coefficients are equal to 1e-3 (a test compares them).
@@ -171,7 +157,7 @@ def fit_logistic(inputs_NS: Tensor, *, labels_N: Tensor, num_classes: int, c: fl
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(inputs @ weight.T + bias, labels_N) + weight.square().sum() / (2 * c * len(inputs))
+        loss = F.cross_entropy(inputs @ weight.T + bias, labels_N) + weight.square().sum() / (2 * len(inputs))
         loss.backward()
         return float(loss.detach())
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.tables import Record, captions_of, first_field, image_id_of, read_records
+from eval.tables import Record, captions_of, image_id_of, read_records
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
 
@@ -31,20 +31,19 @@ def read_prompts(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[Pro
     .txt         one prompt a line; a folder of .txt files has one prompt a file, named after the file (DPG-Bench)
     .json        COCO's or Karpathy's captions of val2014: `seed` chooses the order and one caption per image
 
-    Raises:
-        UserError: a missing file, an unreadable line, an empty prompt, or an id that two prompts share.
+    UserError for a missing file, an unreadable line, an empty prompt, or an id that two prompts share.
     """
     if not Path(path).exists():
         raise UserError(f"{path} does not exist; set prompts= to a file of prompts")
     try:
         records = read_records(path)
-        found = list(_coco_prompts(records, seed=seed) if Path(path).suffix == ".json" else _prompts(records))
+        found = _coco_prompts(records, seed=seed) if Path(path).suffix == ".json" else _prompts(records)
+        prompts = [
+            prompt._replace(id=prompt.id or f"{index:05d}", text=" ".join(prompt.text.split()))
+            for index, prompt in enumerate(list(found)[: limit or None])
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error, OSError) as error:
         raise UserError(f"{path} cannot be read as prompts ({type(error).__name__}: {error})") from None
-    prompts = [
-        prompt._replace(id=prompt.id or f"{index:05d}", text=" ".join(prompt.text.split()))
-        for index, prompt in enumerate(found[:limit] if limit else found)
-    ]
     if not prompts:
         raise UserError(f"{path} contains no prompts; write one per line")
     ids: set[str] = set()
@@ -60,11 +59,8 @@ def read_prompts(path: str | Path, *, limit: int = 0, seed: int = 0) -> list[Pro
 def _prompts(records: Iterator[Record]) -> Iterator[Prompt]:
     previous = Prompt("", "")
     for fields, place, line in records:
-        try:
-            text = None if fields is None else fields[first_field(fields, TEXT_FIELDS)]
-        except KeyError:
-            text = None
-        if fields is None or not isinstance(text, str):
+        text = next((fields[name] for name in TEXT_FIELDS if fields.get(name) is not None), None) if fields else None
+        if not fields or not isinstance(text, str):
             raise UserError(f"{place}: expected an object with a text named {', '.join(TEXT_FIELDS)}; correct it")
         prompt_id = next((str(fields[name]) for name in ID_FIELDS if fields.get(name) is not None), "")
         prompt = Prompt(prompt_id, text, line)

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,28 +30,30 @@ def cloze_items(documents: Sequence[str], *, num_items: int, seed: int) -> list[
     """At most `num_items` items, spread evenly over the documents; the same documents and seed give the same items.
 
     An item shows up to three sentences and asks for the next one. The distractors have about the answer's length, so
-    that neither the length nor the total log-probability reveals the answer.
-
-    Raises:
-        UserError: the documents have too few usable sentences.
+    that neither the length nor the total log-probability reveals the answer. UserError for too few usable sentences.
     """
     generator = random.Random(derive_seed(seed, CLOZE))
     sentences = [split_sentences(document) for document in documents]
-    positions = [
-        (index, position)
-        for index, document in enumerate(sentences)
-        for position in range(1, len(document))
-        if _is_usable(document[position])
-    ]
+    places = [(index, position) for index, document in enumerate(sentences) for position in range(1, len(document))]
+    positions = [(index, position) for index, position in places if _is_usable(sentences[index][position])]
     usable = {i: answers for i, document in enumerate(sentences) if (answers := list(filter(_is_usable, document)))}
     if not positions or len(usable) < CHOICES:
         raise UserError(
             f"{len(documents)} validation documents are too few or too short for a cloze: it needs {CHOICES} "
             f"documents with sentences of {MIN_SENTENCE} to {MAX_SENTENCE} characters; add texts or raise val_fraction"
         )
-    step = max(1.0, len(positions) / num_items)
-    chosen = [positions[int(number * step)] for number in range(min(num_items, len(positions)))]
-    return [_cloze_item(sentences, place=place, usable=usable, generator=generator) for place in chosen]
+    step, items = max(1.0, len(positions) / num_items), list[ClozeItem]()
+    for number in range(min(num_items, len(positions))):
+        index, position = positions[int(number * step)]
+        answer, context = sentences[index][position], sentences[index][max(0, position - CONTEXT_SENTENCES) : position]
+        others = [other for other in usable if other != index]
+        candidates = {generator.choice(usable[generator.choice(others)]) for _ in range(CANDIDATES)}
+        by_length = sorted((abs(len(text) - len(answer)), text) for text in candidates - {answer})
+        choices = [text for _, text in by_length[: CHOICES - 1]]
+        label = generator.randrange(len(choices) + 1)
+        choices.insert(label, answer)
+        items.append(ClozeItem(" ".join(context), choices, label))
+    return items
 
 
 def split_sentences(text: str) -> list[str]:
@@ -64,47 +66,18 @@ def _is_usable(sentence: str) -> bool:
     return MIN_SENTENCE <= len(sentence) <= MAX_SENTENCE
 
 
-def _cloze_item(
-    sentences: Sequence[Sequence[str]],
-    *,
-    place: tuple[int, int],
-    usable: Mapping[int, Sequence[str]],
-    generator: random.Random,
-) -> ClozeItem:
-    index, position = place
-    answer = sentences[index][position]
-    others = [other for other in usable if other != index]
-    candidates = {generator.choice(usable[generator.choice(others)]) for _ in range(CANDIDATES)}
-    distractors = sorted(candidates - {answer}, key=lambda text: (abs(len(text) - len(answer)), text))[: CHOICES - 1]
-    label = generator.randrange(len(distractors) + 1)
-    choices = [*distractors[:label], answer, *distractors[label:]]
-    return ClozeItem(" ".join(sentences[index][max(0, position - CONTEXT_SENTENCES) : position]), choices, label)
+def prose_tasks(*, cloze_file: Path, prose_file: Path, cache: Path) -> list[dict[str, Any]]:
+    """Multiple choice over a JSONL file of `ClozeItem`s; bits per byte and word perplexity over one of {"text"}."""
 
+    def task(name: str, path: Path, **fields: Any) -> dict[str, Any]:
+        data = {"data_files": {"test": str(path.resolve())}, "cache_dir": str(cache)}
+        config = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+        return config | {"metadata": {"version": 1.0}} | fields
 
-def cloze_task(path: Path, *, cache: Path) -> dict[str, Any]:
-    """Multiple choice over a JSONL file of `ClozeItem`s."""
-    return _task(CLOZE, path=path, cache=cache) | {
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "label",
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
-    }
-
-
-def prose_task(path: Path, *, cache: Path) -> dict[str, Any]:
-    """Bits per byte and word perplexity over a JSONL file of {"text"}."""
-    return _task(PROSE, path=path, cache=cache) | {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "text",
-        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
-    }
-
-
-def _task(name: str, *, path: Path, cache: Path) -> dict[str, Any]:
-    data = {"data_files": {"test": str(path.resolve())}, "cache_dir": str(cache)}
-    config = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
-    return config | {"metadata": {"version": 1.0}}
+    choice = {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices"}
+    accuracies = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    return [
+        task(CLOZE, cloze_file, **choice, doc_to_target="label", metric_list=accuracies),
+        task(PROSE, prose_file, **rolling, metric_list=[{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}]),
+    ]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import tokenizer as qlip
-from eval.config import EvalConfig, PerceptualConfig
+from eval.config import EvalConfig
 from eval.metrics.code_statistics import MAX_IMAGES, code_scores, code_statistics
 from eval.metrics.features import FeatureNetwork, frechet_rows, open_features, weights_sha256
 from eval.metrics.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, quality
@@ -32,10 +32,8 @@ from um3.core.distributed import device
 def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> PartResult:
     """Reconstruction by every tokenizer; retrieval, code statistics and classification by the last stage's.
 
-    Everything that may fail is opened before the first measurement.
-
-    Raises:
-        UserError: a tokenizer, a classification data set or a weights file cannot be used.
+    Everything that may fail is opened before the first measurement: UserError if a tokenizer, a classification data
+    set or a weights file cannot be used.
     """
     part = config.tokenizer
     external = {name: open_external_tokenizer(target, name=name) for name, target in part.external.items()}
@@ -43,7 +41,9 @@ def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> Pa
     stage, last = list(qlips.items())[-1]
     classification = [digits_task(size=last.image_size)] if part.digits else []
     classification += [open_classification(data, size=last.image_size) for data in part.classification]
-    distance = _lpips(part.perceptual)
+    lpips, distance = part.perceptual, None
+    if lpips.backbone or lpips.heads:
+        distance = build_perceptual_distance(backbone=lpips.backbone, heads=lpips.heads).to(device())
     features = open_features(config.fid_features, **last._asdict(), inception_weights=config.inception_weights)
     # The last stage comes last, so that its codes and its originals are kept.
     tokenizers: dict[str, ImageTokenizer] = {**external, **qlips}
@@ -83,13 +83,6 @@ def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> Pa
 def _load(folder: Path) -> QLIPImages:
     model, processor = qlip.load(folder)
     return QLIPImages(model.to(device()), processor)  # type: ignore[arg-type]
-
-
-def _lpips(config: PerceptualConfig) -> PerceptualDistance | None:
-    """LPIPS on the accelerator, or None without its files."""
-    if not (config.backbone or config.heads):
-        return None
-    return build_perceptual_distance(backbone=config.backbone, heads=config.heads).to(device())
 
 
 def _size_row(tokenizer: ImageTokenizer, *, n: int, of: Measurement) -> Score:

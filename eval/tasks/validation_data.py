@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 from data_mix.order import each_index
-from data_mix.samples import BadSample
+from data_mix.samples import BadSample, Sample
 from data_mix.sources.image_sources import ImageSourceConfig, image_kind, open_image_source
 from data_mix.sources.text import TextSourceConfig, open_text_source, readable_texts
 from eval.tables import read_text
@@ -51,8 +51,7 @@ class ValidationImages(NamedTuple):
 def trained_on(run: str, *, phase: str, key: str, kind: type[SourceT]) -> list[SourceT]:
     """The sources of a phase of the run, from its config.yaml; the phase never saw their val split.
 
-    Raises:
-        UserError: the run has no such phase, or its config.yaml has no usable list of sources.
+    UserError if the run has no such phase, or its config.yaml has no usable list of sources.
     """
     path = Path(run) / phase / "config.yaml"
     if not run or not path.is_file():
@@ -67,51 +66,38 @@ def trained_on(run: str, *, phase: str, key: str, kind: type[SourceT]) -> list[S
 
 
 def validation_images(config: ImageSourceConfig, *, num_images: int, size: int, seed: int) -> ValidationImages:
-    """Up to `num_images` usable validation images of a source, in a seeded order.
-
-    Raises:
-        UserError: the source cannot be opened, or has fewer than two usable validation images.
-    """
+    """Up to `num_images` usable validation images of a source in a seeded order; UserError if fewer than two."""
     source = open_image_source(config, split="val", size=size, seed=seed)
-    images: list[NDArray] = []
-    captions: list[tuple[str, ...]] = []
-    num_skipped = 0
+    samples, num_skipped = list[Sample](), 0
     for index in each_index(source, seed=seed, name=f"eval-{config.name}"):
-        if len(images) == num_images:
+        if len(samples) == num_images:
             break
         try:
-            sample = source[index]
+            samples.append(source[index])
         except BadSample:
             num_skipped += 1
-            continue
-        images.append(sample.image_HWC)
-        captions.append(sample.captions)
-    if len(images) < 2:
+    if len(samples) < 2:
         raise UserError(
-            f"source '{config.name}' has {len(images)} usable validation images of {len(source)}; "
+            f"source '{config.name}' has {len(samples)} usable validation images of {len(source)}; "
             "evaluation needs at least 2: add images or raise its val_fraction"
         )
-    kind = image_kind(config)
+    kind, images_NHWC = image_kind(config), np.stack([sample.image_HWC for sample in samples])
     protocol = {
         "image_size": size,
         "preparation": "rendered at this size" if kind in ("scenes", "digits") else PREPARATION,
-        "images": len(images),
+        "images": len(samples),
         # sorted: the order of the images does not matter
-        "images_sha256": short_hash(sorted(hashlib.sha256(image.tobytes()).hexdigest() for image in images)),
+        "images_sha256": short_hash(sorted(hashlib.sha256(image.tobytes()).hexdigest() for image in images_NHWC)),
     }
-    return ValidationImages(config.name, np.stack(images), captions, num_skipped, kind == "scenes", protocol)
+    captions = [sample.captions for sample in samples]
+    return ValidationImages(config.name, images_NHWC, captions, num_skipped, kind == "scenes", protocol)
 
 
 def validation_documents(configs: Sequence[TextSourceConfig], *, seed: int) -> list[str]:
-    """Validation documents of the sources, at most MAX_DOCUMENTS of each, in a seeded order, without blank ones.
-
-    Raises:
-        UserError: no source has a validation document.
-    """
+    """Up to MAX_DOCUMENTS validation documents of each source, none blank, in a seeded order; UserError if none."""
     documents: list[str] = []
     for config in configs:
-        source = open_text_source(config, split="val")
-        texts = readable_texts(source, seed=seed, name=f"eval-{config.name}")
+        texts = readable_texts(open_text_source(config, split="val"), seed=seed, name=f"eval-{config.name}")
         documents += itertools.islice(texts, MAX_DOCUMENTS)
     if not documents:
         raise UserError("the text sources have no validation documents; raise their val_fraction or set parts=")

@@ -4,7 +4,6 @@ Shapes: N images, T texts, K classes, D feature dimensions.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +32,8 @@ def retrieval_scores(
 ) -> list[Score]:
     """Share of images whose own caption is the nearest of `gallery` distinct captions, and the share of captions.
 
-    Images are taken in order into galleries of distinct captions. Images with an empty caption, and those of an
-    incomplete gallery, are skipped and counted. Without a text tokenizer, or with fewer distinct captions than one
-    gallery needs, the rows have no value.
+    Images are taken in order into galleries. Images with an empty caption, and those of an incomplete gallery, are
+    skipped and counted. Without a text tokenizer, or with too few distinct captions, the rows have no value.
     """
     of = of.with_protocol(gallery=gallery, captions="full, distinct", captions_sha256=short_hash(captions))
     groups = distinct_groups(captions, size=gallery)
@@ -44,38 +42,24 @@ def retrieval_scores(
         note = f"{len({*captions} - {''})} distinct captions among {len(captions)} images; a gallery needs {gallery}"
     if note:
         return [of.missing(metric, note=note, unit="%") for metric in ("image_to_text", "text_to_image")]
-    hits_image, hits_text = list[bool](), list[bool]()
+    hits: dict[str, list[bool]] = {"image_to_text": [], "text_to_image": []}
     for group in groups:
         images_ND = embed_images(images_NHWC[group], model=model, processor=processor)
         texts_TD = embed_texts([captions[i] for i in group], model=model, processor=processor)
         similarity_NT = images_ND @ texts_TD.T
-        expected = torch.arange(gallery)
-        hits_image += (similarity_NT.argmax(dim=1) == expected).tolist()
-        hits_text += (similarity_NT.argmax(dim=0) == expected).tolist()
-    common: dict[str, Any] = {"skipped": len(captions) - len(hits_image), "unit": "%"}
-    return [
-        of.mean("image_to_text", hits_image, note=f"chance is 1 in {gallery}", **common),
-        of.mean("text_to_image", hits_text, note=f"chance is 1 in {gallery}", **common),
-    ]
+        hits["image_to_text"] += (similarity_NT.argmax(dim=1) == torch.arange(gallery)).tolist()
+        hits["text_to_image"] += (similarity_NT.argmax(dim=0) == torch.arange(gallery)).tolist()
+    skipped, note = len(captions) - len(hits["image_to_text"]), f"chance is 1 in {gallery}"
+    return [of.mean(metric, values, skipped=skipped, unit="%", note=note) for metric, values in hits.items()]
 
 
 def distinct_groups(captions: Sequence[str], *, size: int) -> list[list[int]]:
-    """Indices in order, in groups of `size` distinct captions.
-
-    A repeated caption moves to the next group; an empty one is in none.
-    """
-    groups: list[list[int]] = []
-    waiting = [index for index, caption in enumerate(captions) if caption]
-    while True:
-        chosen: dict[str, int] = {}
-        for index in waiting:
-            if len(chosen) < size:
-                chosen.setdefault(captions[index], index)
-        if len(chosen) < size:
-            return groups
-        groups.append(list(chosen.values()))
-        used = set(groups[-1])
-        waiting = [index for index in waiting if index not in used]
+    """Indices in order, in groups of `size` distinct captions: a repeated one moves on, an empty one is in none."""
+    groups, waiting = list[list[int]](), [index for index, caption in enumerate(captions) if caption]
+    while len(first := sorted({captions[index]: index for index in reversed(waiting)}.values())) >= size:
+        groups.append(first[:size])
+        waiting = sorted({*waiting} - {*groups[-1]})
+    return groups
 
 
 def zero_shot_score(task: ClassificationTask, *, model: QLIPModel, processor: QLIPProcessor, of: Measurement) -> Score:

@@ -47,21 +47,16 @@ def qlip_folder(tmp_path_factory, scenes):
     torch.manual_seed(0)
     model = QLIPModel(config)
     model.save_pretrained(folder)
-    QLIPProcessor(text, image_size=32, max_text_tokens=config.text_config.max_position_embeddings).save_pretrained(
-        folder
-    )
+    length = config.text_config.max_position_embeddings
+    QLIPProcessor(text, image_size=32, max_text_tokens=length).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def documents():
     """Twenty short texts of eight sentences."""
-    generator = np.random.default_rng(0)
-
-    def sentence():
-        return f"{generator.choice(NAMES)} {generator.choice(DEEDS)} {generator.choice(PLACES)}."
-
-    return [" ".join(sentence() for _ in range(8)) for _ in range(20)]
+    choose = np.random.default_rng(0).choice
+    return [" ".join(f"{choose(NAMES)} {choose(DEEDS)} {choose(PLACES)}." for _ in range(8)) for _ in range(20)]
 
 
 @pytest.fixture(scope="session")
@@ -92,20 +87,20 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
     generator = np.random.default_rng(0)
     for phase, model in (("stage1", qlip_folder), ("stage2", qlip_folder), ("um3", um3_folder)):
         shutil.copytree(model, run / phase / "model")
-        rows = [{"step": step, "train/loss": 3 / step + 0.1 * generator.random()} for step in range(1, 60, 2)]
-        for row in rows:
-            loss = row["train/loss"]
-            row |= {"train/mse": loss / 9, "train/infonce": loss} if phase != "um3" else {}
-            row |= {"train/loss_text": loss, "train/loss_visual": loss + 1} if phase == "um3" else {}
-            counts = {"text": 6, "text/docs": 6, "i2t": 1, "i2t/scenes": 1, "t2i": 3, "t2i/scenes": 3}
-            for name in ("samples", "scheduled") if phase == "um3" else ():
-                row |= {f"data/{name}/{key}": count * row["step"] for key, count in counts.items()}
-            row |= (
-                {"text_validation/text_loss": loss, "text_validation/start": 1.5}
-                if phase == "um3" and row["step"] % 10 == 9
-                else {}
-            )
-        (run / phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = []
+        for step in range(1, 60, 2):
+            loss = 3 / step + 0.1 * generator.random()
+            row = {"step": step, "train/loss": loss}
+            if phase == "um3":
+                row |= {"train/loss_text": loss, "train/loss_visual": loss + 1}
+                counts = {"text": 6, "text/docs": 6, "i2t": 1, "i2t/scenes": 1, "t2i": 3, "t2i/scenes": 3}
+                for name in ("samples", "scheduled"):
+                    row |= {f"data/{name}/{key}": count * step for key, count in counts.items()}
+                row |= {"text_validation/text_loss": loss, "text_validation/start": 1.5} if step % 10 == 9 else {}
+            else:
+                row |= {"train/mse": loss / 9, "train/infonce": loss}
+            rows.append(json.dumps(row) + "\n")
+        (run / phase / "metrics.jsonl").write_text("".join(rows))
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
         done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}
         (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"max_steps": 60}}}))
@@ -155,7 +150,7 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="session")
 def benchmarks(bench, tmp_path_factory):
     """lm-eval's loaded tasks for the data in `bench`."""
-    from eval.tasks.language import open_benchmarks
+    from eval.lm_eval_data import open_benchmarks
 
     return open_benchmarks(bench, folder=tmp_path_factory.mktemp("tasks"))
 
@@ -178,10 +173,8 @@ def llama(tmp_path_factory, documents):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(documents, trainer=trainer)
+    options = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(documents, trainer=trainers.BpeTrainer(vocab_size=400, **options))
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

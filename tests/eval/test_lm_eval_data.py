@@ -13,8 +13,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.config import LanguageConfig
-from eval.lm_eval_data import TASKS, find_benchmarks, write_task_yamls
-from eval.tasks.language import language_scores, open_benchmarks, run_tasks
+from eval.lm_eval_data import TASKS, find_benchmarks, open_benchmarks, write_task_yamls
+from eval.tasks.language import language_scores, run_tasks
 from um3.core.errors import UserError
 
 BENCH = Path(__file__).parents[3] / "shared/data/bench"
@@ -36,17 +36,14 @@ def test_the_papers_tasks_run_from_local_files(um3_lm, tmp_path):
 
 def test_the_tasks_are_lm_evals_own_but_for_their_data(benchmarks):
     root, data_keys = Path(lm_eval.tasks.__file__).parent, {"dataset_path", "dataset_name", "dataset_kwargs"}
+    data_keys |= {"training_split", "validation_split", "test_split", "tag", "metadata"}
     for name, loaded in benchmarks.items():
         (task,) = loaded["tasks"].values()
         original, ours = load_yaml(root / TASKS[name].yaml), task.config.to_dict(keep_callable=True)
-        assert (original["dataset_path"], original.get("dataset_name")) == (
-            TASKS[name].hub_name,
-            TASKS[name].hub_config,
-        )
+        assert original["dataset_path"] == TASKS[name].hub_name
+        assert original.get("dataset_name") == TASKS[name].hub_config
         assert ours["dataset_path"] == "json" and original[f"{TASKS[name].split}_split"] == TASKS[name].split
-        for key in (
-            original.keys() - data_keys - {"training_split", "validation_split", "test_split", "tag", "metadata"}
-        ):
+        for key in original.keys() - data_keys:
             assert ours[key] == original[key] or callable(original[key]), key
         assert task.eval_docs.num_rows == 12
 
@@ -68,8 +65,8 @@ def test_training_items_serve_few_shot_prompts(um3_lm, bench, tmp_path):
     assert data == {"piqa": {s: str(tmp_path / f"piqa_{s[:5]}.jsonl") for s in ("train", "validation")}}
     write_task_yamls(tmp_path / "tasks", data=data)
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    options = {"num_fewshot": 1, "bootstrap_iters": 0, "limit": 2}
-    results = simple_evaluate(um3_lm, tasks=["piqa"], task_manager=manager, **options)
+    options = {"task_manager": manager, "num_fewshot": 1, "bootstrap_iters": 0, "limit": 2}
+    results = simple_evaluate(um3_lm, tasks=["piqa"], **options)
     context = results["samples"]["piqa"][0]["arguments"][0][0]
     assert context.startswith("Question: Close a jar\nAnswer: Turn its lid.\n\nQuestion: ")
 

@@ -32,17 +32,19 @@ def test_protocol_hash_changes_with_protocol_and_version_only():
     assert score(protocol={"a": 1, "b": 2}).protocol_hash == score(protocol={"b": 2, "a": 1}).protocol_hash
 
 
-def test_a_row_without_a_value_needs_a_note():
-    with pytest.raises(ValueError, match="note"):
-        score(value=None)
+def test_a_row_without_a_value():
     row = Measurement("t", 0).missing("fid", note="no weights", paper=44.1)
     assert row.value is None and row.paper == 44.1 and row.shown() == "–"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="not finite"):
-        score(value=value)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"value": None}, "note"), ({"value": math.nan}, "not finite"), ({"value": math.inf}, "not finite")]
+    + [({"low": low, "high": high}, "interval") for low, high in ((0.1, None), (None, 0.1), (0.3, 0.2), (0, math.inf))],
+)
+def test_rows_that_are_not_finite_or_not_complete_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        score(**fields)
 
 
 def test_two_rows_with_one_key_are_refused(tmp_path):
@@ -103,9 +105,3 @@ def test_a_mean_row_has_its_interval_and_count():
     assert (row.value, row.n, row.seed, row.protocol) == (0.75, 4, 3, {"a": 1}) and 0 <= row.low < 0.75 < row.high <= 1
     identical = Measurement("t", 3).mean("acc", [1.0] * 9)
     assert identical.value == 1 and identical.low is identical.high is None
-
-
-@pytest.mark.parametrize("ends", [{"low": 0.1}, {"high": 0.1}, {"low": 0.3, "high": 0.2}, {"low": 0, "high": math.inf}])
-def test_incomplete_intervals_are_refused(ends):
-    with pytest.raises(ValueError, match="interval"):
-        score(**ends)

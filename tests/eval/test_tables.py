@@ -16,13 +16,6 @@ from um3.core.errors import UserError
 IDS = {"COCO_val2014_000000000100.jpg": "100", "COCO_val2014_000000000101.jpg": "101"}
 
 
-def test_a_tsv_is_read_as_it_stands_and_a_csv_with_its_quotes(tmp_path):
-    (tmp_path / "a.tsv").write_text('id\tprompt\n1\ta 5" nail\n2\t"two" words\n')
-    (tmp_path / "a.csv").write_text('id,prompt\n1,"a ""big"" nail, red"\n')
-    assert [prompt.text for prompt in read_prompts(tmp_path / "a.tsv")] == ['a 5" nail', '"two" words']
-    assert [prompt.text for prompt in read_prompts(tmp_path / "a.csv")] == ['a "big" nail, red']
-
-
 def test_only_line_feeds_and_carriage_returns_end_a_prompt_or_a_class_name(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\u2028half\ntwo\x85half\r\nthree\x0chalf".encode())
     assert len(read_prompts(tmp_path / "a.txt")) == 3

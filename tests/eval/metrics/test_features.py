@@ -62,15 +62,10 @@ def test_missing_or_other_weights_are_one_line_errors(tmp_path):
 
 def test_a_plain_colour_keeps_its_value_in_every_preprocessing():
     plain = np.broadcast_to(np.array([0, 128, 255], dtype=np.uint8), (1, 20, 30, 3)).copy()
-    for name, levels in {
-        "pytorch-fid": (-1, 128 / 127.5 - 1, 1),
-        "torch-fidelity": (-1, 0, 127 / 128),
-        "clean-fid": (-1, 0, 127 / 128),
-    }.items():
-        prepared = prepare(plain, preprocessing=name)
-        assert prepared.shape == (1, 3, 299, 299) and prepared.dtype == torch.float32
-        for channel, level in enumerate(levels):
-            torch.testing.assert_close(prepared[0, channel], torch.full((299, 299), float(level)), atol=1e-5, rtol=0)
+    for name in PREPROCESSINGS:
+        levels = (-1, 128 / 127.5 - 1, 1) if name == "pytorch-fid" else (-1, 0, 127 / 128)
+        expected = torch.tensor(levels)[None, :, None, None].expand(1, 3, 299, 299)
+        torch.testing.assert_close(prepare(plain, preprocessing=name), expected, atol=1e-5, rtol=0)
 
 
 def by_hand(image_HW, x, y, *, corners):

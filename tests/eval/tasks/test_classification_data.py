@@ -1,9 +1,8 @@
 """Classification data from folders, tables and shards: classes, names, templates, unreadable images, rows."""
 
 import io
+import itertools
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,35 +11,34 @@ import pytest
 from PIL import Image
 
 from eval.config import ClassificationConfig
-from eval.scores import Score
-from eval.tasks.classification_data import (
-    ClassificationTask,
-    open_classification,
-    read_class_names,
-    read_templates,
-)
-from tests.data_mix.sources.test_sources import write_tar
+from eval.tasks.classification_data import open_classification, read_class_names, read_templates
+from tests.helpers.image_files import write_tar
 from um3.core.errors import UserError
 
-Evaluate = Callable[..., dict[str, Score]]
 SMALL = ("parts=[tokenizer]", "tokenizer.num_images=4", "tokenizer.digits=false")
 COLOURS = {"n01_red": (215, 30, 35), "n02_blue": (35, 80, 220)}
 
 
+def encoded(colour, number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40 + number, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     for split, count in (("train", 4), ("val", 3)):
         for name, colour in COLOURS.items():
             place = tmp_path / "data" / split / name
             place.mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (40 + number, 30), colour).save(place / f"{number}.png")
+                (place / f"{number}.png").write_bytes(encoded(colour, number))
     (tmp_path / "data/val/n01_red/broken.jpg").write_bytes(b"no image")
     (tmp_path / "data/val/.hidden").mkdir()
     return tmp_path / "data"
 
 
-def test_a_folder_gives_its_images_with_their_classes(folder: Path) -> None:
+def test_a_folder_gives_its_images_with_their_classes(folder):
     task = open_classification(ClassificationConfig(path=str(folder)), size=32)
     assert task.class_names == ["n01 red", "n02 blue"] and task.train is not None and len(task.train) == 8
     for _ in range(2):  # every pass is the same
@@ -49,7 +47,7 @@ def test_a_folder_gives_its_images_with_their_classes(folder: Path) -> None:
         assert [tuple(image[16, 16]) for image in images[2:4]] == list(COLOURS.values())
 
 
-def test_names_and_templates(tmp_path: Path) -> None:
+def test_names_and_templates(tmp_path):
     file = tmp_path / "lines.txt"
     assert read_class_names("", classes=["a_b", "c"]) == ["a b", "c"]
     assert read_templates("") == ["a photo of a {}."]
@@ -59,46 +57,39 @@ def test_names_and_templates(tmp_path: Path) -> None:
         read_class_names(str(file), classes=["n1", "n2", "n3"])
     with pytest.raises(UserError, match=r"none.txt cannot be read"):
         read_class_names(str(tmp_path / "none.txt"), classes=["a"])
-    for text, message in (
-        ("a photo} of a {}.", "exactly one"),
-        ("a {}.\na bad photo", "'a bad photo'"),
-        ("", "no templ"),
-    ):
+    broken = {"a photo} of a {}.": "exactly one", "a {}.\na bad photo": "'a bad photo'", "": "no templ"}
+    for text, message in broken.items():
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             read_templates(str(file))
 
 
-def test_two_data_sets_of_one_name_are_refused(evaluate: Evaluate) -> None:
+def test_two_data_sets_of_one_name_are_refused(evaluate):
     with pytest.raises(UserError, match="unique name"):
         evaluate("tokenizer.classification=[{name: digits, path: data}]")
 
 
-def test_folders_that_cannot_be_classified_are_named(folder: Path) -> None:
-    def open_folder(path: Path) -> ClassificationTask:
-        return open_classification(ClassificationConfig(path=str(path)), size=32)
+def test_folders_that_cannot_be_classified_are_named(folder):
+    def refused(message, path=folder):
+        with pytest.raises(UserError, match=message):
+            list(open_classification(ClassificationConfig(path=str(path)), size=32).val.batches())
 
-    with pytest.raises(UserError, match="nowhere/val does not exist"):
-        open_folder(folder / "nowhere")
+    refused("nowhere/val does not exist", folder / "nowhere")
     (folder / "val/n03").mkdir()
-    with pytest.raises(UserError, match=r"val/n03 has no image"):
-        open_folder(folder)
-    Image.new("RGB", (9, 9)).save(folder / "val/n03/0.png")
-    with pytest.raises(UserError, match=r"'n03'.* train and val"):
-        open_folder(folder)
-    for split, name in (("train", "n02_blue"), ("val", "n02_blue"), ("val", "n03")):
-        shutil.rmtree(folder / split / name)
-    with pytest.raises(UserError, match="1 classes"):
-        open_folder(folder)
+    refused(r"val/n03 has no image")
+    (folder / "val/n03/0.png").write_bytes(encoded((0, 0, 0), 0))
+    refused(r"'n03'.* train and val")
+    for name in ("train/n02_blue", "val/n02_blue", "val/n03"):
+        shutil.rmtree(folder / name)
+    refused("1 classes")
     shutil.move(folder / "train", folder / "renamed")
     shutil.copytree(folder / "val/n01_red", folder / "val/n02")
     for file in folder.glob("val/*/*.*"):
         file.write_bytes(b"no image")
-    with pytest.raises(UserError, match="none of its 8 images"):
-        list(open_folder(folder).val.batches())
+    refused("none of its 8 images")
 
 
-def test_an_evaluation_measures_them(folder: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+def test_an_evaluation_measures_them(folder, evaluate, tmp_path):
     (tmp_path / "names.txt").write_text("red circle\nblue circle\n", encoding="utf-8")
     settings = f"tokenizer.classification=[{{name: colours, path: {folder}, class_names: {tmp_path}/names.txt}}]"
     rows = evaluate(*SMALL, settings, folder="both")
@@ -111,13 +102,7 @@ def test_an_evaluation_measures_them(folder: Path, evaluate: Evaluate, tmp_path:
     assert row.value is None and f"{folder}/train" in row.note
 
 
-def encoded(colour: tuple[int, int, int], number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40 + number, 30), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(root: Path) -> str:
+def write_parquet(root):
     for split in ("train", "val"):
         rows = [(encoded(colour, n), label) for label, colour in enumerate(COLOURS.values()) for n in range(4)]
         rows.append((b"no image", 0))
@@ -126,19 +111,18 @@ def write_parquet(root: Path) -> str:
     return "label"
 
 
-def write_shards(root: Path) -> str:
+def write_shards(root):
     for split in ("train", "val"):
-        members: dict[str, bytes] = {}
-        for label, colour in enumerate(COLOURS.values()):
-            for number in range(30):
-                stem = f"{split}{label}{number:02d}"
-                members |= {f"{stem}.png": encoded(colour, number), f"{stem}.cls": str(label).encode()}
+        members = {}
+        for label, number in itertools.product(range(2), range(30)):
+            stem, image = f"{split}{label}{number:02d}", encoded([*COLOURS.values()][label], number)
+            members |= {f"{stem}.png": image, f"{stem}.cls": str(label).encode()}
         write_tar(root / f"{split}-00000.tar", members)
     return "cls"
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_shards])
-def test_tables_and_shards_have_classes_too(write: Callable[[Path], str], tmp_path: Path, evaluate: Evaluate) -> None:
+def test_tables_and_shards_have_classes_too(write, tmp_path, evaluate):
     data, names, result = tmp_path / "data", tmp_path / "names.txt", tmp_path / "eval" / "tokenizer.json"
     data.mkdir()
     names.write_text("red\nblue\n")

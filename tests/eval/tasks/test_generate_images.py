@@ -94,7 +94,7 @@ def test_an_open_pipeline_generates_a_folder_and_replaces_other_images(um3_folde
     def run(seed, *, load=lambda: pipeline):
         config = GenerateConfig(model=str(um3_folder), prompts="made", output_dir=str(tmp_path / "a"), seed=seed)
         made = [Prompt(f"{index:05d}", text) for index, text in enumerate(PROMPTS[:2])]
-        generate_folder(config, prompts=made, load_pipeline=load, replace=True)
+        generate_folder(config, prompts=made, load_pipeline=load, is_exclusive=True)
         return pixels(tmp_path / "a")
 
     first = run(0)

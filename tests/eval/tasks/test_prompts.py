@@ -9,36 +9,32 @@ from um3.core.errors import UserError
 SHARED = Path(__file__).parents[4] / "shared/data/prompts"
 
 
-def texts(path, **options):
-    return [prompt.text for prompt in read_prompts(path, **options)]
-
-
-def test_lines_of_text(tmp_path):
-    (tmp_path / "a.txt").write_text("a red circle\n\n two\u2028blue  squares \r\na cross")
-    prompts = read_prompts(tmp_path / "a.txt")
-    assert [prompt.id for prompt in prompts] == ["00000", "00001", "00002"]
-    assert [prompt.text for prompt in prompts] == ["a red circle", "two blue squares", "a cross"]
-    assert texts(tmp_path / "a.txt", limit=1) == ["a red circle"]
-
-
-def test_json_lines_keep_their_line(tmp_path):
-    lines = ['{"tag": "colors", "prompt": "a red dog"}', '{"id": 7, "caption": "a cat"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    first, second = read_prompts(tmp_path / "a.jsonl")
-    assert (first.id, first.text, first.line) == ("00000", "a red dog", lines[0]) and second[:2] == ("7", "a cat")
-
-
-def test_tables_and_folders(tmp_path):
-    (tmp_path / "coco.csv").write_text('Prompt\n"a dog, a cat"\na bird\n')
-    assert texts(tmp_path / "coco.csv") == ["a dog, a cat", "a bird"]
-    (tmp_path / "dpg.csv").write_text("item_id,text,proposition_id\nx1,long one,1\nx1,long one,2\nx2,another,1\n")
-    assert [prompt[:2] for prompt in read_prompts(tmp_path / "dpg.csv")] == [("x1", "long one"), ("x2", "another")]
-    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na lion\tAnimals\n")
-    assert texts(tmp_path / "parti.tsv") == ["a lion"]
-    for name in ("b", "a"):
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        (tmp_path / "folder" / f"{name}.txt").write_text(f"prompt {name}\n")
-    assert [prompt[:2] for prompt in read_prompts(tmp_path / "folder")] == [("a", "prompt a"), ("b", "prompt b")]
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "a.txt",
+            "a red circle\n\n two\u2028blue  squares \r\na cross",
+            "00000: a red circle|00001: two blue squares|00002: a cross",
+        ),
+        ("a.jsonl", '{"tag": "x", "prompt": "a dog"}\n{"id": 7, "caption": "a cat"}\n', "00000: a dog|7: a cat"),
+        ("coco.csv", 'Prompt\n"a ""big"" dog, a cat"\na bird\n', '00000: a "big" dog, a cat|00001: a bird'),
+        ("dpg.csv", "item_id,text,n\nx1,long one,1\nx1,long one,2\nx2,another,1\n", "x1: long one|x2: another"),
+        ("parti.tsv", 'Prompt\tCategory\na 5" lion\tAnimals\n"two" words\tB\n', '00000: a 5" lion|00001: "two" words'),
+        ("folder/b.txt", "a prompt\n", "a: before|b: a prompt"),
+    ],
+)
+def test_prompts_of_every_form(name, content, expected, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    if name == "folder/b.txt":
+        path = path.parent
+        (path / "a.txt").write_text("before\n")
+    prompts = read_prompts(path)
+    assert "|".join(f"{prompt.id}: {prompt.text}" for prompt in prompts) == expected
+    assert read_prompts(path, limit=1) == prompts[:1]
+    assert [prompt.line for prompt in prompts] == (content.splitlines() if name == "a.jsonl" else [""] * len(prompts))
 
 
 def test_coco_gives_one_caption_of_each_image_in_a_seeded_order(tmp_path):

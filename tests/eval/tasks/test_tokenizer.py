@@ -3,9 +3,6 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +12,6 @@ from PIL import Image
 from data_mix.sources.image_sources import ImageSourceConfig
 from eval.config import EvalConfig
 from eval.run import request_hash
-from eval.scores import Score
 from eval.tasks.validation_data import validation_images
 from tests.tokenizer.conftest import lpips_files
 from tokenizer.modeling import QLIPModel
@@ -27,29 +23,26 @@ SMALL = ["parts=[tokenizer]", "tokenizer.num_images=6", "tokenizer.digits=false"
 SCENES = "images=[{name: scenes, kind: scenes, length: 2400}]"
 
 
-def make_lpips(folder: Path, *, seed: int) -> list[str]:
+def make_lpips(folder, *, seed):
     """LPIPS's two files as settings."""
     backbone, heads = lpips_files(folder, seed=seed)
     return [f"tokenizer.perceptual.backbone={backbone}", f"tokenizer.perceptual.heads={heads}"]
 
 
 @pytest.fixture(scope="module")
-def lpips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def lpips(tmp_path_factory):
     return make_lpips(tmp_path_factory.mktemp("lpips"), seed=0)
 
 
-Measure = Callable[..., dict[str, Score]]
-
-
 @pytest.fixture
-def measure(run_folder: Path, evaluate: Measure) -> Measure:
+def measure(run_folder, evaluate):
     """Evaluates stage 2 of the tiny run with further settings; returns the rows by key."""
     stages = f"tokenizer.stages={{stage2: {run_folder}/stage2/model}}"
     return functools.partial(evaluate, stages, SCENES, *SMALL)
 
 
 @pytest.mark.slow
-def test_lpips_is_the_mean_of_its_distance(measure: Measure, tmp_path: Path, lpips: list[str]) -> None:
+def test_lpips_is_the_mean_of_its_distance(measure, tmp_path, lpips):
     row = measure("tokenizer.num_images=19", *lpips)["scenes_reconstruction_stage2/lpips"]
     backbone, heads = (setting.partition("=")[2] for setting in lpips)
     distance = lpips_vgg(backbone=backbone, heads=heads)
@@ -62,34 +55,27 @@ def test_lpips_is_the_mean_of_its_distance(measure: Measure, tmp_path: Path, lpi
     assert not row.higher_is_better and row.protocol["network"] == "lpips_vgg"
 
 
-def hashes(rows: dict[str, Score], *, task: str) -> dict[str, str]:
-    return {row.metric: row.protocol_hash for row in rows.values() if row.task == task}
-
-
 @pytest.mark.slow
-def test_a_protocol_changes_with_images_networks_and_weights(
-    measure: Measure, tmp_path: Path, lpips: list[str]
-) -> None:
-    task, distance = "scenes_reconstruction_stage2", "frechet_distance[random-features]"
-    first = hashes(measure(*lpips), task=task)
-    assert {"psnr", "ssim", "lpips", "bits_per_image", distance} <= first.keys()
-    assert hashes(measure(*lpips, "force=true"), task=task) == first
-    other_lpips = make_lpips(tmp_path, seed=1)
-    changes = {
-        "tokenizer.num_images=7": {"psnr", "ssim", "lpips", distance},
-        SCENES.replace("2400", "2000"): {"psnr", "ssim", "lpips", distance},
-        "fid_features=qlip-features": {distance},
-        " ".join(other_lpips): {"lpips"},
-    }
-    for settings, expected in changes.items():
-        overrides = [settings] if settings.startswith("images") else settings.split()
-        second = hashes(measure(*lpips, *overrides), task=task)
-        metrics = ("psnr", "ssim", "lpips", distance)
+def test_a_protocol_changes_with_images_networks_and_weights(measure, tmp_path, lpips):
+    def hashes(*settings):
+        rows = measure(*lpips, *settings).values()
+        return {row.metric: row.protocol_hash for row in rows if row.task == "scenes_reconstruction_stage2"}
+
+    distance = "frechet_distance[random-features]"
+    metrics, first = {"psnr", "ssim", "lpips", distance}, hashes()
+    assert metrics | {"bits_per_image"} <= first.keys() and hashes("force=true") == first
+    for settings, expected in (
+        (["tokenizer.num_images=7"], metrics),
+        ([SCENES.replace("2400", "2000")], metrics),
+        (["fid_features=qlip-features"], {distance}),
+        (make_lpips(tmp_path, seed=1), {"lpips"}),
+    ):
+        second = hashes(*settings)
         assert {metric for metric in metrics if second.get(metric) != first[metric]} == expected
 
 
-def test_a_protocol_identifies_images_by_their_pixels() -> None:
-    def protocol(*, num_images: int = 6, size: int = 32, seed: int = 0, length: int = 120) -> dict[str, Any]:
+def test_a_protocol_identifies_images_by_their_pixels():
+    def protocol(*, num_images=6, size=32, seed=0, length=120):
         source = ImageSourceConfig(length=length)
         return validation_images(source, num_images=num_images, size=size, seed=seed).protocol
 
@@ -99,8 +85,8 @@ def test_a_protocol_identifies_images_by_their_pixels() -> None:
         assert other["images_sha256"] != first["images_sha256"]
 
 
-def test_the_protocol_of_photos_names_their_preparation(tmp_path: Path) -> None:
-    def protocol(**changes: int) -> dict[str, Any]:
+def test_the_protocol_of_photos_names_their_preparation(tmp_path):
+    def protocol(**changes):
         for number in range(40):
             pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)
             pixels[10, 15] = changes.get("grey", 0)
@@ -115,14 +101,14 @@ def test_the_protocol_of_photos_names_their_preparation(tmp_path: Path) -> None:
     assert protocol(grey=9)["images_sha256"] != first["images_sha256"]
 
 
-def test_every_image_is_encoded_once(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_encoded_once(measure, monkeypatch):
     counts, encode = [], QLIPModel.encode
     monkeypatch.setattr(QLIPModel, "encode", lambda self, pixels: counts.append(len(pixels)) or encode(self, pixels))
     assert measure()["scenes_bits/entropy"].n == 6 and counts == [1, 6]  # one is tried when the model is loaded
 
 
 @pytest.fixture
-def classes(tmp_path: Path) -> Path:
+def classes(tmp_path):
     for split in ("train", "val"):
         for name, colour in (("red", (215, 30, 35)), ("blue", (35, 80, 220))):
             (tmp_path / "data" / split / name).mkdir(parents=True)
@@ -135,23 +121,17 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings_of(folder: Path) -> list[str]:
-    files = f"path: {folder}/data, class_names: {folder}/names.txt, templates: {folder}/templates.txt"
-    return [f"tokenizer.classification=[{{name: own, {files}}}]", "tokenizer.external={mine: 'own_codec:make'}"]
-
-
-def test_changed_files_make_a_result_out_of_date(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_files_make_a_result_out_of_date(classes, monkeypatch):
     monkeypatch.syspath_prepend(classes)
-    perceptual = f"tokenizer.perceptual={{backbone: {classes}/vgg.pth, heads: ''}}"
-    config = load_config(EvalConfig, overrides=[*settings_of(classes), perceptual])
+    files = f"path: {classes}/data, class_names: {classes}/names.txt, templates: {classes}/templates.txt"
+    overrides = [f"tokenizer.classification=[{{name: own, {files}}}]", "tokenizer.external={mine: 'own_codec:make'}"]
+    overrides.append(f"tokenizer.perceptual={{backbone: {classes}/vgg.pth, heads: ''}}")
+    config = load_config(EvalConfig, overrides=overrides)
 
-    def request() -> str:
+    def request():
         return request_hash(config, part="tokenizer", models={"qlip": classes / "model"})
 
-    def later(file: Path) -> None:
-        os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
-
-    def move(old: str, new: str) -> Callable[[], object]:
+    def move(old, new):
         return lambda: (classes / old).rename(classes / new)
 
     (classes / "model").mkdir()
@@ -173,7 +153,7 @@ def test_changed_files_make_a_result_out_of_date(classes: Path, monkeypatch: pyt
         change()
         seen.append(request())
     for file in classes.rglob("*.*"):
-        later(file)
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
     assert request() == seen[-1], "times do not count"
     (classes / "templates.txt").unlink()
     seen.append(request())
@@ -193,9 +173,7 @@ def test_changed_files_make_a_result_out_of_date(classes: Path, monkeypatch: pyt
         ("tokenizer.stages={a: RUN/stage1/model, b: DATA/broken}", "is damaged"),
     ],
 )
-def test_errors_come_before_the_first_measurement(
-    measure: Measure, run_folder: Path, classes: Path, setting: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_come_before_the_first_measurement(measure, run_folder, classes, setting, message, capsys):
     shutil.copytree(run_folder / "stage1/model", classes / "broken")
     (classes / "broken/model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=message) as caught:

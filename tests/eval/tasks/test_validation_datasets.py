@@ -1,61 +1,48 @@
 """Validation images from folders, tables and shards, with and without captions."""
 
-import io
 import json
-import tarfile
-from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from data_mix.sources.image_sources import ImageSourceConfig
 from eval.tasks.validation_data import trained_on
+from tests.helpers.image_files import encoded, write_tar
 from um3.core.errors import UserError
 
 
-def png(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def image_folder(place: Path, *, captions: bool) -> None:
+def image_folder(place, *, captions):
     """PATH/SPLIT/CLASS/IMAGE, as ImageNet is usually unpacked."""
     for split in ("train", "val"):
         for number in range(6):
             folder = place / split / f"n0{number % 2}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.png").write_bytes(png(number))
+            (folder / f"{number}.png").write_bytes(encoded(number))
             if captions:
                 (folder / f"{number}.txt").write_text(f"number {number}")
 
 
-def parquet(place: Path, *, captions: bool) -> None:
+def parquet(place, *, captions):
     for split in ("train", "val"):
-        columns = {"image": [{"bytes": png(number), "path": None} for number in range(6)], "label": [0, 1] * 3}
+        columns = {"image": [{"bytes": encoded(number), "path": None} for number in range(6)], "label": [0, 1] * 3}
         columns |= {"caption": [f"number {number}" for number in range(6)]} if captions else {}
         pq.write_table(pa.table(columns), place / f"{split}-00000.parquet")
 
 
-def webdataset(place: Path, *, captions: bool) -> None:
-    with tarfile.open(place / "00000.tar", "w") as tar:
-        for number in range(24):
-            extra = {"txt": f"number {number}".encode()} if captions else {"cls": b"1"}
-            for ending, data in ({"png": png(number)} | extra).items():
-                member = tarfile.TarInfo(f"{number:05d}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+def webdataset(place, *, captions):
+    members = {}
+    for number in range(24):
+        extra = {"txt": f"number {number}".encode()} if captions else {"cls": b"1"}
+        members |= {f"{number:05d}.{ending}": data for ending, data in ({"png": encoded(number)} | extra).items()}
+    write_tar(place / "00000.tar", members)
 
 
 SETTINGS = ("tokenizer.num_images=24", "tokenizer.digits=false", "captions.max_new_tokens=4")
 
 
 @pytest.mark.parametrize("write", [image_folder, parquet, webdataset])
-def test_images_serve_with_and_without_captions(evaluate, tmp_path: Path, write) -> None:
+def test_images_serve_with_and_without_captions(evaluate, tmp_path, write):
     sources = []
     for name, captions in (("captioned", True), ("plain", False)):
         (tmp_path / name).mkdir()
@@ -76,7 +63,7 @@ def test_images_serve_with_and_without_captions(evaluate, tmp_path: Path, write)
     assert first.value == pytest.approx(second.value)
 
 
-def test_missing_captions_are_a_one_line_error(evaluate, tmp_path: Path) -> None:
+def test_missing_captions_are_a_one_line_error(evaluate, tmp_path):
     image_folder(tmp_path / "plain", captions=False)
     images = f"images=[{{name: plain, path: {tmp_path}/plain, has_captions: false}}]"
     with pytest.raises(UserError, match="captions needs captions"):
@@ -86,7 +73,7 @@ def test_missing_captions_are_a_one_line_error(evaluate, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["", "a: [", "data: {}", "data: {images: [7]}", "data: {images: 7}"])
-def test_a_damaged_config_of_the_run_is_named(content: str, tmp_path: Path) -> None:
+def test_a_damaged_config_of_the_run_is_named(content, tmp_path):
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1/config.yaml").write_text(content)
     with pytest.raises(UserError, match=f"{tmp_path}/stage1/config.yaml"):
