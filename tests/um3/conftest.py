@@ -1,5 +1,6 @@
 """Shared fixtures: a saved tiny UM3 with an untrained visual tokenizer, and the pipeline over it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from um3.inference.pipeline import UM3Pipeline
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights, whose images have 4 patches of 28 bits."""
     return save_um3(tmp_path_factory.mktemp("run"), image_size=16, patch_size=8, scale=10.0)
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `model_folder` that a test may change."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")

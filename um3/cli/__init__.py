@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from um3.cli import encode, export, generate, images, info, serve  # noqa: F401 - each adds its commands
+from um3.cli import generate, images, info, serve  # noqa: F401 - each adds its commands
 from um3.cli.options import app
 from um3.core.errors import UserError, run_main
 

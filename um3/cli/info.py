@@ -1,6 +1,7 @@
-"""`um3 info`: facts about a model folder from its JSON files and the headers of its weights; loads no weights."""
+"""`um3 info`: facts about a model folder from its JSON files and weight headers, without its weights; `um3 export`."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from um3.cli import options
 from um3.cli.inputs import json_text
 from um3.core.errors import UserError
-from um3.core.files import read_json, walk_files
+from um3.core.files import folder_lock, read_json, walk_files
 from um3.core.hub import model_folder
 from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
@@ -36,6 +37,26 @@ def info(
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         typer.echo(f"{name:<{width}}{f'{value:,}' if isinstance(value, int) else printable(value)}")
+
+
+@options.command(
+    "Export the text half of a model as a plain language model.", "um3 export runs/demo/um3/model --out exported"
+)
+def export(
+    folder: Annotated[str, typer.Argument(help="Folder of a trained UM3.")] = options.DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")] = Path("exported"),
+) -> None:
+    """Write the text half of the UM3 in FOLDER as a plain Llama or Qwen, without visual entries."""
+    with folder_lock(out):
+        from um3.core.distributed import device
+        from um3.core.log import quiet_model_files, setup_logging
+        from um3.model.export import export_text_half
+
+        # Saving imports DeepSpeed, which otherwise logs how it searches for an accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", device().type)
+        setup_logging()
+        quiet_model_files()
+        typer.echo(export_text_half(folder, out=out))
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

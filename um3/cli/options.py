@@ -38,9 +38,7 @@ class SamplingOptions:
     """How to sample; what is not given is the model's or the command's default."""
 
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, 1 is the model's own distribution.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Keep the most probable entries up to this share; in (0, 1].")] = (
-        None
-    )
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest entries up to this share; in (0, 1].")] = None
     top_k: Annotated[int | None, typer.Option(help="Keep only the k most probable entries; 0 keeps all.")] = None
     min_p: Annotated[
         float | None, typer.Option(help="Keep entries at least this share as probable as the most probable; 0 is off.")
@@ -83,9 +81,7 @@ class ModelOptions:
 
         setup_logging()
         quiet_model_files()
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

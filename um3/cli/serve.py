@@ -10,9 +10,7 @@ from um3.inference.sampling_params import image_defaults
 
 @options.command("Serve a web page that generates and captions images.", "um3 serve", "um3 serve --port 0 --no-open")
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 let other machines in.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 admits this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
     most_waiting: Annotated[int, typer.Option(min=0, help="Limit of the request queue.")] = 32,
     opens: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,

@@ -1,7 +1,4 @@
-"""CUDA graphs for the steps of a loop: one launch replays a whole step.
-
-Not yet run on a GPU.
-"""
+"""CUDA graphs for the steps of a loop: one launch replays a whole step. Not yet run on a GPU."""
 
 from collections.abc import Callable
 

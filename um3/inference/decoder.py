@@ -54,15 +54,17 @@ class PackedLinear:
 
 
 class _Layer:
-    def __init__(self, layer: Any, *, num_heads: int, num_kv_heads: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, layer: Any, *, config: Any):
         attention, mlp = layer.self_attn, layer.mlp
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.heads = [num_heads, num_kv_heads, num_kv_heads]
         self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = PackedLinear(attention.o_proj)
         self.gate_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
         self.down = PackedLinear(mlp.down_proj)
-        self.activation = activation
+        # Not the layer's own: Liger's MLPs, in a training run that evaluates, have none.
+        self.activation = ACT2FN[config.hidden_act]
         self.qk_gain: Tensor | None = None
         if hasattr(attention, "q_norm"):
             norms = [attention.q_norm] * num_heads + [attention.k_norm] * num_kv_heads
@@ -99,10 +101,7 @@ class FastDecoder:
         self.num_kv_heads = config.num_key_value_heads
         self._embed, self._rotary, self._norm = stock.model.embed_tokens, stock.model.rotary_emb, stock.model.norm
         self._head = stock.lm_head
-        # From the config: Liger's MLPs, in a training run that evaluates, have no activation to read.
-        activation = ACT2FN[config.hidden_act]
-        heads = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
-        self._layers = [_Layer(layer, **heads, activation=activation) for layer in stock.model.layers]
+        self._layers = [_Layer(layer, config=config) for layer in stock.model.layers]
         self.num_layers, self.head_dim = len(self._layers), stock.model.layers[0].self_attn.head_dim
         self._heads: dict[tuple[int, int, bool], PackedLinear] = {}
         self._parameters, self._versions = list(model.parameters()), _versions(model)

@@ -80,12 +80,12 @@ class Sampler:
             if kept_BP is not None:
                 batch.kept_PB.copy_(kept_BP.T)
             batch.begin(sequences, uniforms_BP)
-            batch.check()  # before the work
+            check_finite(batch.highest_B, what=LOGITS)  # before the work
             for position in range(1, self.ids.image_tokens):
                 batch.graphs(batch.advance, batch.sequences.window(position), position % self.ids.subtokens)
                 if watch is not None:
                     watch(batch.ids_PB[: position + 1])
-            batch.check()
+            check_finite(batch.highest_B, what=LOGITS)
             return SampledImages(batch.ids_PB.T.clone(), logprobs=batch.logprobs_B.clone())
 
     @torch.inference_mode()
@@ -109,7 +109,7 @@ class Sampler:
                 if batch.finished_B.all():
                     break
                 batch.graphs(batch.advance, batch.sequences.window(position), 0)
-            batch.check()
+            check_finite(batch.highest_B, what=LOGITS)
             texts = batch.ids_PB[: int(batch.position_1)].T.tolist()
             logprobs = batch.logprobs_B.tolist()
         ends = set(batch.ends.tolist())
@@ -161,19 +161,15 @@ class Sampler:
 class _Batch:
     """Samples in progress. Their state is in tensors that keep their place in memory: a graph can record `advance`."""
 
-    def __init__(
-        self, sequences: DecodingBatch, *, ids: UnifiedVocabulary, sampling: Sampling, shape_BP: Sequence[int]
-    ):
-        num_samples, num_positions = shape_BP
+    def __init__(self, sequences: DecodingBatch, *, ids: UnifiedVocabulary, sampling: Sampling, shape_BP: torch.Size):
         device = sequences.decoder.device
         self.sequences, self.ids, self.sampling = sequences, ids, sampling
         self.graphs = CudaGraphs(device=device)
-        self.uniforms_PB = torch.zeros(num_positions, num_samples, dtype=torch.float64, device=device)
-        self.ids_PB = torch.zeros(num_positions, num_samples, dtype=torch.int64, device=device)
-        self.logprobs_B = torch.zeros(num_samples, device=device)
+        self.uniforms_PB = torch.zeros(shape_BP[::-1], dtype=torch.float64, device=device)
+        self.ids_PB = torch.zeros_like(self.uniforms_PB, dtype=torch.int64)
+        self.logprobs_B, self.highest_B = torch.zeros(2, shape_BP[0], device=device)
         self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self.finished_B = torch.zeros(num_samples, dtype=torch.bool, device=device)
-        self.highest_B = torch.zeros(num_samples, device=device)
+        self.finished_B = torch.zeros(shape_BP[0], dtype=torch.bool, device=device)
 
     def begin(self, prompts: Sequence[Tensor], uniforms_BP: Tensor) -> None:
         """Start over with these prompts and sample the first position."""
@@ -192,12 +188,8 @@ class _Batch:
         """Choose the next id of every sample from hidden states."""
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Raise UserError if a logit was NaN, or none of a position was finite."""
-        check_finite(self.highest_B, what=LOGITS)
-
     def choose(self, logits_BV: Tensor) -> Tensor:
-        self.highest_B += logits_BV.amax(-1)  # NaN or infinite from the first such position on
+        self.highest_B += logits_BV.amax(-1)  # not finite once a logit was NaN, or none of a position finite
         return choose(logits_BV, sampling=self.sampling, uniforms_B=self.uniforms_PB[self.position_1][0])
 
     def append(self, ids_B: Tensor, *, logprobs_B: Tensor) -> None:

@@ -30,12 +30,14 @@ class Grammar:
 
     def allowed(self, so_far: Sequence[int]) -> range | None:
         """The ids that may follow `so_far`, prompt included; None for the text entries."""
-        place = self._place_in_image(so_far)
-        if place is None:
-            return None
-        if place == self.ids.image_tokens:
-            return range(self.ids.end_of_image_id, self.ids.end_of_image_id + 1)
-        return range(*self.ids.subtoken_range(place % self.ids.subtokens))
+        for place, token in enumerate(reversed(so_far[-self.ids.image_tokens - 1 :])):
+            if token == self.ids.begin_of_image_id:  # `place` visual ids follow it
+                if place == self.ids.image_tokens:
+                    return range(self.ids.end_of_image_id, self.ids.end_of_image_id + 1)
+                return range(*self.ids.subtoken_range(place % self.ids.subtokens))
+            if token < self.ids.text_vocab_size:
+                break
+        return None
 
     def apply(self, so_far: Sequence[int], logits_V: Tensor) -> Tensor:
         """The logits with -inf for ids that may not follow, including entries beyond the vocabulary (padded heads)."""
@@ -46,15 +48,6 @@ class Grammar:
         if allowed is None:
             masked_V[self.forbidden_text] = float("-inf")
         return masked_V
-
-    def _place_in_image(self, so_far: Sequence[int]) -> int | None:
-        """Number of visual ids after a begin of image without an end; None in text."""
-        for place, token in enumerate(reversed(so_far[-self.ids.image_tokens - 1 :])):
-            if token == self.ids.begin_of_image_id:
-                return place
-            if token < self.ids.text_vocab_size:
-                return None
-        return None
 
 
 class GrammarProcessor(LogitsProcessor):

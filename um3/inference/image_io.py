@@ -20,10 +20,8 @@ from torch import Tensor
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
 
-MIN_SIDE = 256
-MARGIN = 12
-FONT_SIZE = 15
-MAX_LABEL_LINES = 3
+MIN_SIDE, MARGIN = 256, 12
+FONT_SIZE, MAX_LABEL_LINES = 15, 3
 METADATA = "um3"
 """Name of the PNG text entry that describes how an image was generated, as JSON."""
 
@@ -68,10 +66,9 @@ def enlarge(image_HW3: np.ndarray) -> Image.Image:
     factor = MIN_SIDE / min(image.size)
     if factor <= 1:
         return image
-    if factor < 2:
-        return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    factor = math.ceil(factor)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    resample = Image.Resampling.BICUBIC if factor < 2 else Image.Resampling.NEAREST
+    factor = factor if factor < 2 else math.ceil(factor)
+    return image.resize((round(image.width * factor), round(image.height * factor)), resample)
 
 
 def contact_sheet(
@@ -111,10 +108,8 @@ def code_image(codes_N: Tensor, *, num_bits: int) -> np.ndarray:
     side = math.isqrt(len(codes_N))
     if side * side != len(codes_N):
         raise ValueError(f"{len(codes_N)} codes do not form a square")
-    edges = [num_bits * part // 3 for part in range(4)]
-    codes = codes_N.cpu().numpy()
-    channels = []
-    for start, end in itertools.pairwise(edges):
+    codes, channels = codes_N.cpu().numpy(), []
+    for start, end in itertools.pairwise(num_bits * part // 3 for part in range(4)):
         values = codes >> (num_bits - end) & (1 << (end - start)) - 1
         channels.append(np.round(values * (255 / max((1 << (end - start)) - 1, 1))).astype(np.uint8))
     return np.stack(channels, axis=-1).reshape(side, side, 3)

@@ -1,7 +1,4 @@
-"""Which patches of an image are sampled anew, and which keep their codes.
-
-Shapes: N patches of an image in reading order, P = N * subtokens visual ids.
-"""
+"""Which patches of an image are sampled anew. Shapes: N patches of an image in reading order."""
 
 import math
 
@@ -10,9 +7,6 @@ import torch
 from torch import Tensor
 
 from um3.core.errors import UserError
-from um3.core.seeds import torch_generator
-from um3.inference.generate import FREE
-from um3.model.vocabulary import UnifiedVocabulary
 
 Region = tuple[float, float, float, float] | np.ndarray
 """(left, top, right, bottom) as shares of the image, or a bool array over the square grid of patches."""
@@ -34,16 +28,6 @@ def region_patches(region: Region, *, num_patches: int) -> Tensor:
     if not free_HW.any():
         raise UserError("the region contains no patch; mark at least one")
     return free_HW.flatten()
-
-
-def random_patches(share: float, *, seed: int, num_patches: int) -> Tensor:
-    """bool (N,): each patch true with probability `share`."""
-    return torch.rand(num_patches, generator=torch_generator(seed, "patches")) < share
-
-
-def kept_ids(codes_N: Tensor, *, free_N: Tensor, ids: UnifiedVocabulary) -> Tensor:
-    """Visual ids (P,) of the codes, FREE where a patch is sampled."""
-    return ids.codes_to_ids(codes_N).masked_fill(free_N.repeat_interleave(ids.subtokens), FREE)
 
 
 def _overlap(start: float, end: float, *, side: int) -> slice:

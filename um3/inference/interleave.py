@@ -1,8 +1,4 @@
-"""Text and images in any order, in and out: the model chooses what comes next, one part after the other.
-
-An image begins where the model samples begin of image among the text entries. UM3 is trained on single images with
-single captions (`um3.model.sequences`), so longer mixtures are outside its training data.
-"""
+"""Text and images in any order, in and out: an image begins where the model samples begin of image."""
 
 import dataclasses
 from collections.abc import Sequence

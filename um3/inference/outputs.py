@@ -5,15 +5,13 @@ Shapes: B images, N patches, H height, W width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from um3.inference.image_io import to_pil
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Generated:
         return values if self.similarities is None else values | {"similarity": self.similarities[index]}
 
     @property
-    def pil_images(self) -> "list[Image.Image]":
+    def pil_images(self) -> list[Image.Image]:
         """The images as PIL images with their `metadata`, which `um3.inference.image_io.save_png` writes to a file."""
         return [to_pil(image, metadata=self.metadata(index)) for index, image in enumerate(self.images)]
 
@@ -67,7 +65,7 @@ class Reconstruction:
     codes: Tensor
 
     @property
-    def pil_images(self) -> "list[Image.Image]":
+    def pil_images(self) -> list[Image.Image]:
         """The reconstructed images as PIL images."""
         return [to_pil(image) for image in self.images]
 
@@ -84,7 +82,7 @@ class Texts(list[str]):
 class Part:
     """A part of an answer: a text or an image, its seed and log-probability in nats."""
 
-    content: "str | Image.Image"
+    content: str | Image.Image
     seed: int
     logprob: float
 

@@ -7,22 +7,26 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tokenizer
 from tokenizer.images import QLIPImages, decode_codes, embed_images, embed_texts, encode_images
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
 from um3.core.progress import track
+from um3.core.seeds import torch_generator
 from um3.core.text import valid_text
 from um3.inference.decoder import check_room
-from um3.inference.generate import Sampler, check_finite, uniforms
-from um3.inference.inpainting import Region, kept_ids, random_patches, region_patches
+from um3.inference.generate import FREE, Sampler, check_finite, uniforms
+from um3.inference.inpainting import Region, region_patches
 from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Reconstruction, Texts
 from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
@@ -32,15 +36,7 @@ from um3.model.language_model import QLIP_FOLDER, load_model
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.vocabulary import UnifiedVocabulary
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from tokenizer.modeling import QLIPModel
-    from tokenizer.processor import QLIPProcessor
-
-    Images = np.ndarray | Sequence[Image.Image]
-
-
+Images = np.ndarray | Sequence[Image.Image]
 MAX_IMAGES = 1_000_000
 """Upper limit per call, to catch typos."""
 
@@ -68,10 +64,9 @@ class GenerateOptions(ImageOptions, total=False):
 class UM3Pipeline:
     """A trained UM3 with its text tokenizer and its visual tokenizer; the same calls on a CPU and on a GPU.
 
-    Every image and text has a seed of its own, which the results return. The same seed, prompt and options give the
-    same result again, alone or with others, in batches of any size. Without `seeds` they are derived from `seed` and
-    the index in the call. `images` are uint8 (B, H, W, 3) at the tokenizer's size, or PIL images of any size. All calls
-    raise UserError for a value out of its range, a text or message that the context has no room for, and the like.
+    The same seed, prompt and options give the same result, alone or with others, in batches of any size. Without
+    `seeds`, each result's seed is derived from `seed` and the index in the call. `images` are uint8 (B, H, W, 3) at the
+    tokenizer's size, or PIL images of any size. All calls raise UserError for an invalid value or too long a text.
     """
 
     def __init__(
@@ -80,8 +75,8 @@ class UM3Pipeline:
         model: PreTrainedModel,
         text_tokenizer: PreTrainedTokenizerBase,
         ids: UnifiedVocabulary,
-        qlip: "QLIPModel",
-        processor: "QLIPProcessor",
+        qlip: QLIPModel,
+        processor: QLIPProcessor,
         name: str = "",
     ):
         if (qlip.num_bits, qlip.num_patches) != (ids.num_bits, ids.num_patches):
@@ -97,12 +92,9 @@ class UM3Pipeline:
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Self:
-        """Load a folder that `um3.model.language_model.save_model` wrote, or a hub id.
+        """Load a folder that `um3.model.language_model.save_model` wrote, or a hub id; UserError if it is incomplete.
 
-        `dtype` is that of the language model; the visual tokenizer keeps its own.
-
-        Raises:
-            UserError: no such model, an incomplete one, or a visual tokenizer other than the one of its training.
+        `dtype` is that of the language model. The visual tokenizer must be the one of its training and keeps its dtype.
         """
         folder = model_folder(path_or_hub_id, kind="UM3 model")
         loaded = load_model(folder, device=device, dtype=dtype)
@@ -202,7 +194,7 @@ class UM3Pipeline:
         return replace(generated, similarities=similarities).take(chosen).with_settings(best_of=best_of)
 
     def inpaint(
-        self, images: "Images", prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
+        self, images: Images, prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
     ) -> Generated:
         """Generate a region of each image anew for its prompt; patches outside the region keep their codes.
 
@@ -210,17 +202,13 @@ class UM3Pipeline:
         are generated in reading order: each depends on what is kept above and left of it, not right of or below it.
         `options` are those of `generate`.
         """
-        prompts = check_texts(prompts, kind="prompt")
         free_N = region_patches(redraw, num_patches=self.ids.num_patches)
-        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
-        check_pairs(codes_BN, prompts)
-        kept_BP = [kept_ids(codes_N, free_N=free_N, ids=self.ids) for codes_N in codes_BN]
-        generated = self.generate(prompts, keep=lambda index, seed: kept_BP[index], **options)
+        generated = self._redraw(images, prompts, free_of=lambda seed: free_N, **options)
         return generated.with_settings(redrawn_patches=free_N.nonzero().flatten().tolist())
 
     def vary(
         self,
-        images: "Images",
+        images: Images,
         prompts: Sequence[str] | None = None,
         *,
         strength: float = 0.5,
@@ -233,20 +221,13 @@ class UM3Pipeline:
         """
         if not 0 < strength <= 1:
             raise UserError(f"strength {strength} is outside (0, 1]; 1 generates every patch anew")
-        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
-        if prompts is None:
-            prompts = self.caption_codes(codes_BN, batch_size=options.get("batch_size", 64))
-        else:
-            prompts = check_texts(prompts, kind="prompt")
-        check_pairs(codes_BN, prompts)
 
-        def keep(index: int, seed: int) -> Tensor:
-            free_N = random_patches(strength, seed=seed, num_patches=self.ids.num_patches)
-            return kept_ids(codes_BN[index], free_N=free_N, ids=self.ids)
+        def free_of(seed: int) -> Tensor:
+            return torch.rand(self.ids.num_patches, generator=torch_generator(seed, "patches")) < strength
 
-        return self.generate(prompts, keep=keep, **options).with_settings(strength=strength)
+        return self._redraw(images, prompts, free_of=free_of, **options).with_settings(strength=strength)
 
-    def caption(self, images: "Images", **options: Unpack[WriteOptions]) -> Texts:
+    def caption(self, images: Images, **options: Unpack[WriteOptions]) -> Texts:
         """One caption per image; see `caption_codes`."""
         codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
         return self.caption_codes(codes_BN, **options)
@@ -284,7 +265,7 @@ class UM3Pipeline:
         conversation = Conversation(self, messages, seed=seed, sampling=Sampling(**options))
         return conversation.answer(answer, max_new_tokens=max_new_tokens, max_images=max_images)
 
-    def score(self, images: "Images", texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
+    def score(self, images: Images, texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
         """The model's log-probability of each text given its image and vice versa, and their `similarity`."""
         texts, ids = check_texts(texts, kind="text"), self.ids
         codes_BN = self.encode(images, batch_size=batch_size)
@@ -310,7 +291,7 @@ class UM3Pipeline:
         except UserError:
             return False
 
-    def similarity(self, images: "Images", texts: Sequence[str]) -> list[float]:
+    def similarity(self, images: Images, texts: Sequence[str]) -> list[float]:
         """Cosine of each image and its text in QLIP's towers (see `can_rank`); long texts are cut to its positions."""
         check_pairs(images, texts)
         if not texts:
@@ -320,7 +301,7 @@ class UM3Pipeline:
         check_finite(cosines_B, what="the visual tokenizer's embeddings")
         return cosines_B.tolist()
 
-    def reconstruct(self, images: "Images", *, batch_size: int = 64) -> Reconstruction:
+    def reconstruct(self, images: Images, *, batch_size: int = 64) -> Reconstruction:
         """Images -> codes -> images."""
         codes_BN = self.encode(images, batch_size=batch_size)
         return Reconstruction(
@@ -329,13 +310,35 @@ class UM3Pipeline:
             codes=codes_BN,
         )
 
-    def encode(self, images: "Images", *, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Images, *, batch_size: int = 64) -> Tensor:
         """Images -> codes int64 (B, N) on the CPU."""
         return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
 
     def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
         """Codes (B, N) -> images uint8 (B, H, W, 3)."""
         return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
+
+    def _redraw(
+        self,
+        images: Images,
+        prompts: Sequence[str] | None,
+        *,
+        free_of: Callable[[int], Tensor],
+        **options: Unpack[GenerateOptions],
+    ) -> Generated:
+        """Generate the patches anew that are true in `free_of` (the image's seed), bool (N,)."""
+        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
+        if prompts is None:
+            prompts = self.caption_codes(codes_BN, batch_size=options.get("batch_size", 64))
+        else:
+            prompts = check_texts(prompts, kind="prompt")
+        check_pairs(codes_BN, prompts)
+
+        def keep(index: int, seed: int) -> Tensor:
+            free_P = free_of(seed).repeat_interleave(self.ids.subtokens)
+            return self.ids.codes_to_ids(codes_BN[index]).masked_fill(free_P, FREE)
+
+        return self.generate(prompts, keep=keep, **options)
 
     def _write(
         self,

@@ -1,17 +1,16 @@
 """Checks of the pipeline's arguments, the seed of every result of a call, and batches of them."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from um3.core.errors import UserError
 from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 from um3.core.text import valid_text
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Watch = Callable[[range, "Tensor"], None]
+Watch = Callable[[range, Tensor], None]
 """Receives, at every position, a batch's indices among all images and its ids so far (positions, B); may raise."""
 
 

@@ -70,8 +70,7 @@ class Sampling:
     def scales(self, count: int) -> list[float]:
         """The guidance scale at each of `count` positions."""
         points = self._schedule()
-        places = np.linspace(0, len(points) - 1, count) if count > 1 else np.zeros(count)
-        return [float(scale) for scale in np.interp(places, range(len(points)), points)]
+        return np.interp(np.linspace(0, len(points) - 1, count), range(len(points)), points).tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values."""

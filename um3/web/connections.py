@@ -1,7 +1,4 @@
-"""Connections that send no request or read no answer: limited in time and number, so that they cannot block the page.
-
-uvicorn alone waits for them without end, and answers 503 to everyone once they are many.
-"""
+"""Limits for connections that send no request or read no answer, for which uvicorn alone would wait without end."""
 
 import asyncio
 from typing import Any
@@ -24,7 +21,6 @@ class LimitedConnection(H11Protocol):
     deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Make room, and wait for the first request."""
         super().connection_made(transport)
         self.opened_s, self.address = self.loop.time(), self.client[0] if self.client else ""
         self._watch()
@@ -36,22 +32,18 @@ class LimitedConnection(H11Protocol):
             min(waiting, key=lambda other: other.opened_s).transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Read a part of a request."""
         super().data_received(data)
         self._watch()
 
     def pause_writing(self) -> None:
-        """Wait for the client to read."""
         super().pause_writing()
         self._watch()
 
     def resume_writing(self) -> None:
-        """Go on writing."""
         super().resume_writing()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
         super().connection_lost(exc)
         if self.deadline is not None:
             self.deadline.cancel()

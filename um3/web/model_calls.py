@@ -5,7 +5,7 @@ Shapes: B images, N patches, H height, W width, P visual ids so far.
 
 import base64
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from um3.core.errors import UserError
 from um3.core.files import parse_json
 from um3.core.images import read_image
 from um3.inference.image_io import code_image, png_bytes
+from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling, as_options, check_number
 from um3.web.worker import Job
-
-if TYPE_CHECKING:
-    from um3.inference.pipeline import UM3Pipeline
 
 MAX_IMAGES, MAX_CANDIDATES = 16, 64
 MAX_SEED = 2**53 - MAX_CANDIDATES
@@ -48,7 +46,7 @@ def parse_request(content: bytes, *, sampling: dict[str, Any]) -> dict[str, Any]
     return {"prompts": [prompt], "seeds": seeds, **counts, **options}
 
 
-def generate(job: Job, *, pipeline: "UM3Pipeline", request: dict[str, Any]) -> None:
+def generate(job: Job, *, pipeline: UM3Pipeline, request: dict[str, Any]) -> None:
     """Send the partial images after each row of patches, then the finished images with their metadata.
 
     With `best_of` the partial events have no images: it is not known yet which candidates are returned.
@@ -70,7 +68,7 @@ def generate(job: Job, *, pipeline: "UM3Pipeline", request: dict[str, Any]) -> N
     job.send({"images": [dict(zip(names, image, strict=True)) for image in values]})
 
 
-def partial_images(pipeline: "UM3Pipeline", ids_BP: Tensor) -> list[Image.Image]:
+def partial_images(pipeline: UM3Pipeline, ids_BP: Tensor) -> list[Image.Image]:
     """RGBA images of which the first whole rows of patches have codes; the other rows are transparent.
 
     For these rows the decoder gets the last row repeated. What it shows of the first rows is therefore close to the
@@ -87,7 +85,7 @@ def partial_images(pipeline: "UM3Pipeline", ids_BP: Tensor) -> list[Image.Image]
     return [Image.fromarray(image) for image in np.concatenate([images_BHWC, alpha_BHW1], axis=-1)]
 
 
-def caption(job: Job, *, pipeline: "UM3Pipeline", content: bytes) -> None:
+def caption(job: Job, *, pipeline: UM3Pipeline, content: bytes) -> None:
     """Send an image's caption, codes and reconstruction; `content` is an image file."""
     image = read_image(content)
     job.check()
@@ -106,7 +104,7 @@ def caption(job: Job, *, pipeline: "UM3Pipeline", content: bytes) -> None:
     )
 
 
-def describe_model(pipeline: "UM3Pipeline") -> dict[str, Any]:
+def describe_model(pipeline: UM3Pipeline) -> dict[str, Any]:
     """What the page shows about the model, and the limits of its requests."""
     return {
         "name": pipeline.name,

@@ -15,7 +15,7 @@ import sys
 import webbrowser
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,14 +28,12 @@ from starlette.types import ASGIApp
 from um3.core.errors import Terminated, UserError
 from um3.core.images import ImageError
 from um3.core.text import printable
+from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling
 from um3.web import model_calls
 from um3.web.connections import LimitedConnection
 from um3.web.security import RequestGuard, is_loopback
 from um3.web.worker import Event, Job, Worker
-
-if TYPE_CHECKING:
-    from um3.inference.pipeline import UM3Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +48,13 @@ IMAGE_STATUS = {"too large": 413, "not an image": 415}
 class Site:
     """The handlers of the server, over one pipeline and its worker."""
 
-    def __init__(self, pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int):
+    def __init__(self, pipeline: UM3Pipeline, *, sampling: dict[str, Any], max_waiting: int):
         self.pipeline, self.sampling, self.worker = pipeline, sampling, Worker(max_waiting=max_waiting)
 
     async def model(self, request: Request) -> Response:
         """GET /api/model"""
-        limits = {"sampling": self.sampling, "max_upload": MAX_UPLOAD_BYTES}
-        return JSONResponse(model_calls.describe_model(self.pipeline) | limits)
+        model = model_calls.describe_model(self.pipeline)
+        return JSONResponse(model | {"sampling": self.sampling, "max_upload": MAX_UPLOAD_BYTES})
 
     async def generate(self, request: Request) -> Response:
         """POST /api/generate with the JSON of `model_calls.parse_request`"""
@@ -134,7 +132,7 @@ async def _error_response(request: Request, error: Exception) -> Response:
 
 
 def build_app(
-    pipeline: "UM3Pipeline", *, sampling: dict[str, Any], max_waiting: int, open_to_others: bool = False
+    pipeline: UM3Pipeline, *, sampling: dict[str, Any], max_waiting: int, open_to_others: bool = False
 ) -> ASGIApp:
     """The ASGI application; `sampling` holds the options of requests that set none."""
     Sampling(**sampling)
@@ -158,7 +156,7 @@ def build_app(
 
 
 def run(
-    pipeline: "UM3Pipeline", *, listener: socket.socket, sampling: dict[str, Any], max_waiting: int, open_page: bool
+    pipeline: UM3Pipeline, *, listener: socket.socket, sampling: dict[str, Any], max_waiting: int, open_page: bool
 ) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     host, port = listener.getsockname()[:2]

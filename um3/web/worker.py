@@ -46,8 +46,7 @@ class Worker:
         A waiting job ends at once, a running one at its next `check` or `send`; until then it keeps its place.
         """
         if len(self._jobs) > self.max_waiting:
-            message = "the request queue is full; try again in a moment"
-            raise HTTPException(503, message, headers={"Retry-After": "2"})
+            raise HTTPException(503, "the request queue is full; try again in a moment", headers={"Retry-After": "2"})
         job = Job()
         self._jobs[job] = future = self._thread.submit(work, job)
         future.add_done_callback(lambda _: job.loop.call_soon_threadsafe(self._end, job))

@@ -64,9 +64,7 @@ def test_generate_writes_images_sheet_and_samples(model: list[str], pipeline: UM
     assert row["codes"] == rows[3]["codes"] and Path(row["file"]).is_file()
 
 
-def test_the_model_folder_sets_the_defaults_of_sampling(model_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
+def test_the_model_folder_sets_the_defaults_of_sampling(folder: Path, tmp_path: Path) -> None:
     path = folder / "generation_config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"image_sampling": {"temperature": 0.25, "guidance_scale": 1}}))
@@ -122,7 +120,6 @@ def test_decode_turns_the_lines_of_encode_into_reconstructions(
     ("line", "message"),
     [
         ("{", "line 1 of stdin is not valid JSON"),
-        ("[" * 100_000, "line 1 of stdin is not valid JSON .*nested"),
         ("null", "line 1 of stdin holds a JSON NoneType"),
         ("", "stdin is empty"),
         ("{}", "line 1 of stdin has no 'codes'"),
@@ -132,7 +129,6 @@ def test_decode_turns_the_lines_of_encode_into_reconstructions(
         ('{"codes": [1, 2, 3, NaN]}', "line 1: .* 4 integers"),
         ('{"codes": [1, 2, 3, -1]}', r"line 1: .*2\*\*28"),
         ('{"codes": [1, 2, 3, 4], "tokenizer": "other"}', "line 1: .*tokenizer other"),
-        ("\ufeffabc", "line 1 of stdin is not valid JSON"),
     ],
 )
 def test_decode_refuses_other_codes(line: str, message: str, model: list[str], tmp_path: Path) -> None:
@@ -157,13 +153,10 @@ def test_complete_prints_the_text_with_its_continuation(model: list[str], pipeli
     assert rows_of(run("complete", "--json", *options, stdin="a red"))[0]["continuation"] == expected
 
 
-def test_info_reports_sizes_fingerprint_steps_and_licences(
-    model_folder: Path, pipeline: UM3Pipeline, tmp_path: Path
-) -> None:
-    shutil.copytree(model_folder, tmp_path / "model")
-    assert "not recorded beside this folder" in run("info", tmp_path / "model")
+def test_info_reports_sizes_fingerprint_steps_and_licences(folder: Path, pipeline: UM3Pipeline, tmp_path: Path) -> None:
+    assert "not recorded beside this folder" in run("info", folder)
     (tmp_path / "done.json").write_text('{"steps": 2000, "commit": "abc"}')
-    facts = json.loads(run("info", tmp_path / "model", "--json"))
+    facts = json.loads(run("info", folder, "--json"))
     sizes = {name: parameter.numel() for name, parameter in pipeline.model.named_parameters()}
     tables = pipeline.ids.vocab_size * 2 * pipeline.model.config.hidden_size
     assert facts["parameters"] == sum(sizes.values()) and facts["of the layers"] == sum(sizes.values()) - tables
@@ -172,9 +165,9 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(
     assert facts["architecture"] == "Qwen3ForCausalLM" and facts["visual tokenizer"] == pipeline.qlip.fingerprint()
     assert facts["training steps"] == 2000 and facts["commit"] == "abc"
     assert facts["base model"].startswith("none") and "no restriction" in facts["visual tokenizer licence"]
-    config = tmp_path / "model" / "qlip" / "config.json"
+    config = folder / "qlip" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"weights_license": "\x1b]0;owned\x07evil\nline"}))
-    output = run("info", tmp_path / "model")
+    output = run("info", folder)
     assert "\x1b" not in output and r"\x1b]0;owned\x07evil\nline" in output
 
 
@@ -182,7 +175,6 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(
     ("name", "value", "message"),
     [
         ("../done.json", "[]", "done.json holds a JSON list"),
-        ("../done.json", "null", "done.json holds a JSON NoneType"),
         ("generation_config.json", "[]", "generation_config.json holds a JSON list"),
         ("config.json", "[]", "config.json holds a JSON list"),
         ("qlip/config.json", "{}", "a config.json lacks 'vision_config'"),
@@ -193,15 +185,10 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(
         ("qlip/config.json", {"vision_config": 3}, "a config.json has a wrong entry"),
     ],
 )
-def test_files_of_another_shape_are_one_line(
-    name: str, value: Any, message: str, model_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
+def test_files_of_another_shape_are_one_line(name: str, value: Any, message: str, folder: Path) -> None:
     if isinstance(value, dict):
         old = json.loads((folder / name).read_text())
-        new = {key: old[key] | changes if isinstance(changes, dict) else changes for key, changes in value.items()}
-        value = json.dumps(old | new)
+        value = json.dumps(old | {key: old[key] | new if isinstance(new, dict) else new for key, new in value.items()})
     (folder / name).write_text(value)
     with pytest.raises(UserError, match=message):
         run("info", folder)
@@ -227,7 +214,6 @@ def test_files_of_another_shape_are_one_line(
         (["score", "--pairs", "pairs.jsonl"], "line 2 of pairs.jsonl: 'prompt' is null"),
         (["score", "good.png"], "no text in stdin"),
         (["score"], "--pairs"),
-        (["info", "nowhere"], "'nowhere'"),
         (["info", "empty"], "empty is not a UM3 model"),
     ],
 )

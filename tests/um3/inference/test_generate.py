@@ -231,10 +231,3 @@ def test_options_out_of_range_are_named_with_their_value(options: dict[str, Any]
     first = value[0] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=name.replace("_", ".") + f" {first}".replace("+", r"\+")):
         Sampling(**options)
-
-
-def test_a_full_context_is_a_user_error() -> None:
-    setup = Setup()
-    setup.prompts[0] = sequences.image_prompt([10] * 50, ids=IDS)
-    with pytest.raises(UserError, match=r"prompt 1 of 52 tokens .* 16 more .* context of 64"):
-        setup.images(Sampling())

@@ -1,6 +1,5 @@
 """The pipeline on a tiny saved model: its results, seeds, regions and errors, and the folders that it loads."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -42,14 +41,6 @@ def test_generate_is_prompt_major_and_decodes_its_own_codes(pipeline: UM3Pipelin
     with torch.no_grad():
         expected = pipeline.processor.images(pipeline.qlip.decode(generated.codes))
     assert np.array_equal(generated.images, expected)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_batch_size_does_not_change_a_result(pipeline: UM3Pipeline, batch_size: int) -> None:
-    options: dict[str, Any] = {"num_images": 2, "seed": 3, "top_p": 0.95, "guidance_scale": 2.0}
-    whole, parts = (pipeline.generate(PROMPTS, batch_size=size, **options) for size in (64, batch_size))
-    assert torch.equal(whole.codes, parts.codes) and np.array_equal(whole.images, parts.images)
-    assert not torch.equal(whole.codes, pipeline.generate(PROMPTS, num_images=2, seed=4).codes)
 
 
 def test_the_decoder_is_built_once_and_again_after_the_weights_changed(
@@ -101,11 +92,9 @@ def test_no_input_gives_no_output(pipeline: UM3Pipeline) -> None:
 
 
 def test_image_defaults_are_in_the_generation_config_and_change_no_stock_text(
-    model_folder: Path, qlip_folder: Path, tmp_path: Path
+    folder: Path, qlip_folder: Path, tmp_path: Path
 ) -> None:
-    assert image_defaults(model_folder) == IMAGE_SAMPLING
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
+    assert image_defaults(folder) == IMAGE_SAMPLING
     values = read_json(folder / "generation_config.json")
     changed = {"temperature": 0.25, "guidance_scale": [4.0, 1.0]}
     write_json(folder / "generation_config.json", values | {"image_sampling": changed})
@@ -127,10 +116,7 @@ def test_invalid_image_defaults_name_the_file_and_the_key(options: Any, tmp_path
     write_json(tmp_path / "generation_config.json", {"image_sampling": options})
     with pytest.raises(UserError, match=r"generation_config.json.*'image_sampling'.*" + str(next(iter(options)))):
         image_defaults(tmp_path)
-
-
-def test_a_sampling_file_of_an_older_version_is_refused(tmp_path: Path) -> None:
-    write_json(tmp_path / "sampling.json", {"temperature": 1.0})
+    write_json(tmp_path / "sampling.json", {"temperature": 1.0})  # of an older version
     with pytest.raises(UserError, match=r"sampling.json .*'image_sampling' in .*generation_config.json"):
         image_defaults(tmp_path)
 
@@ -154,19 +140,19 @@ def test_saving_keeps_trained_values(model_folder: Path, qlip_folder: Path, tmp_
         assert all(torch.equal(again[name], tensor + offset) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_another_visual_tokenizer_is_refused_with_both_fingerprints(model_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(model_folder, tmp_path / "model")
-    qlip, _ = tokenizer.load(model_folder / "qlip")
+def test_another_visual_tokenizer_is_refused_with_both_fingerprints(folder: Path) -> None:
+    qlip, _ = tokenizer.load(folder / "qlip")
     right = qlip.fingerprint()
     next(qlip.parameters()).data.add_(1.0)
-    qlip.save_pretrained(tmp_path / "model" / "qlip")
+    qlip.save_pretrained(folder / "qlip")
     with pytest.raises(UserError, match=f"{right}.*{qlip.fingerprint()}"):
-        UM3Pipeline.from_pretrained(tmp_path / "model")
+        UM3Pipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
+        ([], "no 'um3' in its config"),
         (["config.json"], "run make demo or pass --model"),
         (["tokenizer.json", "tokenizer_config.json"], "no text tokenizer at|no tokenizer.json"),
         (["tokenizer.json"], "no text tokenizer at|no tokenizer.json"),
@@ -175,24 +161,17 @@ def test_another_visual_tokenizer_is_refused_with_both_fingerprints(model_folder
         (["model.safetensors"], r"cannot load .*model\.safetensors"),
     ],
 )
-def test_an_incomplete_folder_is_a_one_line_error(
-    files: list[str], message: str, model_folder: Path, tmp_path: Path
+def test_an_incomplete_folder_and_a_plain_model_are_one_line_errors(
+    files: list[str], message: str, folder: Path
 ) -> None:
-    shutil.copytree(model_folder, tmp_path / "model")
     for name in files:
-        (tmp_path / "model" / name).unlink()
+        (folder / name).unlink()
+    if not files:
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {name: config[name] for name in config.keys() - {"um3"}})
     with pytest.raises(UserError, match=message) as caught:
-        UM3Pipeline.from_pretrained(tmp_path / "model")
+        UM3Pipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_a_model_that_is_not_a_um3_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(model_folder, tmp_path / "plain")
-    config = json.loads((model_folder / "config.json").read_text())
-    del config["um3"]
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no 'um3' in its config"):
-        UM3Pipeline.from_pretrained(tmp_path / "plain")
 
 
 def test_a_hub_id_is_found_in_the_cache(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +216,8 @@ def test_an_images_own_seed_generates_it_anywhere(pipeline: UM3Pipeline) -> None
         assert alone.logprobs[0] == pytest.approx(whole.logprobs[index], rel=1e-4)
     prompts, seeds = ([values[index] for index in (5, 0, 3)] for values in (whole.prompts, whole.seeds))
     mixed = pipeline.generate(prompts, seeds=seeds, batch_size=2, **OPTIONS)  # type: ignore[arg-type]
-    assert torch.equal(mixed.codes, whole.codes[[5, 0, 3]])
+    assert torch.equal(mixed.codes, whole.codes[[5, 0, 3]]) and np.array_equal(mixed.images, whole.images[[5, 0, 3]])
+    assert not torch.equal(whole.codes, pipeline.generate(PROMPTS, num_images=2, seed=4, **OPTIONS).codes)
 
 
 def test_texts_return_seeds_that_write_them_again(pipeline: UM3Pipeline) -> None:
@@ -316,15 +296,8 @@ def test_the_metadata_of_a_png_generates_the_image_again(pipeline: UM3Pipeline, 
 
 
 def test_any_text_is_a_prompt(roomy: UM3Pipeline) -> None:
-    texts = [
-        "a 🟥 👩🏽‍🚀 family",
-        "مربع أحمر فوق دائرة",
-        "ריבוע אדום",
-        "a\u202eder\u202c square",
-        "\x00 a disk",
-        "<|begin_of_image|>",
-        "half a pair \ud83d",
-    ]
+    texts = ["a 🟥 👩🏽‍🚀 family", "مربع أحمر فوق دائرة", "ריבוע אדום", "a\u202eder\u202c square", "\x00 a disk"]
+    texts += ["<|begin_of_image|>", "half a pair \ud83d"]
     generated = roomy.generate(texts, seed=1)
     assert len({tuple(codes) for codes in generated.codes.tolist()}) == len(texts)
     assert generated.prompts == [*texts[:-1], "half a pair \ufffd"]
@@ -336,7 +309,12 @@ def test_any_text_is_a_prompt(roomy: UM3Pipeline) -> None:
     ("method", "arguments", "options", "message"),
     [
         ("generate", [["a disk", "  "]], {}, "prompt 2 is empty"),
-        ("generate", [["a disk", "word " * 10_000]], {}, r"prompt 2 of \S+ tokens leaves no room .* shorten"),
+        (
+            "generate",
+            [["a disk", "word " * 10_000]],
+            {},
+            r"prompt 2 of \S+ tokens .* 16 more .* of 64; shorten",
+        ),
         ("generate", [[3]], {}, "prompt 1 is of type int"),
         ("generate", [["a disk"]], {"num_images": 0}, "num_images is 0"),
         ("generate", [["a disk"]], {"num_images": 10**12}, "images in one call"),

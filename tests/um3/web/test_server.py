@@ -23,9 +23,6 @@ from um3.inference.pipeline import UM3Pipeline
 from um3.web.security import RequestGuard, is_loopback, listen
 from um3.web.server import MAX_UPLOAD_BYTES, build_app
 
-PAGE = "<script></script><style></style>"
-LONG = {"prompt": "a red disk", "num_images": 16, "guidance_scale": 3}
-
 
 def opened(url: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
@@ -50,19 +47,21 @@ def huge_png(side: int) -> bytes:
 
 
 def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server: Server, web_pipeline: UM3Pipeline) -> None:
-    request = {"prompt": "a red disk", "num_images": 2, "seed": 7, "temperature": 0.8, "guidance_scale": [4, 1]}
+    prompt = "🦊👩‍👩‍👧 ثلاث \x00\x1b[31m <script> half a pair \ud83d"
+    request = {"prompt": prompt, "num_images": 2, "seed": 7, "temperature": 0.8, "guidance_scale": [4, 1]}
     answer = server.request("POST", "/api/generate", request)
     assert answer.status == 200 and [event.get("row") for event in answer.events] == [*range(1, SIDE), None]
     for row, event in enumerate(answer.events[:-1], start=1):
         alpha_HW = np.asarray(opened(event["images"][1]["url"]))[..., 3]
         assert (alpha_HW[: row * 32 // SIDE] == 255).all() and (alpha_HW[row * 32 // SIDE :] == 0).all()
     options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
-    expected = web_pipeline.generate(["a red disk"], num_images=2, seeds=[7, 8], **options)
+    expected = web_pipeline.generate([prompt], num_images=2, seeds=[7, 8], **options)
     for index, result in enumerate(answer.events[-1]["images"]):
         image = opened(result["url"])
         assert np.array_equal(np.asarray(image), expected.images[index]) and result["seed"] == 7 + index
         metadata = json.loads(image.info[METADATA])
-        assert metadata["prompt"] == "a red disk" and metadata["codes"] == expected.codes[index].tolist()
+        assert metadata["prompt"] == prompt.replace("\ud83d", "\ufffd")
+        assert metadata["codes"] == expected.codes[index].tolist()
     again = server.request("POST", "/api/generate", request | {"num_images": 1, "seed": 8}).events[-1]["images"][0]
     assert again["url"] == answer.events[-1]["images"][1]["url"]
 
@@ -77,17 +76,6 @@ def test_an_image_gets_its_caption_codes_and_reconstruction(server: Server, web_
     arrays = {"reconstruction": expected.images[0], "original": expected.originals[0]}
     for name, array in (arrays | {"code_image": code_image(expected.codes[0], num_bits=28)}).items():
         assert np.array_equal(np.asarray(opened(result[name])), array), name
-
-
-@pytest.mark.parametrize(
-    "prompt", ["🦊🚀👩‍👩‍👧", "ثلاث نجوم خضراء", "\x00\x1b[31m", "<script>alert(1)</script>", "half a pair \ud83d"]
-)
-def test_any_text_is_a_prompt(server: Server, prompt: str) -> None:
-    answer = server.request("POST", "/api/generate", {"prompt": prompt, "num_images": 1, "temperature": 0})
-    assert answer.status == 200
-    assert json.loads(opened(answer.events[-1]["images"][0]["url"]).info[METADATA])["prompt"] == prompt.replace(
-        "\ud83d", "\ufffd"
-    )
 
 
 @pytest.mark.parametrize(
@@ -111,9 +99,6 @@ def test_any_text_is_a_prompt(server: Server, prompt: str) -> None:
         ({"prompt": "a", "seed": None}, "seed"),
         ({"prompt": "a", "best_of": 4}, "text tokenizer"),
         (b"{", "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b"9" * 5_000, "not valid JSON"),
     ],
 )
 def test_an_invalid_request_gets_status_400_and_one_sentence(server: Server, request_body: Any, message: str) -> None:
@@ -164,12 +149,10 @@ def test_an_upload_without_a_length_is_cut_off(server: Server) -> None:
 
 
 def test_no_other_path_exists(server: Server) -> None:
-    for path in ("/page.html", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
-        answer = server.request("GET", path)
-        assert answer.status == 404 and list(answer.events[0]) == ["error"]
-    for method, path in (("GET", "/api/generate"), ("DELETE", "/api/model"), ("POST", "/")):
+    absent = [("GET", path) for path in ("/page.html", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd")]
+    for method, path in (*absent, ("GET", "/api/generate"), ("DELETE", "/api/model"), ("POST", "/")):
         answer = server.request(method, path)
-        assert answer.status == 405 and list(answer.events[0]) == ["error"]
+        assert answer.status == (404 if (method, path) in absent else 405) and list(answer.events[0]) == ["error"]
 
 
 def test_only_the_servers_own_page_may_call_it(server: Server) -> None:
@@ -183,9 +166,10 @@ def test_only_the_servers_own_page_may_call_it(server: Server) -> None:
 
 
 def test_only_addresses_are_valid_hosts() -> None:
+    page = "<script></script><style></style>"
     own, other = {"localhost:8000", "127.0.0.1", "[::1]:8000"}, "192.168.0.7:8000"
     for is_open, valid in ((False, own), (True, own | {other})):
-        guard = RequestGuard(lambda *_: None, page=PAGE, open_to_others=is_open)  # type: ignore[arg-type,return-value]
+        guard = RequestGuard(lambda *_: None, page=page, open_to_others=is_open)  # type: ignore[arg-type,return-value]
         hosts = own | {other, "evil.example", "[", ""}
         assert {host for host in hosts if not guard.refusal(Headers({"host": host}), method="GET")} == valid
 
@@ -217,7 +201,7 @@ def test_what_a_client_sends_is_escaped_in_the_log(server: Server) -> None:
 
 
 def test_a_full_queue_is_503_and_disconnected_clients_make_room(server: Server) -> None:
-    body = json.dumps(LONG).encode()
+    body = json.dumps({"prompt": "a red disk", "num_images": 16, "guidance_scale": 3}).encode()
     head = f"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     connections = half_open(server.port, MAX_WAITING + 1, head + body)
     for _ in range(20):  # the queue is full once the server has read all requests
