@@ -84,7 +84,8 @@ def reconstructions(part: Part, scores: Mapping[str, Score]) -> list[TileGroup]:
     for source in [name.removesuffix("_original") for name in part.images if name.endswith("_original")]:
         for kind in ("original", *part.samples.get("stages", [])):
             score = scores.get(f"{source}_reconstruction_{kind}/psnr")
-            tiles = [Tile(image) for image in part.images[f"{source}_{kind}"]]
+            name = f"{source}_{kind}"  # absent for an external tokenizer of another image size
+            tiles = [Tile(image) for image in (part.images[name] if name in part.images else ())]
             groups.append(TileGroup(kind.replace("stage", "stage "), tiles, score.shown() if score else "", source))
     return groups
 
