@@ -1,7 +1,6 @@
 """Which sample is read when: a function of (seed, step), so no data state has to be saved.
 
-Tools for the batches of images and of sequences: a permutation per source and epoch, exact integer shares of every
-batch by error diffusion, and an even spread of the shares within a batch.
+A permutation per source and epoch, exact counts of every batch by error diffusion, and their even spread within it.
 """
 
 import functools
@@ -116,14 +115,12 @@ class ExactCounts:
 
 
 def fixed_shares(weights: Sequence[float], *, of: str = "") -> tuple[int, ...]:
-    """`weights` (of the sources `of`) scaled to sum to SHARE_UNIT; the rounding error goes to the largest.
-
-    UserError for a negative or non-finite weight, or none above zero.
-    """
+    """`weights` (of the sources `of`) scaled to sum to SHARE_UNIT; UserError for an invalid one, or none above zero."""
     if not weights or not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
         where = of and f" of {of}"
         raise UserError(f"weights {list(weights)}{where}: all must be finite and at least 0, and one above 0")
     shares = [round(weight / sum(weights) * SHARE_UNIT) for weight in weights]
+    # The rounding error goes to the largest.
     shares[shares.index(max(shares))] += SHARE_UNIT - sum(shares)
     return tuple(shares)
 

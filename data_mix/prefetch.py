@@ -8,11 +8,9 @@ MadeT = TypeVar("MadeT", covariant=True)
 
 
 class Batches(Protocol[MadeT]):
-    """Makes the batch of any step."""
+    """Makes the batch of any step; the same step gives the same batch."""
 
-    def batch(self, step: int) -> MadeT:
-        """The batch of `step`; the same step gives the same batch."""
-        ...
+    def batch(self, step: int) -> MadeT: ...
 
 
 class Prefetch(Generic[BatchT]):
@@ -21,21 +19,19 @@ class Prefetch(Generic[BatchT]):
     An error in the thread is raised when the batch of that step is requested.
     """
 
-    def __init__(self, batches: Batches[BatchT], *, num_steps: int | None = None) -> None:
+    def __init__(self, batches: Batches[BatchT], *, num_steps: int) -> None:
         """`num_steps`: length of the run; batches from this step on are not prepared in advance."""
         self.batches, self.num_steps = batches, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._ahead: tuple[int, Future[BatchT]] | None = None
+        self._ahead: dict[int, Future[BatchT]] = {}
 
     def batch(self, step: int) -> BatchT:
         """The batch of `step`; any order of steps works, only consecutive steps are prepared in advance."""
-        ahead, future = self._ahead or (None, None)
-        if ahead != step or future is None:
-            future = self._thread.submit(self.batches.batch, step)
-        self._ahead = None
+        future = self._ahead.pop(step, None) or self._thread.submit(self.batches.batch, step)
+        self._ahead.clear()
         batch = future.result()
-        if self.num_steps is None or step + 1 < self.num_steps:
-            self._ahead = (step + 1, self._thread.submit(self.batches.batch, step + 1))
+        if step + 1 < self.num_steps:
+            self._ahead[step + 1] = self._thread.submit(self.batches.batch, step + 1)
         return batch
 
     def close(self) -> None:

@@ -20,11 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 class ImageBatch(NamedTuple):
-    """One rank's part of a global batch.
+    """One rank's part of a global batch: images_BHWC (uint8), and the chosen caption, key and source of each.
 
-    images_BHWC: uint8.
-    captions: the caption chosen for each image.
-    sources: name of the source of each image.
     skipped: number of unusable samples that were replaced, by (source, reason).
     """
 
@@ -55,10 +52,8 @@ class ImageReader:
                     self._bad[index] = error.reason
             skipped[self.source.name, self._bad[index]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
-        raise UserError(
-            f"none of the {self.order.length} samples of image source '{self.source.name}' can be used ({reasons}); "
-            "check its files"
-        )
+        samples = f"{self.order.length} samples of image source '{self.source.name}'"
+        raise UserError(f"none of the {samples} can be used ({reasons}); check its files")
 
 
 class ImageBatches:
@@ -79,10 +74,8 @@ class ImageBatches:
         world_size: int = 1,
         caption: CaptionChoice = "first",
     ) -> None:
-        """`weights`: relative share of each source; without them, in proportion to its length.
-
-        UserError for no or empty sources, two of one name, or a batch that does not divide among the ranks.
-        """
+        """`weights`: relative share of each source; without them, in proportion to its length. UserError for no or
+        empty sources, two of one name, or a batch that does not divide among the ranks."""
         names = [source.name for source in sources]
         if not names:
             raise UserError("no image sources are given; name at least one in the config's list of images")
@@ -103,9 +96,8 @@ class ImageBatches:
             reader, draw = self.readers[draws[position][0]], draws[position][1]
             sample = reader.read(draw, skipped=skipped)
             samples.append(sample)
-            is_first = self.caption == "first"
-            draw = 0 if is_first else derive_seed(self.seed, "caption", step, position) % len(sample.captions)
-            captions.append(sample.captions[draw])
+            draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)
+            captions.append(sample.captions[draw % len(sample.captions)])
             sources.append(reader.source.name)
         images_BHWC = torch.from_numpy(np.stack([sample.image_HWC for sample in samples]))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_mix.batches.config import DataConfig
 from data_mix.batches.packing import lay_out
-from data_mix.batches.schedule import TASKS, Schedule, Task
+from data_mix.batches.schedule import TASKS, Schedule, Task, task_of
 from data_mix.batches.statistics import COUNTED
 from data_mix.batches.token_stream import TokenStream
 from data_mix.codes.shards import CodedSample, CodeShards, open_code_sources
@@ -41,10 +41,7 @@ NUM_SPECIAL_TOKENS = 4  # of a sequence with an image and a caption: bos, begin 
 
 
 class PlannedSample(NamedTuple):
-    """One sample of a global batch, at `position`: number `sample` of `source`, the `draw`-th taken from it.
-
-    key: "task/source".
-    """
+    """One sample of a global batch: number `sample` of `source`, the `draw`-th taken from it. key: "task/source"."""
 
     position: int
     task: Task
@@ -57,12 +54,9 @@ class PlannedSample(NamedTuple):
 class SequenceBatch(NamedTuple):
     """One rank's part of a global batch, padded on the right.
 
-    target_mask_BT: true where the id is to be predicted.
-    sources: the source of each sample.
-    counts: samples of the *global* batch by "task/source".
-    seen_KC: statistics of this rank's samples.
-    truncated_captions: captions of this rank that were cut.
-    bad_files: shards and text files that this process could not read so far.
+    target_mask_BT: true where the id is to be predicted. sources: of each sample. counts: samples of the *global* batch
+    by "task/source". seen_KC, truncated_captions: statistics and cut captions of this rank's samples. bad_files: shards
+    and text files that this process could not read so far.
     """
 
     input_ids_BT: Tensor
@@ -74,18 +68,11 @@ class SequenceBatch(NamedTuple):
     bad_files: int
 
 
-class TaskSamples(NamedTuple):
-    """The sources of one task: the order of each by name, its share, and how many samples it gives at every step."""
-
-    orders: dict[str, SampleOrder]
-    shares: tuple[int, ...]
-    counts: ExactCounts
-
-
 class SequenceBatches:
     """UM3's batches by step; every rank builds only its own part.
 
-    `keys`: "task/source" of everything that the mix draws from, in the order of `SequenceBatch.seen_KC`.
+    keys: "task/source" of everything that the mix draws from, in the order of `SequenceBatch.seen_KC`.
+    orders, shares: the order of each key's source, and its share of the samples of the task.
     """
 
     def __init__(
@@ -127,24 +114,23 @@ class SequenceBatches:
                 cache=cache,
                 origin=source_fingerprint(source, "train"),
             )
-        self.tasks = {task: self._task_samples(task) for task in tasks}
-        self.shares = {
-            f"{task}/{name}": share / SHARE_UNIT
-            for task, samples in self.tasks.items()
-            for name, share in zip(samples.orders, samples.shares, strict=True)
-        }
-        self.keys = list(self.shares)
+        self.orders: dict[str, SampleOrder] = {}
+        self.shares: dict[str, float] = {}
+        self.counts = {task: self._add_task(task) for task in tasks}
+        self.keys = list(self.orders)
 
     def plan(self, step: int) -> list[PlannedSample]:
         """The samples of the global batch of `step`, with the tasks evenly spread; the same on every rank."""
         counts = self.schedule.counts(step, batch_size=self.batch_size)
-        draws = {task: iter(samples.counts.draws(step)) for task, samples in self.tasks.items()}
+        draws = {task: iter(of_task.draws(step)) for task, of_task in self.counts.items()}
+        keys = {task: [key for key in self.keys if task_of(key) == task] for task in draws}
         plan = []
-        for position, number in enumerate(interleave([counts[task] for task in TASKS])):
+        for position, number in enumerate(interleave(list(counts.values()))):
             task = TASKS[number]
             i, draw = next(draws[task])
-            source, order = list(self.tasks[task].orders.items())[i]
-            plan.append(PlannedSample(position, task, source, draw, order.index(draw), key=f"{task}/{source}"))
+            key = keys[task][i]
+            source = key.removeprefix(f"{task}/")
+            plan.append(PlannedSample(position, task, source, draw, self.orders[key].index(draw), key))
         return plan
 
     def scheduled(self, step: int) -> dict[str, float]:
@@ -186,11 +172,10 @@ class SequenceBatches:
 
     def state(self, step: int) -> dict[str, Any]:
         """The state for a checkpoint of `step`, to verify that a resumed run reads the same samples."""
-        draws = [draw for samples in self.tasks.values() for draw in samples.counts.before(step)]
-        sizes = [order.length for samples in self.tasks.values() for order in samples.orders.values()]
-        data = {"draws": dict(zip(self.keys, draws, strict=True)), "sizes": dict(zip(self.keys, sizes, strict=True))}
+        draws = [draw for of_task in self.counts.values() for draw in of_task.before(step)]
+        sizes = {key: order.length for key, order in self.orders.items()}
         state = {"seed": self.seed, "step": step, "batch_size": self.batch_size, "fingerprints": self.fingerprints()}
-        return state | data
+        return state | {"draws": dict(zip(self.keys, draws, strict=True)), "sizes": sizes}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """UserError if a checkpoint's `state` is not that of these sources and this config at the same step."""
@@ -206,8 +191,8 @@ class SequenceBatches:
                     "with the config and data of the checkpoint, or start a new run folder"
                 )
 
-    def _task_samples(self, task: Task) -> TaskSamples:
-        """UserError if the task has no source, a weight names an unknown source, or weights are invalid."""
+    def _add_task(self, task: Task) -> ExactCounts:
+        """The samples that each source of the task gives; UserError for no source, and unknown or invalid weights."""
         sources: Mapping[str, CodeShards | TokenStream] = self.images
         weights = self.config.image_weights
         if task == "text":
@@ -218,15 +203,16 @@ class SequenceBatches:
             raise UserError(f"weights of {task} samples name the unknown source '{unknown[0]}'; known: {list(sources)}")
         sizes = {name: len(sources[name]) for name in sorted(weights or sources)}
         shares = fixed_shares([float((weights or sizes)[name]) for name in sizes], of=f"{task} sources {list(sizes)}")
-        orders = {name: SampleOrder(size, seed=self.seed, name=f"{task}/{name}") for name, size in sizes.items()}
-        return TaskSamples(orders, shares, self.schedule.source_counts(task, shares, batch_size=self.batch_size))
+        for (name, size), share in zip(sizes.items(), shares, strict=True):
+            key = f"{task}/{name}"
+            self.orders[key], self.shares[key] = SampleOrder(size, seed=self.seed, name=key), share / SHARE_UNIT
+        return self.schedule.source_counts(task, shares, batch_size=self.batch_size)
 
     def _read_image(self, planned: PlannedSample) -> tuple[PlannedSample, CodedSample]:
         """The planned sample, or its substitute if its shard cannot be read."""
-        source = self.images[planned.source]
-        for sample in self.tasks[planned.task].orders[planned.source].substitutes(planned.draw):
+        for sample in self.orders[planned.key].substitutes(planned.draw):
             with contextlib.suppress(BadSample):
-                return planned._replace(sample=sample), source[sample]
+                return planned._replace(sample=sample), self.images[planned.source][sample]
         raise AssertionError("CodeShards raises UserError if less than half of a source can be read")
 
     def _captions(
@@ -260,14 +246,12 @@ def _check_images(images: Mapping[str, CodeShards], *, ids: UnifiedVocabulary, s
     """UserError unless the codes fit the vocabulary, and an image with a caption fits a sequence."""
     for name, source in images.items():
         if (source.bits, source.num_patches) != (ids.num_bits, ids.num_patches):
+            taken = f"{ids.num_patches} codes of {ids.subtokens} x {ids.bits_per_subtoken} bits"
             raise UserError(
-                f"images of '{name}' have {source.num_patches} codes of {source.bits} bits; the model takes "
-                f"{ids.num_patches} codes of {ids.subtokens} x {ids.bits_per_subtoken} bits; set "
-                f"vocabulary.subtokens and vocabulary.bits_per_subtoken to make up {source.bits} bits"
+                f"images of '{name}' have {source.num_patches} codes of {source.bits} bits; the model takes {taken}; "
+                f"set vocabulary.subtokens and vocabulary.bits_per_subtoken to make up {source.bits} bits"
             )
     least = ids.image_tokens + NUM_SPECIAL_TOKENS + 1
     if images and seq_len < least:
-        raise UserError(
-            f"data.seq_len={seq_len} cannot hold an image of {ids.image_tokens} tokens and a caption; "
-            f"set it to {least} or more"
-        )
+        image = f"an image of {ids.image_tokens} tokens and a caption"
+        raise UserError(f"data.seq_len={seq_len} cannot hold {image}; set it to {least} or more")

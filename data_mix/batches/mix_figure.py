@@ -1,7 +1,4 @@
-"""The figure of the data mix: the scheduled share of each source, and the samples that a run has read.
-
-`make mix-preview` draws it from a schedule (`draw_mix`), the report from the logged counts of a run (`run_mix_figure`).
-"""
+"""The figure of the data mix: the scheduled share of each source, and the samples that a run has read."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,8 +59,7 @@ def logged_counts(rows: Iterable[Mapping[str, Any]]) -> list[MixCounts]:
     for row in rows:
         values: dict[str, Counts] = {name: {} for name in MixCounts._fields[1:]}
         for key, value in row.items():
-            room, _, rest = key.partition("/")
-            name, _, source = rest.partition("/")
+            room, name, source, *_ = (*key.split("/", 2), "", "")
             if room == "data" and name in values:
                 values[name][source] = float(value)
         if values["samples"]:
@@ -94,19 +90,15 @@ def _planned_counts(schedule: Schedule, shares: Counts, *, batch_size: int, step
     for step in sorted({round((index + 1) * steps / NUM_POINTS) for index in range(NUM_POINTS)} - {0}):
         samples: Counts = {task: n for task, n in schedule.counts_before(step, batch_size=batch_size).items()}
         for keys, of_task in exact.values():
-            samples |= dict(zip(keys, map(float, of_task.before(step)), strict=True))
-        due = schedule.due_samples(shares, batch_size=batch_size, step=step)
-        counts.append(MixCounts(step, samples, due, {}, {}))
+            samples |= zip(keys, of_task.before(step), strict=True)
+        counts.append(MixCounts(step, samples, schedule.due_samples(shares, batch_size=batch_size, step=step), {}, {}))
     return counts
 
 
 def _mix_figure(
     areas: Shares, counts: Sequence[MixCounts], *, label: str, steps: int, size: tuple[float, float]
 ) -> "Figure":
-    """Upper panel: `areas` as areas, `counts` as dots on their borders. Lower panel: `counts` minus the schedule.
-
-    A third panel shows the tokens of each source, where `counts` has them.
-    """
+    """Panels: `areas` with `counts` as dots on their borders, `counts` minus the schedule, and tokens if counted."""
     from matplotlib.figure import Figure
 
     last = counts[-1]
@@ -156,9 +148,8 @@ def _draw_shares(
         lowest = min(lowest, *borders)
         dot_label = label if last == 1 else None
         axes.plot([step for step, _ in dots], borders, "o", color="black", markersize=2.5, label=dot_label)
-    start, end = (
-        sum(shares.get(key, 0) for key in keys if task_of(key) == "text") for _, shares in (areas[0], areas[-1])
-    )
+    texts = [key for key in keys if task_of(key) == "text"]
+    start, end = (sum(shares.get(key, 0) for key in texts) for _, shares in (areas[0], areas[-1]))
     axes.set_title(f"Data mix: text {start:.1%} at the start, {end:.1%} at the end", loc="left")
     axes.set(ylabel="share of the samples", ylim=(max(0.0, lowest - 0.1), 1))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from um3.model.sequences import TrainingSequence
 
@@ -41,23 +42,18 @@ def lay_out(samples: Sequence[TrainingSequence], *, seq_len: int, packed: bool, 
     """The sequences that hold `samples` (of at most `seq_len` ids), as wide as the longest of them."""
     lengths = [len(sample.input_ids) for sample in samples]
     numbers = first_fit(lengths, seq_len=seq_len) if packed else list(range(len(samples)))
-    ends = [0] * (max(numbers) + 1)
-    places = []
-    for number, length in zip(numbers, lengths, strict=True):
-        places.append((number, slice(ends[number], ends[number] + length)))
-        ends[number] += length
-    input_ids_BT = torch.full((len(ends), max(ends)), pad_id, dtype=torch.int64)
-    target_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    for sample, place in zip(samples, places, strict=True):
-        input_ids_BT[place] = sample.input_ids
-        target_mask_BT[place] = sample.targets
-    return PaddedSequences(input_ids_BT, target_mask_BT)
+    rows: list[list[TrainingSequence]] = [[] for _ in range(max(numbers) + 1)]
+    for number, sample in zip(numbers, samples, strict=True):
+        rows[number].append(sample)
+    ids, masks = zip(*([torch.cat(tensors) for tensors in zip(*row, strict=True)] for row in rows), strict=True)
+    input_ids_BT = pad_sequence(list(ids), batch_first=True, padding_value=pad_id)
+    return PaddedSequences(input_ids_BT, pad_sequence(list(masks), batch_first=True))
 
 
 def micro_batches(
     input_ids_BT: Tensor, target_mask_BT: Tensor, *, parts: int, pad_id: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split `input_ids_BT` and `target_mask_BT` into `parts` parts of equal size, to within one sequence.
+    """Split a batch into `parts` parts of equal size, to within one sequence.
 
     DeepSpeed counts the parts, so every rank and step has the same number of them, and none is empty: sequences of
     padding without a target are added where there are fewer sequences than parts.

@@ -38,7 +38,11 @@ class Schedule:
 
     def proportions(self, step: int) -> dict[Task, float]:
         """Scheduled share of each task at `step`; they sum to 1."""
-        return dict(zip(TASKS, self._proportions(step), strict=True))
+        start, end, progress = self.config.start, self.config.end, self._progress(step)
+        if self.config.mode == "proportion":
+            start, end = _normalised(start), _normalised(end)
+        ratios = [r0 + (rT - r0) * progress for r0, rT in zip(start, end, strict=True)]
+        return dict(zip(TASKS, _normalised(ratios), strict=True))
 
     def counts(self, step: int, *, batch_size: int) -> dict[Task, int]:
         """Samples of each task in the batch of `step`. Their sum over all steps is within one of the schedule."""
@@ -48,14 +52,11 @@ class Schedule:
         """Samples of each task in all batches before `step`."""
         return dict(zip(TASKS, self._exact(batch_size).before(step), strict=True))
 
-    def due(self, step: int, *, batch_size: int) -> dict[Task, float]:
-        """Sum of the proportions over all batches before `step`, in samples; `counts_before` rounds it."""
-        return dict(zip(TASKS, self._exact(batch_size).due(step), strict=True))
-
     def due_samples(self, shares: dict[str, float], *, batch_size: int, step: int) -> dict[str, float]:
-        """Samples due before `step` by task, and by "task/source": the source's share of its task's whole samples."""
-        due, had = self.due(step, batch_size=batch_size), self.counts_before(step, batch_size=batch_size)
-        tasks: dict[str, float] = {task: due[task] for task in map(task_of, shares)}
+        """Samples due before `step`: by task the sum of the proportions, which `counts_before` rounds, and by
+        "task/source" the source's share of the task's whole samples."""
+        due, had = self._exact(batch_size).due(step), self.counts_before(step, batch_size=batch_size)
+        tasks: dict[str, float] = {task: due[TASKS.index(task)] for task in map(task_of, shares)}
         return tasks | {key: had[task_of(key)] * share for key, share in shares.items()}
 
     def source_counts(self, task: Task, shares: tuple[int, ...], *, batch_size: int) -> ExactCounts:
@@ -66,15 +67,9 @@ class Schedule:
         end = fixed_shares(self.config.end)
 
         def shares(step: int) -> tuple[int, ...]:
-            return end if self._progress(step) == 1 else fixed_shares(self._proportions(step))
+            return end if self._progress(step) == 1 else fixed_shares(list(self.proportions(step).values()))
 
         return ExactCounts(shares, batch_size=lambda _: batch_size)
-
-    def _proportions(self, step: int) -> list[float]:
-        start, end, progress = self.config.start, self.config.end, self._progress(step)
-        if self.config.mode == "proportion":
-            start, end = _normalised(start), _normalised(end)
-        return _normalised([r0 + (rT - r0) * progress for r0, rT in zip(start, end, strict=True)])
 
     def _progress(self, step: int) -> float:
         """Finished share of the calm-down, 0 to 1."""

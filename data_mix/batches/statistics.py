@@ -22,7 +22,7 @@ class MixStatistics:
 
     def add(self, seen_KC: np.ndarray) -> None:
         """Add what all ranks together saw in one step."""
-        self.total_KC += seen_KC.astype(np.int64)
+        self.total_KC += seen_KC
 
     def metrics(self, *, scheduled: Mapping[str, float]) -> dict[str, float]:
         """The sums as data/samples/TASK, data/samples/TASK/SOURCE and so on; `scheduled` becomes data/scheduled/..."""

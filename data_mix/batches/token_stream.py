@@ -49,8 +49,7 @@ class TokenFile:
     """The ids of a finished stream, and after them the CRC-32 of every CHUNK_BYTES of them; a .json describes the file.
 
     Every access reads the file and checks its chunks (10 us). A memory map would end the process if the file is cut.
-    bad_files: the files that could not be read when the stream was made, with the reason.
-    fingerprint: hash of the ids.
+    bad_files: why files could not be read when the stream was made. fingerprint: hash of the ids.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,9 +109,7 @@ class TokenStream:
         origin: str = "",
     ) -> None:
         """`origin`: hash of what the documents are made from; without it only their number tells streams apart.
-
-        UserError if the source holds no text, or this process cannot see the first rank's file.
-        """
+        UserError if the source holds no text, or this process cannot see the first rank's file."""
         self.name, self.ids, self.seq_len = documents.name, ids, seq_len
         key = _key(origin, len(documents), tokenizer=tokenizer, ids=ids)
         path = Path(cache) / f"text-{documents.name}-{key}.bin"
@@ -199,7 +196,7 @@ def _sequence(piece: np.ndarray, *, ids: UnifiedVocabulary) -> TrainingSequence:
 
 
 def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: UnifiedVocabulary) -> str:
-    # The Python version: the embedded prose (python_docs) differs between versions.
+    # The built-in prose (python_docs) differs between Python versions.
     return short_hash(*values, platform.python_version(), vocabulary_digest(tokenizer), ids.bos_id, ids.eos_id)
 
 

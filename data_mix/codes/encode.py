@@ -47,8 +47,7 @@ SHARD_NAME = re.compile(rf"(train|val)-{SOURCE_NAME}-\d{{5}}\.(arrow|parquet)(\.
 class EncodeConfig:
     """What to encode, with which tokenizer, and where to.
 
-    visual_tokenizer: folder or hub id of the tokenizer.
-    limit: number of samples to encode of each source and split, from the first on; 0 for all.
+    visual_tokenizer: folder or hub id. limit: number of samples of each source and split, from the first on; 0 for all.
     """
 
     visual_tokenizer: str = ""
@@ -92,13 +91,12 @@ class ShardJob(NamedTuple):
 
     def is_finished(self) -> bool:
         """Whether the shard is there, made of the same plan."""
-        try:
-            return replace(read_header(self.path), skipped={}, num_images=0, crc32=0) == self.header
-        except FileNotFoundError:
-            return False
-        except UserError as error:
-            logger.warning("%s", error)
-            return False
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return replace(read_header(self.path), skipped={}, num_images=0, crc32=0) == self.header
+            except UserError as error:
+                logger.warning("%s", error)
+        return False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -117,10 +115,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
-    """Write the missing shards and then summary.json, with `inputs_hash`, to `config.output_dir`.
-
-    UserError if the tokenizer or a source cannot be opened, codes do not fit, or a source has no usable image.
-    """
+    """Write the missing shards, then summary.json; UserError if codes do not fit, or a source has no usable image."""
     # These imports take seconds, which a run that is up to date should not spend.
     from tokenizer import load
     from tokenizer.images import QLIPImages
@@ -129,9 +124,7 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     qlip = QLIPImages(*load(config.visual_tokenizer))
     qlip.model.to(device())  # type: ignore[arg-type]
     if qlip.num_bits > MAX_BITS:
-        raise UserError(
-            f"{config.visual_tokenizer} makes codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}"
-        )
+        raise UserError(f"{config.visual_tokenizer}: codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}")
     out = Path(config.output_dir)
     jobs = _plan(config, qlip=qlip)
     missing = [job for job in jobs if not job.is_finished()]
@@ -162,10 +155,8 @@ def _inputs_hash(config: EncodeConfig) -> str:
     elif HUB_ID.fullmatch(config.visual_tokenizer) and not weights.parent.parent.exists():
         qlip = config.visual_tokenizer  # hashing the weights would need a download
     else:
-        raise UserError(
-            f"there is no visual tokenizer in '{config.visual_tokenizer}'; run make stage2 first, or set "
-            "visual_tokenizer to the folder or hub id of one"
-        )
+        remedy = "run make stage2 first, or set visual_tokenizer to the folder or hub id of one"
+        raise UserError(f"there is no visual tokenizer in '{config.visual_tokenizer}'; {remedy}")
     sources = [source_fingerprint(source) for source in config.images]
     return short_hash(config.seed, config.batch_size, config.samples_per_shard, config.limit, qlip, sources)
 
@@ -203,7 +194,7 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
             for shard, start in enumerate(starts):
                 path = shard_path(config.output_dir, split=split, source=name, shard=shard)
                 header = replace(tokenizer, split=split, source=name, shard=shard, num_shards=len(starts), plan=plan)
-                indices = range(start, min(start + config.samples_per_shard, num_samples))
+                indices = range(num_samples)[start : start + config.samples_per_shard]
                 jobs.append(ShardJob(path, header, source, indices, config.batch_size))
     if not jobs:
         raise UserError("the sources in 'images' hold no image; check their paths")
@@ -212,11 +203,8 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
 
 def _resume_streams(path: Path, *, jobs: Sequence[ShardJob]) -> dict[str, HubStream]:
     """The streamed sources by split and name, resumed from `path`, so that their samples keep their numbers."""
-    streams = {
-        f"{job.header.split}-{job.header.source}": stream
-        for job in jobs
-        if (stream := hub_stream(job.source)) is not None
-    }
+    named = {f"{job.header.split}-{job.header.source}": hub_stream(job.source) for job in jobs}
+    streams = {name: stream for name, stream in named.items() if stream is not None}
     if streams and path.exists():
         try:
             states = read_json(path)
@@ -251,12 +239,10 @@ def _summary(jobs: Sequence[ShardJob]) -> dict[str, Any]:
     bad_files: dict[str, str] = {}
     for job in jobs:
         header = read_header(job.path)
-        new: dict[str, Any] = {"samples": 0, "images": 0, "shards": 0, "skipped": {}}
-        counts = splits.setdefault(header.split, {}).setdefault(header.source, new)
-        counts["samples"] += len(job.indices)
-        counts["images"] += header.num_images
-        counts["shards"] += 1
-        counts["skipped"] = dict(Counter(counts["skipped"]) + Counter(header.skipped))
+        counts = splits.setdefault(header.split, {}).setdefault(header.source, {})
+        new = {"samples": len(job.indices), "images": header.num_images, "shards": 1}
+        skipped = dict(Counter(counts.get("skipped")) + Counter(header.skipped))
+        counts |= {name: counts.get(name, 0) + number for name, number in new.items()} | {"skipped": skipped}
         if hasattr(job.source, "bad_files"):
             bad_files |= {str(file): reason for file, reason in job.source.bad_files.reasons.items()}
     for split, sources in splits.items():

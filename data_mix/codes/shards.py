@@ -59,7 +59,7 @@ class ShardHeader:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values that no shard can have."""
+        """ValueError for values that no shard can have."""
         numbers = (self.image_size, self.shard, self.num_shards, self.num_patches, self.num_images, self.crc32)
         if not (type(self.bits) is int and 1 <= self.bits <= MAX_BITS):
             raise ValueError(f"codes of {self.bits} bits; code shards hold 1 to {MAX_BITS}")
@@ -136,11 +136,10 @@ class CodeShards:
         self._headers = {path: header for path, header in headers.items() if header.num_images}
         self._paths = list(self._headers)
         self._ends = list(itertools.accumulate(header.num_images for header in self._headers.values()))
-        self._mapped: dict[Path, MappedShard] = {}
+        self._mapped: dict[Path, tuple[int, pa.RecordBatch]] = {}
         if not self._ends:
-            raise UserError(
-                f"the {first.split} codes of '{name}' hold no image; see 'skipped' in {where.parent}/summary.json"
-            )
+            summary = where.parent / "summary.json"
+            raise UserError(f"the {first.split} codes of '{name}' hold no image; see 'skipped' in {summary}")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -151,29 +150,27 @@ class CodeShards:
             raise IndexError(f"coded image {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         shard = self._shard(self._paths[number])
-        row = index - self._ends[number] + len(shard.codes_BN)
-        codes_N = torch.from_numpy(shard.codes_BN[row].astype(np.int64))
-        return CodedSample(shard.keys[row].as_py(), codes_N, tuple(shard.captions[row].as_py()))
+        row = index - self._ends[number] + len(shard)
+        key, codes, captions = (column[row] for column in shard.columns)
+        codes_N = torch.from_numpy(codes.values.to_numpy().astype(np.int64))
+        return CodedSample(key.as_py(), codes_N, tuple(captions.as_py()))
 
-    def _shard(self, path: Path) -> "MappedShard":
-        if (shard := self._mapped.get(path)) is not None:
+    def _shard(self, path: Path) -> pa.RecordBatch:
+        if path in self._mapped:
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_size < shard.num_bytes:
+                if path.stat().st_size < self._mapped[path][0]:
                     # Reading a mapped file past the end that it was cut to would kill the process (SIGBUS).
                     del self._mapped[path]
-        if path in self._mapped:
-            return self._mapped[path]
-        try:
-            self._mapped[path] = self.bad_files.read(path, lambda: map_shard(path, header=self._headers[path]))
-        except BadSample:
-            num_bad = len(self.bad_files.reasons)
-            if num_bad <= len(self._paths) / 2:
-                raise
-            raise UserError(
-                f"{num_bad} of the {len(self._paths)} shards of '{self.name}' cannot be read, more than half; "
-                f"the last: {self.bad_files.reasons[path]}"
-            ) from None
-        return self._mapped[path]
+        if path not in self._mapped:
+            try:
+                self._mapped[path] = self.bad_files.read(path, lambda: map_shard(path, header=self._headers[path]))
+            except BadSample as error:
+                num_bad, num_shards = len(self.bad_files.reasons), len(self._paths)
+                if num_bad <= num_shards / 2:
+                    raise
+                shards = f"{num_bad} of the {num_shards} shards of '{self.name}'"
+                raise UserError(f"{shards} cannot be read, more than half; the last: {error}") from None
+        return self._mapped[path][1]
 
 
 def shard_headers(folder: str | Path, *, split: Split) -> dict[Path, ShardHeader]:
@@ -193,8 +190,7 @@ def open_code_sources(
 ) -> dict[str, CodeShards]:
     """The coded images of a folder by source, in the order of their names.
 
-    UserError for shards that are absent, damaged, without images, or made by different tokenizers or by another than
-    the `expected_fingerprint`.
+    UserError for shards that are absent, damaged, without images, or not all of one tokenizer, the expected one.
     """
     headers = shard_headers(folder, split=split)
     path, first = next(iter(headers.items()))
@@ -206,35 +202,24 @@ def open_code_sources(
     for other, header in headers.items():
         for name in ("fingerprint", "bits", "image_size", "num_patches"):
             if getattr(header, name) != getattr(first, name):
-                raise UserError(
-                    f"{path} and {other} differ in {name}: {getattr(first, name)} and {getattr(header, name)}; run "
-                    "make codes to encode the images again"
-                )
+                values = f"{getattr(first, name)} and {getattr(header, name)}"
+                raise UserError(f"{path} and {other} differ in {name}: {values}; run make codes to encode them again")
     sources: dict[str, dict[Path, ShardHeader]] = {}
     for path, header in headers.items():
         sources.setdefault(header.source, {})[path] = header
     for source, shards in sources.items():
-        first = next(iter(shards.values()))
-        plans = {(header.plan, header.num_shards) for header in shards.values()}
-        if len(plans) > 1 or len(shards) != first.num_shards:
-            raise UserError(
-                f"{folder}: the encoding of '{source}' is incomplete, {len(shards)} {split} shards of "
-                f"{first.num_shards}; run make codes to finish it"
-            )
+        num_shards = next(iter(shards.values())).num_shards
+        if len({(header.plan, header.num_shards) for header in shards.values()}) > 1 or len(shards) != num_shards:
+            found = f"{len(shards)} {split} shards of {num_shards}"
+            raise UserError(f"{folder}: the encoding of '{source}' is incomplete, {found}; run make codes to finish it")
     return {source: CodeShards(source, sources[source]) for source in sorted(sources)}
 
 
-class MappedShard(NamedTuple):
-    """The size of a shard and its columns in mapped memory."""
+def map_shard(path: Path, *, header: ShardHeader) -> tuple[int, pa.RecordBatch]:
+    """The size of a shard in bytes, and its columns in mapped memory.
 
-    num_bytes: int
-    keys: pa.StringArray
-    captions: pa.ListArray
-    codes_BN: np.ndarray
-
-
-def map_shard(path: Path, *, header: ShardHeader) -> MappedShard:
-    """Map a shard into memory; DamagedFile if its content is invalid, or changed since its `header` was read."""
+    DamagedFile if its content is invalid, or changed since its `header` was read.
+    """
     if read_header(path) != header:
         raise DamagedFile(f"{path} changed since this process opened it; run make codes, then start again")
     with _damage_named(path), pa.memory_map(str(path)) as file:
@@ -246,8 +231,7 @@ def map_shard(path: Path, *, header: ShardHeader) -> MappedShard:
             raise pa.ArrowInvalid("its columns are not those of its header")
         if columns_crc32(batch.columns) != header.crc32:
             raise pa.ArrowInvalid("its content does not have the checksum in its header")
-        codes_BN = batch["codes"].values.to_numpy(zero_copy_only=True).reshape(len(batch), header.num_patches)
-        return MappedShard(file.size(), batch["key"], batch["captions"], codes_BN)
+        return file.size(), batch
 
 
 @contextlib.contextmanager

@@ -75,10 +75,7 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def prose_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a documentation text that are English sentences, each on one line.
-
-    Code, grammar, tables, signatures, headings and option lists are skipped.
-    """
+    """The English sentences of a documentation text, a paragraph a line, without code, tables, headings and lists."""
     for block in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in block.splitlines()]
         if any(line.startswith(_CODE_START) or "::=" in line for line in lines):

@@ -48,11 +48,8 @@ LINE_C3 = np.array([PALETTE[colour] for colour in COLOURS], dtype=np.float32) - 
 
 
 class Detection(NamedTuple):
-    """One detected object, in pixels of the image.
-
-    box: (left, top, right, bottom), right and bottom excluded. centre: its (x, y). score: overlap (IoU) with the best
-    template.
-    """
+    """One detected object, in pixels of the image: its box (left, top, right, bottom), right and bottom excluded, the
+    centre (x, y) of the box, and its overlap (IoU) with the best template."""
 
     shape: Shape
     colour: Colour
@@ -149,10 +146,7 @@ def _objects(coverage_HW: np.ndarray, colour: Colour, *, top: int, left: int, sc
 
 
 def _best_shape(coverage_HW: np.ndarray, *, scale: float) -> tuple[Shape, float]:
-    """The shape whose rendered template overlaps best, over sides and positions near those of the region.
-
-    coverage_HW: with a rim of one pixel around the solid part.
-    """
+    """The shape whose template overlaps best with a region and its rim of one pixel, over sides and positions near."""
     coverage_HW = _sharpened(coverage_HW)
     longest = max(coverage_HW.shape) - 2
     reach = max(1, round(scale))
@@ -228,11 +222,7 @@ def describe(image: np.ndarray) -> str | None:
 
 
 def caption_of(detections: Sequence[Detection]) -> str | None:
-    """The full caption of the detected objects.
-
-    None without objects, for more than four, and for several that are neither all equal nor exactly two different
-    shapes in different colours.
-    """
+    """The full caption of one to four equal objects or two of different shapes and colours; None for any others."""
     kinds = {(detection.shape, detection.colour) for detection in detections}
     objects = [
         SceneObject(shape, colour, left, top, max(right - left, bottom - top))

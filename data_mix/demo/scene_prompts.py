@@ -97,10 +97,9 @@ def parse_prompt(prompt: str) -> Demands:
 
 
 def evaluation_prompts(*, per_skill: int, seed: int) -> list[ScenePrompt]:
-    """`per_skill` prompts of every skill, with the skills in GenEval's order.
+    """`per_skill` prompts of every skill, in GenEval's order, drawn without replacement.
 
-    Different prompts are drawn without replacement. A skill with fewer of them (4 for single_object, 12 for counting
-    and two_object) starts over, so that every skill has the same weight.
+    A skill with fewer (4 single_object, 12 counting and two_object) starts over: every skill has the same weight.
     """
     if per_skill < 1:
         raise ValueError(f"per_skill={per_skill}: at least one prompt per skill is needed")

@@ -11,7 +11,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -55,8 +55,7 @@ CLEAR_OFFSET = 4  # the larger offset (horizontal or vertical) exceeds the other
 SUPERSAMPLING = 8
 VAL_EVERY = 8  # one different scene in eight belongs to val, for any seed
 
-Family = Literal["single", "count", "pair"]
-FAMILY_SHARES: dict[Family, float] = {"single": 0.20, "count": 0.25, "pair": 0.55}
+SINGLE_SHARE, COUNT_SHARE = 0.20, 0.25  # of the scenes show one object, or equal ones; all others show a pair
 
 
 class SceneObject(NamedTuple):
@@ -99,9 +98,9 @@ class ScenesSource:
         """The objects of scene `index`; IndexError outside [0, length)."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        draw = Draw(derive_seed(self.seed, "scenes", self.split, index))
+        draw = Draw(derive_seed(self.seed, "scenes", self.split, index), size=self.size)
         while True:
-            objects = draw_scene(draw, size=self.size)
+            objects = _draw_scene(draw)
             # The split depends on the content: two seeds that draw the same scene put it into the same split.
             text = ";".join(f"{o.shape},{o.colour},{o.left},{o.top},{o.side}" for o in sorted(objects))
             if (zlib.crc32(text.encode()) % VAL_EVERY == 0) == (self.split == "val"):
@@ -112,67 +111,54 @@ Option = TypeVar("Option")
 
 
 class Draw:
-    """Random choices from random() alone: only random() gives the same values in all Python versions."""
+    """Random choices for a scene of `size` pixels, from random() alone: only random() is the same in all Pythons."""
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed).random
+    def __init__(self, seed: int, *, size: int) -> None:
+        self.random, self.size = random.Random(seed).random, size
+        self.margin, self.step = self.scaled(MARGIN), self.scaled(STEP)
+
+    def scaled(self, length: int) -> int:
+        """A length in a 32-pixel image, in whole pixels of this one."""
+        return max(1, round(length * self.size / REFERENCE_SIZE))
 
     def integer(self, low: int, high: int) -> int:
         """Uniform in [low, high], both included."""
-        return low + int(self._random() * (high - low + 1))
+        return low + int(self.random() * (high - low + 1))
 
-    def stepped(self, low: int, high: int, *, step: int) -> int:
+    def stepped(self, low: int, high: int) -> int:
         """Uniform among low, low + step, ... up to high."""
-        return low + step * self.integer(0, (high - low) // step)
+        return low + self.step * self.integer(0, (high - low) // self.step)
 
     def choice(self, options: Sequence[Option]) -> Option:
-        return options[int(self._random() * len(options))]
+        return options[self.integer(0, len(options) - 1)]
 
-    def family(self) -> Family:
-        point = self._random()
-        for family, share in FAMILY_SHARES.items():
-            point -= share
-            if point < 0:
-                return family
-        return "pair"
+    def side(self, sides: tuple[int, int]) -> int:
+        return self.stepped(self.scaled(sides[0]), self.scaled(sides[1]))
 
-
-def scaled(length: int, *, size: int) -> int:
-    """A length in a 32-pixel image, in whole pixels of an image of `size`."""
-    return max(1, round(length * size / REFERENCE_SIZE))
+    def place(self, side: int) -> int:
+        """The left or upper edge of a box anywhere in the image."""
+        return self.stepped(self.margin, self.size - self.margin - side)
 
 
-def draw_scene(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
-    """One scene, family first; its objects are in reading order (left or upper first)."""
-    family = draw.family()
-    if family == "single":
-        side = _side(draw, SINGLE_SIDES, size=size)
-        left, top = _corner(draw, side, size=size)
+def _draw_scene(draw: Draw) -> tuple[SceneObject, ...]:
+    """One scene; its objects are in reading order (left or upper first)."""
+    point = draw.random()
+    if point < SINGLE_SHARE:
+        side = draw.side(SINGLE_SIDES)
+        left, top = draw.place(side), draw.place(side)
         return (SceneObject(draw.choice(SHAPES), draw.choice(COLOURS), left, top, side),)
-    if family == "count":
-        return _draw_count(draw, size=size)
-    return _draw_pair(draw, size=size)
+    return _draw_count(draw) if point < SINGLE_SHARE + COUNT_SHARE else _draw_pair(draw)
 
 
-def _side(draw: Draw, sides: tuple[int, int], *, size: int) -> int:
-    return draw.stepped(scaled(sides[0], size=size), scaled(sides[1], size=size), step=scaled(STEP, size=size))
-
-
-def _corner(draw: Draw, side: int, *, size: int) -> tuple[int, int]:
-    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
-    low, high = margin, size - margin - side
-    return draw.stepped(low, high, step=step), draw.stepped(low, high, step=step)
-
-
-def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
+def _draw_count(draw: Draw) -> tuple[SceneObject, ...]:
     """Two to four equal shapes anywhere. If there is no room for the next one, all are drawn again."""
     shape, colour, count = draw.choice(SHAPES), draw.choice(COLOURS), draw.integer(2, 4)
-    gap = scaled(GAP, size=size)
+    gap = draw.scaled(GAP)
     placed: list[SceneObject] = []
     misses = 0
     while len(placed) < count:
-        side = _side(draw, COUNT_SIDES, size=size)
-        left, top = _corner(draw, side, size=size)
+        side = draw.side(COUNT_SIDES)
+        left, top = draw.place(side), draw.place(side)
         if all(
             max(left - o.left - o.side, o.left - left - side, top - o.top - o.side, o.top - top - side) >= gap
             for o in placed
@@ -183,27 +169,25 @@ def _draw_count(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
     return tuple(sorted(placed, key=lambda o: (o.top, o.left)))
 
 
-def _draw_pair(draw: Draw, *, size: int) -> tuple[SceneObject, ...]:
+def _draw_pair(draw: Draw) -> tuple[SceneObject, ...]:
     """Two different shapes in two different colours, the first clearly left of or clearly above the second."""
     first_shape, first_colour = draw.choice(SHAPES), draw.choice(COLOURS)
     second_shape = draw.choice([shape for shape in SHAPES if shape != first_shape])
     second_colour = draw.choice([colour for colour in COLOURS if colour != first_colour])
-    side_1, side_2 = _side(draw, PAIR_SIDES, size=size), _side(draw, PAIR_SIDES, size=size)
-    margin, step = scaled(MARGIN, size=size), scaled(STEP, size=size)
-    gap = max(step, scaled(GAP, size=size))  # a whole step, so that both objects lie on the grid
+    side_1, side_2 = draw.side(PAIR_SIDES), draw.side(PAIR_SIDES)
+    gap = max(draw.step, draw.scaled(GAP))  # a whole step, so that both objects lie on the grid
     horizontal = draw.integer(0, 1) == 0
     while True:
-        along_1 = draw.stepped(margin, size - margin - side_2 - gap - side_1, step=step)
-        along_2 = draw.stepped(along_1 + side_1 + gap, size - margin - side_2, step=step)
-        across_1 = draw.stepped(margin, size - margin - side_1, step=step)
-        across_2 = draw.stepped(margin, size - margin - side_2, step=step)
+        along_1 = draw.place(side_1 + gap + side_2)
+        along_2 = draw.stepped(along_1 + side_1 + gap, draw.size - draw.margin - side_2)
+        across_1, across_2 = draw.place(side_1), draw.place(side_2)
         offset_along = along_2 + side_2 / 2 - along_1 - side_1 / 2
         offset_across = abs(across_2 + side_2 / 2 - across_1 - side_1 / 2)
-        if offset_along - offset_across >= scaled(CLEAR_OFFSET, size=size):
+        if offset_along - offset_across >= draw.scaled(CLEAR_OFFSET):
             break
-    corner_1, corner_2 = ((along_1, across_1), (along_2, across_2))
+    corner_1, corner_2 = (along_1, across_1), (along_2, across_2)
     if not horizontal:
-        corner_1, corner_2 = ((across_1, along_1), (across_2, along_2))
+        corner_1, corner_2 = (across_1, along_1), (across_2, along_2)
     first = SceneObject(first_shape, first_colour, *corner_1, side_1)
     return first, SceneObject(second_shape, second_colour, *corner_2, side_2)
 
@@ -232,8 +216,9 @@ def shape_mask(shape: Shape, side: int) -> np.ndarray:
     """The share of each pixel that the shape covers: float32 (S, S) in [0, 1]. It touches all sides of its box."""
     steps = (np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING  # positions of the sub-pixels, in pixels
     x, y = steps[None, :], steps[:, None]
-    inside = _inside(shape, x, y, side)
-    mask_SS = inside.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean(axis=(1, 3), dtype=np.float32)
+    mask_SS = (
+        _inside(shape, x, y, side).reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean(axis=(1, 3), dtype=np.float32)
+    )
     mask_SS.flags.writeable = False  # all callers share the array
     return mask_SS
 

@@ -37,7 +37,7 @@ def test_the_batches_are_the_same_and_none_is_made_past_the_end() -> None:
 
 def test_the_next_batch_is_prepared_and_fails_at_its_own_step() -> None:
     squares = Squares()
-    with closing(Prefetch(squares)) as batches:
+    with closing(Prefetch(squares, num_steps=10)) as batches:
         assert batches.batch(6) == 36
         deadline = time.monotonic() + 5
         while squares.made != [6, 7] and time.monotonic() < deadline:

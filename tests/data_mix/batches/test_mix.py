@@ -137,9 +137,8 @@ def test_resume_gives_the_batches_of_the_uninterrupted_run(make: Make) -> None:
     ],
 )
 def test_a_checkpoint_of_other_data_is_refused(make: Make, change: dict[str, Any], message: str) -> None:
-    state = make().state(30)
     with pytest.raises(UserError, match=f"step 30 was trained on other data: {message}"):
-        make(**change).check_state(state)
+        make(**change).check_state(make().state(30))
 
 
 def test_other_codes_or_texts_of_the_same_size_are_refused(make: Make) -> None:
@@ -316,6 +315,9 @@ def test_mistakes_are_one_line(make: Make, changes: dict[str, Any], message: str
         ("text_seq_len=1", "data.text_seq_len=1"),
         ("text_seq_len=4097", "data.text_seq_len=4097: .* data.seq_len=4096"),
         ("texts=[{name: a}, {name: a}]", "data.texts have the names"),
+        ("mix.end=[0,0,0]", "mix.end"),
+        ("mix.start=[60,1]", "start has 2 values"),
+        ("mix.mode=share", "mode"),
     ],
 )
 def test_invalid_configs_are_one_line(override: str, message: str) -> None:

@@ -42,15 +42,9 @@ def batches_of(folder: Path, *, packing: Any, text: float = 1, **ranks: int) -> 
     return SequenceBatches(config, cache=folder, **(OPTIONS | {"batch_size": 24} | ranks))
 
 
-def packed_ids(folder: Path) -> torch.Tensor:
-    return batches_of(folder, packing="documents").batch(0).input_ids_BT
-
-
 def model_of(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel
-    model = Qwen3ForCausalLM(Qwen3Config(**SIZES)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**SIZES))
-    return model
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 def test_first_fit_keeps_the_order_and_the_room() -> None:
@@ -91,7 +85,7 @@ def test_a_changed_neighbour_changes_no_logit(kind: str, attention: str, folder:
     model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
     objective = UM3Objective(model, ids=IDS, loss=UM3LossConfig(), packed=True)
     objective.joins_rows = attention == "joined"  # the layout for flash attention
-    all_ids_BT, embed = packed_ids(folder), model.get_input_embeddings()
+    all_ids_BT, embed = batches_of(folder, packing="documents").batch(0).input_ids_BT, model.get_input_embeddings()
     most_documents = int((all_ids_BT == IDS.bos_id).sum(1).argmax())
     for ids_BT in (all_ids_BT, all_ids_BT[most_documents][None]):
         starts_BT = ids_BT == IDS.bos_id

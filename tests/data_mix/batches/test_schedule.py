@@ -5,15 +5,6 @@ from typing import Any
 import pytest
 
 from data_mix.batches.schedule import TASKS, MixConfig, Schedule
-from um3.core.config import load_config
-from um3.core.errors import UserError
-
-
-def test_the_papers_samples_per_batch() -> None:
-    schedule = Schedule(MixConfig())
-    assert schedule.counts(0, batch_size=512) == {"text": 480, "i2t": 8, "t2i": 24}
-    for step in (10_000, 10_001, 10_002, 10_003, 10_777):
-        assert schedule.counts(step, batch_size=512) == {"text": 384, "i2t": 32, "t2i": 96}
 
 
 def test_both_readings_of_equation_7() -> None:
@@ -46,23 +37,11 @@ def test_counts_are_within_one_sample_after_every_step(mode: Any, batch_size: in
             expected[task] += schedule.proportions(step)[task] * batch_size
             assert abs(given[task] - expected[task]) < 1 + 1e-6
     assert schedule.counts_before(250, batch_size=batch_size) == given
-    assert schedule.due(250, batch_size=batch_size) == pytest.approx(expected)
+    due = schedule.due_samples({f"{task}/a": 1 for task in TASKS}, batch_size=batch_size, step=250)
+    assert due == pytest.approx(expected | {f"{task}/a": count for task, count in given.items()})
 
 
 def test_no_calm_down_and_ratios_of_zero() -> None:
     assert Schedule(MixConfig(calm_down_steps=0)).counts(0, batch_size=16) == {"text": 12, "i2t": 1, "t2i": 3}
     schedule = Schedule(MixConfig(start=[0, 0, 1], end=[0, 0.3, 0.7], calm_down_steps=50))
     assert all(schedule.counts(step, batch_size=7)["text"] == 0 for step in range(100))
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("end=[0,0,0]", "mix.end"),
-        ("start=[60,1]", "start has 2 values"),
-        ("mode=share", "mode"),
-    ],
-)
-def test_invalid_mixes_are_one_line(override: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(MixConfig, overrides=[override])

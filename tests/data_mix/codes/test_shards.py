@@ -69,16 +69,6 @@ def test_32_bit_codes_survive_and_more_are_refused(tmp_path: Path) -> None:
             write_shard(tmp_path / "y.arrow", header=dataclasses.replace(header, bits=bits), **content)
 
 
-def test_splits_and_sources_are_separate(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    write_codes(tmp_path, source="digits")
-    write_codes(tmp_path, split="val", num_images=2)
-    sources = open_code_sources(tmp_path, split="train")
-    assert {name: len(source) for name, source in sources.items()} == {"digits": 5, "scenes": 15}
-    assert sources["digits"].name == "digits" and sources["digits"][0].key == "digits-0-0"
-    assert len(open_code_sources(tmp_path, split="val")["scenes"]) == 2
-
-
 def refused(folder: Path, message: str, **options: Any) -> None:
     """Opening fails with one line that names the problem and the remedy."""
     with pytest.raises(UserError, match=message) as caught:
