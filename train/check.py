@@ -29,9 +29,7 @@ def main(arguments: Sequence[str]) -> None:
             results.append(str(error))
         print(printable(results[-1] or f"{path}: ok"), flush=True)
     if damaged := sum(map(bool, results)):
-        raise UserError(
-            f"{run}: {damaged} of {len(results)} files are damaged; each line above that names one says how"
-        )
+        raise UserError(f"{run}: {damaged} of {len(results)} files are damaged; their lines above say how")
     if not results:
         raise UserError(f"'{run}' holds no code shard, text cache or checkpoint; give RUN= the folder of a run")
 

@@ -62,16 +62,13 @@ def resume_point(folder: Path) -> Path | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest valid checkpoint; None if none was ever saved.
+    """The newest valid checkpoint; None if none was ever saved, UserError if all are damaged.
 
     Newer damaged checkpoints are reported and renamed to `step-NNNNNNNN.damaged`; the next save deletes them.
-
-    Raises:
-        UserError: there are checkpoints, but none is valid.
     """
     _delete(folder, *LEFTOVERS)
     damaged: dict[Path, str] = {}
-    for path in reversed(_step_folders(folder)):
+    for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
         if not (files := damaged_files(path)):
             for newer in damaged:
                 shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
@@ -81,10 +78,8 @@ def find_checkpoint(folder: Path) -> Path | None:
         logger.warning("checkpoint %s is damaged (%s): trying the previous one", path, damaged[path])
     if damaged:
         details = "; ".join(f"{path.name}: {files}" for path, files in damaged.items())
-        raise UserError(
-            f"every checkpoint in {folder} is damaged ({details}); restore one from a backup, or delete {folder} to "
-            "start from step 0"
-        )
+        remedy = f"restore one from a backup, or delete {folder} to start from step 0"
+        raise UserError(f"every checkpoint in {folder} is damaged ({details}); {remedy}")
     return None
 
 
@@ -94,28 +89,19 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
-    """Copy a checkpoint's weights into a module, before its engine is built (which copies its masters from there).
-
-    Raises:
-        UserError: the checkpoint's parameters are not those of the module.
-    """
-    missing = dict(_trainable(module))
+    """Copy a checkpoint's weights, which must be those of `module`, before its engine is built and copies masters."""
+    missing, remedy = dict(_trainable(module)), "resume with the settings in the run's config.yaml"
     for name, kind, tensor in _read_tensors(path, label):
         if kind != "param":
             continue
         parameter = missing.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:
             problem = "does not have" if parameter is None else f"has with shape {tuple(parameter.shape)}"
-            raise UserError(
-                f"{path} holds '{name}' of shape {tuple(tensor.shape)}, which this model {problem}; resume with the "
-                "settings in the run's config.yaml"
-            )
+            stored = f"'{name}' of shape {tuple(tensor.shape)}"
+            raise UserError(f"{path} holds {stored}, which this model {problem}; {remedy}")
         parameter.data.copy_(tensor)
     if missing:
-        raise UserError(
-            f"{path} lacks '{min(missing)}' and {len(missing) - 1} more parameters of this model; resume with the "
-            "settings in the run's config.yaml"
-        )
+        raise UserError(f"{path} lacks '{min(missing)}' and {len(missing) - 1} more parameters of this model; {remedy}")
 
 
 def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
@@ -143,14 +129,12 @@ def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
 
 
 def remove_old(folder: Path, *, keep: int, best_by: str = "") -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and the remains of interrupted saves.
-
-    The best checkpoint has the lowest `state["means"][best_by]`; of equal ones, the newest.
-    """
+    """Delete the remains of interrupted saves, and all checkpoints but the newest `keep` and the (newest) one with the
+    lowest `state["means"][best_by]`."""
     if not is_main():
         return
     _delete(folder, *LEFTOVERS, "*.damaged")
-    paths = _step_folders(folder)
+    paths = sorted(folder.glob("step-*[0-9]"))
     scores = {path: score for path in reversed(paths) if (score := _mean(path, best_by)) is not None}
     kept = {*paths[-keep:], *([min(scores, key=scores.__getitem__)] if scores else [])}
     for path in paths:
@@ -171,10 +155,6 @@ def _step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*[0-9]"))
-
-
 def _delete(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         shutil.rmtree(path, ignore_errors=True)
@@ -182,14 +162,12 @@ def _delete(folder: Path, *patterns: str) -> None:
 
 def damaged_files(path: Path) -> list[str]:
     """Names of the checkpoint's files that are missing or differ from what was written."""
-    try:
+    with contextlib.suppress(UserError):
         meta = read_meta(path)
-    except UserError:
-        return ["meta.json"]
-    if path.name != f"step-{meta['step']:08d}":
-        return ["meta.json"]
-    files = {path / name: digest for name, digest in meta["files"].items()}
-    return [file.name for file, digest in files.items() if not file.is_file() or sha256_of(file) != digest]
+        if path == _step_folder(path.parent, meta["step"]):
+            files = {path / name: digest for name, digest in meta["files"].items()}
+            return [file.name for file, digest in files.items() if not file.is_file() or sha256_of(file) != digest]
+    return ["meta.json"]
 
 
 def _mean(path: Path, name: str) -> float | None:
@@ -246,6 +224,5 @@ def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, str, torch.Tens
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     yield *key.rsplit("/", 1), tensors.get_tensor(key)
         except SafetensorError as error:
-            raise UserError(
-                f"{file} is damaged ({error}); delete {path} to resume from the previous checkpoint"
-            ) from None
+            remedy = f"delete {path} to resume from the previous checkpoint"
+            raise UserError(f"{file} is damaged ({error}); {remedy}") from None

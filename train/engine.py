@@ -66,11 +66,7 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
 
 
 def _take_gpu() -> None:
-    """Make this process's GPU the current one, which NCCL, torch's memory statistics and DeepSpeed use.
-
-    Raises:
-        UserError: the machine has fewer GPUs than processes.
-    """
+    """Make this process's GPU the current one, which NCCL, torch's memory statistics and DeepSpeed use."""
     gpu, count = device(), torch.cuda.device_count()
     if gpu.index >= count:
         raise UserError(f"there is no GPU for local process {gpu.index}: this machine has {count}; set NPROC={count}")
@@ -78,11 +74,7 @@ def _take_gpu() -> None:
 
 
 def split_batch(loop: LoopConfig) -> tuple[int, int]:
-    """(micro-batch size per rank, accumulation steps) of the global batch.
-
-    Raises:
-        UserError: the batch size is not divisible by the number of ranks, or a rank's share by the micro-batch size.
-    """
+    """(micro-batch size per rank, accumulation steps) of the global batch; UserError if they do not divide it."""
     ranks = world_size()
     if loop.batch_size % ranks:
         raise UserError(f"loop.batch_size={loop.batch_size} is not divisible by {ranks} processes; change one of them")
@@ -103,20 +95,11 @@ def precision_of(engine: EngineConfig) -> Literal["fp32", "bf16-mixed", "bf16-tr
 
 
 def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
-    """Refuse combinations of options that cannot work.
-
-    Raises:
-        UserError: LAMB with ZeRO above 0 (a partition has no per-tensor norm); Muon with ZeRO 3; bf16 weights with
-        ZeRO 0,
-            LAMB or Muon; offloading without a GPU, or with ZeRO 0, LAMB or Muon; compiled layers with ZeRO 3.
-    """
+    """UserError for a combination of options that cannot work."""
     stage, kind, pure_bf16 = engine.zero_stage, optimizer.kind, engine.precision == "bf16-true"
     offload, no_gpu = engine.offload_optimizer, not torch.cuda.is_available()
     refused: list[tuple[bool, str]] = [
-        (
-            kind == "lamb" and stage > 0,
-            f"LAMB needs whole tensors, which ZeRO {stage} partitions; set engine.zero_stage=0",
-        ),
+        (kind == "lamb" and stage > 0, f"LAMB needs the norms of whole tensors; set engine.zero_stage=0, not {stage}"),
         (kind == "muon" and stage == 3, "Muon needs whole matrices, which ZeRO 3 partitions; set engine.zero_stage=2"),
         (kind != "adamw" and pure_bf16, f"{kind} needs float32 weights; set engine.precision=bf16-mixed"),
         (pure_bf16 and stage == 0, "ZeRO holds the masters of bf16 weights; set engine.zero_stage=1, 2 or 3"),
@@ -131,20 +114,14 @@ def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
 
 
 def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
-    """Make the language model use the configured attention.
-
-    Raises:
-        UserError: the attention is not installed, or needs a GPU or bf16 matrix products.
-    """
+    """Make the language model use the configured attention; UserError if this machine or precision cannot."""
     if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "fp32"):
         raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16; set engine.attention=sdpa")
     try:
         model.set_attn_implementation(engine.attention)
     except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"engine.attention={engine.attention}: {reason}; install it, or set engine.attention=sdpa"
-        ) from None
+        reason = f"engine.attention={engine.attention}: {' '.join(str(error).split())}"
+        raise UserError(f"{reason}; install it, or set engine.attention=sdpa") from None
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -165,11 +142,7 @@ def fuse_adamw(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fuse_layers(model: nn.Module) -> list[str]:
-    """Replace RMSNorm, SwiGLU and rotary embedding of stock language models by Liger's kernels, if installed.
-
-    Returns:
-        what was replaced, for the log.
-    """
+    """Use Liger's kernels, if installed, in stock language models; return the names of what they replace."""
     from transformers import PreTrainedModel
 
     stock = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config.model_type in STOCK]
@@ -182,18 +155,8 @@ def fuse_layers(model: nn.Module) -> list[str]:
     return ["RMSNorm, SwiGLU, rotary embedding (Liger)"]
 
 
-def build_engine(
-    model: nn.Module,
-    *,
-    optimizer: OptimizerConfig,
-    engine: EngineConfig,
-    loop: LoopConfig,
-) -> Any:
-    """Wrap `model` and its optimizer in a DeepSpeed engine.
-
-    Raises:
-        UserError: options that `check_engine` or `split_batch` refuse.
-    """
+def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: EngineConfig, loop: LoopConfig) -> Any:
+    """Wrap `model` and its optimizer in a DeepSpeed engine; UserError from `check_engine` or `split_batch`."""
     import deepspeed
 
     check_engine(engine, optimizer=optimizer)

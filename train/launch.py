@@ -28,11 +28,6 @@ PR_SET_PDEATHSIG = 1
 Worker = subprocess.Popen[bytes]
 
 
-def is_worker() -> bool:
-    """True in a process that a launcher started."""
-    return "RANK" in os.environ
-
-
 def launch(arguments: Sequence[str], *, processes: int, timeout_s: float) -> int:
     """Run `python -m train ARGUMENTS` in `processes` processes; return the exit code of the first that failed, or 0.
 
@@ -45,15 +40,11 @@ def launch(arguments: Sequence[str], *, processes: int, timeout_s: float) -> int
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, frame: received.append(number))
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        LAUNCHER: "1",
-    }
+    shared |= {"MASTER_PORT": str(free_port()), LAUNCHER: "1"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "train", *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={"OMP_NUM_THREADS": "1", **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # the terminal's Ctrl-C must reach the workers through this process only
             preexec_fn=_die_with_parent(),
         )
@@ -70,24 +61,19 @@ def launch(arguments: Sequence[str], *, processes: int, timeout_s: float) -> int
 
 
 def _watch(workers: Sequence[Worker], *, received: list[int], timeout_s: float) -> tuple[str, int]:
-    """Forward signals until all ended, one failed, one did not answer, or the user insists.
+    """Forward signals until all ended, one failed, one did not answer, or the user insists: (reason, exit code).
 
-    A rank that was stopped (SIGSTOP) is seen from here. One that hangs is known by the others: their collectives time
-    out, and they exit with EXIT_LOST_RANK while it stays.
-
-    Returns:
-        the reason for the user (empty if a process has printed it, or for success), and the exit code.
+    The reason is empty for success, and if a process has printed it. A rank that was stopped (SIGSTOP) is seen from
+    here. If one hangs, the others' collectives time out, and they exit with EXIT_LOST_RANK while it stays.
     """
     num_forwarded, deadline = 0, math.inf
     answered = dict.fromkeys(range(len(workers)), time.monotonic())
     while True:
         now, codes = time.monotonic(), [worker.poll() for worker in workers]
         # Signals sort first: a rank that exited with an error may have lost its connection to a killed one.
-        failed = sorted(
-            (code > 0, rank, code) for rank, code in enumerate(codes) if code not in (None, 0, EXIT_LOST_RANK)
-        )
+        failed = [(code > 0, rank, code) for rank, code in enumerate(codes) if code not in (None, 0, EXIT_LOST_RANK)]
         if failed:
-            _, rank, code = failed[0]
+            _, rank, code = min(failed)
             return f"rank {rank} {_reason(code)}" if -code not in received and code < 2 else "", code
         alive = [rank for rank, code in enumerate(codes) if code is None]
         if not alive:

@@ -80,10 +80,8 @@ class NonFiniteLoss(Exception):
 def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """Train `task` to its last step, resuming from the newest valid checkpoint in the phase's folder.
 
-    Raises:
-        UserError: a loss that is not finite, a checkpoint of another run, or no valid checkpoint.
-        Interrupted: SIGTERM; the state is saved.
-        KeyboardInterrupt: Ctrl-C; the state is saved.
+    UserError: a loss that is not finite, a checkpoint of another run, or no valid checkpoint. After SIGTERM it raises
+    Interrupted and after Ctrl-C KeyboardInterrupt, with the state saved.
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.output_dir)
@@ -131,10 +129,8 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
 
 
 def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """(engines, first step, state of the loop), from the newest valid checkpoint of this run, or `resume_from`.
-
-    run: what must be equal in the checkpoint (on the first rank; the others end with it).
-    """
+    """(engines, first step, state of the loop), from the newest valid checkpoint of this run, or `resume_from`; the
+    checkpoint must have the same `run` (on the first rank; the others end with it)."""
     path = resume_point(Path(loop.output_dir, "checkpoints"))
     if path is None and loop.resume_from:
         path = Path(loop.resume_from)
@@ -171,11 +167,8 @@ def _train_step(task: Task, *, step: int, folder: Path) -> dict[str, float]:
 
 
 def check_finite(loss_terms: dict[str, float], *, source: str) -> None:
-    """Stop every rank before the optimizer step if any rank's loss is not finite (a collective call).
-
-    Raises:
-        NonFiniteLoss: names the terms, the rank and the source, of the first rank with such a loss.
-    """
+    """Raise NonFiniteLoss on every rank if any has a term that is not finite, naming the first such rank's terms and
+    `source` (a collective call)."""
     bad_terms = ", ".join(f"{name} is {value}" for name, value in loss_terms.items() if not math.isfinite(value))
     if any_rank(bool(bad_terms)):
         reports = [f"{bad_terms} on rank {rank()}: {source}" if bad_terms else ""] * world_size()

@@ -11,6 +11,8 @@ from train.config import OptimizerConfig
 from train.muon import Muon
 from um3.core.errors import UserError
 
+MAX_TRUST_RATIO = 10.0
+
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020): Adam's direction, scaled per tensor by ||w|| / ||update||.
@@ -19,18 +21,9 @@ class Lamb(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        max_trust_ratio: float = 10.0,
+        self, params: Iterable[Any], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
     ):
-        super().__init__(
-            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_trust_ratio=max_trust_ratio)
-        )
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -66,7 +59,7 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
             weight_norms, update_norms = torch._foreach_norm(params), torch._foreach_norm(updates)
             ratios = [
-                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)).clamp(max=group["max_trust_ratio"])
+                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)).clamp(max=MAX_TRUST_RATIO)
                 for w, u in zip(weight_norms, update_norms, strict=True)
             ]
             torch._foreach_mul_(updates, ratios)
@@ -79,9 +72,6 @@ def build_optimizer(
     """Build the optimizer, with the trainable parameters grouped by peak learning rate and weight decay.
 
     Groups hold "peak_lr" for `set_learning_rate` and "ema_decay" for the engine. Muon steps the matrices in the layers.
-
-    Raises:
-        UserError: no parameter is trainable, or a prefix in `module_lr` matches none of them.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     unused = set(config.module_lr)
@@ -97,10 +87,8 @@ def build_optimizer(
     if not groups:
         raise UserError("every parameter is frozen; change `trainable`")
     if unused:
-        raise UserError(
-            f"optimizer.module_lr: no trainable parameter name starts with {', '.join(sorted(unused))}; correct the "
-            "prefix"
-        )
+        prefixes = sorted(unused)
+        raise UserError(f"optimizer.module_lr: no trainable parameter starts with {', '.join(prefixes)}; correct it")
     options = [
         dict(params=params, lr=0.0, peak_lr=peak, weight_decay=decay, ema_decay=config.ema_decay)
         | ({"shapes": [tuple(param.shape) for param in params]} if orthogonal else {})

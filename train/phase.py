@@ -2,11 +2,12 @@
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from train.launch import is_worker, launch
+from train.launch import launch
 from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
 from train.run_folder import is_done
 from um3.core.commands import command_parser, read_config
@@ -30,19 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     if is_done(config, inputs=inputs):
         print(f"{phase}: {config.loop.output_dir} is up to date")
         return
-    if options.processes > 1 and not is_worker():
+    if options.processes > 1 and "RANK" not in os.environ:
         sys.exit(launch(arguments, processes=options.processes, timeout_s=config.engine.timeout_s))
     with folder_lock(config.loop.output_dir) if is_main() else contextlib.nullcontext():
-        _train(config, phase=phase, inputs=inputs)
+        recipe = importlib.import_module(f"train.recipes.{phase}")
+        from train import engine, loop
 
-
-def _train(config: Any, *, phase: str, inputs: dict[str, str]) -> None:
-    recipe = importlib.import_module(f"train.recipes.{phase}")
-    from train import engine, loop
-
-    quiet_model_files()
-    engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
-    try:
-        loop.run(recipe.build_task(config), config=config, inputs=inputs)
-    except Interrupted:
-        sys.exit(0)
+        quiet_model_files()
+        engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
+        try:
+            loop.run(recipe.build_task(config), config=config, inputs=inputs)
+        except Interrupted:
+            sys.exit(0)

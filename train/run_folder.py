@@ -23,15 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that a resumed run may change without becoming another run: they change no result.
 FREE_SETTINGS = (
-    "loop.log_every_steps",
-    "loop.save_every_steps",
-    "loop.keep_",
-    "loop.num_threads",
-    "loop.loggers",
-    "loop.micro_batch_size",
-    "engine.",
-    "text_validation.alarm_above",
-    "evaluate.",
+    *("loop.log_every_steps", "loop.save_every_steps", "loop.keep_", "loop.num_threads", "loop.loggers"),
+    *("loop.micro_batch_size", "engine.", "text_validation.alarm_above", "evaluate."),
 )
 # Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "data.codes:")
@@ -48,11 +41,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote.
-
-    Raises:
-        UserError: the file is missing, or is not as it was written.
-    """
+    """Read what `write_record` wrote; UserError if it is missing or was changed."""
     record: dict[str, Any] = read_json(path, keys=["sha256"])
     if record.pop("sha256") != _digest(record):
         raise UserError(f"{path} is not as it was written; restore it, or delete it and run the phase again")
@@ -66,15 +55,8 @@ def _digest(record: dict[str, Any]) -> str:
 def is_done(config: Any, *, inputs: dict[str, str]) -> bool:
     """True if the phase's folder holds the whole result of this config and these inputs.
 
-    A result that lacks files, or has damaged ones, is reported; the phase makes it again from its last checkpoint.
-
-    Args:
-        config: the recipe's config, with a `loop` section.
-        inputs: fingerprints of the models that the phase starts from.
-
-    Raises:
-        UserError: the folder belongs to a run with other settings, inputs or data, or its result is damaged and there
-            is no checkpoint.
+    A result that lacks files, or has damaged ones, is reported; the phase makes it again from its last checkpoint, or
+    stops if there is none. UserError if the folder is that of a run with other settings, inputs or data.
     """
     folder, new = Path(config.loop.output_dir), {"config": to_dict(config), "inputs": inputs}
     config_file, done_file = folder / "config.yaml", folder / "done.json"
@@ -102,7 +84,10 @@ def refuse_other_run(place: Path, old: dict[str, Any], new: dict[str, Any]) -> N
 
     Both hold "config" and other dictionaries, of which those in both are compared.
     """
-    changed = changed_settings(old["config"], new["config"]) if "config" in old and "config" in new else []
+    changed: list[str] = []
+    if "config" in old and "config" in new:
+        lines = differences(_without_places(old["config"]), _without_places(new["config"]))
+        changed += [line for line in lines if not line.startswith((*FREE_SETTINGS, *FREE_FOLDERS))]
     for part in sorted((old.keys() & new.keys()) - {"config"}):
         changed += differences({part: old[part]}, {part: new[part]})
     if changed:
@@ -113,22 +98,13 @@ def refuse_other_run(place: Path, old: dict[str, Any], new: dict[str, Any]) -> N
         )
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that make `new` another run than `old`, as `key: old -> new` lines."""
-    lines = differences(_without_places(old), _without_places(new))
-    return [line for line in lines if not line.startswith((*FREE_SETTINGS, *FREE_FOLDERS))]
-
-
 def _without_places(value: Any) -> Any:
     """A config without the paths of its data sources, which are elements of lists."""
     if isinstance(value, dict):
         return {key: _without_places(item) for key, item in value.items()}
-    if not isinstance(value, list):
-        return value
-    return [
-        {key: part for key, part in item.items() if key not in FREE_SOURCE_KEYS} if isinstance(item, dict) else item
-        for item in value
-    ]
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [{key: part for key, part in item.items() if key not in FREE_SOURCE_KEYS} for item in value]
+    return value
 
 
 def data_fingerprints(config: Any) -> dict[str, str]:
@@ -156,14 +132,12 @@ def result_files(folder: Path) -> dict[str, str]:
 
 def damaged_files(folder: Path, files: dict[str, str]) -> list[str]:
     """The `result_files` that are missing or no longer have their digest."""
-    return [
-        name
-        for name, digest in files.items()
-        if not ((folder / name).is_file() and _file_digest(folder / name) == digest)
-    ]
+    return [name for name, digest in files.items() if _file_digest(folder / name) != digest]
 
 
 def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        return "missing"
     if path.name in EDITABLE:
         return ""
     if path.stat().st_size <= WHOLE_BYTES:
@@ -175,11 +149,7 @@ def _file_digest(path: Path) -> str:
 def model_digest(path_or_hub_id: str, *, made_by: str) -> str:
     """Fingerprint of the weights of a model folder or of a file; a hub id is its own fingerprint.
 
-    Args:
-        made_by: the make target that writes such a folder, for the error message.
-
-    Raises:
-        UserError: there are no weights.
+    Without weights, the UserError names the make target `made_by`, which writes such a folder.
     """
     if digest := weights_digest(path_or_hub_id):
         return digest

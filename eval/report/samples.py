@@ -85,7 +85,7 @@ def reconstructions(part: Part, scores: Mapping[str, Score]) -> list[TileGroup]:
         for kind in ("original", *part.samples.get("stages", [])):
             score = scores.get(f"{source}_reconstruction_{kind}/psnr")
             name = f"{source}_{kind}"  # absent for an external tokenizer of another image size
-            tiles = [Tile(image) for image in (part.images[name] if name in part.images else ())]
+            tiles = [Tile(image) for image in part.images.get(name, ())]
             groups.append(TileGroup(kind.replace("stage", "stage "), tiles, score.shown() if score else "", source))
     return groups
 

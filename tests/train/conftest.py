@@ -5,13 +5,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from train.phase import main
 from um3.core.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 COMMON = [
     *("loop.num_threads=1", "loop.batch_size=8", "loop.log_every_steps=1", "loop.save_every_steps=2"),
     *("loop.max_steps=4", "optimizer.warmup_steps=1"),
@@ -59,13 +60,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ours} | {"OMP_NUM_THREADS": "1"}
 
 
-def train_apart(command: Sequence[str], *, processes: int = 1) -> None:
+def train_apart(command: Sequence[str], *, processes: int = 1, launcher: Sequence[str] = ("-m", "train")) -> None:
     """Run `python -m train COMMAND` (with torchrun if there are several processes); it must succeed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "train", *command],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    if processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launcher)
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, *launcher, *command], **options, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import ROOT, arguments, environment, losses
+from tests.train.conftest import ROOT, arguments, environment, losses, train_apart
 from um3.core.distributed import free_port
 from um3.core.metrics import read_metrics
 
@@ -29,15 +29,11 @@ def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
         (spool / name).write_text(f"#!/bin/sh\n{body}\n")
         (spool / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SPOOL": str(spool)}
-    settings = {
-        "PATH": f"{spool}:{os.environ['PATH']}",
-        "PYTHON": sys.executable,
-        "NPROC": "2",
-        "PORT": str(free_port()),
-    }
+    settings = {"PATH": f"{spool}:{os.environ['PATH']}", "PYTHON": sys.executable, "NPROC": "2"}
+    settings |= slurm | {"PORT": str(free_port())}
     return subprocess.Popen(
         ["bash", str(ROOT / "scripts/um3.sbatch"), *command],
-        cwd=ROOT, env=environment() | slurm | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment() | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -66,9 +62,5 @@ def test_a_failed_slurm_job_is_not_requeued(tmp_path: Path) -> None:
 
 def test_deepspeeds_launcher_runs_the_same_command(tmp_path: Path) -> None:
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    result = subprocess.run(
-        [sys.executable, *launcher, "--no_local_rank", "--module", "train", *arguments("stage1", tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    train_apart(arguments("stage1", tmp_path), launcher=[*launcher, "--no_local_rank", "--module", "train"])
     assert len(losses(tmp_path / "stage1")) == 4

@@ -13,11 +13,10 @@ import pytest
 
 from tests.helpers.processes import run_on_ranks
 from tests.helpers.survive import Run, process_state
-from tests.train.conftest import arguments, losses
+from tests.train.conftest import arguments
 from train.launch import launch
 from train.loop import NonFiniteLoss, check_finite
 from um3.core.distributed import rank
-from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="inspects processes through Linux's /proc")
@@ -72,18 +71,15 @@ def endless(folder: Path) -> Run:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(made: Path, tmp_path: Path) -> None:
-    run = Run(arguments("stage1", tmp_path), log=tmp_path / "log", processes=2)
-    assert run.wait() == 0, run.text()
-    assert losses(tmp_path / "stage1") == pytest.approx(losses(made / "stage1"), rel=5e-3)
-    assert read_json(tmp_path / "stage1/done.json")["processes"] == 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_all_after_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "is_paused", "code"), [(signal.SIGINT, False, 130), (signal.SIGTERM, True, 0)])
+def test_a_signal_stops_all_after_the_same_step(
+    number: signal.Signals, is_paused: bool, code: int, tmp_path: Path
+) -> None:
     run = endless(tmp_path)
-    run.send(signal.SIGINT)
-    assert run.wait() == 130
+    if is_paused:
+        run.pause()
+    run.send(number)
+    assert run.wait() == code, run.text()
     assert "Traceback" not in run.text() and run.text().count("stopped by") == 1
     (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
     assert (saved / "meta.json").exists()
@@ -123,15 +119,6 @@ def test_one_dead_process_stops_all_with_its_reason(
     assert run.text().splitlines()[-1].startswith(f"error: {reason}")
     assert "Traceback" not in run.text() and run.text().count("error: ") == 1
     assert [process_state(worker) for worker in workers] == ["", ""]
-
-
-@pytest.mark.slow
-def test_sigterm_saves_although_a_rank_is_stopped(tmp_path: Path) -> None:
-    run = endless(tmp_path)
-    run.pause()
-    run.send(signal.SIGTERM)
-    assert run.wait() == 0, run.text()
-    assert list((tmp_path / "stage1/checkpoints").glob("step-*/meta.json"))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -41,36 +41,33 @@ def test_a_run_killed_at_random_moments_computes_the_same_bits(phase: str, made:
     survive(command, tmp_path, kills=KILLS, seed=PHASES.index(phase))
 
 
-class Whole(NamedTuple):
-    """An undisturbed run of two processes: command line, run folder, seconds to its first step."""
-
-    command: list[str]
-    folder: Path
-    start_s: float
+Whole = tuple[list[str], Path, float]
 
 
 @pytest.fixture(scope="module")
-def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run of two processes: command line, run folder, seconds to its first step."""
     folder = tmp_path_factory.mktemp("two") / "whole"
     command = [*long_run("um3", made, steps=40), "engine.zero_stage=2"]
-    return Whole(command, folder, whole_run(command, folder=folder, processes=2))
+    return command, folder, whole_run(command, folder=folder, processes=2)
 
 
-def test_two_killed_processes_compute_the_same_bits(whole: Whole, tmp_path: Path) -> None:
+def test_two_killed_processes_compute_the_same_bits(undisturbed: Whole, tmp_path: Path) -> None:
+    command, whole, start_s = undisturbed
     moments = random_moments(3, seed=0)
-    killed_run(whole.command, folder=tmp_path / "killed", moments=moments, start_s=whole.start_s, processes=2)
-    compare(whole.folder, tmp_path / "killed")
+    killed_run(command, folder=tmp_path / "killed", moments=moments, start_s=start_s, processes=2)
+    compare(whole, tmp_path / "killed")
 
 
-def test_a_run_moves_from_two_processes_to_one_and_back(whole: Whole, tmp_path: Path) -> None:
+def test_a_run_moves_from_two_processes_to_one_and_back(undisturbed: Whole, tmp_path: Path) -> None:
     """SIGTERM ends each part within a step, with exit code 0."""
-    command, moved = whole.command, tmp_path / "moved"
+    (command, whole, _), moved = undisturbed, tmp_path / "moved"
     for processes, steps in ((2, 8), (1, 20)):
         run = start(command, folder=moved, processes=processes)
         run.wait_until(lambda: logged_steps(moved) >= steps)  # noqa: B023 (called at once)
         end_within_a_step(run, moved, number=signal.SIGTERM, code=0)
     start(command, folder=moved, processes=2).finish()
-    before, after = computed_metrics(whole.folder), computed_metrics(moved)
+    before, after = computed_metrics(whole), computed_metrics(moved)
     # The counts of tasks and targets are whole numbers that show which samples a batch holds.
     assert [counts(row) for row in after] == [counts(row) for row in before]
     assert len({tuple(counts(row).values()) for row in before}) > 10

@@ -19,9 +19,8 @@ from um3.model.configuration import ModelConfig, is_um3
 def _check_multiples(config: object, **pairs: str) -> None:
     for whole, part in pairs.items():
         if getattr(config, whole) % getattr(config, part):
-            raise ValueError(
-                f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}; change one"
-            )
+            values = f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
+            raise ValueError(f"{values}; change one")
 
 
 @dataclass
@@ -81,10 +80,8 @@ class ImageDataConfig:
 
     def __post_init__(self) -> None:
         if streamed := [source.name for source in self.sources if source.stream]:
-            raise ValueError(
-                f"source '{streamed[0]}': the tokenizer reads images in random order, which a stream does not allow; "
-                "set stream=0 to download the data set"
-            )
+            reason = "the tokenizer reads images in random order, which a stream does not allow"
+            raise ValueError(f"source '{streamed[0]}': {reason}; set stream=0 to download the data set")
 
 
 @dataclass
@@ -122,14 +119,11 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         if self.gradient_norms and self.engine.zero_stage == 3:
-            raise ValueError(
-                "gradient_norms needs whole weights, which ZeRO 3 partitions; set engine.zero_stage=2 or less"
-            )
+            raise ValueError("gradient_norms needs whole weights, not ZeRO 3's; set engine.zero_stage=2 or less")
         uncaptioned = [source.name for source in self.data.sources if not source.has_captions]
         if self.loss.contrastive and uncaptioned:
-            raise ValueError(
-                f"source '{uncaptioned[0]}' has no captions, which the contrastive loss needs; set loss.contrastive=0"
-            )
+            reason = "has no captions, which the contrastive loss needs"
+            raise ValueError(f"source '{uncaptioned[0]}' {reason}; set loss.contrastive=0")
         if self.model.init_from and (self.model.encoder_weights or self.text.weights):
             raise ValueError("model.init_from loads all weights; unset model.encoder_weights and text.weights")
         if self.text.weights and not self.text.tokenizer:
@@ -279,13 +273,10 @@ class UM3Config:
 
     def __post_init__(self) -> None:
         every_steps = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
-        log_every = self.loop.log_every_steps
         for name, steps in every_steps.items():
-            if steps % log_every:
-                raise ValueError(
-                    f"{name}.every_steps={steps} must be a multiple of loop.log_every_steps={log_every}, or its values "
-                    "are not logged; change one of them, or set 0 to switch it off"
-                )
+            if steps % self.loop.log_every_steps:
+                needed = f"must be a multiple of loop.log_every_steps={self.loop.log_every_steps}, or is not logged"
+                raise ValueError(f"{name}.every_steps={steps} {needed}; change one of them, or set 0 to switch it off")
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""

@@ -19,13 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """Every `evaluate.every_steps` steps: FOLDER/eval/step-NNNNNNNN/PART.json, and metrics named eval/..."""
+    """FOLDER/eval/step-NNNNNNNN/PART.json, and metrics named eval/...; UserError if config or data cannot be read."""
 
     def __init__(self, config: UM3Config):
-        """Raises:
-        UserError: an evaluation config that cannot be read, or data that is missing.
-        """
-        self.every_steps = config.evaluate.every_steps
         self.folder = Path(config.loop.output_dir)
         settings = load_config(EvalConfig, path=find_config(config.evaluate.config), section="eval")
         parts: list[PartName] = list(config.evaluate.parts)
@@ -35,17 +31,11 @@ class Evaluation:
         )
         self.config = with_sources(settings)
 
-    def is_due(self, step: int) -> bool:
-        """Whether to evaluate after `step` steps."""
-        return step % self.every_steps == 0
-
     def measure(self, write_model: Callable[[Path], None], *, step: int) -> dict[str, float]:
         """Evaluate on the first rank, while the others wait; return the scores as metrics there (a collective call).
 
-        An evaluation that fails with a UserError is reported and does not stop the run.
-
-        Args:
-            write_model: writes the current model to a folder; called on every rank.
+        `write_model` writes the current model to a folder; every rank calls it. A UserError is reported and does not
+        stop the run.
         """
         step_folder = self.folder / "eval" / f"step-{step:08d}"
         model = step_folder / "model"

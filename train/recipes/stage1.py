@@ -28,7 +28,7 @@ from tokenizer import load
 from tokenizer.losses import info_nce
 from tokenizer.modeling import QLIPModel
 from tokenizer.quantizer import codebook_entropy
-from train.engine import autocast, build_engine, split_batch, step_engine
+from train.engine import autocast, step_engine
 from train.loop import check_finite
 from train.recipes.configs import Stage1Config
 from train.recipes.tokenizer_setup import new_tokenizer, open_sources, train_only
@@ -74,8 +74,10 @@ class Stage1Objective(nn.Module):
 class Stage1Task(TokenizerTask):
     """One optimizer; the loss is that of the global batch, however many micro-batches and ranks share it."""
 
+    config: Stage1Config
+
     def __init__(self, config: Stage1Config):
-        self.config, model = config, config.model
+        model = config.model
         if model.init_from:
             qlip, processor = load(model.init_from)
             qlip.float().train()
@@ -93,15 +95,6 @@ class Stage1Task(TokenizerTask):
             self.qlip.vision_model.quant_embed_post.requires_grad_(False)
         if config.gradient_norms and not all(weight.requires_grad for weight in self._last_mlp()):
             raise UserError("gradient_norms needs the encoder's last MLP to train; add it to `trainable`")
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective}
-
-    def build_engines(self) -> dict[str, Any]:
-        config = self.config
-        self.micro_images, _ = split_batch(config.loop)
-        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
-        return {"model": self.engine}
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
@@ -179,9 +172,6 @@ class Stage1Task(TokenizerTask):
 
     def fingerprints(self) -> dict[str, str]:
         return super().fingerprints() | {"vocabulary": vocabulary_digest(self.processor.text_tokenizer)}
-
-    def finish(self, folder: Path) -> dict[str, Any]:
-        return self.write_tokenizer(folder / "model", engine=self.engine)
 
 
 build_task = Stage1Task

@@ -29,7 +29,7 @@ from tokenizer.losses import discriminator_loss, generator_loss
 from tokenizer.modeling import QLIPModel
 from tokenizer.perceptual import PerceptualDistance, build_perceptual_distance
 from tokenizer.quantizer import codebook_entropy
-from train.engine import autocast, build_engine, split_batch, step_engine
+from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite
 from train.recipes.configs import Stage2Config
 from train.recipes.tokenizer_setup import open_sources, train_only
@@ -66,13 +66,14 @@ class Autoencoder(nn.Module):
 class Stage2Task(TokenizerTask):
     """Two engines, the autoencoder's and the discriminator's, each with its own optimizer."""
 
+    config: Stage2Config
+
     def __init__(self, config: Stage2Config):
-        self.config = config
         qlip, processor = load(config.init_from)
         qlip.float().train()
         sources = open_sources(config.data, size=processor.image_size, seed=config.loop.seed)
         super().__init__(config, qlip=qlip, processor=processor, sources=sources)
-        self.autoencoder = Autoencoder(self.qlip, trainable=config.trainable)
+        self.objective = Autoencoder(self.qlip, trainable=config.trainable)
         self.distance: PerceptualDistance | None = None
         if config.loss.perceptual > 0:
             self.distance = build_perceptual_distance(**vars(config.perceptual)).to(device())
@@ -82,32 +83,23 @@ class Stage2Task(TokenizerTask):
             self.discriminator = build_discriminator(**vars(config.discriminator), image_size=processor.image_size)
 
     def modules(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {"model": self.autoencoder}
-        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
+        return super().modules() | ({} if self.discriminator is None else {"discriminator": self.discriminator})
 
     def build_engines(self) -> dict[str, Any]:
-        config = self.config
-        self.micro_images, _ = split_batch(config.loop)
-        self.generator = build_engine(
-            self.autoencoder, optimizer=config.optimizer, engine=config.engine, loop=config.loop
-        )
+        engines, config = super().build_engines(), self.config
         if self.discriminator is None:
-            return {"model": self.generator}
+            return engines
         # The generator step calls the discriminator without its engine, so its weights must be whole: no ZeRO 3.
         stage: Literal[0, 1, 2, 3] = min(config.engine.zero_stage, 2)
-        self.discriminator_engine = build_engine(
-            self.discriminator,
-            optimizer=config.discriminator_optimizer,
-            engine=replace(config.engine, zero_stage=stage),
-            loop=config.loop,
-        )
-        return {"model": self.generator, "discriminator": self.discriminator_engine}
+        options, engine = config.discriminator_optimizer, replace(config.engine, zero_stage=stage)
+        self.discriminator_engine = build_engine(self.discriminator, optimizer=options, engine=engine, loop=config.loop)
+        return engines | {"discriminator": self.discriminator_engine}
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         batch = self.batches.batch(step)
         source = described(batch)
-        learning_rate = self.set_rate(self.generator, config.optimizer, step=step)
+        learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         if self.discriminator is not None:
             self.set_rate(self.discriminator_engine, config.discriminator_optimizer, step=step)
         micro_values: list[dict[str, float]] = []
@@ -130,7 +122,7 @@ class Stage2Task(TokenizerTask):
         weights = self.config.loss
         discriminator = self.discriminator if step >= weights.adversarial_start_step else None
         with autocast(self.config.engine):
-            reconstructed_BCHW, entropy = self.generator(pixels_BCHW)
+            reconstructed_BCHW, entropy = self.engine(pixels_BCHW)
             reconstructed_BCHW = reconstructed_BCHW.float()
             terms = {"mse": F.mse_loss(reconstructed_BCHW, pixels_BCHW), "entropy": entropy}
             if self.distance is not None:
@@ -147,8 +139,8 @@ class Stage2Task(TokenizerTask):
         values["train/loss"] = float(loss.detach())
         check_finite(values, source=source)
         values |= {f"weighted/{name}": float(term.detach()) for name, term in weighted.items()}
-        self.generator.backward(loss)
-        values["optim/grad_norm"] = step_engine(self.generator)
+        self.engine.backward(loss)
+        values["optim/grad_norm"] = step_engine(self.engine)
         return values, reconstructed_BCHW.detach()
 
     def _discriminator_step(
@@ -176,8 +168,7 @@ class Stage2Task(TokenizerTask):
         return self.processor.unit_range(pixels_BCHW) * 2 - 1
 
     def finish(self, folder: Path) -> dict[str, Any]:
-        perceptual = self.distance.name if self.distance else "none"
-        return self.write_tokenizer(folder / "model", engine=self.generator) | {"perceptual": perceptual}
+        return super().finish(folder) | {"perceptual": self.distance.name if self.distance else "none"}
 
 
 def _r1_penalty(discriminator: nn.Module, signed_BCHW: torch.Tensor) -> torch.Tensor:

@@ -30,18 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class TextValidation:
-    """This rank's share of the validation sequences.
-
-    start_loss: loss over all sequences before the first step; None until `begin` has measured it.
-    """
+    """This rank's share of the validation sequences, and the loss over all of them before the first step, once
+    measured."""
 
     def __init__(self, config: UM3Config, *, ids: UnifiedVocabulary, text_tokenizer: "PreTrainedTokenizerBase"):
-        """Raises:
-        UserError: no text sources, or fewer sequences than sources or processes.
-        """
-        self.config, self.settings = config, config.text_validation
+        self.config = config
         data, sources = config.data, config.text_validation.texts or config.data.texts
-        num_sequences = self.settings.num_sequences
+        num_sequences = config.text_validation.num_sequences
         if not sources or num_sequences < max(len(sources), world_size()):
             raise UserError(
                 f"text_validation.num_sequences={num_sequences} with {len(sources)} text sources and {world_size()} "
@@ -63,25 +58,15 @@ class TextValidation:
         padded = lay_out(sequences[rank() :: world_size()], seq_len=seq_len, packed=False, pad_id=ids.pad_id)
         micro_batch_size, _ = split_batch(config.loop)
         parts = math.ceil(math.ceil(len(sequences) / world_size()) / micro_batch_size)  # the same on every rank
-        self.micro_batches = list(
-            micro_batches(padded.input_ids_BT, padded.target_mask_BT, parts=parts, pad_id=ids.pad_id)
-        )
+        divided = micro_batches(padded.input_ids_BT, padded.target_mask_BT, parts=parts, pad_id=ids.pad_id)
+        self.micro_batches = list(divided)
         self.start_loss: float | None = None
-
-    def begin(self, engine: Any) -> None:
-        """Measure the loss before the first step, unless a checkpoint provided it."""
-        if self.start_loss is None:
-            self.start_loss = self.loss(engine)
-
-    def is_due(self, step: int) -> bool:
-        """Whether to measure after `step` steps."""
-        return step % self.settings.every_steps == 0 or step == self.config.loop.max_steps
 
     def measure(self, engine: Any, *, step: int) -> dict[str, float]:
         """The loss after `step` steps, and its difference from the start, as metrics; warn above the limit."""
-        assert self.start_loss is not None, "begin() measures it"
+        assert self.start_loss is not None, "measured before the first step"
         loss = self.loss(engine)
-        above, limit = loss - self.start_loss, self.settings.alarm_above
+        above, limit = loss - self.start_loss, self.config.text_validation.alarm_above
         if limit is not None and above > limit and is_main():
             logger.warning(
                 "step %d: the validation text loss is %.3f nats per token, %.3f above the start "
@@ -89,11 +74,8 @@ class TextValidation:
                 "optimizer.lr",
                 *(step, loss, above, limit),
             )
-        return {
-            "text_validation/text_loss": loss,
-            "text_validation/start": self.start_loss,
-            "text_validation/above_start": above,
-        }
+        values = {"text_loss": loss, "start": self.start_loss, "above_start": above}
+        return {f"text_validation/{name}": value for name, value in values.items()}
 
     @torch.no_grad()
     def loss(self, engine: Any) -> float:

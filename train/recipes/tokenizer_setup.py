@@ -35,11 +35,8 @@ TOKENIZER_SAMPLES = 4000
 
 
 def open_sources(data: ImageDataConfig, *, size: int, seed: int) -> list[ImageSource]:
-    """The train splits of the configured sources, as squares of `size` pixels.
-
-    Raises:
-        UserError: a source cannot be opened, or leaves no image for the validation of the phases that follow.
-    """
+    """The train splits of the configured sources, as squares of `size` pixels; UserError if one cannot be opened, or
+    leaves no image for the validation of the phases that follow."""
     for source in data.sources if is_main() else []:
         try:
             if source.val_fraction:
@@ -50,11 +47,7 @@ def open_sources(data: ImageDataConfig, *, size: int, seed: int) -> list[ImageSo
 
 
 def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer: Any = None) -> QLIPConfig:
-    """The QLIP configuration of this size; with a text tokenizer, special token ids and vocabulary size are its own.
-
-    Raises:
-        UserError: a text tokenizer whose end-of-text token has id 2.
-    """
+    """The QLIP configuration of this size; with a text tokenizer, special token ids and vocabulary size are its own."""
     shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
     tower = _hugging_face(model, *shape, "image_size", "patch_size", "rope_pretrained_grid")
     ids = {}
@@ -106,11 +99,8 @@ def new_tokenizer(
 
 
 def trained_once(path: Path, train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """The tokenizer whose backend is kept in `path`; the first rank trains it if there is none (a collective call).
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The tokenizer whose backend is kept in `path` (UserError if it is damaged); the first rank trains it if there is
+    none (a collective call)."""
 
     def make() -> None:
         tokenizer = train()
@@ -122,11 +112,7 @@ def trained_once(path: Path, train: Callable[[], PreTrainedTokenizerFast]) -> Pr
 
 
 def train_only(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Freeze every parameter of `module` whose name starts with none of `prefixes`.
-
-    Raises:
-        UserError: a prefix that no parameter name starts with.
-    """
+    """Freeze every parameter of `module` whose name starts with none of `prefixes`, which must all be in use."""
     names = [name for name, _ in module.named_parameters()]
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in names):

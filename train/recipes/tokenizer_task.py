@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data_mix.batches.image_batches import ImageBatch, ImageBatches
 from data_mix.prefetch import Prefetch
@@ -12,6 +13,7 @@ from data_mix.samples import ImageSource
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from train.checkpoint import full_weights
+from train.engine import build_engine, split_batch
 from train.optim import schedule_factor, set_learning_rate
 from train.recipes.configs import Stage1Config, Stage2Config
 from um3.core.distributed import is_main, rank, world_size
@@ -21,9 +23,10 @@ SHOWN_KEYS = 8
 
 
 class TokenizerTask:
-    """Base of `Stage1Task` and `Stage2Task` (see `train.loop.Task`)."""
+    """Base of `Stage1Task` and `Stage2Task` (see `train.loop.Task`), which set `objective`: QLIP and its losses."""
 
     unit = "images"
+    objective: nn.Module
 
     def __init__(
         self,
@@ -33,7 +36,7 @@ class TokenizerTask:
         processor: QLIPProcessor,
         sources: list[ImageSource],
     ):
-        self.qlip, self.processor, self.loop = qlip, processor, config.loop
+        self.config, self.qlip, self.processor = config, qlip, processor
         # DeepSpeed broadcasts parameters as bytes, which it cannot do with the 0-dimensional logit scale.
         qlip.logit_scale.data = qlip.logit_scale.data.reshape(1)
         if config.engine.activation_checkpointing:
@@ -50,9 +53,18 @@ class TokenizerTask:
         self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)
         self.skipped: dict[str, int] = {}
 
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.objective}
+
+    def build_engines(self) -> dict[str, Any]:
+        loop, engine = self.config.loop, self.config.engine
+        self.micro_images, _ = split_batch(loop)
+        self.engine = build_engine(self.objective, optimizer=self.config.optimizer, engine=engine, loop=loop)
+        return {"model": self.engine}
+
     def set_rate(self, engine: Any, config: Any, *, step: int) -> float:
         """Set the learning rate of `step` in an engine's optimizer; return the rate without `module_lr`."""
-        factor = schedule_factor(step, max_steps=self.loop.max_steps, config=config)
+        factor = schedule_factor(step, max_steps=self.config.loop.max_steps, config=config)
         set_learning_rate(engine.optimizer, factor=factor)
         return float(config.lr * factor)
 
@@ -70,17 +82,15 @@ class TokenizerTask:
         return self.data.fingerprints()
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"seed": self.loop.seed, "step": step}
+        return {"seed": self.config.loop.seed, "step": step}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Batches are a function of (seed, step), and the run was compared before: there is nothing to load."""
 
-    def write_tokenizer(self, folder: Path, *, engine: Any) -> dict[str, Any]:
-        """Write the QLIP folder with an engine's trained weights; return its record for done.json (a collective
-        call)."""
+    def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
-        weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(engine).items()}
-        fingerprint = save_tokenizer(folder, qlip=self.qlip, processor=self.processor, weights=weights)
+        weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.engine).items()}
+        fingerprint = save_tokenizer(folder / "model", qlip=self.qlip, processor=self.processor, weights=weights)
         return {"fingerprint": fingerprint, "skipped": self.skipped}
 
 

@@ -50,8 +50,7 @@ TASK_NAMES = ("text", "i2t", "t2i")
 class UM3Objective(nn.Module):
     """The stock language model, with the sums of the split softmax loss as output.
 
-    bits: learned vectors per bit that are added to the visual embeddings during training.
-    packed: sequences hold several documents, which must not attend to each other.
+    If `packed`, sequences hold several documents, which must not attend to each other.
     """
 
     def __init__(
@@ -168,8 +167,8 @@ class UM3Task:
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
-        if self.text_validation is not None:
-            self.text_validation.begin(self.engine)
+        if self.text_validation is not None and self.text_validation.start_loss is None:
+            self.text_validation.start_loss = self.text_validation.loss(self.engine)
         batch = self.batches.batch(step)
         factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
@@ -226,9 +225,10 @@ class UM3Task:
 
     def evaluate(self, step: int) -> dict[str, float]:
         values: dict[str, float] = {}
-        if self.text_validation is not None and self.text_validation.is_due(step):
+        settings, is_last = self.config, step == self.config.loop.max_steps
+        if self.text_validation is not None and (is_last or step % settings.text_validation.every_steps == 0):
             values |= self.text_validation.measure(self.engine, step=step)
-        if self.evaluation is not None and self.evaluation.is_due(step):
+        if self.evaluation is not None and step % settings.evaluate.every_steps == 0:
             values |= self.evaluation.measure(self._write_model, step=step)
         return values
 

@@ -11,9 +11,10 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,6 @@ class InitConfig:
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
 
 
-class TextLoss(NamedTuple):
-    """Cross entropy in nats per token: over the base's text entries, and over all text entries of UM3."""
-
-    base_entries: float
-    text_vocab_size: float
-
-
 def main(arguments: Sequence[str]) -> None:
     """Write the starting model that the settings describe, unless it is up to date."""
     parser = command_parser("python -m train um3-init", "Make a starting UM3 from a Llama or Qwen and a QLIP.")
@@ -103,11 +97,8 @@ def main(arguments: Sequence[str]) -> None:
             make_start(config, request=request)
 
 
-def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]:
-    """Write `model` and then `done.json` below `config.output_dir`; print and return the record.
-
-    `request` is part of the record; when the command runs again, the folder is compared with it.
-    """
+def make_start(config: InitConfig, *, request: dict[str, Any]) -> None:
+    """Write `model`, then `done.json` with `request`, below `config.output_dir`; print the record."""
     began = time.monotonic()
     stored = read_base_config(config.base_model)
     text_tokenizer, entries = load_base_tokenizer(config.base_model)
@@ -116,19 +107,20 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
     seq_len = min(config.seq_len, stored.max_position_embeddings)
     calibration, measured = _text_sequences(config, seq_len=seq_len, text_tokenizer=text_tokenizer, ids=ids)
     base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
-    before = text_loss(base, sequences=measured, sizes=(entries, entries))
-    record = request | {"base_architecture": type(base).__name__, "text_loss_before": before.base_entries}
+    sizes = {"base_entries": entries, "text_vocab_size": ids.text_vocab_size}
+    before = text_loss(base, sequences=measured, sizes={"base_entries": entries})["base_entries"]
+    record = request | {"base_architecture": type(base).__name__, "text_loss_before": before}
     sequences = [sequence.input_ids for sequence in calibration]
     options: dict[str, Any] = {"ids": ids, "base_entries": entries, "seed": config.seed}
-    model = extend_base(base, config, gains=lambda base: fitted_gains(base, sequences), **options).eval()
+    model = extend_base(base, config, gains=partial(fitted_gains, base, sequences), **options).eval()
     del base
     name = str(stored.dtype or "float32").removeprefix("torch.") if config.dtype == "base" else config.dtype
     dtype: torch.dtype = getattr(torch, name)
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
-    after = text_loss(model, sequences=measured, sizes=(entries, ids.text_vocab_size))
+    after = text_loss(model, sequences=measured, sizes=sizes)
     record |= {"architecture": type(model).__name__, "parameters": count_parameters(model, ids=ids)}
-    record |= {"text_loss_after": after._asdict(), "dtype": str(dtype)}
+    record |= {"text_loss_after": after, "dtype": str(dtype)}
     record |= {"text_tokens": sum(int(sequence.targets.sum()) for sequence in measured)}
     model.to("cpu", dtype)
     folder = Path(config.output_dir)
@@ -144,22 +136,23 @@ def make_start(config: InitConfig, *, request: dict[str, Any]) -> dict[str, Any]
     record |= {"commit": commit(), "versions": versions(), "machine": machine(), "files": result_files(folder)}
     write_record(folder / "done.json", record)
     _print(record, config=config, ids=ids)
-    return record
 
 
 @torch.no_grad()
-def text_loss(model: PreTrainedModel, *, sequences: Sequence[TrainingSequence], sizes: tuple[int, int]) -> TextLoss:
-    """The loss of text sequences under the softmax over the first `size` entries, for both `sizes`."""
-    sums, count = [0.0, 0.0], 0
+def text_loss(
+    model: PreTrainedModel, *, sequences: Sequence[TrainingSequence], sizes: dict[str, int]
+) -> dict[str, float]:
+    """Nats per token of text sequences under the softmax over the first `size` entries, for each of `sizes`."""
+    sums, count = dict.fromkeys(sizes, 0.0), 0
     head_VD = model.get_output_embeddings().weight
     for sequence in track(sequences, total=len(sequences), label="text loss", unit="sequences"):
         input_ids_T, is_target_T = (part.to(model.device) for part in sequence)
         hidden_TD = model.model(input_ids=input_ids_T[None, :-1], use_cache=False).last_hidden_state[0]
         hidden_XD, targets_X = hidden_TD[is_target_T[1:]], input_ids_T[1:][is_target_T[1:]]
-        for index, size in enumerate(sizes):
-            sums[index] += float(F.cross_entropy(F.linear(hidden_XD, head_VD[:size]), targets_X, reduction="sum"))
+        for name, size in sizes.items():
+            sums[name] += float(F.cross_entropy(F.linear(hidden_XD, head_VD[:size]), targets_X, reduction="sum"))
         count += len(targets_X)
-    return TextLoss(*(total / count for total in sums))
+    return {name: total / count for name, total in sums.items()}
 
 
 def _is_done(folder: Path, *, request: dict[str, Any]) -> bool:
@@ -230,11 +223,9 @@ def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary
     )
     for part, count in record["parameters"].items():
         print(f"  {part:<30} {count:>13,}")
-    before, after = record["text_loss_before"], TextLoss(**record["text_loss_after"])
+    before, after = record["text_loss_before"], record["text_loss_after"].values()
     print(f"  text loss on {record['text_tokens']:,} tokens of {config.text or 'Python prose'}, nats per token")
-    for name, value in {
-        "before": before, "after": after.base_entries, "after, with the image tokens": after.text_vocab_size
-    }.items():  # fmt: skip
+    for name, value in zip(("before", "after", "after, with the image tokens"), (before, *after), strict=True):
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     print(
         f'train it: make um3 ARGS="model.base_model={config.output_dir}/model '

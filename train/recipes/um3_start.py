@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,12 +21,12 @@ from um3.model.configuration import ModelConfig, is_um3
 from um3.model.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
 from um3.model.language_model import LoadedModel, build_model, load_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
-from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
     from train.recipes.um3_init import InitConfig
 
+Gains = dict[str, torch.Tensor]
 CALIBRATION_SEQUENCES = 8
 """Of every text: the gains of an inserted normalisation are fitted to them."""
 
@@ -35,12 +35,8 @@ class UM3Start:
     """The text tokenizer and vocabulary of a run; its model once the texts are open."""
 
     def __init__(self, config: UM3Config, *, qlip: "QLIPModel", texts: Iterable[str]):
-        """Args:
-            texts: train a new text vocabulary; read only if the config asks for one.
-
-        Raises:
-            UserError: a base model, tokenizer or UM3 folder that cannot be loaded or contradicts the config.
-        """
+        """`texts` train a new text vocabulary if the config asks for one. UserError: a base model, tokenizer or UM3
+        folder that cannot be loaded or contradicts the config."""
         self.config, vocabulary = config, config.vocabulary
         self.text_tokenizer: PreTrainedTokenizerBase
         self.base_entries: int | None = None
@@ -72,22 +68,18 @@ class UM3Start:
         if not config.base_model:
             return build_model(config, ids=self.ids)
 
-        def gains(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-            def fit() -> None:
-                sequences = [
-                    stream[index].input_ids
-                    for stream in streams.values()
-                    for index in range(min(len(stream), CALIBRATION_SEQUENCES))
-                ]
-                with atomic_file(path) as partial:
-                    save_file({name: gain.cpu() for name, gain in fitted_gains(base, sequences).items()}, partial)
-                base.to("cpu")  # type: ignore[arg-type]
-
-            path = Path(self.config.loop.output_dir) / "cache" / "qk_norm_gains.safetensors"
-            return read_tensors(make_once(path, fit))
-
         base, seed = load_base(config.base_model), self.config.loop.seed
-        return extend_base(base, config, ids=self.ids, base_entries=self.base_entries, seed=seed, gains=gains)
+        path = Path(self.config.loop.output_dir) / "cache" / "qk_norm_gains.safetensors"
+
+        def fit() -> None:
+            firsts = [(stream, min(len(stream), CALIBRATION_SEQUENCES)) for stream in streams.values()]
+            sequences = [stream[index].input_ids for stream, count in firsts for index in range(count)]
+            with atomic_file(path) as partial:
+                save_file({name: gain.cpu() for name, gain in fitted_gains(base, sequences).items()}, partial)
+            base.to("cpu")  # type: ignore[arg-type]
+
+        options: dict[str, Any] = {"ids": self.ids, "base_entries": self.base_entries, "seed": seed}
+        return extend_base(base, config, gains=lambda: read_tensors(make_once(path, fit)), **options)
 
     def _trained_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """A text tokenizer that rank 0 trains once a run on its texts and captions."""
@@ -99,34 +91,17 @@ class UM3Start:
         return trained_once(path, lambda: train_text_tokenizer(texts, vocab_size=entries))
 
 
-def fitted_gains(base: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def fitted_gains(base: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> Gains:
     """Gains (`um3.model.extend.fit_gains`) on sequences of ids (T), computed on this rank's device."""
     return fit_gains(base.to(device()), calibration=[ids_T[None] for ids_T in sequences])  # type: ignore[arg-type]
 
 
 def extend_base(
-    base: PreTrainedModel,
-    config: "ModelConfig | InitConfig",
-    *,
-    ids: UnifiedVocabulary,
-    base_entries: int | None,
-    seed: int,
-    gains: Callable[[PreTrainedModel], dict[str, torch.Tensor]],
+    base: PreTrainedModel, config: "ModelConfig | InitConfig", *, gains: Callable[[], Gains], **options: Any
 ) -> PreTrainedModel:
-    """`base` as a UM3 with the vocabulary `ids` (`um3.model.extend`).
-
-    Args:
-        gains: called with `base` for the gains of a query-key normalisation, if one is inserted.
-    """
-    return extend_model(
-        base,
-        ids=ids,
-        qk_norm=config.qk_norm,
-        base_entries=base_entries,
-        gains=gains(base) if inserts_qk_norm(base.config, qk_norm=config.qk_norm) else {},
-        new_token_init=config.new_token_init,
-        seed=seed,
-    )
+    """`extend_model` with the config and `options`, and the `gains` of a query-key normalisation if it inserts one."""
+    fitted = gains() if inserts_qk_norm(base.config, qk_norm=config.qk_norm) else {}
+    return extend_model(base, qk_norm=config.qk_norm, gains=fitted, new_token_init=config.new_token_init, **options)
 
 
 def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
@@ -139,10 +114,10 @@ def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
             "`make um3-init` with the other"
         )
     if (vocabulary.subtokens, vocabulary.bits_per_subtoken) != (ids.subtokens, ids.bits_per_subtoken):
+        configured = f"{vocabulary.subtokens} x {vocabulary.bits_per_subtoken}"
         raise UserError(
-            f"{folder} has {ids.subtokens} x {ids.bits_per_subtoken} bits a code, the config {vocabulary.subtokens} x "
-            f"{vocabulary.bits_per_subtoken}; set vocabulary.subtokens={ids.subtokens} "
-            f"vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"
+            f"{folder} has {ids.subtokens} x {ids.bits_per_subtoken} bits a code, the config {configured}; set "
+            f"vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"
         )
     if vocabulary.tokenizer:
         raise UserError(f"{folder} has its own text tokenizer; unset vocabulary.tokenizer")

@@ -39,14 +39,8 @@ def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made: Path, tmp_p
     steps = measured(tmp_path / "um3")
     assert [bool(step) for step in steps] == [False, True, False, True] and steps[1] != steps[3]
     assert {"eval/um3_prose/bits_per_byte", "eval/scenes_captions/cider", "eval/skills/mean"} <= steps[3].keys()
-    config = [
-        "--config",
-        str(tmp_path / "eval.yaml"),
-        f"run={tmp_path}",
-        f"parts=[{', '.join(PARTS)}]",
-        "num_threads=1",
-    ]
-    evaluate(config)
+    parts = f"parts=[{', '.join(PARTS)}]"
+    evaluate(["--config", f"{tmp_path}/eval.yaml", f"run={tmp_path}", parts, "num_threads=1"])
     for part in PARTS:
         for score in read_json(tmp_path / f"eval/{part}.json")["scores"]:
             if score["value"] is not None:

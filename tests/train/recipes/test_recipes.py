@@ -1,6 +1,5 @@
 """The three recipes end to end at the smallest size, through the real engine and the real files."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from tokenizer.modeling import QLIPModel
 from train.recipes.stage2 import Autoencoder
 from um3.core.distributed import rank, world_size
 from um3.core.errors import UserError
+from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 from um3.inference.pipeline import UM3Pipeline
 
 
 def done(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "done.json").read_text())
+    return read_json(folder / "done.json")  # type: ignore[no-any-return]
 
 
 def changed_tensors(before: Path, after: Path, *, parts: int = 9) -> set[str]:
@@ -64,13 +64,6 @@ def test_um3_writes_a_stock_checkpoint_that_samples(made: Path) -> None:
     torch.testing.assert_close(stock.lm_head.weight[-1], last_D)
     row = read_metrics(made / "um3/metrics.jsonl")[-1]
     assert row["data/rows_text"] + row["data/rows_i2t"] + row["data/rows_t2i"] == 8
-
-
-def test_a_non_finite_loss_names_terms_rank_and_images(tmp_path: Path) -> None:
-    options = ["optimizer.kind=adamw", "optimizer.lr=1e18", "optimizer.grad_clip=0"]
-    with pytest.raises(UserError, match=r"^step \d: .*train/mse is nan.* on rank 0: images of scenes: scenes-train-0-"):
-        train_here("stage1", tmp_path, tmp_path / "stage1", *options)
-    assert not (tmp_path / "stage1/model").exists()
 
 
 def test_stage1_starts_from_an_encoder_file(made: Path, tmp_path: Path) -> None:
@@ -184,19 +177,21 @@ def test_the_saved_weights_are_the_moving_average(zero_stage: int, made: Path, t
         torch.testing.assert_close(model[name], value, rtol=1e-5, atol=1e-7)
 
 
-SLOW_ENGINES = ["zero_stage=0", "zero_stage=3", "activation_checkpointing=true"]
+# A bucket smaller than the largest parameter, which is then reduced alone, and with a remainder.
+SMALL_BUCKET = "loop.micro_batch_size=4 engine.bucket_elements=3001"
+SLOW_ENGINES = ["engine.zero_stage=0", "engine.zero_stage=3", "engine.activation_checkpointing=true"]
+SLOW_ENGINES += [f"engine.zero_stage={stage} {SMALL_BUCKET}" for stage in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
-    "override",
+    "overrides",
     [
-        "loop.micro_batch_size=2",
-        "engine.zero_stage=2",
-        *(pytest.param(f"engine.{setting}", marks=pytest.mark.slow) for setting in SLOW_ENGINES),
+        *("loop.micro_batch_size=2", "engine.zero_stage=2"),
+        *(pytest.param(settings, marks=pytest.mark.slow) for settings in SLOW_ENGINES),
     ],
 )
-def test_um3_losses_do_not_depend_on_the_engine(override: str, made: Path, tmp_path: Path) -> None:
-    assert train_here("um3", made, tmp_path, override) == pytest.approx(losses(made / "um3"), rel=1e-4)
+def test_um3_losses_do_not_depend_on_the_engine(overrides: str, made: Path, tmp_path: Path) -> None:
+    assert train_here("um3", made, tmp_path, *overrides.split()) == pytest.approx(losses(made / "um3"), rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
@@ -214,7 +209,8 @@ def test_low_precision_follows_float32(phase: str, precision: str, made: Path, t
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"])
 def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path) -> None:
-    train_apart(arguments(phase, made, f"loop.output_dir={tmp_path}"), processes=2)
+    train_apart(arguments(phase, made, f"loop.output_dir={tmp_path}", "--processes=2"))
+    assert done(tmp_path)["processes"] == 2
     assert losses(tmp_path)[0] == pytest.approx(losses(made / phase)[0], rel=1e-4)
     assert losses(tmp_path) == pytest.approx(losses(made / phase), rel=5e-3)
 

@@ -136,9 +136,8 @@ def test_streamed_text_is_read_once_a_run(made: Path, tmp_path: Path, monkeypatc
         return [train_here("um3", made, folder, *options), logged(folder, "text_validation/text_loss")]
 
     first = values()
-    shutil.rmtree(words)
-    for name in ("model", "checkpoints"):
-        shutil.rmtree(folder / name)
+    for path in (words, folder / "model", folder / "checkpoints"):
+        shutil.rmtree(path)
     for name in ("done.json", "metrics.jsonl"):
         (folder / name).unlink()
     assert values() == first and first[1][-1] is not None
