@@ -1,7 +1,6 @@
 """The commands and code of README.md and docs/ are true: Python runs, targets, commands and settings exist."""
 
 import dataclasses
-import importlib
 import re
 import shlex
 import subprocess
@@ -17,13 +16,11 @@ import benchmarks.__main__
 import data_mix.__main__
 import eval.__main__
 import train.__main__
-from data_mix.codes.encode import EncodeConfig
-from eval.config import EvalConfig
 from tests.helpers.processes import ROOT
+from tests.helpers.schemas import SCHEMAS
 from tests.helpers.tiny_um3 import make_model, save_qlip
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text_tokenizer import train_caption_tokenizer
-from train.recipes.um3_init import InitConfig
 from um3.core.commands import find_config
 from um3.model.language_model import save_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
@@ -37,9 +34,10 @@ ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny UM3 with random weights, whose visual tokenizer has a text tokenizer."""
-    folder = tmp_path_factory.mktemp("docs")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/demo/um3: a tiny UM3 with random weights, whose visual tokenizer has a text tokenizer."""
+    root = tmp_path_factory.mktemp("docs")
+    folder = root / "runs/demo/um3"
     text_tokenizer = train_text_tokenizer(["a red circle", "three green triangles"] * 9, vocab_size=280)
     ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
     save_qlip(folder / "qlip", image_size=16, patch_size=8, text_vocab_size=300)
@@ -47,7 +45,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     QLIPProcessor(text, image_size=16, max_text_tokens=16).save_pretrained(folder / "qlip")
     model = make_model(ids, scale=10.0, max_position_embeddings=256)
     save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
-    return folder / "model"
+    return root
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -80,18 +78,6 @@ def keys_of(schema: type, *, prefix: str = "") -> set[str]:
     return keys
 
 
-def known_keys() -> set[str]:
-    from train.phase import CONFIGS
-
-    schemas: list[type] = [*CONFIGS.values(), EncodeConfig, EvalConfig, InitConfig]
-    for module in ("coco_captions", "coco_generation", "geneval", "dpg"):
-        contents = vars(importlib.import_module(f"eval.benchmarks.{module}")).values()
-        schemas += [each for each in contents if isinstance(each, type) and dataclasses.is_dataclass(each)]
-    generate: Any = importlib.import_module(eval.__main__.COMMANDS["generate-images"].module)
-    schemas += [each for each in vars(generate).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
-    return set().union(*map(keys_of, schemas))
-
-
 def settings(words: list[str]) -> list[str]:
     """The keys of the settings among words, and of those in ARGS= and GENERATE=."""
     found = []
@@ -106,12 +92,12 @@ def settings(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_targets_commands_and_settings_exist(page: Path) -> None:
-    keys = known_keys()
+    keys = set().union(*map(keys_of, SCHEMAS))
     for words in commands(page):
         if words[:1] == ["make"]:
             names = [word for word in words[1:] if "=" not in word]
-            assert set(names) <= TARGETS, words
-            assert {word.split("=")[0] for word in words[1:] if "=" in word} <= VARIABLES, words
+            variables = {word.split("=")[0] for word in words[1:] if "=" in word}
+            assert set(names) <= TARGETS and variables <= VARIABLES, words
         if "-m" in words and words[words.index("-m") + 1] in ROOMS:
             room, command = words[words.index("-m") + 1 : words.index("-m") + 3]
             assert command in ROOMS[room].__main__.COMMANDS, words
@@ -133,31 +119,26 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
-def test_python_runs(page: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(page: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page run one after the other; the tiny model stands for every model that a page names."""
-    (tmp_path / "runs/demo/um3").mkdir(parents=True)
-    (tmp_path / "runs/demo/um3/model").symlink_to(model_folder)
+    (tmp_path / "runs").symlink_to(demo_run / "runs")
     monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    names: dict[str, Any] = {"images": images}
+    names: dict[str, Any] = {"images": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
     for block in blocks(page, "python"):
         for hub_id in ("nvidia/QLIP-B-16-256", "path/or/hub-id"):
-            block = block.replace(f'"{hub_id}"', repr(str(model_folder / "qlip")))
+            block = block.replace(f'"{hub_id}"', repr(str(demo_run / "runs/demo/um3/model/qlip")))
         exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.slow
-def test_um3_lines_of_the_readme_run(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "runs/demo/um3").mkdir(parents=True)
-    (tmp_path / "runs/demo/um3/model").symlink_to(model_folder)
+def test_um3_lines_of_the_readme_run(demo_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(demo_run / "runs")
     lines = [words for words in commands(ROOT / "README.md") if words[:1] == [".venv/bin/um3"]]
     assert {words[1] for words in lines} == {"generate", "caption", "serve"}
     for words in lines:
         if words[1] != "serve":
-            shell = " ".join(
-                [shlex.quote(sys.executable), "-m", "um3", *(shlex.quote(w) if "*" not in w else w for w in words[1:])]
-            )
-            result = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True)
+            quoted = [word if "*" in word else shlex.quote(word) for word in [sys.executable, "-m", "um3", *words[1:]]]
+            result = subprocess.run(" ".join(quoted), shell=True, cwd=tmp_path, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 4
 

@@ -36,12 +36,11 @@ def module_name(path: Path) -> str:
 
 
 def room_of(module: str) -> str | None:
-    """The room of one of our modules (the longest name that matches), None for another library's."""
+    """The room of a module (the longest name that matches)."""
     return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len, default=None)
 
 
 def sub_room_of(module: str) -> str | None:
-    """The sub-room of one of our modules, None outside of one."""
     room = room_of(module)
     name = module.removeprefix(f"{room}.").split(".")[0]
     return name if room is not None and name in ROOMS[room] else None
@@ -49,12 +48,11 @@ def sub_room_of(module: str) -> str | None:
 
 def points_right(importer: str, imported: str) -> bool:
     """Whether an import is of a later room, or of a later sub-room of the same room."""
-    rooms = list(ROOMS)
     here, there = room_of(importer), room_of(imported)
-    if here is None or there is None or here != there:
-        return there is not None and here is not None and rooms.index(there) > rooms.index(here)
-    order, here_sub, there_sub = ROOMS[here], sub_room_of(importer), sub_room_of(imported)
-    return here_sub is not None and there_sub is not None and order.index(there_sub) > order.index(here_sub)
+    order = tuple(ROOMS)
+    if here is not None and here == there:
+        order, here, there = ROOMS[here], sub_room_of(importer), sub_room_of(imported)
+    return here is not None and there is not None and order.index(there) > order.index(here)
 
 
 def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]]:
@@ -75,7 +73,7 @@ def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]
 
 
 def leading_text(node: ast.expr) -> str:
-    """The constant start of a string or f-string; "" without one."""
+    """The constant start of a string or f-string."""
     first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
 
@@ -87,7 +85,6 @@ def called(node: ast.Call) -> str:
 
 
 def wrong_imports(tree: ast.AST, *, module: str, package: str) -> list[str]:
-    """Imports that point right, as `line: module imports module`."""
     assert room_of(module) is not None, f"{module} belongs to no room of {list(ROOMS)}"
     imports = imported_modules(tree, package=package)
     return [f"{line}: {module} imports {other}" for line, other in imports if points_right(module, other)]
@@ -95,18 +92,18 @@ def wrong_imports(tree: ast.AST, *, module: str, package: str) -> list[str]:
 
 def unsafe_loads(tree: ast.AST) -> list[str]:
     """Calls that could run code from a file: pickle and the like, torch.load of more than tensors, remote code."""
-    unsafe = []
-    for line, other in imported_modules(tree, package=""):
-        if other.split(".")[0] in PICKLERS or other == "torch.load":
-            unsafe.append(f"{line}: imports {other}")
+    imports = imported_modules(tree, package="")
+    unsafe = [f"{n}: imports {name}" for n, name in imports if name.split(".")[0] in PICKLERS or name == "torch.load"]
     for node in ast.walk(tree):
+        keywords: dict[str, ast.expr] = {}
         if isinstance(node, ast.Dict):
-            pairs = [(leading_text(key), value) for key, value in zip(node.keys, node.values, strict=True) if key]
-            unsafe += [f"{value.lineno}: trust_remote_code" for key, value in pairs if is_trust(key, value)]
+            keywords = {leading_text(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
+        elif isinstance(node, ast.Call):
+            keywords = {keyword.arg or "**": keyword.value for keyword in node.keywords}
+        if not is_constant(keywords.get("trust_remote_code"), False) and "trust_remote_code" in keywords:
+            unsafe.append(f"{keywords['trust_remote_code'].lineno}: trust_remote_code")
         if not isinstance(node, ast.Call):
             continue
-        keywords = {keyword.arg or "**": keyword.value for keyword in node.keywords}
-        unsafe += [f"{node.lineno}: trust_remote_code" for key, value in keywords.items() if is_trust(key, value)]
         if ast.unparse(node.func) == "torch.load" and not is_constant(keywords.get("weights_only"), True):
             unsafe.append(f"{node.lineno}: torch.load without weights_only=True")
         if not is_constant(keywords.get("allow_pickle"), False) and "allow_pickle" in keywords:
@@ -116,22 +113,12 @@ def unsafe_loads(tree: ast.AST) -> list[str]:
     return unsafe
 
 
-def is_trust(key: str, value: ast.expr) -> bool:
-    """True for trust_remote_code with a value other than the literal False."""
-    return key == "trust_remote_code" and not is_constant(value, False)
-
-
 def is_constant(node: ast.expr | None, value: object) -> bool:
-    """True if `node` is the literal `value`."""
     return isinstance(node, ast.Constant) and node.value is value
 
 
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def package_of(path: Path) -> str:
-    return module_name(path.parent / "__init__.py")
 
 
 def test_every_room_is_listed_and_packaged() -> None:
@@ -143,12 +130,9 @@ def test_every_room_is_listed_and_packaged() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_point_left_only(path: Path) -> None:
-    assert not wrong_imports(parse(path), module=module_name(path), package=package_of(path))
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_nothing_unsafe_is_loaded(path: Path) -> None:
+def test_imports_point_left_only_and_nothing_unsafe_is_loaded(path: Path) -> None:
+    package = module_name(path.parent / "__init__.py")
+    assert not wrong_imports(parse(path), module=module_name(path), package=package)
     assert not unsafe_loads(parse(path))
 
 
@@ -162,8 +146,7 @@ def test_no_folder_and_no_file_is_too_large() -> None:
 
 def test_every_module_has_a_docstring() -> None:
     assert [module_name(path) for path in FILES if not ast.get_docstring(parse(path))] == []
-    folders = {path.parent for path in FILES}
-    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+    assert [folder for folder in {path.parent for path in FILES} if not (folder / "__init__.py").exists()] == []
 
 
 TO_THE_RIGHT = """
@@ -229,14 +212,9 @@ def test_the_checker_sees_unsafe_loads(lines: str, is_unsafe: bool) -> None:
         assert bool(unsafe_loads(ast.parse(line))) == is_unsafe, line
 
 
-def modules_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh interpreter holds after `statement`."""
-    program = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    return set(run_python(program).stdout.split())
-
-
 def test_reading_a_config_imports_no_deep_learning() -> None:
     """A phase that is up to date must return at once."""
-    loaded = modules_after("import train.config, train.__main__")
+    program = "import sys, train.config, train.__main__; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = set(run_python(program).stdout.split())
     assert {"train", "omegaconf"} <= loaded
     assert not loaded & {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.helpers.processes import ROOT
 from train.recipes.configs import Stage1Config
 from um3.core.config import load_config, save_config
 
-ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE)
 VARIABLES = {*re.findall(r"^([A-Z]+) [?:]=", MAKEFILE, re.MULTILINE), "MAKEFLAGS", "MAKELEVEL"}
@@ -22,27 +23,10 @@ RECORDER = """import json, os, sys
 with open("record.jsonl", "a") as file:
     file.write(json.dumps([sys.argv, dict(os.environ)]) + chr(10))
 """
-ODD = [
-    "'",
-    " ",
-    "\\\\",
-    '"',
-    "[1]",
-    "$HOME",
-    "$(b)",
-    "#",
-    ": ",
-    "{a}",
-    "*",
-    "é",
-    "`a`",
-    ";",
-    "!",
-    "%",
-    "~",
-    "&a",
+ODD = (
+    *("'", " ", "\\\\", '"', "[1]", "$HOME", "$(b)", "#", ": ", "{a}", "*", "é", "`a`", ";", "!", "%", "~", "&a"),
     "$${b}",
-]
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -69,9 +53,8 @@ def ready(bare: Path) -> Path:
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, env=inherited | environment, capture_output=True, text=True, timeout=120
-    )
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run(["make", *arguments], cwd=folder, env=inherited | environment, **options)
 
 
 def records(folder: Path, *arguments: str, **environment: str) -> list[tuple[list[str], dict[str, str]]]:
@@ -90,9 +73,9 @@ def commands(folder: Path, *arguments: str, **environment: str) -> list[list[str
     ]
 
 
-def command(folder: Path, *arguments: str, **environment: str) -> list[str]:
+def command(folder: Path, *arguments: str) -> list[str]:
     """The one command of a target."""
-    (found,) = commands(folder, *arguments, **environment)
+    (found,) = commands(folder, *arguments)
     return found
 
 
@@ -144,7 +127,6 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
 def test_odd_names_pass_through_unchanged_and_args_come_last(target: str, ready: Path) -> None:
     settings = SETTINGS[target]
     for shift in (0, 5, 11):
-        # Each variable has its own odd name, so that none can stand for another.
         names = {name: f"x{ODD[(shift + i) % len(ODD)]}{i}" for i, name in enumerate(settings)}
         given = [f"{name}={value}" for name, value in names.items()]
         arguments = "ARGS=loop.seed=3 name='a b'"
@@ -188,22 +170,17 @@ def test_config_names_the_experiment_and_its_run(target: str, ready: Path) -> No
     assert config_and_run("CONFIG=/my configs/a b.yaml") == ("/my configs/a b.yaml", "runs/a-b")
 
 
-@pytest.mark.parametrize(
-    ("target", "settings"),
-    [
-        ("coco-generation", ["layout=flat"]),
-        ("geneval", ["layout=geneval", "num_images=4"]),
-        ("dpg", ["layout=grid", "num_images=4"]),
-    ],
-)
-def test_images_are_generated_before_they_are_scored(target: str, settings: list[str], ready: Path) -> None:
-    generated, scored = commands(
-        ready, target, "RUN=R", "PROMPTS=/my list.txt", "GENERATE=seed=3", "MODEL=/a model", "ARGS=x=1"
-    )
-    folder = f"R/generated/{target}"
-    assert generated[1:4] == ["-m", "eval", "generate-images"]
-    assert generated[4:] == ["model=/a model", "prompts=/my list.txt", f"output_dir={folder}", *settings, "seed=3"]
-    assert f"images={folder}" in scored and scored[-1] == "x=1"
+LAYOUTS = {"coco-generation": "flat", "geneval": "geneval num_images=4", "dpg": "grid num_images=4"}
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_images_are_generated_before_they_are_scored(target: str, ready: Path) -> None:
+    settings = ("RUN=R", "PROMPTS=/my list.txt", "GENERATE=seed=3", "MODEL=/a model", "ARGS=x=1")
+    generated, scored = commands(ready, target, *settings)
+    words = ["model=/a model", "prompts=/my list.txt", f"output_dir=R/generated/{target}"]
+    words += f"layout={LAYOUTS[target]} seed=3".split()
+    assert generated[1:] == ["-m", "eval", "generate-images", *words]
+    assert f"images=R/generated/{target}" in scored and scored[-1] == "x=1"
 
 
 def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
+from tests.helpers.processes import ROOT
 from um3.cli import app
+from um3.core.config import SECTIONS
 
-ROOT = Path(__file__).parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
 MAKE_VARIABLES = set(re.findall(r"^([A-Z0-9_]+) *\?=", MAKEFILE, re.MULTILINE)) | {"PYTHON", "CONFIG"}
 ROOMS = [path.parent.name for path in sorted(ROOT.glob("*/__init__.py")) if path.parent.name != "tests"]
-SECTIONS = ("stage1", "stage2", "codes", "um3", "eval")
 FILE_SUFFIXES = re.compile(r"\.(bin|csv|html|jsonl?|md|npz|parquet|pt|py|safetensors|tsv|txt|yaml)$")
 ENGLISH_AFTER_MAKE = {"a", "an", "another", "it", "one", "sure", "the", "them", "up"}
 ALLOWED = {
@@ -133,14 +133,8 @@ def flags(room: str) -> set[str]:
 
 @cache
 def commands(room: str) -> set[str]:
-    tree = sources().get(ROOT / room / "__main__.py")
-    keys = [
-        key
-        for node in (ast.walk(tree) if tree else ())
-        if isinstance(node, ast.Dict)
-        for key in node.keys
-        if key is not None
-    ]
+    tree = sources().get(ROOT / room / "__main__.py", ast.Module([], []))
+    keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
     return {key.value for key in keys if isinstance(key, ast.Constant)}
 
 
@@ -152,9 +146,8 @@ def is_module(dotted: str) -> bool:
 def unknown(message: Message) -> list[str]:
     """What the message names and the product lacks."""
     text, room = message.text, message.file.parts[0]
-    named = [
-        (f"make {name}", name in TARGETS | ENGLISH_AFTER_MAKE) for name in re.findall(r"\bmake ([a-z][\w-]*)", text)
-    ]
+    targets = re.findall(r"\bmake ([a-z][\w-]*)", text)
+    named = [(f"make {name}", name in TARGETS | ENGLISH_AFTER_MAKE) for name in targets]
     named += [(name, name in MAKE_VARIABLES) for name in re.findall(r"(?<![\w.$-])([A-Z][A-Z0-9_]+)=", text)]
     named += [(name, name in flags(room)) for name in re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]*)", text)]
     for module, command in re.findall(r"python -m ([a-z_]+) ([a-z0-9-]+)", text):
@@ -163,12 +156,9 @@ def unknown(message: Message) -> list[str]:
         is_setting = dotted.split(".")[0] in key_names() and not FILE_SUFFIXES.search(dotted)
         named.append((dotted, is_key(dotted) or is_module(dotted) or not is_setting))
     settings = re.findall(r"(?<![\w.&?{}-])([a-z]\w*)=(?![=<>])", text)
+    settings += re.findall(r"\b(?:set|change|lower|raise) ([a-z]+_\w+|qlip|(?!it )[a-z]+(?= to ))\b", text)
     known = key_names() | (message.names if room in PYTHON_APIS else set())
-    for name in [
-        *settings,
-        *re.findall(r"\b(?:set|change|lower|raise) ([a-z]+_\w+|qlip|(?!it )[a-z]+(?= to ))\b", text),
-    ]:
-        named.append((name, name in known))
+    named += [(name, name in known) for name in settings]
     return [name for name, exists in named if not exists and name not in ALLOWED]
 
 
@@ -180,23 +170,19 @@ def test_messages_are_found() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_remedy_exists(room: str) -> None:
-    wrong = [
-        f"{message.file}:{message.line}: {', '.join(names)}"
-        for message in messages()
-        if message.file.parts[0] == room and (names := unknown(message))
-    ]
-    assert wrong == []
+    in_room = [message for message in messages() if message.file.parts[0] == room]
+    wrong = {f"{message.file}:{message.line}": unknown(message) for message in in_room}
+    assert [(place, names) for place, names in wrong.items() if names] == []
 
 
 def empty_remedies(tree: ast.Module) -> list[int]:
     """Lines of errors that end in a computed remedy, which may be empty, instead of words."""
     errors = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
-    texts = [part for error in errors for part in error.args[:1] if isinstance(part, ast.JoinedStr)]
-    return [
-        text.lineno
-        for text in texts
-        if re.search(r"; \{\.\.\.\}$", text_of(text)) and isinstance(text.values[-1].value, ast.Call)  # type: ignore[attr-defined]
+    texts: list[Any] = [part for error in errors for part in error.args[:1] if isinstance(part, ast.JoinedStr)]
+    computed = [
+        text for text in texts if text_of(text).endswith("; {...}") and isinstance(text.values[-1].value, ast.Call)
     ]
+    return [text.lineno for text in computed]
 
 
 def test_no_remedy_can_be_empty() -> None:
@@ -208,15 +194,10 @@ def test_no_remedy_can_be_empty() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_make_target_in_a_docstring_exists(room: str) -> None:
-    wrong = []
-    for file, tree in sources().items():
-        if file.relative_to(ROOT).parts[0] == room:
-            text = " ".join(str(node.value) for node in docstrings(tree) if isinstance(node, ast.Constant))
-            targets = [
-                target for line in re.findall(r"`make ([^`]*)`", text) for target in line.split() if "=" not in target
-            ]
-            wrong += [f"{file.relative_to(ROOT)}: make {name}" for name in targets if name not in TARGETS]
-    assert wrong == []
+    trees = [tree for file, tree in sources().items() if file.relative_to(ROOT).parts[0] == room]
+    texts = [str(node.value) for tree in trees for node in docstrings(tree) if isinstance(node, ast.Constant)]
+    words = " ".join(re.findall(r"`make ([^`]*)`", "\n".join(texts))).split()
+    assert {word for word in words if "=" not in word} <= TARGETS
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,15 @@ def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> tuple[list
         elif suffix.lower() != "txt":
             images[path] = stem
         elif texts.setdefault(stem, path) != path:
-            bad_files.count("second .txt of one name", path)
+            raise UserError(f"{config.where}: both {texts[stem]} and {path} caption one image; keep one of them")
     stems = match_names(images.values(), texts)
     sidecars = {image: texts[stems[stem]] for image, stem in images.items() if stem in stems}
-    if num_shared := len(sidecars) - len(set(sidecars.values())):
-        text = Counter(sidecars.values()).most_common(1)[0][0]
-        bad_files.count("several images with one .txt", text, number=num_shared)
+    text, count = Counter(sidecars.values()).most_common(1)[0] if sidecars else ("", 1)
+    if count > 1:
+        first, second, *_ = (image for image in sidecars if sidecars[image] == text)
+        raise UserError(
+            f"{config.where}: both {first} and {second} have the captions {text}; rename or delete one image"
+        )
     return list(images), sidecars, metadata
 
 

@@ -59,17 +59,14 @@ def refusal(schema: Any = Config, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_aliases_are_written_out(tmp_path: Path) -> None:
-    path = written(tmp_path, "stage1: {sources: &a [{name: x}]}\nstage2: {sources: *a}")
-    assert load_config(Config, path=path, section="stage2").sources == [Source(name="x")]
-
-
 def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
     path = written(tmp_path, "steps: 20\noptimizer: {lr: 0.1, kind: lamb}\n")
     config = load_config(Config, path=path, overrides=["optimizer.lr=1e-4", "fast=true", "name=a b"])
     assert config == Config(name="a b", steps=20, fast=True, optimizer=Optimizer(lr=1e-4, kind="lamb"))
     assert isinstance(config.optimizer, Optimizer) and load_config(Config) == Config()
     assert load_config(Config, path=written(tmp_path, "# nothing set\n")) == Config()
+    aliases = written(tmp_path, "stage1: {sources: &a [{name: x}]}\nstage2: {sources: *a}")
+    assert load_config(Config, path=aliases, section="stage2").sources == [Source(name="x")]
     overrides = ["sources=[{name: a, path: /some/where}]", "optimizer.module_lr={tower.layer: 2e-4}"]
     config = load_config(Config, overrides=overrides)
     assert config.sources == [Source(name="a", path="/some/where")]
@@ -83,6 +80,9 @@ def test_bases_are_read_first_and_relative_to_the_file(tmp_path: Path) -> None:
     config = load_config(Config, path=written(tmp_path, "base: shared/older.yaml\nsources: [{name: c, weight: 2}]"))
     assert (config.steps, config.name, config.optimizer.lr) == (1, "older", 0.5)
     assert config.sources == [Source(name="c", weight=2.0)]  # a list replaces the base's list
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,7 @@ def test_bases_are_read_first_and_relative_to_the_file(tmp_path: Path) -> None:
         ("steps: " + "9" * 4_000, "99...; it must be finite"),
         ("[" * 100_000, "nested deeper"),
         ("name: " + "{a: " * 100_000, "nested deeper"),
-        (
-            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 9)),
-            "100000",
-        ),
+        (LAUGHS, "100000"),
         ("a: &a [*a]", "100000"),
         ("name: ${", "no viable alternative"),
         ("optimizer: {lr: .nan}", "optimizer.lr is nan; it must be above 0 and finite"),

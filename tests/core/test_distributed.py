@@ -21,35 +21,24 @@ def collectives() -> dict[str, Any]:
     values = torch.tensor([1.0, 10.0]) * (rank() + 1)
     total = distributed.sum_over_ranks(values.requires_grad_())
     barrier()
-    gathered = distributed.gather_with_gradient(torch.full((1, 2), float(rank())))
+    own = torch.full((1, 2), float(rank()), requires_grad=True)
+    gathered = distributed.gather_with_gradient(own)
+    (gathered * torch.tensor([1.0 + rank(), 5.0])).sum().backward()
     flags = [distributed.any_rank(False), distributed.any_rank(rank() == 1), distributed.any_rank(True)]
     path = Path(os.environ["SHARED_FOLDER"]) / "once.txt"
     make_once(path, lambda: write_text(path, f"by {rank()}"))
     make_once(path, lambda: write_text(path, "again"))
-    return {
-        "rank": [rank(), world_size(), is_main()],
-        "total": total.tolist(),
-        "values": values.tolist(),
-        "has_gradient": total.requires_grad,
-        "gathered": gathered.tolist(),
-        "mean": distributed.mean_over_ranks({"a": float(rank()), "b": 1.0}),
-        "flags": flags,
-        "once": path.read_text(),
-    }
+    sums = {"total": total.tolist(), "values": values.tolist(), "has_gradient": total.requires_grad}
+    sums |= {"gathered": gathered.tolist(), "gradient": own.grad.tolist() if own.grad is not None else None}
+    others = {"rank": [rank(), world_size(), is_main()], "flags": flags, "once": path.read_text()}
+    return sums | others | {"mean": distributed.mean_over_ranks({"a": float(rank()), "b": 1.0})}
 
 
 def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
-    assert collectives() == {
-        "rank": [0, 1, True],
-        "total": [1.0, 10.0],
-        "values": [1.0, 10.0],
-        "has_gradient": False,
-        "gathered": [[0.0, 0.0]],
-        "mean": {"a": 0.0, "b": 1.0},
-        "flags": [False, False, True],
-        "once": "by 0",
-    }
+    expected = {"total": [1.0, 10.0], "values": [1.0, 10.0], "has_gradient": False, "gathered": [[0.0, 0.0]]}
+    expected |= {"gradient": [[1.0, 5.0]], "mean": {"a": 0.0, "b": 1.0}, "rank": [0, 1, True]}
+    assert collectives() == expected | {"flags": [False, False, True], "once": "by 0"}
     with pytest.raises(UserError, match="cannot see"):
         make_once(tmp_path / "absent", lambda: None)
 
@@ -60,6 +49,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.pop("rank") == [0, 2, True] and second.pop("rank") == [1, 2, False]
     assert first.pop("values") == [1.0, 10.0] and second.pop("values") == [2.0, 20.0]
     expected = {"total": [3.0, 30.0], "has_gradient": False, "gathered": [[0.0, 0.0], [1.0, 1.0]]}
+    expected |= {"gradient": [[3.0, 10.0]]}
     assert first == second == expected | {"flags": [False, True, True], "mean": {"a": 0.5, "b": 1.0}, "once": "by 0"}
 
 

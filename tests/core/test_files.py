@@ -3,77 +3,62 @@
 import errno
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from tests.helpers.processes import locked
+from um3.core import files
 from um3.core.errors import UserError
-from um3.core.files import (
-    atomic_file,
-    atomic_folder,
-    check_writable,
-    folder_lock,
-    parse_json,
-    read_json,
-    sha256_of,
-    short_hash,
-    walk_files,
-    write_json,
-)
+from um3.core.files import atomic_file, atomic_folder, check_writable, folder_lock, read_json, short_hash
 
 Atomic = Callable[[Path], AbstractContextManager[Path]]
+both = pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def fill(atomic: Atomic, path: Path, text: str) -> None:
+def fill(atomic: Atomic, path: Path, text: str, *, before_the_end: Callable[[], object] = lambda: None) -> None:
     """Write `text` as the file, or as the one file of the folder."""
     with atomic(path) as partial:
         (partial / "file" if atomic is atomic_folder else partial).write_text(text)
+        before_the_end()
 
 
 def content(path: Path) -> str:
     return (path / "file" if path.is_dir() else path).read_text()
 
 
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@both
 def test_a_new_version_appears_complete_and_replaces_the_old_one(atomic: Atomic, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a"
     fill(atomic, path, "first")
-    with atomic(path) as partial:
-        (partial / "file" if atomic is atomic_folder else partial).write_text("second")
-        assert content(path) == "first"
-    assert content(path) == "second" and names(path.parent) == ["a"]
+    seen: list[str] = []
+    fill(atomic, path, "second", before_the_end=lambda: seen.append(content(path)))
+    assert seen == ["first"] and content(path) == "second" and names(path.parent) == ["a"]
 
 
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@both
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])
-def test_a_failure_keeps_the_old_version_and_no_part(
-    atomic: Atomic, error: type[BaseException], tmp_path: Path
-) -> None:
+def test_a_failure_keeps_the_old_version(atomic: Atomic, error: type[BaseException], tmp_path: Path) -> None:
     fill(atomic, tmp_path / "a", "old")
-    with pytest.raises(error), atomic(tmp_path / "a") as partial:
-        (partial / "file" if atomic is atomic_folder else partial).write_text("half")
-        raise error
+    with pytest.raises(error):
+        fill(atomic, tmp_path / "a", "half", before_the_end=Mock(side_effect=error))
     assert content(tmp_path / "a") == "old" and names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@both
 def test_a_disk_that_is_full_only_at_the_sync_counts_too(
     atomic: Atomic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     fill(atomic, tmp_path / "a", "old")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         fill(atomic, tmp_path / "a", "new")
     assert content(tmp_path / "a") == "old" and names(tmp_path) == ["a"]
@@ -105,9 +90,9 @@ def test_a_failing_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: p
 
 def test_json_round_trip_refuses_what_json_lacks(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_json(path, {"é": [1, 2.5, None, True]})
+    files.write_json(path, {"é": [1, 2.5, None, True]})
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(path, {"loss": math.nan})
+        files.write_json(path, {"loss": math.nan})
     assert read_json(path) == {"é": [1, 2.5, None, True]} and names(tmp_path) == ["a.json"]
     assert "é" in path.read_text(encoding="utf-8")
 
@@ -139,31 +124,29 @@ def test_a_missing_file_and_a_folder_are_no_json(tmp_path: Path) -> None:
 
 def test_a_record_of_another_type_names_its_line() -> None:
     with pytest.raises(UserError, match=r"a.jsonl, line 3 holds a JSON NoneType, not a list"):
-        parse_json("null", where="a.jsonl, line 3", kind=list)
-    assert parse_json("[1]", where="a", kind=list) == [1]
+        files.parse_json("null", where="a.jsonl, line 3", kind=list)
+    assert files.parse_json("[1]", where="a", kind=list) == [1]
 
 
 @pytest.mark.parametrize("folder", ["/proc/1/x", "/dev/null/x", "/dev/null", "/tmp/" + "a" * 300])
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(folder: str) -> None:
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(folder: str, tmp_path: Path) -> None:
+    check_writable(tmp_path / "deep")
+    assert names(tmp_path / "deep") == []  # the check leaves nothing behind
     for claim in (check_writable, lambda path: folder_lock(path).__enter__()):
         with pytest.raises(UserError, match=f"cannot write to {folder}: .*; .*path"):
             claim(folder)
 
 
-def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_writable(tmp_path / "deep" / "a")
-    assert names(tmp_path / "deep" / "a") == []
-
-
 def test_hashes_are_those_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256_of(tmp_path / "a").startswith(digest)
     values: list[tuple[Any, ...]] = [("ab",), ("a", "b"), (b"ab",), (["a", "b"],), ({"a": 1},), ({"a": 1.0},), ()]
     assert len({short_hash(*value) for value in values}) == len(values)
     assert short_hash({"b": 1, "a": Path("x")}) == short_hash({"a": "x", "b": 1}) and len(short_hash()) == 16
 
 
-def test_every_reader_sees_the_same_files_of_a_folder(tmp_path):
+def test_every_reader_sees_the_same_files_of_a_folder(tmp_path: Path) -> None:
     root = tmp_path / ".cache" / "data [1]"
     for name in ("b/2.PNG", "a.png", "._a.png", ".ipynb_checkpoints/a.png", "notes.txt", "b/.DS_Store"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,25 +157,13 @@ def test_every_reader_sees_the_same_files_of_a_folder(tmp_path):
     (root / "linked.png").symlink_to(root / "a.png")
     (root / "broken.png").symlink_to(root / "nothing.png")
     (root / "b" / "loop").symlink_to(root, target_is_directory=True)
-    names = [path.relative_to(root).as_posix() for path in walk_files(root, suffixes=(".png",))]
-    assert names == ["a.png", "b/2.PNG", "linked/c.png", "linked.png"]
+    found = [path.relative_to(root).as_posix() for path in files.walk_files(root, suffixes=(".png",))]
+    assert found == ["a.png", "b/2.PNG", "linked/c.png", "linked.png"]
 
 
-LOCK_AND_WAIT = """
-import sys, time
-from um3.core.files import folder_lock
-with folder_lock(sys.argv[1]):
-    print("locked", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path / "run")], stdout=subprocess.PIPE)
-    assert holder.stdout.readline().strip() == b"locked"
-    with pytest.raises(UserError, match="another process"), folder_lock(tmp_path / "run"):
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with locked(folder), pytest.raises(UserError, match="another process"), folder_lock(folder):
         pass
-    holder.kill()
-    holder.wait()
-    with folder_lock(tmp_path / "run"):
+    with folder_lock(folder):
         pass

@@ -10,42 +10,29 @@ PAIRS = [("Anna walked slowly", " through the old harbour."), ("", "Bela wrote a
 # One item of each task, with the fields of the hub's copies.
 ITEMS = {
     "arc_challenge": {
-        "question": "Which is a planet?",
-        "choices": {"text": ["Mars", "Sirius", "Halley"], "label": ["A", "B", "C"]},
+        "question": "Which is a planet?", "choices": {"text": ["Mars", "Sirius", "Halley"], "label": ["A", "B", "C"]},
         "answerKey": "A",
     },
     "hellaswag": {
-        "activity_label": "Sewing",
-        "ctx_a": "Dora threads a needle.",
-        "ctx_b": "she",
+        "activity_label": "Sewing", "ctx_a": "Dora threads a needle.", "ctx_b": "she", "label": "0",
         "endings": ["sews a button.", "paints [title] a wall.", "flies.", "eats it."],
-        "label": "0",
     },
     "piqa": {"goal": "Open a jar", "sol1": "Turn its lid.", "sol2": "Turn its bottom inside out.", "label": 0},
     "social_iqa": {
-        "context": "Emil gave Flora a book.",
-        "question": "What will Flora do?",
-        "answerA": "read it",
-        "answerB": "boil it",
-        "answerC": "drive it",
-        "label": "1",
+        "context": "Emil gave Flora a book.", "question": "What will Flora do?",
+        "answerA": "read it", "answerB": "boil it", "answerC": "drive it", "label": "1",
     },
     "winogrande": {
-        "sentence": "Anna thanked Dora, since _ had helped.",
-        "option1": "Anna",
-        "option2": "Dora",
-        "answer": "2",
+        "sentence": "Anna thanked Dora, since _ had helped.", "option1": "Anna", "option2": "Dora", "answer": "2",
     },
-}
+}  # fmt: skip
 FILES = {name: f"{name}_{task.split}.jsonl" for name, task in TASKS.items()}
 
 
 def requests(pairs, kind="loglikelihood"):
     """lm-eval's instances for pairs (context, continuation), or for the arguments of another `kind`."""
-    return [
-        Instance(request_type=kind, doc={}, arguments=pair, idx=0, metadata=("task", index, 1))
-        for index, pair in enumerate(pairs)
-    ]
+    options = {"request_type": kind, "doc": {}, "idx": 0}
+    return [Instance(arguments=pair, metadata=("task", index, 1), **options) for index, pair in enumerate(pairs)]
 
 
 def changed(name, **changes):

@@ -3,6 +3,8 @@
 Legend: B images, G patches per side, N = G * G codes of an image.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,14 +41,6 @@ class Changed(MeanColour):
         self.__dict__ |= values
 
 
-def coarse() -> MeanColour:
-    return MeanColour()
-
-
-def larger() -> MeanColour:
-    return MeanColour(image_size=48, patch=4, bits=6)
-
-
 def needs_an_argument(size: int) -> MeanColour:
     return MeanColour(image_size=size)
 
@@ -55,32 +49,13 @@ def nothing() -> None:
     return None
 
 
-def too_small() -> MeanColour:
-    return MeanColour(image_size=8, patch=4)
-
-
-def no_decode() -> Changed:
-    return Changed(decode=None)
-
-
-def too_few_bits() -> Changed:
-    return Changed(num_bits=3)
-
-
-def other_number_of_codes() -> Changed:
-    return Changed(num_codes=9)
-
-
-def narrow_codes() -> Changed:
-    return Changed(encode=lambda images: MeanColour().encode(images).int())
-
-
-def float_images() -> Changed:
-    return Changed(decode=lambda codes: MeanColour().decode(codes) / 255)
-
-
-def one_image() -> Changed:
-    return Changed(decode=lambda codes: MeanColour().decode(codes)[:1])
-
-
+coarse = MeanColour
+larger = partial(MeanColour, image_size=48, patch=4, bits=6)
+too_small = partial(MeanColour, image_size=8, patch=4)
+no_decode = partial(Changed, decode=None)
+too_few_bits = partial(Changed, num_bits=3)
+other_number_of_codes = partial(Changed, num_codes=9)
+narrow_codes = partial(Changed, encode=lambda images: MeanColour().encode(images).int())
+float_images = partial(Changed, decode=lambda codes: MeanColour().decode(codes) / 255)
+one_image = partial(Changed, decode=lambda codes: MeanColour().decode(codes)[:1])
 NO_FUNCTION = 3

@@ -45,15 +45,14 @@ def run_on_ranks(function: Callable[[], Any], *, folder: Path, num_ranks: int = 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Another process holds the lock of `folder`."""
-    code = "import sys; from um3.core.files import folder_lock\n"
+    """Another process holds the lock of `folder`, and is then killed."""
+    code = "import sys\nfrom um3.core.files import folder_lock\n"
     code += "with folder_lock(sys.argv[1]): print(1, flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "1\n"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
         yield
-        process.communicate("\n", timeout=60)
+        process.kill()
 
 
 def main() -> None:

@@ -4,15 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers as hf
 
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
@@ -37,7 +29,7 @@ def make_ids(
     )
 
 
-def make_model(ids: UnifiedVocabulary, *, scale: float = 1.0, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+def make_model(ids: UnifiedVocabulary, *, scale: float = 1.0, seed: int = 0, **sizes: Any) -> hf.PreTrainedModel:
     """A model with random weights; a `scale` of 8 or more moves its greedy choices far apart."""
     torch.manual_seed(seed)
     config = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -54,13 +46,13 @@ LLAMA_3_ROPE = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 BASES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
+    "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM),
 }
 
 
-def make_base(kind: str, **options: Any) -> PreTrainedModel:
+def make_base(kind: str, **options: Any) -> hf.PreTrainedModel:
     """A stock Llama or Qwen with random weights, biases and gains."""
     sizes = {
         "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -68,7 +60,7 @@ def make_base(kind: str, **options: Any) -> PreTrainedModel:
     }  # fmt: skip
     torch.manual_seed(0)
     config_class, model_class = BASES[kind]
-    base: PreTrainedModel = model_class(config_class(**sizes | options)).eval()
+    base: hf.PreTrainedModel = model_class(config_class(**sizes | options)).eval()
     for name, parameter in base.named_parameters():
         if "norm" in name or "bias" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)

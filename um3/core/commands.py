@@ -3,9 +3,9 @@
 The module of a command is imported only when the command runs, so `--help` and a wrong name are answered at once.
 """
 
-import argparse
 import importlib
 import sys
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -42,17 +42,17 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
     width = max(map(len, commands)) + 2
     lines = [f"  {name:<{width}}{command.about}" for name, command in commands.items()]
     about = "\n".join(["commands:", *lines, "", "COMMAND --help lists the options of a command."])
-    usage, formatter = f"python -m {room} COMMAND ...", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m {room}", usage, about, formatter_class=formatter)
-    parser.add_argument("command", choices=commands, help=argparse.SUPPRESS)
+    usage, formatter = f"python -m {room} COMMAND ...", RawDescriptionHelpFormatter
+    parser = ArgumentParser(f"python -m {room}", usage, about, formatter_class=formatter)
+    parser.add_argument("command", choices=commands, help=SUPPRESS)
     command = commands[parser.parse_args(sys.argv[1:2] or ["--help"]).command]
     arguments = sys.argv[1:] if command.named else sys.argv[2:]
     run_main(lambda: importlib.import_module(command.module).main(arguments))
 
 
-def command_parser(prog: str, about: str, *, config: str = "") -> argparse.ArgumentParser:
+def command_parser(prog: str, about: str, *, config: str = "") -> ArgumentParser:
     """A parser with `--config` ("required", "optional", or "" for none) and `section.key=value` settings."""
-    parser = argparse.ArgumentParser(prog=prog, description=about)
+    parser = ArgumentParser(prog=prog, description=about)
     if config:
         help_ = "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
         parser.add_argument("--config", required=config == "required", help=help_)
@@ -62,15 +62,9 @@ def command_parser(prog: str, about: str, *, config: str = "") -> argparse.Argum
 
 
 def read_config(
-    schema: type[ConfigT],
-    parser: argparse.ArgumentParser,
-    *,
-    section: str = "",
-    arguments: Sequence[str],
-    partial: bool = False,
-) -> tuple[ConfigT, argparse.Namespace]:
+    schema: type[ConfigT], parser: ArgumentParser, *, section: str = "", arguments: Sequence[str], partial: bool = False
+) -> tuple[ConfigT, Namespace]:
     """Parse `arguments`; load `schema` (`um3.core.config.load_config`) from the config file and the settings."""
     options = parser.parse_intermixed_args(arguments)
-    name = getattr(options, "config", None)
-    path = find_config(name) if name else None
+    path = find_config(options.config) if getattr(options, "config", None) else None
     return load_config(schema, path=path, section=section, overrides=options.overrides, partial=partial), options

@@ -49,12 +49,8 @@ def load_config(
 ) -> ConfigT:
     """Build `schema` from its defaults, then the YAML file (and its `base:` files), then `a.b=c` overrides.
 
-    Args:
-        section: the section of an experiment's file that `schema` describes; empty if the file holds `schema` alone.
-        partial: skip keys that `schema` lacks at its top level; for a command that needs only some of a section.
-
-    Raises:
-        UserError: one line for any mistake, such as an unknown or old key, whose right name it suggests.
+    `section` of an experiment's file is described by `schema`; empty if the file holds `schema` alone. `partial` skips
+    keys that `schema` lacks at its top level. UserError for any mistake; it suggests the right name of a wrong key.
     """
     layers = [] if path is None else _yaml_layers(Path(path), section=section)
     if path is not None and not layers:
@@ -170,8 +166,8 @@ def _yaml_layers(path: Path, *, section: str, seen: tuple[Path, ...] = ()) -> li
         layer: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         problem = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
-        remedy = "use a YAML file such as configs/demo.yaml (make: CONFIG=demo)"
-        raise UserError(f"config file {path} {problem}; {remedy}") from None
+        problem += "; use a YAML file such as configs/demo.yaml (make: CONFIG=demo)"
+        raise UserError(f"config file {path} {problem}") from None
     except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else _short(path)
@@ -180,10 +176,8 @@ def _yaml_layers(path: Path, *, section: str, seen: tuple[Path, ...] = ()) -> li
         base = layer.pop("base", None)
         below = _yaml_layers((path.parent / str(base)).resolve(), section=section, seen=(*seen, path)) if base else []
         if section and (unknown := [str(key) for key in layer if key not in SECTIONS]):
-            raise UserError(
-                f"{path}: '{unknown[0]}' is not a section ({', '.join(SECTIONS)}); "
-                f"put the settings of each phase under its section, such as '{section}:'"
-            )
+            remedy = f"put the settings of each phase under its section, such as '{section}:'"
+            raise UserError(f"{path}: '{unknown[0]}' is not a section ({', '.join(SECTIONS)}); {remedy}")
         layer = layer.get(section) if section else layer
         if layer is None:
             return below

@@ -3,7 +3,6 @@
 torch is imported inside the functions, because reading the rank must not take seconds.
 """
 
-import functools
 import os
 import socket
 import sys
@@ -72,11 +71,7 @@ def wait_for_main(*, hours: float = 72) -> None:
 
 
 def make_once(path: Path, make: Callable[[], object]) -> Path:
-    """Let rank 0 `make` the file `path`, atomically, unless it exists; return it on every rank (a collective call).
-
-    Raises:
-        UserError: this process cannot see the file of rank 0.
-    """
+    """Let rank 0 `make` the file `path`, atomically, unless it exists; return it on every rank (a collective call)."""
     if is_main() and not path.exists():
         make()
     wait_for_main()
@@ -117,41 +112,28 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_with_gradient(x_BD: "torch.Tensor") -> "torch.Tensor":
-    """Concatenate `x_BD` of all ranks, in rank order, along the batch; gradients flow back to each rank."""
-    return x_BD if world_size() == 1 else _gather_function().apply(x_BD)
+    """Concatenate `x_BD` of all ranks, in rank order, along the batch; gradients flow back to each rank.
 
-
-@functools.cache
-def _gather_function() -> Any:
-    """The autograd function of `gather_with_gradient`.
-
-    torch's `torch.distributed.nn.functional.all_gather` is deprecated, and with gloo its backward pass made one
-    process in ten abort at exit (torch 2.13, CPU).
+    torch.distributed.nn.functional.all_gather is deprecated, and with gloo its backward pass made one process in ten
+    abort at exit (torch 2.13, CPU).
     """
+    if world_size() == 1:
+        return x_BD
     import torch
 
-    class GatherBatches(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x_BD: torch.Tensor) -> torch.Tensor:
-            x_BD = x_BD.contiguous()
-            ctx.batch_size = len(x_BD)
-            parts = [torch.empty_like(x_BD) for _ in range(world_size())]
-            torch.distributed.all_gather(parts, x_BD)
-            return torch.cat(parts)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            total = sum_over_ranks(gradients[0].float()).to(gradients[0].dtype)  # (global batch, D)
-            return total[rank() * ctx.batch_size :][: ctx.batch_size]
-
-    return GatherBatches
+    parts = list(gather_flat(x_BD.detach()).split(len(x_BD)))
+    parts[rank()] = x_BD
+    whole = torch.cat(parts)  # (global batch, D)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: sum_over_ranks(gradient.float()).to(gradient.dtype))
+    return whole
 
 
 def gather_flat(part: "torch.Tensor") -> "torch.Tensor":
-    """Concatenate the vectors `part` (equal lengths) of all ranks, in rank order (no gradient)."""
+    """Concatenate `part` (of equal shapes) of all ranks along its first dimension, in rank order (no gradient)."""
     if world_size() == 1 or not (group := _process_group()):
         return part
-    whole = part.new_empty(world_size() * len(part))
+    whole = part.new_empty(world_size() * len(part), *part.shape[1:])
     group.all_gather_into_tensor(whole, part.contiguous())
     return whole
 

@@ -27,9 +27,7 @@ REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EROFS), "choose another path"),
 }
-LOST_RANK = re.compile(
-    r"gloo/transport|by peer|waiting for clients|NCCL.*(remote|time|abort)", re.IGNORECASE | re.DOTALL
-)
+LOST_RANK = re.compile(r"(?is)gloo/transport|by peer|waiting for clients|NCCL.*(remote|time|abort)")
 """Errors of a collective that another rank did not finish."""
 
 
@@ -62,11 +60,9 @@ def run_main(main: Callable[[], None]) -> None:
         _leave("terminated: no partial files were kept; run the same command to resume", code=EXIT_TERMINATED)
     except Exception as error:
         if _is_parallel() and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
-            _leave(
-                f"error: another rank ended or did not answer ({' '.join(str(error).split())[:160]}); see the messages "
-                "of the other ranks, and run the same command to resume from the last checkpoint",
-                code=EXIT_LOST_RANK,
-            )
+            reason = " ".join(str(error).split())[:160]
+            remedy = "see the messages of the other ranks, and run the same command to resume from the last checkpoint"
+            _leave(f"error: another rank ended or did not answer ({reason}); {remedy}", code=EXIT_LOST_RANK)
         if not (problem := system_problem(error)):
             raise
         _leave(f"error: {problem}", code=EXIT_USER_ERROR)
@@ -106,8 +102,7 @@ def _leave(message: str, *, code: int) -> NoReturn:
     if not is_reported:
         print(printable(message), file=sys.stderr, flush=True)
     if _is_parallel():
-        # Other ranks may wait in a collective. An orderly exit would wait for them forever; an exit without teardown
-        # lets the launcher see the exit code and stop them.
+        # An orderly exit would wait forever for ranks that wait in a collective; now the launcher stops them.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

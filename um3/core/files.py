@@ -83,9 +83,8 @@ def read_json(path: str | Path, kind: type[Any] = object, *, keys: Sequence[str]
 def parse_json(text: str | bytes, *, where: str | Path, kind: type[Any] = object, keys: Sequence[str] = ()) -> Any:
     """The value of a JSON text (a file, or a line of one); every reader of JSON from outside goes through here.
 
-    Raises:
-        UserError: it begins with `where`; not JSON, nested too deeply, a number of thousands of digits, another Python
-            type than `kind` (such as list), or no object with all of `keys`.
+    UserError, which begins with `where`: not JSON, nested too deeply, a number of thousands of digits, another Python
+    type than `kind` (such as list), or no object with all of `keys`.
     """
     try:
         value: Any = json.loads(text)
@@ -141,12 +140,9 @@ def check_writable(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Be the only writer of `folder`, which is created; the kernel releases the lock of a dead process.
+    """Be the only writer of `folder`, which is created; UserError if another process is, or it is not writable.
 
-    Take it on rank 0 only. Forked workers do not inherit it.
-
-    Raises:
-        UserError: another process holds it, or `check_writable`.
+    The kernel releases the lock of a dead process. Take it on rank 0 only; forked workers do not inherit it.
     """
     check_writable(folder)
     with (Path(folder) / ".lock").open("a") as file:
@@ -164,10 +160,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def short_hash(*values: Any) -> str:
-    """16 hex digits of a sha256 over plain values (JSON types, bytes, paths), as the name of a cache entry or protocol.
-
-    Equal values have equal hashes in every process. The order of dictionary keys does not matter.
-    """
+    """16 hex digits of a sha256 over plain values (JSON types, bytes, paths); the order of keys does not matter."""
     digest = hashlib.sha256()
     for value in values:
         is_bytes = isinstance(value, bytes)

@@ -12,7 +12,6 @@ class EscapingFormatter(logging.Formatter):
     """One line a message: control characters in names and texts from outside are escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line of a record, without its traceback."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 

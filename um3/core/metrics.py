@@ -24,30 +24,21 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "lm-eval", "pycoco
 
 
 class MetricsWriter:
-    """Appends one JSON object per logged step to `metrics.jsonl` and flushes it.
+    """Appends one JSON object per logged step to `metrics.jsonl` and flushes it; `views`: "tensorboard", "wandb".
 
     A resumed run drops the lines after its checkpoint's step, so that the file always reads as one run without
-    interruption; it warns if fewer than the checkpoint's `num_rows` are there. `views` names further loggers:
-    "tensorboard", "wandb".
+    interruption; it warns if fewer than the checkpoint's `num_rows` are there.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        resume_step: int = 0,
-        num_rows: int = 0,
-        views: Sequence[str] = (),
-        config: Any = None,
+        self, folder: Path, *, resume_step: int = 0, num_rows: int = 0, views: Sequence[str] = (), config: Any = None
     ):
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
         self.num_rows = len(kept)
         if self.num_rows < num_rows:
-            logger.warning(
-                "%s was cut or deleted: it has %d of the %d rows up to step %d; the others stay missing",
-                self.path, self.num_rows, num_rows, resume_step,
-            )  # fmt: skip
+            text = "%s was cut or deleted: it has %d of the %d rows up to step %d; the others stay missing"
+            logger.warning(text, self.path, self.num_rows, num_rows, resume_step)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(self.path, "a", encoding="utf-8")
         self.tensorboard: Any = None
@@ -56,11 +47,11 @@ class MetricsWriter:
             if "tensorboard" in views:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
+                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
             if "wandb" in views:
                 import wandb
 
-                run_id = Path(folder).resolve().as_posix().replace("/", "-")[-64:]
+                run_id = folder.resolve().as_posix().replace("/", "-")[-64:]
                 self.wandb = wandb.init(project="um3", dir=str(folder), config=config, resume="allow", id=run_id)
         except ImportError as error:
             package = "wandb" if error.name == "wandb" else "tensorboard"
@@ -87,10 +78,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, each with its "step"; empty if the file does not exist.
-
-    Invalid lines, such as a last line cut by a kill, are skipped and reported.
-    """
+    """Rows of a metrics.jsonl, if it exists; invalid lines, such as one cut by a kill, are skipped and reported."""
     if not Path(path).exists():
         return []
     lines, rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []

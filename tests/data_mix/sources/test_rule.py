@@ -234,15 +234,24 @@ def test_names_in_captions(tmp_path: Path, images: list[str], names: list[Any], 
 
 
 def test_names_in_metadata_and_beside_images(tmp_path: Path) -> None:
-    write_named(tmp_path, "a/\u00e9.png", "a/e\u0301.png", "a/i\u0301.png", "b.png", "c.png", "c.jpg")
+    write_named(tmp_path, "a/\u00e9.png", "a/e\u0301.png", "a/i\u0301.png", "b.png", "c.png")
     (tmp_path / "c.txt").write_text("c")
     (tmp_path / "README.txt").write_text("no caption")
     records = [{"file_name": f"{name}.png", "text": name} for name in ("a\\\u00e9", "a/e\u0301", "a/\u00ed", "lost")]
     write_lines(tmp_path / "metadata.jsonl", records)
     captions, source = opened(tmp_path)
     assert {unicodedata.normalize("NFC", key): text for key, text in captions.items()}
-    assert captions["c.png"] == captions["c.jpg"] == ("c",) and len(captions) == 5
-    assert counts(source) == {"several images with one .txt": 1, "names no image": 1, "no caption": 1}
+    assert captions["c.png"] == ("c",) and len(captions) == 4
+    assert counts(source) == {"names no image": 1, "no caption": 1}
+
+
+@pytest.mark.parametrize("name", ["c.jpg", "c.TXT"])
+def test_captions_of_two_images_or_images_with_two_captions_are_refused(tmp_path: Path, name: str) -> None:
+    write_named(tmp_path, "b.png", "c.png")
+    (tmp_path / "c.txt").write_text("c")
+    (tmp_path / name).write_bytes((tmp_path / "c.png").read_bytes() if name == "c.jpg" else b"other")
+    with pytest.raises(UserError, match=rf"c\.\w+ and .*{name}|{name} and .*c\.\w+"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a [1]", "b*", "c?d", "[!x]"])

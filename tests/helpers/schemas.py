@@ -1,0 +1,20 @@
+"""The config dataclasses of all commands."""
+
+from typing import Any
+
+from data_mix.batches.mix_preview import PreviewConfig
+from data_mix.codes.encode import EncodeConfig
+from eval.benchmarks.coco_captions import CocoCaptionsConfig
+from eval.benchmarks.coco_generation import CocoGenerationConfig
+from eval.benchmarks.dpg import DPGConfig
+from eval.benchmarks.geneval import GenEvalConfig
+from eval.config import EvalConfig
+from eval.report.ablation import Ablation
+from eval.tasks.generate_images import GenerateConfig
+from train.phase import CONFIGS
+from train.recipes.um3_init import InitConfig
+
+SECTIONS: dict[str, type[Any]] = {**CONFIGS, "codes": EncodeConfig, "eval": EvalConfig}
+"""Section of an experiment's file -> its schema."""
+BENCHMARKS = (CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig)
+SCHEMAS = (*SECTIONS.values(), PreviewConfig, InitConfig, GenerateConfig, Ablation, *BENCHMARKS)
