@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any, NamedTuple
 
 from um3.core.errors import UserError
@@ -28,6 +29,8 @@ KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 GPU_PEAK = "peak_gpu_memory_gib"
 PEAK_S = 1.5
 """Seconds of matrix products, of which the fastest gives the peak."""
+Results = dict[str, list[dict[str, Any]]]
+"""By side, what each run of it printed."""
 
 
 class OutOfMemory(UserError):
@@ -51,21 +54,20 @@ def benchmark_parser(name: str, about: str | None, *, sides: Sequence[str] = ())
     return parser
 
 
-def run_sides(
-    name: str, arguments: Sequence[str], *, sides: Sequence[str], repeats: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Run `python -m benchmarks NAME ARGUMENTS --side SIDE` for every side in turn, `repeats` times.
-
-    Returns:
-        The results of each side: the JSON of the last line that the process printed.
-    """
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+def run_sides(name: str, arguments: Sequence[str], *, sides: Sequence[str], repeats: int) -> Results:
+    """Run every side in turn, `repeats` times."""
+    results: Results = {side: [] for side in sides}
     for repeat in range(repeats):
         for side, side_results in results.items():
-            label = f"{name}: run {repeat + 1} of {repeats}, {side}"
-            output = run_process(["benchmarks", name, *arguments, "--side", side], label=label)
-            side_results.append(json.loads(output.splitlines()[-1]))
+            side_results.append(run_side(name, arguments, side=side, label=f"run {repeat + 1} of {repeats}, {side}"))
     return results
+
+
+def run_side(name: str, arguments: Sequence[str], *, side: str, label: str) -> dict[str, Any]:
+    """The JSON of the last line that `python -m benchmarks NAME ARGUMENTS --side SIDE` prints."""
+    output = run_process(["benchmarks", name, *arguments, "--side", side], label=f"{name}: {label}")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
 
 
 def fastest(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -77,15 +79,10 @@ def run_process(command: Sequence[str], *, label: str) -> str:
     """Run `python -m COMMAND` and return what it prints.
 
     On Linux a process inherits the peak memory of the one that starts it, so import torch only after the last call.
-
-    Raises:
-        OutOfMemory: the process ran out of memory.
-        UserError: it failed otherwise; the message is its last error line.
+    OutOfMemory if it ran out of memory; UserError with its last error line if it failed otherwise.
     """
     print(label, file=sys.stderr, flush=True)
-    with subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
             output, errors = process.communicate()
         except BaseException:
@@ -128,33 +125,31 @@ class TrainingRun(NamedTuple):
         return {key: self.done[key] for key in ("commit", "machine", "versions")} | {"peak_kind": self.peak_kind}
 
 
-def add_training_options(parser: argparse.ArgumentParser, *, config: str = "demo") -> None:
+def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Options for `train_phase`: the experiment and settings over it."""
-    parser.add_argument("--config", default=config, help=f"experiment: a name or a YAML file (default {config})")
+    parser.add_argument("--config", default="demo", help="experiment: a name or a YAML file (default demo)")
     parser.add_argument("--tokenizer", help="QLIP folder that stage 2 starts from (default: trained here)")
     parser.add_argument("--stage1", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 1 only")
     parser.add_argument("--stage2", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage 2 only")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every phase")
 
 
+def add_step_options(parser: argparse.ArgumentParser, *, steps: int, warmup: int) -> None:
+    """Options for a measurement of training steps."""
+    parser.add_argument("--steps", type=positive, default=steps, help=f"measured steps (default {steps})")
+    parser.add_argument("--warmup", type=positive, default=warmup, help=f"steps before them (default {warmup})")
+    parser.add_argument("--peak-tflops", type=float, help="the machine's TFLOP/s; measured unless given")
+
+
 def train_phase(
     phase: str, *, options: argparse.Namespace, steps: int, folder: Path, settings: Sequence[str] = (), label: str = ""
 ) -> TrainingRun:
-    """Run `python -m train PHASE` for `steps` steps in `folder`/PHASE, logging every step and saving the last.
-
-    Raises:
-        UserError: training failed.
-    """
+    """Run `python -m train PHASE` for `steps` steps in `folder`/PHASE, logging every step and saving the last."""
     output_dir = folder / phase
-    run_process(
-        [
-            *("train", phase, "--config", options.config, "--processes", str(getattr(options, "processes", 1))),
-            *(*options.overrides, *getattr(options, phase, ()), *settings),
-            *(f"loop.output_dir={output_dir}", f"loop.max_steps={steps}"),
-            *("loop.log_every_steps=1", f"loop.save_every_steps={steps}"),
-        ],
-        label=label or f"{phase}: {steps} steps",
-    )
+    command = ["train", phase, "--config", options.config, "--processes", str(getattr(options, "processes", 1))]
+    command += [*options.overrides, *getattr(options, phase, ()), *settings, f"loop.output_dir={output_dir}"]
+    command += [f"loop.max_steps={steps}", "loop.log_every_steps=1", f"loop.save_every_steps={steps}"]
+    run_process(command, label=label or f"{phase}: {steps} steps")
     return TrainingRun(output_dir, read_metrics(output_dir / "metrics.jsonl"), read_json(output_dir / "done.json"))
 
 
@@ -174,23 +169,17 @@ class Peak(NamedTuple):
 def machine_peak(*, precision: str, processes: int = 1, threads: int = 0, tflops: float | None = None) -> Peak:
     """The FLOP/s of large matrix products in `processes` processes at the same time, or the given `tflops`.
 
-    Args:
-        precision: one of the engine's: fp32, or bf16-mixed or bf16-true for products in bf16.
-        threads: CPU threads of each process; 0 leaves torch's choice.
-
-    Raises:
-        UserError: a process failed.
+    The `precision` is one of the engine's; all but fp32 multiply in bf16. With 0 `threads` torch chooses their number.
     """
     if tflops:
         return Peak(tflops * 1e12, "given")
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.SimpleQueue()
-    workers = [
-        context.Process(target=_multiply, args=(rank, precision, threads, barrier, results), daemon=True)
-        for rank in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
+    workers = []
+    for rank in range(processes):
+        arguments = (rank, precision, threads, barrier, results)
+        workers.append(context.Process(target=_multiply, args=arguments, daemon=True))
+        workers[-1].start()
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):

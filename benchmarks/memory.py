@@ -7,16 +7,9 @@ GAN, and without either network. The peak is torch's on a GPU and resident memor
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import (
-    OutOfMemory,
-    TrainingRun,
-    add_training_options,
-    benchmark_parser,
-    positive,
-    temporary_folder,
-    train_phase,
-)
+from benchmarks import harness
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, write_json
 
@@ -30,14 +23,17 @@ Peaks = Mapping[str, Sequence[float | None]]
 
 def main(arguments: Sequence[str]) -> None:
     """Measure every point, print the table, and write memory.png and memory.json."""
-    parser = benchmark_parser("memory", __doc__)
-    add_training_options(parser)
-    parser.add_argument("--batches", type=positive, nargs="+", default=[8, 16, 32, 64], help="default 8 16 32 64")
+    parser, sizes = harness.benchmark_parser("memory", __doc__), [8, 16, 32, 64]
+    harness.add_training_options(parser)
+    parser.add_argument("--batches", type=harness.positive, nargs="+", default=sizes, help="default 8 16 32 64")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for memory.png and memory.json")
     options = parser.parse_intermixed_args(arguments)
     batches = sorted(set(options.batches))
-    with temporary_folder() as name:
-        tokenizer = options.tokenizer or _small_tokenizer(options, folder=Path(name))
+    with harness.temporary_folder() as name:
+        if not (tokenizer := options.tokenizer):
+            small = ["loop.batch_size=2", "loop.micro_batch_size=0"]
+            run = harness.train_phase("stage1", options=options, steps=1, folder=Path(name), settings=small)
+            tokenizer = run.folder / "model"
         runs = {kind: [_run(kind, batch, tokenizer, options=options) for batch in batches] for kind in KINDS}
     finished = [run for kind_runs in runs.values() for run in kind_runs if run]
     if not finished:
@@ -50,21 +46,13 @@ def main(arguments: Sequence[str]) -> None:
     print(out / "memory.png")
 
 
-def _small_tokenizer(options: argparse.Namespace, *, folder: Path) -> str:
-    settings = ["loop.batch_size=2", "loop.micro_batch_size=0"]
-    run = train_phase("stage1", options=options, steps=1, folder=folder, settings=settings)
-    return str(run.folder / "model")
-
-
-def _run(kind: str, batch: int, tokenizer: str, *, options: argparse.Namespace) -> TrainingRun | None:
+def _run(kind: str, batch: int, tokenizer: str, *, options: argparse.Namespace) -> harness.TrainingRun | None:
     settings = [f"init_from={tokenizer}", f"loop.batch_size={batch}", "loop.micro_batch_size=0", *KINDS[kind]]
-    label = f"{batch} images, {kind} {TERMS}"
-    with temporary_folder() as name:
+    with harness.temporary_folder() as name:
+        how: Any = {"folder": Path(name), "settings": settings, "label": f"{batch} images, {kind} {TERMS}"}
         try:
-            return train_phase(
-                "stage2", options=options, steps=STEPS, folder=Path(name), settings=settings, label=label
-            )
-        except OutOfMemory as error:
+            return harness.train_phase("stage2", options=options, steps=STEPS, **how)
+        except harness.OutOfMemory as error:
             print(error)
             return None
 

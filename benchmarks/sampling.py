@@ -9,6 +9,7 @@ weights of a step (layers, one sub-token's range of the head) and its keys and v
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.harness import benchmark_parser, fastest, run_sides
+from benchmarks.harness import Results, benchmark_parser, fastest, run_sides
 from benchmarks.synthetic import SPECIAL_IDS, SUBTOKENS, add_model_options, synthetic_model
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -43,11 +44,7 @@ class Setting(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, print the comparison, then the numbers as JSON.
-
-    Raises:
-        UserError: bad options, or sides that generate different ids in float32 on a CPU.
-    """
+    """Measure, print the comparison, then the numbers as JSON."""
     parser = benchmark_parser("sampling", __doc__, sides=SIDES)
     add_model_options(parser, layers=8)
     parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=list(SIDES[1:]), help="compared with ours")
@@ -83,12 +80,8 @@ def main(arguments: Sequence[str]) -> None:
         check_same_images(results)
 
 
-def check_same_images(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Compare the ids of every image over all sides and repeats.
-
-    Raises:
-        UserError: they differ.
-    """
+def check_same_images(results: Results) -> None:
+    """Compare the ids of every image over all sides and repeats; UserError if they differ."""
     images = {tuple(result["images"]) for side_results in results.values() for result in side_results}
     if len(images) > 1:
         raise UserError(f"{', '.join(results)} generated different ids")
@@ -99,7 +92,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     setting = build(options)
     times: list[float] = []
     start, start_cpu = _now(), time.process_time()
-    generate = {"ours": ours, "stock": stock, "batched": batched}[options.side]
+    generate = ours if options.side == "ours" else functools.partial(stock, batched=options.side == "batched")
     visual_ids_BP = generate(setting, lambda: times.append(_now())).cpu()
     seconds, cpu_s = _now() - start, time.process_time() - start_cpu
     steps_ms = [1000 * (later - earlier) for earlier, later in itertools.pairwise(times)]
@@ -143,29 +136,23 @@ def ours(setting: Setting, tick: Callable[[], None]) -> "Tensor":
     from um3.inference.generate import Sampler
     from um3.inference.sampling_params import Sampling
 
-    return (
-        Sampler(setting.model, ids=setting.ids)
-        .images(
-            prompts=setting.prompts,
-            unconditional_prompt=setting.unconditional,
-            sampling=Sampling(temperature=0, guidance_scale=setting.scale),
-            uniforms_BP=torch.zeros(len(setting.prompts), setting.ids.image_tokens),
-            watch=lambda _: tick(),
-        )
-        .visual_ids
+    generated = Sampler(setting.model, ids=setting.ids).images(
+        prompts=setting.prompts,
+        unconditional_prompt=setting.unconditional,
+        sampling=Sampling(temperature=0, guidance_scale=setting.scale),
+        uniforms_BP=torch.zeros(len(setting.prompts), setting.ids.image_tokens),
+        watch=lambda _: tick(),
     )
+    return generated.visual_ids
 
 
-def stock(setting: Setting, tick: Callable[[], None]) -> "Tensor":
-    """The same by `generate()` with its own guidance."""
-    negative = setting.unconditional.repeat(len(setting.prompts), 1).to(setting.model.device)
-    guidance = {"negative_prompt_ids": negative, "guidance_scale": setting.scale} if setting.scale != 1 else {}
-    return _generate(setting, setting.prompts, tick, [], **guidance)
+def stock(setting: Setting, tick: Callable[[], None], *, batched: bool) -> "Tensor":
+    """The same by `generate()`: with its own guidance, or with both halves of the guidance in one batch."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import LogitsProcessor, LogitsProcessorList
 
-
-def batched(setting: Setting, tick: Callable[[], None]) -> "Tensor":
-    """The same by `generate()` with both halves of the guidance in one batch."""
-    from transformers import LogitsProcessor
+    from um3.inference.grammar import GrammarProcessor
 
     class Guidance(LogitsProcessor):
         """Gives both halves the guided logits, so that both choose the same id."""
@@ -174,40 +161,31 @@ def batched(setting: Setting, tick: Callable[[], None]) -> "Tensor":
             conditional, unconditional = scores.chunk(2)
             return (unconditional + setting.scale * (conditional - unconditional)).repeat(2, 1)
 
-    if setting.scale == 1:
-        return stock(setting, tick)
-    prompts = [*setting.prompts, *[setting.unconditional] * len(setting.prompts)]
-    return _generate(setting, prompts, tick, [Guidance()])[: len(setting.prompts)]
-
-
-def _generate(
-    setting: Setting, prompts: "list[Tensor]", tick: Callable[[], None], processors: list[Any], **options: Any
-) -> "Tensor":
-    import torch
-    from transformers import LogitsProcessor, LogitsProcessorList
-
-    from um3.inference.grammar import GrammarProcessor
-
     class Clock(LogitsProcessor):
         def __call__(self, input_ids: "Tensor", scores: "Tensor") -> "Tensor":
             tick()
             return scores
 
-    longest, device = max(map(len, prompts)), setting.model.device
-    input_ids = torch.full((len(prompts), longest), setting.ids.pad_id)
-    for row, prompt in zip(input_ids, prompts, strict=True):
-        row[longest - len(prompt) :] = prompt
-    attended = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
+    prompts, count, device = setting.prompts, len(setting.prompts), setting.model.device
+    processors: list[LogitsProcessor] = [GrammarProcessor(setting.ids), Clock()]
+    guidance: dict[str, Any] = {}
+    if setting.scale != 1 and batched:
+        prompts, processors = [*prompts, *[setting.unconditional] * count], [Guidance(), *processors]
+    elif setting.scale != 1:
+        negative = setting.unconditional.repeat(count, 1).to(device)
+        guidance = {"negative_prompt_ids": negative, "guidance_scale": setting.scale}
+    input_ids = pad_sequence(prompts, batch_first=True, padding_value=setting.ids.pad_id, padding_side="left")
+    attended = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
     output: Tensor = setting.model.generate(  # type: ignore[operator]
         input_ids.to(device),
-        attention_mask=attended.long().to(device),
+        attention_mask=attended.to(device),
         do_sample=False,
         max_new_tokens=setting.ids.image_tokens,
         pad_token_id=setting.ids.pad_id,
-        logits_processor=LogitsProcessorList([*processors, GrammarProcessor(setting.ids), Clock()]),
-        **options,
+        logits_processor=LogitsProcessorList(processors),
+        **guidance,
     )
-    return output[:, longest:]
+    return output[:count, input_ids.shape[1] :]
 
 
 def _bound_ms(setting: Setting) -> float:

@@ -29,11 +29,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, layers: int) -> None:
 
 
 def synthetic_model(options: argparse.Namespace, *, max_positions: int) -> "tuple[PreTrainedModel, UnifiedVocabulary]":
-    """Build the model and its vocabulary; sets torch's seed and the number of threads.
-
-    Raises:
-        UserError: sizes that no vocabulary can have.
-    """
+    """Build the model and its vocabulary, or raise UserError; sets torch's seed and the number of threads."""
     import torch
 
     from um3.model.configuration import ModelConfig

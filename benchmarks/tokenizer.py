@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import benchmark_parser, fastest, positive, run_sides
+from benchmarks.harness import Results, benchmark_parser, fastest, positive, run_sides
 from um3.core.errors import UserError
 
 BASE = dict(image_size=256, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
@@ -41,11 +41,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with the device's defaults.
-
-    Raises:
-        UserError: no such GPU, no compiler, or an image size that the patches do not divide.
-    """
+    """The options, with the device's defaults."""
     parser = benchmark_parser("tokenizer", __doc__, sides=SIDES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default B-16 B-8, on a GPU also L-14")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (default 8)")
@@ -76,7 +72,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _comparison(variant: str, results: dict[str, list[dict[str, Any]]], *, options: argparse.Namespace) -> str:
+def _comparison(variant: str, results: Results, *, options: argparse.Namespace) -> str:
     ours, plain = (fastest(results[side]) for side in SIDES)
     speedup = {key: plain[key] / ours[key] for key in ("seconds", "encode", "decode")}
     how = f" in {options.precision}" + (f", compiled ({options.compile})" if options.compile else "")
@@ -94,8 +90,7 @@ def _comparison(variant: str, results: dict[str, list[dict[str, Any]]], *, optio
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Seconds to encode and to decode a batch after a warm-up, and the peak memory that this added (GiB).
 
-    Memory is torch's on a GPU and resident memory on a CPU. A compiled run on a CPU has none: compiling needs more
-    than running.
+    Memory is torch's on a GPU, else resident. A compiled run on a CPU has none: compiling needs more than running.
     """
     import torch
 

@@ -13,15 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.harness import (
-    TrainingRun,
-    add_training_options,
-    benchmark_parser,
-    machine_peak,
-    positive,
-    temporary_folder,
-    train_phase,
-)
+from benchmarks import harness
 from train.recipes.configs import Stage1Config, Stage2Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
@@ -33,30 +25,25 @@ CAPTIONS = 512
 
 def main(arguments: Sequence[str]) -> None:
     """Run the stages, print one line for each, then all numbers as JSON."""
-    parser = benchmark_parser("training", __doc__)
-    add_training_options(parser)
+    parser = harness.benchmark_parser("training", __doc__)
+    harness.add_training_options(parser)
+    harness.add_step_options(parser, steps=10, warmup=3)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--steps", type=positive, default=10, help="measured steps (default 10)")
-    parser.add_argument("--warmup", type=positive, default=3, help="steps before them (default 3)")
-    parser.add_argument("--processes", type=positive, default=1, help="training processes (default 1)")
-    parser.add_argument("--peak-tflops", type=float, help="the machine's TFLOP/s; measured unless given")
+    parser.add_argument("--processes", type=harness.positive, default=1, help="training processes (default 1)")
     options = parser.parse_intermixed_args(arguments)
     if options.stages == ["stage2"] and not options.tokenizer:
         raise UserError("stage 2 alone needs a tokenizer to start from; pass --tokenizer FOLDER, or run stage1 too")
-    with temporary_folder() as name:
+    with harness.temporary_folder() as name:
         initial = options.tokenizer or f"{name}/stage1/model"
         settings = {"stage1": [], "stage2": ["loss.adversarial_start_step=0", f"init_from={initial}"]}
-        steps = options.warmup + options.steps
-        runs = {
-            stage: train_phase(stage, options=options, steps=steps, folder=Path(name), settings=settings[stage])
-            for stage in STAGES
-            if stage in options.stages
-        }
+        how: Any = {"options": options, "steps": options.warmup + options.steps, "folder": Path(name)}
+        stages = [stage for stage in STAGES if stage in options.stages]
+        runs = {stage: harness.train_phase(stage, settings=settings[stage], **how) for stage in stages}
         numbers = {stage: _report(stage, run, options=options) for stage, run in runs.items()}
-        print(json.dumps(numbers | next(iter(runs.values())).provenance))
+        print(json.dumps(numbers | runs[stages[0]].provenance))
 
 
-def _report(stage: str, run: TrainingRun, *, options: argparse.Namespace) -> dict[str, Any]:
+def _report(stage: str, run: harness.TrainingRun, *, options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.flops import stage1_flops, stage2_flops
     from tokenizer.configuration import read_qlip_config
     from train.engine import precision_of
@@ -70,9 +57,8 @@ def _report(stage: str, run: TrainingRun, *, options: argparse.Namespace) -> dic
         flops = stage1_flops(qlip_config, text_tokens=_text_tokens(config, run))
     else:
         flops = stage2_flops(qlip_config, config)
-    peak = machine_peak(
-        precision=precision, processes=options.processes, threads=loop.num_threads, tflops=options.peak_tflops
-    )
+    how: Any = {"processes": options.processes, "threads": loop.num_threads, "tflops": options.peak_tflops}
+    peak = harness.machine_peak(precision=precision, **how)
     utilisation = sum(flops.values()) * images_per_s / peak.flops
     print(
         f"{stage}: {fmean(times):.3g} s a step of {loop.batch_size} images, {images_per_s:.4g} images/s; "
@@ -86,7 +72,7 @@ def _report(stage: str, run: TrainingRun, *, options: argparse.Namespace) -> dic
     }
 
 
-def _text_tokens(config: Stage1Config, run: TrainingRun) -> int:
+def _text_tokens(config: Stage1Config, run: harness.TrainingRun) -> int:
     """Tokens of the longest caption of a micro-batch, to which the others are padded."""
     from data_mix.batches.image_batches import ImageBatches
     from tokenizer.processor import QLIPProcessor

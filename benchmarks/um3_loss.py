@@ -10,6 +10,7 @@ and text-to-image at the paper's 12:1:3 over four batches; a step's time is thei
 """
 
 import argparse
+import functools
 import json
 import resource
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import benchmark_parser, fastest, positive, run_process, run_sides
+from benchmarks.harness import Results, benchmark_parser, fastest, positive, run_side, run_sides
 from benchmarks.synthetic import SPECIAL_IDS, SUBTOKENS, add_model_options, synthetic_model
 from um3.core.errors import UserError
 
@@ -38,20 +39,15 @@ MARKS = 4  # bos, begin of image, end of image, eos
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure and print one line per kind of sequences, then the numbers as JSON.
-
-    Raises:
-        UserError: bad options, or gradients that differ from those of the plain split loss.
-    """
+    """Measure and print one line per kind of sequences, then the numbers as JSON."""
     options = parse(arguments)
     if options.side:
         print(json.dumps(check(options) if options.side == "check" else measure(options)))
         return
     for kind in options.kinds:
         command = [*arguments, "--kinds", kind]
-        label = f"um3-loss: {kind}, gradients against the plain split loss"
-        output = run_process(["benchmarks", "um3-loss", *command, "--side", "check"], label=label)
-        checked: dict[str, float] = json.loads(output.splitlines()[-1])
+        label = f"{kind}, gradients against the plain split loss"
+        checked = run_side("um3-loss", command, side="check", label=label)
         results = run_sides("um3-loss", command, sides=SIDES, repeats=options.repeats)
         print(_comparison(kind, results, error=checked["error"]))
         settings = {name: value for name, value in vars(options).items() if name not in ("kinds", "side")}
@@ -59,11 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options.
-
-    Raises:
-        UserError: sequences too short for an image.
-    """
+    """The options; UserError if sequences are too short for an image."""
     parser = benchmark_parser("um3-loss", __doc__, sides=(*SIDES, "check"))
     add_model_options(parser, layers=4)
     parser.add_argument("--kinds", nargs="+", choices=GOALS, default=list(GOALS), help="default image mix")
@@ -79,7 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _comparison(kind: str, results: dict[str, list[dict[str, Any]]], *, error: float) -> str:
+def _comparison(kind: str, results: Results, *, error: float) -> str:
     ours, stock = (fastest(results[side]) for side in SIDES)
     memory = ours["peak_gib"] / max(stock["peak_gib"], 1e-6)
     return (
@@ -97,7 +89,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from um3.core.progress import peak_memory_gib
 
     model, ids, batches = build(options)
-    loss = our_loss(model, ids=ids, options=options) if options.side == "ours" else stock_loss(model)
+    stock = functools.partial(stock_loss, model)
+    loss = our_loss(model, ids=ids, options=options) if options.side == "ours" else stock
     optimizer = torch.optim.AdamW(model.parameters(), fused=True) if options.optimizer else None
     before_gib = _resident_gib()
 
@@ -120,8 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def check(options: argparse.Namespace) -> dict[str, float]:
     """The largest relative difference (of norms) between our gradient of a parameter and the plain loss's.
 
-    Raises:
-        UserError: it is above 1e-5.
+    UserError if it is above 1e-5.
     """
     model, ids, batches = build(options)
 
@@ -132,7 +124,8 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         model.zero_grad()
         return grads
 
-    plain, ours = gradients(plain_loss(model, ids=ids)), gradients(our_loss(model, ids=ids, options=options))
+    plain = gradients(functools.partial(plain_loss, model, ids.text_vocab_size))
+    ours = gradients(our_loss(model, ids=ids, options=options))
     errors = {name: float((ours[name] - gradient).norm() / gradient.norm()) for name, gradient in plain.items()}
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= GRADIENT_GOAL:
@@ -186,35 +179,27 @@ def our_loss(model: Any, *, ids: "UnifiedVocabulary", options: argparse.Namespac
     return loss
 
 
-def stock_loss(model: Any) -> "Loss":
+def stock_loss(model: Any, batch: "Batch") -> "Tensor":
     """transformers' cross entropy over the whole vocabulary."""
-
-    def loss(batch: "Batch") -> "Tensor":
-        input_ids_BT, target_mask_BT = batch
-        labels_BT = input_ids_BT.masked_fill(~target_mask_BT, -100)
-        value: Tensor = model(input_ids=input_ids_BT, labels=labels_BT, use_cache=False).loss
-        return value
-
+    input_ids_BT, target_mask_BT = batch
+    labels_BT = input_ids_BT.masked_fill(~target_mask_BT, -100)
+    loss: Tensor = model(input_ids=input_ids_BT, labels=labels_BT, use_cache=False).loss
     return loss
 
 
-def plain_loss(model: Any, *, ids: "UnifiedVocabulary") -> "Loss":
+def plain_loss(model: Any, text_vocab_size: int, batch: "Batch") -> "Tensor":
     """The split loss over the full logits: the sum of the means over each half's targets."""
     import torch
     import torch.nn.functional as F
 
-    def loss(batch: "Batch") -> "Tensor":
-        input_ids_BT, target_mask_BT = batch
-        logits_TV = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets_T, supervised_T = input_ids_BT[:, 1:].flatten(), target_mask_BT[:, 1:].flatten()
-        is_text_T = targets_T < ids.text_vocab_size
-        total = torch.zeros(())
-        for is_half_T, start, end in ((is_text_T, 0, ids.text_vocab_size), (~is_text_T, ids.text_vocab_size, None)):
-            labels_T = (targets_T - start).masked_fill(~(is_half_T & supervised_T), -100)
-            if (labels_T >= 0).any():
-                total = total + F.cross_entropy(logits_TV[:, start:end], labels_T)
-        return total
-
+    input_ids_BT, target_mask_BT = batch
+    logits_TV = model(input_ids=input_ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
+    targets_T, supervised_T = input_ids_BT[:, 1:].flatten(), target_mask_BT[:, 1:].flatten()
+    is_text_T, loss = targets_T < text_vocab_size, torch.zeros(())
+    for is_half_T, start, end in ((is_text_T, 0, text_vocab_size), (~is_text_T, text_vocab_size, None)):
+        labels_T = (targets_T - start).masked_fill(~(is_half_T & supervised_T), -100)
+        if (labels_T >= 0).any():
+            loss = loss + F.cross_entropy(logits_TV[:, start:end], labels_T)
     return loss
 
 

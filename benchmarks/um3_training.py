@@ -10,6 +10,7 @@ One GPU with the paper's sizes: `--config um3_llama3_1b loop.batch_size=64 data.
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -18,15 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.harness import (
-    TrainingRun,
-    benchmark_parser,
-    machine_peak,
-    positive,
-    run_process,
-    temporary_folder,
-    train_phase,
-)
+from benchmarks import harness
 from train.recipes.configs import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
@@ -39,12 +32,10 @@ SHAPE = dict(hidden_size=2048, layers=16, heads=32, kv_heads=8, intermediate_siz
 
 def main(arguments: Sequence[str]) -> None:
     """Run ours, then stock; print a line for each and all numbers as JSON."""
-    parser = benchmark_parser("um3-training", __doc__)
+    parser = harness.benchmark_parser("um3-training", __doc__)
+    harness.add_step_options(parser, steps=50, warmup=5)
     parser.add_argument("--config", default="um3_llama3_1b", help="experiment (default um3_llama3_1b)")
     parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the base model: {SHAPE}")
-    parser.add_argument("--steps", type=positive, default=50, help="measured steps (default 50)")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before them (default 5)")
-    parser.add_argument("--peak-tflops", type=float, help="the device's TFLOP/s; measured unless given")
     parser.add_argument("--side", choices=("inputs", "stock"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the um3 section")
@@ -55,23 +46,20 @@ def main(arguments: Sequence[str]) -> None:
     elif options.side == "stock":
         print(json.dumps(measure_stock(options)))
     else:
-        with temporary_folder() as name:
-            command = ["benchmarks", "um3-training", *arguments, "--folder", name]
-            run_process([*command, "--side", "inputs"], label="um3-training: synthetic model and data")
+        with harness.temporary_folder() as name:
+            command = [*arguments, "--folder", name]
+            inputs = ["benchmarks", "um3-training", *command, "--side", "inputs"]
+            harness.run_process(inputs, label="um3-training: synthetic model and data")
             settings = [f"model.base_model={name}/base", f"visual_tokenizer={name}/qlip", f"data.codes={name}/codes"]
             settings += [f"data.texts=[{{name: made, path: {name}/texts.jsonl}}]", "text_validation.every_steps=0"]
             steps = options.warmup + options.steps
-            ours = train_phase("um3", options=options, steps=steps, folder=Path(name), settings=settings)
-            stock = json.loads(run_process([*command, "--side", "stock"], label="um3-training: stock").splitlines()[-1])
+            ours = harness.train_phase("um3", options=options, steps=steps, folder=Path(name), settings=settings)
+            stock = harness.run_side("um3-training", command, side="stock", label="stock")
             print(json.dumps(_report(ours, stock=stock, options=options) | {"shape": shape} | ours.provenance))
 
 
 def read_shape(settings: Sequence[str]) -> dict[str, int]:
-    """`SHAPE` with the settings NAME=NUMBER.
-
-    Raises:
-        UserError: an unknown name, a number below 1, or heads that do not divide.
-    """
+    """`SHAPE` with the settings NAME=NUMBER."""
     shape = dict(SHAPE)
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -79,9 +67,8 @@ def read_shape(settings: Sequence[str]) -> dict[str, int]:
             raise UserError(f"--shape {setting}: pass {', '.join(SHAPE)} as NAME=NUMBER, at least 1")
         shape[key] = int(value)
     if shape["vocab_size"] < 300 or shape["hidden_size"] % shape["heads"] or shape["heads"] % shape["kv_heads"]:
-        raise UserError(
-            f"--shape {shape}: vocab_size must be at least 300, heads divide hidden_size, and kv_heads divide heads"
-        )
+        rule = "vocab_size must be at least 300, heads divide hidden_size, and kv_heads divide heads"
+        raise UserError(f"--shape {shape}: {rule}")
     return shape
 
 
@@ -124,16 +111,9 @@ def _write_base(folder: Path, *, shape: dict[str, int]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        max_position_embeddings=131_072,
-        tie_word_embeddings=True,
-    )
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    sizes: dict[str, Any] = {names.get(name, name): number for name, number in shape.items()}
+    config = LlamaConfig(**sizes, max_position_embeddings=131_072, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
@@ -164,21 +144,14 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     if config.loop.num_threads:
         torch.set_num_threads(config.loop.num_threads)
     loaded = load_model(run / "model", dtype=torch.float32)
-    mix = SequenceBatches(
-        config.data,
-        ids=loaded.ids,
-        text_tokenizer=loaded.text_tokenizer,
-        batch_size=config.loop.batch_size,
-        seed=config.loop.seed,
-        cache=run / "cache",
-    )
-    _, accumulation = split_batch(config.loop)
+    inputs: Any = {"text_tokenizer": loaded.text_tokenizer, "cache": run / "cache"}
+    loop, ids = config.loop, loaded.ids
+    mix = SequenceBatches(config.data, ids=ids, batch_size=loop.batch_size, seed=loop.seed, **inputs)
+    _, accumulation = split_batch(loop)
     items: list[dict[str, torch.Tensor]] = []
-    for step in range(config.loop.max_steps):
-        batch = mix.batch(step)
-        for input_ids_BT, target_mask_BT in micro_batches(
-            batch.input_ids_BT, batch.target_mask_BT, parts=accumulation, pad_id=loaded.ids.pad_id
-        ):
+    for batch in map(mix.batch, range(loop.max_steps)):
+        parts = micro_batches(batch.input_ids_BT, batch.target_mask_BT, parts=accumulation, pad_id=ids.pad_id)
+        for input_ids_BT, target_mask_BT in parts:
             items.append({"input_ids": input_ids_BT, "labels": input_ids_BT.masked_fill(~target_mask_BT, -100)})
 
     class Clock(TrainerCallback):
@@ -193,7 +166,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
         output_dir=str(Path(options.folder) / "stock"),
         per_device_train_batch_size=1,  # an item is a micro-batch
         gradient_accumulation_steps=accumulation,
-        max_steps=config.loop.max_steps,
+        max_steps=loop.max_steps,
         learning_rate=config.optimizer.lr,
         bf16=gpu,
         use_cpu=not gpu,
@@ -205,19 +178,13 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True,
     )
     clock = Clock()
-    Trainer(
-        model=loaded.model,
-        args=settings,
-        train_dataset=items,
-        data_collator=lambda batch: batch[0],
-        callbacks=[clock],
-    ).train()
-    times = [later - earlier for earlier, later in zip(clock.times, clock.times[1:], strict=False)]
+    Trainer(loaded.model, settings, lambda batch: batch[0], items, callbacks=[clock]).train()
+    times = [later - earlier for earlier, later in itertools.pairwise(clock.times)]
     peak_gib = peak_gpu_memory_gib()
     return {"step_s": times[options.warmup - 1 :], "peak_gib": peak_memory_gib() if peak_gib is None else peak_gib}
 
 
-def _report(ours: TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     from train.engine import precision_of
     from train.plan.plan import Plan
 
@@ -225,8 +192,14 @@ def _report(ours: TrainingRun, *, stock: dict[str, Any], options: argparse.Names
     precision, times = precision_of(config.engine), ours.step_seconds(warmup=options.warmup)
     seconds, stock_s = fmean(times), fmean(stock["step_s"])
     flops, _ = Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
-    peak = machine_peak(precision=precision, threads=config.loop.num_threads, tflops=options.peak_tflops)
-    per_step = (_tokens(ours.rows[-1]) - _tokens(ours.rows[options.warmup - 1])) / options.steps
+    threads = config.loop.num_threads
+    peak = harness.machine_peak(precision=precision, threads=threads, tflops=options.peak_tflops)
+    # Tokens that the run had seen before and after the measured steps, without padding.
+    before, after = (
+        sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))
+        for row in (ours.rows[options.warmup - 1], ours.rows[-1])
+    )
+    per_step = (after - before) / options.steps
     utilisation = flops / seconds / peak.flops
     print(
         f"ours: {seconds:.3g} s a step of {config.loop.batch_size} samples, {per_step / seconds:,.0f} tokens/s; "
@@ -242,8 +215,3 @@ def _report(ours: TrainingRun, *, stock: dict[str, Any], options: argparse.Names
         **{"flops_per_step": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
         "precision": precision,
     }
-
-
-def _tokens(row: dict[str, Any]) -> float:
-    """Tokens that the run has seen up to this row, without padding."""
-    return sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))

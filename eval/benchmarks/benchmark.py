@@ -56,11 +56,7 @@ class Benchmark:
 
     @classmethod
     def of_images(cls, task: str, config: ScoredImagesConfig) -> "Benchmark":
-        """A benchmark of generated images; a folder without a manifest has no known prompts, seed and model.
-
-        Raises:
-            UserError: there is no such folder, its manifest is damaged, or another process writes the result file.
-        """
+        """A benchmark of generated images; a folder without a manifest has no known prompts, seed and model."""
         folder = config.images
         if not Path(folder).is_dir():
             raise UserError(f"{folder} does not exist; generate the images with python -m eval generate-images")
@@ -86,9 +82,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         """The result of every usable image, measured once with `measure_images` and a cache beside the result file.
 
-        Args:
-            supplied: a file that replaces the model: it has `field` for every image, by name or by the id in `ids`.
-            parse: makes a result of its JSON. Images for which it raises are skipped, for the reason `unusable`.
+        A file `supplied` replaces the model: it has `field` for every image, by name or by the id in `ids`. `parse`
+        makes a result of its JSON; images for which it raises are skipped, for the reason `unusable`.
         """
         skipped = self.skipped if skipped is None else skipped
         if supplied:

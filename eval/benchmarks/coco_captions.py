@@ -74,20 +74,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def coco_captions(config: CocoCaptionsConfig) -> None:
-    """Caption the images that have no caption yet, score all captions, and write the scores.
-
-    Raises:
-        UserError: no such model, references or captions.
-    """
+    """Caption the images that have no caption yet, score all captions, and write the scores."""
     from eval.metrics.captions import caption_scores
 
     model = model_hash(model_folder(config.model, kind="UM3 model")) if config.model else ""
     benchmark = Benchmark(config, Measurement("coco_captions", config.seed, {"split": config.split}))
     skipped = benchmark.skipped
-    images = read_references(
-        config.references, images=config.images, split=config.split, limit=config.limit, skipped=skipped
-    )
-    decoding = config.decoding()
+    chosen: Any = {"images": config.images, "split": config.split, "limit": config.limit}
+    images, decoding = read_references(config.references, skipped=skipped, **chosen), config.decoding()
     benchmark.add_protocol(**(decoding if model else {"captions": "supplied"}))
     benchmark.pins |= {"model_sha256": model} if model else {}
     captions = benchmark.results(
@@ -103,18 +97,11 @@ def coco_captions(config: CocoCaptionsConfig) -> None:
     if not is_main():
         return
     scored = [image for image in images if image.name in captions]
-    scores = caption_scores(
-        [captions[image.name] for image in scored],
-        references=[image.references for image in scored],
-        of=benchmark.measurement,
-        skipped=skipped.count,
-        meteor=config.meteor,
-        note=skipped.note(),
-    )
-    samples = [
-        {"file": image.name, "caption": captions[image.name], "references": image.references}
-        for image in scored[:NUM_SAMPLES]
-    ]
+    texts, references = [captions[image.name] for image in scored], [image.references for image in scored]
+    missed: Any = {"skipped": skipped.count, "note": skipped.note()}
+    scores = caption_scores(texts, references=references, of=benchmark.measurement, meteor=config.meteor, **missed)
+    shown = zip(scored[:NUM_SAMPLES], texts, references, strict=False)
+    samples = [{"file": image.name, "caption": text, "references": known} for image, text, known in shown]
     benchmark.write(scores, samples=samples)
 
 
@@ -127,11 +114,11 @@ def _open_model(config: CocoCaptionsConfig) -> ImageModel:
 
     disable_progress_bar()
     pipeline = UM3Pipeline.from_pretrained(config.model, device=device())
-    options: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p}
-    options |= {"max_new_tokens": config.max_new_tokens}
+    decoding = ("temperature", "top_p", "max_new_tokens", "batch_size")
+    options: dict[str, Any] = {name: getattr(config, name) for name in decoding}
 
     def caption(names: Sequence[str], images: "Sequence[Image.Image]") -> list[str]:
         seeds = [derive_seed(config.seed, "caption", name) for name in names]
-        return list(pipeline.caption(images, seeds=seeds, batch_size=config.batch_size, **options))
+        return list(pipeline.caption(images, seeds=seeds, **options))
 
     return caption

@@ -162,12 +162,7 @@ def fid_scores(benchmark: Benchmark, *, files: Mapping[str, Path]) -> list[Score
         key, fid = network.key, FID_ROWS.get(network.preprocessing, "")
         if real := reference.moments.get(key):
             of_network = of.with_protocol(features=key, features_sha256=network.weights_sha256)
-            options: dict[str, Any] = {
-                "fid": fid,
-                "paper": UM3["fid"],
-                "skipped": skipped.count,
-                "note": skipped.note(),
-            }
+            options: Any = {"fid": fid, "paper": UM3["fid"], "skipped": skipped.count, "note": skipped.note()}
             rows.append(features.distance_row(network, generated.moments[key], real, of=of_network, **options))
         else:
             note = f"the reference has no statistics of {key}; set reference= to the folder of real images"

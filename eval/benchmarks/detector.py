@@ -8,7 +8,6 @@ Shapes: Q queries, K classes, N objects, H height, W width.
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -56,9 +55,8 @@ class Mask2Former:
         loaders: Any = (Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil)
         model, self.processor = (load_pretrained(loader, path, kind="Mask2Former", remedy=remedy) for loader in loaders)
         if model.config.num_labels != len(CLASSES):
-            raise UserError(
-                f"{path} has {model.config.num_labels} classes; GenEval needs COCO's {len(CLASSES)}; {remedy}"
-            )
+            found = f"{path} has {model.config.num_labels} classes"
+            raise UserError(f"{found}; GenEval needs COCO's {len(CLASSES)}; {remedy}")
         self.model = model.eval().to(device())
 
     @torch.inference_mode()
@@ -85,20 +83,15 @@ class Mask2Former:
 
     def _upsampled(self, masks_NHW: torch.Tensor, inputs: Any, *, image: Image.Image) -> torch.Tensor:
         """Resize mask logits to the padded input, cut the padding off, and resize them to the image."""
-        padded = F.interpolate(
-            masks_NHW[None].float(), size=inputs["pixel_values"].shape[-2:], mode="bilinear", align_corners=False
-        )
+        padded = F.interpolate(masks_NHW[None].float(), size=inputs["pixel_values"].shape[-2:], mode="bilinear")
         visible = inputs["pixel_mask"][0].bool()
         height, width = int(visible.any(dim=1).sum()), int(visible.any(dim=0).sum())
-        size = (image.height, image.width)
-        return F.interpolate(padded[..., :height, :width], size=size, mode="bilinear", align_corners=False)[0]
+        return F.interpolate(padded[..., :height, :width], size=(image.height, image.width), mode="bilinear")[0]
 
 
 def _box(mask_HW: NDArray) -> Box:
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    if not len(rows):
-        return (0.0, 0.0, 0.0, 0.0)
-    return (float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1)
+    left, top, right, bottom = map(float, Image.fromarray(mask_HW).getbbox() or (0, 0, 0, 0))
+    return (left, top, right, bottom)
 
 
 def objects_of(

@@ -126,11 +126,7 @@ def crops(image: "Image.Image", *, side: int, count: int) -> "list[Image.Image]"
 
 
 def scores(benchmark: Benchmark, *, result: Result, num_prompts: int) -> list[Score]:
-    """The mean score of the prompts, and the share of yes among the questions of each of the five categories.
-
-    Raises:
-        UnavailableError: no prompt could be scored.
-    """
+    """The mean score of the prompts, and the share of yes among the questions of each of the five categories."""
     of, note, values = benchmark.measurement, benchmark.skipped.note(), list(result.by_prompt.values())
     if not values:
         raise UnavailableError(f"no prompt could be scored: {note}")

@@ -46,11 +46,7 @@ class Result(NamedTuple):
 
 
 def read_questions(path: str | Path, *, official: bool = False) -> dict[str, list[Question]]:
-    """Read the questions of every item of dpg_bench.csv, in the order of the file.
-
-    Raises:
-        UserError: no such file, missing columns, an unreadable row, or a parent that does not exist.
-    """
+    """The questions of every item of dpg_bench.csv, in the order of the file; UserError for another file or row."""
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -71,17 +67,15 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, lis
         numbers = {question.number for question in questions}
         for question in questions:
             if (absent := set(question.parents) - numbers) and not official:
-                raise UserError(
-                    f"{path}: question {question.number} of {item} depends on {min(absent)}, which does not exist"
-                )
+                lost = f"depends on {min(absent)}, which does not exist"
+                raise UserError(f"{path}: question {question.number} of {item} {lost}")
     return items
 
 
 def counted(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, float]:
     """1 for each question whose answer and parents count, else 0, in one pass in the order of the file.
 
-    Raises:
-        KeyError: a question without an answer, or a parent that does not exist.
+    KeyError for a question without an answer, or a parent that does not exist.
     """
     values = {question.number: float(answers[question.number]) for question in questions}
     for question in questions:

@@ -53,16 +53,11 @@ def measure_features(
     label: str,
     skipped: SkipCounter,
 ) -> FeatureStatistics:
-    """Measure the statistics of all images (by name) that can be used; a killed run resumes.
+    """Measure the statistics of all images (by name) that can be used, at least two; a killed run resumes.
 
     Every image's features are cached, 11 KB for each way of preparing it for Inception (0.7 GB for COCO-30k): the ranks
-    share the images, and the sums are over the same numbers in the same order in every run.
-
-    Args:
-        side: images whose shorter side has another length in pixels are skipped; 0 uses all.
-
-    Raises:
-        UserError: fewer than two usable images.
+    share the images, and the sums are over the same numbers in the same order in every run. Images whose shorter side
+    has not `side` pixels are skipped; 0 uses all.
     """
 
     def extract(_: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, str] | None]:
@@ -110,8 +105,7 @@ def save_statistics(path: Path, statistics: FeatureStatistics) -> None:
 def load_statistics(path: Path, *, networks: Sequence[FeatureNetwork], preparation: Preparation) -> FeatureStatistics:
     """Read an .npz of `save_statistics`, or of pytorch-fid (mu and sigma of its own preprocessing only).
 
-    Raises:
-        UserError: another file, or statistics of other networks or another preparation.
+    UserError for another file, other networks or another preparation.
     """
     expected, changes = _request(networks, preparation), list[str]()
     try:
@@ -126,9 +120,8 @@ def load_statistics(path: Path, *, networks: Sequence[FeatureNetwork], preparati
     except (UserError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} contains no feature statistics ({error}); {REMEDY}") from None
     if changes:
-        raise UserError(
-            f"{path} was made differently ({'; '.join(changes)}); set reference= to the folder of real images"
-        )
+        how = "; ".join(changes)
+        raise UserError(f"{path} was made differently ({how}); set reference= to the folder of real images")
     sizes = {network.key: network.num_features for network in networks}
     moments = {}
     for key in about["networks"]:

@@ -24,9 +24,8 @@ from um3.core.files import short_hash
 
 NUM_IMAGES = 4
 FIELDS = ("class", "score", "box", "color")
-NEEDS_DETECTOR = (
-    "set detector= to facebook/mask2former-swin-small-coco-instance or its folder, or detections=FILE.jsonl"
-)
+REMEDY = "set detector= to facebook/mask2former-swin-small-coco-instance or its folder"
+NEEDS_DETECTOR = f"{REMEDY}, or detections=FILE.jsonl"
 NEEDS_COLOURS = "no colours; set clip= to openai/clip-vit-large-patch14 or its folder, or give each object a color"
 
 
@@ -99,11 +98,7 @@ def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
 
 
 def read_requirements(benchmark: Benchmark) -> dict[str, Requirement]:
-    """What the prompt of each image (FOLDER/samples/COPY.png) that the folder should contain requires.
-
-    Raises:
-        UserError: no prompt with readable metadata in the folder.
-    """
+    """What the prompt of each image (FOLDER/samples/COPY.png) that the folder should contain requires."""
     folder, skipped = Path(benchmark.config.images), benchmark.skipped
     files_of = {prompt.files[0].split("/")[0]: prompt.files for prompt in benchmark.generated.prompts}
     if not files_of:  # GenEval's own layout without a manifest
@@ -122,9 +117,8 @@ def read_requirements(benchmark: Benchmark) -> dict[str, Requirement]:
             prompts.append(requirement.prompt)
             requirements |= dict.fromkeys(files, requirement)
     if not requirements:
-        raise UserError(
-            f"no 00000/metadata.jsonl of GenEval in {folder}; run generate-images with layout=geneval first"
-        )
+        remedy = "run generate-images with layout=geneval first"
+        raise UserError(f"no 00000/metadata.jsonl of GenEval in {folder}; {remedy}")
     benchmark.add_protocol(**{"prompts_sha256": short_hash(prompts), **benchmark.measurement.protocol})
     return requirements
 

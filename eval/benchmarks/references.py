@@ -31,10 +31,8 @@ def read_references(
     """Read the first `limit` images of `split` (0: all) in the order of the file.
 
     Images are searched in the folder `images`, by default beside the file. Several entries for one image are its
-    captions together. Entries without a caption or an image are skipped and counted, alike in every form.
-
-    Raises:
-        UserError: a missing file or hub set, an unknown form, no usable image, or two images of one name.
+    captions together. Entries without a caption or an image are skipped and counted, alike in every form. UserError for
+    a missing file or hub set, an unknown form, no usable image, or two images of one name.
     """
     root = Path(images) if images else Path(path) if Path(path).is_dir() else Path(path).parent
     usable: dict[str, ReferencedImage] = {}
@@ -52,9 +50,8 @@ def read_references(
                 skipped.add("image without captions", image.name)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"{path} cannot be read as images with captions ({reason}); eval/tables.py lists the forms"
-        ) from None
+        problem = f"{path} cannot be read as images with captions ({reason})"
+        raise UserError(f"{problem}; eval/tables.py lists the forms") from None
     if not usable:
         raise UserError(f"{path}: no image with captions; {skipped.note() or f'check that it has a split {split}'}")
     return [*usable.values()]
@@ -76,8 +73,7 @@ def _read(path: str, *, root: Path, split: str, skipped: SkipCounter) -> Iterato
 def _referenced_image(fields: Mapping[str, Any], *, root: Path, name: str) -> ReferencedImage:
     """Read an image from its fields; `name` serves for encoded images without a file name.
 
-    Raises:
-        KeyError: no captions, or neither a file name nor an image.
+    KeyError without captions, or with neither a file name nor an image.
     """
     captions, image_id = captions_of(fields), image_id_of(fields)
     data = next((fields[column] for column in IMAGE_FIELDS if fields.get(column) is not None), None)

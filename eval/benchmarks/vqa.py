@@ -23,25 +23,17 @@ class YesNoModel:
     """
 
     def __init__(self, path: str) -> None:
-        """Load the model from a folder or the hub, without remote code.
-
-        Raises:
-            UserError: no such model, or one that takes no images.
-        """
-        from transformers import (
-            AutoConfig,
-            AutoModelForImageTextToText,
-            AutoModelForVisualQuestionAnswering,
-            AutoProcessor,
-        )
+        """Load the model from a folder or the hub, without remote code."""
+        import transformers
 
         # By hand: transformers 5 has no pipeline for models of visual question answering.
         options: Any = {"kind": "VQA model", "remedy": "set vqa= to a folder or hub id of one"}
-        names = load_pretrained(AutoConfig, path, **options).architectures or []
+        names = load_pretrained(transformers.AutoConfig, path, **options).architectures or []
         self.answers_only = any(name.endswith("ForQuestionAnswering") for name in names)
-        loader: Any = AutoModelForVisualQuestionAnswering if self.answers_only else AutoModelForImageTextToText
+        kind = "VisualQuestionAnswering" if self.answers_only else "ImageTextToText"
+        loader: Any = getattr(transformers, f"AutoModelFor{kind}")
         self.model: Any = load_pretrained(loader, path, **options).eval().to(device())
-        self.processor: Any = load_pretrained(AutoProcessor, path, **options)
+        self.processor: Any = load_pretrained(transformers.AutoProcessor, path, **options)
         self.processor.tokenizer.padding_side = "left"  # so that answers follow the questions directly
         self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
 

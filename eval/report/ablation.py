@@ -85,9 +85,8 @@ class Ablation:
             if row.um3 is None and row.stage1 is None and (row.stage2 is None or number == 0):
                 raise ValueError(f"row '{row.name}' needs stage1 or um3 (an empty list will do), or stage2 after a row")
             if row.paper and len(row.paper) != len(self.columns):
-                raise ValueError(
-                    f"row '{row.name}' has {len(row.paper)} values of the paper for {len(self.columns)} columns"
-                )
+                sizes = f"{len(row.paper)} values of the paper for {len(self.columns)} columns"
+                raise ValueError(f"row '{row.name}' has {sizes}")
 
     def folders(self, row: AblationRow, *, run: Path) -> list[Path]:
         """The row's run folder for each seed."""
@@ -102,8 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, help="folder for the runs of the rows and for the table")
     parser.add_argument("--base", default="", help="run whose tokenizer and codes the rows with a um3 phase use")
     parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
-    about_alone = "only the rows with a single loss, and the ratio of the two"
-    parser.add_argument("--alone", action="store_true", help=about_alone)
+    parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
     options = parser.parse_intermixed_args(arguments)
     ablation = load_config(Ablation, path=options.table)
     if options.alone:
@@ -134,10 +132,8 @@ def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
     if ratio := balance({row.alone: runs[row.name][0] for row in ablation.rows if row.alone}):
         lines += ["", ratio]
     write_text(path, "\n".join(["# " + lines[0], *lines[1:]]) + "\n")
-    values = {
-        name: [{k: score.to_dict() for k, score in of_seed.items()} for of_seed in scores[name]] for name in scores
-    }
-    write_json(path.with_suffix(".json"), values)
+    as_json = {key: [{k: score.to_dict() for k, score in seed.items()} for seed in of] for key, of in scores.items()}
+    write_json(path.with_suffix(".json"), as_json)
     print("\n".join(map(printable, [*lines, path])))
     if ablation.curves:
         metrics = {}
@@ -179,11 +175,7 @@ def _make_row(
 
 
 def _run(command: list[str], *, row: AblationRow, output: Path) -> None:
-    """Run `python -m COMMAND`. A stop signal is passed on, and the command may save its state before this one ends.
-
-    Raises:
-        UserError: the command failed, or ended without writing `output`.
-    """
+    """Run `python -m COMMAND`, which must write `output`. It gets a stop signal too and may save its state first."""
     # In a session of its own: the terminal's Ctrl-C would reach the child twice otherwise.
     child = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)
     try:
@@ -200,10 +192,7 @@ def _run(command: list[str], *, row: AblationRow, output: Path) -> None:
 def result_table(ablation: Ablation, *, scores: dict[str, list[dict[str, Score]]]) -> Table:
     """Each value, with the paper's behind it if there is one; `scores`: by row, by seed, by key.
 
-    Of several seeds the table shows the mean and the standard deviation.
-
-    Raises:
-        UserError: a column for which no row has a score.
+    Of several seeds the table shows the mean and the standard deviation. A column needs a score in one row.
     """
     known = sorted({key for seeds in scores.values() for of_seed in seeds for key in of_seed})
     if unknown := [key for key in ablation.columns if key not in known]:

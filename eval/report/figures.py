@@ -246,10 +246,8 @@ def forgetting(run: RunData) -> "Figure | None":
     if not measured:
         return None
     start = points(run.metrics["um3"], "text_validation/start")[0][1]
-    series = {
-        "during training": [[(0, start), *measured]],
-        "the model at the start": [[(0, start), (measured[-1][0], start)]],
-    }
+    ends = [(0, start), (measured[-1][0], start)]
+    series = {"during training": [[(0, start), *measured]], "the model at the start": [ends]}
     figure = curves({"validation text, nats per token": series}, width=12, scale="linear")
     steps, losses = map(np.array, zip(*measured, strict=True))
     figure.axes[0].fill_between(steps, start, losses, where=losses > start, color=WRONG, alpha=0.15, linewidth=0)

@@ -61,9 +61,6 @@ def write_report(runs: Sequence[RunData]) -> None:
     report.json is flat: `values` holds the scores of the first run by key, `others` those of the other runs by folder.
     `protocols` holds the settings behind each protocol hash; values under different hashes must not be compared, and
     `not_comparable` names them.
-
-    Raises:
-        UserError: the same run twice, or another process writes this report.
     """
     run, folder = runs[0], runs[0].folder
     if len({run.folder.resolve() for run in runs}) < len(runs):

@@ -116,14 +116,11 @@ def paper_tables() -> list[Table]:
     def cell(key: str, value: float | None) -> Cell:
         return Cell("" if value is None else f"{value:g}" if key in AS_PRINTED else f"{100 * value:.4g}")
 
-    return [
-        Table(
-            title,
-            list(columns.values()),
-            [Row(name, [cell(key, values.get(key)) for key in columns]) for name, values in systems.items()],
-        )
-        for title, columns, systems in TABLES
-    ]
+    tables = []
+    for title, columns, systems in TABLES:
+        rows = [Row(name, [cell(key, values.get(key)) for key in columns]) for name, values in systems.items()]
+        tables.append(Table(title, list(columns.values()), rows))
+    return tables
 
 
 def phase_table(run: RunData) -> Table:

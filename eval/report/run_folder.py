@@ -15,12 +15,7 @@ from um3.core.metrics import read_metrics
 from um3.core.text import valid_text
 
 TRAINING_PHASES = ("stage1", "stage2", "um3")
-BENCHMARKS = {
-    "coco_captions": "captions",
-    "coco_generation": "generation",
-    "geneval": "generation",
-    "dpg": "generation",
-}
+BENCHMARKS = {"coco_captions": "captions"} | dict.fromkeys(("coco_generation", "geneval", "dpg"), "generation")
 """Results of the benchmark commands, and the part of the evaluation whose rows they join."""
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What reading values of another form raises."""

@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 from eval.part_files import Part
 from eval.scores import Score
 
-SKILL_TITLES = {
-    "single_object": "one object",
-    "two_object": "two objects",
-    "counting": "counting",
-    "colors": "colour",
-    "position": "position",
-    "color_attr": "colour of each",
-}
+SKILL_TITLES = {"single_object": "one object", "two_object": "two objects", "counting": "counting"}
+SKILL_TITLES |= {"colors": "colour", "position": "position", "color_attr": "colour of each"}
 
 
 class Tile(NamedTuple):
@@ -128,10 +122,9 @@ def best_captions(shown: Shown) -> list[Tile]:
 
 def last_reconstructions(shown: Shown) -> list[tuple[Tile, Tile]]:
     """(original, reconstruction after the last stage), from every source in turn."""
-    by_source = [
-        list(groups) for _, groups in itertools.groupby(shown["reconstructions"], key=lambda group: group.source)
-    ]
-    return _in_turn([list(zip(groups[0].tiles, groups[-1].tiles, strict=False)) for groups in by_source])
+    by_source = itertools.groupby(shown["reconstructions"], key=lambda group: group.source)
+    sources = [list(groups) for _, groups in by_source]
+    return _in_turn([list(zip(groups[0].tiles, groups[-1].tiles, strict=False)) for groups in sources])
 
 
 def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:

@@ -99,7 +99,6 @@ def code(text: object) -> str:
 
 def markdown_list(title: str, items: Mapping[Any, Any]) -> list[str]:
     """A section with an item per key: text is escaped, everything else is JSON; nothing for no items."""
-    values = {
-        key: escaped(value) if isinstance(value, str) else code(json.dumps(value)) for key, value in items.items()
-    }
-    return [f"## {title}", "", *(f"- {code(key)}: {value}" for key, value in values.items()), ""] if items else []
+    texts = [escaped(value) if isinstance(value, str) else code(json.dumps(value)) for value in items.values()]
+    lines = [f"- {code(key)}: {text}" for key, text in zip(items, texts, strict=True)]
+    return [f"## {title}", "", *lines, ""] if items else []

@@ -1,27 +1,24 @@
 """Memory of a training step on one device: the model's part is traced without data, DeepSpeed's part is computed.
 
 The trace runs the real objective, forward and backward, on fake tensors (shapes without data), and counts the bytes
-that are
-alive after every operation: activations, recomputation, logits, temporaries. It uses the CPU's operators; attention
-on a GPU keeps the same tensors (queries, keys, values, output, log-sum-exp).
+that are alive after every operation: activations, recomputation, logits, temporaries. It uses the CPU's operators;
+attention on a GPU keeps the same tensors (queries, keys, values, output, log-sum-exp).
 
 DeepSpeed's part follows the source of 0.19.8 (runtime/engine.py, zero/stage_1_and_2.py, zero/stage3.py). Bytes, for P
 parameters of w bytes (2 for bf16-true, else 4), N devices and b = min(bucket, P):
 
-    ZeRO        0           1               2               3 weights     w P         w P             w P
-    w P / N + w x the gathered ones optimizer   8 P         12 P / N        12 P / N        12 P / N    two moments,
-    ZeRO: masters; 4 more for an average gradients   w P         w P             w P / N         w P / N buffers
-    w P <= 2e9  w b             w b (+ w b)     w b + w b   the bucket, and its copy while it is reduced step
-    t P         (4 + t) P / N   (4 + t) P / N   (4 + t) P / N
+    ZeRO        0           1               2               3
+    weights     w P         w P             w P             w P / N + w x the gathered ones
+    optimizer   8 P         12 P / N        12 P / N        12 P / N    two moments, ZeRO: masters; average: 4 more
+    gradients   w P         w P             w P / N         w P / N
+    buffers     w P <= 2e9  w b             w b (+ w b)     w b + w b   the bucket, and its copy while it is reduced
+    step        t P         (4 + t) P / N   (4 + t) P / N   (4 + t) P / N
 
 The copy in brackets exists for N > 1 only; if the bucket holds all gradients, they exist nowhere else at that time.
-The step
-makes a flat float32 copy of the gradients, and AdamW needs t more: 0 if fused, else 4 on CUDA and 8 on a CPU (at
-ZeRO 0 for the largest parameter alone). ZeRO 3 keeps gathered what it uses again within 1e9 elements (about 5e8
+The step makes a flat float32 copy of the gradients, and AdamW needs t more: 0 if fused, else 4 on CUDA and 8 on a CPU
+(at ZeRO 0 for the largest parameter alone). ZeRO 3 keeps gathered what it uses again within 1e9 elements (about 5e8
 when the backward pass begins), the output head, and 5e7 elements that it prefetches. Every device starts with the
-whole model.
-
-Memory is allocated memory; on a CPU it is resident memory, so buffers count as they are filled.
+whole model. Memory is allocated memory; on a CPU it is resident memory, so buffers count as they are filled.
 """
 
 import weakref
@@ -79,11 +76,10 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model is placed on its devices.
+    """How a model is placed on its devices; a weight and its gradient have `weight_bytes` each.
 
-    parameters, largest, head: number of elements of the model, its largest parameter, and the output head.
-    weight_bytes: of a weight, and of its gradient.
-    accumulates: a step has several micro-batches.
+    `parameters`, `largest`, `head`: number of elements of the model, its largest parameter, and the output head. A step
+    that `accumulates` has several micro-batches.
     """
 
     zero_stage: int
@@ -132,10 +128,8 @@ def usage(layout: Layout, trace: Trace) -> Usage:
         reduce = at("reduce", buffers=size * min(whole, ALLREDUCE_ELEMENTS + layout.largest))
     elif stage == 1 or not (many or stage == 3):
         reduce = at("reduce", buffers=bucket)
-    elif stage == 2 and at_once:
-        reduce = at("reduce", gradients=0, buffers=2 * bucket)
     else:
-        reduce = at("reduce", buffers=2 * bucket)
+        reduce = at("reduce", buffers=2 * bucket, **({"gradients": 0} if stage == 2 and at_once else {}))
     peak = trace.peaks[layout.gradient_share]
     activations = min(trace.activations, peak.other)
     backward = at("backward", activations=activations, working=peak.other - activations)
@@ -231,14 +225,14 @@ class _AliveBytes(TorchDispatchMode):
             return
         self.known.add(storage)
         size = storage.nbytes()
-        weakref.finalize(storage, self._release, size)
-        self.other += size
+        weakref.finalize(storage, self._add, -size)
+        self._add(size)
         for share, peak in self.peaks.items():
             if self.other + share * self.gradients > peak.other + share * peak.gradients:
                 self.peaks[share] = Peak(self.other, self.gradients)
 
-    def _release(self, size: int) -> None:
-        self.other -= size
+    def _add(self, size: int) -> None:
+        self.other += size
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:

@@ -1,5 +1,4 @@
-"""`python -m train plan --config NAME --gpus N --gpu NAME`: which settings of UM3's training fit which GPUs, and
-how long.
+"""`python -m train plan --config NAME --gpus N --gpu NAME`: what fits on which GPUs, and how long training takes.
 
 One line for each ZeRO stage with and without activation checkpointing, at the largest micro-batch that fits (at
 most the config's): the peak memory of one device (`train/plan/memory.py`), tokens per second, days for
@@ -84,19 +83,15 @@ class Setting(NamedTuple):
 
 
 class Plan:
-    """A UM3 config on `devices` GPUs of one kind.
-
-    Raises:
-        UserError: a batch size that `devices` does not divide, or a base model whose sizes cannot be read.
-    """
+    """A UM3 config on `devices` GPUs of one kind, which must divide its batch."""
 
     def __init__(self, config: UM3Config, *, devices: int, gpu: str):
-        if config.loop.batch_size % devices:
+        self.share, rest = divmod(config.loop.batch_size, devices)
+        if rest:
             raise UserError(
                 f"loop.batch_size={config.loop.batch_size} is not divisible by --gpus {devices}; change one"
             )
         self.config, self.devices, self.gpu, self.on_cpu = config, devices, GPUS[gpu], gpu == "cpu"
-        self.share = config.loop.batch_size // devices
         self.objective, self.ids = build_objective(config)
         self.model = self.objective.model
         self.parameters = [parameter.numel() for parameter in self.objective.parameters()]
@@ -105,6 +100,7 @@ class Plan:
         self.head: int = self.model.lm_head.weight.numel()
         self.matrices = sum(self.parameters) - sum(table.numel() for table in tables)
         self.samples = _task_samples(config, ids=self.ids)
+        self.packed, self.longest = config.data.packing == "documents", max(sample.length for sample in self.samples)
         self.tracers: dict[str, Tracer] = {}
         self.traces: dict[Setting, Trace] = {}
 
@@ -170,15 +166,13 @@ class Plan:
         """Tokens of a step's sequences with padding, and without."""
         batch = self.config.loop.batch_size
         unpadded = batch * sum(sample.share * sample.length for sample in self.samples)
-        if self.config.data.packing == "documents":
-            return unpadded, unpadded
-        return batch * float(max(sample.length for sample in self.samples)), unpadded
+        return unpadded if self.packed else batch * float(self.longest), unpadded
 
     def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
         """Model FLOPs of a step, and FLOPs of what is computed twice."""
         config, batch = self.model.config, self.config.loop.batch_size
         tokens, _ = self.step_tokens()
-        padded_to = 0 if self.config.data.packing == "documents" else max(sample.length for sample in self.samples)
+        padded_to = 0 if self.packed else self.longest
         pairs = batch * sum(sample.share * max(sample.length, padded_to) ** 2 for sample in self.samples)
         attention_width = config.num_attention_heads * config.head_dim
         body = 2.0 * self.matrices * tokens + 4.0 * config.num_hidden_layers * attention_width * pairs
@@ -233,8 +227,7 @@ class Plan:
         counts = [round(share * size) for share, _ in self.samples[1:]]
         counts = [size - sum(counts), *counts]
         sequences = [sequence for (_, sequence), count in zip(self.samples, counts, strict=True) for _ in range(count)]
-        packed = self.config.data.packing == "documents"
-        laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=packed, pad_id=self.ids.pad_id)
+        laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=self.packed, pad_id=self.ids.pad_id)
         return laid.input_ids_BT, laid.target_mask_BT
 
 
@@ -272,11 +265,7 @@ def _task_samples(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[TaskSa
 
 
 def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabulary"]:
-    """The training objective on the meta device, and its vocabulary.
-
-    Raises:
-        UserError: the sizes of the base model cannot be read.
-    """
+    """The training objective on the meta device, and its vocabulary; UserError if the base model cannot be read."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -320,16 +309,14 @@ def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabular
     if (Path(config.visual_tokenizer) / "config.json").is_file():
         vision = read_qlip_config(Path(config.visual_tokenizer)).vision_tower
         patches = (vision.image_size // vision.patch_size) ** 2
+    special = dict(bos_id=0, eos_id=1, pad_id=2, begin_of_image_id=text_vocab_size - 2)
     return UnifiedVocabulary(
         text_vocab_size=text_vocab_size,
         subtokens=vocabulary.subtokens,
         bits_per_subtoken=vocabulary.bits_per_subtoken,
         num_patches=patches,
-        bos_id=0,
-        eos_id=1,
-        pad_id=2,
-        begin_of_image_id=text_vocab_size - 2,
         end_of_image_id=text_vocab_size - 1,
+        **special,
     )
 
 

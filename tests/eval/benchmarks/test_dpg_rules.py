@@ -38,11 +38,8 @@ def questions(tmp_path):
 def test_questions_are_read_in_order_with_categories_and_parents(questions):
     assert list(questions) == ["a", "b"]
     assert [question.parents for question in questions["a"]] == [[], [1], [1, 2]]
-    assert [question.category for question in questions["a"]] == [
-        "entity - whole",
-        "attribute - color",
-        "relation - spatial",
-    ]
+    categories = ["entity - whole", "attribute - color", "relation - spatial"]
+    assert [question.category for question in questions["a"]] == categories
     assert questions["b"][1].text == "Is 2 there?"
 
 

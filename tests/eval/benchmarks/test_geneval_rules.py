@@ -38,6 +38,7 @@ def group(name, count=1, **more):
 
 ONE, TWO = requirement("single_object", group("dog")), requirement("two_object", group("dog"), group("cat"))
 COLOURED = requirement("color_attr", group("dog", color="red"), group("cat", color="blue"))
+SWAPPED = ["expected 1 red dog, found 0", "expected 1 blue cat, found 0"]
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,7 @@ COLOURED = requirement("color_attr", group("dog", color="red"), group("cat", col
         (TWO, [detected("dog"), detected("cat")], []),
         (TWO, [detected("dog")], ["expected 1 cat, found 0"]),
         (COLOURED, [detected("dog", color="red"), detected("cat", color="blue")], []),
-        (
-            COLOURED,
-            [detected("dog", color="blue"), detected("cat", color="red")],
-            ["expected 1 red dog, found 0", "expected 1 blue cat, found 0"],
-        ),
+        (COLOURED, [detected("dog", color="blue"), detected("cat", color="red")], SWAPPED),
     ],
 )
 def test_objects_and_their_colours(wanted, objects, reasons):

@@ -128,10 +128,8 @@ def test_parquet_of_the_hubs_forms(tmp_path):
         columns = {"image": images, "answer": [[f"a {split} dog"], ["a cat"]]}
         pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
     images, _ = read(folder)
-    assert [(image.name, image.image, image.references) for image in images] == [
-        ("000000", data, ["a test dog"]),
-        ("000001", data, ["a cat"]),
-    ]
+    expected = [("000000", data, ["a test dog"]), ("000001", data, ["a cat"])]
+    assert [(image.name, image.image, image.references) for image in images] == expected
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,5 @@ def test_other_forms_are_refused_in_one_line(tmp_path, name, content, message):
 
 def test_an_inaccessible_hub_set_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        UserError, match="'nobody/nothing' is neither a file nor an accessible hub set with a split test"
-    ):
+    with pytest.raises(UserError, match=r"'nobody/nothing' is neither .* nor an accessible hub set with a split test"):
         read("nobody/nothing")
