@@ -66,4 +66,6 @@ def test_a_name_is_an_experiment_of_the_checkout(tmp_path: Path, monkeypatch: py
         assert commands.find_config(name) == ROOT / "configs" / "demo.yaml"
     (tmp_path / "demo.yaml").touch()
     assert commands.find_config("demo.yaml") == Path("demo.yaml")  # an existing path comes first
-    assert commands.find_config("nowhere") == Path("nowhere")
+    assert commands.find_config("folder/nowhere.yaml") == Path("folder/nowhere.yaml")
+    with pytest.raises(UserError, match=r"'paper'.*demo, .*um3_llama3_1b"):  # an old name
+        commands.find_config("paper")

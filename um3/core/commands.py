@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from um3.core.config import load_config
-from um3.core.errors import run_main
+from um3.core.errors import UserError, run_main
 
 ConfigT = TypeVar("ConfigT")
 
 
 def find_config(path_or_name: str) -> Path:
-    """An existing path, or the file of a name such as demo or configs/demo.yaml in the checkout or installed wheel."""
+    """An existing path, or the file of a name such as demo or configs/demo.yaml in the checkout or installed wheel.
+
+    UserError for a name that no experiment has; it lists those that there are.
+    """
     path, package = Path(path_or_name), Path(__file__).parents[1]
     if path.exists() or str(path.parent) not in (".", "configs"):
         return path
     name = path.name if path.suffix else f"{path.name}.yaml"
-    candidates = (folder / "configs" / name for folder in (package.parent, package / "_rooms"))
-    return next(filter(Path.is_file, candidates), path)
+    folders = [folder / "configs" for folder in (package.parent, package / "_rooms")]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise UserError(f"no experiment is called '{path_or_name}'; use a YAML file, or one of {', '.join(names)}")
 
 
 class Command(NamedTuple):
