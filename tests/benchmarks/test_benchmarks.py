@@ -170,8 +170,13 @@ def test_the_sides_have_the_same_weights_and_targets() -> None:
 def test_a_wrong_gradient_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     options = um3_loss.parse([*LOSS, "--kinds", "image"])
     assert um3_loss.check(options)["error"] < 1e-5
-    right = split_softmax._add_product
-    monkeypatch.setattr(split_softmax, "_add_product", lambda total, a, b: right(total, a, 1.001 * b))
+    right = split_softmax._Logits.backward
+
+    def wrong(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden_ND, grad_weight_VD, *others = right(ctx, *gradients)
+        return grad_hidden_ND, 1.001 * grad_weight_VD, *others
+
+    monkeypatch.setattr(split_softmax._Logits, "backward", staticmethod(wrong))
     with pytest.raises(UserError, match=r"gradient of lm_head.weight differs by 1\.0e-03"):
         um3_loss.check(options)
 

@@ -30,7 +30,8 @@ def find_config(path_or_name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise UserError(f"no experiment is called '{path_or_name}'; use a YAML file, or one of {', '.join(names)}")
+    remedy = f"set --config (make: CONFIG=) to a YAML file, or to one of {', '.join(names)}"
+    raise UserError(f"no experiment is called '{path_or_name}'; {remedy}")
 
 
 class Command(NamedTuple):
