@@ -47,6 +47,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")] = Path("exported"),
 ) -> None:
     """Write the text half of the UM3 in FOLDER as a plain Llama or Qwen, without visual entries."""
+    source = model_folder(folder, kind="UM3 model")  # before `out` is made
     with folder_lock(out):
         from um3.core.distributed import device
         from um3.core.log import quiet_model_files, setup_logging
@@ -56,7 +57,7 @@ def export(
         os.environ.setdefault("DS_ACCELERATOR", device().type)
         setup_logging()
         quiet_model_files()
-        typer.echo(export_text_half(folder, out=out))
+        typer.echo(export_text_half(source, out=out))
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
