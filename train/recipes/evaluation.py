@@ -27,7 +27,11 @@ class Evaluation:
         parts: list[PartName] = list(config.evaluate.parts)
         # Another number of threads would change the last digits of the training steps that follow.
         settings = dataclasses.replace(
-            settings, run=str(self.folder.parent), parts=parts, num_threads=config.loop.num_threads
+            settings,
+            run=str(self.folder.parent),
+            parts=parts,
+            num_threads=config.loop.num_threads,
+            texts=settings.texts or config.data.texts,  # the run's config.yaml is not written yet
         )
         self.config = with_sources(settings)
 

@@ -75,7 +75,7 @@ def system_problem(error: BaseException) -> str:
     """
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc|map segment", str(error)):
         code = errno.ENOMEM
     if code is None:
         return ""
