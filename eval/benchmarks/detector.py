@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
+from eval.benchmarks.geneval import REMEDY
 from eval.benchmarks.geneval_rules import COLOURS, THRESHOLD, Box, DetectedObject, Requirement, confident, members_of
 from eval.metrics.clipscore import Clip
 from um3.core.distributed import device
@@ -51,12 +52,11 @@ class Mask2Former:
         from transformers import Mask2FormerForUniversalSegmentation
         from transformers.models.mask2former import Mask2FormerImageProcessorPil
 
-        remedy = "set detector= to facebook/mask2former-swin-small-coco-instance or its folder"
         loaders: Any = (Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil)
-        model, self.processor = (load_pretrained(loader, path, kind="Mask2Former", remedy=remedy) for loader in loaders)
+        model, self.processor = (load_pretrained(loader, path, kind="Mask2Former", remedy=REMEDY) for loader in loaders)
         if model.config.num_labels != len(CLASSES):
             found = f"{path} has {model.config.num_labels} classes"
-            raise UserError(f"{found}; GenEval needs COCO's {len(CLASSES)}; {remedy}")
+            raise UserError(f"{found}; GenEval needs COCO's {len(CLASSES)}; {REMEDY}")
         self.model = model.eval().to(device())
 
     @torch.inference_mode()
