@@ -93,8 +93,9 @@ um3: $(READY) ## Train the unified model on the scheduled mix
 		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-init: $(READY) ## Make a starting UM3 from a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
-	@$(PY) -m train um3-init 'output_dir=$(IN_RUN)/um3-init' $(if $(BASE),'base_model=$${oc.env:BASE}') \
-		'visual_tokenizer=$${oc.env:QLIP}' $(if $(TEXT),'text=$${oc.env:TEXT}') $(ARGS)
+	@$(PY) -m train um3-init --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-init' \
+		$(if $(BASE),'base_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' \
+		$(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-export: $(READY) ## Write the text half of RUN/um3/model as a plain language model
 	@$(PY) -m um3 export "$$RUN/um3/model" --out "$$RUN/um3-export" $(ARGS)

@@ -44,6 +44,8 @@ class Task(Protocol):
 
     unit: str
     """What a batch consists of, such as "images"."""
+    finished: bool
+    """Whether training ends before `loop.max_steps`: nothing is left to improve."""
 
     def modules(self) -> dict[str, Any]:
         """The trained modules by name, before their engines exist."""
@@ -94,6 +96,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         start_folder(config)
         rows = state.get("metrics_rows", 0)
         metrics = MetricsWriter(folder, resume_step=start, num_rows=rows, views=loop.loggers, config=to_dict(config))
+    done = start
     progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)
     began, spent_s = time.monotonic(), state.get("spent_s", 0.0)
     since_save: list[dict[str, float]] = []
@@ -107,8 +110,8 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         remove_old(folder / "checkpoints", keep=loop.keep_checkpoints, best_by=loop.keep_best_by)
 
     with stop_requests() as received:
-        for step in range(start, loop.max_steps):
-            done = step + 1
+        while done < loop.max_steps and not task.finished:
+            step, done = done, done + 1
             seed_everything(loop.seed, "step", step)
             values = _train_step(task, step=step, folder=folder)  # data, losses, step
             values |= task.evaluate(done)
@@ -118,14 +121,14 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
                 rate = progress.rate()
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
                 metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))
-            stopping = any_rank(bool(received))
-            if done % loop.save_every_steps == 0 or done == loop.max_steps or stopping:
+            stopping, is_last = any_rank(bool(received)), done == loop.max_steps or task.finished
+            if done % loop.save_every_steps == 0 or is_last or stopping:
                 save(done)
-            if stopping and done < loop.max_steps:
+            if stopping and not is_last:
                 _stop(received, step=done, folder=folder)
     if metrics is not None:
         metrics.close()
-    _finish(task, folder=folder, run=run, seconds=spent_s + time.monotonic() - began)
+    _finish(task, folder=folder, run=run, steps=done, seconds=spent_s + time.monotonic() - began)
 
 
 def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
@@ -212,11 +215,11 @@ def _stop(received: list[signal.Signals], *, step: int, folder: Path) -> NoRetur
     raise Interrupted
 
 
-def _finish(task: Task, *, folder: Path, run: dict[str, Any], seconds: float) -> None:
+def _finish(task: Task, *, folder: Path, run: dict[str, Any], steps: int, seconds: float) -> None:
     facts = task.finish(folder)
     if is_main():
         peaks = _memory("peak_memory_gib", "peak_gpu_memory_gib")
-        record = run | {"steps": run["config"]["loop"]["max_steps"], "seconds": round(seconds, 1)}
+        record = run | {"steps": steps, "seconds": round(seconds, 1)}
         record |= {name: round(gib, 3) for name, gib in peaks.items()} | {"processes": world_size(), **facts}
         record |= {"commit": commit(), "versions": versions(), "machine": machine(), "files": result_files(folder)}
         write_record(folder / "done.json", record)

@@ -1,4 +1,4 @@
-"""`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is stage1, stage2 or um3."""
+"""`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is stage1, stage2, um3-init or um3."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.launch import launch
-from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
+from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig
 from train.run_folder import is_done
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import is_main
@@ -16,7 +16,12 @@ from um3.core.errors import Interrupted, UserError
 from um3.core.files import folder_lock
 from um3.core.log import quiet_model_files
 
-CONFIGS: dict[str, type[Any]] = {"stage1": Stage1Config, "stage2": Stage2Config, "um3": UM3Config}
+CONFIGS: dict[str, type[Any]] = {
+    "stage1": Stage1Config,
+    "stage2": Stage2Config,
+    "um3-init": UM3InitConfig,
+    "um3": UM3Config,
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.processes > 1 and "RANK" not in os.environ:
         sys.exit(launch(arguments, processes=options.processes, timeout_s=config.engine.timeout_s))
     with folder_lock(config.loop.output_dir) if is_main() else contextlib.nullcontext():
-        recipe = importlib.import_module(f"train.recipes.{phase}")
+        recipe = importlib.import_module(f"train.recipes.{phase.replace('-', '_')}")
         from train import engine, loop
 
         quiet_model_files()

@@ -27,7 +27,7 @@ FREE_SETTINGS = (
     *("loop.micro_batch_size", "engine.", "text_validation.alarm_above", "evaluate."),
 )
 # Files may move: their content is compared by fingerprint.
-FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "data.codes:")
+FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "base_model:", "data.codes:")
 FREE_SOURCE_KEYS = ("path", "captions")
 EDITABLE = ("README.md", "generation_config.json")
 """Files of a model that its user may edit; of these only the existence is checked."""

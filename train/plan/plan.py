@@ -275,6 +275,7 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
     from um3.model.configuration import is_um3
     from um3.model.extend import extend_model, read_base_config
     from um3.model.language_model import build_model
+    from um3.model.qk_norm import insert_qk_norm, inserts_qk_norm
     from um3.model.vocabulary import UnifiedVocabulary
 
     base = config.model.base_model
@@ -287,7 +288,9 @@ def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabula
             stored = LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
             ids = _vocabulary(config, text_vocab_size=stored.vocab_size + 2)
             model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
-            model = extend_model(model, ids=ids, qk_norm=config.model.qk_norm)
+            if inserts_qk_norm(stored, qk_norm=config.model.qk_norm):
+                model = insert_qk_norm(model)
+            model = extend_model(model, ids=ids)
         else:
             ids = _vocabulary(config, text_vocab_size=config.vocabulary.text_vocab_size)
             model = build_model(config.model, ids=ids)

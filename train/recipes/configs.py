@@ -1,4 +1,4 @@
-"""The configs of the three recipes: `Stage1Config`, `Stage2Config`, `UM3Config`, and their sections.
+"""The configs of the recipes: `Stage1Config`, `Stage2Config`, `UM3InitConfig`, `UM3Config`, and their sections.
 
 Each config names the models that it starts from (`inputs`). This module does not import torch.
 """
@@ -11,9 +11,10 @@ from data_mix.sources.image_sources import ImageSourceConfig
 from data_mix.sources.text import TextSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.run_folder import model_digest
+from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Size
-from um3.model.configuration import ModelConfig, is_um3
+from um3.model.configuration import ModelConfig, NewTokenInit, is_um3
 
 
 def _check_multiples(config: object, **pairs: str) -> None:
@@ -284,3 +285,52 @@ class UM3Config:
         if is_um3(self.model.base_model):
             inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
         return inputs
+
+
+@dataclass
+class UM3InitDataConfig:
+    """The texts on which a base's language is measured and an inserted normalisation is distilled."""
+
+    texts: Annotated[list[TextSourceConfig], Range(1)] = field(default_factory=lambda: [TextSourceConfig()])
+    seq_len: Annotated[int, Range(8)] = 512
+    num_sequences: PositiveInt = 8
+    """Sequences of validation text that are measured."""
+
+
+@dataclass
+class UM3InitConfig:
+    """The model that UM3 starts from: a language model with the image tokens of a visual tokenizer. Only an inserted
+    query-key normalisation is trained (`train/recipes/um3_init.py`)."""
+
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(max_steps=40, batch_size=4, log_every_steps=1, save_every_steps=10)
+    )
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-4, warmup_steps=5, weight_decay=0.0)
+    )
+    data: UM3InitDataConfig = field(default_factory=UM3InitDataConfig)
+    base_model: str = ""
+    """Llama or Qwen language model: a folder or hub id."""
+    visual_tokenizer: str = ""
+    """QLIP folder or hub id."""
+    qk_norm: bool = True
+    new_token_init: NewTokenInit = "mean"
+    subtokens: NonNegativeInt = 0
+    bits_per_subtoken: NonNegativeInt = 0
+    """How a code becomes tokens; 0: the fewest sub-tokens of equal size, at most 14 bits each."""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    """Type of the saved weights; "base" keeps the base model's."""
+    evaluate_every_steps: PositiveInt = 10
+    """Steps between two measurements of the divergence from the base; training ends when it has stopped falling."""
+
+    def __post_init__(self) -> None:
+        if self.engine.zero_stage == 3:
+            raise ValueError("the model shares weights with its base, which ZeRO 3 divides; set engine.zero_stage=2")
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the models that it is made from; other inputs make another model."""
+        if not self.base_model:
+            raise UserError("base_model is empty; set it to a Llama or Qwen (make um3-init BASE=folder or hub id)")
+        inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
+        return inputs | {"base_model": weights_digest(self.base_model) or self.base_model}

@@ -26,6 +26,7 @@ class TokenizerTask:
     """Base of `Stage1Task` and `Stage2Task` (see `train.loop.Task`), which set `objective`: QLIP and its losses."""
 
     unit = "images"
+    finished = False
     objective: nn.Module
 
     def __init__(

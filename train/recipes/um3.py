@@ -110,6 +110,7 @@ class UM3Task:
     """Sequences of the scheduled mix, accumulated to the global batch; every target of a half has the same weight."""
 
     unit = "samples"
+    finished = False
 
     def __init__(self, config: UM3Config):
         self.config = config

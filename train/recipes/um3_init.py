@@ -1,141 +1,225 @@
-"""`make um3-init`: extend a Llama or Qwen to a UM3 for a visual tokenizer, and measure the text loss before and after.
+"""`make um3-init`: extend a Llama or Qwen to a UM3 for a visual tokenizer, with its language measured before and after.
 
-The model is computed in float32 and rounded to the saved type before the second measurement, so the loss is that of the
+If the base lacks query-key normalisation, it is inserted (`um3.model.qk_norm`); then the query and key projections and
+the gains are distilled: they minimise KL(base || model) of the next token on text, until that stops falling or for
+`loop.max_steps`. Nothing else is trained. A base that has the normalisation, or qk_norm=false, takes no step.
+
+The model is computed in float32 and rounded to the saved type before the last measurement, so the loss is that of the
 saved model.
 
-Legend: T positions of a sequence, X positions with a target, V vocabulary entries, D width.
+Legend: B sequences, T positions of a sequence, X positions with a target, V vocabulary entries, D width.
 """
 
-import contextlib
-import os
-import time
+import dataclasses
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_mix.batches.token_stream import TokenStream
-from data_mix.samples import BadSample
+from data_mix.batches.packing import lay_out
+from data_mix.batches.token_stream import scattered_sequences
+from data_mix.samples import Split
 from data_mix.sources.files import looks_like_hub
-from data_mix.sources.text import ListDocuments, TextSourceConfig, open_text_source
+from data_mix.sources.fingerprint import source_fingerprint
+from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
-from train.recipes.um3_start import extend_base, fitted_gains
-from train.run_folder import damaged_files, model_digest, read_record, refuse_other_run, result_files, write_record
-from um3.core.commands import command_parser, read_config
-from um3.core.config import to_dict
-from um3.core.distributed import device
+from train.checkpoint import full_weights
+from train.engine import autocast, build_engine, split_batch, step_engine
+from train.loop import check_finite
+from train.optim import schedule_factor, set_learning_rate
+from train.recipes.configs import UM3InitConfig
+from train.recipes.um3_start import calibration_length, with_qk_norm
+from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
-from um3.core.files import folder_lock
-from um3.core.log import quiet_model_files, setup_logging
-from um3.core.metrics import commit, machine, versions
-from um3.core.progress import peak_memory_gib, track
-from um3.core.ranges import NonNegativeInt, PositiveInt, Range
-from um3.model.configuration import NewTokenInit
-from um3.model.extend import check_vocabulary, load_base, load_base_tokenizer, read_base_config
+from um3.core.files import short_hash
+from um3.core.progress import track
+from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import count_parameters, save_model
+from um3.model.qk_norm import inserts_qk_norm
 from um3.model.sequences import TrainingSequence
-from um3.model.text_tokenizer import make_vocabulary
+from um3.model.text_tokenizer import make_vocabulary, vocabulary_digest
 from um3.model.vocabulary import UnifiedVocabulary
 
 MAX_BITS_PER_SUBTOKEN = 14
 """As in the paper: 28 bits are two sub-tokens of 14, with 16,384 vocabulary entries each."""
-CHARS_PER_TOKEN = 12
-"""More than any tokenizer needs on average, so that enough text is read."""
+MIN_VAL_FRACTION = 0.1
+"""Of the texts: more than in a long training, so that a short text has some."""
+TRAINED = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")
+SMALLEST_GAIN = 0.02
+"""The divergence has stopped falling if it falls by a smaller share between two measurements."""
 
 
-@dataclass
-class InitConfig:
-    """Sources and options of the starting model.
+class DistillationObjective(nn.Module):
+    """KL(base || model) of the next token, the mean over all positions that are not padding."""
 
-    base_model: Llama or Qwen language model, a folder or hub id.
-    visual_tokenizer: QLIP folder or hub id.
-    output_dir: folder to write.
-    subtokens, bits_per_subtoken: how a code becomes tokens; 0: the fewest sub-tokens of equal size, at most 14 bits
-    each.
-    text: a .txt, .jsonl or .parquet file (folder, glob) or hub id; empty: the prose of Python's documentation.
-    num_sequences, seq_len: of the sequences that fit the gains of an inserted normalisation; the text loss is measured
-        on as many that follow them.
-    dtype: of the saved weights; "base" keeps the base model's.
-    """
+    def __init__(self, model: PreTrainedModel, *, base: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._base = [base]  # in a list: the engine must not see it
 
-    base_model: str = ""
-    visual_tokenizer: str = ""
-    output_dir: str = ""
-    subtokens: NonNegativeInt = 0
-    bits_per_subtoken: NonNegativeInt = 0
-    qk_norm: bool = True
-    new_token_init: NewTokenInit = "mean"
-    text: str = ""
-    num_sequences: PositiveInt = 8
-    seq_len: Annotated[int, Range(8)] = 512
-    seed: int = 0
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    def forward(self, input_ids_BT: torch.Tensor, is_real_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher_XV = self._base[0](input_ids=input_ids_BT, use_cache=False).logits[is_real_BT].log_softmax(-1)
+        student_XV = self.model(input_ids=input_ids_BT, use_cache=False).logits[is_real_BT].log_softmax(-1)
+        return F.kl_div(student_XV, teacher_XV, log_target=True, reduction="batchmean")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write the starting model that the settings describe, unless it is up to date."""
-    parser = command_parser("python -m train um3-init", "Make a starting UM3 from a Llama or Qwen and a QLIP.")
-    config, _ = read_config(InitConfig, parser, arguments=arguments)
-    # Saving imports DeepSpeed, which would print a warning about the accelerator that it detects.
-    os.environ.setdefault("DS_ACCELERATOR", device().type)
-    setup_logging()
-    quiet_model_files()
-    if not config.base_model or not config.output_dir:
-        raise UserError("base_model and output_dir must be set: make um3-init BASE=FOLDER_OR_HUB_ID RUN=FOLDER")
-    inputs = {"visual_tokenizer": model_digest(config.visual_tokenizer, made_by="stage2")}
-    request = {"config": to_dict(config), "inputs": inputs}
-    with folder_lock(config.output_dir):
-        if _is_done(Path(config.output_dir), request=request):
-            print(f"{config.output_dir} is up to date")
-        else:
-            make_start(config, request=request)
+class UM3InitTask:
+    """The base with an inserted normalisation, distilled on text, then extended by the image tokens."""
+
+    unit = "sequences"
+
+    def __init__(self, config: UM3InitConfig) -> None:
+        self.config = config
+        stored = read_base_config(config.base_model)
+        self.text_tokenizer, self.entries = load_base_tokenizer(config.base_model)
+        check_vocabulary(self.entries, rows=stored.vocab_size)
+        self.ids = _vocabulary(config, text_tokenizer=self.text_tokenizer)
+        self.inserts = inserts_qk_norm(stored, qk_norm=config.qk_norm)
+        self.seq_len = min(config.data.seq_len, stored.max_position_embeddings)
+        self.measured = self._sequences(config.data.num_sequences, split="val")
+        base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
+        self.base = base.requires_grad_(False)
+        self.dtype = str(stored.dtype or "float32").removeprefix("torch.") if config.dtype == "base" else config.dtype
+        self.model, self.sequences = self.base, self.measured
+        if self.inserts:
+            needed = calibration_length(stored.hidden_size, seq_len=self.seq_len)
+            self.sequences = self._sequences(max(needed, config.loop.max_steps * config.loop.batch_size), split="train")
+            path = Path(config.loop.output_dir) / "cache" / "qk_norm.safetensors"
+            self.model = with_qk_norm(base, [sequence.input_ids for sequence in self.sequences[:needed]], path=path)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(TRAINED.search(name) is not None)
+        self.objective = DistillationObjective(self.model, base=self.base)
+        self.divergences: list[float] = []
+
+    def _sequences(self, count: int, *, split: Split) -> list[TrainingSequence]:
+        """Sequences of all texts, the same number from each (to within one)."""
+        texts, sequences = self.config.data.texts, []
+        for number, source in enumerate(texts):
+            source = dataclasses.replace(source, val_fraction=max(source.val_fraction, MIN_VAL_FRACTION))
+            wanted = len(range(number, count, len(texts)))
+            if looks_like_hub(source.path) and not source.stream:
+                source.stream = wanted
+            sequences += scattered_sequences(
+                open_text_source(source, split=split),
+                tokenizer=self.text_tokenizer,
+                ids=self.ids,
+                num_sequences=wanted,
+                seq_len=self.seq_len,
+                seed=self.config.loop.seed,
+                cache=Path(self.config.loop.output_dir) / "cache",
+                origin=source_fingerprint(source, split),
+            )
+        # By turns from each text, so that every batch holds all of them.
+        offsets = [sum(len(range(n, count, len(texts))) for n in range(number)) for number in range(len(texts))]
+        return [sequences[offsets[index % len(texts)] + index // len(texts)] for index in range(count)]
+
+    @property
+    def finished(self) -> bool:
+        """There is nothing to train, or the divergence has stopped falling."""
+        last = self.divergences[-2:]
+        return not self.inserts or (len(last) == 2 and last[1] > (1 - SMALLEST_GAIN) * last[0])
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.objective} if self.inserts else {}
+
+    def build_engines(self) -> dict[str, Any]:
+        if not self.inserts:
+            return {}
+        config = self.config
+        _, self.accumulation = split_batch(config.loop)
+        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
+        return {"model": self.engine}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config, size = self.config, self.config.loop.batch_size
+        if not self.divergences:
+            self.divergences.append(self._divergence())
+        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
+        set_learning_rate(self.engine.optimizer, factor=factor)
+        own = self.sequences[step * size : (step + 1) * size][rank() :: world_size()]
+        total = torch.zeros((), device=device())
+        for part in range(self.accumulation):
+            loss = self._loss(own[part :: self.accumulation])
+            check_finite({"divergence": float(loss.detach())}, source="text sequences")
+            self.engine.backward(loss)
+            norm = step_engine(self.engine)
+            total += loss.detach()
+        loss_mean = sum_over_ranks(total) / world_size() / self.accumulation
+        return {"train/loss": float(loss_mean), "optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
+
+    def _loss(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+        padded = lay_out(sequences, seq_len=self.seq_len, packed=False, pad_id=self.ids.pad_id)
+        lengths_B = torch.tensor([len(sequence.input_ids) for sequence in sequences])
+        is_real_BT = torch.arange(padded.input_ids_BT.shape[1]) < lengths_B[:, None]
+        with autocast(self.config.engine):
+            loss: torch.Tensor = self.engine(padded.input_ids_BT.to(device()), is_real_BT.to(device()))
+        return loss
+
+    @torch.no_grad()
+    def _divergence(self) -> float:
+        """The mean divergence over the validation sequences (a collective call)."""
+        self.engine.eval()
+        own = self.measured[rank() :: world_size()]
+        total = torch.tensor([float(self._loss([sequence])) for sequence in own], device=device()).sum()
+        self.engine.train()
+        return float(sum_over_ranks(total)) / len(self.measured)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        if step % self.config.evaluate_every_steps and step != self.config.loop.max_steps:
+            return {}
+        self.divergences.append(self._divergence())
+        return {"val/divergence": self.divergences[-1]}
+
+    def fingerprints(self) -> dict[str, str]:
+        texts = short_hash(*[sequence.input_ids.tolist() for sequence in (*self.measured, *self.sequences)])
+        return {"texts": texts, "vocabulary": vocabulary_digest(self.text_tokenizer)}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"divergences": self.divergences}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.divergences = list(state["divergences"])
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Extend the model, round it, measure it, and write it."""
+        config, sizes = self.config, {"base_entries": self.entries}
+        if self.inserts:
+            trained = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
+            self.model.load_state_dict(trained, strict=False)
+        if not is_main():
+            return {}
+        facts: dict[str, Any] = {"base_architecture": type(self.base).__name__, "divergences": self.divergences}
+        before = text_loss(self.base, sequences=self.measured, sizes=sizes)["base_entries"]
+        options: dict[str, Any] = {"new_token_init": config.new_token_init, "seed": config.loop.seed}
+        model = extend_model(self.model, ids=self.ids, base_entries=self.entries, **options).eval()
+        del self.base, self.model, self.objective
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).to(torch.float32)
+        after = text_loss(model, sequences=self.measured, sizes=sizes | {"text_vocab_size": self.ids.text_vocab_size})
+        facts |= {"text_loss_before": before, "text_loss_after": after, "dtype": str(dtype)}
+        facts |= {"text_tokens": sum(int(sequence.targets.sum()) for sequence in self.measured)}
+        facts |= {"architecture": type(model).__name__, "parameters": count_parameters(model, ids=self.ids)}
+        model.to("cpu", dtype)
+        save_model(
+            folder / "model",
+            model=model,
+            text_tokenizer=self.text_tokenizer,
+            ids=self.ids,
+            qlip_folder=config.visual_tokenizer,
+            trained=False,
+        )
+        _print(facts, config=config, ids=self.ids)
+        return facts
 
 
-def make_start(config: InitConfig, *, request: dict[str, Any]) -> None:
-    """Write `model`, then `done.json` with `request`, below `config.output_dir`; print the record."""
-    began = time.monotonic()
-    stored = read_base_config(config.base_model)
-    text_tokenizer, entries = load_base_tokenizer(config.base_model)
-    check_vocabulary(entries, rows=stored.vocab_size)
-    ids = _vocabulary(config, text_tokenizer=text_tokenizer)
-    seq_len = min(config.seq_len, stored.max_position_embeddings)
-    calibration, measured = _text_sequences(config, seq_len=seq_len, text_tokenizer=text_tokenizer, ids=ids)
-    base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
-    sizes = {"base_entries": entries, "text_vocab_size": ids.text_vocab_size}
-    before = text_loss(base, sequences=measured, sizes={"base_entries": entries})["base_entries"]
-    record = request | {"base_architecture": type(base).__name__, "text_loss_before": before}
-    sequences = [sequence.input_ids for sequence in calibration]
-    options: dict[str, Any] = {"ids": ids, "base_entries": entries, "seed": config.seed}
-    model = extend_base(base, config, gains=partial(fitted_gains, base, sequences), **options).eval()
-    del base
-    name = str(stored.dtype or "float32").removeprefix("torch.") if config.dtype == "base" else config.dtype
-    dtype: torch.dtype = getattr(torch, name)
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(dtype))
-    after = text_loss(model, sequences=measured, sizes=sizes)
-    record |= {"architecture": type(model).__name__, "parameters": count_parameters(model, ids=ids)}
-    record |= {"text_loss_after": after, "dtype": str(dtype)}
-    record |= {"text_tokens": sum(int(sequence.targets.sum()) for sequence in measured)}
-    model.to("cpu", dtype)
-    folder = Path(config.output_dir)
-    save_model(
-        folder / "model",
-        model=model,
-        text_tokenizer=text_tokenizer,
-        ids=ids,
-        qlip_folder=config.visual_tokenizer,
-        trained=False,
-    )
-    record |= {"seconds": round(time.monotonic() - began, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
-    record |= {"commit": commit(), "versions": versions(), "machine": machine(), "files": result_files(folder)}
-    write_record(folder / "done.json", record)
-    _print(record, config=config, ids=ids)
+build_task = UM3InitTask
 
 
 @torch.no_grad()
@@ -155,18 +239,7 @@ def text_loss(
     return {name: total / count for name, total in sums.items()}
 
 
-def _is_done(folder: Path, *, request: dict[str, Any]) -> bool:
-    """True if `folder` holds the whole result of `request`; UserError if it holds that of another."""
-    if not (folder / "done.json").exists():
-        if (folder / "model").exists():
-            raise UserError(f"{folder}/model exists already without done.json; use another RUN=, or delete {folder}")
-        return False
-    record = read_record(folder / "done.json")
-    refuse_other_run(folder / "done.json", record, request)
-    return not damaged_files(folder, record["files"])
-
-
-def _vocabulary(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
+def _vocabulary(config: UM3InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) -> UnifiedVocabulary:
     """The vocabulary of the configured sub-tokens, or of the fewest that divide a code's bits evenly."""
     qlip = load_qlip(config.visual_tokenizer)
     bits, subtokens, size = qlip.num_bits, config.subtokens, config.bits_per_subtoken
@@ -187,36 +260,10 @@ def _vocabulary(config: InitConfig, *, text_tokenizer: PreTrainedTokenizerBase) 
         raise UserError(str(error)) from None
 
 
-def _text_sequences(
-    config: InitConfig, *, seq_len: int, text_tokenizer: PreTrainedTokenizerBase, ids: UnifiedVocabulary
-) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
-    """The first sequences of the text, for calibration, and as many after them, to measure the loss."""
-    source = TextSourceConfig(name="text", path=config.text) if config.text else TextSourceConfig()
-    source.val_fraction = 0.0
-    needed_chars = 2 * config.num_sequences * seq_len * CHARS_PER_TOKEN
-    if looks_like_hub(config.text):
-        source.stream = needed_chars  # in documents, so more than enough
-    documents = open_text_source(source, split="train")
-    texts, num_chars = [], 0
-    for index in range(len(documents)):
-        if num_chars > needed_chars:
-            break
-        with contextlib.suppress(BadSample):
-            texts.append(documents[index])
-            num_chars += len(texts[-1])
-    with TemporaryDirectory() as cache:
-        listed = ListDocuments(documents.name, texts)
-        stream = TokenStream(listed, tokenizer=text_tokenizer, ids=ids, seq_len=seq_len, cache=cache)
-        sequences = [stream[index] for index in range(min(len(stream), 2 * config.num_sequences))]
-    if len(sequences) < 2:
-        raise UserError(f"text '{config.text}' has fewer than {2 * seq_len} tokens; give more text, or lower seq_len")
-    half = len(sequences) // 2
-    return sequences[:half], sequences[half:]
-
-
-def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary) -> None:
+def _print(record: dict[str, Any], *, config: UM3InitConfig, ids: UnifiedVocabulary) -> None:
+    folder = config.loop.output_dir
     architectures = f"{record['base_architecture']} -> {record['architecture']}"
-    print(f"{config.output_dir}/model: {architectures}, saved as {record['dtype']}")
+    print(f"{folder}/model: {architectures}, saved as {record['dtype']}")
     print(
         f"  {ids.text_vocab_size:,} text entries + {ids.visual_vocab_size:,} visual entries "
         f"({ids.subtokens} sub-tokens of {ids.bits_per_subtoken} bits); an image is {ids.image_tokens} tokens"
@@ -224,11 +271,14 @@ def _print(record: dict[str, Any], *, config: InitConfig, ids: UnifiedVocabulary
     for part, count in record["parameters"].items():
         print(f"  {part:<30} {count:>13,}")
     before, after = record["text_loss_before"], record["text_loss_after"].values()
-    print(f"  text loss on {record['text_tokens']:,} tokens of {config.text or 'Python prose'}, nats per token")
+    if divergences := record["divergences"]:
+        print(f"  divergence from the base {divergences[0]:.4f} -> {divergences[-1]:.4f} nats per token")
+    texts = ", ".join(source.name for source in config.data.texts)
+    print(f"  text loss on {record['text_tokens']:,} tokens of {texts}, nats per token")
     for name, value in zip(("before", "after", "after, with the image tokens"), (before, *after), strict=True):
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     print(
-        f'train it: make um3 ARGS="model.base_model={config.output_dir}/model '
+        f'train it: make um3 ARGS="model.base_model={folder}/model '
         f"model.qk_norm={str(config.qk_norm).lower()} vocabulary.subtokens={ids.subtokens} "
         f'vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
     )

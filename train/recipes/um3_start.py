@@ -1,7 +1,8 @@
 """The model that UM3's training starts from: new weights, a language model to extend, or a UM3 folder
 (model.base_model)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,16 @@ from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
 from um3.core.hub import read_tensors
-from um3.model.configuration import ModelConfig, is_um3
-from um3.model.extend import extend_model, fit_gains, inserts_qk_norm, load_base, load_base_tokenizer
+from um3.model.configuration import is_um3
+from um3.model.extend import extend_model, load_base, load_base_tokenizer
 from um3.model.language_model import LoadedModel, build_model, load_model
+from um3.model.qk_norm import fit_qk_norm, insert_qk_norm, inserts_qk_norm
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
-    from train.recipes.um3_init import InitConfig
 
-Gains = dict[str, torch.Tensor]
-CALIBRATION_SEQUENCES = 8
-"""Of every text: the gains of an inserted normalisation are fitted to them."""
+POSITIONS_PER_DIMENSION = 8
 
 
 class UM3Start:
@@ -60,7 +59,8 @@ class UM3Start:
     def model(self, streams: Mapping[str, TokenStream]) -> PreTrainedModel:
         """The model before the first step, on the CPU in float32.
 
-        If query-key normalisation is inserted, rank 0 fits its gains to the first sequences of every text, once a run.
+        Query-key normalisation, if it is inserted, is fitted to the first sequences of every text; `make um3-init`
+        also distils it.
         """
         config = self.config.model
         if self.loaded is not None:
@@ -68,18 +68,12 @@ class UM3Start:
         if not config.base_model:
             return build_model(config, ids=self.ids)
 
-        base, seed = load_base(config.base_model), self.config.loop.seed
-        path = Path(self.config.loop.output_dir) / "cache" / "qk_norm_gains.safetensors"
-
-        def fit() -> None:
-            firsts = [(stream, min(len(stream), CALIBRATION_SEQUENCES)) for stream in streams.values()]
-            sequences = [stream[index].input_ids for stream, count in firsts for index in range(count)]
-            with atomic_file(path) as partial:
-                save_file({name: gain.cpu() for name, gain in fitted_gains(base, sequences).items()}, partial)
-            base.to("cpu")  # type: ignore[arg-type]
-
-        options: dict[str, Any] = {"ids": self.ids, "base_entries": self.base_entries, "seed": seed}
-        return extend_base(base, config, gains=lambda: read_tensors(make_once(path, fit)), **options)
+        base = load_base(config.base_model)
+        if inserts_qk_norm(base.config, qk_norm=config.qk_norm):
+            path = Path(self.config.loop.output_dir) / "cache" / "qk_norm.safetensors"
+            base = with_qk_norm(base, _first_sequences(streams, hidden_size=base.config.hidden_size), path=path)
+        options: dict[str, Any] = {"new_token_init": config.new_token_init, "seed": self.config.loop.seed}
+        return extend_model(base, ids=self.ids, base_entries=self.base_entries, **options)
 
     def _trained_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """A text tokenizer that rank 0 trains once a run on its texts and captions."""
@@ -91,17 +85,32 @@ class UM3Start:
         return trained_once(path, lambda: train_text_tokenizer(texts, vocab_size=entries))
 
 
-def fitted_gains(base: PreTrainedModel, sequences: Sequence[torch.Tensor]) -> Gains:
-    """Gains (`um3.model.extend.fit_gains`) on sequences of ids (T), computed on this rank's device."""
-    return fit_gains(base.to(device()), calibration=[ids_T[None] for ids_T in sequences])  # type: ignore[arg-type]
+def with_qk_norm(base: PreTrainedModel, sequences: Sequence[torch.Tensor], *, path: Path) -> PreTrainedModel:
+    """The base with query-key normalisation (`um3.model.qk_norm`), fitted to sequences of ids (T).
+
+    The first rank fits it, once a run, and keeps the tensors in the file `path`.
+    """
+
+    def fit() -> None:
+        place = base.device
+        fitted = fit_qk_norm(base.to(device()), calibration=[ids_T[None] for ids_T in sequences])  # type: ignore[arg-type]
+        base.to(place)  # type: ignore[arg-type]
+        with atomic_file(path) as partial:
+            save_file({name: tensor.cpu() for name, tensor in fitted.items()}, partial)
+
+    return insert_qk_norm(base, read_tensors(make_once(path, fit)))
 
 
-def extend_base(
-    base: PreTrainedModel, config: "ModelConfig | InitConfig", *, gains: Callable[[], Gains], **options: Any
-) -> PreTrainedModel:
-    """`extend_model` with the config and `options`, and the `gains` of a query-key normalisation if it inserts one."""
-    fitted = gains() if inserts_qk_norm(base.config, qk_norm=config.qk_norm) else {}
-    return extend_model(base, qk_norm=config.qk_norm, gains=fitted, new_token_init=config.new_token_init, **options)
+def calibration_length(hidden_size: int, *, seq_len: int) -> int:
+    """How many sequences `fit_qk_norm` needs: several positions for each of the model's dimensions."""
+    return math.ceil(POSITIONS_PER_DIMENSION * hidden_size / seq_len)
+
+
+def _first_sequences(streams: Mapping[str, TokenStream], *, hidden_size: int) -> list[torch.Tensor]:
+    """The first sequences of every text, enough for `fit_qk_norm` if the texts are."""
+    counts = {name: calibration_length(hidden_size, seq_len=stream.seq_len) for name, stream in streams.items()}
+    firsts = [(stream, min(len(stream), -(-counts[name] // len(streams)))) for name, stream in streams.items()]
+    return [stream[index].input_ids for stream, count in firsts for index in range(count)]
 
 
 def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
