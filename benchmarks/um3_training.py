@@ -135,7 +135,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
 
     from data_mix.batches.mix import SequenceBatches
     from data_mix.batches.packing import micro_batches
-    from train.engine import split_batch
+    from train.engine import precision_of, split_batch
     from um3.core.progress import peak_gpu_memory_gib, peak_memory_gib
     from um3.model.language_model import load_model
 
@@ -168,7 +168,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
         gradient_accumulation_steps=accumulation,
         max_steps=loop.max_steps,
         learning_rate=config.optimizer.lr,
-        bf16=gpu,
+        bf16=precision_of(config.engine) != "fp32",
         use_cpu=not gpu,
         gradient_checkpointing=config.engine.activation_checkpointing,
         optim="adamw_torch_fused" if gpu else "adamw_torch",

@@ -17,6 +17,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has AMX for bf16, by what torch says of it."""
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+
+
 @pytest.fixture(autouse=True)
 def no_launcher_variables() -> Iterator[None]:
     """Remove the launcher's variables, which training in this process sets: later processes must not inherit them."""

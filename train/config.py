@@ -40,7 +40,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16-true"] = "auto"
     """bf16-true: weights in bf16 with float32 masters. bf16-mixed: float32 weights, bf16 matrix products (autocast).
-    auto: bf16-mixed on a GPU, fp32 on a CPU."""
+    auto: bf16-mixed on a GPU and on a CPU with AMX for bf16, else fp32."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (AdamW under ZeRO 1-3, GPU only)."""
     activation_checkpointing: bool = False

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.optim import build_optimizer
-from um3.core.distributed import device, prepare_environment, world_size
+from um3.core.distributed import device, mixed_precision, prepare_environment, resolve_precision, world_size
 from um3.core.errors import UserError
 from um3.core.log import setup_logging
 
@@ -42,7 +42,7 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
         torch.set_num_threads(loop.num_threads)
     prepare_environment()
     setup_logging()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device().type)
     # By default DeepSpeed prints every engine setting on stdout.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
@@ -87,11 +87,9 @@ def split_batch(loop: LoopConfig) -> tuple[int, int]:
     return micro, per_rank // micro
 
 
-def precision_of(engine: EngineConfig) -> Literal["fp32", "bf16-mixed", "bf16-true"]:
-    """The configured precision, with "auto" resolved for this machine."""
-    if engine.precision == "auto":
-        return "bf16-mixed" if torch.cuda.is_available() else "fp32"
-    return engine.precision
+def precision_of(engine: EngineConfig, *, on: torch.device | None = None) -> str:
+    """The configured precision, with "auto" resolved for a device (this process's): fp32, bf16-mixed or bf16-true."""
+    return resolve_precision(engine.precision, on=on)
 
 
 def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
@@ -233,9 +231,8 @@ def _create_optimizer_state(engine: Any) -> None:
 
 
 def autocast(engine: EngineConfig) -> torch.autocast:
-    """The autocast context of the configured precision: bf16 matrix products for bf16-mixed, else disabled."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision_of(engine) == "bf16-mixed")
+    """The autocast context of the configured precision."""
+    return mixed_precision(engine.precision)
 
 
 def step_engine(engine: Any) -> float:

@@ -28,6 +28,7 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import LoopConfig
+from train.engine import precision_of
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict
 from um3.core.distributed import any_rank, is_main, rank, wait_for_main, world_size
@@ -87,7 +88,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.output_dir)
-    run = {"config": to_dict(config), "inputs": inputs}
+    run: dict[str, Any] = {"config": to_dict(config), "inputs": inputs}
     if is_main():
         run |= {"data": data_fingerprints(config), "fingerprints": task.fingerprints()}
     engines, start, state = _resume(task, loop=loop, run=run)
@@ -128,6 +129,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
                 _stop(received, step=done, folder=folder)
     if metrics is not None:
         metrics.close()
+    run |= {"precision": precision_of(config.engine)}
     _finish(task, folder=folder, run=run, steps=done, seconds=spent_s + time.monotonic() - began)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import folder_lock
 from um3.core.log import quiet_model_files
+
+logger = logging.getLogger(__name__)
 
 CONFIGS: dict[str, type[Any]] = {
     "stage1": Stage1Config,
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
 
         quiet_model_files()
         engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
+        logger.info("precision: %s (engine.precision=%s)", engine.precision_of(config.engine), config.engine.precision)
         try:
             loop.run(recipe.build_task(config), config=config, inputs=inputs)
         except Interrupted:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.hub_streaming import HubStream, hub_stream
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from um3.core.commands import command_parser, read_config
-from um3.core.distributed import device
+from um3.core.distributed import device, mixed_precision, resolve_precision
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, read_json, sha256_of, short_hash, write_json
 from um3.core.hub import HUB_ID
@@ -48,6 +48,7 @@ class EncodeConfig:
     """What to encode, with which tokenizer, and where to.
 
     visual_tokenizer: folder or hub id. limit: number of samples of each source and split, from the first on; 0 for all.
+    precision: fp32; bf16-mixed (autocast), which changes a few codes; auto: bf16-mixed where bf16 pays on this machine.
     """
 
     visual_tokenizer: str = ""
@@ -58,6 +59,7 @@ class EncodeConfig:
     samples_per_shard: PositiveInt = 4096
     limit: NonNegativeInt = 0
     num_threads: PositiveInt = 1
+    precision: Literal["auto", "fp32", "bf16-mixed"] = "fp32"
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.images]
@@ -137,11 +139,12 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     total, num_missing = (sum(len(job.indices) for job in some) for some in (jobs, missing))
     progress = Progress(total, label="encoding", unit="images", start=total - num_missing)
     for job in missing:
-        content = _encode_shard(job, qlip=qlip, progress=progress)
+        with mixed_precision(config.precision):
+            content = _encode_shard(job, qlip=qlip, progress=progress)
         if streams:  # saved before the shard, which depends on it
             write_json(out / "streams.json", {name: part.state() for name, part in streams.items()})
         write_shard(job.path, **content)
-    summary = _summary(jobs)
+    summary = _summary(jobs) | {"precision": resolve_precision(config.precision)}
     for path in outdated - {job.path for job in jobs}:
         path.unlink(missing_ok=True)
     write_json(out / "summary.json", {"inputs_hash": inputs_hash} | summary)
@@ -158,7 +161,14 @@ def _inputs_hash(config: EncodeConfig) -> str:
         remedy = "run make stage2 first, or set visual_tokenizer to the folder or hub id of one"
         raise UserError(f"there is no visual tokenizer in '{config.visual_tokenizer}'; {remedy}")
     sources = [source_fingerprint(source) for source in config.images]
-    return short_hash(config.seed, config.batch_size, config.samples_per_shard, config.limit, qlip, sources)
+    numbers = (config.seed, config.batch_size, config.samples_per_shard, config.limit)
+    return short_hash(*numbers, qlip, sources, *_precision_key(config))
+
+
+def _precision_key(config: EncodeConfig) -> list[str]:
+    """The precision as a part of hashes, if it changes codes."""
+    precision = resolve_precision(config.precision)
+    return [] if precision == "fp32" else [precision]
 
 
 def _is_up_to_date(out: Path, *, inputs_hash: str) -> bool:
@@ -189,7 +199,8 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
             streamed = hub_stream(source)
             # The files of a streamed set are part of the plan: a new commit to the set means new codes.
             files = () if streamed is None else (streamed.digest,)
-            plan = source_fingerprint(source_config, config.seed, num_samples, config.samples_per_shard, *files)
+            parts = (config.seed, num_samples, config.samples_per_shard, *files, *_precision_key(config))
+            plan = source_fingerprint(source_config, *parts)
             name, starts = source.name, range(0, num_samples, config.samples_per_shard)
             for shard, start in enumerate(starts):
                 path = shard_path(config.output_dir, split=split, source=name, shard=shard)

@@ -15,7 +15,7 @@ from um3.core.metrics import read_metrics
 
 COMMON = [
     *("loop.num_threads=1", "loop.batch_size=8", "loop.log_every_steps=1", "loop.save_every_steps=2"),
-    *("loop.max_steps=4", "optimizer.warmup_steps=1"),
+    *("loop.max_steps=4", "optimizer.warmup_steps=1", "engine.precision=fp32"),
 ]
 TOWER = ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")
 SCENES = "data.sources=[{name: scenes, kind: scenes, length: 200}]"

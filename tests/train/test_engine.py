@@ -18,7 +18,6 @@ from train.engine import (
     check_engine,
     fuse_adamw,
     fuse_layers,
-    precision_of,
     set_attention,
     start_runtime,
 )
@@ -51,11 +50,6 @@ def test_what_cannot_run_together_is_refused_with_its_remedy(engine: dict[str, A
 def test_flash_attention_without_a_gpu_is_one_line() -> None:
     with pytest.raises(UserError, match=r"needs a GPU.*; set engine\.attention=sdpa"):
         set_attention(nn.Module(), EngineConfig(attention="flash_attention_2"))  # type: ignore[arg-type]
-
-
-def test_auto_precision_depends_on_the_machine() -> None:
-    assert precision_of(EngineConfig()) == ("bf16-mixed" if torch.cuda.is_available() else "fp32")
-    assert precision_of(EngineConfig(precision="bf16-true")) == "bf16-true"
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

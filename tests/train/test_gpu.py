@@ -25,8 +25,8 @@ def train(phase: str, made: Path, folder: Path, *options: str) -> list[float]:
 def test_a_gpu_computes_the_losses_of_a_cpu(
     phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu = train(phase, made, tmp_path / "gpu", "engine.precision=fp32")
-    low = train(phase, made, tmp_path / "low")
+    on_gpu = train(phase, made, tmp_path / "gpu")
+    low = train(phase, made, tmp_path / "low", "engine.precision=auto")
     assert read_json(tmp_path / "low/done.json")["peak_gpu_memory_gib"] > 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     on_cpu = train(phase, made, tmp_path / "cpu")

@@ -201,8 +201,11 @@ class Plan:
         return engine
 
     def _precision(self) -> Any:
-        precision = self.config.engine.precision
-        return precision if precision != "auto" else "fp32" if self.on_cpu else "bf16-mixed"
+        import torch
+
+        from train.engine import precision_of
+
+        return precision_of(self.config.engine, on=torch.device("cpu" if self.on_cpu else "cuda"))
 
     def _trace(self, setting: Setting) -> "Trace":
         from train.plan.memory import Tracer

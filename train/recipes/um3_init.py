@@ -94,6 +94,11 @@ class UM3InitTask:
             self.model = with_qk_norm(base, [sequence.input_ids for sequence in self.sequences[:needed]], path=path)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(TRAINED.search(name) is not None)
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.to(dtype).isfinite().all():
+                fits = f"does not fit {self.dtype}; set dtype=bfloat16 or dtype=float32"
+                raise UserError(f"{name} of {config.base_model} {fits}")
         self.objective = DistillationObjective(self.model, base=self.base)
         self.divergences: list[float] = []
 

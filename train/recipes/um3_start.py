@@ -19,7 +19,7 @@ from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
 from um3.core.hub import read_tensors
 from um3.model.configuration import is_um3
-from um3.model.extend import extend_model, load_base, load_base_tokenizer
+from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import LoadedModel, build_model, load_model
 from um3.model.qk_norm import fit_qk_norm, insert_qk_norm, inserts_qk_norm
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
@@ -47,6 +47,8 @@ class UM3Start:
             return
         if source := vocabulary.tokenizer or config.model.base_model:
             self.text_tokenizer, self.base_entries = load_base_tokenizer(source)
+            if config.model.base_model:  # before the texts are tokenised
+                check_vocabulary(self.base_entries, rows=read_base_config(config.model.base_model).vocab_size)
         else:
             self.text_tokenizer = self._trained_tokenizer(texts)
         self.ids = make_vocabulary(

@@ -76,12 +76,13 @@ class ModelOptions:
         typer.echo(f"loading {printable(self.model)}", err=True)
         import torch
 
+        from um3.core.distributed import device as own_device
         from um3.core.log import quiet_model_files, setup_logging
         from um3.inference.pipeline import UM3Pipeline
 
         setup_logging()
         quiet_model_files()
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = self.device if self.device != "auto" else str(own_device())
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Ranks and the collectives of the project. Every function also works in a single process.
+"""Ranks, their device and its precision, and the collectives of the project; all also work in a single process.
 
 torch is imported inside the functions, because reading the rank must not take seconds.
 """
@@ -54,6 +54,32 @@ def device() -> "torch.device":
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def bf16_pays(on: "torch.device") -> bool:
+    """Whether bf16 matrix products are faster than float32 ones on this device: a GPU, or a CPU with AMX for bf16.
+
+    Other CPUs are slower in bf16, those with AVX-512's bf16 instructions too (seen on an AMD EPYC, torch 2.13).
+    """
+    import torch
+
+    query = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that we support
+    return on.type == "cuda" or bool(query and query().get("amx_bf16"))
+
+
+def resolve_precision(precision: str, *, on: "torch.device | None" = None) -> str:
+    """The precision itself; "auto" becomes bf16-mixed where bf16 pays on a device (this process's), else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16-mixed" if bf16_pays(on or device()) else "fp32"
+
+
+def mixed_precision(precision: str) -> "torch.autocast":
+    """The autocast context of a precision on this process's device: bf16 matrix products for bf16-mixed, else off."""
+    import torch
+
+    is_mixed = resolve_precision(precision) == "bf16-mixed"
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=is_mixed)
 
 
 def barrier() -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTION_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json")
 OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 """Values of `attn_implementation` that are torch's own; transformers may fetch code from the hub for any other."""
+LFS_POINTER, LFS_BYTES = b"version https://git-lfs", 1024
+"""How a git-LFS pointer begins, and the most bytes that it has."""
 LAYER_COUNT = re.compile(r"(?:^|\.)(?:num|n|encoder|decoder)_(?:\w+_)?layers?$")
 MAX_LAYERS = 10_000
 """Without weights in the folder. With weights, a layer has at least one tensor."""
@@ -78,6 +80,7 @@ def load_pretrained(
     of other shapes than in config.json, with `strict` also those that it does not describe, and the `remedy`.
     """
     folder = model_folder(path_or_hub_id, kind=kind, files=["*.json"])
+    refuse_lfs_pointers(folder.iterdir())
     is_model = hasattr(loader, "from_config") or hasattr(loader, "_from_config")
     reporter = logging.getLogger("transformers.modeling_utils")
     try:
@@ -111,6 +114,13 @@ def load_pretrained(
     finally:
         reporter.disabled = False
     return model
+
+
+def refuse_lfs_pointers(paths: Iterable[Path]) -> None:
+    """UserError for a file that git-LFS has not fetched: a clone without it has a pointer of three lines there."""
+    for path in paths:
+        if path.is_file() and path.stat().st_size <= LFS_BYTES and path.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{path} is a git-LFS pointer, not the file; run `git lfs pull` in its folder")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -151,6 +161,7 @@ def read_tensors(path: str | Path) -> "dict[str, Tensor]":
 
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; set the path to the published weights file, or leave it empty")
+    refuse_lfs_pointers([Path(path)])
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
@@ -258,7 +269,8 @@ def _checked_config(loader: Any, folder: Path, shapes: Shapes, config: Any) -> A
 
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not shapes:
-        raise ValueError(f"there is no {WEIGHTS}; save the model with transformers' save_pretrained")
+        pickled = ", and pytorch_model.bin, a pickle, is not loaded" if any(folder.glob("pytorch_model*.bin")) else ""
+        raise ValueError(f"there is no {WEIGHTS}{pickled}; save the model with transformers' save_pretrained")
     build = loader.from_config if hasattr(loader, "from_config") else loader._from_config
     try:
         with torch.device("meta"):

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,26 @@ def test_shards_hold_the_codes_of_the_tokenizer(
     run(path)
     run(path, "images=[{name: scenes, length: 50, weight: 3}]", "num_threads=2")
     assert capsys.readouterr().out.count("up to date") == 2
+
+
+def test_in_bf16_a_few_codes_change_and_are_other_codes(tmp_path: Path, qlip: Path, amx: None) -> None:
+    """`auto` is bf16 on a CPU with AMX. What is encoded in the one precision is not up to date in the other."""
+    path, codes = config_file(tmp_path, qlip=qlip), tmp_path / "codes"
+
+    def encoded(*overrides: str) -> tuple[torch.Tensor, str]:
+        run(path, *overrides)
+        shards = opened(codes)
+        stacked = torch.stack([shards[index].codes_N for index in range(len(shards))])
+        return stacked, json.loads((codes / "summary.json").read_text())["precision"]
+
+    (exact, fp32), (mixed, bf16) = encoded(), encoded("precision=auto")
+    assert (fp32, bf16) == ("fp32", "bf16-mixed")
+    bits = tokenizer.bits.codes_to_bits(exact ^ mixed, num_bits=12)
+    assert 0 < bits.float().mean() < 0.01
+    finished = shard_bytes(codes)
+    shutil.rmtree(codes)
+    assert encoded("precision=bf16-mixed")[1] == bf16 and shard_bytes(codes) == finished
+    assert torch.equal(encoded()[0], exact)
 
 
 def test_only_missing_and_damaged_shards_are_made_again(tmp_path: Path, qlip: Path) -> None:
