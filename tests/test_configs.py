@@ -28,7 +28,7 @@ from um3.model.language_model import count_parameters
 from um3.model.vocabulary import UnifiedVocabulary
 
 FOLDER = ROOT / "configs"
-FULL = ("demo", "um3_llama3_1b")
+FULL = ("demo", "um3_llama3_1b", "um3_llama3_1b_lora")
 """Experiments with every phase."""
 
 

@@ -151,6 +151,18 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     return {key.removesuffix(f"/{kind}"): tensor for key, tensor in _full_tensors(engine, kinds=(kind,))}
 
 
+def frozen_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Float32 weights of the frozen parameters by name, on every rank (a collective call)."""
+    from deepspeed import zero
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            with zero.GatheredParameters(parameter):
+                weights[name] = parameter.detach().float().cpu()
+    return weights
+
+
 def _step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 

@@ -29,6 +29,7 @@ FREE_SETTINGS = (
 # Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "base_model:", "data.codes:")
 FREE_SOURCE_KEYS = ("path", "captions")
+RESULT_FOLDERS = ("model", "adapter")
 EDITABLE = ("README.md", "generation_config.json")
 """Files of a model that its user may edit; of these only the existence is checked."""
 WHOLE_BYTES = 2**30
@@ -126,8 +127,9 @@ def start_folder(config: Any) -> None:
 
 
 def result_files(folder: Path) -> dict[str, str]:
-    """A digest of every file of the finished model `folder`/model, by path; empty for those that may be edited."""
-    return {str(path.relative_to(folder)): _file_digest(path) for path in walk_files(folder / "model")}
+    """A digest of every file of the finished model below `folder`, by path; empty for those that may be edited."""
+    folders = [folder / name for name in RESULT_FOLDERS if (folder / name).is_dir()]
+    return {str(path.relative_to(folder)): _file_digest(path) for part in folders for path in walk_files(part)}
 
 
 def damaged_files(folder: Path, files: dict[str, str]) -> list[str]:

@@ -5,7 +5,8 @@ that are alive after every operation: activations, recomputation, logits, tempor
 attention on a GPU keeps the same tensors (queries, keys, values, output, log-sum-exp).
 
 DeepSpeed's part follows the source of 0.19.8 (runtime/engine.py, zero/stage_1_and_2.py, zero/stage3.py). Bytes, for P
-parameters of w bytes (2 for bf16-true, else 4), N devices and b = min(bucket, P):
+trained parameters of w bytes (2 for bf16-true, else 4), N devices and b = min(bucket, P); frozen ones (a base under
+LoRA) add to the weights only:
 
     ZeRO        0           1               2               3
     weights     w P         w P             w P             w P / N + w x the gathered ones
@@ -78,8 +79,8 @@ class Usage(NamedTuple):
 class Layout:
     """How a model is placed on its devices; a weight and its gradient have `weight_bytes` each.
 
-    `parameters`, `largest`, `head`: number of elements of the model, its largest parameter, and the output head. A step
-    that `accumulates` has several micro-batches.
+    `parameters`, `largest`, `head`: number of elements of the trained parameters, the largest of them, and the output
+    head; `frozen`: of the parameters that are not trained. A step that `accumulates` has several micro-batches.
     """
 
     zero_stage: int
@@ -89,6 +90,7 @@ class Layout:
     head: int
     weight_bytes: int
     bucket_elements: int
+    frozen: int = 0
     average: bool = False
     fused: bool = True
     offload: bool = False
@@ -112,18 +114,19 @@ def usage(layout: Layout, trace: Trace) -> Usage:
     """The highest memory of a device during a step, and its moment."""
     stage, size, whole = layout.zero_stage, layout.weight_bytes, layout.parameters
     part, bucket, many = whole / layout.devices, size * layout.bucket, layout.devices > 1
+    model = whole + layout.frozen
     at_once = layout.bucket == whole and not layout.accumulates  # all gradients are reduced after the backward pass
     state = (MOMENTS + (MASTERS if stage else 0) + (AVERAGE if layout.average else 0)) * (part if stage else whole)
-    gathered = min(whole, layout.head + REUSE_ELEMENTS // 2 + PREFETCH_ELEMENTS) if many else 0
+    gathered = min(model, layout.head + REUSE_ELEMENTS // 2 + PREFETCH_ELEMENTS) if many else 0
 
     def at(moment: str, **parts: float) -> Usage:
         usual = dict.fromkeys(Usage._fields[1:], 0.0)
-        usual["weights"] = size * (part + gathered if stage == 3 else whole)
+        usual["weights"] = size * (model / layout.devices + gathered if stage == 3 else model)
         usual["optimizer"] = 0.0 if layout.offload else state
         usual["gradients"] = size * (part if stage >= 2 else whole)
         return Usage(moment, **usual | parts)
 
-    start = at("start", weights=size * whole * (2 if stage in (1, 2) else 1), optimizer=0, gradients=0)
+    start = at("start", weights=size * (model + (whole if stage in (1, 2) else 0)), optimizer=0, gradients=0)
     if stage == 0:
         reduce = at("reduce", buffers=size * min(whole, ALLREDUCE_ELEMENTS + layout.largest))
     elif stage == 1 or not (many or stage == 3):
@@ -169,7 +172,8 @@ class Tracer:
         activations: list[int] = []
         hooks = [self.body.register_forward_hook(lambda *_: activations.append(alive.other))]
         for parameter in self.objective.parameters():
-            hooks.append(parameter.register_post_accumulate_grad_hook(alive.count_gradient))
+            if parameter.requires_grad:
+                hooks.append(parameter.register_post_accumulate_grad_hook(alive.count_gradient))
         weights = [*self.objective.parameters(), *self.objective.buffers()]
         alive.known.update(tensor.untyped_storage() for tensor in weights)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
@@ -253,7 +257,8 @@ def _make_fake(module: nn.Module, *, dtype: torch.dtype | None) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = seen.setdefault(id(parameter), nn.Parameter(empty(parameter)))
+                fake = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
+                part._parameters[name] = seen.setdefault(id(parameter), fake)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = empty(buffer)

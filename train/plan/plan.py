@@ -5,10 +5,11 @@ most the config's): the peak memory of one device (`train/plan/memory.py`), toke
 `loop.max_steps`. Nothing is downloaded or allocated; the model is built from its config alone.
 
 Time is floating-point operations divided by the achieved rate (--mfu x the GPUs' peak). Counted are matrix
-products, with 2 operations a multiply-add and 3 forward passes for forward and backward: the layers' weights for
-every token, attention's scores and values (in full, also if causal: PaLM, arXiv 2204.02311, appendix B), and for
-every target the output head's rows of its half. Activation checkpointing repeats the layers' forward pass and the
-loss its logits: that takes time, but is not a model FLOP. --mfu covers communication, reading and saving.
+products, with 2 operations a multiply-add and 3 forward passes for forward and backward (2 for a frozen weight, which
+has no gradient): the layers' weights for every token, attention's scores and values (in full, also if causal: PaLM,
+arXiv 2204.02311, appendix B), and for every target the output head's rows of its half. Activation checkpointing repeats
+the layers' forward pass and the loss its logits: that takes time, but is not a model FLOP. --mfu covers communication,
+reading and saving.
 """
 
 import argparse
@@ -16,9 +17,8 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import EngineConfig
@@ -28,9 +28,9 @@ from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
 
     from train.plan.memory import Trace, Tracer, Usage
-    from train.recipes.um3 import UM3Objective
     from um3.model.sequences import TrainingSequence
     from um3.model.vocabulary import UnifiedVocabulary
 
@@ -40,12 +40,7 @@ MFU = 0.35
 KEPT_FREE = 0.1
 """Share of a GPU's memory for the CUDA context, NCCL, cuBLAS, fragmentation, and the error of the prediction."""
 CAPTION_TOKENS = 64
-PATCHES = 256
-"""Of QLIP-B-16-256: used if the config's visual tokenizer is not available, or fewer if sequences are too short."""
-LLAMA_SIZES: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
-LLAMA_SIZES |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
-KNOWN_BASES = {"meta-llama/Llama-3.2-1B": LLAMA_SIZES | {"max_position_embeddings": 131_072}}
-"""Sizes of base models that need no access to the hub."""
+PARTS = ("weights", "optimizer", "gradients", "activations", "working", "buffers")
 
 
 class Gpu(NamedTuple):
@@ -65,6 +60,8 @@ GPUS = {
     "l4": Gpu(24, 121, 30.3),
     "l40s": Gpu(48, 362, 91.6),
     "rtx3090": Gpu(24, 71, 35.6),
+    "rtx4060": Gpu(8, 30.2, 15.1),
+    "rtx4080": Gpu(16, 97.5, 48.7),
     "rtx4090": Gpu(24, 165, 82.6),
     "rtx5090": Gpu(32, 210, 105),
     "cpu": Gpu(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, math.nan, math.nan),
@@ -92,13 +89,19 @@ class Plan:
                 f"loop.batch_size={config.loop.batch_size} is not divisible by --gpus {devices}; change one"
             )
         self.config, self.devices, self.gpu, self.on_cpu = config, devices, GPUS[gpu], gpu == "cpu"
+        from train.plan.objective import build_objective
+
         self.objective, self.ids = build_objective(config)
         self.model = self.objective.model
-        self.parameters = [parameter.numel() for parameter in self.objective.parameters()]
-        embedding: Any = self.model.get_input_embeddings()
-        tables = {embedding.weight, self.model.lm_head.weight}  # one table if they are tied
-        self.head: int = self.model.lm_head.weight.numel()
-        self.matrices = sum(self.parameters) - sum(table.numel() for table in tables)
+        self.parameters, frozen = _sizes(self.objective.parameters())
+        self.frozen = sum(frozen)
+        head, self.frozen_head = map(sum, _sizes(self.model.lm_head.parameters()))
+        self.head: int = head + self.frozen_head
+        # A tied head is the embedding's own table.
+        tables = {*self.model.get_input_embeddings().parameters(), *self.model.lm_head.parameters()}
+        trained_tables, frozen_tables = map(sum, _sizes(tables))
+        self.frozen_matrices = self.frozen - frozen_tables
+        self.matrices = sum(self.parameters) - trained_tables + self.frozen_matrices
         self.samples = _task_samples(config, ids=self.ids)
         self.packed, self.longest = config.data.packing == "documents", max(sample.length for sample in self.samples)
         self.tracers: dict[str, Tracer] = {}
@@ -144,6 +147,7 @@ class Plan:
             head=self.head,
             weight_bytes=2 if setting.precision == "bf16-true" else 4,
             bucket_elements=engine.bucket_elements,
+            frozen=self.frozen,
             average=optimizer.ema_decay > 0,
             fused=engine.fused_kernels == "auto" and optimizer.kind == "adamw" and not self.on_cpu,
             offload=engine.offload_optimizer and setting.zero_stage > 0,
@@ -177,14 +181,16 @@ class Plan:
         attention_width = config.num_attention_heads * config.head_dim
         body = 2.0 * self.matrices * tokens + 4.0 * config.num_hidden_layers * attention_width * pairs
         text_size, visual_size = self.ids.text_vocab_size, self.ids.visual_vocab_size
-        if self.config.loss.mode == "joint":
+        if joint := self.config.loss.mode == "joint":
             text_size = visual_size = text_size + visual_size
-        head = 0.0
+        head = frozen_head = 0.0
         for share, sequence in self.samples:
             visual = int((sequence.targets & (sequence.input_ids >= self.ids.text_vocab_size)).sum())
             text = int(sequence.targets.sum()) - visual
             head += 2.0 * batch * share * config.hidden_size * (text * text_size + visual * visual_size)
-        return 3 * (body + head), head + (body if checkpointing else 0)
+            frozen_head += 2.0 * batch * share * self.frozen_head * (text + visual if joint else text)
+        frozen = 2.0 * self.frozen_matrices * tokens + frozen_head
+        return 3 * (body + head) - frozen, head + (body if checkpointing else 0)
 
     def _engine(self, zero_stage: Any) -> EngineConfig | None:
         """The config's engine at this stage, with bf16-mixed instead of bf16-true at ZeRO 0; None if it is refused."""
@@ -213,6 +219,8 @@ class Plan:
         key = setting._replace(zero_stage=0)
         if key not in self.traces:
             if setting.precision not in self.tracers:
+                from train.plan.objective import build_objective
+
                 objective, _ = build_objective(self.config)
                 body = objective.model.model
                 self.tracers[setting.precision] = Tracer(objective, body=body, precision=setting.precision)
@@ -232,6 +240,14 @@ class Plan:
         sequences = [sequence for (_, sequence), count in zip(self.samples, counts, strict=True) for _ in range(count)]
         laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=self.packed, pad_id=self.ids.pad_id)
         return laid.input_ids_BT, laid.target_mask_BT
+
+
+def _sizes(parameters: "Iterable[Parameter]") -> tuple[list[int], list[int]]:
+    """Elements of each trained parameter, and of each frozen one."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for parameter in parameters:
+        parts[not parameter.requires_grad].append(parameter.numel())
+    return parts
 
 
 class TaskSample(NamedTuple):
@@ -267,68 +283,6 @@ def _task_samples(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[TaskSa
     return sorted(samples, key=lambda sample: -sample.share)
 
 
-def build_objective(config: UM3Config) -> tuple["UM3Objective", "UnifiedVocabulary"]:
-    """The training objective on the meta device, and its vocabulary; UserError if the base model cannot be read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-
-    from train.recipes.um3 import UM3Objective
-    from um3.core.hub import load_pretrained
-    from um3.model.bit_embeddings import BitEmbeddings
-    from um3.model.configuration import is_um3
-    from um3.model.extend import extend_model, read_base_config
-    from um3.model.language_model import build_model
-    from um3.model.qk_norm import insert_qk_norm, inserts_qk_norm
-    from um3.model.vocabulary import UnifiedVocabulary
-
-    base = config.model.base_model
-    with torch.device("meta"):
-        if is_um3(base):
-            stored = load_pretrained(AutoConfig, base, kind="UM3 model")
-            ids = UnifiedVocabulary.from_dict(stored.um3, where=Path(base) / "config.json")
-            model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
-        elif base:
-            stored = LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
-            ids = _vocabulary(config, text_vocab_size=stored.vocab_size + 2)
-            model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
-            if inserts_qk_norm(stored, qk_norm=config.model.qk_norm):
-                model = insert_qk_norm(model)
-            model = extend_model(model, ids=ids)
-        else:
-            ids = _vocabulary(config, text_vocab_size=config.vocabulary.text_vocab_size)
-            model = build_model(config.model, ids=ids)
-        bits = BitEmbeddings(ids, model_config=model.config) if config.vocabulary.bit_embeddings else None
-        packed = config.data.packing == "documents"
-        return UM3Objective(model, ids=ids, loss=config.loss, bits=bits, packed=packed), ids
-
-
-def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> "UnifiedVocabulary":
-    """A vocabulary of the right sizes; which text entries are the special tokens does not matter here."""
-    from tokenizer.configuration import read_qlip_config
-    from um3.model.extend import load_base_tokenizer
-    from um3.model.vocabulary import UnifiedVocabulary
-
-    vocabulary = config.vocabulary
-    patches = max(1, min(PATCHES, (config.data.seq_len - 5) // vocabulary.subtokens))
-    if vocabulary.tokenizer:
-        text_vocab_size = len(load_base_tokenizer(vocabulary.tokenizer)[0])
-    if (Path(config.visual_tokenizer) / "config.json").is_file():
-        vision = read_qlip_config(Path(config.visual_tokenizer)).vision_tower
-        patches = (vision.image_size // vision.patch_size) ** 2
-    special = dict(bos_id=0, eos_id=1, pad_id=2, begin_of_image_id=text_vocab_size - 2)
-    return UnifiedVocabulary(
-        text_vocab_size=text_vocab_size,
-        subtokens=vocabulary.subtokens,
-        bits_per_subtoken=vocabulary.bits_per_subtoken,
-        num_patches=patches,
-        end_of_image_id=text_vocab_size - 1,
-        **special,
-    )
-
-
-PARTS = ("weights", "optimizer", "gradients", "activations", "working", "buffers")
-
-
 def main(arguments: Sequence[str]) -> None:
     """Print the table, then the memory of the config's own setting."""
     config, options = _options(arguments)
@@ -336,9 +290,10 @@ def main(arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_", category=FutureWarning)
     plan = Plan(config, devices=options.gpus, gpu=options.gpu)
     tokens, unpadded = plan.step_tokens()
+    trained, frozen = f"{sum(plan.parameters) / 1e9:.3f}e9", f" + {plan.frozen / 1e9:.3f}e9 frozen" * (plan.frozen > 0)
     print(
-        f"{sum(plan.parameters) / 1e9:.3f}e9 parameters on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} "
-        f"GiB, {KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {tokens:,.0f} tokens "
+        f"{trained}{frozen} parameters on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} GiB, "
+        f"{KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {tokens:,.0f} tokens "
         f"({1 - unpadded / tokens:.0%} padding), {plan.step_flops(checkpointing=False)[0] / 1e15:.3g} PFLOP at "
         f"{options.mfu:.0%} of the peak; {config.loop.max_steps:,} steps."
     )

@@ -14,7 +14,7 @@ from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Size
-from um3.model.configuration import ModelConfig, NewTokenInit, is_um3
+from um3.model.configuration import LoRAConfig, ModelConfig, NewTokenInit, is_um3
 
 
 def _check_multiples(config: object, **pairs: str) -> None:
@@ -265,6 +265,10 @@ class UM3Config:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.1))
     loss: UM3LossConfig = field(default_factory=UM3LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    trainable: Literal["all", "new_rows"] = "all"
+    """new_rows: only the rows of embedding and head that model.base_model lacks are trained. lora.rank above 0 implies
+    it, and trains adapters too."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     text_validation: TextValidationConfig = field(default_factory=TextValidationConfig)
@@ -272,7 +276,14 @@ class UM3Config:
     visual_tokenizer: str = ""
     """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
 
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the base model is left as it is."""
+        return self.trainable == "new_rows" or self.lora.rank > 0
+
     def __post_init__(self) -> None:
+        if self.freezes_base and not self.model.base_model:
+            raise ValueError("lora.rank and trainable=new_rows freeze a trained base; set model.base_model")
         every_steps = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
         for name, steps in every_steps.items():
             if steps % self.loop.log_every_steps:
@@ -284,6 +295,13 @@ class UM3Config:
         inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
         if is_um3(self.model.base_model):
             inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
+        elif self.lora.rank:
+            raise UserError(
+                f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
+                f"BASE={self.model.base_model} and set model.base_model to the UM3 that it writes"
+            )
+        elif self.freezes_base:
+            inputs["base_model"] = weights_digest(self.model.base_model) or self.model.base_model
         return inputs
 
 

@@ -25,7 +25,7 @@ from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
-from train.checkpoint import full_weights
+from train.checkpoint import frozen_weights, full_weights
 from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
@@ -37,6 +37,7 @@ from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_si
 from um3.core.seeds import seed_everything
 from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.language_model import save_model
+from um3.model.lora import freeze_base, merge, save_adapter
 from um3.model.sequences import document_positions
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
 from um3.model.text_tokenizer import vocabulary_digest
@@ -86,6 +87,7 @@ class UM3Objective(nn.Module):
             mode=mode or self.loss.mode,
             z_loss=self.loss.z_loss,
             chunk_tokens=self.loss.chunk_tokens,
+            frozen_rows_FD=getattr(self.model.lm_head, "frozen_FD", None),
         )
 
     def _hidden(self, embeddings_BTD: torch.Tensor, *, input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -132,6 +134,9 @@ class UM3Task:
         self.batches: Prefetch[SequenceBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
+        if config.freezes_base:
+            seed_everything(config.loop.seed, "adapters")
+            freeze_base(self.model, ids=self.ids, lora=config.lora)
         set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -252,22 +257,26 @@ class UM3Task:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
-        self._write_model(folder / "model")
+        self._write_model(folder / "model", adapter=folder / "adapter" if self.config.lora.rank else None)
         return {"qlip_fingerprint": self.fingerprint, "truncated_captions": self.truncated_captions}
 
-    def _write_model(self, folder: Path) -> None:
-        """Write the model with its current weights (a collective call)."""
-        weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
+    def _write_model(self, folder: Path, *, adapter: Path | None = None) -> None:
+        """Write the model with its current weights, and the folder of its `adapter` (a collective call)."""
+        tensors = full_weights(self.engine) | frozen_weights(self.engine)
+        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         if self.objective.bits is not None:
             self.objective.bits.fold(weights)
         if is_main():
+            lora = self.config.lora
+            if adapter is not None:
+                save_adapter(adapter, weights=weights, lora=lora, base_model=self.config.model.base_model)
             save_model(
                 folder,
                 model=self.model,
                 text_tokenizer=self.text_tokenizer,
                 ids=self.ids,
                 qlip_folder=self.config.visual_tokenizer,
-                state_dict=weights,
+                state_dict=merge(weights, lora=lora),
             )
 
 

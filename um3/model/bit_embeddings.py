@@ -37,12 +37,12 @@ class BitEmbeddings(nn.Module):
         return embeddings_BTD + self.signs_VL[ids_BT].to(self.input_LD.dtype) @ self.input_LD
 
     def add_to_head(self, weight_VD: Tensor) -> Tensor:
-        """Add the bit vectors to the rows of the output head."""
-        return weight_VD + self.signs_VL.to(self.output_LD.dtype) @ self.output_LD
+        """Add the bit vectors to the rows of the output head: all V, or only the last ones."""
+        return weight_VD + self.signs_VL[-len(weight_VD) :].to(self.output_LD.dtype) @ self.output_LD
 
     @torch.no_grad()
     def fold(self, weights: dict[str, Tensor]) -> None:
         """Replace rows and bit vectors in `weights` (the model's tensors, and ours under "bits.") by plain rows."""
-        signs_VL = self.signs_VL.to(weights[EMBEDDING])
+        signs_VL = self.signs_VL[-len(weights[EMBEDDING]) :].to(weights[EMBEDDING])
         for name, vectors in ((EMBEDDING, "input_LD"), (HEAD, "output_LD")):
             weights[name] = weights[name] + signs_VL @ weights.pop(f"bits.{vectors}")

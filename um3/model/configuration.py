@@ -1,11 +1,11 @@
 """The language model's config; importing it loads neither torch nor transformers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from um3.core.ranges import NonNegativeFloat, PositiveFloat, Size
+from um3.core.ranges import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range, Size
 
 Supervision = Literal["target", "all"]
 """Which positions of a training sequence are predicted: its answer, or everything after the first token."""
@@ -46,6 +46,24 @@ class ModelConfig:
             raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even for rotary position embedding")
+
+
+@dataclass
+class LoRAConfig:
+    """LoRA adapters (peft): the base is frozen, and only they and the rows that the base lacks are trained.
+
+    rank: inner dimension of an adapter; 0: no adapters.
+    alpha: an adapter's output is scaled by alpha / rank.
+    dropout: on the input of the adapters.
+    target_modules: linear modules of the layers that get an adapter.
+    """
+
+    rank: Annotated[int, Range(0, 2**12)] = 0
+    alpha: PositiveInt = 32
+    dropout: Decay = 0.0
+    target_modules: Annotated[list[str], Range(1)] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 def is_um3(path: str | Path) -> bool:

@@ -4,7 +4,8 @@ Equation 6 of the paper, against logit shift between the modalities. "joint" is 
 the ablation. The head is applied chunk by chunk, to positions with a target and with the rows of the target's half. The
 backward pass computes a chunk's logits again, so at most one chunk of logits exists at a time.
 
-Shapes: B batch, T positions, N = B * T of them, C positions of a chunk, D width, V entries, R entries of a half.
+Shapes: B batch, T positions, N = B * T of them, C positions of a chunk, D width, V entries, R entries of a half,
+F frozen rows of the head, M = V - F trained ones.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -53,6 +54,7 @@ def split_softmax_loss(
     mode: LossMode = "split",
     z_loss: float = 0.0,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    frozen_rows_FD: Tensor | None = None,
 ) -> SplitLoss:
     """Cross entropy of `target_ids_BT` given the hidden states at the same index, per half of the vocabulary.
 
@@ -60,13 +62,15 @@ def split_softmax_loss(
     of the hidden states (or autocast's); softmax, sums and the head's gradient over the chunks are float32. Both inputs
     get a gradient even where nothing is supervised, so that a sharded backward cannot hang. `z_loss` is the coefficient
     of logsumexp^2 (0: off). Logits exist for at most `chunk_tokens` positions at a time, fewer if these would exceed
-    CHUNK_BYTES. ValueError: an unknown mode, or `chunk_tokens` below 1.
+    CHUNK_BYTES. `frozen_rows_FD` are rows of the head before those of `lm_head_weight_VD`, at most the text entries;
+    they get no gradient. ValueError: an unknown mode, or `chunk_tokens` below 1.
     """
     if mode not in ("split", "joint"):
         raise ValueError(f"loss mode '{mode}' is unknown; use 'split' or 'joint'")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    middle, end = text_vocab_size, len(lm_head_weight_VD)
+    frozen_FD = lm_head_weight_VD[:0].detach() if frozen_rows_FD is None else frozen_rows_FD
+    middle, end = text_vocab_size, len(frozen_FD) + len(lm_head_weight_VD)
     rows_of_halves = [slice(0, middle), slice(middle, end)] if mode == "split" else [slice(0, end)] * 2
     target_ids_N, supervised_N = target_ids_BT.flatten(), supervised_BT.flatten()
     halves_N = [supervised_N & (target_ids_N < middle), supervised_N & (target_ids_N >= middle)]
@@ -77,7 +81,7 @@ def split_softmax_loss(
     ]
     device = hidden_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
-    target_logits_N, logsumexp_N = _Logits.apply(hidden_BTD.flatten(0, 1), lm_head_weight_VD, chunks, dtype)
+    target_logits_N, logsumexp_N = _Logits.apply(hidden_BTD.flatten(0, 1), lm_head_weight_VD, frozen_FD, chunks, dtype)
     values_N = (logsumexp_N - target_logits_N, z_loss * logsumexp_N.square())
     sums = [value_N[is_half_N].sum() for value_N in values_N for is_half_N in halves_N]
     return SplitLoss(*sums, *(is_half_N.sum() for is_half_N in halves_N))
@@ -93,20 +97,20 @@ def _split(positions_N: Tensor, *, rows: slice, chunk_tokens: int) -> tuple[Tens
 
 
 class _Logits(torch.autograd.Function):
-    """(hidden_ND, weight_VD) -> the target's logit and the logsumexp of its half, (N,) each, 0 outside the chunks."""
+    """(hidden_ND, weight_MD, frozen_FD) -> the target's logit and logsumexp of its half, (N,), 0 outside the chunks."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, chunks: list[Chunk], dtype: torch.dtype
+        ctx: Any, hidden_ND: Tensor, weight_MD: Tensor, frozen_FD: Tensor, chunks: list[Chunk], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        rows_VD = weight_VD.to(dtype)
+        rows_VD = _join(frozen_FD, weight_MD, dtype=dtype)
         target_logits_N, logsumexp_N = hidden_ND.new_zeros(2, len(hidden_ND), dtype=torch.float32)
         for positions_C, targets_C, rows in chunks:
             target_logits_N[positions_C], logsumexp_N[positions_C] = _reduce(
                 hidden_ND[positions_C].to(dtype), rows_VD[rows], targets_C=targets_C
             )
         # Detached, the weight stays whole until the backward pass, when ZeRO 3 has released the parameter.
-        ctx.save_for_backward(hidden_ND, weight_VD.detach(), logsumexp_N)
+        ctx.save_for_backward(hidden_ND, weight_MD.detach(), frozen_FD.detach(), logsumexp_N)
         ctx.chunks, ctx.dtype = chunks, dtype
         return target_logits_N, logsumexp_N
 
@@ -114,22 +118,34 @@ class _Logits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_target_N, grad_logsumexp_N = gradients
-        hidden_ND, weight_VD, logsumexp_N = ctx.saved_tensors
-        rows_VD = weight_VD.to(ctx.dtype)
+        hidden_ND, weight_MD, frozen_FD, logsumexp_N = ctx.saved_tensors
+        rows_VD, num_frozen = _join(frozen_FD, weight_MD, dtype=ctx.dtype), len(frozen_FD)
         grad_hidden_ND = torch.zeros_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_MD = torch.zeros_like(weight_MD, dtype=torch.float32)
         for positions_C, targets_C, rows in ctx.chunks:
             hidden_CD = hidden_ND[positions_C].to(ctx.dtype)
             grad_CR = _linear(hidden_CD, rows_VD[rows]).float().sub_(logsumexp_N[positions_C, None]).exp_()
             grad_CR.mul_(grad_logsumexp_N[positions_C, None])
             grad_CR[torch.arange(len(grad_CR), device=grad_CR.device), targets_C] += grad_target_N[positions_C]
+            first = max(rows.start, num_frozen)
+            grad_trained_CM = grad_CR[:, first - rows.start :]
+            trained = slice(first - num_frozen, rows.stop - num_frozen)
             if ctx.dtype == torch.float32:
-                grad_weight_VD[rows].addmm_(grad_CR.T, hidden_CD)
+                grad_weight_MD[trained].addmm_(grad_trained_CM.T, hidden_CD)
             else:
-                grad_weight_VD[rows] += grad_CR.to(ctx.dtype).T @ hidden_CD
+                grad_weight_MD[trained] += grad_trained_CM.to(ctx.dtype).T @ hidden_CD
             grad_hidden_ND[positions_C] = _linear(grad_CR.to(ctx.dtype), rows_VD[rows].T).to(hidden_ND.dtype)
-            del grad_CR  # free it before the next chunk
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+            del grad_CR, grad_trained_CM  # free them before the next chunk
+        return grad_hidden_ND, grad_weight_MD.to(weight_MD.dtype), None, None, None
+
+
+def _join(frozen_FD: Tensor, weight_MD: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """All rows of the head, in `dtype`; the weight itself if it has that type and nothing is frozen."""
+    if not len(frozen_FD):
+        return weight_MD.to(dtype)
+    rows_VD = weight_MD.new_empty(len(frozen_FD) + len(weight_MD), weight_MD.shape[1], dtype=dtype)
+    rows_VD[: len(frozen_FD)], rows_VD[len(frozen_FD) :] = frozen_FD, weight_MD
+    return rows_VD
 
 
 def _reduce(hidden_CD: Tensor, rows_RD: Tensor, *, targets_C: Tensor) -> tuple[Tensor, Tensor]:

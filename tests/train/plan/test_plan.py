@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 from tests.train.conftest import ROOT, arguments, logged, train_apart
 from train.plan.memory import Layout, Peak, Trace, Tracer, usage
@@ -58,17 +59,18 @@ def options_of(name: str) -> list[str]:
 def measured(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, float]]:
     """The peak resident memory of the first process of every case's run (GiB)."""
     folder = tmp_path_factory.mktemp("measured")
-
-    def run(name: str) -> float:
-        run_folder = folder / name.replace(" ", "-")
-        command = arguments("um3", made, *options_of(name), f"loop.output_dir={run_folder}")
-        train_apart(command, processes=CASES[name].processes)
-        return logged(run_folder, "mem/peak_gib")[-1]
-
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         # Freed memory returns to the system at once, as on a GPU to the allocator, so fragmentation does not count.
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        yield dict(zip(CASES, pool.map(run, CASES), strict=True))
+        yield dict(zip(CASES, pool.map(lambda name: peak_gib(name, made, folder), CASES), strict=True))
+
+
+def peak_gib(name: str, made: Path, folder: Path, *overrides: str) -> float:
+    """The peak resident memory of the first process of a case's run, in a sub-folder (GiB)."""
+    run_folder = folder / name.replace(" ", "-")
+    command = arguments("um3", made, *options_of(name), f"loop.output_dir={run_folder}", *overrides)
+    train_apart(command, processes=CASES[name].processes)
+    return logged(run_folder, "mem/peak_gib")[-1]
 
 
 @pytest.mark.slow
@@ -81,6 +83,24 @@ def test_memory_is_within_a_tenth_of_a_real_run(name: str, measured: dict[str, f
     assert setting is not None
     assert plan.usage(setting).total / GIB == pytest.approx(taken, rel=WITHIN)
     assert taken > 0.7  # enough to make the libraries' variation negligible
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_memory_with_a_frozen_base_is_within_a_tenth_of_a_real_run(
+    zero_stage: int, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as in `measured`
+    libraries = peak_gib("none", made, tmp_path)
+    peak_gib("zero0", made, tmp_path)
+    base = tmp_path / "zero0/model"
+    options = [f"model.base_model={base}", "lora.rank=8", f"engine.zero_stage={zero_stage}"]
+    taken = peak_gib("zero0", made, tmp_path / "lora", *options) - libraries
+    plan = plan_of(*arguments("um3", Path("nowhere"), *options_of("zero0"), *options)[3:])
+    assert plan.frozen > 10 * sum(plan.parameters)
+    setting = plan.own()
+    assert setting is not None
+    assert plan.usage(setting).total / GIB == pytest.approx(taken, rel=WITHIN)
 
 
 def plan_of(*overrides: str, config: str = "demo", devices: int = 1, gpu: str = "cpu") -> Plan:
@@ -154,10 +174,13 @@ def test_without_activations_the_step_or_the_buckets_are_the_peak() -> None:
     assert usage(layout(zero_stage=1, devices=64), trace).moment == "reduce"
 
 
-def test_flops_are_those_of_torchs_counter() -> None:
+@pytest.mark.parametrize("options", [[], ["trainable=new_rows"], ["lora.rank=8"], ["lora.rank=8", "loss.mode=joint"]])
+def test_flops_are_those_of_torchs_counter(options: list[str], tmp_path: Path) -> None:
     """With eager attention and bf16 products, which torch's counter recognises."""
     sizes = [f"model.{key}={value}" for key, value in dict(hidden_size=64, num_layers=2, head_dim=16).items()]
-    plan = plan_of(*sizes, "data.seq_len=64", "data.text_seq_len=64", "data.mix.end=[2,1,1]",
+    LlamaConfig(vocab_size=999, hidden_size=64, intermediate_size=256, num_hidden_layers=2).save_pretrained(tmp_path)
+    plan = plan_of(*sizes, *options, *([f"model.base_model={tmp_path}"] if options else []),
+                   "data.seq_len=64", "data.text_seq_len=64", "data.mix.end=[2,1,1]",
                    "data.mix.calm_down_steps=0", "loop.batch_size=4", "vocabulary.bit_embeddings=false",
                    "vocabulary.subtokens=1", "vocabulary.bits_per_subtoken=6")  # fmt: skip
     input_ids_BT, mask_BT = plan.micro_batch(4)
@@ -184,6 +207,22 @@ def test_the_papers_setting_fits_64_gpus() -> None:
     assert model / (512 * 4096) == pytest.approx(per_token, rel=0.02)
     assert 0.3 < again / model < 0.4
     assert plan.step_seconds(setting, mfu=0.4) == pytest.approx((model + again) / (64 * 989e12 * 0.4))
+
+
+def test_lora_fits_where_full_training_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama-3.2-1B's weights take 3.1 GiB in bf16, the adapters' and new rows' states 1.6."""
+    options = ["loop.batch_size=1", "loop.micro_batch_size=0", "data.seq_len=1024"]
+    whole, lora = (plan_of(*options, *more, config="um3_llama3_1b", gpu="rtx4060") for more in ([], ["lora.rank=16"]))
+    assert sum(lora.parameters) == 2 * 2048 * (2 + 32_768) + 16 * 704_512  # 16 layers x rank 16 x widths of 7 modules
+    assert sum(lora.parameters) + lora.frozen == sum(whole.parameters) + 16 * 704_512
+    setting = Setting(1, "bf16-true", True, 1)
+    memory = lora.usage(setting)
+    assert memory.weights == 2 * (sum(lora.parameters) + lora.frozen)
+    assert memory.optimizer == 12 * sum(lora.parameters)
+    assert lora.fits(memory) and not whole.fits(whole.usage(setting))
+    arguments = ["--config", "um3_llama3_1b", "--gpus", "1", "--gpu", "rtx4060", *options, "lora.rank=16"]
+    main(arguments)
+    assert "0.145e9 + 1.498e9 frozen parameters" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 from tests.helpers.tiny_um3 import make_ids, make_model
 from um3.core.errors import UserError
 from um3.model.bit_embeddings import BitEmbeddings
+from um3.model.extend import EMBEDDING, HEAD
 
 IDS = make_ids(subtokens=3, bits_per_subtoken=4, num_patches=1)
 
@@ -50,6 +51,17 @@ def test_folded_rows_give_the_trained_logits() -> None:
         bits.fold(weights)
         model.load_state_dict(weights, strict=True)
         torch.testing.assert_close(model(ids_BT).logits, trained_BTV, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_rows_alone_get_the_same_vectors() -> None:
+    bits, first = make_bits(), IDS.text_vocab_size - 2
+    weights = {name: torch.randn(IDS.vocab_size, 16) for name in (EMBEDDING, HEAD)}
+    vectors = {f"bits.{name}": value for name, value in bits.state_dict().items()}
+    assert torch.equal(bits.add_to_head(weights[HEAD][first:]), bits.add_to_head(weights[HEAD])[first:])
+    whole, last = weights | vectors, {name: table[first:] for name, table in weights.items()} | vectors
+    bits.fold(whole)
+    bits.fold(last)
+    assert all(torch.equal(last[name], whole[name][first:]) for name in weights)
 
 
 def test_a_tied_head_is_refused() -> None:

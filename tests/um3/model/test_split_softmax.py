@@ -65,6 +65,24 @@ def test_value_and_gradient_equal_the_plain_computation(mode: LossMode, z_loss: 
 
 
 @pytest.mark.parametrize("mode", ["split", "joint"])
+@pytest.mark.parametrize("num_frozen", [NUM_TEXT - 2, NUM_TEXT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_rows_change_no_loss_and_get_no_gradient(mode: LossMode, num_frozen: int, dtype: torch.dtype) -> None:
+    batch = make_batch()
+    frozen_FD = batch.weight[:num_frozen].detach()
+    trained = batch._replace(weight=batch.weight[num_frozen:].detach().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        whole = ours(batch, mode=mode, z_loss=0.01, chunk_tokens=7)
+        part = ours(trained, mode=mode, z_loss=0.01, chunk_tokens=7, frozen_rows_FD=frozen_FD)
+    assert all(torch.equal(*sums) for sums in zip(part, whole, strict=True))
+    total, expected = (0.3 * loss.text_sum + 2 * loss.visual_sum + loss.text_z_sum for loss in (part, whole))
+    hidden_BTD, weight_VD = torch.autograd.grad(expected, (batch.hidden, batch.weight))
+    gradients = torch.autograd.grad(total, (trained.hidden, trained.weight))
+    torch.testing.assert_close(gradients, (hidden_BTD, weight_VD[num_frozen:]), rtol=1e-5, atol=1e-5)
+    assert weight_VD[num_frozen:NUM_TEXT].any(-1).all() and not frozen_FD.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("kind", ["text", "nothing"])
 def test_an_empty_half_is_zero_with_zero_gradient(mode: LossMode, kind: str) -> None:
     batch = make_batch(kind="text")
