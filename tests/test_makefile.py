@@ -98,10 +98,11 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "codes": {"DATA": f"images={IMAGES}", "RUN": "visual_tokenizer=@/stage2/model|output_dir=@/codes"},
     "um3": {"TEXT": f"data.texts={TEXTS}", "RUN": "loop.output_dir=@/um3|data.codes=@/codes"},
     "um3-init": {
-        "TEXT": "text=@",
+        "TEXT": f"data.texts={TEXTS}",
+        "CONFIG": "@",
         "BASE": "base_model=@",
         "QLIP": "visual_tokenizer=@",
-        "RUN": "output_dir=@/um3-init",
+        "RUN": "loop.output_dir=@/um3-init",
     },
     "um3-export": {"RUN": "@/um3/model|--out|@/um3-export"},
     "eval": {"DATA": f"images={IMAGES}", "TEXT": f"texts={TEXTS}", "CONFIG": "@", "RUN": "run=@"},

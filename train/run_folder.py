@@ -66,6 +66,8 @@ def is_done(config: Any, *, inputs: dict[str, str]) -> bool:
             raise UserError(f"{config_file} is empty; delete it: the checkpoints and done.json hold the settings too")
         refuse_other_run(config_file, {"config": to_dict(load_config(type(config), path=config_file))}, new)
     if not done_file.exists():
+        if (folder / "model").exists() and not config_file.exists() and not (folder / "checkpoints").exists():
+            raise UserError(f"{folder}/model exists already without done.json; use another RUN=, or delete {folder}")
         return False
     record = read_record(done_file)
     sections = ("data", "text_validation")

@@ -8,8 +8,7 @@ import pytest
 
 from data_mix.codes.encode import EncodeConfig
 from eval.config import EvalConfig
-from train.recipes.configs import Stage1Config, Stage2Config, UM3Config
-from train.recipes.um3_init import InitConfig
+from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig
 from um3.core.config import RENAMED_KEYS, differences, load_config, save_config, to_dict
 from um3.core.errors import UserError
 from um3.core.ranges import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
@@ -167,7 +166,7 @@ OLD_KEYS = {
     "vocabulary.shared_bits data.row_tokens data.text_row_tokens guard",
     EvalConfig: "features",
     EncodeConfig: "qlip out rows_per_shard",
-    InitConfig: "base qlip out slots bits_per_slot new_rows row_tokens",
+    UM3InitConfig: "base qlip slots bits_per_slot new_rows data.row_tokens",
 }
 
 

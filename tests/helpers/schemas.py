@@ -12,9 +12,8 @@ from eval.config import EvalConfig
 from eval.report.ablation import Ablation
 from eval.tasks.generate_images import GenerateConfig
 from train.phase import CONFIGS
-from train.recipes.um3_init import InitConfig
 
 SECTIONS: dict[str, type[Any]] = {**CONFIGS, "codes": EncodeConfig, "eval": EvalConfig}
 """Section of an experiment's file -> its schema."""
 BENCHMARKS = (CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig)
-SCHEMAS = (*SECTIONS.values(), PreviewConfig, InitConfig, GenerateConfig, Ablation, *BENCHMARKS)
+SCHEMAS = (*SECTIONS.values(), PreviewConfig, GenerateConfig, Ablation, *BENCHMARKS)

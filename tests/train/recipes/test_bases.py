@@ -22,7 +22,7 @@ from tests.tokenizer.conftest import change_json
 from tests.train.conftest import train_here
 from tests.um3.model.test_model_folders import shard
 from tests.um3.model.test_um3_init import byte_tokenizer
-from train.recipes.um3_init import main as init
+from train.phase import main as init
 from um3.core.errors import UserError
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.export import export_text_half
@@ -55,8 +55,10 @@ def texts(tmp_path: Path) -> Path:
 
 def start(base: Path, *, made: Path, texts: Path, out: Path, qk_norm: bool = False, options: str = "") -> Path:
     """The model that `um3-init` writes."""
-    inputs = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"output_dir={out}", f"text={texts}"]
-    init([*inputs, "num_sequences=2", "seq_len=64", f"qk_norm={str(qk_norm).lower()}", *options.split()])
+    inputs = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
+    inputs += [f"data.texts=[{{name: prose, path: {texts}}}]", "data.num_sequences=2", "data.seq_len=64"]
+    inputs += ["loop.max_steps=1", "loop.batch_size=2", "engine.precision=fp32", f"qk_norm={str(qk_norm).lower()}"]
+    init(["um3-init", "--config", "demo", *inputs, *options.split()])
     return out / "model"
 
 

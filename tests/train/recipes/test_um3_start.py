@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.train.conftest import logged, train_here
-from train.recipes.um3_init import main as init
+from train.phase import main as init
 from um3.core.errors import UserError
 from um3.model.text_tokenizer import train_text_tokenizer
 
-GAINS = "cache/qk_norm_gains.safetensors"
+GAINS = "cache/qk_norm.safetensors"
 NO_BITS = "vocabulary.bit_embeddings=false"
 STILL = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "loop.max_steps=1"]
 
@@ -36,8 +36,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(base: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UM3 made of `base` for the codes of `made`."""
     out = tmp_path_factory.mktemp("run") / "um3-init"
-    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"output_dir={out}"]
-    init([*models, "subtokens=2", "num_sequences=2", "seq_len=32"])
+    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
+    sizes = ["subtokens=2", "data.num_sequences=2", "data.seq_len=32", "loop.max_steps=1", "engine.precision=fp32"]
+    init(["um3-init", "--config", "demo", *models, *sizes])
     return out / "model"
 
 

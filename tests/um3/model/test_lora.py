@@ -19,7 +19,7 @@ IDS_BT = torch.arange(IDS.vocab_size).view(2, -1)
 def start(kind: str) -> PreTrainedModel:
     """A base of ENTRIES rows with random new ones."""
     base = make_base(kind, vocab_size=ENTRIES)
-    return extend_model(base, ids=IDS, qk_norm=kind == "qwen3", base_entries=ENTRIES, new_token_init="random")
+    return extend_model(base, ids=IDS, base_entries=ENTRIES, new_token_init="random")
 
 
 def logits(model: PreTrainedModel) -> Tensor:
