@@ -105,6 +105,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
         "RUN": "loop.output_dir=@/um3-init",
     },
     "um3-export": {"RUN": "@/um3/model|--out|@/um3-export"},
+    "um3-gguf": {"RUN": "@/um3/model|--out|@/um3.gguf"},
     "eval": {"DATA": f"images={IMAGES}", "TEXT": f"texts={TEXTS}", "CONFIG": "@", "RUN": "run=@"},
     "eval-language": {"MODEL": "model=@", "OUT": "output_dir=@/eval", "TEXT": f"texts={TEXTS}"},
     "coco-captions": {"MODEL": "model=@", "REFERENCES": "references=@", "RUN": "output=@/eval/coco_captions.json"},

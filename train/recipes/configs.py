@@ -329,7 +329,7 @@ class UM3InitConfig:
     )
     data: UM3InitDataConfig = field(default_factory=UM3InitDataConfig)
     base_model: str = ""
-    """Llama or Qwen language model: a folder or hub id."""
+    """Llama or Qwen language model: a folder, a GGUF file or a hub id."""
     visual_tokenizer: str = ""
     """QLIP folder or hub id."""
     qk_norm: bool = True

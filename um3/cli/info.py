@@ -1,4 +1,4 @@
-"""`um3 info`: facts about a model folder from its JSON files and weight headers, without its weights; `um3 export`."""
+"""`um3 info`, facts about a model folder from its JSON files and weight headers; `um3 export` and `um3 gguf`."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from um3.core.files import folder_lock, read_json, walk_files
 from um3.core.hub import model_folder
 from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
-from um3.model.configuration import OLD_KEYS
+from um3.model.configuration import OLD_KEYS, GGUFType
 
 MAX_BITS = 20
 """A sub-token has at most that many bits; see `um3.model.vocabulary`."""
@@ -58,6 +58,23 @@ def export(
         setup_logging()
         quiet_model_files()
         typer.echo(export_text_half(source, out=out))
+
+
+@options.command("Write a model as a GGUF file, for llama.cpp.", "um3 gguf runs/demo/um3/model --out um3.gguf")
+def gguf(
+    folder: Annotated[str, typer.Argument(help="Folder of a trained UM3.")] = options.DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist.")] = Path("um3.gguf"),
+    weights: Annotated[GGUFType, typer.Option(help="Type of the matrices.")] = "f16",
+) -> None:
+    """Write the whole UM3 in FOLDER, with its visual entries, as one GGUF file."""
+    source = model_folder(folder, kind="UM3 model")
+    with folder_lock(out.parent):
+        from um3.core.log import quiet_model_files, setup_logging
+        from um3.model.gguf_export import export_gguf
+
+        setup_logging()
+        quiet_model_files()
+        typer.echo(export_gguf(source, out=out, weights=weights))
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def load_pretrained(
     kind: str,
     remedy: str = "restore its files, or use another folder or hub id",
     strict: bool = False,
+    shown_as: str | Path = "",
     **options: Any,
 ) -> Any:
     """`loader.from_pretrained` of a folder or hub id, for every class of transformers: models, configs, tokenizers.
@@ -77,7 +78,8 @@ def load_pretrained(
     config.json ties to the embedding, but that the weights hold as another tensor, stays a head of its own.
 
     UserError names the `kind`, the file and value that cannot be used, or the weights that are missing, not finite or
-    of other shapes than in config.json, with `strict` also those that it does not describe, and the `remedy`.
+    of other shapes than in config.json, with `strict` also those that it does not describe, and the `remedy`;
+    `shown_as` replaces the path in it. With transformers' `gguf_file` the caller compares the sizes (`um3.model.gguf`).
     """
     folder = model_folder(path_or_hub_id, kind=kind, files=["*.json"])
     refuse_lfs_pointers(folder.iterdir())
@@ -91,7 +93,7 @@ def load_pretrained(
             if hasattr(loaded, "encode"):
                 loaded.encode("a")  # a tokenizer reads some of its options only when it is used
             return loaded
-        if Path(path_or_hub_id).is_dir():
+        if Path(path_or_hub_id).is_dir() and "gguf_file" not in options:
             options["config"] = _checked_config(loader, folder, shapes, options.get("config"))
         reporter.disabled = True  # its table of mismatches would repeat the errors below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -109,8 +111,8 @@ def load_pretrained(
     except (MemoryError, UserError):
         raise
     except Exception as error:  # on hostile files transformers and tokenizers raise almost anything
-        reason = _diagnosis(loader, folder, error)
-        raise UserError(f"cannot load the {kind} '{path_or_hub_id}' ({reason}); {remedy}") from None
+        reason = _reason(error) if "gguf_file" in options else _diagnosis(loader, folder, error)
+        raise UserError(f"cannot load the {kind} '{shown_as or path_or_hub_id}' ({reason}); {remedy}") from None
     finally:
         reporter.disabled = False
     return model

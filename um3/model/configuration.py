@@ -11,6 +11,8 @@ Supervision = Literal["target", "all"]
 """Which positions of a training sequence are predicted: its answer, or everything after the first token."""
 NewTokenInit = Literal["mean", "random"]
 """How rows that a base lacks start: as the mean of its rows (the paper), or normal with their standard deviation."""
+GGUFType = Literal["f32", "bf16", "f16", "q8_0"]
+"""Types of the matrices in a GGUF file that `um3 gguf` writes."""
 IMAGE_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "guidance_scale": 2.0}
 """Default sampling options for images, as measured in configs/demo.yaml. `um3.model.language_model.save_model` writes
 them to `generation_config.json` under "image_sampling", where a model's owner can change them."""
@@ -23,8 +25,8 @@ OLD_KEYS = {"text_vocab_size": "text_entries", "subtokens": "slots", "bits_per_s
 class ModelConfig:
     """The language model. With `base_model` the sizes come from it; only `qk_norm` and `new_token_init` apply.
 
-    base_model: a Llama or Qwen (folder or hub id) to extend, or the folder of a UM3 (from `make um3-init` or a finished
-        training) to train on.
+    base_model: a Llama or Qwen (folder, hub id or GGUF file) to extend, or the folder of a UM3 (from `make um3-init` or
+        a finished training) to train on.
     """
 
     base_model: str = ""

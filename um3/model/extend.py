@@ -24,6 +24,7 @@ from um3.core.errors import UserError
 from um3.core.hub import load_pretrained, model_folder
 from um3.core.seeds import torch_generator
 from um3.model.configuration import IMAGE_SAMPLING, NewTokenInit
+from um3.model.gguf import gguf_license, is_gguf, load_gguf, read_gguf_config
 from um3.model.text_tokenizer import add_image_tokens, num_entries, read_text_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
@@ -34,6 +35,8 @@ ROWS_AT_ONCE = 8192
 
 def read_base_config(path_or_hub_id: str) -> PreTrainedConfig:
     """The config of a language model that UM3 can extend (UserError for any other); downloads no weights."""
+    if is_gguf(path_or_hub_id):
+        return read_gguf_config(path_or_hub_id)
     config = load_pretrained(AutoConfig, path_or_hub_id, kind="base model")
     base, known = f"base '{path_or_hub_id}'", ", ".join(SUPPORTED_BASES)
     if config.model_type not in SUPPORTED_BASES:
@@ -49,10 +52,14 @@ def read_base_config(path_or_hub_id: str) -> PreTrainedConfig:
 
 
 def load_base(path_or_hub_id: str) -> PreTrainedModel:
-    """Load a Llama or Qwen in float32 from a folder or the hub; UserError for another model or unusable weights."""
-    read_base_config(path_or_hub_id)
-    folder = model_folder(path_or_hub_id, kind="language model")
-    base = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32, kind="base model", strict=True)
+    """Load a Llama or Qwen in float32 from a folder, a GGUF file or the hub; UserError for another or a damaged one."""
+    config = read_base_config(path_or_hub_id)
+    if is_gguf(path_or_hub_id):
+        folder, packed = Path(path_or_hub_id), load_gguf(path_or_hub_id, config=config)
+        base = assemble_model(type(packed), config, packed.state_dict()).eval()
+    else:
+        folder = model_folder(path_or_hub_id, kind="language model")
+        base = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32, kind="base model", strict=True)
     base.name_or_path = str(path_or_hub_id)
     return check_logits(base, folder)
 
@@ -163,6 +170,8 @@ def _extend_rows(rows_VD: Tensor, *, kept: int, total: int, generator: torch.Gen
 
 def _license_of(path_or_hub_id: str) -> str:
     """The licence in the metadata of a model's card; empty if there is none."""
+    if is_gguf(path_or_hub_id):
+        return gguf_license(path_or_hub_id)
     quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     try:
         card = cached_file(path_or_hub_id, "README.md", **quiet) if path_or_hub_id else None

@@ -16,6 +16,7 @@ from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.hub import load_pretrained
 from um3.core.text import valid_text
+from um3.model.gguf import is_gguf, load_gguf_tokenizer
 from um3.model.vocabulary import UnifiedVocabulary
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
@@ -39,8 +40,11 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrained
 
 
 def read_text_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id; UserError if there is none, or a damaged one."""
-    tokenizer = load_pretrained(AutoTokenizer, path_or_hub_id, kind="text tokenizer")
+    """Load the tokenizer of a folder, GGUF file or hub id; UserError if there is none, or a damaged one."""
+    if is_gguf(path_or_hub_id):
+        tokenizer = load_gguf_tokenizer(path_or_hub_id)
+    else:
+        tokenizer = load_pretrained(AutoTokenizer, path_or_hub_id, kind="text tokenizer")
     if not encode_texts(["a"], tokenizer=tokenizer)[0]:  # transformers creates an empty one where the files are missing
         problem = f"no text tokenizer at '{path_or_hub_id}' (the loaded one gives no tokens for a text)"
         raise UserError(f"{problem}; use the model's own")

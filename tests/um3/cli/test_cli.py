@@ -339,3 +339,13 @@ def test_a_closed_pipe_is_not_an_error(model_folder: Path) -> None:
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert result.stderr == ""
+
+
+def test_gguf_writes_one_file(model_folder: Path, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "um3.gguf"
+    lines = run("gguf", "--weights", "q8_0", "--out", out, model_folder).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{out}: Qwen3ForCausalLM, ") and ", q8_0, " in lines[0]
+    assert out.read_bytes()[:4] == b"GGUF"
+    for target, message in ((out, "already exists"), (photo / "um3.gguf", "cannot write to")):
+        with pytest.raises(UserError, match=message):
+            run("gguf", "--out", target, model_folder)
