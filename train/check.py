@@ -7,7 +7,7 @@ from pathlib import Path
 from data_mix.batches.token_stream import TokenFile, read_sequences
 from data_mix.codes.shards import map_shard, read_header
 from train import run_folder
-from train.checkpoint import damaged_files
+from train.checkpoint import read_checkpoint
 from um3.core.errors import UserError
 from um3.core.files import walk_files
 from um3.core.text import printable
@@ -50,7 +50,8 @@ def checks(run: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
 
 
 def _check_checkpoint(path: Path) -> None:
-    if files := damaged_files(path):
+    _, files = read_checkpoint(path)
+    if files:
         raise UserError(f"{path} is damaged ({', '.join(files)}); delete it to resume from the previous checkpoint")
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from train.engine import AVERAGE, base_optimizer, state_keys
-from train.run_folder import read_record, write_record
+from train.run_folder import damaged_files, read_record, write_record
 from um3.core.distributed import device, is_main, sum_over_ranks, wait_for_main
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, sha256_of
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 FILE_BYTES = 2 * 2**30
 LEFTOVERS = ("*.partial", "*.old")
 """Remains of a save or deletion that was interrupted by a kill."""
+Checkpoint = tuple[Path, dict[str, Any]]
+"""The folder of a checkpoint, and its meta.json."""
 
 
 def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: dict[str, Any]) -> Path:
@@ -53,15 +55,16 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
     return target
 
 
-def resume_point(folder: Path) -> Path | None:
+def resume_point(folder: Path) -> Checkpoint | None:
     """The result of `find_checkpoint` on the first rank, the same on every rank (a collective call)."""
-    path = find_checkpoint(folder) if is_main() else None
+    found = find_checkpoint(folder) if is_main() else None
     wait_for_main()  # while it reads the whole checkpoint
-    step = sum_over_ranks(torch.tensor(0 if path is None else read_meta(path)["step"], device=device()))
-    return _step_folder(folder, int(step)) if step > 0 else None
+    step = sum_over_ranks(torch.tensor(0 if found is None else found[1]["step"], device=device()))
+    path = _step_folder(folder, int(step))
+    return found if step == 0 or is_main() else (path, read_meta(path))
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def find_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest valid checkpoint; None if none was ever saved, UserError if all are damaged.
 
     Newer damaged checkpoints are reported and renamed to `step-NNNNNNNN.damaged`; the next save deletes them.
@@ -69,11 +72,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     _delete(folder, *LEFTOVERS)
     damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
-        if not (files := damaged_files(path)):
+        meta, files = read_checkpoint(path)
+        if not files:
             for newer in damaged:
                 shutil.rmtree(newer.with_name(newer.name + ".damaged"), ignore_errors=True)
                 os.replace(newer, newer.with_name(newer.name + ".damaged"))
-            return path
+            return path, meta
         damaged[path] = ", ".join(files)
         logger.warning("checkpoint %s is damaged (%s): trying the previous one", path, damaged[path])
     if damaged:
@@ -86,6 +90,15 @@ def find_checkpoint(folder: Path) -> Path | None:
 def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of a checkpoint: step, state, files."""
     return read_record(path / "meta.json")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """meta.json, and the names of the checkpoint's files that are missing or differ from what was written."""
+    with contextlib.suppress(UserError):
+        meta = read_meta(path)
+        if path == _step_folder(path.parent, meta["step"]):
+            return meta, damaged_files(path, meta["files"], digest=sha256_of)
+    return {}, ["meta.json"]
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
@@ -104,11 +117,10 @@ def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
         raise UserError(f"{path} lacks '{min(missing)}' and {len(missing) - 1} more parameters of this model; {remedy}")
 
 
-def load_optimizer(path: Path, *, label: str, engine: Any) -> None:
-    """Load float32 masters and optimizer state into a newly built engine."""
+def load_optimizer(path: Path, *, step: int, label: str, engine: Any) -> None:
+    """Load float32 masters and optimizer state, of `step`, into a newly built engine."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    step = read_meta(path)["step"]
     partitioned = engine.zero_optimization() or engine.bfloat16_enabled()
     parameters, kinds = dict(_trainable(engine.module)), ("param", *state_keys(engine))
     base = base_optimizer(engine)
@@ -170,16 +182,6 @@ def _step_folder(folder: Path, step: int) -> Path:
 def _delete(folder: Path, *patterns: str) -> None:
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def damaged_files(path: Path) -> list[str]:
-    """Names of the checkpoint's files that are missing or differ from what was written."""
-    with contextlib.suppress(UserError):
-        meta = read_meta(path)
-        if path == _step_folder(path.parent, meta["step"]):
-            files = {path / name: digest for name, digest in meta["files"].items()}
-            return [file.name for file, digest in files.items() if not file.is_file() or sha256_of(file) != digest]
-    return ["meta.json"]
 
 
 def _mean(path: Path, name: str) -> float | None:

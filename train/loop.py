@@ -19,10 +19,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from train.checkpoint import (
-    damaged_files,
     load_optimizer,
     load_weights,
-    read_meta,
+    read_checkpoint,
     remove_old,
     resume_point,
     save_checkpoint,
@@ -136,15 +135,16 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
 def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """(engines, first step, state of the loop), from the newest valid checkpoint of this run, or `resume_from`; the
     checkpoint must have the same `run` (on the first rank; the others end with it)."""
-    path = resume_point(Path(loop.output_dir, "checkpoints"))
-    if path is None and loop.resume_from:
+    found = resume_point(Path(loop.output_dir, "checkpoints"))
+    if found is None and loop.resume_from:
         path = Path(loop.resume_from)
-        if files := damaged_files(path):
+        meta, files = read_checkpoint(path)
+        if files:
             raise UserError(f"loop.resume_from={path} is not a whole checkpoint ({files[0]}); set another one")
-        run = {name: value for name, value in run.items() if name != "config"}
-    if path is None:
+        run, found = {name: value for name, value in run.items() if name != "config"}, (path, meta)
+    if found is None:
         return task.build_engines(), 0, {}
-    meta = read_meta(path)
+    path, meta = found
     if "run" not in meta["state"]:
         raise UserError(f"{path} was written by another version of this project; use another RUN=")
     refuse_other_run(path, meta["state"]["run"], run)
@@ -153,7 +153,7 @@ def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[
         load_weights(path, label=label, module=module)
     engines = task.build_engines()
     for label, engine in engines.items():
-        load_optimizer(path, label=label, engine=engine)
+        load_optimizer(path, step=meta["step"], label=label, engine=engine)
     logger.info("resuming from %s", path)
     return engines, meta["step"], meta["state"]
 

@@ -9,6 +9,7 @@ This module does not import torch: a phase that is up to date must end at once.
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,13 @@ def result_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): _file_digest(path) for part in folders for path in walk_files(part)}
 
 
-def damaged_files(folder: Path, files: dict[str, str]) -> list[str]:
-    """The `result_files` that are missing or no longer have their digest."""
-    return [name for name, digest in files.items() if _file_digest(folder / name) != digest]
+def damaged_files(folder: Path, files: dict[str, str], *, digest: Callable[[Path], str] | None = None) -> list[str]:
+    """The names in `files`, such as `result_files`, whose file is missing or no longer has its digest."""
+    digest = digest or _file_digest
+    return [name for name, value in files.items() if not (folder / name).is_file() or digest(folder / name) != value]
 
 
 def _file_digest(path: Path) -> str:
-    if not path.is_file():
-        return "missing"
     if path.name in EDITABLE:
         return ""
     if path.stat().st_size <= WHOLE_BYTES:

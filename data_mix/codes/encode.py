@@ -198,7 +198,7 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
             num_samples = min(len(source), config.limit or len(source))
             streamed = hub_stream(source)
             # The files of a streamed set are part of the plan: a new commit to the set means new codes.
-            files = () if streamed is None else (streamed.digest,)
+            files = () if streamed is None else (streamed.files.digest,)
             parts = (config.seed, num_samples, config.samples_per_shard, *files, *_precision_key(config))
             plan = source_fingerprint(source_config, *parts)
             name, starts = source.name, range(0, num_samples, config.samples_per_shard)

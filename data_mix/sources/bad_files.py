@@ -1,19 +1,22 @@
-"""What a source cannot use: unreadable files, each retried and then skipped, and the counts of other reasons."""
+"""What a source cannot use: unreadable files, which are retried and then skipped, and counts of other reasons."""
 
+import contextlib
+import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 
-from data_mix.retry import retry
 from data_mix.samples import BadSample
 from um3.core.errors import UserError
 from um3.core.text import printable
 
 logger = logging.getLogger(__name__)
 
+RETRY_WAITS_S = (0.5, 2.0, 8.0)  # before each retry; a file server that recovers does so within seconds
 UNREADABLE = "unreadable file"  # the reason of every sample of a skipped file
 DAMAGED = "damaged, used up to the damage"  # the reason of a file in `BadFiles.counts`
 
@@ -49,6 +52,15 @@ class BadFiles:
                 self.add(file, reason if file.name in reason else f"{file}: {reason}")
         raise BadSample(UNREADABLE, detail=self.reasons[file])
 
+    def read_all(self, files: Sequence[Path], action: Callable[[Path], ResultT]) -> Iterator[tuple[Path, ResultT]]:
+        """Each file that can be read, and `action(file)`; UserError at the end if there is none."""
+        for file in files:
+            with contextlib.suppress(BadSample):
+                yield file, self.read(file, functools.partial(action, file))
+        if self.reasons.keys() >= set(files):
+            some = "" if len(files) == 1 else f"any of its {len(files)} files, such as "
+            raise UserError(f"source '{self.source}': cannot read {some}{self.reasons[files[0]]}")
+
     def add(self, file: Path, reason: str) -> None:
         """Skip `file` from now on, with a warning; UserError where `skip` is false."""
         self._check_skip(reason)
@@ -82,3 +94,27 @@ class BadFiles:
 def _is_worth_a_retry(error: Exception, num_retries: int) -> bool:
     is_of_system = isinstance(error, OSError) and error.errno is not None
     return is_of_system or (num_retries == 0 and isinstance(error, OSError | DamagedFile | pa.ArrowException))
+
+
+def retry(
+    action: Callable[[], ResultT], *, where: str, is_worth_it: Callable[[Exception, int], bool] = lambda *_: True
+) -> ResultT:
+    """Return `action()`. After an exception, wait and call it again, at most once for each of RETRY_WAITS_S.
+
+    where: what is read, for the log. is_worth_it: whether to retry after an exception, given the number of retries so
+    far. The exception of the last call is raised.
+    """
+    for num_retries, wait_s in enumerate(RETRY_WAITS_S):
+        try:
+            return action()
+        except Exception as error:
+            if not is_worth_it(error, num_retries):
+                raise
+            logger.info("%s: trying again in %g s: %s", where, wait_s, one_line(error))
+            time.sleep(wait_s)
+    return action()
+
+
+def one_line(error: Exception) -> str:
+    """Type and message of an exception, at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

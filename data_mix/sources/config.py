@@ -5,9 +5,6 @@ from typing import Literal
 
 from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-ImageKind = Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "coco", "hub"]
-TextKind = Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"]
-
 
 @dataclass
 class SourceConfig:
@@ -51,7 +48,7 @@ class ImageSourceConfig(SourceConfig):
     """
 
     name: str = "scenes"
-    kind: ImageKind = "auto"
+    kind: Literal["auto", "scenes", "digits", "folder", "parquet", "webdataset", "coco", "hub"] = "auto"
     length: PositiveInt = 50_000
     image_column: str = ""
     caption_column: str = ""
@@ -64,6 +61,6 @@ class TextSourceConfig(SourceConfig):
     """One source of texts. field: the JSON field or column that holds the text."""
 
     name: str = "python_docs"
-    kind: TextKind = "auto"
+    kind: Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"] = "auto"
     val_fraction: Decay = 0.02
     field: str = "text"

@@ -18,21 +18,21 @@ Every reader of `data_mix.sources` follows it, and it has one test (tests/data_m
 
 import glob
 import io
-import json
 import os
 import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from data_mix.samples import BadSample
 from data_mix.sources.bad_files import BadFiles, ResultT
-from data_mix.sources.config import ImageKind, ImageSourceConfig, SourceConfig, TextKind, TextSourceConfig
+from data_mix.sources.config import ImageSourceConfig, SourceConfig
 from um3.core.errors import UserError
-from um3.core.files import walk_files
+from um3.core.files import parse_json, walk_files
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")
@@ -40,6 +40,8 @@ CAPTION_SUFFIXES = (".parquet", *JSONL)
 FILE_KINDS = {"parquet": (".parquet",), "webdataset": (".tar",), "jsonl": JSONL, "txt": (".txt",)}
 IMAGE_KINDS = ("parquet", "webdataset")  # a folder without files of these kinds is a folder of images
 TEXT_KINDS = ("parquet", "jsonl", "txt")
+BLANK = "blank"  # the reason of a line or document without text
+PathT = TypeVar("PathT", str, Path)
 HUB_DATASET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.+-]+))?")
 
 
@@ -55,11 +57,11 @@ def list_files(path: str, *, suffixes: Sequence[str], source: str) -> list[Path]
     return files
 
 
-def file_keys(files: Sequence[str | Path], path: str) -> list[str]:
+def file_keys(files: Sequence[PathT], path: str) -> dict[PathT, str]:
     """Name of each file, relative to the folder that was asked for, else to the deepest folder that holds them all."""
     root = Path(path) if Path(path).is_dir() else os.path.commonpath([Path(file).parent for file in files])
     prefix = os.path.join(root, "")
-    return [str(file).removeprefix(prefix) for file in files]
+    return {file: str(file).removeprefix(prefix) for file in files}
 
 
 def match_names(names: Iterable[str], others: Mapping[str, object]) -> dict[str, str]:
@@ -90,27 +92,19 @@ def hub_place(path: str) -> tuple[str, str | None, str | None]:
     return name, revision, config
 
 
-def image_kind(config: ImageSourceConfig) -> ImageKind:
+def source_kind(config: SourceConfig) -> str:
     """`config.kind`; `auto` is derived from path or name. UserError if unclear or unfit for the path or `stream`."""
-    default = config.name if config.name in ("scenes", "digits") else ""
-    return cast(ImageKind, _kind(config, IMAGE_KINDS, generated=("scenes", "digits"), default=default))
-
-
-def text_kind(config: TextSourceConfig) -> TextKind:
-    """The same for texts, whose default is the built-in prose."""
-    return cast(TextKind, _kind(config, TEXT_KINDS, generated=("python_docs",), default="python_docs"))
-
-
-def _kind(config: SourceConfig, kinds: Sequence[str], *, generated: Sequence[str], default: str) -> str:
-    kind = config.kind
-    if kind == "auto":
-        kind = _kind_of_path(config, kinds) if config.path else default
+    is_image, kind = isinstance(config, ImageSourceConfig), config.kind
+    generated = ("scenes", "digits") if is_image else ("python_docs",)
+    if kind == "auto" and config.path:
+        kind = _kind_of_path(config, IMAGE_KINDS if is_image else TEXT_KINDS)
+    elif kind == "auto":
+        kind = next((name for name in generated if name == config.name or not is_image), "")
     if not kind:
         raise UserError(f"{config.where} has no path; give one, or set kind to {' or '.join(generated)}")
     if bool(config.path) == (kind in generated):
-        raise UserError(
-            f"{config.where}: kind={kind} {'takes no' if config.path else 'needs a'} path; set path or kind"
-        )
+        verb = "takes no" if config.path else "needs a"
+        raise UserError(f"{config.where}: kind={kind} {verb} path; set path or kind")
     if config.stream and kind != "hub":
         raise UserError(f"{config.where}: stream={config.stream} is for kind=hub, not kind={kind}; set stream=0")
     return kind
@@ -140,24 +134,17 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; ValueError for anything else."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"has: {type(record).__name__}")
-    return record
-
-
 def read_records(
     file: Path, use: Callable[[dict[str, Any]], ResultT], *, reason: str, bad_files: BadFiles
-) -> Iterator[ResultT]:
-    """What `use` makes of the object in each line; a line that is none or for which it raises is counted."""
-    for number, (_, line) in enumerate(read_lines(file), start=1):
+) -> Iterator[tuple[int, ResultT]]:
+    """Byte offset of each line, and what `use` makes of its object; a line that is none or for which it raises is
+    counted, for BadSample with its own reason."""
+    for number, (offset, line) in enumerate(read_lines(file), start=1):
         try:
-            if line.strip():
-                yield use(parse_record(line))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if not line.strip():
+                raise BadSample(BLANK)
+            yield offset, use(parse_json(line, where="it", kind=dict))
+        except BadSample as error:
+            bad_files.count(error.reason, f"{file}:{number}")
+        except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             bad_files.skip_record(reason, f"{file}:{number} ({error})")

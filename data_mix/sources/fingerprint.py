@@ -4,13 +4,11 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
-from data_mix.sources.bad_files import BadFiles
-from data_mix.sources.config import ImageSourceConfig, SourceConfig, TextSourceConfig
-from data_mix.sources.files import CAPTION_SUFFIXES, FILE_KINDS, file_keys, image_kind, list_files, text_kind
+from data_mix.sources.config import ImageSourceConfig, SourceConfig
+from data_mix.sources.files import CAPTION_SUFFIXES, FILE_KINDS, file_keys, list_files, source_kind
 from data_mix.sources.image_folder import COCO_FILE, list_folder
-from data_mix.sources.presets import IMAGE_PRESETS, TEXT_PRESETS, apply_preset
+from data_mix.sources.presets import apply_preset
 from um3.core.config import to_dict
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -30,7 +28,7 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
     read: dict[str, list[tuple[str, int, str]]] = {}  # the files stand in place of their paths
     for path, files in _files_read(config):
         read[path] = []
-        for name, file in zip(file_keys(files, path), files, strict=True):
+        for file, name in file_keys(files, path).items():
             size, content = file.stat().st_size, b""
             if len(files) <= CONTENT_FILES:
                 with contextlib.suppress(PermissionError), file.open("rb") as data:
@@ -43,16 +41,13 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
 def _files_read(config: SourceConfig) -> Iterator[tuple[str, Sequence[Path]]]:
     """A path with the files at it that are read: those of the data, and those of captions in files of their own."""
     with contextlib.suppress(UserError):  # a path does not exist, which the reader reports
+        config = apply_preset(config)
+        kind = source_kind(config)
         if isinstance(config, ImageSourceConfig):
-            config = apply_preset(config, presets=IMAGE_PRESETS)
-            kind: str = image_kind(config)
             if config.captions and config.has_captions:
                 yield config.captions, list_files(config.captions, suffixes=CAPTION_SUFFIXES, source=config.name)
             if kind == "folder":
-                images, sidecars, metadata = list_folder(config, bad_files=BadFiles(config.name))
+                images, sidecars, metadata = list_folder(config)
                 yield config.path, [*map(Path, (*images, *sidecars.values(), *metadata))]
-        else:
-            config = apply_preset(config, presets=TEXT_PRESETS)
-            kind = text_kind(cast(TextSourceConfig, config))
         if suffixes := (FILE_KINDS | {"coco": (*SUFFIXES, COCO_FILE)}).get(kind):
             yield config.path, list_files(config.path, suffixes=suffixes, source=config.name)

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from data_mix.retry import one_line, retry
 from data_mix.samples import BadSample, Split
-from data_mix.sources.bad_files import UNREADABLE, BadFiles
+from data_mix.sources.bad_files import UNREADABLE, BadFiles, one_line, retry
 from data_mix.sources.config import SourceConfig
 from data_mix.sources.files import hub_place
-from data_mix.sources.tables import IMAGE_FOLDER, ROWS_AT_ONCE, TableSplit, open_hub, open_parquet
+from data_mix.sources.tables import IMAGE_FOLDER, ROWS_AT_ONCE, TableSplit, hub_errors, open_hub, open_parquet
 from data_mix.splits import split_labels
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -41,7 +40,8 @@ class PastTheEnd(BadSample):
 
 
 class HubFiles(NamedTuple):
-    """The files of one split of a data set, in order. first: the row of the data set at which the split begins."""
+    """The files of one split of a data set, in order. first: the row of the data set at which the split begins; digest:
+    short hash of the files (those of the hub by their commit)."""
 
     label: str
     parts: Sequence["IterableDataset"]
@@ -88,26 +88,21 @@ class HubStream:
 
     def key(self, index: int) -> str:
         """The name of a sample: its split and row."""
-        return f"{self.path}/{self._files.label}#{self._files.first + index}"
+        return f"{self.path}/{self.files.label}#{self.files.first + index}"
 
     def value(self, index: int, *, column: str) -> Any:
         """The Python value of one cell; BadSample if the set ends before it (PastTheEnd) or its file is unreadable."""
-        return self._record(self._files.first + index).get(column)
+        return self._record(self.files.first + index).get(column)
 
     @property
     def schema(self) -> pa.Schema:
         """From the description of the data set or its first rows."""
-        return self._files.schema
-
-    @property
-    def digest(self) -> str:
-        """Short hash of the files (those of the hub by their commit)."""
-        return self._files.digest
+        return self.files.schema
 
     @property
     def read_file(self) -> Callable[[str], bytes] | None:
         """Reads an image that is a file of its own in the data set; None for other data sets."""
-        return self._read_file if self._files.has_files else None
+        return self._read_file if self.files.has_files else None
 
     def _read_file(self, path: str) -> bytes:
         import fsspec
@@ -129,11 +124,11 @@ class HubStream:
     def state(self) -> dict[str, Any]:
         """What is known of the files, as plain JSON: the rows at which they begin, and the unreadable ones."""
         reasons = {str(file): reason for file, reason in self.bad_files.reasons.items()}
-        return {"files": self.digest, "starts": self._starts, "bad_files": reasons}
+        return {"files": self.files.digest, "starts": self._starts, "bad_files": reasons}
 
     def resume(self, state: Mapping[str, Any]) -> bool:
         """Number the rows as in `state`; False if it is of other files, as after a commit to the data set."""
-        if state["files"] != self.digest:
+        if state["files"] != self.files.digest:
             return False
         self._starts = list(state["starts"])
         self.bad_files.reasons |= {Path(file): reason for file, reason in state["bad_files"].items()}
@@ -155,15 +150,15 @@ class HubStream:
 
     @property
     def _end(self) -> float:
-        return self._starts[-1] if len(self._starts) > len(self._files.names) else math.inf
+        return self._starts[-1] if len(self._starts) > len(self.files.names) else math.inf
 
     def _file_of(self, row: int) -> int:
         """The file that holds `row`, or the last one whose first row is known and before it."""
-        return min(bisect.bisect_right(self._starts, row), len(self._files.names)) - 1
+        return min(bisect.bisect_right(self._starts, row), len(self.files.names)) - 1
 
     def _read(self, row: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """The rows from `row` on with their numbers; None for a row that its file gave earlier and no longer gives."""
-        for file in range(self._file_of(row), len(self._files.names)):
+        for file in range(self._file_of(row), len(self.files.names)):
             number = start = self._starts[file]
             end = self._starts[file + 1] if file + 1 < len(self._starts) else None
             for record in itertools.islice(self._records(file), None if end is None else end - start):
@@ -174,19 +169,19 @@ class HubStream:
                 yield from ((missing, None) for missing in range(max(number, row), end))
             else:
                 self._starts.append(number)
-                num_missing = self._files.first + self._num_rows - number
+                num_missing = self.files.first + self._num_rows - number
                 if num_missing > 0 and number == self._end:
                     logger.warning("%s: ends after %d rows, %d fewer than stream=", self.where, number, num_missing)
 
     def _records(self, file: int) -> Iterator[dict[str, Any]]:
         """The rows of a file, until its end or the first that cannot be read."""
-        name, num_read = self._files.names[file], 0
+        name, num_read = self.files.names[file], 0
         path, known = Path(name), self.bad_files.reasons
         records: Iterator[dict[str, Any]] | None = None
 
         def read_next() -> dict[str, Any] | None:
             nonlocal records
-            reader, records = records or itertools.islice(self._files.rows(file), num_read, None), None
+            reader, records = records or itertools.islice(self.files.rows(file), num_read, None), None
             record = next(reader, None)
             records = reader  # not after an error, which ends a reader
             return record
@@ -214,17 +209,18 @@ class HubStream:
         """Whether another file can be read, so that `file` is the cause of an error and not the network."""
         for other in (file + 1, file - 1, 0, file + 2):
             with contextlib.suppress(Exception):  # as in _records
-                if other != file and 0 <= other < len(self._files.names):
-                    next(iter(self._files.rows(other)), None)
+                if other != file and 0 <= other < len(self.files.names):
+                    next(iter(self.files.rows(other)), None)
                     return True
         return False
 
     @functools.cached_property
-    def _files(self) -> HubFiles:
+    def files(self) -> HubFiles:
+        """The files of the split, found when they are first needed; UserError if the data set cannot be opened."""
         import datasets
 
         name, revision, config = hub_place(self.path)
-        try:
+        with hub_errors(self.where):
             builder = datasets.load_dataset_builder(name, config, revision=revision)
             if builder.name == "parquet":
                 builder.config.batch_size = ROWS_AT_ONCE
@@ -235,10 +231,6 @@ class HubStream:
             parts = [part if part.features is None else part.decode(False) for part in parts]
             features, rows = parts[0].features, itertools.islice(parts[0], SCHEMA_ROWS)
             schema = features.arrow_schema if features is not None else pa.Table.from_pylist(list(rows)).schema
-        except UserError:
-            raise
-        except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
-            raise UserError(f"{self.where}: cannot open the Hugging Face data set: {one_line(error)}") from None
         self._pick(schema)
         label, data_files = "+".join(sorted(labels)), builder.config.data_files or {}
         names = [str(file) for part in sorted(labels) for file in data_files.get(part, [])]  # with the hub's commit
@@ -261,4 +253,5 @@ def open_rows(
 
 def hub_stream(source: object) -> HubStream | None:
     """The stream that a source of texts or images reads; None for a source that can be read in any order."""
-    return getattr(source, "stream", None)
+    rows = getattr(source, "rows", None)
+    return rows if isinstance(rows, HubStream) else None

@@ -1,29 +1,25 @@
 """Images that are files of their own: any folder of images with captions, and MS-COCO."""
 
-import json
 import os
 import posixpath
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from data_mix.samples import BadSample, Split
-from data_mix.sources.bad_files import BadFiles
 from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.files import file_keys, match_names, read_records
-from data_mix.sources.images import CaptionTable, ImageReader, caption_field
+from data_mix.sources.images import ImageReader, caption_field
 from data_mix.splits import SPLIT_WORDS, choose_samples
 from um3.core.errors import UserError
-from um3.core.files import walk_files
+from um3.core.files import parse_json, walk_files
 from um3.core.images import SUFFIXES
-from um3.core.text import text_lines
 
 COCO_FILE = "dataset_coco.json"
 COCO_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train", "restval"), "val": ("val",)}
 METADATA_FILE = "metadata.jsonl"
 
 
-def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> tuple[list[str], dict[str, str], list[str]]:
+def list_folder(config: ImageSourceConfig) -> tuple[list[str], dict[str, str], list[str]]:
     """The files of a source of kind folder that it reads: images, image -> .txt of the same name, metadata.jsonl."""
     suffixes = (*SUFFIXES, ".txt", METADATA_FILE) if config.has_captions and not config.captions else SUFFIXES
     images, texts, metadata = dict[str, str](), dict[str, str](), list[str]()  # stem by path, and path by stem
@@ -36,39 +32,32 @@ def list_folder(config: ImageSourceConfig, *, bad_files: BadFiles) -> tuple[list
         elif texts.setdefault(stem, path) != path:
             raise UserError(f"{config.where}: both {texts[stem]} and {path} caption one image; keep one of them")
     stems = match_names(images.values(), texts)
-    sidecars = {image: texts[stems[stem]] for image, stem in images.items() if stem in stems}
-    text, count = Counter(sidecars.values()).most_common(1)[0] if sidecars else ("", 1)
-    if count > 1:
-        first, second, *_ = (image for image in sidecars if sidecars[image] == text)
-        raise UserError(
-            f"{config.where}: both {first} and {second} have the captions {text}; rename or delete one image"
-        )
-    return list(images), sidecars, metadata
+    owners: dict[str, str] = {}  # image by text
+    for image, stem in images.items():
+        if stem in stems and owners.setdefault(text := texts[stems[stem]], image) != image:
+            pair = f"both {owners[text]} and {image} have the captions {text}"
+            raise UserError(f"{config.where}: {pair}; rename or delete one image")
+    return list(images), {image: text for text, image in owners.items()}, metadata
 
 
 class ImageFiles(ImageReader):
-    """Images with the paths `_rows` below the folder `_root`. _values: their captions, or the path of a .txt file."""
-
-    _rows: list[str]
+    """Images with the paths `rows` below the folder `config.path`. _values: their captions, or the path of a .txt."""
 
     def __init__(self, config: ImageSourceConfig, *, size: int) -> None:
         super().__init__(config, size=size)
-        self._root, self._rows, self._values = Path(config.path), [], list[Any]()
+        self._root, self.rows, self._values = Path(config.path), list[str](), list[Any]()
 
     def _key(self, index: int) -> str:
-        return self._rows[index]
+        return str(self.rows[index])
 
     def _image(self, index: int) -> Path:
-        return self._root / self._rows[index]
+        return self._root / self.rows[index]
 
     def _captions(self, index: int) -> Any:
         value = self._values[index]
         if value is None:
-            raise BadSample("no caption", detail=self._rows[index])
-        try:
-            return text_lines(Path(value).read_bytes().decode("utf-8-sig")) if isinstance(value, str) else value
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadSample("unreadable caption", detail=f"{value}: {error}") from None
+            raise BadSample("no caption", detail=self.rows[index])
+        return Path(value).read_bytes() if isinstance(value, str) else value
 
 
 # Not the `imagefolder` of `datasets`: it takes no captions from .txt files, drops without a word every image that
@@ -85,7 +74,7 @@ class FolderImages(ImageFiles):
         super().__init__(config, size=size)
         if not self._root.is_dir():
             raise UserError(f"source '{config.name}': there is no folder '{config.path}'; check the path")
-        images, sidecars, metadata = list_folder(config, bad_files=self.bad_files)
+        images, sidecars, metadata = list_folder(config)
         if not images:
             raise UserError(f"{config.where}: no {' or '.join(SUFFIXES)} file in it; check the path")
         captions = self._read_metadata(images, metadata)
@@ -94,18 +83,15 @@ class FolderImages(ImageFiles):
             if len(without) == len(images):
                 counts = self.bad_files.summary()
                 remedy = f"put a .txt of the same name beside each, or a {METADATA_FILE} with file_name and caption"
-                raise UserError(
-                    f"{config.where}: none of its {len(images)} images has a caption{counts and f' ({counts})'}; "
-                    f"{remedy}, or set has_captions=false if you need none"
-                )
+                problem = f"none of its {len(images)} images has a caption{counts and f' ({counts})'}"
+                raise UserError(f"{config.where}: {problem}; {remedy}, or set has_captions=false if you need none")
             self.bad_files.count("no caption", without[0], number=len(without))
-        keys = file_keys(images, config.path)
+        keys = list(file_keys(images, config.path).values())
         top_folders = [key.rpartition("/")[0].split("/")[0].lower() for key in keys]
         labels = top_folders if SPLIT_WORDS.issuperset(top_folders) else None
         chosen = choose_samples(config, keys, num_samples=len(keys), split=split, labels=labels)
-        if config.captions and config.has_captions:
-            self._caption_table = CaptionTable(config, keys, chosen, bad_files=self.bad_files)
-        self._rows = [keys[number] for number in chosen]
+        self._read_captions(keys, chosen)
+        self.rows = [keys[number] for number in chosen]
         self._values = [captions.get(images[number], sidecars.get(images[number])) for number in chosen]
 
     def _read_metadata(self, images: list[str], files: list[str]) -> dict[str, list[Any]]:
@@ -114,7 +100,8 @@ class FolderImages(ImageFiles):
         for file in files:
             folder = os.path.dirname(file)  # noqa: PTH120 (a million Path objects take seconds)
             reason = "no JSON object with file_name"
-            for name, caption in read_records(Path(file), _name_and_caption, reason=reason, bad_files=self.bad_files):
+            records = read_records(Path(file), _name_and_caption, reason=reason, bad_files=self.bad_files)
+            for _, (name, caption) in records:
                 texts = captions.setdefault(os.path.normpath(posixpath.join(folder, name)), [])
                 texts.extend(caption if isinstance(caption, list) else [caption])
         matches = match_names(images, captions)
@@ -135,20 +122,16 @@ class CocoImages(ImageFiles):
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
         super().__init__(config, size=size)
         file = self._root / COCO_FILE
-        try:
-            images = json.loads(file.read_bytes())["images"]
-            for number, image in enumerate(images):
-                try:
-                    if image["split"] in COCO_SPLITS[split]:
-                        sentences = [sentence["raw"] for sentence in image["sentences"]]
-                        self._rows.append(f"{image['filepath']}/{image['filename']}")
-                        self._values.append(sentences)
-                except (KeyError, TypeError) as error:
-                    self.bad_files.skip_record("no split, file or sentences", f"image {number} of {file} ({error})")
-        except FileNotFoundError:
-            raise UserError(f"{config.where}: no {COCO_FILE} in it; put Karpathy's file beside train2014/") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"source '{config.name}': '{file}' is not in Karpathy's format ({reason})") from None
-        if not self._rows:
+        if not file.is_file():
+            raise UserError(f"{config.where}: no {COCO_FILE} in it; put Karpathy's file beside train2014/")
+        where = f"{config.where}: Karpathy's {COCO_FILE}"
+        for number, image in enumerate(parse_json(file.read_bytes(), where=where, keys=["images"])["images"]):
+            try:
+                if image["split"] in COCO_SPLITS[split]:
+                    sentences = [sentence["raw"] for sentence in image["sentences"]]
+                    self.rows.append(f"{image['filepath']}/{image['filename']}")
+                    self._values.append(sentences)
+            except (KeyError, TypeError) as error:
+                self.bad_files.skip_record("no split, file or sentences", f"image {number} of {file} ({error})")
+        if not self.rows:
             raise UserError(f"{config.where}: {COCO_FILE} has no image of {' or '.join(COCO_SPLITS[split])}; add data")

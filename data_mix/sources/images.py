@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,37 +21,40 @@ from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.files import CAPTION_SUFFIXES, list_files, read_records
 from um3.core.errors import UserError
 from um3.core.images import SUFFIXES, ImageError, read_image, to_square
-from um3.core.text import valid_text
-
-if TYPE_CHECKING:
-    from data_mix.sources.hub_streaming import HubStream
+from um3.core.text import text_lines, valid_text
 
 # Of metadata.jsonl, of the JSON of WebDataset shards, and of files of captions.
 CAPTION_FIELDS = ("captions", "caption", "text", "texts")
 KEY_COLUMNS = ("file_name", "filename", "image", "key", "image_id", "id")  # a name says more than an id
 SUFFIX = rf"(?i)({'|'.join(map(re.escape, SUFFIXES))})$"
 END_NUMBER = r"(?s)^.*?0*(\d+)$"
+UNREADABLE_CAPTION = "unreadable caption"
 CACHE_BYTES = 256 * 2**20  # limit for the decoded images that a source keeps
 
 
 class ImageReader(ABC):
     """An image source that reads files: find the bytes and captions of an index, decode, crop to a square, cache."""
 
-    _rows: Any  # lists the samples of the split; has a length and `key(index)`
-    stream: "HubStream | None" = None
     fingerprint: Callable[[], str]
 
-    def __init__(self, config: ImageSourceConfig, *, size: int) -> None:
+    def __init__(self, config: ImageSourceConfig, *, size: int, rows: Any = None) -> None:
+        """rows: the samples of the split, with a length, `bad_files` and `key(index)`; None if they are set later."""
         self.name, self.size, self.has_captions = config.name, size, config.has_captions
-        self.bad_files = BadFiles(config.name, skip=config.skip_bad_files)
+        self.rows, self._config = rows, config
+        self.bad_files = BadFiles(config.name, skip=config.skip_bad_files) if rows is None else rows.bad_files
         self._caption_table: CaptionTable | None = None
         self._decoded: dict[int, Sample] = {}
 
+    def _read_captions(self, paths: Iterable[str], chosen: np.ndarray) -> None:
+        """Read `config.captions`, if it is set, for the images with the numbers `chosen` of all `paths`."""
+        if self._config.captions and self.has_captions:
+            self._caption_table = CaptionTable(self._config, paths, chosen, bad_files=self.bad_files)
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def _key(self, index: int) -> str:
-        return str(self._rows.key(index))
+        return str(self.rows.key(index))
 
     @abstractmethod
     def _image(self, index: int) -> Path | bytes:
@@ -59,7 +62,8 @@ class ImageReader(ABC):
 
     @abstractmethod
     def _captions(self, index: int) -> Any:
-        """The captions as the data set has them: a string, a list of strings, or another value without a caption."""
+        """The captions as the data set has them: a string, a list of strings, bytes of one caption a line, or another
+        value without a caption. OSError if they cannot be read."""
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -86,7 +90,11 @@ class ImageReader(ABC):
         """
         if not self.has_captions:
             return ("",)
-        value = self._captions(index) if self._caption_table is None else self._caption_table.value(index)
+        try:
+            value = self._captions(index) if self._caption_table is None else self._caption_table.value(index)
+            value = text_lines(value.decode("utf-8-sig")) if isinstance(value, bytes) else value
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSample(UNREADABLE_CAPTION, detail=f"{self._key(index)}: {error}") from None
         texts = value if isinstance(value, list | tuple) else [value]
         captions = dict.fromkeys(" ".join(valid_text(str(text)).split()) for text in texts if type(text) in (str, int))
         captions.pop("", None)
@@ -102,9 +110,7 @@ class CaptionTable:
     else with as many folders as it takes, and at last with the suffix. Arrow matches all at once, for 11M captions.
     """
 
-    def __init__(
-        self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray, *, bad_files: BadFiles
-    ) -> None:
+    def __init__(self, config: ImageSourceConfig, paths: Iterable[str], chosen: np.ndarray, *, bad_files: BadFiles):
         """Read `config.captions` for all images of a source, of which those with the numbers `chosen` are used."""
         self._where = f"source '{config.name}': captions '{config.captions}'"
         files = list_files(config.captions, suffixes=CAPTION_SUFFIXES, source=config.name)
@@ -192,7 +198,8 @@ def _read_jsonl(file: Path, *, column: str, bad_files: BadFiles) -> pa.Table:
         with pa.input_stream(str(file), compression="detect") as stream:
             return pyarrow.json.read_json(stream)
     except (pa.ArrowException, UnicodeError):
-        return pa.Table.from_pylist(list(read_records(file, use, reason="no name or no caption", bad_files=bad_files)))
+        records = read_records(file, use, reason="no name or no caption", bad_files=bad_files)
+        return pa.Table.from_pylist([record for _, record in records])
 
 
 def caption_field(record: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ distributed. Nothing is downloaded, and each data set has a licence of its own.
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from data_mix.sources.config import SourceConfig
+from data_mix.sources.config import ImageSourceConfig, SourceConfig
 from data_mix.sources.files import looks_like_hub
 from um3.core.errors import UserError
 
@@ -69,10 +69,11 @@ TEXT_PRESETS = {
 }
 
 
-def apply_preset(config: ConfigT, *, presets: dict[str, Preset]) -> ConfigT:
+def apply_preset(config: ConfigT) -> ConfigT:
     """Fill in the settings of `config.preset` for every field that has its default value; UserError without any."""
     if not config.preset:
         return config
+    presets = IMAGE_PRESETS if isinstance(config, ImageSourceConfig) else TEXT_PRESETS
     if config.preset not in presets:
         raise UserError(f"{config.where}: no preset '{config.preset}'; the presets are {', '.join(sorted(presets))}")
     preset = presets[config.preset]

@@ -1,36 +1,31 @@
-"""Parquet files and downloaded Hugging Face data sets as one Arrow table with random access, and images in tables.
+"""Parquet files and downloaded Hugging Face data sets as Arrow tables with random access, and the columns of images.
 
-Small parquet files are read into memory. Larger ones are copied once to an Arrow file in the cache folder, which every
+Small parquet files are read into memory. Larger ones are copied once to Arrow files in the cache folder, which every
 process maps, so memory stays small and any row is a cheap read.
 """
 
 import bisect
 import contextlib
-import fcntl
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_mix.retry import one_line
+from data_mix.arrow_files import MappedTable, kept_table, map_arrow, save_arrow
 from data_mix.samples import BadSample, Split
-from data_mix.sources.bad_files import BadFiles
+from data_mix.sources.bad_files import BadFiles, one_line
 from data_mix.sources.config import ImageSourceConfig, SourceConfig
-from data_mix.sources.file_index import cache_folder, file_states, load_arrow
 from data_mix.sources.files import FILE_KINDS, file_keys, hub_place, list_files
-from data_mix.sources.images import CAPTION_FIELDS, ImageReader
+from data_mix.sources.images import CAPTION_FIELDS
 from data_mix.splits import SPLIT_WORDS, choose_samples, split_labels
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, short_hash
 from um3.core.progress import Progress
-
-if TYPE_CHECKING:
-    from data_mix.sources.hub_streaming import HubStream
 
 IN_MEMORY_BYTES = 512 * 2**20
 ROWS_AT_ONCE = 256  # of images: those of a row group may have more than the 2 GiB that one Arrow array holds
@@ -42,93 +37,102 @@ Fits = Callable[[pa.DataType], bool]
 
 
 class TableSplit:
-    """The rows of one split of a table, of which no file is read after it was opened.
+    """The rows of one split of a data set in tables.
 
     read_file: reads an image that is a file of its own, downloaded with the table; None for another table, whose paths
     come from its author and are not followed.
     """
 
-    def __init__(self, table: pa.Table, rows: np.ndarray, *, files: Mapping[str, int], bad_files: BadFiles) -> None:
-        """rows: the numbers of the rows of the split. files: names and numbers of rows of the table's files."""
-        self._table, self.schema, self._rows, self.bad_files = table, table.schema, rows, bad_files
+    def __init__(
+        self,
+        config: SourceConfig,
+        tables: Mapping[str, "pa.Table | pa.RecordBatch | MappedTable"],
+        *,
+        split: Split | None,
+        labels: Sequence[str] | None = None,
+        bad_files: BadFiles | None = None,
+        has_names: bool = False,
+    ) -> None:
+        """tables: by the names of their files. split: of which the rows are chosen by `labels` or the hash of their
+        keys; None for all. has_names: the first column names a row in its file, instead of its number."""
+        self._names, self._tables = list(tables), list(tables.values())
+        self._ends = [0, *itertools.accumulate(map(len, self._tables))]
+        self.schema, self.bad_files = self._tables[0].schema, bad_files or BadFiles(config.name)
+        self._name_column = self.schema.names[0] if has_names else ""
         self.read_file: Callable[[str], Path] | None = None
-        self._names, self._starts = list(files), [0, *np.cumsum(list(files.values())).tolist()]
+        self.rows = np.arange(self._ends[-1])
+        if split is not None:
+            self.rows = choose_samples(config, self.all_keys(), num_samples=len(self), split=split, labels=labels)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of the table of a sample, and its row there."""
+        row = int(self.rows[index])
+        number = bisect.bisect_right(self._ends, row) - 1
+        return number, row - self._ends[number]
 
     def key(self, index: int) -> str:
-        """The name of a sample: its file and row, whatever the split."""
-        row = int(self._rows[index])
-        file = bisect.bisect_right(self._starts, row) - 1
-        return f"{self._names[file]}#{row - self._starts[file]}"
+        """The name of a sample: that of its file and its own there, whatever the split."""
+        number, row = self._place(index)
+        own = _text(self.value(index, column=self._name_column)) if self._name_column else row
+        return f"{self._names[number]}#{own}"
+
+    def all_keys(self, *, separator: str = "#") -> Iterator[str]:
+        """The keys of the rows of all splits; with the separator / they are paths."""
+        for name, table in zip(self._names, self._tables, strict=True):
+            own = map(_text, table.column(self._name_column).to_pylist()) if self._name_column else range(len(table))
+            yield from (f"{name}{separator}{own_name}" for own_name in own)
 
     def value(self, index: int, *, column: str) -> Any:
         """The Python value of one cell; BadSample for text that is not UTF-8."""
+        number, row = self._place(index)
         try:
-            return self._table.column(column)[int(self._rows[index])].as_py()
+            return self._tables[number].column(column)[row].as_py()
         except UnicodeDecodeError as error:
             raise BadSample("not UTF-8", detail=f"{self.key(index)}: {error}") from None
 
     def skip_nulls(self, column: str) -> None:
         """Drop the rows of this split without a value in `column`, and count them."""
-        is_null = self._table.column(column).is_null().to_numpy()[self._rows]
-        if is_null.any():
-            where = self.key(int(is_null.argmax()))
-            self.bad_files.skip_record("null", where)
-            self.bad_files.count("null", where, number=int(is_null.sum()) - 1)
-            self._rows = self._rows[~is_null]
+        is_null = np.concatenate([table.column(column).is_null().to_numpy() for table in self._tables])[self.rows]
+        for index in np.flatnonzero(is_null).tolist():
+            self.bad_files.skip_record("null", self.key(index))
+        self.rows = self.rows[~is_null]
 
 
 def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[str]], split: Split) -> TableSplit:
     """The rows of `split`, with the columns that `pick` chooses in the schema of all files that can be read."""
     files = list_files(config.path, suffixes=FILE_KINDS["parquet"], source=config.name)
     bad_files = BadFiles(config.name, skip=config.skip_bad_files)
-    schemas: dict[Path, pa.Schema] = {}
-    num_rows: dict[Path, int] = {}
+    schemas = dict(bad_files.read_all(files, _read_schema))
     types: dict[str, pa.DataType] = {}
-    for file in files:
-        with contextlib.suppress(BadSample):
-            schemas[file], num_rows[file] = bad_files.read(file, functools.partial(_read_footer, file))
-            for field in schemas[file]:
-                types[field.name] = _common_type(types.get(field.name, pa.null()), field.type)
-    if not schemas:
-        raise UserError(f"source '{config.name}': cannot read parquet: {bad_files.reasons[files[0]]}")
+    for field in itertools.chain(*schemas.values()):
+        types[field.name] = _common_type(types.get(field.name, pa.null()), field.type)
     columns = list(dict.fromkeys([*filter(None, pick(pa.schema(types))), *({SPLIT_COLUMN} & types.keys())]))
-    schema = pa.schema({column: types[column] for column in columns})
     for file in schemas:
         if missing := set(columns) - set(schemas[file].names):
             raise UserError(f"{config.where}: '{file}' has no column '{missing.pop()}', which other files have")
-    files = list(schemas)
-    try:
-        try:
-            table = _read(files, schema=schema)
-        except (pa.ArrowException, OSError, ValueError):
-            for file in files:
-                with contextlib.suppress(BadSample):
-                    bad_files.read(file, lambda file=file: sum(len(batch) for batch in _batches(file, schema)))  # type: ignore[misc]
-            files = [file for file in files if file not in bad_files.reasons]
-            if len(files) in (0, len(schemas)):
-                raise
-            table = _read(files, schema=schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"source '{config.name}': cannot read parquet at '{config.path}': {one_line(error)}") from None
-    counts = dict(zip(file_keys(files, config.path), (num_rows[file] for file in files), strict=True))
-    labels = _labels_of_names(counts)
+    is_large = sum(file.stat().st_size for file in schemas) > IN_MEMORY_BYTES
+    progress = Progress(len(schemas), label="copying parquet", unit="files") if is_large else None
+    schema = pa.schema({column: types[column] for column in columns})
+    read = functools.partial(_read, schema=schema, copying=progress)
+    tables = dict(bad_files.read_all(list(schemas), read))
+    names = file_keys(files, config.path)
+    named = {names[file]: table for file, table in tables.items()}
+    labels = _labels_of_names(named)
     if SPLIT_COLUMN in columns:
-        labels = [str(label) for label in table.column(SPLIT_COLUMN).to_pylist()]
-    rows = choose_samples(config, _keys(counts), num_samples=len(table), split=split, labels=labels)
-    return TableSplit(table, rows, files=counts, bad_files=bad_files)
+        labels = [str(label) for table in tables.values() for label in table.column(SPLIT_COLUMN).to_pylist()]
+    return TableSplit(config, named, split=split, labels=labels, bad_files=bad_files)
 
 
-def _keys(files: Mapping[str, int]) -> Iterator[str]:
-    return (f"{name}#{row}" for name, num_rows in files.items() for row in range(num_rows))
+def _text(name: int | bytes) -> int | str:
+    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
 
 
-def _read_footer(file: Path) -> tuple[pa.Schema, int]:
+def _read_schema(file: Path) -> pa.Schema:
     with file.open("rb") as data:  # Arrow opens no path that is not UTF-8
-        parquet = pq.ParquetFile(data)
-        return parquet.schema_arrow, parquet.metadata.num_rows
+        return pq.ParquetFile(data).schema_arrow
 
 
 def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
@@ -139,26 +143,21 @@ def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     return pa.large_string() if first != second and holds_text(first) and holds_text(second) else first
 
 
-def _read(files: Sequence[Path], *, schema: pa.Schema) -> pa.Table:
-    """All rows of all files: in memory, or mapped from a copy that is made once."""
-    if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        return pa.Table.from_batches((batch for file in files for batch in _batches(file, schema)), schema)
+def _read(file: Path, *, schema: pa.Schema, copying: Progress | None) -> "pa.Table | MappedTable":
+    """All rows of a file: in memory, or with `copying` mapped from a copy that is made once."""
+    if copying is None:
+        return pa.Table.from_batches(_batches(file, schema), schema)
     # Not `datasets`: it reads row groups whole, but Arrow cannot hold 2 GiB of images in one; it takes names for
     # patterns and the first file for the schema, and it never replaces a damaged copy.
-    path = cache_folder() / "tables" / f"{short_hash(file_states(files), str(schema))}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        table = load_arrow(path)
-        if table is None:
-            progress = Progress(len(files), label="copying parquet", unit="files")
-            with atomic_file(path) as partial, pa.ipc.new_file(str(partial), schema) as writer:
-                for file in files:
-                    for batch in _batches(file, schema):
-                        writer.write_batch(batch)
-                    progress.advance()
-            table = load_arrow(path)
-    return table
+
+    def copy(path: Path | None) -> MappedTable:
+        if path is None:
+            raise UserError(f"cannot keep a copy of '{file}'; set UM3_CACHE to a writable folder")
+        save_arrow(path, schema, _batches(file, schema))
+        copying.advance()
+        return MappedTable(path)
+
+    return kept_table("tables", file, str(schema), load=map_arrow, make=copy)
 
 
 def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -169,12 +168,23 @@ def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             yield batch.select(schema.names).cast(schema)
 
 
-def _labels_of_names(files: Mapping[str, int]) -> list[str] | None:
+def _labels_of_names(tables: Mapping[str, "pa.Table | MappedTable"]) -> list[str] | None:
     """The split of each row, as in train-00000-of-00002.parquet or val/0.parquet; None unless all names have one."""
-    words = [[word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in files]
-    if len(files) == 1 or not all(words):
+    words = [[word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in tables]
+    if len(tables) == 1 or not all(words):
         return None
-    return [first for (first, *_), count in zip(words, files.values(), strict=True) for _ in range(count)]
+    return [first for (first, *_), table in zip(words, tables.values(), strict=True) for _ in range(len(table))]
+
+
+@contextlib.contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn the errors of opening a Hugging Face data set into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
+        raise UserError(f"{where}: cannot open the Hugging Face data set: {one_line(error)}") from None
 
 
 def open_hub(config: SourceConfig, *, pick: Callable[[pa.Schema], object], split: Split) -> TableSplit:
@@ -182,47 +192,16 @@ def open_hub(config: SourceConfig, *, pick: Callable[[pa.Schema], object], split
     import datasets
 
     name, revision, hub_config = hub_place(config.path)
-    try:
+    with hub_errors(config.where):
         available = datasets.get_dataset_split_names(name, hub_config, revision=revision)
         labels, by_hash = split_labels(available, split=split, where=config.where)
         parts = [datasets.load_dataset(name, hub_config, split=label, revision=revision) for label in sorted(labels)]
-    except UserError:
-        raise
-    except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
-        raise UserError(f"{config.where}: cannot open the Hugging Face data set: {one_line(error)}") from None
-    table = pa.concat_tables([part.with_format("arrow")[:] for part in parts])
-    pick(table.schema)
-    files = {f"{config.path}/{label}": len(part) for label, part in zip(sorted(labels), parts, strict=True)}
-    chosen = np.arange(len(table))
-    if by_hash:
-        chosen = choose_samples(config, _keys(files), num_samples=len(table), split=split)
-    rows = TableSplit(table, chosen, files=files, bad_files=BadFiles(config.name))
+    tables = [part.with_format("arrow")[:] for part in parts]
+    pick(tables[0].schema)
+    files = {f"{config.path}/{label}": table for label, table in zip(sorted(labels), tables, strict=True)}
+    rows = TableSplit(config, files, split=split if by_hash else None)
     rows.read_file = Path if parts[0].info.builder_name == IMAGE_FOLDER else None
     return rows
-
-
-class TableImages(ImageReader):
-    """Images and captions in two columns of a table."""
-
-    def __init__(
-        self, config: ImageSourceConfig, rows: "TableSplit | HubStream", *, size: int, columns: tuple[str, str]
-    ) -> None:
-        super().__init__(config, size=size)
-        self._rows, self.bad_files = rows, rows.bad_files
-        self.stream = None if isinstance(rows, TableSplit) else rows
-        self._image_column, self._caption_column = columns
-
-    def _image(self, index: int) -> Path | bytes:
-        value = self._rows.value(index, column=self._image_column)
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if not data and path and self._rows.read_file is not None:
-            return cast(Path | bytes, self._rows.read_file(path))
-        if not data:
-            raise BadSample("no image", detail=self._key(index))
-        return data
-
-    def _captions(self, index: int) -> Any:
-        return self._rows.value(index, column=self._caption_column)
 
 
 def image_columns(config: ImageSourceConfig, schema: pa.Schema, *, classes: bool = False) -> tuple[str, str]:

@@ -16,10 +16,10 @@ from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import DAMAGED, BadFiles, DamagedFile
 from data_mix.sources.config import ImageSourceConfig
 from data_mix.sources.file_index import FileIndex
-from data_mix.sources.files import parse_record
-from data_mix.sources.images import CaptionTable, ImageReader, caption_field
+from data_mix.sources.images import UNREADABLE_CAPTION, ImageReader, caption_field
+from um3.core.errors import UserError
+from um3.core.files import parse_json
 from um3.core.images import MAX_FILE_BYTES
-from um3.core.text import text_lines
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGES = frozenset(IMAGE_EXTENSIONS)
@@ -45,33 +45,27 @@ class WebDatasetImages(ImageReader):
     """
 
     def __init__(self, config: ImageSourceConfig, *, split: Split, size: int) -> None:
-        super().__init__(config, size=size)
         self._column = "" if config.captions else config.caption_column
-        self._rows: FileIndex = FileIndex(
-            config, kind="webdataset", variant=self._column, split=split, schema=SCHEMA, list_file=self._list_shard
-        )
-        self.bad_files = self._rows.bad_files
-        if config.captions and config.has_captions:
-            paths = self._rows.all_keys(separator="/")
-            self._caption_table = CaptionTable(config, paths, self._rows.rows, bad_files=self.bad_files)
+        rows = FileIndex(config, kind="webdataset", variant=self._column, split=split, list_file=self._list_shard)
+        super().__init__(config, size=size, rows=rows)
+        self._read_captions(rows.all_keys(separator="/"), rows.rows)
 
     def _image(self, index: int) -> bytes:
         return self._read(index, "image", limit=MAX_FILE_BYTES)[0]
 
     def _captions(self, index: int) -> Any:
         data, is_json = self._read(index, "caption", limit=MAX_CAPTION_BYTES)
+        if not is_json:
+            return data
         try:
-            if not is_json:
-                return text_lines(data.decode("utf-8-sig"))
-            record = parse_record(data)
-            return record.get(self._column) if self._column else caption_field(record)
-        except ValueError as error:  # also bytes that are not UTF-8
-            raise BadSample("unreadable caption", detail=f"{self._key(index)}: {error}") from None
+            record = parse_json(data, where=self._key(index), kind=dict)
+        except UserError as error:
+            raise BadSample(UNREADABLE_CAPTION, detail=str(error)) from None
+        return record.get(self._column) if self._column else caption_field(record)
 
     def _read(self, index: int, member: str, *, limit: int) -> tuple[bytes, bool]:
         """The bytes of a sample's "image" or "caption", and whether the caption is JSON."""
-        entry = self._rows.entry(index)
-        offset, size, shard = entry[f"{member}_offset"], entry[f"{member}_size"], self._rows.files[entry["file"]]
+        shard, offset, size, is_json = self.rows.entry(index, f"{member}_offset", f"{member}_size", "is_json")
         if offset is None:
             raise BadSample(f"no {member}", detail=self._key(index))
         if size > limit:
@@ -85,21 +79,21 @@ class WebDatasetImages(ImageReader):
         data = self.bad_files.read(shard, read)
         if len(data) < size:
             raise BadSample("truncated", detail=self._key(index))
-        return data, entry["is_json"]
+        return data, is_json
 
-    def _list_shard(self, shard: Path, bad_files: BadFiles) -> pa.Table:
+    def _list_shard(self, shard: Path, bad_files: BadFiles) -> pa.RecordBatch:
         """The samples of one shard in the order of their stems."""
         places: Places = {}
         count = bad_files.count
         try:
             for member in _members(shard):
-                stem, extension = _stem_and_extension(member.name)
-                if extension not in EXTENSIONS or HIDDEN.search(member.name):
+                stem, _, extension = member.name.rpartition(".")
+                if (extension := extension.lower()) not in EXTENSIONS or HIDDEN.search(member.name):
                     continue
                 place: Place | None = (member.offset_data, member.size)
                 if member.islnk():
-                    linked, linked_extension = _stem_and_extension(member.linkname)
-                    place = places.get(linked, {}).get(linked_extension)
+                    linked, _, linked_extension = member.linkname.rpartition(".")
+                    place = places.get(linked, {}).get(linked_extension.lower())
                 elif not member.isreg() or member.issparse():  # a sparse member is not stored in one piece
                     place = None
                 if place is None:
@@ -109,18 +103,15 @@ class WebDatasetImages(ImageReader):
                     count("replaced by a later member of the same name", f"{shard}#{member.name}")
                 places[stem][extension] = place
         except (tarfile.TarError, EOFError, ValueError) as error:
-            if not places:
-                reason = f"'{shard}' is not an uncompressed tar file ({error}); unpack .tar.gz first"
-                raise DamagedFile(reason) from None
-            if not bad_files.skip:
-                raise DamagedFile(f"'{shard}' is damaged ({error})") from None
+            if not places or not bad_files.skip:
+                problem = "damaged" if places else "not an uncompressed tar file"
+                raise DamagedFile(f"'{shard}' is {problem} ({error}); unpack .tar.gz first") from None
             count(DAMAGED, f"{shard} ({error})")
-        return self._entries(shard, places, count=bad_files.count)
+        return self._entries(shard, places, count=count)
 
-    def _entries(self, shard: Path, places: Places, *, count: Callable[..., None]) -> pa.Table:
+    def _entries(self, shard: Path, places: Places, *, count: Callable[..., None]) -> pa.RecordBatch:
         """Index entries (see SCHEMA) of the stems that have an image."""
-        column = self._column
-        captions = ("txt", "json") if not column else (column,) if column in ("txt", "cls") else ("json",)
+        captions = {"": ("txt", "json"), "txt": ("txt",), "cls": ("cls",)}.get(self._column, ("json",))
         samples = {stem: places.get(_stem_to_first_dot(stem), found) for stem, found in places.items()}
         for stem, found in places.items():
             if not found.keys() & IMAGES and samples[stem].keys() & IMAGES:  # z.png takes z.a.txt, as in WebDataset
@@ -143,8 +134,8 @@ class WebDatasetImages(ImageReader):
         for stem, found in places.items():
             if not samples[stem].keys() & IMAGES and not found.keys() & IMAGES and id(found) not in used:
                 count("captions without an image", f"{shard}#{stem}")
-        columns = zip(*entries, strict=True) if entries else [[]] * len(SCHEMA)
-        return pa.table([pa.array(*column) for column in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
+        rows = [dict(zip(SCHEMA.names, entry, strict=True)) for entry in entries]
+        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
@@ -166,12 +157,6 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
                     break
         if not end:
             raise tarfile.ReadError("empty file")
-
-
-def _stem_and_extension(name: str) -> tuple[str, str]:
-    """a/b.left.JPG -> (a/b.left, jpg)."""
-    stem, _, extension = name.rpartition(".")
-    return stem, extension.lower()
 
 
 def _stem_to_first_dot(stem: str) -> str:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from data_mix.order import each_index
 from data_mix.samples import BadSample, Sample
-from data_mix.sources.image_sources import ImageSourceConfig, image_kind, open_image_source
+from data_mix.sources.files import source_kind
+from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.text import TextSourceConfig, open_text_source, readable_texts
 from eval.tables import read_text
 from um3.core.config import build_config
@@ -81,7 +82,7 @@ def validation_images(config: ImageSourceConfig, *, num_images: int, size: int, 
             f"source '{config.name}' has {len(samples)} usable validation images of {len(source)}; "
             "evaluation needs at least 2: add images or raise its val_fraction"
         )
-    kind, images_NHWC = image_kind(config), np.stack([sample.image_HWC for sample in samples])
+    kind, images_NHWC = source_kind(config), np.stack([sample.image_HWC for sample in samples])
     protocol = {
         "image_size": size,
         "preparation": "rendered at this size" if kind in ("scenes", "digits") else PREPARATION,

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -167,3 +168,18 @@ def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path: Path)
         pass
     with folder_lock(folder):
         pass
+
+
+def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
+    has_lock = threading.Event()
+
+    def take() -> None:
+        with folder_lock(tmp_path, wait=True):
+            has_lock.set()
+
+    waiting = threading.Thread(target=take)
+    with locked(tmp_path):
+        waiting.start()
+        assert not has_lock.wait(0.5)
+    waiting.join(60)
+    assert has_lock.is_set()

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 import data_mix.sources.tables
-from data_mix import retry
+from data_mix.sources import bad_files
 
 
 @pytest.fixture
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry after milliseconds, not seconds."""
-    monkeypatch.setattr(retry, "RETRY_WAITS_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(bad_files, "RETRY_WAITS_S", (0.01, 0.02, 0.03))
 
 
 @pytest.fixture(params=["in memory", "mapped"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_mix.batches.token_stream import TokenStream, scattered_sequences
-from data_mix.sources.text import ListDocuments
+from data_mix.sources.text import TextSource
 from tests.data_mix.batches.test_mix import IDS, PROSE, TOKENIZER
 from tests.helpers.code_shards import write_codes
 from train.check import main
@@ -19,8 +19,8 @@ def run(tmp_path: Path) -> Path:
     """A shard, the tokens of a text, sequences of it and a checkpoint."""
     write_codes(tmp_path / "codes")
     options = {"tokenizer": TOKENIZER, "ids": IDS, "seq_len": 24, "cache": tmp_path / "um3/cache"}
-    TokenStream(ListDocuments("prose", PROSE), **options)
-    scattered_sequences(ListDocuments("prose", PROSE), num_sequences=3, seed=0, **options)
+    TokenStream(TextSource("prose", PROSE), **options)
+    scattered_sequences(TextSource("prose", PROSE), num_sequences=3, seed=0, **options)
     step = tmp_path / "um3/checkpoints/step-00000002"
     step.mkdir(parents=True)
     (step / "model-00000.safetensors").write_bytes(b"weights")

@@ -141,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     _, folder = stopped
     damage(folder / "step-00000004" / file)
     with caplog.at_level("WARNING"):
-        assert checkpoint.find_checkpoint(folder) == folder / "step-00000002"
+        assert (checkpoint.find_checkpoint(folder) or [])[0] == folder / "step-00000002"
     assert f"step-00000004 is damaged ({file})" in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004.damaged"]
 

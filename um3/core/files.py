@@ -94,7 +94,7 @@ def parse_json(text: str | bytes, *, where: str | Path, kind: type[Any] = object
     kind = dict if keys else kind
     if not isinstance(value, kind):
         raise UserError(f"{where} holds a JSON {type(value).__name__}, not a {kind.__name__}")
-    if missing := set(keys).difference(value if keys else ()):
+    if keys and (missing := set(keys).difference(value)):
         raise UserError(f"{where} has no '{min(missing)}'")
     return value
 
@@ -139,15 +139,16 @@ def check_writable(folder: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Be the only writer of `folder`, which is created; UserError if another process is, or it is not writable.
+def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only writer of `folder`, which is created; UserError if another process is, unless you `wait` for it, or
+    if it is not writable.
 
     The kernel releases the lock of a dead process. Take it on rank 0 only; forked workers do not inherit it.
     """
     check_writable(folder)
     with (Path(folder) / ".lock").open("a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (PermissionError, BlockingIOError):
             raise UserError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
         yield

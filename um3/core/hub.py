@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from um3.core.errors import UserError
-from um3.core.files import sha256_of, short_hash
+from um3.core.files import sha256_of, short_hash, write_text
 from um3.core.text import printable
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 """The files of a model folder; code and pickles are not downloaded."""
 NESTED = ("module", "model", "state_dict")
 """Keys under which published files keep the table, if it is not the whole content."""
+CHECKSUMS = "SHA256SUMS"
+"""The digests of a folder's weights, as `sha256sum --check` reads them."""
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTION_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json")
 OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
@@ -94,6 +96,7 @@ def load_pretrained(
                 loaded.encode("a")  # a tokenizer reads some of its options only when it is used
             return loaded
         if Path(path_or_hub_id).is_dir() and "gguf_file" not in options:
+            _check_weights(folder)
             options["config"] = _checked_config(loader, folder, shapes, options.get("config"))
         reporter.disabled = True  # its table of mismatches would repeat the errors below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -148,6 +151,22 @@ def weights_digest(folder: str | Path) -> str:
     if len(files) < 2:
         return sha256_of(files[0])[:16] if files else ""
     return short_hash([(file.name, sha256_of(file)) for file in files])
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the digests of a folder's weights, which `load_pretrained` compares."""
+    write_text(folder / CHECKSUMS, "".join(f"{sha256_of(file)}  {file.name}\n" for file in weight_files(folder)))
+
+
+def _check_weights(folder: Path) -> None:
+    """UserError if a file of the weights differs from its digest in the folder's SHA256SUMS, if there is one."""
+    checksums = folder / CHECKSUMS
+    lines = checksums.read_bytes().decode(errors="replace").splitlines() if checksums.is_file() else ()
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for file in weight_files(folder):
+        if file.name in digests and sha256_of(file) != digests[file.name]:
+            remedy = f"copy the model again, or delete {CHECKSUMS} if you changed the weights"
+            raise UserError(f"{file} is damaged: its sha256 is not the one in {CHECKSUMS}; {remedy}")
 
 
 def read_weights(folder: str | Path) -> "dict[str, Tensor]":

@@ -24,7 +24,7 @@ from transformers import (
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
-from um3.core.hub import load_pretrained, save_tokenizer
+from um3.core.hub import load_pretrained, save_tokenizer, write_checksums
 from um3.model.configuration import ModelConfig
 from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
@@ -84,7 +84,8 @@ def save_model(
 
     `state_dict` replaces the model's own tensors (gathered from a sharded run). config.json stores the vocabulary, the
     visual tokenizer's fingerprint and the base under "um3", a key that other software ignores; generation_config.json
-    stores the image sampling defaults under "image_sampling". `trained` decides what the card says of the visual rows.
+    stores the image sampling defaults under "image_sampling", SHA256SUMS the digests of the weights. `trained` decides
+    what the card says of the visual rows.
     """
     import tokenizer
 
@@ -93,6 +94,7 @@ def save_model(
         stored = getattr(model.config, "um3", None) or {}
         model.config.um3 = stored | ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
         model.save_pretrained(partial, state_dict=state_dict)
+        write_checksums(partial)
         save_tokenizer(text_tokenizer, partial)
         qlip.save_pretrained(partial / QLIP_FOLDER)
         processor.save_pretrained(partial / QLIP_FOLDER)

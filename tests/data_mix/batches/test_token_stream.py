@@ -15,7 +15,7 @@ import torch
 from data_mix.batches import token_stream
 from data_mix.batches.token_stream import TokenStream, scattered_sequences
 from data_mix.samples import BadSample
-from data_mix.sources.text import ListDocuments, TextSource, TextSourceConfig, open_text_source
+from data_mix.sources.text import TextSource, TextSourceConfig, open_text_source
 from tests.data_mix.batches.test_mix import IDS, PROSE, TOKENIZER
 from um3.core.errors import UserError
 from um3.core.files import read_json
@@ -23,7 +23,7 @@ from um3.model.text_tokenizer import train_text_tokenizer
 
 
 def stream_of(documents: TextSource | list[str], cache: Path, **options: Any) -> TokenStream:
-    source = ListDocuments("prose", documents) if isinstance(documents, list) else documents
+    source = TextSource("prose", documents) if isinstance(documents, list) else documents
     return TokenStream(source, cache=cache, **({"tokenizer": TOKENIZER, "ids": IDS, "seq_len": 24} | options))
 
 
@@ -60,7 +60,7 @@ def test_a_stream_is_made_once_and_again_for_other_data(tmp_path: Path) -> None:
         build(["", ""])
 
 
-class Interrupted(ListDocuments):
+class Interrupted(TextSource):
     """Documents of which two cannot be read; a kill interrupts the first reading of two others."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ def test_scattered_sequences_are_pieces_of_different_documents(tmp_path: Path) -
 
     def scattered(seed: int, texts: list[str] = documents) -> list[Any]:
         options: dict[str, Any] = {"tokenizer": TOKENIZER, "ids": IDS, "cache": tmp_path / f"{seed}"}
-        source = ListDocuments("t", texts)
+        source = TextSource("t", texts)
         return scattered_sequences(source, num_sequences=7, seq_len=12, seed=seed, **options)
 
     sequences = scattered(0)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from data_mix import retry
 from data_mix.codes import shards
 from data_mix.codes.shards import CodeShards, ShardHeader, open_code_sources, read_header, write_shard
 from data_mix.samples import BadSample
+from data_mix.sources import bad_files
 from tests.helpers.code_shards import random_codes, write_codes
 from um3.core.errors import UserError
 
@@ -145,7 +145,7 @@ def test_a_shard_that_cannot_be_read_is_skipped_and_named(
         source[30]
     assert list(source.bad_files.reasons) == [paths[number] for number in (1, 4, 5, 6)]
     assert [f"{number:05d}" in caplog.text for number in range(5)] == [False, True, False, False, True]
-    assert caplog.text.count("trying again") == 3 + len(retry.RETRY_WAITS_S), "once, not at every sample"
+    assert caplog.text.count("trying again") == 3 + len(bad_files.RETRY_WAITS_S), "once, not at every sample"
     assert source[4].key == "scenes-0-4"
 
 
@@ -174,7 +174,7 @@ def test_a_temporary_failure_skips_nothing(tmp_path: Path, monkeypatch: pytest.M
     paths = write_all(tmp_path)
     source = opened(tmp_path)
     away = paths[1].rename(tmp_path / "away")
-    monkeypatch.setattr(retry, "RETRY_WAITS_S", (0.01, 0.1, 5.0))
+    monkeypatch.setattr(bad_files, "RETRY_WAITS_S", (0.01, 0.1, 5.0))
     threading.Timer(0.05, away.rename, [paths[1]]).start()
     assert source[7].key == "scenes-1-2" and not source.bad_files.reasons
 

@@ -1,13 +1,17 @@
-"""Indexes of large files: made once, used by every process after that, and never for other files."""
+"""Indexes and copies of large files: made once, used by every process after that, and never for other files."""
 
+import errno
 import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import data_mix.sources.file_index
+import data_mix.sources.tables
 import data_mix.sources.text
 from data_mix.samples import ImageSource
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
@@ -67,9 +71,11 @@ def test_tars_are_listed_once_and_again_after_a_change(
         second = images(shards)
     assert captions(second) == captions(first) and len(first) == 6
     assert [second[index].key for index in range(6)] == [first[index].key for index in range(6)]
-    assert len(list(cache.iterdir())) == 1
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
     write_shard(shards, 2)
-    assert len(images(shards)) == 9 and len(list(cache.iterdir())) == 2
+    assert len(images(shards)) == 9 and len(before) == 2
+    after = {path: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
+    assert len(after) == 3 and before.items() < after.items(), "only the new file is listed"
 
 
 def test_names_may_be_any_bytes(cache: Path, tmp_path: Path) -> None:
@@ -96,14 +102,14 @@ def test_lines_are_found_once_and_bad_ones_reported_every_time(
 
 def test_no_index_is_kept_of_damaged_files(cache: Path, shards: Path, short_waits: None) -> None:
     os.truncate(shards / "1.tar", (shards / "1.tar").stat().st_size - 1024 * 9)
-    assert 3 <= len(images(shards)) < 6 and not cache.exists()
+    assert 3 <= len(images(shards)) < 6 and len(list(cache.glob("*.arrow"))) == 1
     (shards / "1.tar").write_bytes(b"no tar at all" * 100)
-    assert len(images(shards)) == 3 and not cache.exists()
+    assert len(images(shards)) == 3 and len(list(cache.glob("*.arrow"))) == 1
 
 
 def test_a_damaged_index_is_made_again(cache: Path, shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = captions(images(shards))
-    index = next(cache.iterdir())
+    index = next(cache.glob("*.arrow"))
     data = index.read_bytes()
     place = data.index((512).to_bytes(8, "little"))  # of a member's content in its tar
     for damaged in (data[: len(data) // 2], data[:place] + b"1" + data[place + 1 :]):
@@ -117,12 +123,59 @@ def test_without_a_cache_folder_the_files_are_listed(
     cache: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("UM3_CACHE", str(shards / "0.tar"))
-    assert len(images(shards)) == 6 and "set UM3_CACHE" in caplog.text
+    assert len(images(shards)) == 6 and caplog.text.count("set UM3_CACHE") == 1
+
+
+def test_without_a_cache_folder_large_tables_are_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UM3_CACHE", str(copied))
+    with pytest.raises(UserError, match=r"a\.parquet'; set UM3_CACHE"):
+        texts(copied)
 
 
 def test_small_data_has_no_index(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
     assert len(images(shards)) == 6 and not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def copied(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A parquet file of 40 texts that counts as large."""
+    monkeypatch.setattr(data_mix.sources.tables, "IN_MEMORY_BYTES", 0)
+    table = pa.table({"text": [f"text {number}" for number in range(40)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    return tmp_path / "a.parquet"
+
+
+def test_a_copy_that_was_cut_is_made_again_and_a_changed_one_is_told(copied: Path, cache: Path) -> None:
+    assert len(texts(copied)) == 40
+    (copy,) = cache.parent.glob("tables/*.arrow")
+    content = copy.read_bytes()
+    for size in (0, 3, len(content) // 2):
+        copy.write_bytes(content[:size])
+        assert len(texts(copied)) == 40 and copy.read_bytes() == content
+    place = content.index(b"text 17")
+    copy.write_bytes(content[:place] + b"best" + content[place + 4 :])
+    with pytest.raises(UserError, match=rf"{copy.name} is damaged; delete it"):
+        texts(copied)
+
+
+def test_a_copy_that_is_cut_while_it_is_used_does_not_kill_the_process(copied: Path, cache: Path) -> None:
+    source = texts(copied)
+    (copy,) = cache.parent.glob("tables/*.arrow")
+    os.truncate(copy, 10)
+    with pytest.raises(UserError, match=rf"{copy.name} is damaged; delete it"):
+        source[0]
+    copy.unlink()
+    assert texts(copied)[39] == "text 39"
+
+
+def test_a_full_disk_is_no_fault_of_the_source(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write \S+arrow: .*No space left.*UM3_CACHE"):
+        texts(copied)
 
 
 def count_listed_tars() -> list[int]:
@@ -135,7 +188,8 @@ def count_listed_tars() -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_first_rank_lists_for_all(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_lists_for_all(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDS", str(shards))
     monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
-    assert run_on_ranks(count_listed_tars, folder=tmp_path) == [[0, 2, 6], [1, 0, 6]]
+    (first, first_listed, *samples), (second, second_listed, *others) = run_on_ranks(count_listed_tars, folder=tmp_path)
+    assert (first, second, first_listed + second_listed) == (0, 1, 2) and samples == others == [6]

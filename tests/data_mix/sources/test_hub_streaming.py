@@ -18,8 +18,7 @@ from data_mix.batches.token_stream import TokenStream
 from data_mix.order import each_index
 from data_mix.samples import BadSample, Split
 from data_mix.sources.hub_streaming import HubFiles, HubStream
-from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
-from data_mix.sources.tables import TableImages
+from data_mix.sources.image_sources import ImageSourceConfig, TableImages, open_image_source
 from data_mix.sources.text import TableDocuments, TextSourceConfig, open_text_source
 from tests.data_mix.batches.test_mix import IDS, TOKENIZER
 from tests.data_mix.sources.test_sources import numbers_of
@@ -69,8 +68,7 @@ def numbered(first: int, end: int, *, part: str = "train") -> list[str]:
 
 def resume(source: TableDocuments, other: TableDocuments) -> bool:
     """Whether `source` takes over what `other` knows of the files."""
-    assert source.stream is not None and other.stream is not None
-    return source.stream.resume(json.loads(json.dumps(other.stream.state())))
+    return bool(source.rows.resume(json.loads(json.dumps(other.rows.state()))))
 
 
 def let_fail(monkeypatch: pytest.MonkeyPatch, *, fails_at: int, num_failures: int) -> list[int]:
@@ -111,7 +109,7 @@ def test_a_val_split_of_the_data_set_is_used(words: Path) -> None:
     write_words(words, files=1, part="validation")
     assert read(documents(20, val_fraction=0.1)) == numbered(0, 20)
     val = documents(20, val_fraction=0.1, split="val")
-    assert read(val) == numbered(0, 2, part="validation") and val._rows.key(1) == "own/words/validation#1"
+    assert read(val) == numbered(0, 2, part="validation") and val.rows.key(1) == "own/words/validation#1"
     with pytest.raises(UserError, match="val split; raise val_fraction"):
         documents(20, split="val")
 

@@ -111,7 +111,7 @@ def test_coco_in_karpathys_split(tmp_path: Path) -> None:
     with pytest.raises(BadSample):
         images("coco", tmp_path, "val")[0]
     (tmp_path / "dataset_coco.json").write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="is not in Karpathy's format"):
+    with pytest.raises(UserError, match=r"Karpathy's dataset_coco\.json has no 'images'"):
         images("coco", tmp_path)
     with pytest.raises(UserError, match=r"no dataset_coco\.json"):
         images("coco", tmp_path / "train2014")

@@ -15,8 +15,10 @@ import data_mix.sources.images
 import data_mix.sources.webdataset
 from data_mix.batches.image_batches import ImageBatches
 from data_mix.samples import BadSample, ImageSource, Sample, Split
-from data_mix.sources.image_sources import ImageSourceConfig, image_kind, open_image_source
+from data_mix.sources.files import source_kind
+from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.images import ImageReader
+from data_mix.sources.text import TextSourceConfig, open_text_source
 from tests.helpers.image_files import encoded, write_folder, write_parquet, write_shards, write_tar
 from um3.core.errors import UserError
 
@@ -226,7 +228,7 @@ def test_a_damaged_parquet_file_is_skipped(
     with pytest.raises(UserError, match=r"1\.parquet.*set skip_bad_files=true"):
         opened(root, skip_bad_files=False)
     (root / "0.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match=r"source 'mine': cannot read parquet"):
+    with pytest.raises(UserError, match=r"source 'mine': cannot read any of its 2 files"):
         opened(root)
 
 
@@ -250,7 +252,7 @@ def test_generated_sources() -> None:
 
 def test_auto_kind(tmp_path: Path) -> None:
     def kind(path: Path | str) -> str:
-        return image_kind(ImageSourceConfig(name="mine", path=str(path)))
+        return source_kind(ImageSourceConfig(name="mine", path=str(path)))
 
     assert kind("owner/name") == kind("owner/name:config") == "hub"
     assert kind(tmp_path) == "folder"
@@ -262,7 +264,7 @@ def test_auto_kind(tmp_path: Path) -> None:
         kind(tmp_path)
 
 
-MISTAKES: list[tuple[dict[str, Any], str]] = [
+IMAGE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({}, "'x' has no path"),
     ({"path": "/absent/folder"}, r"/absent/folder\): neither a folder nor"),
     ({"path": "/absent/a.parquet"}, "no .parquet file at '/absent/a.parquet'"),
@@ -273,12 +275,31 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"kind": "scenes", "stream": 3}, "stream=3 is for kind=hub"),
     ({"kind": "scenes"}, "size=8"),
 ]
+TEXT_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"path": "/absent/file.txt"}, r"no \.txt file at '/absent/file\.txt'"),
+    ({"path": "/absent/folder"}, r"neither a folder nor \.parquet, \.jsonl"),
+    ({"kind": "jsonl"}, "kind=jsonl needs a path"),
+    ({"kind": "python_docs", "path": "x"}, "takes no path"),
+    ({"path": "a.parquet"}, r"no column 'text' \(has: words, number\); set field"),
+    ({"path": "a.parquet", "field": "number"}, "'number' holds int64, not text"),
+]
 
 
-@pytest.mark.parametrize(("options", "message"), MISTAKES)
-def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(ImageSourceConfig(name="x", **options), message) for options, message in IMAGE_MISTAKES]
+    + [(TextSourceConfig(name="x", **options), message) for options, message in TEXT_MISTAKES],
+)
+def test_mistakes_are_one_line(
+    config: ImageSourceConfig | TextSourceConfig, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"words": ["a"], "number": [1]}), "a.parquet")
     with pytest.raises(UserError, match=message) as caught:
-        open_image_source(ImageSourceConfig(name="x", **options), split="train", size=8, seed=0)
+        if isinstance(config, ImageSourceConfig):
+            open_image_source(config, split="train", size=8, seed=0)
+        else:
+            open_text_source(config, split="val")
     assert "\n" not in str(caught.value)
 
 

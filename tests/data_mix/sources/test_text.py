@@ -109,27 +109,3 @@ def test_parquet_splits_by_file_name(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet")
     both = config(tmp_path / "*.parquet")
     assert texts_of(both) == TEXTS[:150] and texts_of(both, "val") == TEXTS[150:]
-
-
-def test_parquet_mistakes(tmp_path: Path) -> None:
-    file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"words": TEXTS, "number": range(200)}), file)
-    with pytest.raises(UserError, match=r"no column 'text' \(has: words, number\); set field"):
-        texts_of(config(file))
-    with pytest.raises(UserError, match="'number' holds int64, not text"):
-        texts_of(config(file, field="number"))
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (config("/absent/file.txt"), r"no \.txt file at '/absent/file\.txt'"),
-        (config("/absent/folder"), r"neither a folder nor \.parquet, \.jsonl"),
-        (TextSourceConfig(kind="jsonl"), "kind=jsonl needs a path"),
-        (TextSourceConfig(kind="python_docs", path="x"), "takes no path"),
-    ],
-)
-def test_mistakes_are_one_line(source: TextSourceConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        open_text_source(source, split="val")
-    assert "\n" not in str(caught.value)

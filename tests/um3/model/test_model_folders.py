@@ -21,7 +21,7 @@ from tokenizer.pretrained import load_encoder
 from tokenizer.text_tokenizer import train_caption_tokenizer
 from train.run_folder import model_digest
 from um3.core.errors import UserError
-from um3.core.hub import WEIGHTS, save_tokenizer, weights_digest
+from um3.core.hub import WEIGHTS, save_tokenizer, weights_digest, write_checksums
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.extend import load_base
 from um3.model.language_model import load_model
@@ -153,8 +153,19 @@ def test_weights_with_nan_are_refused(part: str, name: str, folder: Path) -> Non
     tensor = load_file(folder / part / WEIGHTS)[name]
     tensor[3] = math.nan
     rewrite(folder / part / WEIGHTS, **{name: tensor})
+    write_checksums(folder)
     with pytest.raises(UserError, match=f"NaN or infinity.*{name}"):
         UM3Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut"])
+def test_damaged_weights_are_one_line(damage: str, folder: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (folder / WEIGHTS).write_bytes(content[:-9] if damage == "cut" else content)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_head_of_its_own_stays_although_the_config_ties_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

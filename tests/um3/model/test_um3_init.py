@@ -36,6 +36,7 @@ from tests.tokenizer.conftest import change_json
 from tokenizer.configuration import RELEASED_LICENSE
 from train.phase import main as train
 from um3.core.errors import UserError
+from um3.core.hub import CHECKSUMS
 from um3.inference.pipeline import UM3Pipeline
 from um3.model.export import export_text_half
 from um3.model.language_model import load_model
@@ -252,6 +253,7 @@ def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start: Start, tmp_p
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data[7] += 0.5
     model.save_pretrained(folder)
+    (folder / CHECKSUMS).unlink()
     summary = export_text_half(folder, out=tmp_path / "plain")
     assert "LlamaForCausalLM" in summary and "Qwen3" in summary
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
