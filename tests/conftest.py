@@ -1,10 +1,12 @@
-"""What all tests need: a SIGINT that is heard, and the CPU, where most of them compare to the bit."""
+"""What all tests need: a SIGINT that is heard, the CPU, where most of them compare to the bit, and one-line errors."""
 
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+from um3.core.errors import UserError
 
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -31,3 +33,17 @@ def no_launcher_variables() -> Iterator[None]:
     yield
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def errors_of_one_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every UserError that a test's process makes is one line."""
+    messages: list[str] = []
+
+    def record(self: UserError, *arguments: object) -> None:
+        Exception.__init__(self, *arguments)
+        messages.append(str(self))
+
+    monkeypatch.setattr(UserError, "__init__", record)
+    yield
+    assert [message for message in messages if "\n" in message] == []

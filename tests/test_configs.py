@@ -1,21 +1,18 @@
 """Every YAML file under configs/ loads, the paper's carry the paper's numbers, and their models have the right size."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import is_dataclass
 from operator import attrgetter
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_mix.batches.schedule import Schedule
 from tests.helpers import schemas
 from tests.helpers.processes import ROOT
 from tokenizer.modeling import QLIPModel
-from train.config import OptimizerConfig
 from train.optim import build_optimizer
 from train.recipes.stage1 import Stage1Objective
 from train.recipes.stage2 import Autoencoder
@@ -33,7 +30,7 @@ FULL = ("demo", "um3_llama3_1b", "um3_llama3_1b_lora")
 """Experiments with every phase."""
 
 
-def load(experiment: str, phase: str) -> Any:
+def load(experiment, phase):
     return load_config(schemas.SECTIONS[phase], path=FOLDER / f"{experiment}.yaml", section=phase)
 
 
@@ -41,7 +38,7 @@ FREE_NUMBERS = {"seed", "alarm_above", "paper"}
 """Numbers that may be negative."""
 
 
-def unbounded(hint: Any, name: str) -> Iterator[str]:
+def unbounded(hint, name):
     """Names of the numbers in a config's type that have no range."""
     if is_dataclass(hint):
         for key, inner in get_type_hints(hint, include_extras=True).items():
@@ -54,11 +51,11 @@ def unbounded(hint: Any, name: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("schema", schemas.SCHEMAS)
-def test_every_number_has_a_range(schema: type[Any]) -> None:
+def test_every_number_has_a_range(schema):
     assert set(unbounded(schema, "")) <= FREE_NUMBERS, "use a type of um3.core.ranges"
 
 
-def test_every_section_of_every_experiment_loads() -> None:
+def test_every_section_of_every_experiment_loads():
     assert set(schemas.SECTIONS) == set(SECTIONS)
     for path in FOLDER.glob("*.yaml"):
         for phase in SECTIONS if path.stem in FULL else {*SECTIONS} - {"um3-init", "um3"}:
@@ -68,7 +65,7 @@ def test_every_section_of_every_experiment_loads() -> None:
 
 
 @pytest.mark.parametrize("experiment", FULL)
-def test_the_phases_of_an_experiment_fit_each_other(experiment: str) -> None:
+def test_the_phases_of_an_experiment_fit_each_other(experiment):
     stage1, stage2, um3, evaluation = (load(experiment, phase) for phase in ("stage1", "stage2", "um3", "eval"))
     vocabulary, shape = um3.vocabulary, stage1.model
     assert vocabulary.subtokens * vocabulary.bits_per_subtoken == shape.bits
@@ -80,7 +77,7 @@ def test_the_phases_of_an_experiment_fit_each_other(experiment: str) -> None:
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 
 
-def test_the_demo_needs_nothing_from_outside() -> None:
+def test_the_demo_needs_nothing_from_outside():
     stage1, stage2, codes, um3 = (load("demo", phase) for phase in ("stage1", "stage2", "codes", "um3"))
     sources = [*stage1.data.sources, *stage2.data.sources, *codes.images, *um3.data.texts]
     assert {source.kind for source in sources} <= {"scenes", "digits", "python_docs"}
@@ -123,14 +120,14 @@ EVALUATION = {
         ("um3_llama3_1b", "eval", EVALUATION),
     ],
 )
-def test_the_papers_tables(experiment: str, phase: str, table: dict[str, Any]) -> None:
+def test_the_papers_tables(experiment, phase, table):
     config = load(experiment, phase)
     assert {key: attrgetter(key)(config) for key in table} == table
     if phase == "stage2":
         assert config.perceptual.backbone and config.perceptual.heads  # LPIPS itself, not the stand-in
 
 
-def test_the_papers_mix_fills_its_batch() -> None:
+def test_the_papers_mix_fills_its_batch():
     config = load("um3_llama3_1b", "um3")
     schedule, batch = Schedule(config.data.mix), config.loop.batch_size
     assert schedule.counts(0, batch_size=batch) == {"text": 480, "i2t": 8, "t2i": 24}
@@ -139,14 +136,14 @@ def test_the_papers_mix_fills_its_batch() -> None:
     assert schedule.proportions(9_999)["text"] > 0.75 == schedule.proportions(10_000)["text"]
 
 
-def meta_qlip(experiment: str = "qlip_b16") -> QLIPModel:
+def meta_qlip(experiment="qlip_b16"):
     """The tokenizer of an experiment's stage 1, without memory."""
     config = load(experiment, "stage1")
     with torch.device("meta"):
         return QLIPModel(qlip_config(config.model, config.text))
 
 
-def meta_um3() -> tuple[PreTrainedModel, UnifiedVocabulary]:
+def meta_um3():
     """Llama-3.2-1B by its public dimensions, extended as the paper's config asks, without memory."""
     config = load("um3_llama3_1b", "um3")
     subtokens, bits = config.vocabulary.subtokens, config.vocabulary.bits_per_subtoken
@@ -155,14 +152,14 @@ def meta_um3() -> tuple[PreTrainedModel, UnifiedVocabulary]:
     ids = UnifiedVocabulary(
         text_vocab_size=128_258, subtokens=subtokens, bits_per_subtoken=bits, num_patches=256, **specials, **marks
     )
-    sizes: dict[str, Any] = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64)
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64)
     sizes |= dict(vocab_size=128_256, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(**sizes))
         return extend_model(insert_qk_norm(base) if config.model.qk_norm else base, ids=ids), ids
 
 
-def peaks(module: nn.Module, *, config: OptimizerConfig) -> dict[str, float]:
+def peaks(module, *, config):
     """The peak rate of every trained parameter. Weights of two or more dimensions decay, others do not."""
     names, rates = {parameter: name for name, parameter in module.named_parameters()}, {}
     for group in build_optimizer(module.named_parameters(), config=config).param_groups:
@@ -176,7 +173,7 @@ def peaks(module: nn.Module, *, config: OptimizerConfig) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("experiment", "tokens", "millions"), [("qlip_b16", 256, 87), ("qlip_b8", 1024, 87), ("qlip_l14", 784, 304)]
 )
-def test_every_variant_has_the_papers_size(experiment: str, tokens: int, millions: float) -> None:
+def test_every_variant_has_the_papers_size(experiment, tokens, millions):
     model = meta_qlip(experiment)
     assert (model.num_patches, model.num_bits) == (tokens, 28)
     bottleneck = ("quant_embed.", "quant_embed_post.")
@@ -196,11 +193,11 @@ def test_every_variant_has_the_papers_size(experiment: str, tokens: int, million
         ("clip_only", "stage1", ["loss.mse: 1000.0 -> 0.0"]),
     ],
 )
-def test_a_control_differs_from_qlip_in_one_weight(experiment: str, phase: str, changed: list[str]) -> None:
+def test_a_control_differs_from_qlip_in_one_weight(experiment, phase, changed):
     assert differences(to_dict(load("qlip_b16", phase)), to_dict(load(experiment, phase))) == changed
 
 
-def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
+def test_the_decoder_alone_is_tuned_on_imagenet():
     config, base = load("qlip_b16_in1k", "stage2"), load("qlip_b16", "stage2")
     changed = differences(to_dict(base), to_dict(config))
     assert {line.partition(":")[0] for line in changed} == {"trainable", "data.sources"}
@@ -210,14 +207,14 @@ def test_the_decoder_alone_is_tuned_on_imagenet() -> None:
     assert peaks(autoencoder, config=config.optimizer).keys() == trained
 
 
-def test_b_16_and_b_8_differ_by_their_patches() -> None:
+def test_b_16_and_b_8_differ_by_their_patches():
     """768 positions more in encoder and decoder, smaller patches in the first and last layer."""
     finer_grid, smaller_patches = 2 * 768 * 768, -3 * (256 - 64) * (768 + 2048 + 1)
     b16, b8 = (sum(p.numel() for p in meta_qlip(experiment).parameters()) for experiment in ("qlip_b16", "qlip_b8"))
     assert b16 == 239_434_013 and b8 == b16 + finer_grid + smaller_patches == 238_991_069
 
 
-def test_the_rates_of_stage_1_reach_their_modules() -> None:
+def test_the_rates_of_stage_1_reach_their_modules():
     objective = Stage1Objective(meta_qlip())
     found = peaks(objective, config=load("qlip_b16", "stage1").optimizer)
     assert len(found) == len(list(objective.parameters()))
@@ -232,16 +229,21 @@ def test_the_rates_of_stage_1_reach_their_modules() -> None:
     assert expected.keys() <= rates.keys()
 
 
-def test_stage_2_trains_bottleneck_and_decoder_only() -> None:
+def test_stage_2_trains_bottleneck_and_decoder_only():
     found = peaks(Autoencoder(meta_qlip()), config=load("qlip_b16", "stage2").optimizer)
     rates = {(re.sub(r"^qlip\.(vision_model\.)?|\..*", "", name), rate) for name, rate in found.items()}
     assert rates == {("quant_embed", 5e-4), ("quant_embed_post", 5e-4), ("vision_decoder", 1e-4)}
 
 
-def test_um3_has_its_size_and_one_rate() -> None:
+def test_um3_has_its_size_and_one_rate():
     config = load("um3_llama3_1b", "um3")
     model, ids = meta_um3()
-    assert count_parameters(model, ids=ids)["total"] == 1_632_710_656
+    counts = count_parameters(model, ids=ids)
+    assert counts["total"] == sum(parameter.numel() for parameter in model.parameters()) == 1_632_710_656
+    assert counts["visual embedding"] == counts["visual head"] == 32_768 * 2048
+    assert counts["norms"] == (16 * 2 + 1) * 2048 + 16 * 2 * 64
+    # Llama-3.2-1B without its embedding, and the gains of qk-norm.
+    assert counts["layers"] + counts["norms"] == 1_235_814_400 - 128_256 * 2048 + 16 * 2 * 64
     assert type(model).__name__ == "Qwen3ForCausalLM" and not model.config.tie_word_embeddings
     objective = UM3Objective(model, ids=ids, loss=config.loss)
     found = peaks(objective, config=config.optimizer)

@@ -6,8 +6,6 @@ import shlex
 import subprocess
 import sys
 import typing
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +16,9 @@ import eval.__main__
 import train.__main__
 from tests.helpers.processes import ROOT
 from tests.helpers.schemas import SCHEMAS
-from tests.helpers.tiny_um3 import make_model, save_qlip
-from tokenizer.processor import QLIPProcessor
-from tokenizer.text_tokenizer import train_caption_tokenizer
+from tests.helpers.tiny_qlip import make_qlip
+from tests.helpers.tiny_um3 import save_um3
 from um3.core.commands import find_config
-from um3.model.language_model import save_model
-from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -34,27 +29,21 @@ ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_run(tmp_path_factory):
     """A folder with runs/demo/um3: a tiny UM3 with random weights, whose visual tokenizer has a text tokenizer."""
     root = tmp_path_factory.mktemp("docs")
-    folder = root / "runs/demo/um3"
-    text_tokenizer = train_text_tokenizer(["a red circle", "three green triangles"] * 9, vocab_size=280)
-    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
-    save_qlip(folder / "qlip", image_size=16, patch_size=8, text_vocab_size=300)
-    text = train_caption_tokenizer(["a dog", "a boat"] * 9, vocab_size=300)
-    QLIPProcessor(text, image_size=16, max_text_tokens=16).save_pretrained(folder / "qlip")
-    model = make_model(ids, scale=10.0, max_position_embeddings=256)
-    save_model(folder / "model", model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=folder / "qlip")
+    qlip = make_qlip(root / "qlip", image_size=16, patch_size=8, bits=28, captions=["a dog", "a boat"] * 9)
+    save_um3(root / "runs/demo/um3", qlip_folder=qlip, scale=10.0, max_position_embeddings=256)
     return root
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks(page, language):
     """The fenced blocks of a language ("" for the shell) of a page."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     return [text for name, text in fences if name == language]
 
 
-def commands(page: Path) -> list[list[str]]:
+def commands(page):
     """The words of every shell line, comments and continuation lines resolved."""
     lines = []
     for block in blocks(page, ""):
@@ -64,21 +53,21 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(ENVIRONMENT.sub("", line), comments=True) for line in lines if not line.startswith("#")]
 
 
-def ids(page: Path) -> str:
+def ids(page):
     return str(page.relative_to(ROOT))
 
 
-def keys_of(schema: type, *, prefix: str = "") -> set[str]:
+def keys_of(schema, *, prefix=""):
     """Every dotted key of a config dataclass."""
     keys = set()
     for name, hint in typing.get_type_hints(schema).items():
         keys.add(prefix + name)
         if dataclasses.is_dataclass(hint):
-            keys |= keys_of(typing.cast(type, hint), prefix=f"{prefix}{name}.")
+            keys |= keys_of(hint, prefix=f"{prefix}{name}.")
     return keys
 
 
-def settings(words: list[str]) -> list[str]:
+def settings(words):
     """The keys of the settings among words, and of those in ARGS= and GENERATE=."""
     found = []
     for word in words:
@@ -91,7 +80,7 @@ def settings(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_targets_commands_and_settings_exist(page: Path) -> None:
+def test_targets_commands_and_settings_exist(page):
     keys = set().union(*map(keys_of, SCHEMAS))
     for words in commands(page):
         if words[:1] == ["make"]:
@@ -112,18 +101,18 @@ def test_targets_commands_and_settings_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)|(?:src|srcset)=\"([^\":]+)\"", page.read_text()):
         path = next(filter(None, target))
         assert (page.parent / path).exists(), f"{page}: {path}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
-def test_python_runs(page: Path, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(page, demo_run, tmp_path, monkeypatch):
     """Blocks of a page run one after the other; the tiny model stands for every model that a page names."""
     (tmp_path / "runs").symlink_to(demo_run / "runs")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"images": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
+    names = {"images": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
     for block in blocks(page, "python"):
         for hub_id in ("nvidia/QLIP-B-16-256", "path/or/hub-id"):
             block = block.replace(f'"{hub_id}"', repr(str(demo_run / "runs/demo/um3/model/qlip")))
@@ -131,7 +120,7 @@ def test_python_runs(page: Path, demo_run: Path, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_um3_lines_of_the_readme_run(demo_run: Path, tmp_path: Path) -> None:
+def test_um3_lines_of_the_readme_run(demo_run, tmp_path):
     (tmp_path / "runs").symlink_to(demo_run / "runs")
     lines = [words for words in commands(ROOT / "README.md") if words[:1] == [".venv/bin/um3"]]
     assert {words[1] for words in lines} == {"generate", "caption", "serve"}
@@ -144,7 +133,7 @@ def test_um3_lines_of_the_readme_run(demo_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds(tmp_path: Path) -> None:
+def test_the_site_builds(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

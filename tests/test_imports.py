@@ -3,14 +3,12 @@
 import ast
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.processes import ROOT, run_python
 
-ROOMS: dict[str, tuple[str, ...]] = {
+ROOMS = {
     "um3.core": (),
     "tokenizer": (),
     "um3": ("model", "inference", "web", "cli"),
@@ -30,23 +28,23 @@ PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "sh
 PICKLING_CALLS = {"read_pickle", "to_pickle", "unsafe_load", "full_load"}
 
 
-def module_name(path: Path) -> str:
+def module_name(path):
     """`um3/core/files.py` -> `um3.core.files`; the name of a package has no `__init__`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def room_of(module: str) -> str | None:
+def room_of(module):
     """The room of a module (the longest name that matches)."""
     return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len, default=None)
 
 
-def sub_room_of(module: str) -> str | None:
+def sub_room_of(module):
     room = room_of(module)
     name = module.removeprefix(f"{room}.").split(".")[0]
     return name if room is not None and name in ROOMS[room] else None
 
 
-def points_right(importer: str, imported: str) -> bool:
+def points_right(importer, imported):
     """Whether an import is of a later room, or of a later sub-room of the same room."""
     here, there = room_of(importer), room_of(imported)
     order = tuple(ROOMS)
@@ -55,7 +53,7 @@ def points_right(importer: str, imported: str) -> bool:
     return here is not None and there is not None and order.index(there) > order.index(here)
 
 
-def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]]:
+def imported_modules(tree, *, package):
     """(line, module) of every import, also in functions and under TYPE_CHECKING.
 
     `from a import b` counts as `a.b`, which is in the room of `a` unless `a.b` is a room itself. Relative imports
@@ -72,30 +70,30 @@ def imported_modules(tree: ast.AST, *, package: str) -> Iterator[tuple[int, str]
             yield node.lineno, leading_text(node.args[0])
 
 
-def leading_text(node: ast.expr) -> str:
+def leading_text(node):
     """The constant start of a string or f-string."""
     first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
 
 
-def called(node: ast.Call) -> str:
+def called(node):
     """The last name of the called function: `torch.load(...)` -> `load`."""
     function = node.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def wrong_imports(tree: ast.AST, *, module: str, package: str) -> list[str]:
+def wrong_imports(tree, *, module, package):
     assert room_of(module) is not None, f"{module} belongs to no room of {list(ROOMS)}"
     imports = imported_modules(tree, package=package)
     return [f"{line}: {module} imports {other}" for line, other in imports if points_right(module, other)]
 
 
-def unsafe_loads(tree: ast.AST) -> list[str]:
+def unsafe_loads(tree):
     """Calls that could run code from a file: pickle and the like, torch.load of more than tensors, remote code."""
     imports = imported_modules(tree, package="")
     unsafe = [f"{n}: imports {name}" for n, name in imports if name.split(".")[0] in PICKLERS or name == "torch.load"]
     for node in ast.walk(tree):
-        keywords: dict[str, ast.expr] = {}
+        keywords = {}
         if isinstance(node, ast.Dict):
             keywords = {leading_text(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
         elif isinstance(node, ast.Call):
@@ -113,15 +111,15 @@ def unsafe_loads(tree: ast.AST) -> list[str]:
     return unsafe
 
 
-def is_constant(node: ast.expr | None, value: object) -> bool:
+def is_constant(node, value):
     return isinstance(node, ast.Constant) and node.value is value
 
 
-def parse(path: Path) -> ast.Module:
+def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def test_every_room_is_listed_and_packaged() -> None:
+def test_every_room_is_listed_and_packaged():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert {*wheel["packages"], *wheel["force-include"]} - {"configs", "scripts/um3_rooms.pth"} == set(PACKAGES)
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
@@ -130,13 +128,13 @@ def test_every_room_is_listed_and_packaged() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_point_left_only_and_nothing_unsafe_is_loaded(path: Path) -> None:
+def test_imports_point_left_only_and_nothing_unsafe_is_loaded(path):
     package = module_name(path.parent / "__init__.py")
     assert not wrong_imports(parse(path), module=module_name(path), package=package)
     assert not unsafe_loads(parse(path))
 
 
-def test_no_folder_and_no_file_is_too_large() -> None:
+def test_no_folder_and_no_file_is_too_large():
     counts = Counter(path.parent for path in PRODUCT)
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PRODUCT}
     folders = [f"{folder.relative_to(ROOT)}: {n} files" for folder, n in counts.items() if n > MAX_FILES_PER_FOLDER]
@@ -144,7 +142,7 @@ def test_no_folder_and_no_file_is_too_large() -> None:
     assert folders + files == []
 
 
-def test_every_module_has_a_docstring() -> None:
+def test_every_module_has_a_docstring():
     assert [module_name(path) for path in FILES if not ast.get_docstring(parse(path))] == []
     assert [folder for folder in {path.parent for path in FILES} if not (folder / "__init__.py").exists()] == []
 
@@ -200,19 +198,19 @@ options = {'trust_remote_code': False, **other}
 
 
 @pytest.mark.parametrize(("lines", "is_wrong"), [(TO_THE_RIGHT, True), (TO_THE_LEFT, False)])
-def test_the_checker_sees_imports_to_the_right(lines: str, is_wrong: bool) -> None:
+def test_the_checker_sees_imports_to_the_right(lines, is_wrong):
     for module, line in (text.split(": ", 1) for text in lines.strip().splitlines()):
         found = wrong_imports(ast.parse(line), module=module, package=module.rpartition(".")[0])
         assert bool(found) == is_wrong, line
 
 
 @pytest.mark.parametrize(("lines", "is_unsafe"), [(UNSAFE, True), (SAFE, False)])
-def test_the_checker_sees_unsafe_loads(lines: str, is_unsafe: bool) -> None:
+def test_the_checker_sees_unsafe_loads(lines, is_unsafe):
     for line in lines.strip().splitlines():
         assert bool(unsafe_loads(ast.parse(line))) == is_unsafe, line
 
 
-def test_reading_a_config_imports_no_deep_learning() -> None:
+def test_reading_a_config_imports_no_deep_learning():
     """A phase that is up to date must return at once."""
     program = "import sys, train.config, train.__main__; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = set(run_python(program).stdout.split())

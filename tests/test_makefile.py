@@ -7,8 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 @pytest.fixture
-def bare(tmp_path: Path) -> Path:
+def bare(tmp_path):
     """The files that make itself reads, and nothing that a setup would have made."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -41,7 +39,7 @@ def bare(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ready(bare: Path) -> Path:
+def ready(bare):
     """The same, set up, with commands that only record their arguments and environment."""
     (bare / ".venv/bin").mkdir(parents=True)
     (bare / ".venv/.ready").touch()
@@ -51,13 +49,13 @@ def ready(bare: Path) -> Path:
     return bare
 
 
-def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def make(folder, *arguments, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+    options = {"capture_output": True, "text": True, "timeout": 120}
     return subprocess.run(["make", *arguments], cwd=folder, env=inherited | environment, **options)
 
 
-def records(folder: Path, *arguments: str, **environment: str) -> list[tuple[list[str], dict[str, str]]]:
+def records(folder, *arguments, **environment):
     """(arguments, environment) of the commands that make runs."""
     (folder / "record.jsonl").write_text("")
     result = make(folder, *arguments, **environment)
@@ -65,7 +63,7 @@ def records(folder: Path, *arguments: str, **environment: str) -> list[tuple[lis
     return [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
 
 
-def commands(folder: Path, *arguments: str, **environment: str) -> list[list[str]]:
+def commands(folder, *arguments, **environment):
     """Their arguments, with the values of the environment's variables."""
     return [
         [re.sub(r"\$\{oc\.env:(\w+)\}", lambda name, values=values: values[name[1]], word) for word in words]
@@ -73,13 +71,13 @@ def commands(folder: Path, *arguments: str, **environment: str) -> list[list[str
     ]
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
+def command(folder, *arguments):
     """The one command of a target."""
     (found,) = commands(folder, *arguments)
     return found
 
 
-def test_help_lists_every_target_once_and_needs_no_setup(bare: Path) -> None:
+def test_help_lists_every_target_once_and_needs_no_setup(bare):
     result = make(bare, "help")
     assert result.returncode == 0 and not result.stderr
     listed = re.findall(r"^  make (\S+) +\S.*$", result.stdout, re.MULTILINE)
@@ -126,7 +124,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
 
 
 @pytest.mark.parametrize("target", SETTINGS)
-def test_odd_names_pass_through_unchanged_and_args_come_last(target: str, ready: Path) -> None:
+def test_odd_names_pass_through_unchanged_and_args_come_last(target, ready):
     settings = SETTINGS[target]
     for shift in (0, 5, 11):
         names = {name: f"x{ODD[(shift + i) % len(ODD)]}{i}" for i, name in enumerate(settings)}
@@ -139,7 +137,7 @@ def test_odd_names_pass_through_unchanged_and_args_come_last(target: str, ready:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_path_reaches_the_config(odd: str, ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_odd_path_reaches_the_config(odd, ready, monkeypatch):
     ((words, values),) = records(ready, "stage1", f"DATA=d{odd}", f"RUN=r{odd}")
     for name in ("DATA", "RUN"):
         monkeypatch.setenv(name, values[name])
@@ -150,7 +148,7 @@ def test_an_odd_path_reaches_the_config(odd: str, ready: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("run", ["runs/mine", "r'\"$HOME[1] #\\"])
-def test_the_demo_runs_every_phase_in_order_in_one_folder(run: str, ready: Path) -> None:
+def test_the_demo_runs_every_phase_in_order_in_one_folder(run, ready):
     patterns = ["train stage1", "train stage2", "data_mix encode", "train um3", "eval run", "eval report"]
     for found in (commands(ready, "demo", f"RUN={run}"), commands(ready, "demo", RUN=run)):
         assert len(found) == len(patterns)
@@ -160,8 +158,8 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(run: str, ready: Path)
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview"])
-def test_config_names_the_experiment_and_its_run(target: str, ready: Path) -> None:
-    def config_and_run(*arguments: str) -> tuple[str, str]:
+def test_config_names_the_experiment_and_its_run(target, ready):
+    def config_and_run(*arguments):
         words = command(ready, target, *arguments)
         (run,) = {word for text in words for word in re.findall(r"runs/[\w-]+", text)}
         return words[words.index("--config") + 1], run
@@ -176,7 +174,7 @@ LAYOUTS = {"coco-generation": "flat", "geneval": "geneval num_images=4", "dpg": 
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-def test_images_are_generated_before_they_are_scored(target: str, ready: Path) -> None:
+def test_images_are_generated_before_they_are_scored(target, ready):
     settings = ("RUN=R", "PROMPTS=/my list.txt", "GENERATE=seed=3", "MODEL=/a model", "ARGS=x=1")
     generated, scored = commands(ready, target, *settings)
     words = ["model=/a model", "prompts=/my list.txt", f"output_dir=R/generated/{target}"]
@@ -185,12 +183,12 @@ def test_images_are_generated_before_they_are_scored(target: str, ready: Path) -
     assert f"images=R/generated/{target}" in scored and scored[-1] == "x=1"
 
 
-def test_captions_of_another_model_need_none_of_ours(ready: Path) -> None:
+def test_captions_of_another_model_need_none_of_ours(ready):
     words = command(ready, "coco-captions", "RUN=R", "MODEL=", "REFERENCES=/my refs.json", "ARGS=captions=c.json")
     assert words[4:] == ["references=/my refs.json", "output=R/eval/coco_captions.json", "captions=c.json"]
 
 
-def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
+def test_any_models_language_and_any_runs_are_compared(ready):
     places = {"runs/demo/um3/model": "demo-um3-model", "org/Llama-1B": "org-Llama-1B", "/my llama/": "my-llama"}
     for model, place in (places | {"R/um3/model": "R-um3-model"}).items():
         words = command(ready, "eval-language", "RUN=R" if model.startswith("R/") else f"MODEL={model}")
@@ -200,25 +198,25 @@ def test_any_models_language_and_any_runs_are_compared(ready: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])
-def test_nproc_is_the_number_of_training_processes(target: str, ready: Path) -> None:
+def test_nproc_is_the_number_of_training_processes(target, ready):
     words = command(ready, target, "NPROC=3")
     assert words[:6] == [".venv/bin/python", "-m", "train", target, "--processes", "3"]
     default = command(ready, target)
     assert default[5] in ("1", "2") and default[:5] + default[6:] == words[:5] + words[6:]
 
 
-def test_targets_that_train_nothing_take_no_processes(ready: Path) -> None:
+def test_targets_that_train_nothing_take_no_processes(ready):
     for target in ("codes", "eval", "report", "sample", "serve", "mix-preview"):
         assert command(ready, target, "NPROC=3") == command(ready, target)
 
 
-def test_without_a_setup_a_target_sets_up_first(bare: Path) -> None:
+def test_without_a_setup_a_target_sets_up_first(bare):
     lines = make(bare, "-n", "stage1").stdout.replace("\\\n", " ").splitlines()
     assert any(line.endswith("-m venv .venv") for line in lines[:-1])
     assert "train" in lines[-1] and "train" not in lines[0]
 
 
-def test_a_python_that_is_too_old_is_one_line(bare: Path) -> None:
+def test_a_python_that_is_too_old_is_one_line(bare):
     old = bare / "old-python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -228,7 +226,7 @@ def test_a_python_that_is_too_old_is_one_line(bare: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview", "demo"])
-def test_an_unknown_config_is_one_clear_line(target: str, ready: Path) -> None:
+def test_an_unknown_config_is_one_clear_line(target, ready):
     (ready / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     result = make(ready, target, "CONFIG=nowhere")
     assert result.returncode != 0 and not result.stdout

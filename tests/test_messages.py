@@ -6,10 +6,9 @@ f-string `{...}` stands for a value. Config keys are the fields of the classes n
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import typer
@@ -48,24 +47,24 @@ class Message(NamedTuple):
     names: frozenset[str]
 
 
-def text_of(node: Any) -> str:
+def text_of(node):
     if isinstance(node, ast.Constant):
         return str(node.value)
     return "".join(part.value if isinstance(part, ast.Constant) else "{...}" for part in node.values)
 
 
 @cache
-def sources() -> dict[Path, ast.Module]:
+def sources():
     files = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
     return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
 
-def docstrings(tree: ast.Module) -> Iterator[ast.expr]:
+def docstrings(tree):
     """The strings that stand alone: docstrings of modules, classes, functions and fields."""
     return (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
 
 
-def messages_of(file: Path, tree: ast.Module) -> Iterator[Message]:
+def messages_of(file, tree):
     nodes = list(ast.walk(tree))
     skipped = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     skipped |= set(docstrings(tree))
@@ -78,14 +77,14 @@ def messages_of(file: Path, tree: ast.Module) -> Iterator[Message]:
 
 
 @cache
-def messages() -> list[Message]:
+def messages():
     return [message for file, tree in sources().items() for message in messages_of(file, tree)]
 
 
 @cache
-def schemas() -> dict[str, dict[str, str]]:
+def schemas():
     """Fields of the config dataclasses: class -> field -> annotation; equal class names are united."""
-    fields: dict[str, dict[str, str]] = {}
+    fields = {}
     for node in (node for tree in sources().values() for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name not in LENIENT_CONFIGS:
             annotated = [item for item in node.body if isinstance(item, ast.AnnAssign)]
@@ -94,7 +93,7 @@ def schemas() -> dict[str, dict[str, str]]:
     return fields
 
 
-def resolves(path: list[str], schema: str) -> bool:
+def resolves(path, schema):
     """Whether `path` leads from `schema` to one of its fields; keys of a dictionary are free."""
     annotation = schemas()[schema].get(path[0])
     if annotation is None or len(path) == 1 or "dict[" in annotation:
@@ -102,19 +101,19 @@ def resolves(path: list[str], schema: str) -> bool:
     return any(resolves(path[1:], name) for name in re.findall(r"\w+", annotation) if name in schemas())
 
 
-def is_key(dotted: str) -> bool:
+def is_key(dotted):
     path = dotted.split(".")
     path = path[1:] if path[0] in SECTIONS and len(path) > 1 else path
     return any(resolves(path, schema) for schema in schemas())
 
 
 @cache
-def key_names() -> set[str]:
+def key_names():
     return {name for fields in schemas().values() for name in fields}
 
 
 @cache
-def flags(room: str) -> set[str]:
+def flags(room):
     """The options of the room's parsers, and of the helper that builds them."""
     options = {"--help"}
     for file, tree in sources().items():
@@ -125,25 +124,25 @@ def flags(room: str) -> set[str]:
             if any(isinstance(option, ast.JoinedStr) for args in arguments for option in args):  # f"--{name}"
                 options |= {f"--{node.value}" for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     if room == "um3":
-        command: Any = typer.main.get_command(app)
+        command = typer.main.get_command(app)
         parameters = [parameter for sub_command in command.commands.values() for parameter in sub_command.params]
         options |= {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     return options
 
 
 @cache
-def commands(room: str) -> set[str]:
+def commands(room):
     tree = sources().get(ROOT / room / "__main__.py", ast.Module([], []))
     keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
     return {key.value for key in keys if isinstance(key, ast.Constant)}
 
 
-def is_module(dotted: str) -> bool:
+def is_module(dotted):
     path = ROOT.joinpath(*dotted.split(".")[:2])
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def unknown(message: Message) -> list[str]:
+def unknown(message):
     """What the message names and the product lacks."""
     text, room = message.text, message.file.parts[0]
     targets = re.findall(r"\bmake ([a-z][\w-]*)", text)
@@ -162,30 +161,30 @@ def unknown(message: Message) -> list[str]:
     return [name for name, exists in named if not exists and name not in ALLOWED]
 
 
-def test_messages_are_found() -> None:
+def test_messages_are_found():
     assert len(messages()) > 400 and len(TARGETS) > 20
     assert is_key("data.mix.start") and is_key("stage1.loop.max_steps") and is_key("optimizer.module_lr.a")
     assert not is_key("model.slots") and not is_key("loop.total_steps")
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_remedy_exists(room: str) -> None:
+def test_every_remedy_exists(room):
     in_room = [message for message in messages() if message.file.parts[0] == room]
     wrong = {f"{message.file}:{message.line}": unknown(message) for message in in_room}
     assert [(place, names) for place, names in wrong.items() if names] == []
 
 
-def empty_remedies(tree: ast.Module) -> list[int]:
+def empty_remedies(tree):
     """Lines of errors that end in a computed remedy, which may be empty, instead of words."""
     errors = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
-    texts: list[Any] = [part for error in errors for part in error.args[:1] if isinstance(part, ast.JoinedStr)]
+    texts = [part for error in errors for part in error.args[:1] if isinstance(part, ast.JoinedStr)]
     computed = [
         text for text in texts if text_of(text).endswith("; {...}") and isinstance(text.values[-1].value, ast.Call)
     ]
     return [text.lineno for text in computed]
 
 
-def test_no_remedy_can_be_empty() -> None:
+def test_no_remedy_can_be_empty():
     found = {str(file.relative_to(ROOT)): lines for file, tree in sources().items() if (lines := empty_remedies(tree))}
     assert found == {}
     assert empty_remedies(ast.parse("raise UserError(f'only {n} images; {skipped.note()}')")) == [1]
@@ -193,7 +192,7 @@ def test_no_remedy_can_be_empty() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_make_target_in_a_docstring_exists(room: str) -> None:
+def test_every_make_target_in_a_docstring_exists(room):
     trees = [tree for file, tree in sources().items() if file.relative_to(ROOT).parts[0] == room]
     texts = [str(node.value) for tree in trees for node in docstrings(tree) if isinstance(node, ast.Constant)]
     words = " ".join(re.findall(r"`make ([^`]*)`", "\n".join(texts))).split()
@@ -213,5 +212,5 @@ def test_every_make_target_in_a_docstring_exists(room: str) -> None:
         ("run make stage1 with RUN=x, see train.config and config.json, set loop.max_steps=3 --config FILE", []),
     ],
 )
-def test_the_checker_finds_what_does_not_exist(text: str, names: list[str]) -> None:
+def test_the_checker_finds_what_does_not_exist(text, names):
     assert unknown(Message(Path("train/loop.py"), 1, text, frozenset())) == names

@@ -14,7 +14,7 @@ TINY = ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory):
     """The Python of an environment that holds the wheel, and sees this one's packages except UM3's checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
@@ -29,13 +29,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv/bin/python"
 
 
-def run(python: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(python, *arguments, cwd):
     environment = {"HOME": str(cwd), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([str(python), *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_commands_run_outside_the_checkout(python: Path, tmp_path: Path) -> None:
+def test_commands_run_outside_the_checkout(python, tmp_path):
     where = run(python, "-c", "import um3, train, tokenizer; print(um3.__file__, train.__file__)", cwd=tmp_path)
     um3_file, train_file = map(Path, where.stdout.split())
     assert train_file.parents[1] == um3_file.parent / "_rooms"  # nothing of ours but um3/ lies at the top level
@@ -51,6 +51,6 @@ def test_commands_run_outside_the_checkout(python: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_missing_model_is_one_line(python: Path, tmp_path: Path) -> None:
+def test_a_missing_model_is_one_line(python, tmp_path):
     result = run(python, "-m", "um3", "generate", "a red circle", cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "runs/demo/um3/model" in result.stderr

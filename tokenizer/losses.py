@@ -22,34 +22,30 @@ class ContrastiveLoss(NamedTuple):
     accuracy: Tensor
 
 
-def info_nce(
-    image_embeds_BP: Tensor, text_embeds_BP: Tensor, *, logit_scale: Tensor, chunk_rows: int = CHUNK_ROWS
-) -> ContrastiveLoss:
+def info_nce(image_embeds_BP: Tensor, text_embeds_BP: Tensor, *, logit_scale: Tensor) -> ContrastiveLoss:
     """Symmetric InfoNCE of the local batch against the global batch (paper, L_align).
 
     The embeddings are l2-normalised; `logit_scale` is the multiplier itself (exp of CLIP's parameter). The mean of the
-    loss over ranks is the loss of the global batch. At most `chunk_rows` rows of the (B, G) logits are in memory at a
+    loss over ranks is the loss of the global batch. At most `CHUNK_ROWS` rows of the (B, G) logits are in memory at a
     time; a larger batch recomputes its chunks for the gradient.
     """
     image_GP, text_GP = gather_with_gradient(image_embeds_BP), gather_with_gradient(text_embeds_BP)
     batch_size = len(image_embeds_BP)
     first = rank() * batch_size if len(image_GP) != batch_size else 0
     target_B = torch.arange(first, first + batch_size, device=image_embeds_BP.device)
-    image_loss, accuracy = _retrieval(image_embeds_BP, text_GP, target_B, logit_scale, chunk_rows=chunk_rows)
-    text_loss, _ = _retrieval(text_embeds_BP, image_GP, target_B, logit_scale, chunk_rows=chunk_rows)
+    image_loss, accuracy = _retrieval(image_embeds_BP, text_GP, target_B, logit_scale)
+    text_loss, _ = _retrieval(text_embeds_BP, image_GP, target_B, logit_scale)
     return ContrastiveLoss((image_loss + text_loss) / 2, accuracy)
 
 
-def _retrieval(
-    query_BP: Tensor, key_GP: Tensor, target_B: Tensor, scale: Tensor, *, chunk_rows: int
-) -> tuple[Tensor, Tensor]:
+def _retrieval(query_BP: Tensor, key_GP: Tensor, target_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and accuracy of each query's own key among all keys."""
-    if len(query_BP) <= chunk_rows:
+    if len(query_BP) <= CHUNK_ROWS:
         loss, hits = _retrieval_sums(query_BP, key_GP, target_B, scale)
     else:
         sums = [
             checkpoint(_retrieval_sums, query_CP, key_GP, target_C, scale, use_reentrant=False)
-            for query_CP, target_C in zip(query_BP.split(chunk_rows), target_B.split(chunk_rows), strict=True)
+            for query_CP, target_C in zip(query_BP.split(CHUNK_ROWS), target_B.split(CHUNK_ROWS), strict=True)
         ]
         loss, hits = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
     return loss / len(query_BP), hits / len(query_BP)

@@ -35,6 +35,7 @@ INCEPTION_SHA256 = "6726825d"
 """The first digits of the published file's sha256; they are also in its name."""
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 RANDOM_CHANNELS = (16, 32, 64)
+BATCH = 64
 
 
 class FeatureNetwork(NamedTuple):
@@ -52,11 +53,11 @@ class FeatureNetwork(NamedTuple):
         """`inception-2015 clean-fid`, `random-features`."""
         return f"{self.name} {self.preprocessing}".strip()
 
-    def moments(self, images_NHWC: NDArray, *, batch_size: int = 64) -> Moments:
+    def moments(self, images_NHWC: NDArray) -> Moments:
         """Mean and covariance of the features of all images."""
         streaming = StreamingMoments(self.num_features)
-        for start in range(0, len(images_NHWC), batch_size):
-            streaming.add(self.extract(images_NHWC[start : start + batch_size]))
+        for start in range(0, len(images_NHWC), BATCH):
+            streaming.add(self.extract(images_NHWC[start : start + BATCH]))
         return streaming.result()
 
 
@@ -69,9 +70,9 @@ def open_features(
     return qlip_features(model, processor) if name == "qlip-features" else random_features()
 
 
-def random_features(*, seed: int = 0) -> FeatureNetwork:
+def random_features() -> FeatureNetwork:
     """Three strided random convolutions; a feature is the mean activation of a channel of a layer."""
-    generator = torch_generator(seed, "random-features")
+    generator = torch_generator(0, "random-features")
     layers = nn.ModuleList()
     for inputs, outputs in itertools.pairwise((3, *RANDOM_CHANNELS)):
         layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)

@@ -5,16 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data_mix.demo.scenes import ScenesSource
-from tokenizer.configuration import QLIPConfig
-from tokenizer.modeling import QLIPModel
-from tokenizer.processor import QLIPProcessor
-from tokenizer.text_tokenizer import train_caption_tokenizer
+from tests.helpers.tiny_qlip import make_qlip
+from tests.helpers.tiny_um3 import make_base, save_um3
+from tokenizer.text_tokenizer import train_byte_bpe
 from um3.inference.pipeline import UM3Pipeline
-from um3.model.language_model import ModelConfig, build_model, save_model
-from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # imported by name, as from a user's PYTHONPATH
 
@@ -34,22 +30,8 @@ def scenes():
 @pytest.fixture(scope="session")
 def qlip_folder(tmp_path_factory, scenes):
     """A tiny QLIP with random weights and its processor, saved as a folder: 32 pixels, 16 patches of 8 bits."""
-    folder = tmp_path_factory.mktemp("qlip")
-    text = train_caption_tokenizer([caption for captions in scenes[1] for caption in captions], vocab_size=400)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    image = {"image_size": 32, "patch_size": 8, "rope_pretrained_grid": 4}
-    config = QLIPConfig(
-        text_config={**tower, "vocab_size": len(text), "projection_dim": 16, "eos_token_id": text.eos_token_id},
-        vision_config={**tower, **image, "quantizer_cfg": {"embed_dim": 8, "group_size": 1}},
-        decoder_config={**tower, **image},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    model = QLIPModel(config)
-    model.save_pretrained(folder)
-    length = config.text_config.max_position_embeddings
-    QLIPProcessor(text, image_size=32, max_text_tokens=length).save_pretrained(folder)
-    return folder
+    captions = [caption for captions in scenes[1] for caption in captions]
+    return make_qlip(tmp_path_factory.mktemp("qlip"), image_size=32, patch_size=8, bits=8, captions=captions)
 
 
 @pytest.fixture(scope="session")
@@ -62,17 +44,10 @@ def documents():
 @pytest.fixture(scope="session")
 def um3_folder(tmp_path_factory, qlip_folder, scenes, documents):
     """A tiny UM3 with random weights over the tiny QLIP: 2 subtokens of 4 bits."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "max_position_embeddings": 256}
     texts = [*documents, *(caption for captions in scenes[1] for caption in captions)]
-    text_tokenizer = train_text_tokenizer(texts, vocab_size=400)
-    ids = make_vocabulary(text_tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(intermediate_size=32, max_position_embeddings=256, **sizes), ids=ids)
-    for parameter in model.parameters():  # initial weights give near-uniform distributions
-        parameter.data *= 5
-    folder = tmp_path_factory.mktemp("um3") / "model"
-    save_model(folder, model=model, text_tokenizer=text_tokenizer, ids=ids, qlip_folder=qlip_folder)
-    return folder
+    # A scale of 5, since initial weights give near-uniform distributions.
+    return save_um3(tmp_path_factory.mktemp("um3"), qlip_folder=qlip_folder, texts=texts, bits=(2, 4), scale=5, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -167,20 +142,14 @@ def exported(um3_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory, documents):
     """A plain Llama with a tokenizer that adds bos and has no image tokens, like Llama 3's."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    options = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(documents, trainer=trainers.BpeTrainer(vocab_size=400, **options))
+    bpe = train_byte_bpe(documents, setting="entries", vocab_size=400, special_tokens=["<s>", "</s>"])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.4, bos_token_id=0, eos_token_id=1, **sizes)
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_base("llama", initializer_range=0.4, **ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

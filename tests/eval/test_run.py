@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from eval.config import PARTS
 from eval.part_files import write_part
 from eval.run import main
 from eval.scores import PartResult, read_scores
+from tests.eval.report.test_run_folder import change
 from tests.helpers.processes import locked
 from um3.core.errors import UserError
 
@@ -81,10 +80,6 @@ def test_up_to_date_parts_are_skipped(evaluated, run_folder, config_file, capsys
     main(["--config", str(config_file), f"run={run_folder}"])
 
 
-def change(part, **values):
-    part.write_text(json.dumps(json.loads(part.read_text()) | values))
-
-
 DAMAGE = {  # tests/eval/report/test_run_folder.py has every other kind of damage
     "no images": lambda part: part.with_suffix(".npz").unlink(),
     "cut images": lambda part: part.with_suffix(".npz").write_bytes(part.with_suffix(".npz").read_bytes()[:-50]),
@@ -151,27 +146,3 @@ def test_a_tokenizer_without_text_files_is_measured_too(qlip_folder, evaluate, t
     assert rows["scenes_reconstruction_plain/psnr"].value is not None
     assert rows["digits_classification/probe_cls"].value is not None
     assert "no text tokenizer" in rows["digits_classification/zero_shot"].note
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([], "set run=FOLDER"),
-        (["run=nowhere"], "no UM3 model in nowhere/um3/model; run make um3 first"),
-        (["run=nowhere", "parts=[tokenizer]"], "no visual tokenizer in nowhere/stage1 or stage2; run make stage1"),
-        (["run=nowhere", "parts=[tokenizer]", "tokenizer.stages={a: x}"], "visual tokenizer 'x'"),
-        (["run=RUN", "caption.num_images=3"], "did you mean 'captions'"),
-        (["run=RUN", "captions.num_images=1"], r"captions\.num_images is 1"),
-        (["run=RUN", "fid_features=inception-2015", "inception_weights=x", "parts=[tokenizer]"], "weights at x"),
-    ],
-)
-def test_mistakes_are_one_line_errors(config_file, run_folder, overrides, message):
-    with pytest.raises(UserError, match=message):
-        main(["--config", str(config_file), *(override.replace("RUN", str(run_folder)) for override in overrides)])
-
-
-def test_as_a_program_a_missing_model_is_one_line_and_exit_code_2(config_file, tmp_path):
-    command = [sys.executable, "-m", "eval", "run", "--config", str(config_file), f"run={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: no UM3 model in") and len(done.stderr.splitlines()) == 1

@@ -1,11 +1,11 @@
 """The reading rules of evaluation's files: hidden files, links, line ends, encodings, odd records, ids of results."""
 
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from eval.benchmarks.references import read_references
 from eval.command import SkipCounter
 from eval.results_cache import supplied_results
 from eval.tables import image_files, json_lines, read_records
@@ -20,15 +20,6 @@ def test_only_line_feeds_and_carriage_returns_end_a_prompt_or_a_class_name(tmp_p
     (tmp_path / "a.txt").write_bytes("one\u2028half\ntwo\x85half\r\nthree\x0chalf".encode())
     assert len(read_prompts(tmp_path / "a.txt")) == 3
     assert read_class_names(str(tmp_path / "a.txt"), classes=["0", "1", "2"])[0] == "one\u2028half"
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "folder/a.txt", "folder/a.jsonl"])
-def test_another_encoding_is_named_with_its_file(name, tmp_path):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes("prompt\nfirst\ncaf\xe9\n".encode("latin-1"))
-    with pytest.raises(UserError, match=f"{path}:[13]"):
-        read_prompts(path.parent if name == "folder/a.txt" else path)
 
 
 def test_hidden_files_are_passed_over_and_links_followed(tmp_path):
@@ -59,6 +50,53 @@ def test_odd_records_are_counted_alike(tmp_path):
     assert texts == ["half \ufffd", *[None] * len(odd), "whole"]
 
 
+def results(path):
+    return supplied_results(path, field="caption", ids=IDS, skipped=SkipCounter())
+
+
+def references(path):
+    return read_references(str(path), skipped=SkipCounter())
+
+
+SAME_ID = '{"image_id": 100, "caption": "x"}\n{"image_id": "0100", "caption": "y"}'
+SAME_PROMPT_ID = '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n'
+LATIN_1 = "prompt\nfirst\ncaf\xe9\n"
+OTHER_SPLIT = '{"images": [{"split": "val", "filename": "a", "sentences": []}]}'
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content", "message"),
+    [
+        (read_prompts, "none.txt", None, "does not exist"),
+        (read_prompts, "a.txt", "", "contains no prompts"),
+        (read_prompts, "a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2: expected an object with a text"),
+        (read_prompts, "a.jsonl", '{"tag": "colors"}\n', "a.jsonl:1: expected an object with a text"),
+        (read_prompts, "a.jsonl", '{"prompt": " "}\n', "prompt 1 .00000. is empty"),
+        (read_prompts, "a.jsonl", '{"id": "../x", "prompt": "a"}\n', "id '../x' of prompt 1 must .* valid file name"),
+        (read_prompts, "a.jsonl", SAME_PROMPT_ID, "id 'x' of prompt 2 must be unique"),
+        (read_prompts, "a.csv", "words\na\n", "a.csv, record 1: expected an object with a text"),
+        (read_prompts, "a.json", "7", "cannot be read as prompts"),
+        *((read_prompts, name, LATIN_1, f"{name}:[13]") for name in ("a.txt", "a.csv", "a.jsonl", "b/a.txt")),
+        (references, "a.json", "{", "a.json is not valid JSON"),
+        (references, "a.json", '{"images": [{"split": "test"}]}', "none of sentences_raw"),
+        (references, "a.json", OTHER_SPLIT, "check that it has a split test"),
+        (references, "a.jsonl", '{"file_name": "a", "caption": " "}', "no image with captions; 1 skipped: image with"),
+        (results, "none.jsonl", None, "does not exist"),
+        (results, "a.json", "{", "not valid JSON"),
+        (results, "a.jsonl", '{"image_id": 100}', "contains no"),
+        (results, "a.jsonl", SAME_ID, "second caption for '0100'"),
+        (results, "a.jsonl", '{"image_id": "a", "caption": "x"}', "'a'.*COCO_val2014_000000000100.jpg or 100"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(read, name, content, message, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
+        read(path.parent if "/" in name else path)
+
+
 @pytest.mark.parametrize(
     ("rows", "captions", "num_skipped"),
     [
@@ -73,16 +111,3 @@ def test_results_are_matched_by_every_form_of_an_id(rows, captions, num_skipped,
     skipped = SkipCounter()
     results = supplied_results(tmp_path / "a.json", field="caption", ids=IDS, skipped=skipped)
     assert [results[name] for name in IDS if name in results] == captions and skipped.count == num_skipped
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"image_id": 100, "caption": "x"}, {"image_id": "0100", "caption": "y"}], "second caption for '0100'"),
-        ([{"image_id": "a", "caption": "x"}], "'a'.*COCO_val2014_000000000100.jpg or 100"),
-    ],
-)
-def test_results_that_are_ambiguous_or_of_another_set_are_refused(rows, message, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match=message):
-        supplied_results(Path(tmp_path / "a.json"), field="caption", ids=IDS, skipped=SkipCounter())

@@ -16,21 +16,23 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def write_folder(root: Path) -> None:
-    """40 images in two folders, with captions in .txt files."""
+def write_folder(root: Path, *, captions: bool = True) -> None:
+    """40 images in two folders, with captions in .txt files if `captions`."""
     for number in range(40):
         folder = root / ("a" if number % 2 else "b/c")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:02d}.png").write_bytes(encoded(number))
-        (folder / f"{number:02d}.txt").write_text(f"number {number}\n\nalso {number}\n")
+        if captions:
+            (folder / f"{number:02d}.txt").write_text(f"number {number}\n\nalso {number}\n")
 
 
-def write_parquet(root: Path) -> None:
-    """40 images with captions in two parquet files."""
+def write_parquet(root: Path, *, captions: bool = True) -> None:
+    """40 images in two parquet files, with a caption or else with their numbers alone."""
     for part in range(2):
         numbers = list(range(part * 20, part * 20 + 20))
-        images, captions = [encoded(number) for number in numbers], [f"number {number}" for number in numbers]
-        pq.write_table(pa.table({"id": numbers, "image": images, "caption": captions}), root / f"{part}.parquet")
+        table = {"id": numbers, "image": [encoded(number) for number in numbers]}
+        table |= {"caption": [f"number {number}" for number in numbers]} if captions else {}
+        pq.write_table(pa.table(table), root / f"{part}.parquet")
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -42,12 +44,13 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def write_shards(root: Path) -> None:
-    """40 images with captions in two WebDataset shards."""
+def write_shards(root: Path, *, captions: bool = True) -> None:
+    """40 images in two WebDataset shards, with a caption or a class."""
     for part in range(2):
         members = {}
         for number in range(part * 20, part * 20 + 20):
-            members |= {f"{number:03d}.png": encoded(number), f"{number:03d}.txt": f"number {number}".encode()}
+            text = {f"{number:03d}.txt": f"number {number}".encode()} if captions else {f"{number:03d}.cls": b"1"}
+            members |= {f"{number:03d}.png": encoded(number)} | text
         write_tar(root / f"shard-{part:06d}.tar", members)
 
 

@@ -1,14 +1,13 @@
-"""Tiny vocabularies, language models and visual tokenizers for tests."""
+"""Tiny vocabularies and language models for tests."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
 
-from tokenizer.configuration import QLIPConfig
-from tokenizer.modeling import QLIPModel
-from tokenizer.processor import QLIPProcessor
+from tokenizer.modeling import load_qlip
 from um3.model.configuration import ModelConfig
 from um3.model.language_model import build_model, save_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
@@ -41,6 +40,7 @@ def make_model(ids: UnifiedVocabulary, *, scale: float = 1.0, seed: int = 0, **s
     return model
 
 
+TEXTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
 LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -67,32 +67,12 @@ def make_base(kind: str, **options: Any) -> hf.PreTrainedModel:
     return base
 
 
-def save_qlip(folder: Path, *, image_size: int, patch_size: int, text_vocab_size: int = 40) -> None:
-    """Write an untrained QLIP with codes of 28 bits."""
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    grid = image_size // patch_size
-    image = tower | {"image_size": image_size, "patch_size": patch_size, "rope_pretrained_grid": grid}
-    torch.manual_seed(0)
-    qlip = QLIPModel(
-        QLIPConfig(
-            text_config=tower | {"vocab_size": text_vocab_size, "max_position_embeddings": 16},
-            vision_config=image | {"quantizer_cfg": {"embed_dim": 28}},
-            decoder_config=image,
-            projection_dim=16,
-            initializer_range=0.3,
-        )
-    )
-    qlip.save_pretrained(folder)
-    QLIPProcessor(None, image_size=image_size, max_text_tokens=16).save_pretrained(folder)
-
-
-def save_um3(folder: Path, *, image_size: int, patch_size: int, **options: Any) -> Path:
-    """Write a UM3 with random weights and codes of 28 bits to `folder`/model and its QLIP to `folder`/qlip."""
-    save_qlip(folder / "qlip", image_size=image_size, patch_size=patch_size)
-    texts = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("square", "disk")] * 3
-    text_tokenizer = train_text_tokenizer(texts, vocab_size=280)
-    num_patches = (image_size // patch_size) ** 2
-    ids = make_vocabulary(text_tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=num_patches)
-    parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": folder / "qlip"}
+def save_um3(
+    folder: Path, *, qlip_folder: Path, texts: Iterable[str] = TEXTS, bits: tuple[int, int] = (4, 7), **options: Any
+) -> Path:
+    """Write a UM3 over a QLIP, with random weights and `bits` (sub-tokens, bits of each), to `folder`/model."""
+    text_tokenizer, image = train_text_tokenizer(texts, vocab_size=280), load_qlip(qlip_folder).num_patches
+    ids = make_vocabulary(text_tokenizer, subtokens=bits[0], bits_per_subtoken=bits[1], num_patches=image)
+    parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": qlip_folder}
     save_model(folder / "model", model=make_model(ids, **options), **parts)
     return folder / "model"

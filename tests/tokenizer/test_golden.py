@@ -1,7 +1,5 @@
 """The released layout, tensor by tensor: a tiny checkpoint with the outputs of the released code."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,41 +7,39 @@ from safetensors.torch import load_file
 
 from tests.tokenizer.conftest import GOLDEN
 from tokenizer.bits import codes_to_bits
-from tokenizer.modeling import QLIPModel, QLIPOutput, load_qlip
+from tokenizer.modeling import QLIPModel, load_qlip
 
 TOLERANCE = 1e-6
 Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def golden() -> Tensors:
+def golden():
     return load_file(GOLDEN / "golden.safetensors")
 
 
 @pytest.fixture(scope="module")
-def model() -> QLIPModel:
+def model():
     return load_qlip(GOLDEN).eval()
 
 
 @pytest.fixture(scope="module")
-def output(model: QLIPModel, golden: Tensors) -> QLIPOutput:
+def output(model, golden):
     with torch.no_grad():
         return model(golden["pixel_values"], golden["input_ids"])
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(actual, expected):
     return float((actual - expected).detach().norm() / expected.norm())
 
 
-def test_forward_reproduces_released_outputs(output: QLIPOutput, golden: Tensors) -> None:
+def test_forward_reproduces_released_outputs(output, golden):
     names = ("image_embeds", "text_embeds", "logits_per_image", "reconstructions", "quantized", "quantizer_loss")
     errors = {name: relative_error(output[name], golden[name]) for name in (*names, "codebook_entropy")}
     assert max(errors.values()) < TOLERANCE, errors
 
 
-def test_codes_are_exact_and_decode_to_the_reconstruction(
-    model: QLIPModel, output: QLIPOutput, golden: Tensors
-) -> None:
+def test_codes_are_exact_and_decode_to_the_reconstruction(model, output, golden):
     codes = model.encode(golden["pixel_values"])
     assert torch.equal(codes, output["codes"])
     assert torch.equal(codes_to_bits(codes, num_bits=28), golden["group_indices"])
@@ -52,7 +48,7 @@ def test_codes_are_exact_and_decode_to_the_reconstruction(
     assert relative_error(model.decode(codes), output["reconstructions"]) < TOLERANCE
 
 
-def test_clip_loss_and_pixel_gradient(model: QLIPModel, golden: Tensors) -> None:
+def test_clip_loss_and_pixel_gradient(model, golden):
     pixels = golden["pixel_values"].clone().requires_grad_()
     output = model(pixels, golden["input_ids"])
     logits, target = output.logits_per_image, torch.arange(len(pixels))
@@ -62,7 +58,7 @@ def test_clip_loss_and_pixel_gradient(model: QLIPModel, golden: Tensors) -> None
     assert pixels.grad is not None and relative_error(pixels.grad, golden["grad_pixel_values"]) < TOLERANCE
 
 
-def test_a_changed_model_is_saved_in_the_released_layout(golden: Tensors, tmp_path: Path) -> None:
+def test_a_changed_model_is_saved_in_the_released_layout(golden, tmp_path):
     changed = load_qlip(GOLDEN).eval()
     names, before = changed.state_dict().keys(), changed.fingerprint()
     assert names == load_file(GOLDEN / "model.safetensors").keys()
@@ -77,14 +73,12 @@ def test_a_changed_model_is_saved_in_the_released_layout(golden: Tensors, tmp_pa
     assert torch.equal(first.image_embeds, second.image_embeds)
 
 
-def test_the_fingerprint_never_changes(model: QLIPModel) -> None:
+def test_the_fingerprint_never_changes(model):
     """Code shards and UM3 models on disk carry it."""
     assert model.fingerprint().startswith("102fc90d4f16")
 
 
-def test_the_licence_of_released_weights_is_logged_and_saved_with_them(
-    model: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_licence_of_released_weights_is_logged_and_saved_with_them(model, tmp_path, caplog):
     model.save_pretrained(tmp_path)
     again = load_qlip(tmp_path)
     assert "non-commercial" in caplog.text and str(tmp_path) in caplog.text

@@ -1,8 +1,5 @@
 """QLIP beyond the golden checkpoint: other layouts, bad input, the paper's sizes."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +23,7 @@ from um3.core.errors import UserError
         {"quantizer_cfg": {"embed_dim": 12, "group_size": 3}},
     ],
 )
-def test_every_layout_encodes_decodes_and_reloads(changes: dict, tmp_path: Path) -> None:
+def test_every_layout_encodes_decodes_and_reloads(changes, tmp_path):
     torch.manual_seed(0)
     model = QLIPModel(tiny_config(**changes)).eval()
     codes = model.encode(torch.randn(2, 3, 16, 16))
@@ -36,7 +33,7 @@ def test_every_layout_encodes_decodes_and_reloads(changes: dict, tmp_path: Path)
     assert load_qlip(tmp_path).fingerprint() == model.fingerprint()
 
 
-def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
+def test_text_pooling_conventions(tiny_qlip):
     """eos_token_id == 2 pools at the largest id, any other value at its first occurrence."""
     ids = torch.tensor([[1, 5, 2, 0], [1, 9, 7, 2]])
     old = tiny_qlip.get_text_features(ids)
@@ -50,26 +47,26 @@ def test_text_pooling_conventions(tiny_qlip: QLIPModel) -> None:
     assert not torch.allclose(new.get_text_features(ids)[1], old[1])
 
 
-def test_padding_after_the_end_changes_nothing(tiny_qlip: QLIPModel) -> None:
+def test_padding_after_the_end_changes_nothing(tiny_qlip):
     short, padded = (tiny_qlip.get_text_features(torch.tensor([[1, 5, 299, *pads]])) for pads in ((), (0, 0)))
     torch.testing.assert_close(short, padded)
 
 
-def test_images_of_another_size_and_long_texts_are_refused(tiny_qlip: QLIPModel) -> None:
+def test_images_of_another_size_and_long_texts_are_refused(tiny_qlip):
     with pytest.raises(ValueError, match="16x16"):
         tiny_qlip.encode(torch.zeros(1, 3, 24, 24))
     with pytest.raises(ValueError, match=r"17 text tokens .* 16 positions"):
         tiny_qlip.get_text_features(torch.ones(1, 17, dtype=torch.long))
 
 
-def test_training_reaches_every_parameter(tiny_qlip: QLIPModel) -> None:
+def test_training_reaches_every_parameter(tiny_qlip):
     output = tiny_qlip.train()(torch.randn(3, 3, 16, 16), torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]))
     total = output.reconstructions.square().mean() + output.logits_per_image.diag().sum() + output.quantizer_loss
     total.backward()
     assert [name for name, parameter in tiny_qlip.named_parameters() if parameter.grad is None] == []
 
 
-def test_activation_checkpointing_changes_no_gradient(tiny_qlip: QLIPModel) -> None:
+def test_activation_checkpointing_changes_no_gradient(tiny_qlip):
     pixels, weight = torch.randn(2, 3, 16, 16), tiny_qlip.vision_model.embeddings.patch_embedding.weight
     (plain,) = torch.autograd.grad(tiny_qlip.train()(pixels).reconstructions.square().mean(), weight)
     tiny_qlip.gradient_checkpointing_enable()
@@ -77,13 +74,13 @@ def test_activation_checkpointing_changes_no_gradient(tiny_qlip: QLIPModel) -> N
     torch.testing.assert_close(checkpointed, plain)
 
 
-def test_qlip_b_16_has_the_released_size() -> None:
+def test_qlip_b_16_has_the_released_size():
     with torch.device("meta"):
         model = QLIPModel(QLIPConfig(vision_config={"quantizer_cfg": {"embed_dim": 28}}))
     assert sum(parameter.numel() for parameter in model.parameters()) == 239_434_013
 
 
-def test_missing_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_missing_and_damaged_folders_are_named(tiny_qlip, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):
         with pytest.raises(UserError, match=name):
@@ -104,9 +101,7 @@ def test_missing_and_damaged_folders_are_named(tiny_qlip: QLIPModel, tmp_path: P
     ],
     ids=("missing", "extra", "shape"),
 )
-def test_weights_of_another_model_are_one_line(
-    tiny_qlip: QLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable, message: str
-) -> None:
+def test_weights_of_another_model_are_one_line(tiny_qlip, tmp_path, caplog, change, message):
     tiny_qlip.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
@@ -116,7 +111,7 @@ def test_weights_of_another_model_are_one_line(
     assert caplog.text == ""
 
 
-def test_a_linear_layer_gives_the_same_with_and_without_gradient() -> None:
+def test_a_linear_layer_gives_the_same_with_and_without_gradient():
     torch.manual_seed(0)
     for bias in (True, False):
         linear, x = Linear(48, 32, bias=bias), torch.randn(2, 5, 48)

@@ -1,7 +1,5 @@
 """Towers from published layouts: generated files with EVA's names, and transformers' own CLIP."""
 
-from pathlib import Path
-
 import huggingface_hub.constants
 import pytest
 import torch
@@ -10,7 +8,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tests.tokenizer.conftest import tiny_config
-from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.pretrained import load_encoder, load_text_tower
 from um3.core.errors import UserError
@@ -23,7 +20,7 @@ EVA_NAMES = {
 }  # fmt: skip
 
 
-def eva_file(qlip: QLIPModel, path: Path, *, prefix: str = "") -> Path:
+def eva_file(qlip, path, *, prefix=""):
     """Write the encoder of `qlip` as EVA publishes one: its names, separate q and v biases, a head and tables."""
     table = {name: torch.zeros(4, 16) for name in ("mask_token", "head.weight", "rope.freqs_cos")}
     for name, tensor in qlip.vision_model.named_parameters():
@@ -41,13 +38,13 @@ def eva_file(qlip: QLIPModel, path: Path, *, prefix: str = "") -> Path:
     return path
 
 
-def fresh(config: QLIPConfig | None = None) -> QLIPModel:
+def fresh(config=None):
     torch.manual_seed(1)
     return QLIPModel(config or tiny_config()).eval()
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("mim.pt", ""), ("clip.safetensors", "visual.")])
-def test_an_eva_encoder_gives_the_same_features(name: str, prefix: str, tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_an_eva_encoder_gives_the_same_features(name, prefix, tiny_qlip, tmp_path):
     qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
     assert not torch.allclose(qlip.vision_features(pixels), tiny_qlip.vision_features(pixels))
     report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / name, prefix=prefix))
@@ -55,7 +52,7 @@ def test_an_eva_encoder_gives_the_same_features(name: str, prefix: str, tiny_qli
     assert report["fresh"] == [] and report["resampled"] == [] and len(report["loaded"]) > 15
 
 
-def test_the_encoder_of_a_qlip_folder_is_loaded_too(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_the_encoder_of_a_qlip_folder_is_loaded_too(tiny_qlip, tmp_path):
     tiny_qlip.save_pretrained(tmp_path)
     qlip, pixels = fresh(), torch.randn(2, 3, 16, 16)
     report = load_encoder(qlip, tmp_path)
@@ -68,9 +65,7 @@ def test_the_encoder_of_a_qlip_folder_is_loaded_too(tiny_qlip: QLIPModel, tmp_pa
         load_encoder(qlip, tmp_path)
 
 
-def test_an_encoder_on_the_hub_is_read_from_the_cache(
-    tiny_qlip: QLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_encoder_on_the_hub_is_read_from_the_cache(tiny_qlip, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repo, commit = tmp_path / "models--owner--eva", "0" * 40
@@ -84,7 +79,7 @@ def test_an_encoder_on_the_hub_is_read_from_the_cache(
             load_encoder(fresh(), wrong)
 
 
-def test_finer_patches_keep_the_output_of_a_uniform_patch(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_finer_patches_keep_the_output_of_a_uniform_patch(tiny_qlip, tmp_path):
     qlip = fresh(tiny_config(patch_size=4))
     report = load_encoder(qlip, eva_file(tiny_qlip, tmp_path / "eva.pt"))
     resampled = {name.removeprefix("vision_model.embeddings.") for name in report["resampled"]}
@@ -97,7 +92,7 @@ def test_finer_patches_keep_the_output_of_a_uniform_patch(tiny_qlip: QLIPModel, 
     torch.testing.assert_close(*means, atol=0.02, rtol=0)
 
 
-def test_tensors_that_a_file_lacks_are_reported_and_fresh(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_tensors_that_a_file_lacks_are_reported_and_fresh(tiny_qlip, tmp_path):
     path = eva_file(fresh(tiny_config(subln=False)), tmp_path / "eva.pt")
     report = load_encoder(tiny_qlip, path)
     names = {name.removeprefix("vision_model.encoder.layers.0.").rpartition(".")[0] for name in report["fresh"]}
@@ -114,9 +109,7 @@ def test_tensors_that_a_file_lacks_are_reported_and_fresh(tiny_qlip: QLIPModel, 
         (b"no tensors", {}, "cannot be read as tensors only"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(
-    content: object, changes: dict[str, object], message: str, tiny_qlip: QLIPModel, tmp_path: Path
-) -> None:
+def test_a_file_that_does_not_fit_is_refused(content, changes, message, tiny_qlip, tmp_path):
     path = eva_file(tiny_qlip, tmp_path / "eva.pt")
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -128,7 +121,7 @@ def test_a_file_that_does_not_fit_is_refused(
         load_encoder(tiny_qlip, tmp_path / "nowhere.pt")
 
 
-def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip: QLIPModel, tmp_path: Path) -> None:
+def test_the_text_tower_of_transformers_clip_gives_the_same_embeddings(tiny_qlip, tmp_path):
     options = tiny_qlip.config.text_tower.to_dict() | {"projection_dim": 24, "layer_norm_eps": 1e-5}
     torch.manual_seed(2)
     clip = CLIPTextModelWithProjection(CLIPTextConfig(**options)).eval()

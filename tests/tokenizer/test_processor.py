@@ -1,7 +1,5 @@
 """Images and captions to tensors and back, to codes and to embeddings."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,12 +19,12 @@ CAPTIONS = ["a red circle", "three blue squares", "a green cross above a pink tr
 
 
 @pytest.fixture(scope="module")
-def processor() -> QLIPProcessor:
+def processor():
     return QLIPProcessor(train_caption_tokenizer(CAPTIONS, vocab_size=300), image_size=16, max_text_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def model() -> QLIPModel:
+def model():
     config = tiny_config()
     config.text_tower.max_position_embeddings = 8
     torch.manual_seed(0)
@@ -34,18 +32,18 @@ def model() -> QLIPModel:
 
 
 @pytest.fixture(scope="module")
-def folder(model: QLIPModel, processor: QLIPProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qlip")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def random_images(count: int) -> np.ndarray:
+def random_images(count):
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
 
-def test_pixels_and_images_are_inverse(processor: QLIPProcessor) -> None:
+def test_pixels_and_images_are_inverse(processor):
     images = random_images(3)
     pixels = processor.pixels(images)
     assert pixels.shape == (3, 3, 16, 16)
@@ -58,7 +56,7 @@ def test_pixels_and_images_are_inverse(processor: QLIPProcessor) -> None:
         processor.pixels(np.zeros((1, 8, 8, 3), dtype=np.uint8))
 
 
-def test_captions_are_wrapped_padded_and_truncated(processor: QLIPProcessor) -> None:
+def test_captions_are_wrapped_padded_and_truncated(processor):
     encoded = processor.text(["A Red Circle", "three blue squares " * 20])
     tokenizer = processor.text_tokenizer
     assert encoded["input_ids"].shape == (2, 8)
@@ -67,9 +65,7 @@ def test_captions_are_wrapped_padded_and_truncated(processor: QLIPProcessor) -> 
     assert str(tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)).strip() == "a red circle"
 
 
-def test_batches_give_the_codes_images_and_embeddings_of_single_calls(
-    model: QLIPModel, processor: QLIPProcessor
-) -> None:
+def test_batches_give_the_codes_images_and_embeddings_of_single_calls(model, processor):
     qlip, images = QLIPImages(model, processor), random_images(5)
     codes = encode_images(qlip, images, batch_size=2)
     assert torch.equal(codes, qlip.encode(images)) and codes.shape == (5, qlip.num_codes)
@@ -85,14 +81,14 @@ def test_batches_give_the_codes_images_and_embeddings_of_single_calls(
     torch.testing.assert_close(text_embeds[-3:], alone.text_embeds)
 
 
-def test_a_saved_folder_loads_with_its_text_tokenizer(processor: QLIPProcessor, folder: Path) -> None:
+def test_a_saved_folder_loads_with_its_text_tokenizer(processor, folder):
     model, again = load(folder)
     assert again.text(CAPTIONS[:2])["input_ids"].tolist() == processor.text(CAPTIONS[:2])["input_ids"].tolist()
     assert again.image_mean == processor.image_mean and again.image_size == 16
     assert model.get_text_features(again.text(CAPTIONS)["input_ids"]).shape == (15, 24)
 
 
-def test_the_auto_classes_load_a_saved_folder(model: QLIPModel, folder: Path) -> None:
+def test_the_auto_classes_load_a_saved_folder(model, folder):
     auto, again = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert type(auto) is QLIPModel and type(again) is QLIPProcessor and type(auto.config) is QLIPConfig
     inputs = again(images=[Image.new("RGB", (20, 16), "red")] * 2, text=CAPTIONS[:2])
@@ -101,7 +97,7 @@ def test_the_auto_classes_load_a_saved_folder(model: QLIPModel, folder: Path) ->
     assert again(text="a red circle")["input_ids"].shape[0] == 1 and again() == {}
 
 
-def test_a_missing_text_tokenizer_is_named(model: QLIPModel, tmp_path: Path) -> None:
+def test_a_missing_text_tokenizer_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     processor = QLIPProcessor.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no text tokenizer"):

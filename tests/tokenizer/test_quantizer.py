@@ -10,13 +10,13 @@ from tests.helpers.tensor_sizes import TensorSizes
 from tokenizer.quantizer import BinarySphericalQuantizer, codebook_entropy
 
 
-def normal(*shape: int) -> torch.Tensor:
+def normal(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 6])
 @pytest.mark.parametrize("inv_temperature", [1.0, 10.0])
-def test_entropies_equal_brute_force(group_size: int, inv_temperature: float) -> None:
+def test_entropies_equal_brute_force(group_size, inv_temperature):
     """(E[H], H[E]) from an explicit softmax over every corner of every group."""
     quantizer = BinarySphericalQuantizer(embed_dim=6, group_size=group_size, inv_temperature=inv_temperature)
     z = torch.nn.functional.normalize(normal(40, 6), dim=-1)
@@ -31,7 +31,7 @@ def test_entropies_equal_brute_force(group_size: int, inv_temperature: float) ->
     assert float(codebook_entropy(mean_GK)) == pytest.approx(expected_codebook, rel=1e-5)
 
 
-def test_values_codes_and_straight_through_gradient() -> None:
+def test_values_codes_and_straight_through_gradient():
     quantizer = BinarySphericalQuantizer(embed_dim=4)
     z = torch.tensor([[[0.3, -0.1, 2.0, -5.0]]], requires_grad=True)
     output = quantizer(z)
@@ -44,7 +44,7 @@ def test_values_codes_and_straight_through_gradient() -> None:
     assert torch.equal(quantizer.codes_to_quantized(output.codes_BN), output.quantized_BNL.detach())
 
 
-def test_quantizer_stays_in_float32_under_autocast() -> None:
+def test_quantizer_stays_in_float32_under_autocast():
     quantizer, z = BinarySphericalQuantizer(embed_dim=28), normal(2, 16, 28)
     outside = quantizer(z)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -54,13 +54,13 @@ def test_quantizer_stays_in_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("group_size", [3, 14])
-def test_invalid_groups_are_refused(group_size: int) -> None:
+def test_invalid_groups_are_refused(group_size):
     with pytest.raises(ValueError, match="group_size"):
         BinarySphericalQuantizer(embed_dim=28, group_size=group_size)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(28, 1), (28, 4), (60, 1)])
-def test_memory_grows_with_bits_not_with_corners(bits: int, group_size: int) -> None:
+def test_memory_grows_with_bits_not_with_corners(bits, group_size):
     z = normal(4, 1024, bits).requires_grad_()
     quantizer = BinarySphericalQuantizer(embed_dim=bits, group_size=group_size)
     with TensorSizes() as sizes:

@@ -1,7 +1,5 @@
 """`make check`: every file of a run that has checksums is read, and a damaged one is named with its remedy."""
 
-from pathlib import Path
-
 import pytest
 
 from data_mix.batches.token_stream import TokenStream, scattered_sequences
@@ -15,7 +13,7 @@ from um3.core.files import sha256_of
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     """A shard, the tokens of a text, sequences of it and a checkpoint."""
     write_codes(tmp_path / "codes")
     options = {"tokenizer": TOKENIZER, "ids": IDS, "seq_len": 24, "cache": tmp_path / "um3/cache"}
@@ -32,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_whole_run_is_ok(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run_is_ok(run, capsys):
     main([str(run)])
     assert [line.endswith(": ok") for line in capsys.readouterr().out.splitlines()] == [True] * 5
     (run / "empty").mkdir()
@@ -51,9 +49,7 @@ def test_a_whole_run_is_ok(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("um3/model/config.json", "run its phase again"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_remedy(
-    pattern: str, remedy: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_named_with_its_remedy(pattern, remedy, run, capsys):
     path = next(run.glob(pattern))
     data = path.read_bytes()
     place = data.find(b"scenes-0-3") if path.suffix == ".arrow" else len(data) // 2

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ SLURM = {
 }
 
 
-def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
+def submit(spool, command):
     """Run the script as Slurm would run it for job 7 on one node."""
     for name, body in SLURM.items():
         (spool / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -37,7 +36,7 @@ def submit(spool: Path, command: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_a_slurm_job_saves_and_requeues_before_its_time_is_up(tmp_path: Path) -> None:
+def test_a_slurm_job_saves_and_requeues_before_its_time_is_up(tmp_path):
     long = ["loop.max_steps=100000", "loop.save_every_steps=100000"]
     job = submit(tmp_path, arguments("stage1", tmp_path, *long))
     deadline = time.monotonic() + 200
@@ -52,7 +51,7 @@ def test_a_slurm_job_saves_and_requeues_before_its_time_is_up(tmp_path: Path) ->
     assert (saved / "meta.json").exists()
 
 
-def test_a_failed_slurm_job_is_not_requeued(tmp_path: Path) -> None:
+def test_a_failed_slurm_job_is_not_requeued(tmp_path):
     job = submit(tmp_path, arguments("stage1", tmp_path, "loop.batch_size=9"))
     _, stderr = job.communicate(timeout=200)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -60,7 +59,7 @@ def test_a_failed_slurm_job_is_not_requeued(tmp_path: Path) -> None:
     assert not (tmp_path / "requeued").exists()
 
 
-def test_deepspeeds_launcher_runs_the_same_command(tmp_path: Path) -> None:
+def test_deepspeeds_launcher_runs_the_same_command(tmp_path):
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     train_apart(arguments("stage1", tmp_path), launcher=[*launcher, "--no_local_rank", "--module", "train"])
     assert len(losses(tmp_path / "stage1")) == 4

@@ -1,7 +1,6 @@
 """On a GPU every phase computes the losses of a CPU, and resumes."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +15,13 @@ pytestmark = [
 ]
 
 
-def train(phase: str, made: Path, folder: Path, *options: str) -> list[float]:
+def train(phase, made, folder, *options):
     """The losses of a run in `folder`, with AdamW because Muon multiplies in bf16 on a GPU."""
     train_apart(arguments(phase, made, f"loop.output_dir={folder}", "optimizer.kind=adamw", *options))
     return losses(folder)
 
 
-def test_a_gpu_computes_the_losses_of_a_cpu(
-    phase: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_computes_the_losses_of_a_cpu(phase, made, tmp_path, monkeypatch):
     on_gpu = train(phase, made, tmp_path / "gpu")
     low = train(phase, made, tmp_path / "low", "engine.precision=auto")
     assert read_json(tmp_path / "low/done.json")["peak_gpu_memory_gib"] > 0
@@ -35,7 +32,7 @@ def test_a_gpu_computes_the_losses_of_a_cpu(
     assert low != pytest.approx(on_gpu, rel=1e-6)  # bf16 products by default
 
 
-def test_a_run_resumes_within_rounding(phase: str, made: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_within_rounding(phase, made, tmp_path):
     whole = train(phase, made, tmp_path)
     shutil.rmtree(tmp_path / "model")
     shutil.rmtree(tmp_path / "checkpoints/step-00000004")

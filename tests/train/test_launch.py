@@ -6,7 +6,6 @@ SIGTERM to two processes, and SIGKILL to their launcher: tests/train/test_surviv
 import os
 import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,14 +37,7 @@ DEAF = "signal.signal(15, signal.SIG_IGN)"
         ([f"{DEAF}; [os.kill(os.getppid(), 15) or time.sleep(0.2) for _ in range(3)]; time.sleep(60)", DEAF], 143, ""),
     ],
 )
-def test_the_cause_of_a_failure_is_named_once(
-    ends: list[str],
-    code: int,
-    line: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_the_cause_of_a_failure_is_named_once(ends, code, line, tmp_path, monkeypatch, capfd):
     """Stand-in workers instead of training."""
     program = "\n".join(f"if os.environ['RANK'] == '{rank}': {end}" for rank, end in enumerate(ends))
     (tmp_path / "train.py").write_text(f"import os, signal, sys, time\n{program}\n")
@@ -62,7 +54,7 @@ def test_the_cause_of_a_failure_is_named_once(
     assert len(lines) == bool(line) and all(printed.startswith(line) for printed in lines)
 
 
-def endless(folder: Path) -> Run:
+def endless(folder):
     """Two processes that train until they are stopped, after their first steps."""
     options = ["loop.max_steps=100000", "loop.save_every_steps=100000", "engine.timeout_s=5"]
     run = Run(arguments("stage1", folder, *options), log=folder / "log", processes=2)
@@ -72,9 +64,7 @@ def endless(folder: Path) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_paused", "code"), [(signal.SIGINT, False, 130), (signal.SIGTERM, True, 0)])
-def test_a_signal_stops_all_after_the_same_step(
-    number: signal.Signals, is_paused: bool, code: int, tmp_path: Path
-) -> None:
+def test_a_signal_stops_all_after_the_same_step(number, is_paused, code, tmp_path):
     run = endless(tmp_path)
     if is_paused:
         run.pause()
@@ -85,16 +75,16 @@ def test_a_signal_stops_all_after_the_same_step(
     assert (saved / "meta.json").exists()
 
 
-def kill(run: Run) -> None:
+def kill(run):
     os.kill(run.workers()[1], signal.SIGKILL)
 
 
-def kill_while_another_hangs(run: Run) -> None:
+def kill_while_another_hangs(run):
     run.pause()
     kill(run)
 
 
-def starve(run: Run) -> None:
+def starve(run):
     """No more memory for the second process: its next larger tensor raises an exception."""
     resource.prlimit(run.workers()[1], resource.RLIMIT_AS, (2**26, 2**26))
 
@@ -109,9 +99,7 @@ def starve(run: Run) -> None:
         (starve, 2, "Cannot allocate memory; use smaller batches"),
     ],
 )
-def test_one_dead_process_stops_all_with_its_reason(
-    harm: Callable[[Run], None], code: int, reason: str, tmp_path: Path
-) -> None:
+def test_one_dead_process_stops_all_with_its_reason(harm, code, reason, tmp_path):
     run = endless(tmp_path)
     workers = run.workers()
     harm(run)
@@ -122,13 +110,13 @@ def test_one_dead_process_stops_all_with_its_reason(
 
 
 @pytest.mark.slow
-def test_a_mistake_found_by_the_processes_is_printed_once(tmp_path: Path) -> None:
+def test_a_mistake_found_by_the_processes_is_printed_once(tmp_path):
     run = Run(arguments("stage1", tmp_path, "loop.batch_size=9"), log=tmp_path / "log", processes=2)
     assert run.wait() == 2
     assert run.text().count("error:") == 1 and "Traceback" not in run.text()
 
 
-def message_of_a_bad_loss() -> str:
+def message_of_a_bad_loss():
     try:
         check_finite({"mse": float("nan") if rank() == 1 else 1.0, "entropy": 2.0}, source="images of scenes")
     except NonFiniteLoss as error:
@@ -137,5 +125,5 @@ def message_of_a_bad_loss() -> str:
 
 
 @pytest.mark.slow
-def test_every_rank_knows_which_rank_has_the_bad_loss(tmp_path: Path) -> None:
+def test_every_rank_knows_which_rank_has_the_bad_loss(tmp_path):
     assert run_on_ranks(message_of_a_bad_loss, folder=tmp_path) == ["mse is nan on rank 1: images of scenes"] * 2

@@ -12,7 +12,7 @@ from train.optim import Lamb, build_optimizer, schedule_factor, set_learning_rat
 from um3.core.errors import UserError
 
 
-def plain_lamb(weight: torch.Tensor, gradients: list[torch.Tensor], *, lr: float, decay: float) -> torch.Tensor:
+def plain_lamb(weight, gradients, *, lr, decay):
     """Algorithm 2 of You et al. with bias correction, one tensor, no tricks."""
     m, v, w = torch.zeros_like(weight), torch.zeros_like(weight), weight.clone()
     for t, g in enumerate(gradients, start=1):
@@ -25,7 +25,7 @@ def plain_lamb(weight: torch.Tensor, gradients: list[torch.Tensor], *, lr: float
 
 
 @pytest.mark.parametrize("decay", [0.05, 0.0])
-def test_lamb_follows_the_reference_trajectory(decay: float) -> None:
+def test_lamb_follows_the_reference_trajectory(decay):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 5, generator=generator)
     gradients = [torch.randn(6, 5, generator=generator) for _ in range(20)]
@@ -38,7 +38,7 @@ def test_lamb_follows_the_reference_trajectory(decay: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_orthogonalising_keeps_the_singular_vectors_and_evens_the_values(shape: tuple[int, int]) -> None:
+def test_orthogonalising_keeps_the_singular_vectors_and_evens_the_values(shape):
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     (update,) = orthogonalise_all([matrix])
     assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
@@ -49,7 +49,7 @@ def test_orthogonalising_keeps_the_singular_vectors_and_evens_the_values(shape: 
     assert not orthogonalise(torch.zeros(1, 3, 4)).any()
 
 
-def test_muon_steps_layer_matrices_by_momentum_and_the_rest_like_adamw() -> None:
+def test_muon_steps_layer_matrices_by_momentum_and_the_rest_like_adamw():
     generator = torch.Generator().manual_seed(0)
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 6)]), "head": nn.Linear(4, 6)})
     named = [(f"body.{name}", parameter) for name, parameter in model.named_parameters()]
@@ -79,7 +79,7 @@ def test_muon_steps_layer_matrices_by_momentum_and_the_rest_like_adamw() -> None
     torch.testing.assert_close(model["head"].bias, twin.bias)
 
 
-def test_groups_by_module_rate_and_decay() -> None:
+def test_groups_by_module_rate_and_decay():
     model = nn.ModuleDict({"encoder": nn.Linear(3, 3), "decoder": nn.Linear(3, 3)})
     config = OptimizerConfig(lr=1.0, module_lr={"encoder": 0.5, "encoder.bias": 0.1}, weight_decay=0.2)
     optimizer = build_optimizer(model.named_parameters(), config=config)
@@ -92,12 +92,12 @@ def test_groups_by_module_rate_and_decay() -> None:
     assert found == {((3, 3), 0.25, 0.2), ((3,), 0.05, 0.0), ((3, 3), 0.5, 0.2), ((3,), 0.5, 0.0)}
 
 
-def test_a_rate_for_no_parameter_is_an_error() -> None:
+def test_a_rate_for_no_parameter_is_an_error():
     with pytest.raises(UserError, match="decodr"):
         build_optimizer(nn.Linear(2, 2).named_parameters(), config=OptimizerConfig(module_lr={"decodr": 1.0}))
 
 
-def test_schedule_warms_up_and_falls_along_a_cosine() -> None:
+def test_schedule_warms_up_and_falls_along_a_cosine():
     config = OptimizerConfig(warmup_steps=4, final_lr_ratio=0.1)
     factors = [schedule_factor(step, max_steps=104, config=config) for step in range(105)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]

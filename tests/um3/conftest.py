@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_um3
 from um3.inference.pipeline import UM3Pipeline
 
@@ -12,7 +13,9 @@ from um3.inference.pipeline import UM3Pipeline
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights, whose images have 4 patches of 28 bits."""
-    return save_um3(tmp_path_factory.mktemp("run"), image_size=16, patch_size=8, scale=10.0)
+    folder = tmp_path_factory.mktemp("run")
+    make_qlip(folder / "qlip", image_size=16, patch_size=8, bits=28)
+    return save_um3(folder, qlip_folder=folder / "qlip", scale=10.0)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def refuse_statistics(path):
     preparation = ("largest centred square, Pillow's lanczos to 32, uint8", np.asarray)
     with pytest.raises(UserError, match="no feature statistics") as caught:
         feature_statistics.load_statistics(path, networks=[random_features()], preparation=preparation)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_one_process_writes_a_result_file(generated):
@@ -241,18 +241,3 @@ def test_clipscore_by_three_conventions(um3_folder, tmp_path):
     fewer = scored(images, f"clip={clip}")["clipscore"]
     assert (fewer.n, fewer.skipped) == (3, 1) and "missing image (1, such as 00002.png)" in fewer.note
     assert fewer.value == pytest.approx(float(torch.cat([cosines[:2], cosines[3:]]).mean()), abs=1e-6)
-
-
-def test_mistakes_are_reported_in_one_line(generated, tmp_path):
-    (tmp_path / "empty").mkdir()
-    one = folder(tmp_path / "one", noise(count=1, seed=0))
-    for arguments, message in {
-        (): "set images=FOLDER",
-        ("images=nowhere",): "nowhere does not exist",
-        (f"images={tmp_path / 'empty'}",): "contains no images",
-        (f"images={generated}", "reference=nowhere"): "no reference at nowhere",
-        (f"images={generated}", f"reference={one}", "inception_weights=none"): "no Inception weights at none",
-        (f"images={one}", f"reference={one}"): r"only 1 of 1 images are usable .*; add images",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            main(arguments)

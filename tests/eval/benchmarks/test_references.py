@@ -132,25 +132,6 @@ def test_parquet_of_the_hubs_forms(tmp_path):
     assert [(image.name, image.image, image.references) for image in images] == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", "{", "a.json is not valid JSON"),
-        ("a.json", '{"images": [{"split": "test"}]}', "none of sentences_raw"),
-        (
-            "a.json",
-            '{"images": [{"split": "val", "filename": "a", "sentences": []}]}',
-            "check that it has a split test",
-        ),
-        ("a.jsonl", '{"file_name": "a", "caption": " "}', "no image with captions; 1 skipped: image without"),
-    ],
-)
-def test_other_forms_are_refused_in_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / name)
-
-
 def test_an_inaccessible_hub_set_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"'nobody/nothing' is neither .* nor an accessible hub set with a split test"):

@@ -64,11 +64,6 @@ def test_names_and_templates(tmp_path):
             read_templates(str(file))
 
 
-def test_two_data_sets_of_one_name_are_refused(evaluate):
-    with pytest.raises(UserError, match="unique name"):
-        evaluate("tokenizer.classification=[{name: digits, path: data}]")
-
-
 def test_folders_that_cannot_be_classified_are_named(folder):
     def refused(message, path=folder):
         with pytest.raises(UserError, match=message):

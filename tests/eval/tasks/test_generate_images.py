@@ -130,19 +130,3 @@ def test_other_settings_do_not_mix_with_existing_images(generate, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "b" / "photo.png")
     with pytest.raises(UserError, match=r"no manifest.json"):
         generate("b")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["prompts=''"], "set prompts=PATH"),
-        (["num_images=5", "layout=grid"], "allows 1 to 4"),
-        (["layout=geneval"], "layout=geneval needs GenEval's metadata"),
-        (["model=nowhere"], "no UM3 model in nowhere; run make um3"),
-        (["prompts=nowhere.txt"], "nowhere.txt does not exist"),
-        (["promts=x"], "did you mean 'prompts'"),
-    ],
-)
-def test_mistakes_are_one_line(generate, options, message):
-    with pytest.raises(UserError, match=message):
-        generate("a", *options)

@@ -14,8 +14,6 @@ from lm_eval.models.huggingface import HFLM
 
 from eval import lm
 from eval.lm import UM3LM, load_language_model
-from eval.lm_eval_data import TASKS
-from eval.tasks.language import run_tasks
 from um3.core.errors import UserError
 from um3.model.export import export_text_half
 from um3.model.extend import extend_model, load_base, load_base_tokenizer
@@ -50,14 +48,6 @@ def test_a_um3_gets_what_lm_evals_hf_gives_its_export(um3_lm, exported, pairs):
     assert len(pairs) > 150
     expected = stock(exported).loglikelihood(requests(pairs), disable_tqdm=True)
     assert largest_difference(um3_lm.loglikelihood(requests(pairs)), expected) < 2e-5
-
-
-def test_the_five_tasks_give_the_same_accuracies_under_both(um3_lm, exported, benchmarks):
-    hf = stock(exported)
-    for name in TASKS:
-        ours, theirs = (run_tasks(lm, benchmarks[name])["results"][name] for lm in (um3_lm, hf))
-        for metric in ("acc,none", "acc_norm,none"):
-            assert ours.get(metric) == theirs.get(metric)
 
 
 def test_any_other_model_gets_what_hf_gives_it(llama, pairs):
@@ -112,7 +102,7 @@ def test_visual_ids_influence_neither_scores_nor_generations(pipeline, um3_lm, e
 
 
 def test_rolling_likelihood_counts_every_token_once(pipeline, um3_lm):
-    text = "Anna walked slowly. " * 20
+    text = "Anna walked slowly. " * 10
     tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
     assert len(tokens) < um3_lm.max_length
     (rolling,) = um3_lm.loglikelihood_rolling(requests([(text,)]))

@@ -1,12 +1,8 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from eval.tasks.prompts import read_prompts
-from um3.core.errors import UserError
-
-SHARED = Path(__file__).parents[4] / "shared/data/prompts"
 
 
 @pytest.mark.parametrize(
@@ -54,34 +50,3 @@ def test_coco_gives_one_caption_of_each_image_in_a_seeded_order(tmp_path):
     notes = [{"image_id": i, "caption": f"{i} {kind}"} for i in range(20) for kind in "ab"]
     (tmp_path / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": notes}))
     assert read_prompts(tmp_path / "captions_val2014.json", limit=10) == chosen
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.txt", None, "does not exist"),
-        ("a.txt", "", "contains no prompts"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2: expected an object with a text"),
-        ("a.jsonl", '{"tag": "colors"}\n', "a.jsonl:1: expected an object with a text"),
-        ("a.jsonl", '{"prompt": " "}\n', "prompt 1 .00000. is empty"),
-        ("a.jsonl", '{"id": "../x", "prompt": "a"}\n', "id '../x' of prompt 1 must be unique and a valid file name"),
-        ("a.jsonl", '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "id 'x' of prompt 2 must be unique"),
-        ("a.csv", "words\na\n", "a.csv, record 1: expected an object with a text"),
-        ("a.json", "7", "cannot be read as prompts"),
-    ],
-)
-def test_other_forms_are_refused_in_one_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_prompts(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("geneval_evaluation_metadata.jsonl", 553), ("dpg_bench_prompts.jsonl", 1065), ("PartiPrompts.tsv", 1632)],
-)
-def test_the_published_lists_are_whole(name, count):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here")
-    assert len(read_prompts(SHARED / name)) == count

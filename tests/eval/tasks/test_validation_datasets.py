@@ -2,46 +2,17 @@
 
 import json
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from data_mix.sources.image_sources import ImageSourceConfig
 from eval.tasks.validation_data import trained_on
-from tests.helpers.image_files import encoded, write_tar
+from tests.helpers.image_files import write_folder, write_parquet, write_shards
 from um3.core.errors import UserError
-
-
-def image_folder(place, *, captions):
-    """PATH/SPLIT/CLASS/IMAGE, as ImageNet is usually unpacked."""
-    for split in ("train", "val"):
-        for number in range(6):
-            folder = place / split / f"n0{number % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.png").write_bytes(encoded(number))
-            if captions:
-                (folder / f"{number}.txt").write_text(f"number {number}")
-
-
-def parquet(place, *, captions):
-    for split in ("train", "val"):
-        columns = {"image": [{"bytes": encoded(number), "path": None} for number in range(6)], "label": [0, 1] * 3}
-        columns |= {"caption": [f"number {number}" for number in range(6)]} if captions else {}
-        pq.write_table(pa.table(columns), place / f"{split}-00000.parquet")
-
-
-def webdataset(place, *, captions):
-    members = {}
-    for number in range(24):
-        extra = {"txt": f"number {number}".encode()} if captions else {"cls": b"1"}
-        members |= {f"{number:05d}.{ending}": data for ending, data in ({"png": encoded(number)} | extra).items()}
-    write_tar(place / "00000.tar", members)
-
 
 SETTINGS = ("tokenizer.num_images=24", "tokenizer.digits=false", "captions.max_new_tokens=4")
 
 
-@pytest.mark.parametrize("write", [image_folder, parquet, webdataset])
+@pytest.mark.parametrize("write", [write_folder, write_parquet, write_shards])
 def test_images_serve_with_and_without_captions(evaluate, tmp_path, write):
     sources = []
     for name, captions in (("captioned", True), ("plain", False)):
@@ -64,7 +35,7 @@ def test_images_serve_with_and_without_captions(evaluate, tmp_path, write):
 
 
 def test_missing_captions_are_a_one_line_error(evaluate, tmp_path):
-    image_folder(tmp_path / "plain", captions=False)
+    write_folder(tmp_path / "plain", captions=False)
     images = f"images=[{{name: plain, path: {tmp_path}/plain, has_captions: false}}]"
     with pytest.raises(UserError, match="captions needs captions"):
         evaluate(images, "parts=[captions]")

@@ -1,7 +1,5 @@
 """Evaluation during UM3's training: the numbers of `make eval`, and losses that do not change."""
 
-from pathlib import Path
-
 import pytest
 
 from eval.run import main as evaluate
@@ -21,20 +19,20 @@ eval:
 PARTS = ("language", "captions", "generation")
 
 
-def options(folder: Path, *overrides: str, config: str = EVAL) -> list[str]:
+def options(folder, *overrides, config=EVAL):
     (folder / "eval.yaml").write_text(config)
     every_two = ["evaluate.every_steps=2", f"evaluate.parts=[{', '.join(PARTS)}]"]
     return [f"evaluate.config={folder}/eval.yaml", *every_two, *overrides]
 
 
-def measured(folder: Path) -> list[dict[str, float]]:
+def measured(folder):
     """The evaluation's metrics of every step."""
     rows = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key.startswith("eval/")} for row in rows]
 
 
 @pytest.mark.slow
-def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made: Path, tmp_path: Path) -> None:
+def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made, tmp_path):
     assert train_here("um3", made, tmp_path / "um3", *options(tmp_path)) == losses(made / "um3")
     steps = measured(tmp_path / "um3")
     assert [bool(step) for step in steps] == [False, True, False, True] and steps[1] != steps[3]
@@ -49,22 +47,20 @@ def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made: Path, tmp_p
     assert "captions.json" in kept and "model" not in kept
 
 
-def test_captions_are_measured_while_training(made: Path, tmp_path: Path) -> None:
+def test_captions_are_measured_while_training(made, tmp_path):
     train_here("um3", made, tmp_path / "um3", *options(tmp_path, "evaluate.parts=[captions]"))
     assert ["eval/scenes_captions/cider" in step for step in measured(tmp_path / "um3")] == [False, True, False, True]
 
 
 @pytest.mark.slow
-def test_the_other_ranks_wait(made: Path, tmp_path: Path) -> None:
+def test_the_other_ranks_wait(made, tmp_path):
     overrides = options(tmp_path, "engine.zero_stage=3", "evaluate.parts=[captions]")
     train_apart(arguments("um3", made, f"loop.output_dir={tmp_path}/um3", *overrides), processes=2)
     assert [len(step) > 3 for step in measured(tmp_path / "um3")] == [False, True, False, True]
 
 
 @pytest.mark.slow
-def test_a_failed_evaluation_does_not_stop_the_run(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_evaluation_does_not_stop_the_run(made, tmp_path, capsys):
     config = EVAL + "  fid_features: inception-2015\n  inception_weights: nowhere.pth\n"
     train_here("um3", made, tmp_path / "um3", *options(tmp_path, "evaluate.parts=[generation]", config=config))
     messages = [line for line in capsys.readouterr().err.splitlines() if "nowhere.pth" in line]
@@ -72,7 +68,7 @@ def test_a_failed_evaluation_does_not_stop_the_run(
     assert measured(tmp_path / "um3") == [{}] * 4 and (tmp_path / "um3/model").is_dir()
 
 
-def test_mistakes_are_found_before_the_first_step(made: Path, tmp_path: Path) -> None:
+def test_mistakes_are_found_before_the_first_step(made, tmp_path):
     for overrides, message in (
         (["evaluate.config=none.yaml"], r"none\.yaml"),
         (["evaluate.every_steps=15", "loop.log_every_steps=10"], r"evaluate\.every_steps=15"),

@@ -1,7 +1,5 @@
 """Packed training through the real engine: the losses of unpacked sequences, and the counts of a run after a stop."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.helpers.survive import computed_metrics
@@ -15,7 +13,7 @@ NO_TEXT = ["data.mix.start=[0,1,2]", "data.mix.end=[0,1,2]"]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_packed_training_has_the_losses_of_one_sample_a_sequence(processes: int, made: Path, tmp_path: Path) -> None:
+def test_packed_training_has_the_losses_of_one_sample_a_sequence(processes, made, tmp_path):
     train_here("um3", made, tmp_path / "plain", *NO_TEXT)
     if processes == 1:
         # Eight samples in four micro-batches: three sequences of up to three samples, and one of padding alone.
@@ -30,9 +28,7 @@ def test_packed_training_has_the_losses_of_one_sample_a_sequence(processes: int,
 
 
 @pytest.mark.slow
-def test_a_killed_packed_run_resumes_with_its_counts(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_packed_run_resumes_with_its_counts(made, tmp_path, monkeypatch):
     train_here("um3", made, tmp_path / "whole", PACKED)
     kill_and_resume(arguments("um3", made, f"loop.output_dir={tmp_path}/killed", PACKED), 3, monkeypatch)
     whole = computed_metrics(tmp_path / "whole")

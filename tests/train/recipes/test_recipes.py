@@ -1,8 +1,6 @@
 """The three recipes end to end at the smallest size, through the real engine and the real files."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,17 +21,17 @@ from um3.core.metrics import read_metrics
 from um3.inference.pipeline import UM3Pipeline
 
 
-def done(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "done.json")  # type: ignore[no-any-return]
+def done(folder):
+    return read_json(folder / "done.json")
 
 
-def changed_tensors(before: Path, after: Path, *, parts: int = 9) -> set[str]:
+def changed_tensors(before, after, *, parts=9):
     """Names of the tensors that differ between two QLIP folders, up to `parts` parts of each."""
     old, new = (load(folder)[0].state_dict() for folder in (before, after))
     return {".".join(name.split(".")[:parts]) for name in old if not torch.equal(old[name], new[name])}
 
 
-def test_stage1_writes_a_tokenizer_and_its_record(made: Path) -> None:
+def test_stage1_writes_a_tokenizer_and_its_record(made):
     model, processor = load(made / "stage1/model")
     assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
     assert processor.text(["a red circle"])["input_ids"].shape[0] == 1
@@ -44,7 +42,7 @@ def test_stage1_writes_a_tokenizer_and_its_record(made: Path) -> None:
     assert row["train/loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
+def test_stage2_trains_bottleneck_and_decoder_only(made):
     changed = changed_tensors(made / "stage1/model", made / "stage2/model")
     assert changed and all(name.startswith(("vision_model.quant_embed", "vision_decoder.")) for name in changed)
     adversarial = logged(made / "stage2", "train/adversarial")
@@ -52,7 +50,7 @@ def test_stage2_trains_bottleneck_and_decoder_only(made: Path) -> None:
     assert done(made / "stage2")["perceptual"] == "random_features"
 
 
-def test_um3_writes_a_stock_checkpoint_that_samples(made: Path) -> None:
+def test_um3_writes_a_stock_checkpoint_that_samples(made):
     stock = AutoModelForCausalLM.from_pretrained(made / "um3/model")
     assert type(stock).__module__.startswith("transformers.")
     pipeline = UM3Pipeline.from_pretrained(made / "um3/model")
@@ -66,7 +64,7 @@ def test_um3_writes_a_stock_checkpoint_that_samples(made: Path) -> None:
     assert row["data/rows_text"] + row["data/rows_i2t"] + row["data/rows_t2i"] == 8
 
 
-def test_stage1_starts_from_an_encoder_file(made: Path, tmp_path: Path) -> None:
+def test_stage1_starts_from_an_encoder_file(made, tmp_path):
     source, _ = load(made / "stage1/model")
     options = [f"model.encoder_weights={eva_file(source, tmp_path / 'eva.pt')}", "optimizer.lr=1e-9"]
     train_here("stage1", tmp_path, tmp_path / "run", *options, "loop.seed=5", "loop.max_steps=1")
@@ -81,7 +79,7 @@ def test_stage1_starts_from_an_encoder_file(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override", ["loop.micro_batch_size=2", pytest.param("engine.zero_stage=3", marks=pytest.mark.slow)]
 )
-def test_stage2_losses_do_not_depend_on_the_engine(override: str, made: Path, tmp_path: Path) -> None:
+def test_stage2_losses_do_not_depend_on_the_engine(override, made, tmp_path):
     # The entropy of the mean code is the only term that is not a mean over images.
     options = ["loss.entropy=0", "loss.r1=0.1", "optimizer.kind=adamw"]
     train_here("stage2", made, tmp_path / "plain", *options)
@@ -92,7 +90,7 @@ def test_stage2_losses_do_not_depend_on_the_engine(override: str, made: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_the_residual_discriminator_with_its_penalty(zero_stage: int, made: Path, tmp_path: Path) -> None:
+def test_the_residual_discriminator_with_its_penalty(zero_stage, made, tmp_path):
     kind = ["discriminator.kind=residual", "loss.adversarial_kind=non_saturating", f"engine.zero_stage={zero_stage}"]
     for name, r1 in (("free", 0), ("penalised", 1000)):
         train_here("stage2", made, tmp_path / name, *kind, f"loss.r1={r1}", "discriminator_optimizer.lr=1e-2")
@@ -104,7 +102,7 @@ def test_the_residual_discriminator_with_its_penalty(zero_stage: int, made: Path
         assert row["train/loss"] == pytest.approx(sum(terms), rel=1e-5) and len(terms) >= 3
 
 
-def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path: Path, made: Path) -> None:
+def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path, made):
     towers, quantizer, decoder = (tmp_path / name for name in ("towers", "quantizer", "decoder"))
     train_here("stage1", tmp_path, towers, f"model.init_from={made}/stage1/model", "bottleneck=identity")
     parts = changed_tensors(made / "stage1/model", towers / "model", parts=2)
@@ -127,8 +125,11 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path: Path, made
         train_here("stage1", tmp_path, quantizer, *options)
 
 
+VALIDATION, NO_TEXT = "text_validation.every_steps=1", "data.mix.start=[0,1,1]; data.mix.end=[0,1,1]"
+
+
 @pytest.mark.parametrize(
-    ("phase", "override", "message"),
+    ("phase", "overrides", "message"),
     [
         ("stage1", "trainable=[qlip.vision_tower]", "starts with 'qlip.vision_tower'"),
         ("stage2", "trainable=[qlip.vision_model.encoder]", "cannot train 'qlip.vision_model.encoder'"),
@@ -138,14 +139,18 @@ def test_recipe_2_trains_towers_then_quantizer_then_decoder(tmp_path: Path, made
         ("stage1", "model.num_heads=16", "hidden_size / num_heads = 2 is not a multiple of 4"),
         ("stage1", "data.sources=[]", "data.sources has 0 values"),
         ("stage2", "discriminator_optimizer.ema_decay=0.9", r"discriminator_optimizer\.ema_decay"),
+        ("um3", f"{VALIDATION}5; loop.log_every_steps=10", r"every_steps=15 .* loop\.log_every_steps=10"),
+        ("um3", f"{VALIDATION}; text_validation.num_sequences=0", "num_sequences is 0"),
+        ("um3", f"{VALIDATION}; text_validation.texts=[]; data.texts=[]; {NO_TEXT}", "0 text sources"),
+        ("um3", f"{VALIDATION}; data.texts=[{{name: prose, kind: python_docs, val_fraction: 0}}]", "val"),
     ],
 )
-def test_impossible_settings_are_refused(phase: str, override: str, message: str, made: Path, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(phase, overrides, message, made, tmp_path):
     with pytest.raises(UserError, match=message):
-        train_here(phase, made, tmp_path, override)
+        train_here(phase, made, tmp_path, *overrides.split("; "))
 
 
-def test_gradient_norms_of_the_two_losses_are_logged(made: Path, tmp_path: Path) -> None:
+def test_gradient_norms_of_the_two_losses_are_logged(made, tmp_path):
     options = ["gradient_norms=true", "engine.activation_checkpointing=true", "loop.log_every_steps=2"]
     train_here("stage1", tmp_path, tmp_path, *options)
     assert logged(tmp_path, "step") == [1, 2, 4]
@@ -153,7 +158,7 @@ def test_gradient_norms_of_the_two_losses_are_logged(made: Path, tmp_path: Path)
     assert losses(tmp_path)[1:] == pytest.approx(losses(made / "stage1")[1::2], rel=1e-5)
 
 
-def test_stage2_terms_of_weight_0_build_no_networks(made: Path, tmp_path: Path) -> None:
+def test_stage2_terms_of_weight_0_build_no_networks(made, tmp_path):
     train_here("stage2", made, tmp_path, "loss.perceptual=0", "loss.adversarial=0", "perceptual.backbone=nowhere.pth")
     row = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert {name for name in row if name.startswith("train/")} == {"train/loss", "train/mse", "train/entropy"}
@@ -161,7 +166,7 @@ def test_stage2_terms_of_weight_0_build_no_networks(made: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("zero_stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
-def test_the_saved_weights_are_the_moving_average(zero_stage: int, made: Path, tmp_path: Path) -> None:
+def test_the_saved_weights_are_the_moving_average(zero_stage, made, tmp_path):
     options = ["optimizer.kind=adamw", "optimizer.ema_decay=0.75", "loop.keep_checkpoints=9"]
     options += ["loop.save_every_steps=1", "loop.micro_batch_size=4", f"engine.zero_stage={zero_stage}"]
     train_here("stage2", made, tmp_path, *options)
@@ -190,7 +195,7 @@ SLOW_ENGINES += [f"engine.zero_stage={stage} {SMALL_BUCKET}" for stage in (1, 2,
         *(pytest.param(settings, marks=pytest.mark.slow) for settings in SLOW_ENGINES),
     ],
 )
-def test_um3_losses_do_not_depend_on_the_engine(overrides: str, made: Path, tmp_path: Path) -> None:
+def test_um3_losses_do_not_depend_on_the_engine(overrides, made, tmp_path):
     assert train_here("um3", made, tmp_path, *overrides.split()) == pytest.approx(losses(made / "um3"), rel=1e-4)
 
 
@@ -198,7 +203,7 @@ def test_um3_losses_do_not_depend_on_the_engine(overrides: str, made: Path, tmp_
 @pytest.mark.parametrize(
     "phase", ["um3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stage1", "stage2"))]
 )
-def test_low_precision_follows_float32(phase: str, precision: str, made: Path, tmp_path: Path) -> None:
+def test_low_precision_follows_float32(phase, precision, made, tmp_path):
     options = ["optimizer.kind=adamw", "engine.zero_stage=1"] + ["loss.r1=0.1"] * (phase == "stage2")
     expected = losses(made / "um3") if phase == "um3" else train_here(phase, made, tmp_path / "plain", *options)
     options += [f"engine.precision={precision}", "loop.micro_batch_size=4"]
@@ -208,7 +213,7 @@ def test_low_precision_follows_float32(phase: str, precision: str, made: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "um3"])
-def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(phase, made, tmp_path):
     train_apart(arguments(phase, made, f"loop.output_dir={tmp_path}", "--processes=2"))
     assert done(tmp_path)["processes"] == 2
     assert losses(tmp_path)[0] == pytest.approx(losses(made / phase)[0], rel=1e-4)
@@ -217,7 +222,7 @@ def test_two_processes_train_like_one(phase: str, made: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_muon_takes_the_same_steps_under_zero(zero_stage: int, made: Path, tmp_path: Path) -> None:
+def test_muon_takes_the_same_steps_under_zero(zero_stage, made, tmp_path):
     options = ["optimizer.kind=muon", "model.num_layers=3"]
     expected = train_here("um3", made, tmp_path / "whole", *options, "engine.zero_stage=0")
     divided = [f"loop.output_dir={tmp_path}/divided", *options, f"engine.zero_stage={zero_stage}"]
@@ -227,12 +232,12 @@ def test_muon_takes_the_same_steps_under_zero(zero_stage: int, made: Path, tmp_p
     assert adamw[-1] != pytest.approx(expected[-1], rel=1e-4)
 
 
-def test_lamb_trains(tmp_path: Path) -> None:
+def test_lamb_trains(tmp_path):
     lamb = train_here("stage1", tmp_path, tmp_path, "optimizer.kind=lamb", "engine.zero_stage=0")
     assert lamb[-1] < lamb[0]
 
 
-def penalty_of_this_ranks_share() -> float:
+def penalty_of_this_ranks_share():
     """Stage 2's entropy term of this rank's share of four images, with a quantizer sharp enough to tell them apart."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(QLIPModel(tiny_config(quantizer_cfg={"embed_dim": 12, "inv_temperature": 20.0})))
@@ -242,6 +247,6 @@ def penalty_of_this_ranks_share() -> float:
 
 
 @pytest.mark.slow
-def test_stage2_takes_the_entropy_of_the_mean_code_over_all_ranks(tmp_path: Path) -> None:
+def test_stage2_takes_the_entropy_of_the_mean_code_over_all_ranks(tmp_path):
     shares = run_on_ranks(penalty_of_this_ranks_share, folder=tmp_path)
     assert sum(shares) / 2 == pytest.approx(penalty_of_this_ranks_share(), rel=1e-5)

@@ -1,8 +1,5 @@
 """Stage 1's gradient is that of the whole batch, for any number of micro-batches and ranks."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,7 +11,7 @@ from train.recipes.configs import Stage1Config
 from um3.core.config import load_config
 
 
-def gradients(*, micro_batch_size: int) -> dict[str, list[float]]:
+def gradients(*, micro_batch_size):
     """The gradients of the first optimizer step, and its losses under the name ""."""
     overrides = [*TINY["stage1"], f"loop.micro_batch_size={micro_batch_size}", "engine.zero_stage=0"]
     path = ROOT / "configs/demo.yaml"
@@ -22,9 +19,9 @@ def gradients(*, micro_batch_size: int) -> dict[str, list[float]]:
     start_runtime(config.loop)
     task = stage1.build_task(config)
     task.build_engines()
-    collected: dict[str, list[float]] = {}
+    collected = {}
 
-    def keep_and_step(engine: Any) -> float:
+    def keep_and_step(engine):
         for name, parameter in engine.module.named_parameters():
             if parameter.grad is not None:
                 collected[name] = parameter.grad.flatten().tolist()
@@ -37,12 +34,12 @@ def gradients(*, micro_batch_size: int) -> dict[str, list[float]]:
     return collected | {"": [value for name, value in values.items() if name.startswith("train/")]}
 
 
-def gradients_in_micro_batches() -> dict[str, list[float]]:
+def gradients_in_micro_batches():
     """For two ranks: two micro-batches of two images on each."""
     return gradients(micro_batch_size=2)
 
 
-def assert_equal(collected: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
+def assert_equal(collected, expected):
     assert collected.keys() == expected.keys() and "qlip.logit_scale" in collected
     largest = max(torch.tensor(values).norm() for values in expected.values())
     for name, values in expected.items():
@@ -52,12 +49,12 @@ def assert_equal(collected: dict[str, list[float]], expected: dict[str, list[flo
 
 
 @pytest.mark.parametrize("micro_batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_micro_batches_on_one_device(micro_batch_size: int) -> None:
+def test_micro_batches_on_one_device(micro_batch_size):
     assert_equal(gradients(micro_batch_size=micro_batch_size), gradients(micro_batch_size=0))
 
 
 @pytest.mark.slow
-def test_micro_batches_on_two_ranks(tmp_path: Path) -> None:
+def test_micro_batches_on_two_ranks(tmp_path):
     whole = gradients(micro_batch_size=0)
     for share in run_on_ranks(gradients_in_micro_batches, folder=tmp_path):
         assert_equal(share, whole)

@@ -1,7 +1,6 @@
 """An ablation whose rows train a UM3 on the codes of another run, with several seeds."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +30,7 @@ eval:
 
 
 @pytest.mark.slow
-def test_a_um3_learns_the_codes_of_the_base_run(
-    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_um3_learns_the_codes_of_the_base_run(made, tmp_path, capfd, monkeypatch):
     for name in os.environ.keys() - environment().keys():  # the phases before ran in this process, as a rank
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "small.yaml").write_text(f"base: {ROOT}/configs/demo.yaml\n{EVAL}")

@@ -7,50 +7,50 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.helpers.processes import locked
+from tests.tokenizer.conftest import change_json
 from um3 import cli
 from um3.core.errors import UserError
 from um3.inference.image_io import read_metadata
-from um3.inference.pipeline import UM3Pipeline
 
 
-def run(*arguments: str | int | Path, stdin: str | bytes = "") -> str:
+def run(*arguments, stdin=""):
     result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
     if result.exception is not None:
         raise result.exception
     return result.stdout
 
 
-def rows_of(output: str) -> list[dict[str, Any]]:
+def rows_of(output):
     return [json.loads(line) for line in output.splitlines()]
 
 
 @pytest.fixture
-def model(model_folder: Path) -> list[str]:
+def model(model_folder):
     """The option that names the tiny model."""
     return ["--model", str(model_folder)]
 
 
 @pytest.fixture
-def photo(tmp_path: Path) -> Path:
+def photo(tmp_path):
     path = tmp_path / "Holiday photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
     return path
 
 
-def test_generate_writes_images_sheet_and_samples(model: list[str], pipeline: UM3Pipeline, tmp_path: Path) -> None:
+def test_generate_writes_images_sheet_and_samples(model, pipeline, tmp_path):
     options = [*model, "--device", "cpu", "-n", "2", "--seed", "5", "--guidance-scale", "4,1"]
     run("generate", "a red square", "a Disk!", "--out", tmp_path, *options)
     rows = rows_of((tmp_path / "samples.jsonl").read_text())
     names = ["0000-a-red-square.png", "0001-a-red-square.png", "0002-a-disk.png", "0003-a-disk.png"]
     assert [row["file"] for row in rows] == names
-    sampling: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
     expected = pipeline.generate(["a red square", "a Disk!"], num_images=2, seed=5, **sampling)
     for index, row in enumerate(rows):
         assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), expected.images[index])
@@ -64,16 +64,14 @@ def test_generate_writes_images_sheet_and_samples(model: list[str], pipeline: UM
     assert row["codes"] == rows[3]["codes"] and Path(row["file"]).is_file()
 
 
-def test_the_model_folder_sets_the_defaults_of_sampling(folder: Path, tmp_path: Path) -> None:
-    path = folder / "generation_config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"image_sampling": {"temperature": 0.25, "guidance_scale": 1}}))
+def test_the_model_folder_sets_the_defaults_of_sampling(folder, tmp_path):
+    change_json(folder / "generation_config.json", image_sampling={"temperature": 0.25, "guidance_scale": 1})
     (row,) = rows_of(run("generate", "a", "-n", "1", "--top-k", "5", "--out", tmp_path, "--json", "--model", folder))
     assert (row["temperature"], row["guidance_scale"], row["top_p"], row["top_k"]) == (0.25, 1, 0.9, 5)
     assert "temperature 0.25" in run("info", folder)
 
 
-def test_prompts_come_from_a_file_or_from_stdin(model: list[str], tmp_path: Path) -> None:
+def test_prompts_come_from_a_file_or_from_stdin(model, tmp_path):
     lines = "a red disk\r\n\nثلاث نجوم 🦊\u2028\x85\x0cx\ry\n"
     file = tmp_path / "prompts.txt"
     file.write_text(lines)
@@ -87,7 +85,7 @@ def test_prompts_come_from_a_file_or_from_stdin(model: list[str], tmp_path: Path
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_caption_prints_a_line_per_image(model: list[str], pipeline: UM3Pipeline, photo: Path) -> None:
+def test_caption_prints_a_line_per_image(model, pipeline, photo):
     arguments = ["caption", photo, photo, *model, "--max-new-tokens", "6"]
     captions = pipeline.caption([Image.open(photo)], max_new_tokens=6)
     assert run(*arguments).strip().splitlines() == [f"{photo}: {captions[0]}".strip()] * 2
@@ -96,16 +94,14 @@ def test_caption_prints_a_line_per_image(model: list[str], pipeline: UM3Pipeline
     assert row["logprob"] == pytest.approx(captions.logprobs[0], abs=1e-4)
 
 
-def test_reconstruct_shows_original_codes_and_reconstruction(model: list[str], photo: Path, tmp_path: Path) -> None:
+def test_reconstruct_shows_original_codes_and_reconstruction(model, photo, tmp_path):
     output = run("reconstruct", photo, *model, "--out", tmp_path / "out")
     assert output.strip() == str(tmp_path / "out" / "0000-holiday-photo.png")
     width, height = Image.open(output.strip()).size
     assert width > 3 * 256 and height > 256
 
 
-def test_decode_turns_the_lines_of_encode_into_reconstructions(
-    model: list[str], pipeline: UM3Pipeline, photo: Path, tmp_path: Path
-) -> None:
+def test_decode_turns_the_lines_of_encode_into_reconstructions(model, pipeline, photo, tmp_path):
     lines = run("encode", photo, *model)
     expected = pipeline.reconstruct([Image.open(photo)])
     assert rows_of(lines)[0]["codes"] == expected.codes[0].tolist()
@@ -131,12 +127,12 @@ def test_decode_turns_the_lines_of_encode_into_reconstructions(
         ('{"codes": [1, 2, 3, 4], "tokenizer": "other"}', "line 1: .*tokenizer other"),
     ],
 )
-def test_decode_refuses_other_codes(line: str, message: str, model: list[str], tmp_path: Path) -> None:
+def test_decode_refuses_other_codes(line, message, model, tmp_path):
     with pytest.raises(UserError, match=message):
         run("decode", "-", "--out", tmp_path, *model, stdin=line)
 
 
-def test_score_prints_log_probabilities(model: list[str], pipeline: UM3Pipeline, photo: Path, tmp_path: Path) -> None:
+def test_score_prints_log_probabilities(model, pipeline, photo, tmp_path):
     rows = rows_of(run("score", photo, "a red disk", "a blue square", "--json", *model))
     expected = pipeline.score([Image.open(photo)] * 2, ["a red disk", "a blue square"])
     assert [row["text_logprob"] for row in rows] == pytest.approx(expected.text_logprobs, abs=1e-4)
@@ -146,14 +142,14 @@ def test_score_prints_log_probabilities(model: list[str], pipeline: UM3Pipeline,
     assert len(table) == 3 and table[1].endswith("0000-a-red-disk.png: a red disk")
 
 
-def test_complete_prints_the_text_with_its_continuation(model: list[str], pipeline: UM3Pipeline) -> None:
+def test_complete_prints_the_text_with_its_continuation(model, pipeline):
     options = [*model, "--max-new-tokens", "4", "--seed", "2"]
     expected = pipeline.complete(["a red"], max_new_tokens=4, seed=2)[0]
     assert run("complete", "a red", *options) == "a red" + expected + "\n"
     assert rows_of(run("complete", "--json", *options, stdin="a red"))[0]["continuation"] == expected
 
 
-def test_info_reports_sizes_fingerprint_steps_and_licences(folder: Path, pipeline: UM3Pipeline, tmp_path: Path) -> None:
+def test_info_reports_sizes_fingerprint_steps_and_licences(folder, pipeline, tmp_path):
     assert "not recorded beside this folder" in run("info", folder)
     (tmp_path / "done.json").write_text('{"steps": 2000, "commit": "abc"}')
     facts = json.loads(run("info", folder, "--json"))
@@ -165,8 +161,7 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(folder: Path, pipelin
     assert facts["architecture"] == "Qwen3ForCausalLM" and facts["visual tokenizer"] == pipeline.qlip.fingerprint()
     assert facts["training steps"] == 2000 and facts["commit"] == "abc"
     assert facts["base model"].startswith("none") and "no restriction" in facts["visual tokenizer licence"]
-    config = folder / "qlip" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights_license": "\x1b]0;owned\x07evil\nline"}))
+    change_json(folder / "qlip" / "config.json", weights_license="\x1b]0;owned\x07evil\nline")
     output = run("info", folder)
     assert "\x1b" not in output and r"\x1b]0;owned\x07evil\nline" in output
 
@@ -185,11 +180,8 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(folder: Path, pipelin
         ("qlip/config.json", {"vision_config": 3}, "a config.json has a wrong entry"),
     ],
 )
-def test_files_of_another_shape_are_one_line(name: str, value: Any, message: str, folder: Path) -> None:
-    if isinstance(value, dict):
-        old = json.loads((folder / name).read_text())
-        value = json.dumps(old | {key: old[key] | new if isinstance(new, dict) else new for key, new in value.items()})
-    (folder / name).write_text(value)
+def test_files_of_another_shape_are_one_line(name, value, message, folder):
+    change_json(folder / name, **value) if isinstance(value, dict) else (folder / name).write_text(value)
     with pytest.raises(UserError, match=message):
         run("info", folder)
 
@@ -217,9 +209,7 @@ def test_files_of_another_shape_are_one_line(name: str, value: Any, message: str
         (["info", "empty"], "empty is not a UM3 model"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], message: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_one_line(arguments, message, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"not an image \xff")
     np.save("codes.npy", np.zeros(4))
@@ -231,12 +221,10 @@ def test_mistakes_are_one_line(
         arguments = [*arguments, "--model", str(model_folder)]
     with pytest.raises(UserError) as caught:
         run(*arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_the_console_script_exits_with_one_line_and_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_console_script_exits_with_one_line_and_code_2(monkeypatch, capsys):
     for arguments, message in ((["info", "nowhere"], "'nowhere'"), (["generate", "--bogus"], "um3 generate --help")):
         monkeypatch.setattr(sys, "argv", ["um3", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -247,8 +235,8 @@ def test_the_console_script_exits_with_one_line_and_code_2(
 
 @pytest.mark.parametrize("command", ["generate", "reconstruct", "decode", "export"])
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
-    command: str, model: list[str], photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    command, model, photo, tmp_path, monkeypatch
+):
     for module in ("um3.inference.pipeline", "um3.model.export"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     (tmp_path / "codes.jsonl").write_text('{"codes": []}')
@@ -256,19 +244,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(
     last = {"export": model[1], "decode": tmp_path / "codes.jsonl"}.get(command, photo)
     with pytest.raises(UserError, match=r"cannot write to .*Holiday photo\.png/out: "):
         run(command, *options, "--out", photo / "out", last)
-    script = (
-        "import sys; from um3.core.files import folder_lock\nwith folder_lock(sys.argv[1]): print(flush=True); input()"
-    )
-    holder = [sys.executable, "-c", script, str(tmp_path / "taken")]
-    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(UserError, match=r"another process is writing to .*taken"):
-            run(command, *options, "--out", tmp_path / "taken", last)
-        process.communicate(b"\n")
+    with locked(tmp_path / "taken"), pytest.raises(UserError, match=r"another process is writing to .*taken"):
+        run(command, *options, "--out", tmp_path / "taken", last)
 
 
-def test_text_and_names_that_utf_8_cannot_hold(model_folder: Path, photo: Path, tmp_path: Path) -> None:
+def test_text_and_names_that_utf_8_cannot_hold(model_folder, photo, tmp_path):
     """They become U+FFFD in results and files; control characters are escaped where a terminal would obey them."""
     controls = "\n\x1b[31m\x9b"
     folder = tmp_path / f"model {controls}"
@@ -289,7 +269,7 @@ def test_text_and_names_that_utf_8_cannot_hold(model_folder: Path, photo: Path, 
     assert run("complete", "a\n\tb \udcff\x1b", "--max-new-tokens", "1", *model).startswith("a\n\tb \ufffd\\x1b")
 
 
-def test_a_folder_stands_for_the_images_in_it(model: list[str], photo: Path, tmp_path: Path) -> None:
+def test_a_folder_stands_for_the_images_in_it(model, photo, tmp_path):
     folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
     (folder / ".hidden").mkdir(parents=True)
     elsewhere.mkdir()
@@ -306,7 +286,7 @@ def test_a_folder_stands_for_the_images_in_it(model: list[str], photo: Path, tmp
     "arguments",
     [["generate", "--help"], ["info", "MODEL"], ["caption", "absent.png"], ["serve", "--host", "203.0.113.9"]],
 )
-def test_what_needs_no_model_is_answered_without_torch(arguments: list[str], model_folder: Path) -> None:
+def test_what_needs_no_model_is_answered_without_torch(arguments, model_folder):
     script = "import sys; from um3.cli import app\ntry: app(sys.argv[1:], standalone_mode=False)\n"
     script += "finally: print('torch' in sys.modules or 'transformers' in sys.modules)"
     command = [sys.executable, "-c", script, *(word.replace("MODEL", str(model_folder)) for word in arguments)]
@@ -315,13 +295,13 @@ def test_what_needs_no_model_is_answered_without_torch(arguments: list[str], mod
     assert "--help" not in arguments or ("0 is greedy" in output and "--guidance-scale 3 --seed 7" in output)
 
 
-def test_the_first_message_comes_before_the_model(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_message_comes_before_the_model(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "um3.inference.pipeline", None)  # importing it fails
     result = CliRunner().invoke(cli.app, ["complete", "a", "--model", str(model_folder)])
     assert isinstance(result.exception, ImportError) and result.stderr == f"loading {model_folder}\n"
 
 
-def test_images_go_from_command_to_command(model: list[str], pipeline: UM3Pipeline) -> None:
+def test_images_go_from_command_to_command(model, pipeline):
     arguments = ["generate", "a red disk", "-n", "1", "--out", "-", "--seed", "4", *model]
     result = CliRunner().invoke(cli.app, arguments)
     expected = pipeline.generate(["a red disk"], seed=4, temperature=0.5, top_p=0.9, guidance_scale=2)
@@ -332,7 +312,7 @@ def test_images_go_from_command_to_command(model: list[str], pipeline: UM3Pipeli
     assert row["file"] == "-" and row["caption"] == pipeline.caption([image])[0]
 
 
-def test_a_closed_pipe_is_not_an_error(model_folder: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(model_folder):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "um3", "info", str(model_folder)]

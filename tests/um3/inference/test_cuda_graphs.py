@@ -1,8 +1,6 @@
 """What recording steps on a GPU relies on, as far as a CPU can show it."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,21 +19,21 @@ READS_VALUES = {"_local_scalar_dense", "nonzero", "item", "_unique2", "masked_se
 class NoValues(TorchDispatchMode):
     """Refuses operations that read the values of a tensor on the host."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket.__name__ not in READS_VALUES, function
         return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("kind", ["image", "kept", "text"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5, "min_p": 0.01}])
-def test_steps_read_no_values_and_keep_their_tensors_in_place_over_batches(kind: str, options: dict[str, Any]) -> None:
+def test_steps_read_no_values_and_keep_their_tensors_in_place_over_batches(kind, options):
     ids = make_ids(num_patches=4)
     sampler = Sampler(make_model(ids), ids=ids)
     sampling = Sampling(**options, **({} if kind == "text" else {"guidance_scale": (1.0, 3.0)}))
     kept = ids.codes_to_ids(torch.tensor([[1, 2, 3, 4]] * 2)) if kind == "kept" else None
-    places: list[dict[str, int]] = []
+    places = []
 
-    def step(function: Any, *key: int) -> None:
+    def step(function, *key):
         batch = function.__self__
         state = {**vars(batch), **vars(batch.sequences)}
         places.append({name: value.data_ptr() for name, value in state.items() if isinstance(value, torch.Tensor)})
@@ -44,7 +42,7 @@ def test_steps_read_no_values_and_keep_their_tensors_in_place_over_batches(kind:
 
     for captions in ([[10, 11], [12]], [[13], [14, 15, 16]]):
         prompts = [sequences.image_prompt(caption, ids=ids) for caption in captions]
-        shared: dict[str, Any] = {"prompts": prompts, "sampling": sampling, "uniforms_BP": torch.rand(2, 16)}
+        shared = {"prompts": prompts, "sampling": sampling, "uniforms_BP": torch.rand(2, 16)}
         with mock.patch.object(CudaGraphs, "__call__", lambda _, *arguments: step(*arguments)):
             if kind == "text":
                 sampler.texts(**shared)
@@ -54,18 +52,16 @@ def test_steps_read_no_values_and_keep_their_tensors_in_place_over_batches(kind:
     assert len(places[0]) > 6 and all(place == places[0] for place in places)
 
 
-def test_on_a_gpu_the_first_call_warms_up_the_second_records_and_later_ones_replay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_gpu_the_first_call_warms_up_the_second_records_and_later_ones_replay(monkeypatch):
     """With stand-ins for torch's objects; all graphs share one memory pool."""
-    events: list[Any] = []
+    events = []
 
     class Graph:
-        def replay(self) -> None:
+        def replay(self):
             events.append("replay")
 
     @contextlib.contextmanager
-    def recording(graph: Graph, **options: Any) -> Iterator[None]:
+    def recording(graph, **options):
         events.append(options)
         yield
 

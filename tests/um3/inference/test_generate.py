@@ -1,22 +1,18 @@
 """Sampling: equal to stock greedy generation, legal, independent of the batch, from the right distribution."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from transformers import LogitsProcessorList
 
 from tests.helpers.tiny_um3 import make_ids, make_model
 from um3.core.errors import UserError
-from um3.inference.generate import FREE, SampledImages, Sampler, choose
+from um3.inference.generate import FREE, Sampler, choose
 from um3.inference.grammar import GrammarProcessor
 from um3.inference.sampling_params import Sampling
 from um3.model import sequences
 
 IDS = make_ids(num_patches=4)
-CAPTIONS: tuple[list[int], ...] = ([10, 11, 12], [20], [30, 31, 32, 33, 34], [], [40, 41])
+CAPTIONS = ([10, 11, 12], [20], [30, 31, 32, 33, 34], [], [40, 41])
 GREEDY = Sampling(temperature=0)
 UNCONDITIONAL = sequences.image_prompt([], ids=IDS)
 
@@ -24,24 +20,22 @@ UNCONDITIONAL = sequences.image_prompt([], ids=IDS)
 class Setup:
     """A random model with distinct greedy choices, and prompts of unequal length."""
 
-    def __init__(self, **sizes: Any):
+    def __init__(self, **sizes):
         self.model = make_model(IDS, scale=8.0, seed=1, **sizes)
         self.prompts = [sequences.image_prompt(caption, ids=IDS) for caption in CAPTIONS]
         self.uniforms = torch.rand(len(CAPTIONS), IDS.image_tokens, generator=torch.Generator().manual_seed(2))
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self):
         return Sampler(self.model, ids=IDS)
 
-    def images(
-        self, sampling: Sampling, *, which: Sequence[int] = range(len(CAPTIONS)), **options: Any
-    ) -> SampledImages:
+    def images(self, sampling, *, which=(0, 1, 2, 3, 4), **options):
         prompts = [self.prompts[index] for index in which]
-        shared: dict[str, Any] = {"unconditional_prompt": UNCONDITIONAL, "uniforms_BP": self.uniforms[list(which)]}
+        shared = {"unconditional_prompt": UNCONDITIONAL, "uniforms_BP": self.uniforms[list(which)]}
         return self.sampler.images(prompts=prompts, sampling=sampling, **shared, **options)
 
     @torch.no_grad()
-    def logits(self, prompt: Tensor, visual_ids: Tensor) -> Tensor:
+    def logits(self, prompt, visual_ids):
         """Plain forward without a cache: logits at every visual position, -inf outside its sub-token."""
         logits_PV = self.model(torch.cat([prompt, visual_ids]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
         for position in range(len(visual_ids)):
@@ -49,8 +43,8 @@ class Setup:
             logits_PV[position, :start] = logits_PV[position, end:] = float("-inf")
         return logits_PV
 
-    def stock_greedy(self, prompt: Tensor, *, count: int, images: bool) -> list[int]:
-        output = self.model.generate(  # type: ignore[operator]
+    def stock_greedy(self, prompt, *, count, images):
+        output = self.model.generate(
             prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
             max_new_tokens=count, logits_processor=LogitsProcessorList([GrammarProcessor(IDS, images=images)]),
         )  # fmt: skip
@@ -58,18 +52,18 @@ class Setup:
 
 
 @pytest.fixture(params=[{"num_kv_heads": 4}, {}, {"qk_norm": False}], ids=["qwen3", "qwen3-gqa", "llama-gqa"])
-def setup(request: pytest.FixtureRequest) -> Setup:
+def setup(request):
     return Setup(**request.param)
 
 
-def test_greedy_images_equal_stock_generation(setup: Setup) -> None:
+def test_greedy_images_equal_stock_generation(setup):
     images = setup.images(GREEDY).visual_ids
     for prompt, visual_ids in zip(setup.prompts, images, strict=True):
         assert visual_ids.tolist() == setup.stock_greedy(prompt, count=IDS.image_tokens, images=True)
     assert len({tuple(visual_ids) for visual_ids in images.tolist()}) > 1, "the prompts must matter"
 
 
-def test_greedy_text_equals_stock_generation(setup: Setup) -> None:
+def test_greedy_text_equals_stock_generation(setup):
     prompts = [sequences.text_prompt(tokens, ids=IDS) for tokens in CAPTIONS]
     texts = setup.sampler.texts(prompts=prompts, sampling=GREEDY, uniforms_BP=torch.zeros(len(CAPTIONS), 12)).token_ids
     for prompt, text in zip(prompts, texts, strict=True):
@@ -77,7 +71,7 @@ def test_greedy_text_equals_stock_generation(setup: Setup) -> None:
         assert text == (stock[: stock.index(1)] if 1 in stock else stock)
 
 
-def test_each_text_ends_at_its_own_end_of_text(setup: Setup) -> None:
+def test_each_text_ends_at_its_own_end_of_text(setup):
     """eos is likely but not certain: texts end at different places, and none has a token that is not allowed."""
     setup.model.lm_head.weight.data[:50].mul_(0.05)
     uniforms_BP = torch.rand(40, 30, generator=torch.Generator().manual_seed(3))
@@ -87,7 +81,7 @@ def test_each_text_ends_at_its_own_end_of_text(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 5}, {"guidance_scale": 3.0}, {"temperature": 0.0}])
-def test_a_sample_does_not_depend_on_its_batch(setup: Setup, options: dict[str, Any]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(setup, options):
     sampling = Sampling(**options)
     together = setup.images(sampling)
     for which in ([0], [3, 1], [4, 2, 0]):
@@ -96,7 +90,7 @@ def test_a_sample_does_not_depend_on_its_batch(setup: Setup, options: dict[str, 
         torch.testing.assert_close(apart.logprobs, together.logprobs[which], rtol=1e-4, atol=1e-3)
 
 
-def test_a_reused_batch_samples_as_a_new_one() -> None:
+def test_a_reused_batch_samples_as_a_new_one():
     """Batches of one shape share their cache, whatever was in it."""
     setup = Setup()
     sampler, sampling = setup.sampler, Sampling(guidance_scale=2.0)
@@ -104,14 +98,14 @@ def test_a_reused_batch_samples_as_a_new_one() -> None:
     for order in ([0, 1], [1, 0]):
         for kept_BP in (None, None, IDS.codes_to_ids(torch.arange(8).view(2, 4)), torch.full((2, 16), FREE)):
             shared |= {"prompts": [prompts[index] for index in order], "uniforms_BP": setup.uniforms[order]}
-            reused, new = (each.images(**shared, kept_BP=kept_BP) for each in (sampler, setup.sampler))  # type: ignore[arg-type]
+            reused, new = (each.images(**shared, kept_BP=kept_BP) for each in (sampler, setup.sampler))
             assert torch.equal(reused.visual_ids, new.visual_ids) and torch.equal(reused.logprobs, new.logprobs)
     uniforms_BP = torch.rand(2, 20)
     texts = [sampler.texts(prompts=prompts, sampling=Sampling(), uniforms_BP=uniforms_BP) for _ in range(2)]
     assert texts[0] == texts[1] == setup.sampler.texts(prompts=prompts, sampling=Sampling(), uniforms_BP=uniforms_BP)
 
 
-def test_every_image_is_legal_and_logprobs_are_the_models(setup: Setup) -> None:
+def test_every_image_is_legal_and_logprobs_are_the_models(setup):
     images = setup.images(Sampling(temperature=1.5, guidance_scale=2.0))
     IDS.ids_to_codes(images.visual_ids)
     for index, prompt in enumerate(setup.prompts):
@@ -121,7 +115,7 @@ def test_every_image_is_legal_and_logprobs_are_the_models(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.5, (0.0, 4.0)])
-def test_guidance_extrapolates_from_the_unconditional_logits(setup: Setup, scale: float | tuple[float, float]) -> None:
+def test_guidance_extrapolates_from_the_unconditional_logits(setup, scale):
     sampling = Sampling(temperature=0, guidance_scale=scale)
     scales_P1 = torch.tensor(sampling.scales(IDS.image_tokens))[:, None]
     for prompt, visual_ids in zip(setup.prompts, setup.images(sampling).visual_ids, strict=True):
@@ -130,7 +124,7 @@ def test_guidance_extrapolates_from_the_unconditional_logits(setup: Setup, scale
         assert torch.equal(torch.where(conditional.isinf(), conditional, guided).argmax(-1), visual_ids)
 
 
-def test_a_guidance_schedule_runs_from_the_first_position_to_the_last() -> None:
+def test_a_guidance_schedule_runs_from_the_first_position_to_the_last():
     assert Sampling(guidance_scale=(1.0, 4.0, 2.0)).scales(5) == [1.0, 2.5, 4.0, 3.0, 2.0]
     assert Sampling(guidance_scale=3).scales(2) == [3.0, 3.0] and not Sampling(guidance_scale=[1.0, 1.0]).guided
     with pytest.raises(UserError, match="schedule is empty"):
@@ -138,7 +132,7 @@ def test_a_guidance_schedule_runs_from_the_first_position_to_the_last() -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"guidance_scale": 2.0}])
-def test_kept_ids_stay_and_later_positions_depend_on_them(setup: Setup, options: dict[str, Any]) -> None:
+def test_kept_ids_stay_and_later_positions_depend_on_them(setup, options):
     sampling = Sampling(**options)
     plain = setup.images(sampling)
     kept_BP = torch.full_like(plain.visual_ids, FREE)
@@ -152,7 +146,7 @@ def test_kept_ids_stay_and_later_positions_depend_on_them(setup: Setup, options:
     torch.testing.assert_close(whole.logprobs, images.logprobs, rtol=1e-4, atol=1e-3)
 
 
-def test_scores_of_finished_sequences_are_those_of_sampling(setup: Setup) -> None:
+def test_scores_of_finished_sequences_are_those_of_sampling(setup):
     setup.model.lm_head.weight.data[1] *= 0.05
     sampler, images = setup.sampler, setup.images(Sampling())
     for index, prompt in enumerate(setup.prompts):
@@ -170,7 +164,7 @@ def test_scores_of_finished_sequences_are_those_of_sampling(setup: Setup) -> Non
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_logits_that_are_not_finite_are_refused(value: float, guidance_scale: float) -> None:
+def test_logits_that_are_not_finite_are_refused(value, guidance_scale):
     setup, prompts, uniforms_BP = Setup(), [sequences.text_prompt([10], ids=IDS)] * 2, torch.zeros(2, 4)
     setup.model.lm_head.weight.data[[20, IDS.subtoken_range(2)[0]]] = value
     for call in (
@@ -186,10 +180,10 @@ def test_logits_that_are_not_finite_are_refused(value: float, guidance_scale: fl
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_recorded_steps_on_a_gpu_sample_as_the_cpu(setup: Setup, scale: float) -> None:
+def test_recorded_steps_on_a_gpu_sample_as_the_cpu(setup, scale):
     sampling = Sampling(temperature=0, guidance_scale=scale)
     on_cpu = setup.images(sampling).visual_ids
-    setup.model.to("cuda")  # type: ignore[arg-type]
+    setup.model.to("cuda")
     sampler = setup.sampler
     for _ in range(2):  # the second batch replays the graphs of the first
         images = sampler.images(
@@ -198,12 +192,12 @@ def test_recorded_steps_on_a_gpu_sample_as_the_cpu(setup: Setup, scale: float) -
         assert torch.equal(images.visual_ids.cpu(), on_cpu)
 
 
-def test_choose_inverts_the_distribution() -> None:
+def test_choose_inverts_the_distribution():
     probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
     levels = (torch.arange(2000) + 0.5) / 2000
     logits = probabilities.log().expand(2000, 4)
 
-    def shares(**options: Any) -> list[float]:
+    def shares(**options):
         choices = choose(logits, sampling=Sampling(**options), uniforms_B=levels)
         return [round(float(share), 3) for share in torch.bincount(choices, minlength=4) / 2000]
 
@@ -226,7 +220,7 @@ NAN, INF = float("nan"), float("inf")
     {"temperature": -0.1}, {"temperature": NAN}, {"temperature": INF}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1},
     {"min_p": 1.5}, {"guidance_scale": -1.0}, {"guidance_scale": 1e30}, {"guidance_scale": (NAN, 1.0)},
 ])  # fmt: skip
-def test_options_out_of_range_are_named_with_their_value(options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_named_with_their_value(options):
     (name, value), *_ = options.items()
     first = value[0] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=name.replace("_", ".") + f" {first}".replace("+", r"\+")):

@@ -19,19 +19,19 @@ KINDS = {1: "t", 3: "b", 4: "e"} | dict.fromkeys(range(5, 50), "t")
 KINDS |= dict.fromkeys(range(50, 66), "0") | dict.fromkeys(range(66, 82), "1")
 
 
-def is_legal(tokens: list[int]) -> bool:
+def is_legal(tokens):
     """Independent of the grammar: every begin of image is followed by a whole image and its end, as far as it goes."""
     kinds = "".join(KINDS.get(token, "?") for token in tokens)
     return bool(re.fullmatch("(t|b(01){4}e)*(b(01){0,3}0?|b(01){4})?", kinds))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 100.0])
-def test_stock_generation_stays_legal(temperature: float) -> None:
+def test_stock_generation_stays_legal(temperature):
     model = make_model(IDS, hidden_size=16, num_layers=1)
     prompts = torch.tensor([[0, 10, 11, 3], [2, 0, 12, 13], [0, 14, 15, 16]]).repeat(8, 1)
     model.lm_head.weight.data[3] *= 0  # begin of image comes now and then
     set_seed(1)
-    output = model.generate(  # type: ignore[operator]
+    output = model.generate(
         prompts, attention_mask=(prompts != 2).long(), do_sample=True, max_new_tokens=40, temperature=temperature,
         top_k=0, eos_token_id=95, pad_token_id=2, logits_processor=LogitsProcessorList([GrammarProcessor(IDS)]),
     )  # fmt: skip
@@ -42,7 +42,7 @@ def test_stock_generation_stays_legal(temperature: float) -> None:
     assert not is_legal([3, 50, 51]) and not is_legal([3, *IMAGE, 20]) and not is_legal([2])
 
 
-def test_allowed_ids() -> None:
+def test_allowed_ids():
     allowed = Grammar(IDS).allowed
     assert allowed([0, 10]) is None
     assert allowed([0, 10, 3]) == range(50, 66)
@@ -57,11 +57,11 @@ def test_allowed_ids() -> None:
     ("images", "so_far", "open_ids"),
     [(False, [0, 10], [1, *range(5, 50)]), (True, [0, 10], [1, 3, *range(5, 50)]), (True, [0, 3], [*range(50, 66)])],
 )
-def test_the_logits_of_other_ids_are_masked(images: bool, so_far: list[int], open_ids: list[int]) -> None:
+def test_the_logits_of_other_ids_are_masked(images, so_far, open_ids):
     logits_V = torch.zeros(IDS.vocab_size + 6)  # a head padded to a round size
     assert Grammar(IDS, images=images).apply(so_far, logits_V).isfinite().nonzero().flatten().tolist() == open_ids
 
 
-def test_a_tokenizer_without_bos_may_still_end() -> None:
+def test_a_tokenizer_without_bos_may_still_end():
     shared = dataclasses.replace(IDS, bos_id=IDS.eos_id)
     assert Grammar(shared).apply([1, 10], torch.zeros(IDS.vocab_size))[IDS.eos_id] == 0

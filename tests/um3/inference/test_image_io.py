@@ -7,7 +7,7 @@ import torch
 from um3.inference.image_io import MARGIN, code_image, contact_sheet, enlarge
 
 
-def test_small_images_are_enlarged_in_whole_pixels_and_large_ones_unchanged() -> None:
+def test_small_images_are_enlarged_in_whole_pixels_and_large_ones_unchanged():
     small = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     big = enlarge(small)
     assert big.size == (32 * 11, 24 * 11)
@@ -16,7 +16,7 @@ def test_small_images_are_enlarged_in_whole_pixels_and_large_ones_unchanged() ->
     assert enlarge(np.zeros((400, 300, 3), dtype=np.uint8)).size == (300, 400)
 
 
-def test_a_sheet_has_every_image_in_reading_order() -> None:
+def test_a_sheet_has_every_image_in_reading_order():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90), (1, 2, 3)]
     images = [np.full((8, 8, 3), colour, dtype=np.uint8) for colour in colours]
     sheet = contact_sheet(images, columns=3)
@@ -30,7 +30,7 @@ def test_a_sheet_has_every_image_in_reading_order() -> None:
         contact_sheet([])
 
 
-def test_codes_become_colours() -> None:
+def test_codes_become_colours():
     codes = torch.tensor([0, 2**28 - 1, (2**9 - 1) << 19, 0])
     image = code_image(codes, num_bits=28)
     assert image.shape == (2, 2, 3) and image.dtype == np.uint8

@@ -1,14 +1,11 @@
 """Text and images in any order: the answer is legal, repeatable and the model's choice."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from um3.inference.generate import uniforms
-from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling
 from um3.model import sequences
 from um3.model.text_tokenizer import encode_captions
@@ -16,7 +13,7 @@ from um3.model.text_tokenizer import encode_captions
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def test_an_image_can_be_requested(pipeline: UM3Pipeline) -> None:
+def test_an_image_can_be_requested(pipeline):
     parts = pipeline.interleave(["a red square"], answer="image", max_new_tokens=4, seed=3, guidance_scale=2.0)
     first = parts[0]
     assert isinstance(first.content, Image.Image) and first.content.size == (16, 16)
@@ -34,10 +31,10 @@ def test_an_image_can_be_requested(pipeline: UM3Pipeline) -> None:
 
 
 @torch.no_grad()
-def test_the_model_begins_an_image_where_it_samples_begin_of_image(pipeline: UM3Pipeline) -> None:
+def test_the_model_begins_an_image_where_it_samples_begin_of_image(pipeline):
     head_VD = pipeline.model.lm_head.weight
     begin_of_image, before = pipeline.ids.begin_of_image_id, head_VD.clone()
-    options: dict[str, Any] = {"temperature": 20.0, "max_images": 2}
+    options = {"temperature": 20.0, "max_images": 2}
     try:
         head_VD[begin_of_image] = 0  # as likely as an average entry
         answers = [pipeline.interleave(["a", IMAGE, "red"], seed=seed, **options) for seed in range(25)]
@@ -48,7 +45,7 @@ def test_the_model_begins_an_image_where_it_samples_begin_of_image(pipeline: UM3
     assert all(kind.count(False) <= 2 for kind in kinds)
 
 
-def test_text_alone_is_repeatable(pipeline: UM3Pipeline) -> None:
+def test_text_alone_is_repeatable(pipeline):
     messages = [Image.fromarray(IMAGE).resize((40, 30)), "a red", "square"]
     first, second = (pipeline.interleave(messages, answer="text", seed=1, max_new_tokens=8) for _ in range(2))
     assert first == second and len(first) <= 1 and all(isinstance(part.content, str) for part in first)

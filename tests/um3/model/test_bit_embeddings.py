@@ -11,7 +11,7 @@ from um3.model.extend import EMBEDDING, HEAD
 IDS = make_ids(subtokens=3, bits_per_subtoken=4, num_patches=1)
 
 
-def make_bits(*, random: bool = True) -> BitEmbeddings:
+def make_bits(*, random=True):
     bits = BitEmbeddings(IDS, model_config=make_model(IDS, hidden_size=16).config)
     for parameter in bits.parameters():
         assert not parameter.any()
@@ -20,7 +20,7 @@ def make_bits(*, random: bool = True) -> BitEmbeddings:
     return bits
 
 
-def test_a_code_gets_the_signed_sum_of_its_own_bits() -> None:
+def test_a_code_gets_the_signed_sum_of_its_own_bits():
     bits, code = make_bits(), 0b1010_0111_0001
     ids_BT = torch.cat([torch.tensor([7]), IDS.codes_to_ids(torch.tensor([code]))])[None]
     added_BTD = bits.add_to_inputs(torch.zeros(1, 4, 16), ids_BT=ids_BT)
@@ -33,14 +33,14 @@ def test_a_code_gets_the_signed_sum_of_its_own_bits() -> None:
     assert not head_VD[: IDS.text_vocab_size].any()
 
 
-def test_bits_at_zero_change_nothing() -> None:
+def test_bits_at_zero_change_nothing():
     bits, weight_VD = make_bits(random=False), torch.randn(IDS.vocab_size, 16)
     assert torch.equal(bits.add_to_head(weight_VD), weight_VD)
     ids_BT = torch.arange(IDS.vocab_size)[None]
     assert torch.equal(bits.add_to_inputs(weight_VD[ids_BT], ids_BT=ids_BT), weight_VD[ids_BT])
 
 
-def test_folded_rows_give_the_trained_logits() -> None:
+def test_folded_rows_give_the_trained_logits():
     model, bits = make_model(IDS, hidden_size=16), make_bits()
     ids_BT = torch.randint(IDS.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

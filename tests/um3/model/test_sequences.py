@@ -1,7 +1,5 @@
 """Layouts of training sequences, their targets, and that prompts are their beginnings."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -21,14 +19,14 @@ LAYOUTS = {
 """Tokens and targets under supervision "target"."""
 
 
-def make(kind: str, **options: Any) -> sequences.TrainingSequence:
+def make(kind, **options):
     parts = {"text": [CAPTION], "image-to-text": [VISUAL, CAPTION], "text-to-image": [CAPTION, VISUAL]}
     function = getattr(sequences, kind.replace("-", "_") + "_sequence")
     return function(*parts.get(kind, [VISUAL]), ids=IDS, **options)
 
 
 @pytest.mark.parametrize("kind", list(LAYOUTS))
-def test_layout_and_targets(kind: str) -> None:
+def test_layout_and_targets(kind):
     tokens, targets = LAYOUTS[kind]
     sequence = make(kind)
     assert sequence.input_ids.tolist() == tokens and sequence.input_ids.dtype == torch.int64
@@ -38,7 +36,7 @@ def test_layout_and_targets(kind: str) -> None:
         assert sequence.input_ids[sequence.targets].tolist() == tokens[1:]
 
 
-def test_prompts_begin_the_sequences() -> None:
+def test_prompts_begin_the_sequences():
     for prompt, kind in (
         (sequences.image_prompt(CAPTION, ids=IDS), "text-to-image"),
         (sequences.image_prompt([], ids=IDS), "unconditional"),
@@ -48,7 +46,7 @@ def test_prompts_begin_the_sequences() -> None:
         assert prompt.tolist() == LAYOUTS[kind][0][: len(prompt)]
 
 
-def test_positions_restart_at_every_document() -> None:
+def test_positions_restart_at_every_document():
     bos, pad = IDS.bos_id, IDS.pad_id
     ids_BT = torch.tensor([[bos, 9, 9, bos, 9, bos, bos, 9, pad, pad], [9, 9, bos, 9, 9, 9, 9, 9, 9, 9], [pad] * 10])
     assert sequences.document_positions(ids_BT, bos_id=bos).tolist() == [
@@ -58,13 +56,13 @@ def test_positions_restart_at_every_document() -> None:
     ]
 
 
-def test_empty_and_tensor_inputs() -> None:
+def test_empty_and_tensor_inputs():
     assert sequences.text_sequence([], ids=IDS).input_ids.tolist() == [0, 1]
     tokens = sequences.text_sequence(torch.tensor(CAPTION, dtype=torch.int32), ids=IDS).input_ids
     assert tokens.dtype == torch.int64 and tokens.tolist() == [0, *CAPTION, 1]
 
 
-def test_wrong_image_length_and_supervision_are_refused() -> None:
+def test_wrong_image_length_and_supervision_are_refused():
     with pytest.raises(ValueError, match="8 visual ids"):
         sequences.caption_prompt(VISUAL[:-1], ids=IDS)
     with pytest.raises(ValueError, match="some"):

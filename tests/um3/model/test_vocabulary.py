@@ -1,7 +1,6 @@
 """The vocabulary: round trips, disjoint ranges, stored form, invalid sizes."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from um3.model.vocabulary import OLD_KEYS, UnifiedVocabulary
 
 
 @pytest.mark.parametrize(("subtokens", "bits_per_subtoken"), [(1, 1), (1, 12), (2, 14), (4, 7), (28, 1), (3, 20)])
-def test_every_code_survives_the_round_trip(subtokens: int, bits_per_subtoken: int) -> None:
+def test_every_code_survives_the_round_trip(subtokens, bits_per_subtoken):
     ids = make_ids(subtokens=subtokens, bits_per_subtoken=bits_per_subtoken)
     codes_BN = torch.randint(0, 2**ids.num_bits, (50, 16), generator=torch.Generator().manual_seed(0))
     codes_BN[0, :2] = torch.tensor([0, 2**ids.num_bits - 1])
@@ -20,14 +19,14 @@ def test_every_code_survives_the_round_trip(subtokens: int, bits_per_subtoken: i
     assert torch.equal(ids.ids_to_codes(visual_ids), codes_BN)
 
 
-def test_the_papers_split_of_28_bits() -> None:
+def test_the_papers_split_of_28_bits():
     ids = make_ids(subtokens=2, bits_per_subtoken=14, num_patches=256, text_vocab_size=128_258)
     assert (ids.image_tokens, ids.visual_vocab_size, ids.vocab_size) == (512, 32_768, 161_026)
     code = (5 << 14) | 9
     assert ids.codes_to_ids(torch.tensor([code])).tolist() == [128_258 + 5, 128_258 + 16_384 + 9]
 
 
-def test_subtoken_ranges_cover_the_visual_half() -> None:
+def test_subtoken_ranges_cover_the_visual_half():
     ids = make_ids()
     covered = [entry for subtoken in range(ids.subtokens) for entry in range(*ids.subtoken_range(subtoken))]
     assert covered == list(range(ids.text_vocab_size, ids.vocab_size))
@@ -35,7 +34,7 @@ def test_subtoken_ranges_cover_the_visual_half() -> None:
         ids.subtoken_range(4)
 
 
-def test_ids_of_another_subtoken_or_of_text_are_refused() -> None:
+def test_ids_of_another_subtoken_or_of_text_are_refused():
     ids = make_ids()
     visual_ids = ids.codes_to_ids(torch.zeros(2, 16, dtype=torch.int64))
     swapped = visual_ids.clone()
@@ -46,16 +45,16 @@ def test_ids_of_another_subtoken_or_of_text_are_refused() -> None:
             ids.ids_to_codes(wrong)
 
 
-def test_the_stored_form_may_have_other_keys_and_the_names_of_older_versions() -> None:
+def test_the_stored_form_may_have_other_keys_and_the_names_of_older_versions():
     ids = make_ids()
-    stored: dict[str, Any] = json.loads(json.dumps(ids.to_dict() | {"fingerprint": "abc"}))
+    stored = json.loads(json.dumps(ids.to_dict() | {"fingerprint": "abc"}))
     assert UnifiedVocabulary.from_dict(stored) == ids
     for name, old_name in OLD_KEYS.items():
         stored[old_name] = stored.pop(name)
     assert UnifiedVocabulary.from_dict(stored) == ids
 
 
-def test_invalid_sizes_are_refused() -> None:
+def test_invalid_sizes_are_refused():
     for message, sizes in {
         "more subtokens": {"subtokens": 1, "bits_per_subtoken": 28},
         "begin_of_image_id = 3": {"text_vocab_size": 3},

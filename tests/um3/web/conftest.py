@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_um3
 from um3.inference.pipeline import UM3Pipeline
 
@@ -68,7 +69,8 @@ def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved UM3 with random weights: 16 codes of 28 bits, 64 tokens per image."""
     sizes = {"hidden_size": 64, "num_layers": 4, "head_dim": 16, "intermediate_size": 96}
     folder = tmp_path_factory.mktemp("web")
-    return save_um3(folder, image_size=32, patch_size=32 // SIDE, max_position_embeddings=256, **sizes)
+    qlip_folder = make_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE, bits=28)
+    return save_um3(folder, qlip_folder=qlip_folder, max_position_embeddings=256, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from tests.um3.web.conftest import Server, half_open
+from tests.um3.web.conftest import half_open
 from um3.web import connections
 from um3.web import server as web_server
 from um3.web.connections import MAX_CONNECTIONS
@@ -19,7 +17,7 @@ UPLOAD = b"POST /api/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9999
 
 
 @pytest.mark.parametrize("content", [b"", b"GET / HTTP/1.1\r\nX", UPLOAD])
-def test_half_open_connections_do_not_block_the_page(server: Server, content: bytes) -> None:
+def test_half_open_connections_do_not_block_the_page(server, content):
     silent = half_open(server.port, 2 * MAX_CONNECTIONS, content)
     assert server.request("GET", "/api/model").status == 200
     for connection in silent:
@@ -27,7 +25,7 @@ def test_half_open_connections_do_not_block_the_page(server: Server, content: by
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[int]:
+def serving(app):
     """Serve an app in a thread of this process, and yield its port."""
     running, listener = web_server.make_server(app), listen("127.0.0.1", 0)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -50,13 +48,11 @@ def serving(app: Any) -> Iterator[int]:
     ],
     ids=["silent", "slow head", "body that is not read", "no body", "slow body"],
 )
-def test_a_request_that_does_not_arrive_ends_its_connection(
-    content: bytes, more: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_does_not_arrive_ends_its_connection(content, more, answer, monkeypatch):
     monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.3)
     monkeypatch.setattr(web_server, "UPLOAD_TIMEOUT_S", 0.3)
     received, part = b"", b"no"
-    with serving(build_app(None, sampling={}, max_waiting=1)) as port:  # type: ignore[arg-type]
+    with serving(build_app(None, sampling={}, max_waiting=1)) as port:
         (connection,) = half_open(port, 1, content)
         connection.settimeout(0.05)
         with contextlib.suppress(ConnectionError):
@@ -67,11 +63,11 @@ def test_a_request_that_does_not_arrive_ends_its_connection(
     assert received[:12] == answer
 
 
-def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_disconnected(monkeypatch):
     monkeypatch.setattr(connections, "READ_TIMEOUT_S", 0.3)
     disconnected = threading.Event()
 
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
+    async def endless(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while not disconnected.is_set():
             await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})

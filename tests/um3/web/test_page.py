@@ -2,14 +2,12 @@
 
 import io
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.um3.web.conftest import SIDE, Server
+from tests.um3.web.conftest import SIDE
 from um3.inference.image_io import read_metadata
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -24,7 +22,7 @@ pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this m
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -32,13 +30,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser, server: Server) -> Iterator[Page]:
+def page(browser, server):
     """The opened page. A request to another server and an uncaught error in the page fail the test."""
     page = browser.new_page()
     page.set_default_timeout(TIMEOUT_MS)
     expect.set_options(timeout=TIMEOUT_MS)
-    urls: list[str] = []
-    errors: list[str] = []
+    urls = []
+    errors = []
     page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(server.url)
@@ -50,7 +48,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     assert errors == []
 
 
-def generate(page: Page, prompt: str, **fields: str) -> Locator:
+def generate(page, prompt, **fields):
     """Fill the form and send it; returns the finished runs, of which there may be none yet."""
     for name, value in fields.items():
         page.locator(f"[name={name}]").fill(value)
@@ -59,13 +57,13 @@ def generate(page: Page, prompt: str, **fields: str) -> Locator:
     return page.locator("#runs article[aria-busy=false]")
 
 
-def upload(page: Page, path: Path) -> Locator:
+def upload(page, path):
     page.locator("#tab-caption").click()
     page.locator("#file").set_input_files(path)
     return page.locator("#captions article[aria-busy=false]")
 
 
-def test_an_image_appears_row_by_row_and_can_be_downloaded(page: Page, tmp_path: Path) -> None:
+def test_an_image_appears_row_by_row_and_can_be_downloaded(page, tmp_path):
     # An observer inside the page sees every row.
     page.evaluate(
         "() => { window.urls = []; new MutationObserver((changes) => changes.forEach(({target}) => "
@@ -84,14 +82,14 @@ def test_an_image_appears_row_by_row_and_can_be_downloaded(page: Page, tmp_path:
     assert metadata["seed"] == 5 and metadata["temperature"] == 0.5
 
 
-def test_guidance_scales_stand_side_by_side_with_equal_seeds(page: Page) -> None:
+def test_guidance_scales_stand_side_by_side_with_equal_seeds(page):
     run = generate(page, "a blue square", num_images="2", seed="3", compare="1, 4")
     expect(run.locator("figcaption")).to_have_count(4)
     assert run.locator(".scale b").all_inner_texts() == ["1", "4"]
     assert [text.split()[1] for text in run.locator("figcaption span").all_inner_texts()] == ["3", "4", "3", "4"]
 
 
-def test_the_history_survives_a_reload_and_restores_settings(page: Page) -> None:
+def test_the_history_survives_a_reload_and_restores_settings(page):
     run = generate(page, "ثلاث نجوم 🦊", num_images="1", seed="11", temperature="0.25")
     first = run.locator("img").get_attribute("src")
     page.reload()
@@ -106,7 +104,7 @@ def test_the_history_survives_a_reload_and_restores_settings(page: Page) -> None
     expect(page.locator("#history button")).to_have_count(0)
 
 
-def test_an_image_is_captioned_and_reconstructed(page: Page, tmp_path: Path) -> None:
+def test_an_image_is_captioned_and_reconstructed(page, tmp_path):
     path = tmp_path / "holiday.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
     page.locator("#tab-generate").press("ArrowRight")
@@ -121,7 +119,7 @@ def test_an_image_is_captioned_and_reconstructed(page: Page, tmp_path: Path) -> 
     assert page.locator("[name=prompt]").input_value().split() == caption.split()
 
 
-def test_a_dropped_file_is_captioned_and_its_name_never_becomes_markup(page: Page) -> None:
+def test_a_dropped_file_is_captioned_and_its_name_never_becomes_markup(page):
     name = "<img src=x onerror=document.title=1>.png"
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format="PNG")
@@ -135,7 +133,7 @@ def test_a_dropped_file_is_captioned_and_its_name_never_becomes_markup(page: Pag
     assert page.title() == "UM3"
 
 
-def test_bad_files_and_settings_show_a_sentence_and_the_page_still_works(page: Page, tmp_path: Path) -> None:
+def test_bad_files_and_settings_show_a_sentence_and_the_page_still_works(page, tmp_path):
     text, big = tmp_path / "notes.png", tmp_path / "big.png"
     text.write_text("not an image")
     big.write_bytes(bytes(21 * 2**20))
@@ -158,7 +156,7 @@ def test_bad_files_and_settings_show_a_sentence_and_the_page_still_works(page: P
     assert page.locator("#generate-error").inner_text() == ""
 
 
-def test_a_cancelled_run_stops_and_the_next_one_works(page: Page) -> None:
+def test_a_cancelled_run_stops_and_the_next_one_works(page):
     generate(page, "a red square", num_images="16", guidance_scale="3")
     expect(page.locator("#runs article")).to_contain_text("row ")
     page.keyboard.press("Escape")

@@ -9,36 +9,34 @@ import json
 import struct
 import time
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from starlette.datastructures import Headers
 
-from tests.um3.web.conftest import MAX_WAITING, SIDE, Server, half_open
+from tests.um3.web.conftest import MAX_WAITING, SIDE, half_open
 from um3.core.errors import UserError
 from um3.inference.image_io import METADATA, code_image
-from um3.inference.pipeline import UM3Pipeline
 from um3.web.security import RequestGuard, is_loopback, listen
 from um3.web.server import MAX_UPLOAD_BYTES, build_app
 
 
-def opened(url: str) -> Image.Image:
+def opened(url):
     return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
 
-def image_bytes(*, format: str = "PNG", size: tuple[int, int] = (60, 40)) -> bytes:
+def image_bytes(*, format="PNG", size=(60, 40)):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, format=format)
     return buffer.getvalue()
 
 
-def huge_png(side: int) -> bytes:
+def huge_png(side):
     """A valid header of a black image that would fill gigabytes."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
+    def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -46,7 +44,7 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server: Server, web_pipeline: UM3Pipeline) -> None:
+def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server, web_pipeline):
     prompt = "🦊👩‍👩‍👧 ثلاث \x00\x1b[31m <script> half a pair \ud83d"
     request = {"prompt": prompt, "num_images": 2, "seed": 7, "temperature": 0.8, "guidance_scale": [4, 1]}
     answer = server.request("POST", "/api/generate", request)
@@ -54,7 +52,7 @@ def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server: Serv
     for row, event in enumerate(answer.events[:-1], start=1):
         alpha_HW = np.asarray(opened(event["images"][1]["url"]))[..., 3]
         assert (alpha_HW[: row * 32 // SIDE] == 255).all() and (alpha_HW[row * 32 // SIDE :] == 0).all()
-    options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
+    options = {"temperature": 0.8, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
     expected = web_pipeline.generate([prompt], num_images=2, seeds=[7, 8], **options)
     for index, result in enumerate(answer.events[-1]["images"]):
         image = opened(result["url"])
@@ -66,7 +64,7 @@ def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server: Serv
     assert again["url"] == answer.events[-1]["images"][1]["url"]
 
 
-def test_an_image_gets_its_caption_codes_and_reconstruction(server: Server, web_pipeline: UM3Pipeline) -> None:
+def test_an_image_gets_its_caption_codes_and_reconstruction(server, web_pipeline):
     content = image_bytes()
     (result,) = server.request("POST", "/api/caption", content).events
     image = Image.open(io.BytesIO(content))
@@ -101,7 +99,7 @@ def test_an_image_gets_its_caption_codes_and_reconstruction(server: Server, web_
         (b"{", "not valid JSON"),
     ],
 )
-def test_an_invalid_request_gets_status_400_and_one_sentence(server: Server, request_body: Any, message: str) -> None:
+def test_an_invalid_request_gets_status_400_and_one_sentence(server, request_body, message):
     answer = server.request("POST", "/api/generate", request_body)
     (error,) = answer.events
     assert answer.status == 400 and message in error["error"] and "\n" not in error["error"]
@@ -119,24 +117,24 @@ def test_an_invalid_request_gets_status_400_and_one_sentence(server: Server, req
     ],
     ids=["empty", "svg", "20000 pixels square", "7500 pixels square", "cut jpeg", "broken png"],
 )
-def test_a_bad_upload_gets_a_status_and_one_sentence(server: Server, content: bytes, status: int, message: str) -> None:
+def test_a_bad_upload_gets_a_status_and_one_sentence(server, content, status, message):
     answer = server.request("POST", "/api/caption", content)
     assert answer.status == status and message in answer.events[0]["error"]
     assert "Traceback" not in str(answer) and "/um3/" not in str(answer)
 
 
-def test_a_long_upload_is_refused_by_its_announced_length(server: Server) -> None:
+def test_a_long_upload_is_refused_by_its_announced_length(server):
     head = f"POST /api/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {MAX_UPLOAD_BYTES + 1}\r\n\r\n"
     (connection,) = half_open(server.port, 1, head.encode())
     assert connection.recv(4096).startswith(b"HTTP/1.1 413")
     connection.close()
 
 
-def test_an_upload_without_a_length_is_cut_off(server: Server) -> None:
+def test_an_upload_without_a_length_is_cut_off(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     num_sent = 0
 
-    def endless() -> Any:
+    def endless():
         nonlocal num_sent
         while True:
             num_sent += 2**20
@@ -148,14 +146,14 @@ def test_an_upload_without_a_length_is_cut_off(server: Server) -> None:
     assert num_sent < 8 * MAX_UPLOAD_BYTES
 
 
-def test_no_other_path_exists(server: Server) -> None:
+def test_no_other_path_exists(server):
     absent = [("GET", path) for path in ("/page.html", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd")]
     for method, path in (*absent, ("GET", "/api/generate"), ("DELETE", "/api/model"), ("POST", "/")):
         answer = server.request(method, path)
         assert answer.status == (404 if (method, path) in absent else 405) and list(answer.events[0]) == ["error"]
 
 
-def test_only_the_servers_own_page_may_call_it(server: Server) -> None:
+def test_only_the_servers_own_page_may_call_it(server):
     own = f"localhost:{server.port}"
     call = functools.partial(server.request, "POST", "/api/generate", {"prompt": "a", "num_images": 1})
     assert call({"Host": own, "Origin": f"http://{own}", "Sec-Fetch-Site": "same-origin"}).status == 200
@@ -165,16 +163,16 @@ def test_only_the_servers_own_page_may_call_it(server: Server) -> None:
         assert answer.status == 403 and list(answer.events[0]) == ["error"]
 
 
-def test_only_addresses_are_valid_hosts() -> None:
+def test_only_addresses_are_valid_hosts():
     page = "<script></script><style></style>"
     own, other = {"localhost:8000", "127.0.0.1", "[::1]:8000"}, "192.168.0.7:8000"
     for is_open, valid in ((False, own), (True, own | {other})):
-        guard = RequestGuard(lambda *_: None, page=page, open_to_others=is_open)  # type: ignore[arg-type,return-value]
+        guard = RequestGuard(lambda *_: None, page=page, open_to_others=is_open)
         hosts = own | {other, "evil.example", "[", ""}
         assert {host for host in hosts if not guard.refusal(Headers({"host": host}), method="GET")} == valid
 
 
-def test_addresses_and_ports_are_checked_before_the_server_starts(server: Server) -> None:
+def test_addresses_and_ports_are_checked_before_the_server_starts(server):
     hosts = ("localhost", "127.0.0.1", "127.8.8.8", "::1", "0.0.0.0", "192.168.0.7", "::", "example.org")
     assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
     with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1 port \d+ .*in use.*--port"):
@@ -182,10 +180,10 @@ def test_addresses_and_ports_are_checked_before_the_server_starts(server: Server
     with pytest.raises(UserError, match="address of this machine as --host"):
         listen("203.0.113.9", 0)
     with pytest.raises(UserError, match="temperature -1 is outside"):
-        build_app(None, sampling={"temperature": -1}, max_waiting=1)  # type: ignore[arg-type]
+        build_app(None, sampling={"temperature": -1}, max_waiting=1)
 
 
-def test_every_answer_forbids_foreign_content(server: Server) -> None:
+def test_every_answer_forbids_foreign_content(server):
     assert server.request("GET", "/api/model").events[0]["sampling"]["temperature"] == 0.5
     for path in ("/", "/api/model", "/absent"):
         headers = server.request("GET", path).headers
@@ -194,13 +192,13 @@ def test_every_answer_forbids_foreign_content(server: Server) -> None:
         assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
 
 
-def test_what_a_client_sends_is_escaped_in_the_log(server: Server) -> None:
+def test_what_a_client_sends_is_escaped_in_the_log(server):
     server.request("GET", "/%0a08:00:00%20forged%1b%5b31m")
     (line,) = [line for line in server.log.read_text().split("\n") if "forged" in line]
     assert r"GET /\n08:00:00 forged\x1b[31m -> 404" in line
 
 
-def test_a_full_queue_is_503_and_disconnected_clients_make_room(server: Server) -> None:
+def test_a_full_queue_is_503_and_disconnected_clients_make_room(server):
     body = json.dumps({"prompt": "a red disk", "num_images": 16, "guidance_scale": 3}).encode()
     head = f"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     connections = half_open(server.port, MAX_WAITING + 1, head + body)
@@ -223,17 +221,17 @@ def test_a_full_queue_is_503_and_disconnected_clients_make_room(server: Server) 
     assert answer.status == 200
 
 
-def test_a_bug_is_answered_without_its_traceback() -> None:
-    app = build_app(None, sampling={}, max_waiting=1)  # type: ignore[arg-type]
-    messages: list[Any] = []
+def test_a_bug_is_answered_without_its_traceback():
+    app = build_app(None, sampling={}, max_waiting=1)
+    messages = []
 
-    async def receive() -> dict[str, Any]:
+    async def receive():
         return {"type": "http.request", "body": image_bytes()}
 
-    async def send(message: Any) -> None:
+    async def send(message):
         messages.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/api/caption", "headers": [(b"host", b"127.0.0.1")]}
     with pytest.raises(AttributeError):  # which the server logs
-        asyncio.run(app(scope | {"query_string": b""}, receive, send))  # type: ignore[arg-type]
+        asyncio.run(app(scope | {"query_string": b""}, receive, send))
     assert messages[0]["status"] == 500 and list(json.loads(messages[1]["body"])) == ["error"]

@@ -2,19 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
 
-from um3.web.worker import Event, Job, Worker
+from um3.web.worker import Worker
 
 
-def run(main: Callable[[Worker], Coroutine[Any, Any, Any]], *, max_waiting: int) -> Any:
+def run(main, *, max_waiting):
     """Run a coroutine over a worker, and close the worker."""
 
-    async def with_worker() -> Any:
+    async def with_worker():
         worker = Worker(max_waiting=max_waiting)
         try:
             return await main(worker)
@@ -24,27 +22,27 @@ def run(main: Callable[[Worker], Coroutine[Any, Any, Any]], *, max_waiting: int)
     return asyncio.run(asyncio.wait_for(with_worker(), 60))
 
 
-def forever(job: Job) -> None:
+def forever(job):
     """Work that ends only when it is cancelled."""
     job.send({"started": True})
     while True:
         job.check()
 
 
-async def events_of(stream: AsyncIterator[Event]) -> list[Event]:
+async def events_of(stream):
     return [event async for event in stream]
 
 
-def test_jobs_run_in_order_of_arrival_and_an_error_reaches_its_client() -> None:
-    order: list[int] = []
+def test_jobs_run_in_order_of_arrival_and_an_error_reaches_its_client():
+    order = []
 
-    def work(number: int, job: Job) -> None:
+    def work(number, job):
         order.append(number)
         for step in range(3):
             job.send({"step": 10 * number // step if number == 2 else step})
 
-    async def main(worker: Worker) -> list[Any]:
-        streams = [worker.stream(lambda job, number=number: work(number, job)) for number in range(4)]  # type: ignore[misc]
+    async def main(worker):
+        streams = [worker.stream(lambda job, number=number: work(number, job)) for number in range(4)]
         return await asyncio.gather(*map(events_of, streams), return_exceptions=True)
 
     results = run(main, max_waiting=4)
@@ -52,16 +50,16 @@ def test_jobs_run_in_order_of_arrival_and_an_error_reaches_its_client() -> None:
     assert results == [[{"step": step} for step in range(3)]] * 3
 
 
-def test_a_disconnected_client_cancels_its_job_and_frees_its_place() -> None:
+def test_a_disconnected_client_cancels_its_job_and_frees_its_place():
     ended = threading.Event()
 
-    def work(job: Job) -> None:
+    def work(job):
         try:
             forever(job)
         finally:
             ended.set()
 
-    async def main(worker: Worker) -> list[Event]:
+    async def main(worker):
         running = worker.stream(work)
         await anext(running)
         waiting = asyncio.ensure_future(anext(worker.stream(forever)))
@@ -73,15 +71,15 @@ def test_a_disconnected_client_cancels_its_job_and_frees_its_place() -> None:
             await waiting
         last = asyncio.ensure_future(events_of(worker.stream(lambda job: job.send({"last": True}))))
         await asyncio.sleep(0)
-        await running.aclose()  # type: ignore[attr-defined]
+        await running.aclose()
         return await last
 
     assert run(main, max_waiting=1) == [{"last": True}]
     assert ended.is_set()
 
 
-def test_closing_ends_the_running_job_and_drops_the_waiting_ones() -> None:
-    async def main(worker: Worker) -> list[list[Event]]:
+def test_closing_ends_the_running_job_and_drops_the_waiting_ones():
+    async def main(worker):
         streams = [worker.stream(forever), worker.stream(lambda job: job.send({"ran": True}))]
         clients = [asyncio.ensure_future(events_of(stream)) for stream in streams]
         await asyncio.sleep(0.1)
