@@ -37,7 +37,7 @@ IN_RUN = $${oc.env:RUN}
 # DATA and TEXT replace the image and text sources of the config.
 comma := ,
 IMAGES = '[{name: data, path: "$${oc.env:DATA}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
-TEXTS = '[{name: text, path: "$${oc.env:TEXT}"}]'
+TEXTS = '[{name: text, path: "$${oc.env:TEXT}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 
 # Benchmarks of generated images generate first if PROMPTS names their list; GENERATE holds settings for that step.
 GENERATED = $(IN_RUN)/generated/$@
@@ -52,7 +52,7 @@ help: ## List the targets
 	@echo
 	@printf '  CONFIG=NAME of a file in configs/, or a path (now %s)   RUN=FOLDER (now %s)   NPROC=processes (now $(NPROC))\n' "$$CONFIG" "$$RUN"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" overrides the config of one target"
-	@echo "  VAL_FRACTION=share of DATA that is kept for validation"
+	@echo "  VAL_FRACTION=share of DATA and TEXT that is kept for validation"
 
 setup: $(READY) ## Create .venv with every pinned dependency
 	@:

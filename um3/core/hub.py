@@ -135,6 +135,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).is_file():
         return []
+    refuse_lfs_pointers([folder / WEIGHTS_INDEX])
     try:
         names = sorted(set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values()))
         files = [folder / Path(name).name for name in names]

@@ -13,7 +13,7 @@ from tests.train.conftest import arguments, losses, train_apart, train_here
 from tests.train.test_resume import kill_and_resume
 from tokenizer.text_tokenizer import train_byte_bpe
 from train.phase import main
-from train.recipes.um3_init import main as init
+from train.phase import main as init
 from train.run_folder import result_files
 from um3.core.errors import UserError
 from um3.model.language_model import load_model
@@ -43,8 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(base: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UM3 made of `base` for the codes of `made`."""
     out = tmp_path_factory.mktemp("run") / "um3-init"
-    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"output_dir={out}"]
-    init([*models, "subtokens=2", "num_sequences=2", "seq_len=32"])
+    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
+    sizes = ["subtokens=2", "data.num_sequences=2", "data.seq_len=32", "loop.max_steps=1", "engine.precision=fp32"]
+    init(["um3-init", "--config", "demo", *models, *sizes])
     return out / "model"
 
 
@@ -100,14 +101,14 @@ def test_the_adapter_folder_is_one_of_peft(start: Path, trained: Path) -> None:
         torch.testing.assert_close(adapted.merge_and_unload()(ids_BT).logits, logits_BTV, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_at_any_zero_stage(
     zero_stage: int, start: Path, trained: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = arguments("um3", made, f"loop.output_dir={tmp_path}", f"model.base_model={start}", *LORA)
     kill_and_resume(command, 2, monkeypatch, f"engine.zero_stage={zero_stage}")
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-5)
-    if zero_stage == 0:
+    if zero_stage == 1:  # as `trained`: the others clip by a norm that is summed in another order
         assert losses(tmp_path) == losses(trained) and result_files(tmp_path) == result_files(trained)
         (tmp_path / "adapter/adapter_model.safetensors").unlink()
         main(command)  # makes the result again

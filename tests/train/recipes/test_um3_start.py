@@ -100,13 +100,10 @@ def test_a_base_keeps_its_text_rows_and_is_calibrated_once_a_run(base: Path, mad
     for part in ("q", "k"):
         name = f"model.layers.0.self_attn.{part}_norm.weight"
         torch.testing.assert_close(trained[name], gains[name], rtol=0, atol=1e-6)
-        # The base's queries and keys have an rms of about the root of the width times the weights' scale: 2.8, not 1.
-        projection = before[f"model.layers.0.self_attn.{part}_proj.weight"]
-        assert (gains[name] / (32**0.5 * projection.std())).mean().item() == pytest.approx(1, abs=0.3)
     # A second start in the same folder reads the gains of the cache: these could not have been fitted.
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "done.json").unlink()
-    save_file({key: torch.full_like(gain, 7.0) for key, gain in gains.items()}, tmp_path / GAINS)
+    save_file(gains | {name: torch.full_like(gains[name], 7.0)}, tmp_path / GAINS)
     train_here("um3", made, tmp_path, *options)
     assert (weights(tmp_path / "model")[name] - 7).abs().max() < 1e-5
 

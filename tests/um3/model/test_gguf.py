@@ -16,7 +16,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny_um3 import LLAMA_3_ROPE, make_base
-from train.recipes.um3_init import main as init
+from train.phase import main as init
 from um3.core.errors import UserError
 from um3.model.extend import load_base, load_base_tokenizer, read_base_config
 from um3.model.gguf import LLAMA_3_SCALING, rope_factors
@@ -115,9 +115,10 @@ def test_um3_init_starts_from_a_file(
 ) -> None:
     base = base_of("llama", tie_word_embeddings=True)
     path = write_gguf(tmp_path / "base.gguf", base=base, tokenizer=tokenizer)
-    (tmp_path / "prose.txt").write_text("the quick brown fox asks why. " * 80)
-    settings = ["qk_norm=false", "num_sequences=2", "seq_len=64", f"text={tmp_path}/prose.txt"]
-    init([f"base_model={path}", f"visual_tokenizer={qlip_folder}", f"output_dir={tmp_path}/run", *settings])
+    (tmp_path / "prose.jsonl").write_text('{"text": "the quick brown fox asks why. and why"}\n' * 40)
+    settings = ["qk_norm=false", "data.num_sequences=2", "data.seq_len=64", f"loop.output_dir={tmp_path}/run"]
+    settings += [f"base_model={path}", f"visual_tokenizer={qlip_folder}"]
+    init(["um3-init", "--config", "demo", *settings, f"data.texts=[{{name: prose, path: {tmp_path}/prose.jsonl}}]"])
     loaded = load_model(tmp_path / "run" / "model")
     kept = len(tokenizer)
     rows_VD = loaded.model.get_input_embeddings().weight

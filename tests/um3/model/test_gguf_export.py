@@ -21,6 +21,7 @@ from um3.model.extend import extend_model, load_base
 from um3.model.gguf import rope_factors
 from um3.model.gguf_export import export_gguf
 from um3.model.language_model import load_model, save_model
+from um3.model.qk_norm import insert_qk_norm
 from um3.model.text_tokenizer import (
     encode_captions,
     encode_texts,
@@ -58,7 +59,7 @@ def save_um3(
     tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)  # transformers' class for Qwen2 expects it
     ids = make_vocabulary(tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
     base = make_base(kind, **{"vocab_size": ids.text_vocab_size, "hidden_size": 64, **sizes, **options})
-    um3 = extend_model(base, ids=ids, qk_norm=qk_norm, new_token_init="random")
+    um3 = extend_model(insert_qk_norm(base) if qk_norm else base, ids=ids, new_token_init="random")
     save_model(folder, model=um3, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)
     return folder
 
