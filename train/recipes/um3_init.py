@@ -55,7 +55,7 @@ SMALLEST_GAIN = 0.02
 
 
 class DistillationObjective(nn.Module):
-    """KL(base || model) of the next token, the mean over all positions that are not padding."""
+    """KL(base || model) of the next token, the sum over all positions that are not padding."""
 
     def __init__(self, model: PreTrainedModel, *, base: PreTrainedModel) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class DistillationObjective(nn.Module):
         with torch.no_grad():
             teacher_XV = self._base[0](input_ids=input_ids_BT, use_cache=False).logits[is_real_BT].log_softmax(-1)
         student_XV = self.model(input_ids=input_ids_BT, use_cache=False).logits[is_real_BT].log_softmax(-1)
-        return F.kl_div(student_XV, teacher_XV, log_target=True, reduction="batchmean")
+        return F.kl_div(student_XV, teacher_XV, log_target=True, reduction="sum")
 
 
 class UM3InitTask:
@@ -144,21 +144,22 @@ class UM3InitTask:
     def train_step(self, step: int) -> dict[str, float]:
         config, size = self.config, self.config.loop.batch_size
         if not self.divergences:
-            self.divergences.append(self._divergence())
+            self.divergences.append(self._measure())
         factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
         set_learning_rate(self.engine.optimizer, factor=factor)
-        own = self.sequences[step * size : (step + 1) * size][rank() :: world_size()]
-        total = torch.zeros((), device=device())
+        batch = self.sequences[step * size : (step + 1) * size]
+        own, count, total = batch[rank() :: world_size()], num_positions(batch), torch.zeros((), device=device())
         for part in range(self.accumulation):
-            loss = self._loss(own[part :: self.accumulation])
+            loss = self._divergence(own[part :: self.accumulation])
             check_finite({"divergence": float(loss.detach())}, source="text sequences")
-            self.engine.backward(loss)
+            # DeepSpeed averages gradients over ranks and accumulation steps.
+            self.engine.backward(loss * (world_size() * self.accumulation / count))
             norm = step_engine(self.engine)
             total += loss.detach()
-        loss_mean = sum_over_ranks(total) / world_size() / self.accumulation
-        return {"train/loss": float(loss_mean), "optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
+        mean = float(sum_over_ranks(total)) / count
+        return {"train/loss": mean, "optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
 
-    def _loss(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+    def _divergence(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
         padded = lay_out(sequences, seq_len=self.seq_len, packed=False, pad_id=self.ids.pad_id)
         lengths_B = torch.tensor([len(sequence.input_ids) for sequence in sequences])
         is_real_BT = torch.arange(padded.input_ids_BT.shape[1]) < lengths_B[:, None]
@@ -167,18 +168,18 @@ class UM3InitTask:
         return loss
 
     @torch.no_grad()
-    def _divergence(self) -> float:
+    def _measure(self) -> float:
         """The mean divergence over the validation sequences (a collective call)."""
         self.engine.eval()
         own = self.measured[rank() :: world_size()]
-        total = torch.tensor([float(self._loss([sequence])) for sequence in own], device=device()).sum()
+        total = torch.tensor([float(self._divergence([sequence])) for sequence in own], device=device()).sum()
         self.engine.train()
-        return float(sum_over_ranks(total)) / len(self.measured)
+        return float(sum_over_ranks(total)) / num_positions(self.measured)
 
     def evaluate(self, step: int) -> dict[str, float]:
         if step % self.config.evaluate_every_steps and step != self.config.loop.max_steps:
             return {}
-        self.divergences.append(self._divergence())
+        self.divergences.append(self._measure())
         return {"val/divergence": self.divergences[-1]}
 
     def fingerprints(self) -> dict[str, str]:
@@ -225,6 +226,10 @@ class UM3InitTask:
 
 
 build_task = UM3InitTask
+
+
+def num_positions(sequences: Sequence[TrainingSequence]) -> int:
+    return sum(len(sequence.input_ids) for sequence in sequences)
 
 
 @torch.no_grad()
