@@ -345,6 +345,8 @@ class UM3InitConfig:
     def __post_init__(self) -> None:
         if self.engine.zero_stage == 3:
             raise ValueError("the model shares weights with its base, which ZeRO 3 divides; set engine.zero_stage=2")
+        if self.engine.precision == "bf16-true":
+            raise ValueError("bf16-true would round the base's weights; set engine.precision=bf16-mixed")
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that it is made from; other inputs make another model."""

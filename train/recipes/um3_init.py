@@ -11,6 +11,7 @@ Legend: B sequences, T positions of a sequence, X positions with a target, V voc
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,14 +104,14 @@ class UM3InitTask:
         self.divergences: list[float] = []
 
     def _sequences(self, count: int, *, split: Split) -> list[TrainingSequence]:
-        """Sequences of all texts, the same number from each (to within one)."""
+        """Sequences of all texts, by turns, the same number from each (to within one)."""
         texts, sequences = self.config.data.texts, []
         for number, source in enumerate(texts):
             source = dataclasses.replace(source, val_fraction=max(source.val_fraction, MIN_VAL_FRACTION))
             wanted = len(range(number, count, len(texts)))
             if looks_like_hub(source.path) and not source.stream:
                 source.stream = wanted
-            sequences += scattered_sequences(
+            own = scattered_sequences(
                 open_text_source(source, split=split),
                 tokenizer=self.text_tokenizer,
                 ids=self.ids,
@@ -120,9 +121,8 @@ class UM3InitTask:
                 cache=Path(self.config.loop.output_dir) / "cache",
                 origin=source_fingerprint(source, split),
             )
-        # By turns from each text, so that every batch holds all of them.
-        offsets = [sum(len(range(n, count, len(texts))) for n in range(number)) for number in range(len(texts))]
-        return [sequences[offsets[index % len(texts)] + index // len(texts)] for index in range(count)]
+            sequences.append(own)
+        return [sequence for turn in itertools.zip_longest(*sequences) for sequence in turn if sequence is not None]
 
     @property
     def finished(self) -> bool:

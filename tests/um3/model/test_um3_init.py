@@ -33,6 +33,7 @@ from transformers import (
 from tests.helpers.tiny_um3 import make_base
 from tests.helpers.trained_llama import trained_llama
 from tests.tokenizer.conftest import change_json
+from tests.train.conftest import train_apart
 from tokenizer.configuration import RELEASED_LICENSE
 from train.phase import main as train
 from um3.core.errors import UserError
@@ -259,6 +260,16 @@ def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start: Start, tmp_p
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert type(plain) is Qwen3ForCausalLM and not plain.config.tie_word_embeddings
     assert torch.equal(logits(tmp_path / "plain", entries=LLAMA_ENTRIES), logits(folder, entries=LLAMA_ENTRIES))
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one_does(
+    start: Start, bases: dict[str, Path], qlip_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    one = start("qwen2", "qk_norm=true")
+    train_apart(command(bases["qwen2"], qlip_folder, text, tmp_path / "two", "qk_norm=true"), processes=2)
+    two = record(tmp_path / "two")
+    assert two["processes"] == 2 and two["divergences"] == pytest.approx(record(one)["divergences"], rel=1e-4)
 
 
 def test_random_rows_have_the_bases_deviation_and_follow_the_seed(start: Start, bases: dict[str, Path]) -> None:
