@@ -46,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
-def test_training_starts_from_the_weights_of_a_um3_folder(start: Path, made: Path, tmp_path: Path) -> None:
+def test_training_starts_from_the_weights_of_a_um3_folder(start, made, tmp_path):
     options = [f"model.base_model={start}", NO_BITS]
     train_here("um3", made, tmp_path / "still", *options, *STILL, "engine.activation_checkpointing=true")
     before, after = weights(start), weights(tmp_path / "still/model")
@@ -68,15 +68,13 @@ def test_training_starts_from_the_weights_of_a_um3_folder(start: Path, made: Pat
         ("vocabulary.tokenizer=somewhere", r"vocabulary\.tokenizer"),
     ],
 )
-def test_a_config_that_contradicts_the_folder_is_refused(
-    override: str, remedy: str, start: Path, made: Path, tmp_path: Path
-) -> None:
+def test_a_config_that_contradicts_the_folder_is_refused(override, remedy, start, made, tmp_path):
     with pytest.raises(UserError, match=remedy):
         train_here("um3", made, tmp_path, f"model.base_model={start}", override)
 
 
 @pytest.mark.slow
-def test_another_tokenizer_or_another_start_is_refused(start: Path, made: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_or_another_start_is_refused(start, made, tmp_path):
     shutil.copytree(start, tmp_path / "start")
     options = [f"model.base_model={tmp_path}/start", "loop.max_steps=1"]
     with pytest.raises(UserError, match=r"was made for visual tokenizer \w+, but visual_tokenizer="):
@@ -90,7 +88,7 @@ def test_another_tokenizer_or_another_start_is_refused(start: Path, made: Path, 
         train_here("um3", made, tmp_path / "um3", *options)
 
 
-def test_a_base_keeps_its_text_rows_and_is_calibrated_once_a_run(base: Path, made: Path, tmp_path: Path) -> None:
+def test_a_base_keeps_its_text_rows_and_is_calibrated_once_a_run(base, made, tmp_path):
     options = [f"model.base_model={base}", *STILL]
     train_here("um3", made, tmp_path, *options)
     trained, before = weights(tmp_path / "model"), weights(base)
@@ -109,7 +107,7 @@ def test_a_base_keeps_its_text_rows_and_is_calibrated_once_a_run(base: Path, mad
 
 
 @pytest.mark.slow
-def test_new_rows_can_be_random(base: Path, made: Path, tmp_path: Path) -> None:
+def test_new_rows_can_be_random(base, made, tmp_path):
     options = [f"model.base_model={base}", *STILL, NO_BITS]
     spreads = {}
     for init_by in ("mean", "random"):
@@ -119,7 +117,7 @@ def test_new_rows_can_be_random(base: Path, made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_streamed_text_is_read_once_a_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_text_is_read_once_a_run(made, tmp_path, monkeypatch):
     """The vocabulary, the tokens and the validation sequences are made at the first start; later ones need no hub."""
     monkeypatch.chdir(tmp_path)
     words = tmp_path / "own" / "words"

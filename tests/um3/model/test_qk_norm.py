@@ -21,7 +21,7 @@ def divergence(base: PreTrainedModel, model: PreTrainedModel) -> float:
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
-def test_a_trained_model_keeps_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_keeps_its_distribution(monkeypatch):
     """Gains alone, one vector for all heads, lose it: the best that is possible without a constant dimension."""
     base = trained_llama()
     model = insert_qk_norm(base, fit_qk_norm(base, calibration=CALIBRATION))
@@ -34,7 +34,7 @@ def test_a_trained_model_keeps_its_distribution(monkeypatch: pytest.MonkeyPatch)
     assert divergence(base, insert_qk_norm(base, gains)) > 0.3 and divergence(base, insert_qk_norm(base)) > 0.3
 
 
-def test_the_normalised_queries_are_those_of_the_base_without_one_dimension() -> None:
+def test_the_normalised_queries_are_those_of_the_base_without_one_dimension():
     """Exactly so with biases, however the weights are distributed, as the margin grows."""
     base = make_base("qwen2")
     fitted = fit_qk_norm(base, calibration=CALIBRATION)
@@ -52,7 +52,7 @@ def test_the_normalised_queries_are_those_of_the_base_without_one_dimension() ->
     assert new.self_attn.o_proj.bias.count_nonzero() == 0
 
 
-def test_without_a_constant_direction_the_mean_square_is_kept() -> None:
+def test_without_a_constant_direction_the_mean_square_is_kept():
     """Random weights: the inputs of a layer have none, and the base has no biases."""
     base = make_base("llama")
     for layer in base.model.layers:
@@ -67,7 +67,7 @@ def test_without_a_constant_direction_the_mean_square_is_kept() -> None:
     torch.testing.assert_close(fitted["model.layers.1.self_attn.k_norm.weight"], expected.expand(8), rtol=1e-4, atol=0)
 
 
-def test_an_inserted_normalisation_survives_saving(tmp_path) -> None:
+def test_an_inserted_normalisation_survives_saving(tmp_path):
     model = insert_qk_norm(trained_llama(), fit_qk_norm(trained_llama(), calibration=CALIBRATION))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_an_inserted_normalisation_survives_saving(tmp_path) -> None:
         ("qwen2", {"use_sliding_window": True}, "choose another base"),
     ],
 )
-def test_a_base_that_qwen3_cannot_express_is_one_line(kind: str, options: dict[str, bool], remedy: str) -> None:
+def test_a_base_that_qwen3_cannot_express_is_one_line(kind, options, remedy):
     with pytest.raises(UserError, match=remedy):
         insert_qk_norm(make_base(kind, **options))
     with pytest.raises(UserError, match="set qk_norm=true"):

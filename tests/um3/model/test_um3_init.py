@@ -128,7 +128,7 @@ def logits(folder: Path, *, entries: int) -> torch.Tensor:
     return model(input_ids).logits[..., :entries]
 
 
-def test_text_logits_of_an_extended_llama_are_unchanged(start: Start, bases: dict[str, Path]) -> None:
+def test_text_logits_of_an_extended_llama_are_unchanged(start, bases):
     folder = start("llama", "qk_norm=false")
     assert torch.equal(logits(folder / "model", entries=LLAMA_ENTRIES), logits(bases["llama"], entries=LLAMA_ENTRIES))
     loaded = load_model(folder / "model")
@@ -145,7 +145,7 @@ def test_text_logits_of_an_extended_llama_are_unchanged(start: Start, bases: dic
     assert done["parameters"]["total"] == sum(parameter.numel() for parameter in loaded.model.parameters())
 
 
-def test_the_losses_are_those_of_the_two_models_on_validation_text(start: Start, bases: dict[str, Path]) -> None:
+def test_the_losses_are_those_of_the_two_models_on_validation_text(start, bases):
     """Compared with transformers' own loss on the sequences in the cache."""
     folder = start("llama", "qk_norm=true")
     done = record(folder)
@@ -162,9 +162,7 @@ def test_the_losses_are_those_of_the_two_models_on_validation_text(start: Start,
     assert done["steps"] == 2 and len(done["divergences"]) == 2
 
 
-def test_distillation_brings_the_model_back_and_resumes(
-    qlip_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distillation_brings_the_model_back_and_resumes(qlip_folder, text, tmp_path, monkeypatch):
     """From gains alone, on a trained Llama whose heads differ; a resumed run ends in the same weights."""
     monkeypatch.setattr("um3.model.qk_norm.MAX_ERROR", -1.0)
     text_tokenizer = byte_tokenizer(words=256, specials=LLAMA_SPECIALS[:5], bos=True, padding=False)
@@ -190,7 +188,7 @@ def test_distillation_brings_the_model_back_and_resumes(
 
 
 @pytest.mark.slow
-def test_stock_transformers_loads_the_start_without_our_code(start: Start, tmp_path: Path) -> None:
+def test_stock_transformers_loads_the_start_without_our_code(start, tmp_path):
     folder = start("llama", "qk_norm=true") / "model"
     script = f"""
 import sys, torch
@@ -211,14 +209,12 @@ assert not {{"um3", "tokenizer", "train"}} & set(sys.modules), "our code was imp
 
 
 @pytest.mark.slow
-def test_without_a_text_the_embedded_prose_is_used(bases: dict[str, Path], qlip_folder: Path, tmp_path: Path) -> None:
+def test_without_a_text_the_embedded_prose_is_used(bases, qlip_folder, tmp_path):
     train(command(bases["qwen2"], qlip_folder, "", tmp_path / "out"))
     assert record(tmp_path / "out")["text_tokens"] == 2 * 63
 
 
-def test_the_start_is_a_um3_that_generates_and_is_made_once(
-    start: Start, bases: dict[str, Path], qlip_folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_start_is_a_um3_that_generates_and_is_made_once(start, bases, qlip_folder, text, capsys):
     folder = start("qwen2", "qk_norm=true")
     pipeline = UM3Pipeline.from_pretrained(folder / "model")
     assert len(pipeline.complete(["a red"], max_new_tokens=4)) == 1
@@ -229,7 +225,7 @@ def test_the_start_is_a_um3_that_generates_and_is_made_once(
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_export_restores_the_base(kind: str, start: Start, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_export_restores_the_base(kind, start, bases, tmp_path):
     entries = LLAMA_ENTRIES if kind == "llama" else QWEN_ENTRIES
     base_folder, folder = bases[kind], start(kind, f"qk_norm={str(kind == 'qwen3').lower()}")
     summary = export_text_half(folder / "model", out=tmp_path / "plain")
@@ -248,7 +244,7 @@ def test_export_restores_the_base(kind: str, start: Start, bases: dict[str, Path
         export_text_half(folder / "model", out=tmp_path / "plain")
 
 
-def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start: Start, tmp_path: Path) -> None:
+def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start, tmp_path):
     """The head is untied and the layout Qwen3's."""
     folder = shutil.copytree(start("llama", "qk_norm=true") / "model", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -263,16 +259,14 @@ def test_a_trained_head_and_an_inserted_qk_norm_are_exported(start: Start, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_distil_as_one_does(
-    start: Start, bases: dict[str, Path], qlip_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_two_processes_distil_as_one_does(start, bases, qlip_folder, text, tmp_path):
     one = start("qwen2", "qk_norm=true")
     train_apart(command(bases["qwen2"], qlip_folder, text, tmp_path / "two", "qk_norm=true"), processes=2)
     two = record(tmp_path / "two")
     assert two["processes"] == 2 and two["divergences"] == pytest.approx(record(one)["divergences"], rel=1e-4)
 
 
-def test_random_rows_have_the_bases_deviation_and_follow_the_seed(start: Start, bases: dict[str, Path]) -> None:
+def test_random_rows_have_the_bases_deviation_and_follow_the_seed(start, bases):
     base = AutoModelForCausalLM.from_pretrained(bases["qwen2"])
     heads = []
     for settings in (["loop.seed=0"], ["loop.seed=0", "data.num_sequences=3"], ["loop.seed=1"]):
@@ -293,9 +287,7 @@ def test_random_rows_have_the_bases_deviation_and_follow_the_seed(start: Start, 
     (torch.bfloat16, "base", torch.bfloat16), (torch.float32, "bfloat16", torch.bfloat16),
     (torch.bfloat16, "float32", torch.float32),
 ])  # fmt: skip
-def test_the_saved_type_and_the_loss_of_the_saved_weights(
-    stored: torch.dtype, dtype: str, expected: torch.dtype, qlip_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_saved_type_and_the_loss_of_the_saved_weights(stored, dtype, expected, qlip_folder, text, tmp_path):
     save_base(tmp_path / "base", kind="qwen2").to(stored).save_pretrained(tmp_path / "base")
     train(command(tmp_path / "base", qlip_folder, text, tmp_path / "out", f"dtype={dtype}", "qk_norm=false"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
@@ -305,7 +297,7 @@ def test_the_saved_type_and_the_loss_of_the_saved_weights(
     assert (done["text_loss_after"]["base_entries"] == done["text_loss_before"]) == lossless
 
 
-def test_the_model_card(start: Start, qlip_folder: Path, bases: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_the_model_card(start, qlip_folder, bases, text, tmp_path):
     folder = start("llama", "qk_norm=true") / "model"
     card = (folder / "README.md").read_text()
     stored = json.loads((folder / "config.json").read_text())["um3"]
@@ -361,18 +353,14 @@ def invalid_base(folder: Path, kind: str) -> Path:
         ("damaged", "model.safetensors is damaged"),
     ],
 )
-def test_an_invalid_base_is_a_one_line_error(
-    kind: str, message: str, qlip_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_an_invalid_base_is_a_one_line_error(kind, message, qlip_folder, text, tmp_path):
     base = invalid_base(tmp_path / "base", kind)
     with pytest.raises(UserError, match=message) as caught:
         train(command(base, qlip_folder, text, tmp_path / "out"))
     assert "\n" not in str(caught.value) and not (tmp_path / "out/model").exists()
 
 
-def test_other_mistakes_are_one_line(
-    bases: dict[str, Path], qlip_folder: Path, text: Path, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_mistakes_are_one_line(bases, qlip_folder, text, start, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     qwen, out, short = bases["qwen2"], tmp_path / "out", tmp_path / "short.txt"
     short.write_text("too short")
