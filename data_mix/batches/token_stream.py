@@ -16,16 +16,18 @@ import os
 import platform
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
-from data_mix.samples import BadSample
+from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles, DamagedFile
+from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.hub_streaming import PastTheEnd, hub_stream
-from data_mix.sources.text import TextSource, readable_texts
+from data_mix.sources.text import TextSource, TextSourceConfig, open_text_source, readable_texts
 from um3.core.distributed import is_main, make_once
 from um3.core.errors import UserError
 from um3.core.files import read_json, short_hash, write_json
@@ -172,6 +174,33 @@ def scattered_sequences(
         write_json(path, {"sequences": pieces, "digest": short_hash(pieces)})
 
     return [_sequence(np.array(piece), ids=ids) for piece in read_sequences(make_once(path, make))]
+
+
+def sequences_of_sources(
+    sources: Sequence[TextSourceConfig],
+    *,
+    split: Split,
+    num_sequences: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: UnifiedVocabulary,
+    seq_len: int,
+    seed: int,
+    cache: str | Path,
+) -> list[list[TrainingSequence]]:
+    """`scattered_sequences` of each source: `num_sequences` in all, the same number of each to within one."""
+    return [
+        scattered_sequences(
+            open_text_source(source, split=split),
+            tokenizer=tokenizer,
+            ids=ids,
+            num_sequences=len(range(number, num_sequences, len(sources))),
+            seq_len=seq_len,
+            seed=seed,
+            cache=cache,
+            origin=source_fingerprint(source, split),
+        )
+        for number, source in enumerate(sources)
+    ]
 
 
 def read_sequences(path: Path) -> list[list[int]]:

@@ -6,6 +6,7 @@ on the same sequences every time, logged, and reported as an alarm if it rises a
 Legend: B sequences of a micro-batch, T tokens of a sequence.
 """
 
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -14,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_mix.batches.packing import lay_out, micro_batches
-from data_mix.batches.token_stream import scattered_sequences
-from data_mix.sources.fingerprint import source_fingerprint
-from data_mix.sources.text import open_text_source
+from data_mix.batches.token_stream import sequences_of_sources
 from train.engine import autocast, split_batch
 from train.recipes.configs import UM3Config
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
@@ -43,18 +42,17 @@ class TextValidation:
                 "processes: each source and process needs one sequence; set num_sequences and text_validation.texts"
             )
         seq_len = data.text_seq_len or data.seq_len
-        sequences = []
-        for number, source in enumerate(sources):
-            sequences += scattered_sequences(
-                open_text_source(source, split="val"),
-                tokenizer=text_tokenizer,
-                ids=ids,
-                num_sequences=len(range(number, num_sequences, len(sources))),
-                seq_len=seq_len,
-                seed=config.loop.seed,
-                cache=Path(config.loop.output_dir) / "cache",
-                origin=source_fingerprint(source, "val"),
-            )
+        by_source = sequences_of_sources(
+            sources,
+            split="val",
+            num_sequences=num_sequences,
+            tokenizer=text_tokenizer,
+            ids=ids,
+            seq_len=seq_len,
+            seed=config.loop.seed,
+            cache=Path(config.loop.output_dir) / "cache",
+        )
+        sequences = list(itertools.chain(*by_source))
         padded = lay_out(sequences[rank() :: world_size()], seq_len=seq_len, packed=False, pad_id=ids.pad_id)
         micro_batch_size, _ = split_batch(config.loop)
         parts = math.ceil(math.ceil(len(sequences) / world_size()) / micro_batch_size)  # the same on every rank

@@ -23,11 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_mix.batches.packing import lay_out
-from data_mix.batches.token_stream import scattered_sequences
+from data_mix.batches.token_stream import sequences_of_sources
 from data_mix.samples import Split
 from data_mix.sources.files import looks_like_hub
-from data_mix.sources.fingerprint import source_fingerprint
-from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.engine import autocast, build_engine, split_batch, step_engine
@@ -105,24 +103,23 @@ class UM3InitTask:
 
     def _sequences(self, count: int, *, split: Split) -> list[TrainingSequence]:
         """Sequences of all texts, by turns, the same number from each (to within one)."""
-        texts, sequences = self.config.data.texts, []
-        for number, source in enumerate(texts):
+        texts = []
+        for number, source in enumerate(self.config.data.texts):
             source = dataclasses.replace(source, val_fraction=max(source.val_fraction, MIN_VAL_FRACTION))
-            wanted = len(range(number, count, len(texts)))
             if looks_like_hub(source.path) and not source.stream:
-                source.stream = wanted
-            own = scattered_sequences(
-                open_text_source(source, split=split),
-                tokenizer=self.text_tokenizer,
-                ids=self.ids,
-                num_sequences=wanted,
-                seq_len=self.seq_len,
-                seed=self.config.loop.seed,
-                cache=Path(self.config.loop.output_dir) / "cache",
-                origin=source_fingerprint(source, split),
-            )
-            sequences.append(own)
-        return [sequence for turn in itertools.zip_longest(*sequences) for sequence in turn if sequence is not None]
+                source.stream = len(range(number, count, len(self.config.data.texts)))
+            texts.append(source)
+        by_source = sequences_of_sources(
+            texts,
+            split=split,
+            num_sequences=count,
+            tokenizer=self.text_tokenizer,
+            ids=self.ids,
+            seq_len=self.seq_len,
+            seed=self.config.loop.seed,
+            cache=Path(self.config.loop.output_dir) / "cache",
+        )
+        return [sequence for turn in itertools.zip_longest(*by_source) for sequence in turn if sequence is not None]
 
     @property
     def finished(self) -> bool:

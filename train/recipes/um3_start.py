@@ -110,9 +110,11 @@ def calibration_length(hidden_size: int, *, seq_len: int) -> int:
 
 def _first_sequences(streams: Mapping[str, TokenStream], *, hidden_size: int) -> list[torch.Tensor]:
     """The first sequences of every text, enough for `fit_qk_norm` if the texts are."""
-    counts = {name: calibration_length(hidden_size, seq_len=stream.seq_len) for name, stream in streams.items()}
-    firsts = [(stream, min(len(stream), -(-counts[name] // len(streams)))) for name, stream in streams.items()]
-    return [stream[index].input_ids for stream, count in firsts for index in range(count)]
+    firsts: list[torch.Tensor] = []
+    for stream in streams.values():
+        count = math.ceil(calibration_length(hidden_size, seq_len=stream.seq_len) / len(streams))
+        firsts += [stream[index].input_ids for index in range(min(len(stream), count))]
+    return firsts
 
 
 def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
