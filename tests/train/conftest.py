@@ -93,3 +93,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ])  # fmt: skip
     main(arguments("um3", folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def start(base, made, tmp_path_factory):
+    """A UM3 made of the module's `base` for the codes of `made`."""
+    out = tmp_path_factory.mktemp("run") / "um3-init"
+    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
+    sizes = ["subtokens=2", "data.num_sequences=2", "data.seq_len=32", "loop.max_steps=1", "engine.precision=fp32"]
+    main(["um3-init", "--config", "demo", *models, *sizes])
+    return out / "model"

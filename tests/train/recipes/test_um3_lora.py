@@ -13,7 +13,6 @@ from tests.train.conftest import arguments, losses, train_apart, train_here
 from tests.train.test_resume import kill_and_resume
 from tokenizer.text_tokenizer import train_byte_bpe
 from train.phase import main
-from train.phase import main as init
 from train.run_folder import result_files
 from um3.core.errors import UserError
 from um3.model.language_model import load_model
@@ -37,16 +36,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(vocab_size=ENTRIES, initializer_range=0.2, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def start(base: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UM3 made of `base` for the codes of `made`."""
-    out = tmp_path_factory.mktemp("run") / "um3-init"
-    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
-    sizes = ["subtokens=2", "data.num_sequences=2", "data.seq_len=32", "loop.max_steps=1", "engine.precision=fp32"]
-    init(["um3-init", "--config", "demo", *models, *sizes])
-    return out / "model"
 
 
 @pytest.fixture(scope="module")

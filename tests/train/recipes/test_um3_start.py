@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.train.conftest import logged, train_here
-from train.phase import main as init
 from um3.core.errors import UserError
 from um3.model.text_tokenizer import train_text_tokenizer
 
@@ -30,16 +29,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(vocab_size=280, initializer_range=0.5, **sizes)).save_pretrained(folder)
     text_tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def start(base: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UM3 made of `base` for the codes of `made`."""
-    out = tmp_path_factory.mktemp("run") / "um3-init"
-    models = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
-    sizes = ["subtokens=2", "data.num_sequences=2", "data.seq_len=32", "loop.max_steps=1", "engine.precision=fp32"]
-    init(["um3-init", "--config", "demo", *models, *sizes])
-    return out / "model"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
