@@ -92,6 +92,10 @@ um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(PY) -m train um3 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3' \
 		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
+um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3/model
+	@$(PY) -m train um3-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-instruct' \
+		'init_from=$(IN_RUN)/um3/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
+
 um3-init: $(READY) ## Make a starting UM3 from a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
 	@$(PY) -m train um3-init --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-init' \
 		$(if $(BASE),'base_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' \
@@ -149,6 +153,9 @@ serve: $(READY) ## Serve a web page that generates and captions images (Ctrl-C s
 
 mix-preview: $(READY) ## Plot the scheduled data mix before a run starts
 	@$(PY) -m data_mix mix-preview --config "$$CONFIG" --out "$$RUN/mix.png" 'data.codes=$(IN_RUN)/codes' $(ARGS)
+
+questions: $(READY) ## Write questions about scenes and digits into RUN/questions, in the formats of LLaVA and VQAv2
+	@$(PY) -m data_mix questions 'output_dir=$(IN_RUN)/questions' $(ARGS)
 
 check: $(READY) ## Verify the code shards, text caches and checkpoints in RUN against their checksums
 	@$(PY) -m train check '$(RUN)' $(ARGS)

@@ -58,7 +58,7 @@ def test_every_number_has_a_range(schema):
 def test_every_section_of_every_experiment_loads():
     assert set(schemas.SECTIONS) == set(SECTIONS)
     for path in FOLDER.glob("*.yaml"):
-        for phase in SECTIONS if path.stem in FULL else {*SECTIONS} - {"um3-init", "um3"}:
+        for phase in SECTIONS if path.stem in FULL else {*SECTIONS} - {"um3-init", "um3", "um3-instruct"}:
             load(path.stem, phase)
     with pytest.raises(UserError, match="no section 'um3'"):
         load("qlip_b16", "um3")
@@ -71,15 +71,20 @@ def test_the_phases_of_an_experiment_fit_each_other(experiment):
     assert vocabulary.subtokens * vocabulary.bits_per_subtoken == shape.bits
     image_tokens = (shape.image_size // shape.patch_size) ** 2 * vocabulary.subtokens
     assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < um3.data.seq_len
+    instruct = load(experiment, "um3-instruct")
+    assert image_tokens + len(["bos", "begin of image", "end of image", "eos"]) < instruct.data.seq_len
     if not um3.model.base_model:
+        assert instruct.data.seq_len <= um3.model.max_position_embeddings
         assert um3.data.seq_len <= um3.model.max_position_embeddings
         assert evaluation.language.max_tokens == um3.data.text_seq_len
     assert [source.name for source in stage1.data.sources] == [source.name for source in stage2.data.sources]
 
 
 def test_the_demo_needs_nothing_from_outside():
-    stage1, stage2, codes, um3 = (load("demo", phase) for phase in ("stage1", "stage2", "codes", "um3"))
+    phases = ("stage1", "stage2", "codes", "um3", "um3-instruct")
+    stage1, stage2, codes, um3, instruct = (load("demo", phase) for phase in phases)
     sources = [*stage1.data.sources, *stage2.data.sources, *codes.images, *um3.data.texts]
+    sources += [*instruct.data.texts, *instruct.data.conversations]
     assert {source.kind for source in sources} <= {"scenes", "digits", "python_docs"}
     assert not any(source.path for source in sources)
     assert not um3.model.base_model and not stage1.text.tokenizer

@@ -95,6 +95,11 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "stage2": {"DATA": f"data.sources={IMAGES}", "RUN": "loop.output_dir=@/stage2|init_from=@/stage1/model"},
     "codes": {"DATA": f"images={IMAGES}", "RUN": "visual_tokenizer=@/stage2/model|output_dir=@/codes"},
     "um3": {"TEXT": f"data.texts={TEXTS}", "RUN": "loop.output_dir=@/um3|data.codes=@/codes"},
+    "um3-instruct": {
+        "TEXT": f"data.texts={TEXTS}",
+        "CONFIG": "@",
+        "RUN": "loop.output_dir=@/um3-instruct|init_from=@/um3/model|data.codes=@/codes",
+    },
     "um3-init": {
         "TEXT": f"data.texts={TEXTS}",
         "CONFIG": "@",
@@ -116,6 +121,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "sample": {"RUN": "@/um3/model|--out|@/samples"},
     "serve": {"RUN": "@/um3/model"},
     "mix-preview": {"RUN": "@/mix.png|data.codes=@/codes", "CONFIG": "@"},
+    "questions": {"RUN": "output_dir=@/questions"},
     "plan": {"CONFIG": "@", "GPU": "@"},
     "bench-training": {"CONFIG": "@"},
     "bench-memory": {"CONFIG": "@", "RUN": "@/benchmarks"},
@@ -197,7 +203,7 @@ def test_any_models_language_and_any_runs_are_compared(ready):
     assert command(ready, "report", "RUNS=a b", "ARGS=")[4:] == ["--run", "a", "b"]
 
 
-@pytest.mark.parametrize("target", ["stage1", "stage2", "um3"])
+@pytest.mark.parametrize("target", ["stage1", "stage2", "um3", "um3-instruct"])
 def test_nproc_is_the_number_of_training_processes(target, ready):
     words = command(ready, target, "NPROC=3")
     assert words[:6] == [".venv/bin/python", "-m", "train", target, "--processes", "3"]

@@ -10,6 +10,7 @@ COMMANDS = {
     "stage1": Command("train.phase", "train the visual tokenizer: reconstruction and text alignment", named=True),
     "stage2": Command("train.phase", "fine-tune its decoder: perceptual and adversarial losses", named=True),
     "um3": Command("train.phase", "train the unified model on the scheduled mix", named=True),
+    "um3-instruct": Command("train.phase", "train the unified model on conversations", named=True),
     "um3-init": Command("train.phase", "make a starting UM3 from a Llama or Qwen and a QLIP", named=True),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
     "plan": Command("train.plan.plan", "what of UM3's training fits which GPUs, and how long it takes"),

@@ -1,4 +1,4 @@
-"""`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is stage1, stage2, um3-init or um3."""
+"""`python -m train PHASE --config FILE [section.key=value ...]`; PHASE is a key of CONFIGS."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.launch import launch
-from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig
+from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig, UM3InstructConfig
 from train.run_folder import is_done
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import is_main
@@ -24,6 +24,7 @@ CONFIGS: dict[str, type[Any]] = {
     "stage2": Stage2Config,
     "um3-init": UM3InitConfig,
     "um3": UM3Config,
+    "um3-instruct": UM3InstructConfig,
 }
 
 

@@ -29,7 +29,7 @@ FREE_SETTINGS = (
 )
 # Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "base_model:", "data.codes:")
-FREE_SOURCE_KEYS = ("path", "captions")
+FREE_SOURCE_KEYS = ("path", "captions", "images")
 RESULT_FOLDERS = ("model", "adapter")
 EDITABLE = ("README.md", "generation_config.json")
 """Files of a model that its user may edit; of these only the existence is checked."""
@@ -113,7 +113,7 @@ def _without_places(value: Any) -> Any:
 
 def data_fingerprints(config: Any) -> dict[str, str]:
     """`source_fingerprint` of every data source of a recipe's config, by section and name."""
-    lists = {"data.sources": getattr(config.data, "sources", []), "data.texts": getattr(config.data, "texts", [])}
+    lists = {f"data.{name}": getattr(config.data, name, []) for name in ("sources", "texts", "conversations")}
     if hasattr(config, "text_validation"):
         lists["text_validation.texts"] = config.text_validation.texts
     return {f"{section}.{source.name}": source_fingerprint(source) for section, all in lists.items() for source in all}

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from data_mix.batches.schedule import MixConfig
 from data_mix.samples import CaptionChoice
-from data_mix.sources.config import TextSourceConfig
+from data_mix.sources.config import ConversationSourceConfig, TextSourceConfig
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, Range, Share
 from um3.model.configuration import Supervision
 
@@ -46,3 +46,21 @@ class DataConfig:
         names = [source.name for source in self.texts]
         if len(set(names)) < len(names):
             raise ValueError(f"data.texts have the names {names}; give each source its own name")
+
+
+@dataclass
+class ChatDataConfig(DataConfig):
+    """Conversations, and the mix of UM3's training beside them, so that nothing is forgotten.
+
+    conversations: their sources; `weight` is their share of the conversations. Images are found in `codes` by key.
+    chat_share: share of a batch's samples that are conversations; the others are those of `mix`.
+    """
+
+    conversations: Annotated[list[ConversationSourceConfig], Range(1)] = field(default_factory=list)
+    chat_share: Annotated[float, Range(above=0, below=1)] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [source.name for source in self.conversations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.conversations have the names {names}; give each source its own name")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_mix.batches.config import DataConfig
 from data_mix.batches.packing import lay_out
-from data_mix.batches.schedule import TASKS, Schedule, Task, task_of
+from data_mix.batches.schedule import TASKS, Schedule, Task
 from data_mix.batches.statistics import COUNTED
 from data_mix.batches.token_stream import TokenStream
 from data_mix.codes.shards import CodedSample, CodeShards, open_code_sources
@@ -55,8 +55,8 @@ class SequenceBatch(NamedTuple):
     """One rank's part of a global batch, padded on the right.
 
     target_mask_BT: true where the id is to be predicted. sources: of each sample. counts: samples of the *global* batch
-    by "task/source". seen_KC, truncated_captions: statistics and cut captions of this rank's samples. bad_files: shards
-    and text files that this process could not read so far.
+    by "task/source". seen_KC, truncated_captions: statistics of this rank's samples, and how many captions (or
+    conversations) were cut. bad_files: shards and text files that this process could not read so far.
     """
 
     input_ids_BT: Tensor
@@ -116,14 +116,14 @@ class SequenceBatches:
             )
         self.orders: dict[str, SampleOrder] = {}
         self.shares: dict[str, float] = {}
-        self.counts = {task: self._add_task(task) for task in tasks}
+        self.counts: dict[str, ExactCounts] = {task: self._add_task(task) for task in tasks}
         self.keys = list(self.orders)
 
     def plan(self, step: int) -> list[PlannedSample]:
         """The samples of the global batch of `step`, with the tasks evenly spread; the same on every rank."""
         counts = self.schedule.counts(step, batch_size=self.batch_size)
         draws = {task: iter(of_task.draws(step)) for task, of_task in self.counts.items()}
-        keys = {task: [key for key in self.keys if task_of(key) == task] for task in draws}
+        keys = {task: [key for key in self.keys if key.startswith(f"{task}/")] for task in draws}
         plan = []
         for position, number in enumerate(interleave(list(counts.values()))):
             task = TASKS[number]
@@ -139,6 +139,10 @@ class SequenceBatches:
 
     def batch(self, step: int) -> SequenceBatch:
         """This rank's part of the batch of `step`; UserError if most shards of a source cannot be read."""
+        return self._batch(step)
+
+    def _batch(self, step: int, *, others: Sequence[TrainingSequence] = ()) -> SequenceBatch:
+        """The batch of `step`, laid out together with `others`, which it does not count."""
         plan = self.plan(step)
         mine, images = [], {}
         for planned in (plan[position] for position in self.positions):
@@ -148,13 +152,11 @@ class SequenceBatches:
         captions = self._captions(mine, images, step=step)
         samples = [self._sample(p, images.get(p.position), captions.get(p.position)) for p in mine]
         packed = self.config.packing == "documents"
-        sequences = lay_out(samples, seq_len=self.config.seq_len, packed=packed, pad_id=self.ids.pad_id)
+        sequences = lay_out([*samples, *others], seq_len=self.config.seq_len, packed=packed, pad_id=self.ids.pad_id)
         seen_KC = torch.zeros(len(self.keys), len(COUNTED), dtype=torch.int64)
         for planned, sample in zip(mine, samples, strict=True):
-            num_visual = int((sample.input_ids >= self.ids.text_vocab_size).sum())
             is_replaced = planned != plan[planned.position]
-            counted = [1, len(sample.input_ids) - num_visual, num_visual, int(is_replaced)]
-            seen_KC[self.keys.index(planned.key)] += torch.tensor(counted)
+            seen_KC[self.keys.index(planned.key)] += self._counted(sample, is_replaced=is_replaced)
         return SequenceBatch(
             *sequences,
             sources=[planned.source for planned in mine],
@@ -191,6 +193,11 @@ class SequenceBatches:
                     "with the config and data of the checkpoint, or start a new run folder"
                 )
 
+    def _counted(self, sample: TrainingSequence, *, is_replaced: bool) -> Tensor:
+        """The columns of COUNTED for one sample, (C,)."""
+        num_visual = int((sample.input_ids >= self.ids.text_vocab_size).sum())
+        return torch.tensor([1, len(sample.input_ids) - num_visual, num_visual, int(is_replaced)])
+
     def _add_task(self, task: Task) -> ExactCounts:
         """The samples that each source of the task gives; UserError for no source, and unknown or invalid weights."""
         sources: Mapping[str, CodeShards | TokenStream] = self.images
@@ -225,6 +232,11 @@ class SequenceBatches:
             if task == "t2i" and dropout_draw < self.config.caption_dropout * 2**63:
                 continue
             captions = images[position].captions
+            if not captions[0]:
+                raise UserError(
+                    f"the image {images[position].key} in {self.config.codes} has no caption, which data.mix needs; "
+                    "name the sources that have captions in data.image_weights"
+                )
             is_first = task == "i2t" and self.config.i2t_caption == "first"
             draw = derive_seed(self.seed, "caption", step, position)
             texts[position] = captions[0 if is_first else draw % len(captions)]

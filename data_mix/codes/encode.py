@@ -64,8 +64,6 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         names = [source.name for source in self.images]
         for source in self.images:
-            if not source.has_captions:
-                raise ValueError(f"source '{source.name}' has no captions; UM3 needs them: remove has_captions=false")
             if not re.fullmatch(SOURCE_NAME, source.name):
                 raise ValueError(f"image source '{source.name}': use letters, digits, '.', '_' and '-' in its name")
             if names.count(source.name) > 1:

@@ -163,6 +163,13 @@ class CodeShards:
         codes_N = torch.from_numpy(codes.values.to_numpy().astype(np.int64))
         return CodedSample(key.as_py(), codes_N, tuple(captions.as_py()))
 
+    def each_key(self) -> Iterator[tuple[int, str]]:
+        """(index, key) of every image whose shard can be read."""
+        for path, end in zip(self._paths, self._ends, strict=True):
+            with contextlib.suppress(BadSample):
+                shard = self._shard(path)
+                yield from enumerate(shard.column("key").to_pylist(), start=end - len(shard))
+
     def _shard(self, path: Path) -> pa.RecordBatch:
         if path in self._mapped and is_cut(path, self._mapped[path][0]):
             del self._mapped[path]

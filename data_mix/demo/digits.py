@@ -46,7 +46,11 @@ class DigitsSource:
         ink = Image.fromarray(np.pad(self._ink_N88[index], 1))
         enlarged = ink.resize((self.size, self.size), Image.Resampling.BICUBIC)
         image_HWC = blend(np.clip(np.asarray(enlarged), 0, 1), ink=INK)
-        return Sample(f"digits-{self.rows[index]:04d}", image_HWC, captions_of(CLASS_NAMES[self.labels[index]]))
+        return Sample(self.key(index), image_HWC, captions_of(CLASS_NAMES[self.labels[index]]))
+
+    def key(self, index: int) -> str:
+        """The key of digit `index`."""
+        return f"digits-{self.rows[index]:04d}"
 
 
 def _split_rows(labels: np.ndarray, *, split: Split) -> np.ndarray:

@@ -91,8 +91,12 @@ class ScenesSource:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        objects, key = self.objects(index), f"scenes-{self.split}-{self.seed}-{index:08d}"
-        return Sample(key, render(objects, size=self.size), captions(objects))
+        objects = self.objects(index)
+        return Sample(self.key(index), render(objects, size=self.size), captions(objects))
+
+    def key(self, index: int) -> str:
+        """The key of scene `index`."""
+        return f"scenes-{self.split}-{self.seed}-{index:08d}"
 
     def objects(self, index: int) -> tuple[SceneObject, ...]:
         """The objects of scene `index`; IndexError outside [0, length)."""

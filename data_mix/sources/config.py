@@ -64,3 +64,17 @@ class TextSourceConfig(SourceConfig):
     kind: Literal["auto", "python_docs", "txt", "jsonl", "parquet", "hub"] = "auto"
     val_fraction: Decay = 0.02
     field: str = "text"
+
+
+@dataclass
+class ConversationSourceConfig(SourceConfig):
+    """One source of conversations.
+
+    kind: llava (the JSON of LLaVA at `path`, with the images below the folder `images`), or questions about the demo's
+        scenes or digits.
+    length: number of training scenes.
+    """
+
+    kind: Literal["llava", "scenes", "digits"] = "llava"
+    images: str = ""
+    length: PositiveInt = 50_000

@@ -29,11 +29,23 @@ ListFile = Callable[[Path, BadFiles], pa.RecordBatch]  # lists the samples of a 
 class FileIndex(TableSplit):
     """Where the samples of one split lie in files: a table for each, of which the first column names the sample."""
 
-    def __init__(self, config: SourceConfig, *, kind: str, variant: str, split: Split, list_file: ListFile) -> None:
-        """List the files at `config.path`, or load the indexes kept for this `variant`; UserError without samples."""
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        kind: str,
+        variant: str,
+        split: Split,
+        list_file: ListFile,
+        is_kept: bool = False,
+    ) -> None:
+        """List the files at `config.path`, or load the indexes kept for this `variant`; UserError without samples.
+
+        is_kept: keep the indexes of small files, too, because listing is more than reading them.
+        """
         files = list_files(config.path, suffixes=FILE_KINDS[kind], source=config.name)
         bad_files = BadFiles(config.name, skip=config.skip_bad_files)
-        is_large = sum(file.stat().st_size for file in files) >= CACHED_FROM_BYTES
+        is_large = is_kept or sum(file.stat().st_size for file in files) >= CACHED_FROM_BYTES
         progress = Progress(len(files), label=f"listing {config.name}", unit="files")
 
         def read(file: Path) -> pa.RecordBatch:

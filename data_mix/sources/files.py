@@ -38,6 +38,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 JSONL = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 CAPTION_SUFFIXES = (".parquet", *JSONL)
 FILE_KINDS = {"parquet": (".parquet",), "webdataset": (".tar",), "jsonl": JSONL, "txt": (".txt",)}
+FILE_KINDS |= {"llava": (".json", ".jsonl")}
 IMAGE_KINDS = ("parquet", "webdataset")  # a folder without files of these kinds is a folder of images
 TEXT_KINDS = ("parquet", "jsonl", "txt")
 BLANK = "blank"  # the reason of a line or document without text

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_mix.sources.config import ImageSourceConfig, SourceConfig
+from data_mix.sources.config import ConversationSourceConfig, ImageSourceConfig, SourceConfig
 from data_mix.sources.files import CAPTION_SUFFIXES, FILE_KINDS, file_keys, list_files, source_kind
 from data_mix.sources.image_folder import COCO_FILE, list_folder
 from data_mix.sources.presets import apply_preset
@@ -24,7 +24,8 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
     Not of the weight: how often a sample is drawn does not change the sample. Not of times and the folder of files on
     this disk: data may move. Not of settings that are not used: a new setting keeps what was made before it.
     """
-    settings = {name: value for name, value in to_dict(config).items() if name != "weight" and value not in ("", 0)}
+    unused = ("weight", "images")  # of conversations, the text alone
+    settings = {name: value for name, value in to_dict(config).items() if name not in unused and value not in ("", 0)}
     read: dict[str, list[tuple[str, int, str]]] = {}  # the files stand in place of their paths
     for path, files in _files_read(config):
         read[path] = []
@@ -41,6 +42,10 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
 def _files_read(config: SourceConfig) -> Iterator[tuple[str, Sequence[Path]]]:
     """A path with the files at it that are read: those of the data, and those of captions in files of their own."""
     with contextlib.suppress(UserError):  # a path does not exist, which the reader reports
+        if isinstance(config, ConversationSourceConfig):
+            if config.kind == "llava":
+                yield config.path, list_files(config.path, suffixes=FILE_KINDS["llava"], source=config.name)
+            return
         config = apply_preset(config)
         kind = source_kind(config)
         if isinstance(config, ImageSourceConfig):

@@ -4,6 +4,7 @@ from typing import Any
 
 from data_mix.batches.mix_preview import PreviewConfig
 from data_mix.codes.encode import EncodeConfig
+from data_mix.write_questions import QuestionsConfig
 from eval.benchmarks.coco_captions import CocoCaptionsConfig
 from eval.benchmarks.coco_generation import CocoGenerationConfig
 from eval.benchmarks.dpg import DPGConfig
@@ -16,4 +17,4 @@ from train.phase import CONFIGS
 SECTIONS: dict[str, type[Any]] = {**CONFIGS, "codes": EncodeConfig, "eval": EvalConfig}
 """Section of an experiment's file -> its schema."""
 BENCHMARKS = (CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig)
-SCHEMAS = (*SECTIONS.values(), PreviewConfig, GenerateConfig, Ablation, *BENCHMARKS)
+SCHEMAS = (*SECTIONS.values(), PreviewConfig, QuestionsConfig, GenerateConfig, Ablation, *BENCHMARKS)

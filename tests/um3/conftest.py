@@ -34,3 +34,10 @@ def qlip_folder(model_folder: Path) -> Path:
 def pipeline(model_folder: Path) -> UM3Pipeline:
     """The pipeline over `model_folder`."""
     return UM3Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def roomy(pipeline: UM3Pipeline, monkeypatch: pytest.MonkeyPatch) -> UM3Pipeline:
+    """The pipeline with a longer context, for prompts of many bytes."""
+    monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", 512)
+    return pipeline

@@ -1,4 +1,4 @@
-"""The configs of the recipes: `Stage1Config`, `Stage2Config`, `UM3InitConfig`, `UM3Config`, and their sections.
+"""The configs of the recipes: `Stage1Config`, `Stage2Config`, `UM3InitConfig`, `UM3Config`, `UM3InstructConfig`.
 
 Each config names the models that it starts from (`inputs`). This module does not import torch.
 """
@@ -6,7 +6,7 @@ Each config names the models that it starts from (`inputs`). This module does no
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from data_mix.batches.config import DataConfig
+from data_mix.batches.config import ChatDataConfig, DataConfig
 from data_mix.sources.image_sources import ImageSourceConfig
 from data_mix.sources.text import TextSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
@@ -22,6 +22,13 @@ def _check_multiples(config: object, **pairs: str) -> None:
         if getattr(config, whole) % getattr(config, part):
             values = f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
             raise ValueError(f"{values}; change one")
+
+
+def _check_intervals(loop: LoopConfig, **measurements: "TextValidationConfig | EvaluateConfig") -> None:
+    for name, measurement in measurements.items():
+        if (steps := measurement.every_steps) % loop.log_every_steps:
+            needed = f"must be a multiple of loop.log_every_steps={loop.log_every_steps}, or is not logged"
+            raise ValueError(f"{name}.every_steps={steps} {needed}; change one of them, or set 0 to switch it off")
 
 
 @dataclass
@@ -284,11 +291,7 @@ class UM3Config:
     def __post_init__(self) -> None:
         if self.freezes_base and not self.model.base_model:
             raise ValueError("lora.rank and trainable=new_rows freeze a trained base; set model.base_model")
-        every_steps = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
-        for name, steps in every_steps.items():
-            if steps % self.loop.log_every_steps:
-                needed = f"must be a multiple of loop.log_every_steps={self.loop.log_every_steps}, or is not logged"
-                raise ValueError(f"{name}.every_steps={steps} {needed}; change one of them, or set 0 to switch it off")
+        _check_intervals(self.loop, text_validation=self.text_validation, evaluate=self.evaluate)
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""
@@ -303,6 +306,28 @@ class UM3Config:
         elif self.freezes_base:
             inputs["base_model"] = weights_digest(self.model.base_model) or self.model.base_model
         return inputs
+
+
+@dataclass
+class UM3InstructConfig:
+    """Train a UM3 on conversations; vocabulary, architecture and visual tokenizer are those of `init_from`."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-5, weight_decay=0.0))
+    loss: UM3LossConfig = field(default_factory=UM3LossConfig)
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    text_validation: TextValidationConfig = field(default_factory=TextValidationConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    init_from: str = ""
+    """UM3 folder or hub id to start from, such as runs/demo/um3/model."""
+
+    def __post_init__(self) -> None:
+        _check_intervals(self.loop, text_validation=self.text_validation, evaluate=self.evaluate)
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprint of the model that training starts from; another model makes another run."""
+        return {"init_from": model_digest(self.init_from, made_by="um3")}
 
 
 @dataclass

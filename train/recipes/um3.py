@@ -113,6 +113,7 @@ class UM3Task:
 
     unit = "samples"
     finished = False
+    batches_of: type[SequenceBatches] = SequenceBatches
 
     def __init__(self, config: UM3Config):
         self.config = config
@@ -120,7 +121,7 @@ class UM3Task:
         self.fingerprint = qlip.fingerprint()
         start = UM3Start(config, qlip=qlip, texts=self._vocabulary_texts())
         self.text_tokenizer, self.ids = start.text_tokenizer, start.ids
-        self.rows = SequenceBatches(
+        self.rows = self.batches_of(
             config.data,
             ids=self.ids,
             text_tokenizer=self.text_tokenizer,

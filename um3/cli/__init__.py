@@ -1,4 +1,4 @@
-"""The `um3` command: generate, caption, complete, score and reconstruct with a trained model.
+"""The `um3` command: generate, caption, chat, complete, score and reconstruct with a trained model.
 
 Results go to stdout, progress to stderr. The commands import torch and transformers only when they need them, so
 `um3 --help` and wrong options are answered at once.
@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from um3.cli import generate, images, info, serve  # noqa: F401 - each adds its commands
+from um3.cli import chat, generate, images, info, serve  # noqa: F401 - each adds its commands
 from um3.cli.options import app
 from um3.core.errors import UserError, run_main
 

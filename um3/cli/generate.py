@@ -1,13 +1,12 @@
 """`um3 generate` and `um3 complete`: prompts in, images or text out."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from um3.cli import options
-from um3.cli.inputs import STDIN, file_names, json_text, read_texts, show
+from um3.cli.inputs import STDIN, file_names, json_text, printable_lines, read_texts, show
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, write_text
 from um3.core.progress import Progress
@@ -111,7 +110,7 @@ def complete(
         {"text": texts, "continuation": written, "seed": written.seeds, "logprob": written.logprobs},
         "{text}{continuation}",
         as_json=as_json,
-        escape=lambda text: re.sub(r"[^\n\t]+", lambda match: printable(match[0]), text),
+        escape=printable_lines,
     )
 
 

@@ -121,6 +121,7 @@ def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip
         "visual tokenizer parameters": qlip_total,
         "visual tokenizer licence": qlip.get("weights_license") or "no restriction recorded",
         "image sampling": image_defaults(folder),
+        "conversations": ", ".join(map(str, um3.get("conversations") or [])) or "none",
         "training steps": record.get("steps", UNKNOWN),
         "commit": record.get("commit", UNKNOWN),
         "base model": base.get("name") or "none, trained from random weights",

@@ -4,6 +4,7 @@ Shapes: B images, H height, W width.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,11 @@ def show(
         row = dict(zip(columns, values, strict=True))
         escaped = {name: escape(value) if isinstance(value, str) else value for name, value in row.items()}
         typer.echo(json_text(row) if as_json else line.format(**escaped))
+
+
+def printable_lines(text: str) -> str:
+    """`text` for a terminal: `printable`, but lines and tabs stay as they are."""
+    return re.sub(r"[^\n\t]+", lambda match: printable(match[0]), text)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The pipeline: prompts -> images, images -> captions, text -> text, mixtures, images -> codes -> images.
+"""The pipeline: prompts -> images, images -> captions, text -> text, chat, mixtures, images -> codes -> images.
 
 Shapes: B samples, N patches, P visual ids of an image, H height, W width, C channels.
 """
@@ -24,6 +24,7 @@ from um3.core.hub import model_folder
 from um3.core.progress import track
 from um3.core.seeds import torch_generator
 from um3.core.text import valid_text
+from um3.inference.chat import Messages, chat_prompts
 from um3.inference.decoder import check_room
 from um3.inference.generate import FREE, Sampler, check_finite, uniforms
 from um3.inference.inpainting import Region, region_patches
@@ -32,7 +33,7 @@ from um3.inference.outputs import Generated, PairScores, Part, Reconstruction, T
 from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
-from um3.model.language_model import QLIP_FOLDER, load_model
+from um3.model.language_model import QLIP_FOLDER, load_model, trained_on
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.vocabulary import UnifiedVocabulary
 
@@ -42,7 +43,7 @@ MAX_IMAGES = 1_000_000
 
 
 class WriteOptions(TextOptions, total=False):
-    """The options of `UM3Pipeline.caption` and `UM3Pipeline.complete`; without `seeds` they come from `seed`."""
+    """The options of `UM3Pipeline.caption`, `complete` and `chat`; without `seeds` they come from `seed`."""
 
     max_new_tokens: int
     batch_size: int
@@ -119,6 +120,11 @@ class UM3Pipeline:
     def fingerprint(self) -> str:
         """The fingerprint of the visual tokenizer, to which all codes belong."""
         return str(self.model.config.um3["tokenizer_fingerprint"])
+
+    @property
+    def trained_on(self) -> list[str]:
+        """The names of the conversations that the model was trained on; empty if it never learnt to answer."""
+        return trained_on(self.model.config.um3)
 
     @property
     def sampler(self) -> Sampler:
@@ -244,6 +250,16 @@ class UM3Pipeline:
         encoded = encode_texts(check_texts(texts, kind="text", may_be_empty=True), tokenizer=self.text_tokenizer)
         prompts = [sequences.text_prompt(tokens, ids=self.ids) for tokens in encoded]
         return self._write(prompts, kind="complete", **WriteOptions(top_p=0.95) | options)
+
+    def chat(self, messages: Messages | Sequence[Messages], **options: Unpack[WriteOptions]) -> Texts:
+        """The answer to each conversation; by default greedy and at most 64 tokens.
+
+        `messages`: one conversation or a list of them, as lists of messages in Hugging Face's form
+        (`um3.inference.chat`) or plain questions. A model learns to answer by `make um3-instruct`.
+        """
+        prompts = chat_prompts(messages, pipeline=self, batch_size=options.get("batch_size", 64))
+        texts = self._write(prompts, kind="chat", **WriteOptions(temperature=0.0) | options)
+        return Texts([text.strip() for text in texts], seeds=texts.seeds, logprobs=texts.logprobs)
 
     def interleave(
         self,

@@ -25,6 +25,7 @@ from transformers import (
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
 from um3.core.hub import load_pretrained, save_tokenizer, write_checksums
+from um3.core.text import valid_text
 from um3.model.configuration import ModelConfig
 from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
@@ -118,9 +119,16 @@ def model_card(
     data = ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=["um3", "qlip"], **licence)
     facts: dict[str, Any] = {"ids": ids, "parts": dict(parts), "base": base, "architecture": architecture}
     facts |= {"state": "trained" if trained else start, "bos": "bos" if ids.bos_id != ids.eos_id else "eos"}
+    facts |= {"conversations": ", ".join(trained_on(config.um3))}
     facts |= {"fingerprint": config.um3["tokenizer_fingerprint"], "qlip_license": qlip_license}
     card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("model_card.md")), **facts)
     return str(card.content).rstrip() + "\n"
+
+
+def trained_on(stored: Mapping[str, Any]) -> list[str]:
+    """The names of the conversations that a UM3 was trained on, from the "um3" of its config.json; empty for none."""
+    names = stored.get("conversations")
+    return [valid_text(str(name)) for name in names] if isinstance(names, list) else []
 
 
 def load_model(

@@ -1,9 +1,10 @@
-"""The four layouts of a training sequence, and the prompts that generation starts from.
+"""The five layouts of a training sequence, and the prompts that generation starts from.
 
     text            bos tokens eos
     image-to-text   bos <boi> visual <eoi> caption eos
     text-to-image   bos caption <boi> visual <eoi> eos
     unconditional   bos <boi> visual <eoi> eos              (text-to-image with a dropped caption)
+    conversation    bos [<boi> visual <eoi>] USER: question ASSISTANT: answer eos USER: question ASSISTANT: answer eos
 
 A prompt is the beginning of such a sequence; the tests compare the two. bos is never a target, so packed sequences can
 be shifted by one without a target that crosses a boundary. `document_positions` separates packed documents.
@@ -59,6 +60,18 @@ def unconditional_sequence(
     return _sequence([ids.bos_id, begin], [image, end, ids.eos_id], supervision=supervision)
 
 
+def conversation_sequence(
+    turns: Sequence[tuple[Tokens, Tokens]], visual_ids: Tokens | None = None, *, ids: UnifiedVocabulary
+) -> TrainingSequence:
+    """`bos [<boi> visual <eoi>]`, then `question answer eos` for each of `turns`, which `encode_turns` makes.
+
+    Targets are the answers and their eos.
+    """
+    parts = [_sequence(_beginning(visual_ids, ids=ids), [])]
+    parts += [_sequence([question], [answer, ids.eos_id]) for question, answer in turns]
+    return TrainingSequence(*map(torch.cat, zip(*parts, strict=True)))
+
+
 def image_prompt(caption: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     """`bos caption <boi>`: the prompt for an image. An empty caption gives the unconditional prompt."""
     return _join(ids.bos_id, caption, ids.begin_of_image_id)
@@ -72,6 +85,14 @@ def caption_prompt(visual_ids: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
 def text_prompt(tokens: Tokens, *, ids: UnifiedVocabulary) -> Tensor:
     """`bos tokens`: the prompt for a continuation."""
     return _join(ids.bos_id, tokens)
+
+
+def chat_prompt(
+    turns: Sequence[tuple[Tokens, Tokens]], visual_ids: Tokens | None = None, *, ids: UnifiedVocabulary
+) -> Tensor:
+    """A `conversation_sequence` up to the answer of its last turn, which is not read: the prompt for that answer."""
+    *past, (question, _) = turns
+    return _join(conversation_sequence(past, visual_ids, ids=ids).input_ids, question)
 
 
 def document_positions(input_ids_BT: Tensor, *, bos_id: int) -> Tensor:
@@ -91,6 +112,10 @@ def _sequence(context: Pieces, answer: Pieces, *, supervision: Supervision = "ta
     input_ids = _join(*context, *answer)
     targets = torch.arange(len(input_ids)) >= (1 if supervision == "all" else len(_join(*context)))
     return TrainingSequence(input_ids=input_ids, targets=targets)
+
+
+def _beginning(visual_ids: Tokens | None, *, ids: UnifiedVocabulary) -> Pieces:
+    return [ids.bos_id] if visual_ids is None else [ids.bos_id, *_image(visual_ids, ids=ids)]
 
 
 def _join(*pieces: int | Tokens) -> Tensor:

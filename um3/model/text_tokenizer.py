@@ -115,6 +115,18 @@ def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBa
     return encode_texts([" ".join(caption.split()) for caption in captions], tokenizer=tokenizer)
 
 
+def encode_turns(
+    turns: Sequence[tuple[str, str]], *, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of `USER: question ASSISTANT:` and of ` answer` for each turn of a conversation.
+
+    The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is.
+    """
+    pieces = [(f"USER: {question.strip()} ASSISTANT:", f" {answer.strip()}") for question, answer in turns]
+    encoded = iter(encode_texts([text for piece in pieces for text in piece], tokenizer=tokenizer))
+    return list(zip(encoded, encoded, strict=True))
+
+
 def decode(token_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> str:
     """Text of token ids, without special tokens and with the spaces that the tokens have."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

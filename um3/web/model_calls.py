@@ -15,6 +15,7 @@ from torch import Tensor
 from um3.core.errors import UserError
 from um3.core.files import parse_json
 from um3.core.images import read_image
+from um3.inference.chat import ROLES
 from um3.inference.image_io import code_image, png_bytes
 from um3.inference.pipeline import UM3Pipeline
 from um3.inference.sampling_params import Sampling, as_options, check_number
@@ -104,6 +105,30 @@ def caption(job: Job, *, pipeline: UM3Pipeline, content: bytes) -> None:
     )
 
 
+def parse_chat(content: bytes) -> dict[str, Any]:
+    """The arguments of `UM3Pipeline.chat` in a JSON request; no image is read from a path.
+
+    `messages` holds texts of the user and the model in turn; optional are `codes` of the image, `seed` and the
+    options of `Sampling`.
+    """
+    options = parse_json(content, where="the request", keys=["messages"])
+    texts, codes, seed = options.pop("messages"), options.pop("codes", None), options.pop("seed", 0)
+    if not isinstance(texts, list) or not isinstance(codes, list | None):
+        raise UserError("'messages' must be a list of texts, and 'codes' a list of whole numbers")
+    check_number(seed, what="seed", whole=True)
+    image = [] if codes is None else [{"type": "image", "codes": codes}]
+    contents = [[*(image if index == 0 else []), {"type": "text", "text": text}] for index, text in enumerate(texts)]
+    messages = [{"role": ROLES[index % 2], "content": content} for index, content in enumerate(contents)]
+    return {"messages": [messages], "seeds": [seed], **as_options(options)}
+
+
+def chat(job: Job, *, pipeline: UM3Pipeline, request: dict[str, Any]) -> None:
+    """Send the answer to a conversation."""
+    job.check()
+    answers = pipeline.chat(**request)
+    job.send({"answer": answers[0], "logprob": answers.logprobs[0]})
+
+
 def describe_model(pipeline: UM3Pipeline) -> dict[str, Any]:
     """What the page shows about the model, and the limits of its requests."""
     return {
@@ -113,6 +138,7 @@ def describe_model(pipeline: UM3Pipeline) -> dict[str, Any]:
         "rows": math.isqrt(pipeline.ids.num_patches),
         "num_bits": pipeline.ids.num_bits,
         "can_rank": pipeline.can_rank,
+        "conversations": pipeline.trained_on,
         "max_images": MAX_IMAGES,
     }
 

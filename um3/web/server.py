@@ -1,4 +1,4 @@
-"""The web server: the page, a description of the model, and two calls that generate and caption images.
+"""The web server: the page, a description of the model, and calls that generate and caption images and chat.
 
 The calls answer with JSON lines; the last line holds the result. An error is {"error": one sentence}: with a fitting
 status, or as the last line if it occurs after the first one. No path of a request names a file.
@@ -66,6 +66,11 @@ class Site:
         """POST /api/caption with the bytes of an image file"""
         content = await read_body(request, max_bytes=MAX_UPLOAD_BYTES)
         return await self._stream(request, functools.partial(model_calls.caption, content=content))
+
+    async def chat(self, request: Request) -> Response:
+        """POST /api/chat with the JSON of `model_calls.parse_chat`"""
+        parsed = model_calls.parse_chat(await read_body(request, max_bytes=MAX_REQUEST_BYTES))
+        return await self._stream(request, functools.partial(model_calls.chat, request=parsed))
 
     async def _stream(self, request: Request, call: Callable[..., None]) -> Response:
         """Run a model call and stream its events. The first event, or the error in its place, decides on the status."""
@@ -149,6 +154,7 @@ def build_app(
         Route("/api/model", site.model),
         Route("/api/generate", site.generate, methods=["POST"]),
         Route("/api/caption", site.caption, methods=["POST"]),
+        Route("/api/chat", site.chat, methods=["POST"]),
     ]
     errors = (UserError, ImageError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response), lifespan=lifespan)

@@ -216,6 +216,18 @@ def test_limit_takes_the_first_samples_of_each_source(tmp_path: Path, qlip: Path
     assert opened(tmp_path / "codes")[8].key == ScenesSource(size=SIZE, length=50)[8].key
 
 
+def test_images_without_captions_are_encoded_for_conversations(tmp_path: Path, qlip: Path, images: Path) -> None:
+    for caption in images.glob("*.txt"):
+        caption.unlink()
+    source = f"[{{name: pictures, path: {images}, has_captions: false, val_fraction: 0}}]"
+    splits = run(config_file(tmp_path, qlip=qlip, images=source))
+    assert splits["train"]["pictures"]["images"] == 10 and splits["train"]["pictures"]["skipped"]
+    coded = open_code_sources(tmp_path / "codes", split="train")["pictures"]
+    assert list(coded.each_key()) == [(index, coded[index].key) for index in range(10)]
+    assert {key for _, key in coded.each_key()} == {f"{number:02d}.png" for number in {*range(12)} - {3, 8}}
+    assert coded[0].captions == ("",)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -223,7 +235,6 @@ def test_limit_takes_the_first_samples_of_each_source(tmp_path: Path, qlip: Path
         ("images=[]", "'images' is empty"),
         ("images=[{name: scenes}, {name: scenes}]", "two image sources have the name 'scenes'"),
         ("images=[{name: a/b, kind: scenes}]", "use letters, digits"),
-        ("images=[{name: scenes, has_captions: false}]", "'scenes' has no captions"),
         ("visual_tokenizer=wide", "codes of 40 bits; shards hold at most 32"),
     ],
 )

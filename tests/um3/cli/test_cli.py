@@ -175,6 +175,7 @@ def test_info_reports_sizes_fingerprint_steps_and_licences(folder, pipeline, tmp
         ("qlip/config.json", "{}", "a config.json lacks 'vision_config'"),
         ("config.json", {"um3": []}, "not a UM3 model"),
         ("config.json", {"um3": {"base": "a"}}, "a config.json has a wrong entry"),
+        ("config.json", {"um3": {"conversations": 3}}, "a config.json"),
         ("config.json", {"um3": {"bits_per_subtoken": 10**15}}, "bits_per_subtoken = 1000000000000000"),
         ("config.json", {"hidden_size": "wide"}, "a config.json has a wrong entry"),
         ("qlip/config.json", {"vision_config": 3}, "a config.json has a wrong entry"),

@@ -179,13 +179,6 @@ def test_a_hub_id_is_found_in_the_cache(model_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def roomy(pipeline, monkeypatch):
-    """The pipeline with a longer context, for prompts of many bytes."""
-    monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", 512)
-    return pipeline
-
-
-@pytest.fixture
 def ranking(pipeline, monkeypatch):
     """The pipeline with a text tokenizer for QLIP's text tower, which has 40 entries."""
 

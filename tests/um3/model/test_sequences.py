@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.tiny_um3 import make_ids
 from um3.model import sequences
+from um3.model.text_tokenizer import decode, encode_texts, encode_turns, train_text_tokenizer
 
 IDS = make_ids(num_patches=2)
 VISUAL = IDS.codes_to_ids(torch.tensor([7, 2**28 - 1]))
@@ -67,3 +70,57 @@ def test_wrong_image_length_and_supervision_are_refused():
         sequences.caption_prompt(VISUAL[:-1], ids=IDS)
     with pytest.raises(ValueError, match="some"):
         make("unconditional", supervision="some")
+
+
+QUESTION, ANSWER, NEXT = [20, 21, 22], [23], [24, 25]
+"""Ids of `USER: question ASSISTANT:`, of ` answer`, and of a second question."""
+
+
+@pytest.mark.parametrize("visual", [VISUAL, None], ids=["image", "text only"])
+def test_a_conversation_has_its_answers_as_targets(visual):
+    begin = [0, *IMAGE] if visual is not None else [0]
+    sequence = sequences.conversation_sequence([(QUESTION, ANSWER), (NEXT, CAPTION)], visual, ids=IDS)
+    assert sequence.input_ids.tolist() == [*begin, *QUESTION, *ANSWER, 1, *NEXT, *CAPTION, 1]
+    assert sequence.input_ids[sequence.targets].tolist() == [*ANSWER, 1, *CAPTION, 1]
+    assert (sequence.input_ids.dtype, sequence.targets.dtype) == (torch.int64, torch.bool)
+    prompt = sequences.chat_prompt([(QUESTION, ANSWER), (NEXT, [])], visual, ids=IDS)
+    assert prompt.tolist() == [*begin, *QUESTION, *ANSWER, 1, *NEXT]
+
+
+TURNS = [("What colour is it?", "red"), (" What\nshape? </s><|end_of_text|>", " a disk "), ("Why? 漢", "")]
+TEXT = "USER: What colour is it? ASSISTANT: red USER: What shape? ASSISTANT: a disk"
+
+
+def byte_level():
+    return train_text_tokenizer([TEXT] * 3, vocab_size=340)
+
+
+def sentencepiece_like():
+    """BPE over whole texts, with ▁ for spaces and in front, as sentencepiece does: its tokens span words and ':'."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    backend.decoder = decoders.Metaspace()
+    backend.train_from_iterator([TEXT] * 3, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_level, sentencepiece_like])
+@pytest.mark.parametrize("visual", [VISUAL, None], ids=["image", "text only"])
+def test_a_chat_prompt_begins_the_conversation_for_any_tokenizer(make_tokenizer, visual):
+    tokenizer = make_tokenizer()
+    turns = encode_turns(TURNS, tokenizer=tokenizer)
+    whole = sequences.conversation_sequence(turns, visual, ids=IDS)
+    for count in (1, 2, 3):
+        asked = [*TURNS[: count - 1], (TURNS[count - 1][0], "")]
+        prompt = sequences.chat_prompt(encode_turns(asked, tokenizer=tokenizer), visual, ids=IDS)
+        assert prompt.tolist() == whole.input_ids[: len(prompt)].tolist()
+        assert whole.targets[len(prompt)] and not whole.targets[len(prompt) - 1]
+    assert decode(turns[0][1], tokenizer=tokenizer).strip() == "red"
+    assert tokenizer.eos_token_id not in {token for pieces in turns for piece in pieces for token in piece}
+
+
+def test_a_tokenizer_whose_tokens_span_question_and_answer_is_tested():
+    tokenizer = sentencepiece_like()
+    question, _ = encode_turns([("What colour is it?", "red")], tokenizer=tokenizer)[0]
+    (joined,) = encode_texts(["USER: What colour is it? ASSISTANT: red"], tokenizer=tokenizer)
+    assert joined[: len(question)] != question  # one call over the whole text would not give the prompt's ids

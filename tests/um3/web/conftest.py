@@ -70,7 +70,7 @@ def web_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 64, "num_layers": 4, "head_dim": 16, "intermediate_size": 96}
     folder = tmp_path_factory.mktemp("web")
     qlip_folder = make_qlip(folder / "qlip", image_size=32, patch_size=32 // SIDE, bits=28)
-    return save_um3(folder, qlip_folder=qlip_folder, max_position_embeddings=256, **sizes)
+    return save_um3(folder, qlip_folder=qlip_folder, max_position_embeddings=512, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ def test_the_history_survives_a_reload_and_restores_settings(page):
     entry.click()
     assert page.locator("[name=prompt]").input_value() == "ثلاث نجوم 🦊"
     assert page.locator("[name=temperature]").input_value() == "0.25"
-    page.locator("button.primary").click()
+    page.locator("#form button.primary").click()
     assert run.locator("img").get_attribute("src") == first
     page.locator("#clear-history").click()
     expect(page.locator("#history button")).to_have_count(0)
@@ -164,3 +164,53 @@ def test_a_cancelled_run_stops_and_the_next_one_works(page):
     assert page.locator("#runs a").count() == 0
     generate(page, "a green disk", num_images="1")
     expect(page.locator("#runs article").first.locator("figcaption")).to_contain_text("seed")
+
+
+def ask(page, question):
+    page.locator("[name=question]").fill(question)
+    page.locator("[name=question]").press("Enter")
+
+
+def test_questions_about_an_image_and_the_history(page, tmp_path, web_pipeline):
+    path = tmp_path / "holiday.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    page.locator("#tab-caption").press("ArrowRight")
+    expect(page.locator("#chat-note")).to_contain_text("not trained on conversations")
+    page.locator("#chat-file").set_input_files(path)
+    expect(page.locator("#chat-image img")).to_have_count(1)
+    messages, said = [], []
+    for question in ("What is it?", "Why?"):
+        image = [] if messages else [{"type": "image", "image": Image.open(path)}]
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        answer = web_pipeline.chat(messages, seeds=[0])[0]
+        messages.append({"role": "assistant", "content": answer})
+        ask(page, question)
+        said += [question, answer or "(no answer)"]
+        expect(page.locator("[name=question]")).to_have_value("")
+        assert page.locator("#thread li").evaluate_all("(items) => items.map((item) => item.textContent)") == said
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#thread li")).to_have_count(0)
+    expect(page.locator("#chat-image img")).to_have_count(0)
+
+
+def test_an_error_stands_at_its_field_and_the_conversation_goes_on(page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    page.locator("#tab-chat").click()
+    page.locator("#chat-file").set_input_files(tmp_path / "broken.png")
+    expect(page.locator("#image-error")).to_contain_text("Not an image")
+    for question, message in ((" ", "has no text; ask a question"), ("why " * 300, "leaves no room")):
+        ask(page, question)
+        expect(page.locator("#ask-error")).to_contain_text(message)
+        expect(page.locator("#thread li")).to_have_count(0)
+        assert page.locator("[name=question]").input_value() == question
+    ask(page, "<b>Why?</b>")
+    expect(page.locator("[name=question]")).to_have_value("")
+    assert page.locator("#thread li").first.inner_text() == "<b>Why?</b>" and page.locator("#thread b").count() == 0
+    expect(page.locator("#ask-error")).to_be_empty()
+
+
+def test_a_generated_image_can_be_asked_about(page):
+    run = generate(page, "a red disk", num_images="1", seed="5")
+    run.get_by_role("button", name="Ask about it").click()
+    expect(page.locator("#chat-image img")).to_have_count(1)
+    expect(page.locator("#chat")).to_be_visible()

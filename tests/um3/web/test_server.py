@@ -105,6 +105,45 @@ def test_an_invalid_request_gets_status_400_and_one_sentence(server, request_bod
     assert answer.status == 400 and message in error["error"] and "\n" not in error["error"]
 
 
+def test_a_conversation_gets_the_answer_of_the_pipeline(server, web_pipeline):
+    (image,) = server.request("POST", "/api/caption", content := image_bytes()).events
+    texts, messages = ["What is it?", "a disk", "Why?"], []
+    for text, role in zip(texts, ("user", "assistant", "user"), strict=True):
+        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    messages[0]["content"].insert(0, {"type": "image", "image": Image.open(io.BytesIO(content))})
+    for options in ({}, {"temperature": 1.5, "top_k": 9, "seed": 5}):
+        (event,) = server.request("POST", "/api/chat", {"messages": texts, "codes": image["codes"], **options}).events
+        seeds = [options.pop("seed", 0)]
+        expected = web_pipeline.chat(messages, seeds=seeds, **options)
+        assert event == {"answer": expected[0], "logprob": pytest.approx(expected.logprobs[0], rel=1e-4)}
+    assert server.request("GET", "/api/model").events[0]["conversations"] == []
+
+
+@pytest.mark.parametrize(
+    ("request_body", "message"),
+    [
+        ({}, "'messages'"),
+        ({"messages": "a"}, "'messages' must be a list"),
+        ({"messages": []}, "ends without a question"),
+        ({"messages": ["a", "b"]}, "ends without a question"),
+        ({"messages": [" "]}, "has no text; ask a question"),
+        ({"messages": [3]}, "is neither a text nor"),
+        ({"messages": [{"type": "image", "image": "/etc/passwd"}]}, "is neither a text nor"),
+        ({"messages": ["a"], "codes": "/etc/passwd"}, "'codes' a list"),
+        ({"messages": ["a"], "codes": [1]}, "an image is 16 codes"),
+        ({"messages": ["a"], "codes": [10**30] * 16}, "an image is 16 codes"),
+        ({"messages": ["a " * 500]}, "leaves no room"),
+        ({"messages": ["a"], "image": "/etc/passwd"}, "unknown option 'image'"),
+        ({"messages": ["a"], "seed": -1}, "seed -1"),
+        ({"messages": ["a"], "guidance_scale": 2}, "guidance_scale"),
+    ],
+)
+def test_an_invalid_conversation_gets_status_400_and_one_sentence(server, request_body, message):
+    answer = server.request("POST", "/api/chat", request_body)
+    (error,) = answer.events
+    assert answer.status == 400 and message in error["error"] and "\n" not in error["error"]
+
+
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [

@@ -1,0 +1,128 @@
+"""`make um3-instruct` at a tiny size: what it learns and writes, and that a resumed run computes the same bits."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_mix.batches.chat_batches import join_codes
+from data_mix.sources.config import ConversationSourceConfig
+from tests.helpers.processes import ROOT
+from tests.tokenizer.conftest import change_json
+from tests.train.conftest import COMMON, losses, train_apart
+from train.phase import main
+from um3.core.errors import UserError
+from um3.core.files import read_json
+from um3.core.metrics import read_metrics
+from um3.inference.pipeline import UM3Pipeline
+
+SIZES = [
+    *("data.seq_len=250", "data.text_seq_len=28", "optimizer.kind=adamw", "optimizer.lr=1e-2"),
+    *("data.chat_share=0.5", "text_validation.every_steps=0"),
+    "data.conversations=[{name: scenes, kind: scenes, length: 64}]",
+]
+
+
+def instruct(made: Path, folder: Path, *overrides: str) -> list[str]:
+    """Command line of a tiny um3-instruct in `folder`, from the UM3 and the codes of `made`."""
+    config = ["um3-instruct", "--config", str(ROOT / "configs/demo.yaml"), f"loop.output_dir={folder}"]
+    start = [f"init_from={made}/um3/model", f"data.codes={made}/codes"]
+    return [*config, *COMMON, *SIZES, *start, *overrides]
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A finished run of four steps."""
+    folder = tmp_path_factory.mktemp("instruct") / "um3-instruct"
+    main(instruct(made, folder))
+    return folder
+
+
+def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, trained):
+    stored = read_json(trained / "model/config.json")["um3"]
+    assert stored == read_json(made / "um3/model/config.json")["um3"] | {"conversations": ["scenes"]}
+    card = (trained / "model/README.md").read_text()
+    assert "trained on the conversations scenes" in card and "USER: question ASSISTANT:" in card
+    assert "USER:" not in (made / "um3/model/README.md").read_text()
+    pipeline = UM3Pipeline.from_pretrained(trained / "model")
+    assert pipeline.trained_on == ["scenes"] and len(pipeline.chat("How many?", max_new_tokens=3)) == 1
+    before, after = (load_file(folder / "model/model.safetensors") for folder in (made / "um3", trained))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert [row["data/samples/chat"] for row in rows] == [4, 8, 12, 16] == [row["data/scheduled/chat"] for row in rows]
+    assert all(row["train/loss_visual"] > 0 for row in rows)
+
+
+def test_a_finished_run_is_up_to_date_and_another_start_refused(made, trained, tmp_path, capsys):
+    main(instruct(made, trained))
+    assert "up to date" in capsys.readouterr().out
+    shutil.copytree(made / "um3/model", tmp_path / "other")
+    for path in tmp_path.glob("other/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="init_from"):
+        main(instruct(made, trained, f"init_from={tmp_path}/other"))
+
+
+def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
+    whole = losses(trained)
+    shutil.copytree(trained, tmp_path / "half")
+    for name in ("done.json", "metrics.jsonl", "checkpoints/step-00000004", "model"):
+        path = tmp_path / "half" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    main(instruct(made, tmp_path / "half"))
+    assert losses(tmp_path / "half") == whole[2:]
+    weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train_apart(instruct(made, tmp_path / "two"), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_it_learns_the_answers_about_a_few_scenes(made, tmp_path, packing):
+    """From conversations to greedy answers: most questions about eight scenes are answered after 150 steps."""
+    few = ConversationSourceConfig("scenes", kind="scenes", length=8)
+    setting = "data.conversations=[{name: scenes, kind: scenes, length: 8}]"
+    steps = ("loop.max_steps=150", "loop.save_every_steps=150", "data.chat_share=0.75", f"data.packing={packing}")
+    main(instruct(made, tmp_path / "few", setting, *steps))
+    chats = join_codes([few], codes=str(made / "codes"), fingerprint=None)["scenes"]
+    asked, answers = [], []
+    for turns, codes_N in (chats[index] for index in range(len(chats))):
+        content = [{"type": "image", "codes": codes_N}, {"type": "text", "text": turns[0].question}]
+        asked.append([{"role": "user", "content": content}])
+        answers.append(turns[0].answer)
+    pipeline = UM3Pipeline.from_pretrained(tmp_path / "few/model")
+    found = pipeline.chat(asked, max_new_tokens=12)
+    assert sum(a == b for a, b in zip(found, answers, strict=True)) >= 6, list(zip(found, answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["init_from=nowhere"], "no model in 'nowhere'; run `make um3` first"),
+        (["data.conversations=[]"], "conversations has 0 values"),
+        (["data.conversations=[{name: a, kind: scenes}, {name: a, kind: scenes}]"], "give each source its own name"),
+        (["data.chat_share=1"], "chat_share is 1"),
+        (["data.conversations=[{name: scenes, kind: scenes, length: 100}]"], "only 64 of 100 .* run make codes"),
+        (["data.seq_len=19"], "data.seq_len=19"),
+        (
+            ["text_validation.every_steps=3", "loop.log_every_steps=2"],
+            "text_validation.every_steps=3 must be",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(overrides, message, made, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main(instruct(made, tmp_path / "run", *overrides))
+
+
+def test_a_model_without_bos_is_not_packed(made, tmp_path):
+    """Its answers end with the token that begins a document (Qwen)."""
+    shutil.copytree(made / "um3/model", tmp_path / "model")
+    stored = read_json(tmp_path / "model/config.json")["um3"]
+    change_json(tmp_path / "model/config.json", um3=stored | {"bos_id": stored["eos_id"]})
+    start = f"init_from={tmp_path}/model"
+    with pytest.raises(UserError, match=r"begins documents with the token that ends its answers.*data.packing=none"):
+        main(instruct(made, tmp_path / "run", start, "data.packing=documents"))
+    main(instruct(made, tmp_path / "run", start, "data.packing=none", "loop.max_steps=2"))
