@@ -19,6 +19,7 @@ PROMPTS ?=
 GENERATE ?=
 REFERENCES ?=
 RUNS ?=
+SET ?= pope
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -30,7 +31,7 @@ OUT ?= runs/language/$(subst /,-,$(patsubst %/,%,$(patsubst /%,%,$(patsubst runs
 
 # Names and paths reach the commands through the environment, whatever characters they hold: the shell reads "$$RUN",
 # the config $${oc.env:RUN}. What the user has set is taken as it stands, without expanding a $$ in it.
-PATHS := CONFIG RUN DATA TEXT NAME BASE GPUS GPU QLIP MODEL PROMPTS REFERENCES OUT PYTHON
+PATHS := CONFIG RUN DATA TEXT NAME BASE GPUS GPU QLIP MODEL PROMPTS REFERENCES OUT PYTHON SET
 $(foreach name,$(PATHS),$(if $(filter command environment,$(firstword $(origin $(name)))),$(eval override $(name) := $$(value $(name)))))
 export $(PATHS)
 IN_RUN = $${oc.env:RUN}
@@ -132,6 +133,10 @@ geneval: $(READY) ## GenEval of generated images (PROMPTS=metadata.jsonl ARGS="d
 dpg: $(READY) ## DPG-Bench of generated images (PROMPTS=prompts ARGS="questions=dpg_bench.csv vqa=folder")
 	$(call generate,layout=grid num_images=4)
 	@$(PY) -m eval dpg 'images=$(GENERATED)' 'output=$(IN_RUN)/eval/dpg.json' $(ARGS)
+
+eval-vqa: $(READY) ## Questions about images: SET=pope DATA=its files MODEL=folder (or MODEL= ARGS="answers=FILE")
+	@$(PY) -m eval vqa 'set=$${oc.env:SET}' $(if $(DATA),'data=$${oc.env:DATA}') $(if $(MODEL),'model=$${oc.env:MODEL}') \
+		'output=$(IN_RUN)/eval/vqa_$${oc.env:SET}.json' $(ARGS)
 
 report: $(READY) ## Compare RUNS="a b ..." with the paper: a table, report.md, .html, .json and figures
 	@$(PY) -m eval report --run $(or $(RUNS),"$$RUN") $(ARGS)

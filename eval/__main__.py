@@ -10,6 +10,7 @@ COMMANDS = {
     "coco-generation": Command("eval.benchmarks.coco_generation", "gFID and CLIPScore of generated images"),
     "geneval": Command("eval.benchmarks.geneval", "GenEval of generated images"),
     "dpg": Command("eval.benchmarks.dpg", "DPG-Bench of generated images"),
+    "vqa": Command("eval.benchmarks.vqa", "questions about images: VQAv2, GQA, TextVQA, POPE, MME and others"),
     "report": Command("eval.report.report", "compare runs with the paper: tables and figures"),
     "ablation": Command("eval.report.ablation", "train and measure the rows of an ablation"),
 }

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ImageModel = Callable[[Sequence[str], "Sequence[Image.Image]"], Sequence[Any]]
-"""Maps the names and pixels of a batch of images to one result each, as plain JSON."""
+ImageModel = Callable[[Sequence[str], Sequence[Any]], Sequence[Any]]
+"""Maps the names and images (None for an item without one) of a batch to one result each, as plain JSON."""
 
 
 class UnavailableError(UserError):
@@ -100,7 +100,7 @@ class ResultsCache:
 
 
 def measure_images(
-    files: Mapping[str, Path | bytes],
+    files: Mapping[str, Path | bytes | None],
     *,
     cache: ResultsCache,
     open_model: Callable[[], ImageModel],
@@ -108,7 +108,7 @@ def measure_images(
     skipped: SkipCounter,
     batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Measure every image (by name: its path or its encoded bytes) once and return the results in the order of `files`.
+    """Measure every image once and return the results in the order of `files`: its path, its encoded bytes, or None.
 
     The ranks share the batches, and each returns all results. Batches are fixed and measured whole: neither a kill nor
     the number of ranks changes which images a model sees together, so the results are equal to the last bit. Missing
@@ -130,10 +130,12 @@ def measure_images(
         except UserError as error:  # raised after the barrier, where other ranks wait
             problem, missing = UnavailableError(str(error)), []
     for batch in missing:
-        results, images = {}, {}
+        results: dict[str, Any] = {}
+        images: dict[str, Image.Image | None] = {}
         for name in filter(items.get, batch):
+            file = files[name]
             try:
-                images[name] = read_image(files[name])
+                images[name] = None if file is None else read_image(file)
             except ImageError as error:
                 results[items[name]] = {"error": error.reason}
         if images:
@@ -216,8 +218,8 @@ def image_hash(image: Path | bytes) -> str:
         return ""
 
 
-def _item(name: str, image: Path | bytes) -> str:
-    digest = image_hash(image)
+def _item(name: str, image: Path | bytes | None) -> str:
+    digest = "none" if image is None else image_hash(image)
     return f"{name} {digest}" if digest else ""
 
 

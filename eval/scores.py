@@ -7,7 +7,7 @@ looks complete because a row is missing.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +49,22 @@ def bootstrap(values: Sequence[float], *, weights: Sequence[float] | None = None
     drawn = (generator.integers(items.size, size=items.size) for _ in range(RESAMPLES))
     means = [items[indices].sum() / item_weights[indices].sum() for indices in drawn]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
+
+
+def bootstrap_groups(groups: Sequence[NDArray], statistic: Callable[[list[NDArray]], float]) -> Interval:
+    """The same for a function of the means of several groups of items, such as a mean of F1 scores.
+
+    `groups` are arrays (items, K); each is resampled by itself. `statistic` gets the mean (K,) of each.
+    """
+    if all(len(np.unique(group, axis=0)) < 2 for group in groups):
+        return Interval(None, None)
+    generator = np.random.default_rng(0)
+    values = [
+        statistic([group[generator.integers(len(group), size=len(group))].mean(0) for group in groups])
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 

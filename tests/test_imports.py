@@ -13,7 +13,7 @@ ROOMS = {
     "tokenizer": (),
     "um3": ("model", "inference", "web", "cli"),
     "data_mix": ("demo", "sources", "codes", "batches"),
-    "eval": ("metrics", "tasks", "benchmarks", "report"),
+    "eval": ("metrics", "tasks", "vqa", "benchmarks", "report"),
     "train": ("recipes", "plan"),
 }
 """Rooms and their sub-rooms, from left to right: a module imports its own sub-room and those before it.

@@ -115,6 +115,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "coco-generation": {"MODEL": "model=@", "PROMPTS": "prompts=@", "RUN": "images=@/generated/coco-generation"},
     "geneval": {"PROMPTS": "prompts=@", "RUN": "images=@/generated/geneval|output=@/eval/geneval.json"},
     "dpg": {"PROMPTS": "prompts=@", "RUN": "images=@/generated/dpg|output=@/eval/dpg.json"},
+    "eval-vqa": {"DATA": "data=@", "MODEL": "model=@", "SET": "set=@"},
     "report": {"RUN": "@"},
     "ablation": {"NAME": "configs/ablations/@.yaml", "CONFIG": "@"},
     "balance": {"RUN": "@-weights", "CONFIG": "@"},

@@ -69,7 +69,7 @@ class Benchmark:
 
     def results(
         self,
-        files: Mapping[str, Path | bytes],
+        files: Mapping[str, Path | bytes | None],
         *,
         protocol: Any,
         skipped: SkipCounter | None = None,

@@ -66,13 +66,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
-    from eval.benchmarks import vqa
+    from eval.vqa import models
 
     config: DPGConfig = benchmark.config
     if not config.questions or not (config.vqa or config.answers):
         raise UnavailableError(NEEDS_JUDGE if config.questions else NEEDS_QUESTIONS)
     questions = read_questions(config.questions, official=config.official)
-    judge = "supplied answers" if config.answers else f"transformers {model_hash(config.vqa)}, {vqa.SETTINGS}"
+    judge = "supplied answers" if config.answers else f"transformers {model_hash(config.vqa)}, {models.SETTINGS}"
     benchmark.add_protocol(
         questions_sha256=short_hash([question.text for asked in questions.values() for question in asked]),
         images_per_prompt=config.num_images,
@@ -83,7 +83,7 @@ def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
     texts = {item: [question[:2] for question in asked] for item, asked in questions.items()}
 
     def open_model() -> ImageModel:
-        model = vqa.YesNoModel(config.vqa)
+        model = models.VisionLanguageModel(config.vqa, setting="vqa")
 
         def answer(files: Sequence[str], images: "Sequence[Image.Image]") -> list[list[dict[str, bool]]]:
             results = []

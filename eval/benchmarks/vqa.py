@@ -1,68 +1,158 @@
-"""Yes-or-no questions about images, answered by a vision-language model of transformers."""
+"""`python -m eval vqa set=NAME data=FOLDER model=FOLDER output=FILE.json`: questions about images.
 
+`data` holds the set's official files (`eval.vqa.sets`), `images` its images (by default also `data`). A UM3 or any
+vision-language model of transformers answers each question once; a killed run resumes, and the ranks of a torchrun
+share the questions. `answers=FILE` scores another program's answers instead (`eval.vqa.questions`).
+
+Beside OUTPUT.json stand OUTPUT.questions.jsonl and OUTPUT.answers.jsonl in LLaVA's form, and OUTPUT.upload with the
+files that the set's own script or server reads.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from um3.core.distributed import device
-from um3.core.hub import load_pretrained
+from eval.benchmarks.benchmark import Benchmark
+from eval.command import model_hash, run_command
+from eval.results_cache import ImageModel
+from eval.scores import Measurement, Score
+from eval.vqa.questions import Answer, Question, answer_lines, find_file, question_lines, read_answers
+from eval.vqa.sets import SETS, SetName
+from um3.core.distributed import is_main
+from um3.core.errors import UserError
+from um3.core.files import atomic_file, check_writable, sha256_of, short_hash, write_text
+from um3.core.hub import model_folder
+from um3.core.ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import Image
 
-SUFFIX = "Answer yes or no."
-MAX_NEW_TOKENS = 8
-SETTINGS = f"'{SUFFIX}' after the question to a chat model, greedy, yes = begins with yes"
+NUM_SAMPLES = 64  # answers that the result file shows
 
 
-class YesNoModel:
-    """A model that answers questions about images.
+@dataclass
+class VQAConfig:
+    """The set, its files, and the model that answers."""
 
-    It is a model for visual question answering (BLIP), which gets the question alone, or a chat model (LLaVA, Qwen-VL),
-    which is also asked to answer yes or no.
-    """
+    set: SetName = "pope"
+    data: str = ""
+    """Folder with the set's official files."""
+    images: str = ""
+    """Folder of the images; `data` by default."""
+    model: str = ""
+    """Folder or hub id of a UM3 or a vision-language model of transformers."""
+    answers: str = ""
+    """File of answers to score instead of asking `model`."""
+    limit: NonNegativeInt = 0
+    """Number of questions, in the order of the file; 0 for all."""
+    max_new_tokens: NonNegativeInt = 0
+    """Longest answer; 0 for the set's own (128, or 1,024 for MM-Vet, ScienceQA and MMBench)."""
+    batch_size: PositiveInt = 8
+    output: str = ""
+    """Result file (JSON)."""
 
-    def __init__(self, path: str) -> None:
-        """Load the model from a folder or the hub, without remote code."""
-        import transformers
-
-        # By hand: transformers 5 has no pipeline for models of visual question answering.
-        options: Any = {"kind": "VQA model", "remedy": "set vqa= to a folder or hub id of one"}
-        names = load_pretrained(transformers.AutoConfig, path, **options).architectures or []
-        self.answers_only = any(name.endswith("ForQuestionAnswering") for name in names)
-        kind = "VisualQuestionAnswering" if self.answers_only else "ImageTextToText"
-        loader: Any = getattr(transformers, f"AutoModelFor{kind}")
-        self.model: Any = load_pretrained(loader, path, **options).eval().to(device())
-        self.processor: Any = load_pretrained(transformers.AutoProcessor, path, **options)
-        self.processor.tokenizer.padding_side = "left"  # so that answers follow the questions directly
-        self.chats = bool(getattr(self.processor, "chat_template", None)) and not self.answers_only
-
-    def ask(self, image: "Image.Image", questions: "Sequence[str]") -> list[bool]:
-        """Whether the answer to each question begins with yes."""
-        if not self.answers_only:
-            return self._ask(image, [self._prompt(question) for question in questions])
-        # One at a time: BLIP's decoder attends to the padding of the shorter questions of a batch.
-        return [is_yes for question in questions for is_yes in self._ask(image, [question])]
-
-    def _ask(self, image: "Image.Image", texts: list[str]) -> list[bool]:
-        # A chat template contains its own bos.
-        options = {"padding": True, "add_special_tokens": not self.chats, "return_tensors": "pt"}
-        inputs = self.processor(images=[image] * len(texts), text=texts, **options).to(self.model.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        if not self.answers_only and not self.model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the output repeats the question
-        return [starts_with_yes(answer) for answer in self.processor.batch_decode(tokens, skip_special_tokens=True)]
-
-    def _prompt(self, question: str) -> str:
-        text = f"{question} {SUFFIX}"
-        if self.chats:
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            chat = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-        return f"{getattr(self.processor, 'image_token', '')} {text}".strip()
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError(f"set data=FOLDER with the official files of {self.set}")
+        if bool(self.model) == bool(self.answers):
+            raise ValueError("set either model=FOLDER or answers=FILE")
+        if not self.output:
+            raise ValueError("set output=FILE.json for the result")
+        self.images = self.images or self.data
+        self.max_new_tokens = self.max_new_tokens or SETS[self.set].max_new_tokens
 
 
-def starts_with_yes(answer: str) -> bool:
-    """Whether the first word is yes, as in `Yes, it is.`."""
-    words = "".join(letter if letter.isalpha() else " " for letter in answer.lower()).split()
-    return words[:1] == ["yes"]
+def main(arguments: Sequence[str]) -> None:
+    """Answer the questions of a set and score the answers."""
+    about = "Questions about images: the published sets, scored by their own rules."
+    run_command(VQAConfig, vqa, name="vqa", about=about, arguments=arguments)
+
+
+def vqa(config: VQAConfig) -> None:
+    """Answer the questions that have no answer yet, write all answers, and score them."""
+    chosen = SETS[config.set]
+    if not Path(config.data).is_dir():
+        raise UserError(f"{config.data} is not a folder; set data= to the folder with the official files")
+    questions = chosen.read(Path(config.data), Path(config.images))
+    questions = questions[: config.limit or None]
+    if not questions:
+        raise UserError(f"{config.data} has no question of {config.set}; copy the published files")
+    check_writable(Path(config.output).parent)
+    protocol = {"rule": chosen.rule, "questions_sha256": short_hash([(str(q.question_id), q.text) for q in questions])}
+    benchmark = Benchmark(config, Measurement(config.set, 0, protocol))
+    if config.answers:
+        benchmark.add_protocol(answers="supplied")
+        path = Path(config.answers)
+        benchmark.pins["answers_sha256"] = sha256_of(path) if path.is_file() else ""
+        answers = read_answers(path, questions, of=chosen, skipped=benchmark.skipped)
+    else:
+        answers = _ask(questions, benchmark=benchmark)
+    if is_main():
+        _write_files(answers, config=config, questions=questions)
+        _write_scores(answers, benchmark=benchmark)
+
+
+def _ask(questions: Sequence[Question], *, benchmark: Benchmark) -> list[Answer]:
+    config: VQAConfig = benchmark.config
+    if needed := SETS[config.set].asked_with:
+        find_file(Path(config.data), needed)
+    model = model_hash(model_folder(config.model, kind="vision-language model"))
+    decoding = {"decoding": "greedy", "max_new_tokens": config.max_new_tokens}
+    benchmark.add_protocol(**decoding)
+    benchmark.pins["model_sha256"] = model
+    by_name = {question.name: question for question in questions}
+
+    def open_answers() -> ImageModel:
+        from transformers.utils.logging import disable_progress_bar
+
+        from eval.vqa.models import open_model
+
+        disable_progress_bar()
+        answerer = open_model(config.model)
+
+        def answer(names: Sequence[str], images: "Sequence[Image.Image | None]") -> list[str]:
+            prompts = [by_name[name].text for name in names]
+            return answerer.answer(images, prompts, max_new_tokens=config.max_new_tokens)
+
+        return answer
+
+    texts = benchmark.results(
+        {name: question.image for name, question in by_name.items()},
+        protocol=[model, decoding],
+        open_model=open_answers,
+        label="answer questions",
+        batch_size=config.batch_size,
+    )
+    return [Answer(question, texts[question.name]) for question in questions if question.name in texts]
+
+
+def _write_files(answers: Sequence[Answer], *, config: VQAConfig, questions: Sequence[Question]) -> None:
+    stem = Path(config.output).with_suffix("")
+    model_id = Path(config.model or config.answers).resolve().name
+    write_text(f"{stem}.questions.jsonl", question_lines(questions, images=Path(config.images)))
+    write_text(f"{stem}.answers.jsonl", answer_lines(answers, model_id=model_id))
+    uploads = SETS[config.set].upload(answers, Path(config.data)) if answers else {}
+    for name, content in uploads.items():
+        with atomic_file(Path(f"{stem}.upload") / name) as partial:
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _write_scores(answers: Sequence[Answer], *, benchmark: Benchmark) -> None:
+    chosen, of, skipped = SETS[benchmark.config.set], benchmark.measurement, benchmark.skipped
+    if chosen.score is None or not answers:
+        reason = (
+            f"{chosen.unscored}: {benchmark.config.output.removesuffix('.json')}.upload" if answers else "no answers"
+        )
+        scores = [of.missing("accuracy", note=reason, unit="x100")]
+    else:
+        scores = chosen.score(answers, of)
+    samples = [{"question": q.text, "answer": text, "id": q.question_id} for q, text in answers[:NUM_SAMPLES]]
+    benchmark.write([_with_paper(score, chosen.paper, skipped=skipped) for score in scores], samples=samples)
+
+
+def _with_paper(score: Score, paper: Any, *, skipped: Any) -> Score:
+    """The row with the paper's value, and what was skipped."""
+    note = "; ".join(filter(None, [score.note, skipped.note()]))
+    return dataclasses.replace(score, paper=paper.get(score.metric), skipped=skipped.count, note=note)

@@ -17,6 +17,7 @@ from um3.core.progress import format_seconds
 from um3.core.text import valid_text
 
 TITLES = {"tokenizer": "Tokenizer", "captions": "Captions", "generation": "Generated images", "language": "Language"}
+TITLES["vqa"] = "Questions about images"
 ACRONYMS = ("psnr", "ssim", "lpips", "fid", "meteor", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 METRIC_NAMES = {
     "rfid": "rFID",
@@ -64,6 +65,8 @@ def result_tables(runs: Sequence[RunData]) -> list[Table]:
                 if score.key not in keys:
                     paper = f" (paper: {score.shown(score.paper)})" if score.paper is not None else ""
                     missing[score.key] = score.note + paper
+        if part == "vqa" and not scores:
+            continue  # no part of make eval
         note = f"paper: {', '.join(REFERENCES[part])}" if scores else "not measured: run make eval"
         results.append(Table(title, columns, rows, note=note, num_values=len(runs), missing=missing))
     return results

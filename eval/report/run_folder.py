@@ -10,12 +10,14 @@ from eval.config import PARTS
 from eval.part_files import Part, read_images, read_record, scores_of
 from eval.report.samples import MAKERS
 from eval.scores import Score
+from eval.vqa.sets import SETS
 from um3.core.errors import UserError
 from um3.core.metrics import read_metrics
 from um3.core.text import valid_text
 
 TRAINING_PHASES = ("stage1", "stage2", "um3")
 BENCHMARKS = {"coco_captions": "captions"} | dict.fromkeys(("coco_generation", "geneval", "dpg"), "generation")
+BENCHMARKS |= {f"vqa_{name}": "vqa" for name in SETS}
 """Results of the benchmark commands, and the part of the evaluation whose rows they join."""
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What reading values of another form raises."""

@@ -3,9 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
-from eval.scores import Measurement, Score, bootstrap, read_scores, write_scores
+from eval.scores import Measurement, Score, bootstrap, bootstrap_groups, read_scores, write_scores
 from um3.core.errors import UserError
 
 
@@ -94,3 +95,13 @@ def test_a_mean_row_has_its_interval_and_count():
     assert (row.value, row.n, row.seed, row.protocol) == (0.75, 4, 3, {"a": 1}) and 0 <= row.low < 0.75 < row.high <= 1
     identical = Measurement("t", 3).mean("acc", [1.0] * 9)
     assert identical.value == 1 and identical.low is identical.high is None
+
+
+def test_the_interval_of_groups_resamples_each_by_itself():
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    one = bootstrap_groups([np.array(values)[:, None]], lambda means: float(means[0][0]))
+    assert one == bootstrap(values)
+    constant = np.ones((4, 1))
+    both = bootstrap_groups([constant, np.array(values)[:, None]], lambda means: float(sum(m[0] for m in means)))
+    assert 1 <= both.low < 1.6 < both.high <= 2
+    assert bootstrap_groups([constant, constant], lambda means: 1.0) == (None, None)

@@ -9,6 +9,7 @@ from eval.benchmarks.coco_captions import CocoCaptionsConfig
 from eval.benchmarks.coco_generation import CocoGenerationConfig
 from eval.benchmarks.dpg import DPGConfig
 from eval.benchmarks.geneval import GenEvalConfig
+from eval.benchmarks.vqa import VQAConfig
 from eval.config import EvalConfig
 from eval.report.ablation import Ablation
 from eval.tasks.generate_images import GenerateConfig
@@ -16,5 +17,5 @@ from train.phase import CONFIGS
 
 SECTIONS: dict[str, type[Any]] = {**CONFIGS, "codes": EncodeConfig, "eval": EvalConfig}
 """Section of an experiment's file -> its schema."""
-BENCHMARKS = (CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig)
+BENCHMARKS = (CocoCaptionsConfig, CocoGenerationConfig, GenEvalConfig, DPGConfig, VQAConfig)
 SCHEMAS = (*SECTIONS.values(), PreviewConfig, QuestionsConfig, GenerateConfig, Ablation, *BENCHMARKS)

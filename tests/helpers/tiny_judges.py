@@ -42,7 +42,7 @@ def save_clip(folder: Path) -> Path:
         vision_config={**TOWER, **IMAGE},
         projection_dim=8,
     )
-    tokenizer = _tokenizer(ends=True)
+    tokenizer = _tokenizer(single="<bos> $A <eos>")
     processor = CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)
     return _save(folder, CLIPModel(config), tokenizer, processor)
 
@@ -60,7 +60,7 @@ def save_mask2former(folder: Path, *, num_labels: int = 80, sharpness: float = 1
     return _save(folder, model, Mask2FormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}))
 
 
-def save_llava(folder: Path, *, chat_template: str | None = None) -> Path:
+def save_llava(folder: Path, *, chat_template: str | None = None, adds_bos: bool = False) -> Path:
     """A LLaVA of 32 pixels: four patches and a one-layer Llama."""
     torch.manual_seed(0)
     text = LlamaConfig(**TOWER, num_key_value_heads=2, vocab_size=len(SPECIAL + WORDS), eos_token_id=2, pad_token_id=0)
@@ -68,7 +68,7 @@ def save_llava(folder: Path, *, chat_template: str | None = None) -> Path:
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size=SIZE, crop_size=SIZE),
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(single="<bos> $A" if adds_bos else ""),
         patch_size=16,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -105,13 +105,13 @@ def write_lines(file: Path, rows: list[object]) -> Path:
     return file
 
 
-def _tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+def _tokenizer(*, single: str = "") -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if ends:
+    if single:
         backend.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+            single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)]
         )
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=["<image>"], **names)

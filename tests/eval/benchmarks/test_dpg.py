@@ -7,17 +7,12 @@ import pytest
 from PIL import Image
 
 from eval.benchmarks.dpg import crops, main
-from eval.benchmarks.vqa import YesNoModel, starts_with_yes
 from eval.scores import read_scores
 from eval.tasks.generated_images import grid
 from tests.eval.benchmarks.test_dpg_rules import ROWS, write
 from tests.helpers import tiny_judges
 from um3.inference.image_io import save_png
 
-CHAT = (
-    "{% for m in messages %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
-)
 SAVES = [tiny_judges.save_llava, tiny_judges.save_blip]
 
 
@@ -92,33 +87,6 @@ def test_any_vision_language_model_answers_once(images, questions, tmp_path, cap
     assert "answer questions 2/2" in capfd.readouterr().err
     again = scored(images, f"questions={questions}", f"vqa={model}")
     assert again["overall"].value == rows["overall"].value and "answer questions" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("save", SAVES)
-def test_an_answer_does_not_depend_on_the_other_questions(tmp_path, save):
-    model = YesNoModel(str(save(tmp_path)))
-    seen = []
-    model.processor.batch_decode = lambda tokens, **_: seen.extend(tokens.tolist()) or ["yes"] * len(tokens)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
-    asked = ["is there a dog ?", "is the cat there or is there a red dog ?"]
-    assert model.ask(image, asked) == [True, True]
-    for question in asked:
-        model.ask(image, [question])
-    together, alone = seen[:2], seen[2:]
-    assert [[t for t in row if t] for row in together] == [[t for t in row if t] for row in alone]
-
-
-def test_a_chat_model_is_asked_with_its_template(tmp_path):
-    plain = YesNoModel(str(tiny_judges.save_llava(tmp_path / "plain")))
-    chat = YesNoModel(str(tiny_judges.save_llava(tmp_path / "chat", chat_template=CHAT)))
-    assert plain._prompt("is there a dog ?") == "<image> is there a dog ? Answer yes or no."
-    assert chat._prompt("is there a dog ?") == "<image> is there a dog ? Answer yes or no. "
-    assert chat.ask(Image.new("RGB", (32, 32)), ["is there a dog ?"]) in ([True], [False])
-
-
-@pytest.mark.parametrize("answer", ["yes", "Yes, it is.", " YES", "no", "", "yesterday", "not yes"])
-def test_the_first_word_decides(answer):
-    assert starts_with_yes(answer) is (answer in ("yes", "Yes, it is.", " YES"))
 
 
 def test_without_a_model_the_notes_name_the_remedy(images, questions, tmp_path):

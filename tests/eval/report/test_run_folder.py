@@ -6,6 +6,7 @@ import pytest
 from eval.part_files import write_part
 from eval.report.figures import write_figures
 from eval.report.report import main
+from eval.report.results import result_tables
 from eval.report.run_folder import load_run
 from eval.scores import Measurement, PartResult, write_scores
 from um3.core.errors import UserError
@@ -22,6 +23,10 @@ def test_benchmarks_join_the_rows_of_their_part(tmp_path):
     assert [row.key for row in run.rows_by_part["generation"]] == ["skills/mean", "geneval/mean", "dpg/overall"]
     assert [row.key for row in run.rows_by_part["captions"]] == ["coco_captions/cider"]
     assert run.scores["geneval/mean"].note == "no detector" and set(run.parts) == {"generation"}
+    assert "Questions about images" not in [table.title for table in result_tables([run])]
+    write_scores(tmp_path / "eval" / "vqa_pope.json", [of.named("pope").score("f1", 0.5, n=2, paper=0.861)])
+    table = result_tables([load_run(tmp_path)])[-1]
+    assert table.title == "Questions about images" and [row.key for row in table.rows] == ["", "pope/f1"]
 
 
 def test_folders_without_results_are_one_line_errors(tmp_path):
