@@ -97,6 +97,10 @@ um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3
 	@$(PY) -m train um3-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-instruct' \
 		'init_from=$(IN_RUN)/um3/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
+llamagen: $(READY) ## Train LlamaGen, text-to-image alone, on RUN/codes
+	@$(PY) -m train llamagen --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llamagen' \
+		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
+
 um3-init: $(READY) ## Make a starting UM3 from a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
 	@$(PY) -m train um3-init --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-init' \
 		$(if $(BASE),'base_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' \

@@ -21,7 +21,7 @@ from um3.core.progress import format_seconds, peak_memory_gib
 from um3.core.text import printable
 
 if TYPE_CHECKING:
-    from um3.inference.pipeline import UM3Pipeline
+    from um3.inference.image_pipeline import ImagePipeline
 
 # Paths and speed change no value.
 FREE_KEYS = ("run", "model", "output_dir", "parts", "num_threads", "force")
@@ -50,10 +50,10 @@ def evaluate(config: EvalConfig) -> None:
     config = with_sources(config)
 
     @functools.cache
-    def load_pipeline(folder: Path) -> "UM3Pipeline":
-        from um3.inference.pipeline import UM3Pipeline
+    def load_pipeline(folder: Path) -> "ImagePipeline":
+        from downstream import pipelines
 
-        return UM3Pipeline.from_pretrained(folder, device=device())
+        return pipelines.load_pipeline(folder, device=device())
 
     errors = list[str]()
     with folder_lock(config.results_dir) if is_main() else contextlib.nullcontext():
@@ -167,7 +167,7 @@ def _evaluate_part(
     *,
     part: PartName,
     models: dict[str, Path],
-    load_pipeline: Callable[[Path], "UM3Pipeline"],
+    load_pipeline: Callable[[Path], "ImagePipeline"],
     request: str,
 ) -> Sequence[str]:
     import torch

@@ -11,7 +11,11 @@ from tests.helpers.processes import ROOT, run_python
 ROOMS = {
     "um3.core": (),
     "tokenizer": (),
-    "um3": ("model", "inference", "web", "cli"),
+    "um3": ("model", "inference"),
+    "downstream": ("llamagen",),
+    "um3.web": (),
+    "um3.cli": (),
+    "um3.__main__": (),
     "data_mix": ("demo", "sources", "codes", "batches"),
     "eval": ("metrics", "tasks", "vqa", "benchmarks", "report"),
     "train": ("recipes", "plan"),

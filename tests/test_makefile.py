@@ -100,6 +100,10 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
         "CONFIG": "@",
         "RUN": "loop.output_dir=@/um3-instruct|init_from=@/um3/model|data.codes=@/codes",
     },
+    "llamagen": {
+        "CONFIG": "@",
+        "RUN": "loop.output_dir=@/llamagen|visual_tokenizer=@/stage2/model|data.codes=@/codes",
+    },
     "um3-init": {
         "TEXT": f"data.texts={TEXTS}",
         "CONFIG": "@",

@@ -70,10 +70,14 @@ class TextModel(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
+        """The normalised hidden states (B, T, D) of all tokens; each sees those before it."""
         if (length := input_ids_BT.shape[1]) > self.max_tokens:
             raise ValueError(f"{length} text tokens exceed the tower's {self.max_tokens} positions; truncate the text")
-        x_BTD = self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids_BT)))
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        x_BTD = self.hidden_states(input_ids_BT)
         ends_BT = input_ids_BT if self.end_id == OLD_CLIP_END_ID else torch.eq(input_ids_BT, self.end_id).int()
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), ends_BT.argmax(-1)]
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "um3": Command("train.phase", "train the unified model on the scheduled mix", named=True),
     "um3-instruct": Command("train.phase", "train the unified model on conversations", named=True),
     "um3-init": Command("train.phase", "make a starting UM3 from a Llama or Qwen and a QLIP", named=True),
+    "llamagen": Command("train.phase", "train LlamaGen, text-to-image on the codes", named=True),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
     "plan": Command("train.plan.plan", "what of UM3's training fits which GPUs, and how long it takes"),
 }

@@ -11,6 +11,7 @@ from typing import Any
 from train.launch import launch
 from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig, UM3InstructConfig
 from train.run_folder import is_done
+from train.settings.llamagen import LlamaGenTrainingConfig
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError
@@ -25,6 +26,7 @@ CONFIGS: dict[str, type[Any]] = {
     "um3-init": UM3InitConfig,
     "um3": UM3Config,
     "um3-instruct": UM3InstructConfig,
+    "llamagen": LlamaGenTrainingConfig,
 }
 
 

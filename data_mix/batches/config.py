@@ -49,6 +49,20 @@ class DataConfig:
 
 
 @dataclass
+class CodeDataConfig:
+    """Coded images with captions, for text-to-image alone.
+
+    codes: folder of code shards. image_weights: share of each source by name; empty: all, in proportion to their size.
+    caption: which caption of an image is read. caption_dropout: share of the samples that train without their caption.
+    """
+
+    codes: str = "codes"
+    image_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
+    caption: CaptionChoice = "random"
+    caption_dropout: Share = 0.1
+
+
+@dataclass
 class ChatDataConfig(DataConfig):
     """Conversations, and the mix of UM3's training beside them, so that nothing is forgotten.
 

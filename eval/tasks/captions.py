@@ -6,11 +6,15 @@ from eval.config import EvalConfig
 from eval.metrics.captions import caption_scores
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult
 from eval.tasks.validation_data import validation_images
+from um3.core.errors import UserError
+from um3.inference.image_pipeline import ImagePipeline
 from um3.inference.pipeline import UM3Pipeline
 
 
-def evaluate_captions(config: EvalConfig, *, pipeline: UM3Pipeline) -> PartResult:
+def evaluate_captions(config: EvalConfig, *, pipeline: ImagePipeline) -> PartResult:
     """Caption metrics of each image source with captions; UserError if one has too few images, or METEOR failed."""
+    if not isinstance(pipeline, UM3Pipeline):
+        raise UserError(f"{pipeline.name} generates images only; captions need a UM3: remove captions from `parts`")
     part, result, size = config.captions, PartResult([], {}, {}), pipeline.processor.image_size
     of = Measurement("", config.seed, {"decoding": "greedy", "max_new_tokens": part.max_new_tokens})
     for source in config.captioned:

@@ -36,7 +36,7 @@ from um3.core.ranges import NonNegativeInt, Range
 from um3.core.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from um3.inference.pipeline import UM3Pipeline
+    from um3.inference.image_pipeline import ImagePipeline
 
 MANIFEST_TIMEOUT_S = 60.0
 
@@ -82,13 +82,13 @@ def generate_benchmark(config: GenerateConfig) -> None:
     if config.layout == "geneval" and not all(prompt.line for prompt in prompts):
         raise UserError(f"layout=geneval needs GenEval's metadata (.jsonl), not {config.prompts}")
 
-    def load() -> "UM3Pipeline":
+    def load() -> "ImagePipeline":
         from transformers.utils.logging import disable_progress_bar
 
-        from um3.inference.pipeline import UM3Pipeline
+        from downstream.pipelines import load_pipeline
 
         disable_progress_bar()
-        return UM3Pipeline.from_pretrained(config.model, device=device())
+        return load_pipeline(config.model, device=device())
 
     with folder_lock(config.output_dir) if is_main() else contextlib.nullcontext():
         generate_folder(config, prompts=prompts, load_pipeline=load)
@@ -98,7 +98,7 @@ def generate_folder(
     config: GenerateConfig,
     *,
     prompts: Sequence[Prompt],
-    load_pipeline: Callable[[], "UM3Pipeline"],
+    load_pipeline: Callable[[], "ImagePipeline"],
     is_exclusive: bool = False,
 ) -> GeneratedFolder:
     """Generate the images that are missing in `config.output_dir`; without any the pipeline is not loaded.

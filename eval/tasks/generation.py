@@ -28,12 +28,12 @@ from eval.tasks.validation_data import validation_images
 from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.progress import track
-from um3.inference.pipeline import UM3Pipeline
+from um3.inference.image_pipeline import ImagePipeline
 
 CHECKER = "scene checker"
 
 
-def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: UM3Pipeline) -> PartResult:
+def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: ImagePipeline) -> PartResult:
     """Generate images to RESULTS/generated/NAME and score them. Images of an interrupted evaluation are reused.
 
     UserError if the feature network or CLIP is missing, or a source has too few usable images.
@@ -67,7 +67,7 @@ def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: UM3Pipelin
 
 
 def _evaluate_skills(
-    config: EvalConfig, *, model: Path, pipeline: UM3Pipeline, result: PartResult, of: Measurement
+    config: EvalConfig, *, model: Path, pipeline: ImagePipeline, result: PartResult, of: Measurement
 ) -> None:
     """Generate images for the prompts of the six skills, and add their scores to `result`."""
     scenes = evaluation_prompts(per_skill=config.generation.per_skill, seed=config.seed)
@@ -82,7 +82,7 @@ def _evaluate_skills(
 
 
 def _generate(
-    config: EvalConfig, *, name: str, prompts: Sequence[str], model: Path, pipeline: UM3Pipeline
+    config: EvalConfig, *, name: str, prompts: Sequence[str], model: Path, pipeline: ImagePipeline
 ) -> tuple[NDArray, list[dict[str, Any]]]:
     """One image per prompt in RESULTS/generated/NAME; images with other settings or of another model are replaced."""
     folder = config.results_dir / "generated" / name
@@ -101,7 +101,7 @@ def distribution_scores(
     *,
     originals_NHWC: NDArray,
     captions: Sequence[str],
-    pipeline: UM3Pipeline,
+    pipeline: ImagePipeline,
     features: FeatureNetwork,
     clip: Clip | None,
     of: Measurement,

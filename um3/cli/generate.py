@@ -14,8 +14,8 @@ from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
 
 if TYPE_CHECKING:
+    from um3.inference.image_pipeline import ImagePipeline
     from um3.inference.outputs import Generated
-    from um3.inference.pipeline import UM3Pipeline
     from um3.inference.requests import Watch
 
 
@@ -67,7 +67,7 @@ def generate(
             raise UserError(message) from None
     if not to_stdout:
         context.with_resource(folder_lock(out))
-    pipeline = um3.load()
+    pipeline = um3.load_generator()
     generated = pipeline.generate(
         prompts,
         num_images=num_images,
@@ -114,9 +114,9 @@ def complete(
     )
 
 
-def _progress(num_images: int, *, pipeline: "UM3Pipeline") -> "Watch":
+def _progress(num_images: int, *, pipeline: "ImagePipeline") -> "Watch":
     """A progress line that counts the tokens of all images."""
-    length = pipeline.ids.image_tokens
+    length = pipeline.image_tokens
     progress = Progress(num_images * length, label="generate", unit="tokens")
 
     def watch(batch: range, ids_PB: Any) -> None:
@@ -126,7 +126,7 @@ def _progress(num_images: int, *, pipeline: "UM3Pipeline") -> "Watch":
     return watch
 
 
-def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "UM3Pipeline") -> list[dict[str, Any]]:
+def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "ImagePipeline") -> list[dict[str, Any]]:
     from um3.inference.image_io import contact_sheet, save_png
 
     rows = []

@@ -16,6 +16,7 @@ from um3.core.hub import model_folder
 from um3.core.text import printable
 
 if TYPE_CHECKING:
+    from um3.inference.image_pipeline import ImagePipeline
     from um3.inference.pipeline import UM3Pipeline
 
 DEFAULT_MODEL = "runs/demo/um3/model"
@@ -69,7 +70,21 @@ class ModelOptions:
         return model_folder(self.model, kind="UM3 model")
 
     def load(self) -> "UM3Pipeline":
-        """The pipeline over the model."""
+        """The pipeline over a UM3."""
+        device = self._prepare()
+        from um3.inference.pipeline import UM3Pipeline
+
+        return UM3Pipeline.from_pretrained(self.model, device=device)
+
+    def load_generator(self) -> "ImagePipeline":
+        """The pipeline over a UM3 or a LlamaGen."""
+        device = self._prepare()
+        from downstream.pipelines import load_pipeline
+
+        return load_pipeline(self.model, device=device)
+
+    def _prepare(self) -> str:
+        """Set up messages and check the folder and the device, which is returned."""
         folder = self.folder()
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json; run make demo, or pass a trained UM3 as --model")
@@ -78,7 +93,6 @@ class ModelOptions:
 
         from um3.core.distributed import device as own_device
         from um3.core.log import quiet_model_files, setup_logging
-        from um3.inference.pipeline import UM3Pipeline
 
         setup_logging()
         quiet_model_files()
@@ -88,7 +102,7 @@ class ModelOptions:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"device '{device}' is not available ({reason}); use cpu or auto") from None
-        return UM3Pipeline.from_pretrained(self.model, device=device)
+        return device
 
 
 app = typer.Typer(

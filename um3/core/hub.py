@@ -3,11 +3,13 @@
 A model folder is input like any other file. All loads of the project go through `load_pretrained` and `read_tensors`.
 """
 
+import argparse
 import copy
 import json
 import logging
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +189,9 @@ def read_tensors(path: str | Path) -> "dict[str, Tensor]":
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts store their arguments beside the tensors; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # both raise many kinds for a damaged or hostile file
         raise UserError(f"{path} cannot be read as tensors only ({_reason(error)}); fetch it again") from None
     for key in NESTED:

@@ -1,0 +1,107 @@
+"""Batches of coded images with captions, for text-to-image alone (LlamaGen).
+
+The samples of a step are a function of (seed, step), planned for the global batch; each rank reads its own part.
+
+Legend: B samples of this rank, N patches of an image.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_mix.batches.config import CodeDataConfig
+from data_mix.codes.shards import CodedSample, open_code_sources
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
+from data_mix.samples import BadSample
+from um3.core.errors import UserError
+from um3.core.seeds import derive_seed
+
+
+class CodeBatch(NamedTuple):
+    """`codes_BN` int64, a caption each, and `dropped_B` bool: samples that train without their caption."""
+
+    codes_BN: Tensor
+    captions: list[str]
+    dropped_B: Tensor
+    sources: list[str]
+
+
+class CodeBatches:
+    """The batches by step. The share of each source is exact to within one sample after every step."""
+
+    def __init__(
+        self,
+        config: CodeDataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        fingerprint: str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """UserError: no codes, codes of another tokenizer, an unknown source, a batch that ranks cannot share."""
+        self.config, self.seed = config, seed
+        self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
+        self.images = open_code_sources(config.codes, split="train", expected_fingerprint=fingerprint)
+        weights = config.image_weights or {name: float(len(source)) for name, source in self.images.items()}
+        if unknown := sorted(weights.keys() - self.images.keys()):
+            raise UserError(f"data.image_weights names the unknown source '{unknown[0]}'; known: {list(self.images)}")
+        self.names = sorted(weights)
+        shares = fixed_shares([weights[name] for name in self.names], of=str(self.names))
+        self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
+        self.orders = {name: SampleOrder(len(self.images[name]), seed=seed, name=name) for name in self.names}
+
+    @property
+    def num_patches(self) -> int:
+        """Codes of an image, N."""
+        return next(iter(self.images.values())).num_patches
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return next(iter(self.images.values())).bits
+
+    def batch(self, step: int) -> CodeBatch:
+        """This rank's part of the batch of `step`."""
+        draws = self.counts.draws(step)
+        samples = [self._read(self.names[number], draw) for number, draw in (draws[i] for i in self.positions)]
+        captions, dropped = [], []
+        for position, sample in zip(self.positions, samples, strict=True):
+            draw = derive_seed(self.seed, "caption", step, position)
+            captions.append(sample.captions[draw % len(sample.captions) if self.config.caption == "random" else 0])
+            dropped.append(derive_seed(self.seed, "caption_dropout", step, position))
+        return CodeBatch(
+            torch.stack([sample.codes_N for sample in samples]),
+            captions,
+            torch.tensor([draw < self.config.caption_dropout * 2**63 for draw in dropped]),
+            [self.names[draws[position][0]] for position in self.positions],
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of the codes and captions of each source."""
+        return {f"images/{name}": self.images[name].digest for name in self.names}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state for a checkpoint of `step`, to verify that a resumed run reads the same samples."""
+        draws = dict(zip(self.names, self.counts.before(step), strict=True))
+        return {"seed": self.seed, "step": step, "draws": draws, "fingerprints": self.fingerprints()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """UserError if a checkpoint's `state` is not that of these sources and this config at the same step."""
+        expected = self.state(int(state["step"]))
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"the checkpoint of step {state['step']} was trained on other data: {key} {state.get(key)}, now "
+                    f"{value}; resume with the config and data of the checkpoint, or start a new run folder"
+                )
+
+    def _read(self, name: str, draw: int) -> CodedSample:
+        """The sample of a draw, or the next one of its source whose shard can be read."""
+        for index in self.orders[name].substitutes(draw):
+            with contextlib.suppress(BadSample):
+                return self.images[name][index]
+        raise AssertionError("CodeShards raises UserError if less than half of a source can be read")

@@ -1,0 +1,1 @@
+"""The paper's two drop-in systems on QLIP."""

@@ -1,0 +1,1 @@
+"""LlamaGen: text-to-image with an autoregressive transformer on image codes."""

@@ -1,0 +1,134 @@
+"""The pipeline of LlamaGen: prompts -> images, with the same calls and options as UM3's.
+
+Legend: B samples, N patches, P ids of an image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+import tokenizer
+from downstream.llamagen.captions import clean_caption
+from downstream.llamagen.decoding import Decoder
+from downstream.llamagen.modeling import LlamaGen, load_llamagen
+from downstream.llamagen.settings import TextEncoderConfig
+from downstream.llamagen.text_encoder import TextEncoder
+from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.core.errors import UserError
+from um3.core.files import atomic_folder
+from um3.core.hub import model_folder, write_checksums
+from um3.core.text import valid_text
+from um3.inference.generate import SampledImages
+from um3.inference.image_pipeline import ImagePipeline, SampleImages
+
+QLIP_FOLDER = "qlip"
+
+
+class LlamaGenPipeline(ImagePipeline):
+    """A LlamaGen with its text encoder and its visual tokenizer."""
+
+    def __init__(
+        self,
+        *,
+        model: LlamaGen,
+        text_encoder: TextEncoder,
+        clean: bool,
+        qlip: QLIPModel,
+        processor: QLIPProcessor,
+        name: str = "",
+    ):
+        super().__init__(qlip=qlip, processor=processor, name=name)
+        self.model, self.text_encoder, self.clean = model, text_encoder, clean
+        self._decoder: Decoder | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load a folder that `save_llamagen` wrote, or a hub id; UserError if it is incomplete.
+
+        `dtype` is that of the transformer and the text encoder.
+        """
+        folder = model_folder(path_or_hub_id, kind="LlamaGen")
+        model = load_llamagen(folder, dtype=dtype)
+        stored = getattr(model.config, "text_encoder", None)
+        if not isinstance(stored, dict):
+            raise UserError(f"{folder}/config.json names no text_encoder; use a folder of make llamagen")
+        qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
+        if qlip.fingerprint() != model.config.tokenizer_fingerprint:
+            raise UserError(f"{folder} was trained with another visual tokenizer than {QLIP_FOLDER}/; restore that one")
+        encoder_config = TextEncoderConfig(**stored)
+        encoder_config.name = encoder_config.name or str(folder / QLIP_FOLDER)
+        text_encoder = TextEncoder(encoder_config, dtype=model.dtype)
+        text_encoder.model.to(device)
+        return cls(
+            model=model.to(device),  # type: ignore[arg-type]
+            text_encoder=text_encoder,
+            clean=bool(model.config.clean_captions),
+            qlip=qlip.to(device),  # type: ignore[arg-type]
+            processor=processor,
+            name=valid_text(str(path_or_hub_id)),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.model.config.tokenizer_fingerprint
+
+    @property
+    def image_tokens(self) -> int:
+        return self.model.config.image_tokens
+
+    def ids_of(self, codes_BN: Tensor) -> Tensor:
+        config = self.model.config
+        ids_BNS = codes_to_subtokens(codes_BN, subtokens=config.subtokens, bits_per_subtoken=config.bits_per_subtoken)
+        return ids_BNS.flatten(-2)
+
+    def codes_of(self, ids_BP: Tensor) -> Tensor:
+        config = self.model.config
+        ids_BNS = ids_BP.unflatten(-1, (-1, config.subtokens))
+        return subtokens_to_codes(ids_BNS, bits_per_subtoken=config.bits_per_subtoken)
+
+    def sampler_for(self, prompts: Sequence[str]) -> SampleImages:
+        texts = [clean_caption(prompt) if self.clean else prompt for prompt in prompts]
+        device = self.model.device
+        if self._decoder is None:
+            self._decoder = Decoder(self.model)
+        decoder = self._decoder
+
+        def sample(indices: Sequence[int], *, uniforms_BP: Tensor, **options: Any) -> SampledImages:
+            features, mask = self.text_encoder([texts[index] for index in indices])
+            return decoder.images(
+                features_BTC=features, caption_mask_BT=mask, uniforms_BP=uniforms_BP.to(device), **options
+            )
+
+        return sample
+
+
+def save_llamagen(
+    folder: str | Path,
+    *,
+    model: LlamaGen,
+    state_dict: dict[str, Tensor] | None = None,
+    qlip_folder: str | Path,
+    text_encoder: TextEncoderConfig,
+    clean: bool = False,
+) -> None:
+    """Write the model with its visual tokenizer in `qlip/`, atomically; a T5 stays where its name says."""
+    qlip, processor = tokenizer.load(qlip_folder)
+    encoder = asdict(text_encoder)
+    if text_encoder.kind == "qlip" and Path(text_encoder.name) == Path(qlip_folder):
+        encoder["name"] = ""
+    with atomic_folder(folder) as partial:
+        model.config.update(
+            {"text_encoder": encoder, "clean_captions": clean, "tokenizer_fingerprint": qlip.fingerprint()}
+        )
+        model.save_pretrained(partial, state_dict=state_dict)
+        write_checksums(partial)
+        qlip.save_pretrained(partial / QLIP_FOLDER)
+        processor.save_pretrained(partial / QLIP_FOLDER)

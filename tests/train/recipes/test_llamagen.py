@@ -1,0 +1,117 @@
+"""`make llamagen` at a tiny size: what it learns and writes, and that a resumed run computes the same bits."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from downstream.llamagen.pipeline import LlamaGenPipeline
+from tests.helpers.processes import ROOT
+from tests.train.conftest import COMMON, logged, losses, train_apart
+from train.phase import main
+from um3.core.errors import UserError
+
+SIZES = [f"model.{setting}" for setting in ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")]
+
+
+def llamagen(made: Path, folder: Path, *overrides: str) -> list[str]:
+    """Command line of a tiny llamagen in `folder`, from the tokenizer and the codes of `made`."""
+    config = ["llamagen", "--config", str(ROOT / "configs/demo.yaml"), f"loop.output_dir={folder}"]
+    start = [f"visual_tokenizer={made}/stage2/model", f"data.codes={made}/codes"]
+    return [*config, *COMMON, *SIZES, *start, *overrides]
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """A finished run of four steps."""
+    folder = tmp_path_factory.mktemp("llamagen") / "llamagen"
+    main(llamagen(made, folder))
+    return folder
+
+
+def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained):
+    assert losses(trained)[0] == pytest.approx(6 * np.log(2), abs=1e-5)
+    per_image = 2 * 16 * np.array(losses(trained))
+    assert logged(trained, "train/nats_per_image") == pytest.approx(per_image, rel=1e-6)
+    pipeline = LlamaGenPipeline.from_pretrained(trained / "model")
+    generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
+    again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
+    assert np.array_equal(generated.images[3], again.images[0]) and generated.images.shape == (4, 32, 32, 3)
+    kept = pipeline.inpaint(generated.images[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
+    is_kept_N = np.isin(np.arange(16), kept.settings["redrawn_patches"], invert=True)
+    before_N = pipeline.encode(generated.images[:1])[0]
+    assert is_kept_N.sum() == 12 and torch.equal(kept.codes[0][is_kept_N], before_N[is_kept_N])
+
+
+def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
+    whole = losses(trained)
+    shutil.copytree(trained, tmp_path / "half")
+    for name in ("done.json", "metrics.jsonl", "checkpoints/step-00000004", "model"):
+        path = tmp_path / "half" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    main(llamagen(made, tmp_path / "half"))
+    assert losses(tmp_path / "half") == whole[2:]
+    weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train_apart(llamagen(made, tmp_path / "two"), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("engine.zero_stage=0", "loop.micro_batch_size=2"),
+        ("engine.zero_stage=3", "optimizer.kind=adamw"),
+        ("engine.activation_checkpointing=true",),
+    ],
+)
+def test_engines_agree(made, trained, tmp_path, overrides):
+    if "optimizer.kind=adamw" in overrides:
+        main(llamagen(made, tmp_path / "reference", "optimizer.kind=adamw"))
+    expected = losses(tmp_path / "reference") if (tmp_path / "reference").exists() else losses(trained)
+    main(llamagen(made, tmp_path / "run", *overrides))
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_learns_a_few_images(made, tmp_path):
+    options = ("loop.max_steps=60", "loop.batch_size=16", "data.caption_dropout=0", "optimizer.lr=1e-2")
+    main(llamagen(made, tmp_path, *options, "loop.save_every_steps=60"))
+    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("visual_tokenizer={made}/stage1/model", "fingerprint"),
+        ("data.image_weights={photos: 1}", "photos"),
+        ("model.subtokens=5", "12 bits"),
+        ("text_encoder={kind: t5, name: /nowhere}", "T5 text encoder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(made, tmp_path, override, named):
+    with pytest.raises(UserError, match=named):
+        main(llamagen(made, tmp_path, override.replace("{made}", str(made))))
+
+
+def test_the_command_and_the_evaluation_take_either_kind_of_model(trained, made, tmp_path):
+    from typer.testing import CliRunner
+
+    from eval.run import main as evaluate
+    from um3.cli import app
+
+    model = str(trained / "model")
+    arguments = ["generate", "a circle", "-n", "2", "--model", model, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 2
+    evaluation = [
+        *(f"model={model}", f"run={made}", f"output_dir={tmp_path}/eval", "parts=[generation]", "num_threads=1"),
+        *("images=[{name: scenes, kind: scenes, length: 64}]", "generation.num_images=4", "generation.per_skill=2"),
+    ]
+    evaluate(evaluation)
+    assert (tmp_path / "eval/generation.json").is_file()
+    with pytest.raises(UserError, match="captions need a UM3"):
+        evaluate([setting.replace("generation]", "captions]") for setting in evaluation])

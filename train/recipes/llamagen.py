@@ -1,0 +1,181 @@
+"""LlamaGen: text-to-image alone, on the code shards of `make codes` (paper, section 4.3; arXiv:2406.06525).
+
+The loss is the cross entropy of all ids of all images, summed and divided by their number in the global batch. The
+captions are encoded in the loop by a frozen text encoder (3 % of a step's FLOPs at LlamaGen-XL).
+
+Legend: B images of this rank, N patches, S sub-tokens of a patch, P = N * S ids of an image, D width, V ids of a slot.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_mix.batches.code_batches import CodeBatch, CodeBatches
+from data_mix.prefetch import Prefetch
+from downstream.llamagen.captions import clean_caption
+from downstream.llamagen.configuration import SIZES, LlamaGenConfig
+from downstream.llamagen.modeling import LlamaGen
+from downstream.llamagen.pipeline import save_llamagen
+from downstream.llamagen.text_encoder import TextEncoder
+from tokenizer.bits import codes_to_subtokens
+from tokenizer.modeling import load_qlip
+from train.checkpoint import full_weights
+from train.engine import autocast, build_engine, split_batch, step_engine
+from train.loop import check_finite
+from train.optim import schedule_factor, set_learning_rate
+from train.settings.llamagen import LlamaGenTrainingConfig
+from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
+from um3.core.errors import UserError
+from um3.core.seeds import seed_everything
+from um3.model.split_softmax import split_softmax_loss
+
+
+class LlamaGenObjective(nn.Module):
+    """The model, with the summed cross entropy of each sub-token's ids (S,) as output."""
+
+    def __init__(self, model: LlamaGen, *, chunk_tokens: int):
+        super().__init__()
+        self.model, self.chunk_tokens = model, chunk_tokens
+
+    def forward(
+        self, features_BTC: torch.Tensor, caption_mask_BT: torch.Tensor, ids_BP: torch.Tensor, dropped_B: torch.Tensor
+    ) -> torch.Tensor:
+        hidden_BPD = self.model(
+            features_BTC=features_BTC, caption_mask_BT=caption_mask_BT, ids_BP=ids_BP, dropped_B=dropped_B
+        )
+        config = self.model.config
+        sums = []
+        for slot in range(config.subtokens):
+            ids_BN = ids_BP[:, slot :: config.subtokens]
+            loss = split_softmax_loss(
+                hidden_BPD[:, slot :: config.subtokens],
+                lm_head_weight_VD=self.model.head(slot),
+                target_ids_BT=ids_BN,
+                supervised_BT=torch.ones_like(ids_BN, dtype=torch.bool),
+                text_vocab_size=config.slot_size,
+                chunk_tokens=self.chunk_tokens,
+            )
+            sums.append(loss.text_sum)
+        return torch.stack(sums)
+
+
+class LlamaGenTask:
+    """Images of the configured sources in exact shares; every id has the same weight."""
+
+    unit = "images"
+    finished = False
+
+    def __init__(self, config: LlamaGenTrainingConfig):
+        self.config = config
+        self.fingerprint = load_qlip(config.visual_tokenizer).fingerprint()
+        self.rows = CodeBatches(
+            config.data,
+            batch_size=config.loop.batch_size,
+            seed=config.loop.seed,
+            fingerprint=self.fingerprint,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self.batches: Prefetch[CodeBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
+        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+        self.text_encoder = TextEncoder(config.resolved_text_encoder(), dtype=dtype)
+        self.text_encoder.model.to(device())
+        seed_everything(config.loop.seed, "llamagen weights")
+        self.model = LlamaGen(self._model_config()).train()
+        if config.engine.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.objective = LlamaGenObjective(self.model, chunk_tokens=config.chunk_tokens)
+
+    def _model_config(self) -> LlamaGenConfig:
+        shape, bits = self.config.model, self.rows.bits
+        if bits % shape.subtokens:
+            raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
+        sizes = SIZES[shape.size] if shape.size else {}
+        own = {
+            "hidden_size": shape.hidden_size,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_heads,
+            "intermediate_size": shape.intermediate_size,
+        }
+        return LlamaGenConfig(
+            **(sizes or own),
+            caption_width=self.text_encoder.width,
+            max_caption_tokens=self.text_encoder.max_tokens,
+            num_patches=self.rows.num_patches,
+            subtokens=shape.subtokens,
+            bits_per_subtoken=bits // shape.subtokens,
+            prefix_rotation=shape.prefix_rotation,
+            dropout=shape.dropout,
+            initializer_range=shape.initializer_range,
+        )
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.objective}
+
+    def build_engines(self) -> dict[str, Any]:
+        config = self.config
+        self.micro_images, self.accumulation = split_batch(config.loop)
+        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
+        return {"model": self.engine}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config, shape = self.config, self.model.config
+        batch = self.batches.batch(step)
+        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
+        set_learning_rate(self.engine.optimizer, factor=factor)
+        subtokens_BNS = codes_to_subtokens(
+            batch.codes_BN, subtokens=shape.subtokens, bits_per_subtoken=shape.bits_per_subtoken
+        )
+        ids_BP = subtokens_BNS.flatten(1).to(device())
+        dropped_B = batch.dropped_B.to(device())
+        num_ids = config.loop.batch_size * shape.num_patches  # of one sub-token
+        sums_S = torch.zeros(shape.subtokens, device=device())
+        for start in range(0, len(ids_BP), self.micro_images):
+            part = slice(start, start + self.micro_images)
+            captions = [clean_caption(text) if config.clean else text for text in batch.captions[part]]
+            features, mask = self.text_encoder(captions)
+            with autocast(config.engine):
+                parts_S = self.engine(features.to(self.model.dtype), mask, ids_BP[part], dropped_B[part])
+            # DeepSpeed averages gradients over ranks and accumulation steps.
+            loss = parts_S.sum() * world_size() * self.accumulation / (num_ids * shape.subtokens)
+            check_finite({"loss": float(loss.detach())}, source="images of " + ", ".join(sorted(set(batch.sources))))
+            self.engine.backward(loss)
+            norm = step_engine(self.engine)
+            sums_S += parts_S.detach()
+        means = (sum_over_ranks(sums_S) / num_ids).tolist()
+        values = {"train/loss": sum(means) / len(means)}
+        values |= {f"train/loss_subtoken_{slot}": mean for slot, mean in enumerate(means)}
+        values["train/nats_per_image"] = sum(means) * shape.num_patches
+        return values | {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {}
+
+    def fingerprints(self) -> dict[str, str]:
+        return self.rows.fingerprints()
+
+    def state(self, step: int) -> dict[str, Any]:
+        return self.rows.state(step)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.rows.check_state(state)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        self.batches.close()
+        weights = {name.removeprefix("model."): tensor for name, tensor in full_weights(self.engine).items()}
+        buffers = dict(self.model.named_buffers())
+        if is_main():
+            save_llamagen(
+                folder / "model",
+                model=self.model,
+                state_dict=weights | {name: tensor for name, tensor in buffers.items() if name not in weights},
+                qlip_folder=self.config.visual_tokenizer,
+                text_encoder=self.config.resolved_text_encoder(),
+                clean=self.config.clean,
+            )
+        return {"qlip_fingerprint": self.fingerprint}
+
+
+build_task = LlamaGenTask

@@ -1,0 +1,214 @@
+"""Prompts -> images, and images -> codes -> images: what all generators on a visual tokenizer's codes share.
+
+Shapes: B samples, N patches, P ids of an image, H height, W width, C channels.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol, Unpack
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenizer.images import QLIPImages, decode_codes, embed_images, embed_texts, encode_images
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
+from um3.core.errors import UserError
+from um3.inference.generate import FREE, SampledImages, check_finite, uniforms
+from um3.inference.inpainting import Region, region_patches
+from um3.inference.outputs import Generated, Reconstruction
+from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
+from um3.inference.sampling_params import ImageOptions, Sampling
+
+Images = np.ndarray | Sequence[Image.Image]
+MAX_IMAGES = 1_000_000
+"""Upper limit per call, to catch typos."""
+
+
+class GenerateOptions(ImageOptions, total=False):
+    """The options of `ImagePipeline.generate`."""
+
+    num_images: int
+    best_of: int
+    seed: int
+    seeds: Sequence[int] | None
+    batch_size: int
+    watch: Watch | None
+
+
+class SampleImages(Protocol):
+    """Samples one image for each index of a prompt; the arguments are those of `um3.inference.generate.Sampler`."""
+
+    def __call__(
+        self,
+        indices: Sequence[int],
+        *,
+        sampling: Sampling,
+        uniforms_BP: Tensor,
+        kept_BP: Tensor | None,
+        watch: Callable[[Tensor], None] | None,
+    ) -> SampledImages: ...
+
+
+class ImagePipeline(ABC):
+    """A generator with its visual tokenizer; a model adds `image_tokens`, `sampler_for` and the meaning of its ids.
+
+    The same seed, prompt and options give the same result, alone or with others, in batches of any size. Without
+    `seeds`, each result's seed is derived from `seed` and the index in the call. `images` are uint8 (B, H, W, 3) at the
+    tokenizer's size, or PIL images of any size. All calls raise UserError for an invalid value or too long a text.
+    """
+
+    def __init__(self, *, qlip: QLIPModel, processor: QLIPProcessor, name: str = ""):
+        self.qlip, self.processor, self.name = qlip, processor, name
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the visual tokenizer, to which all codes belong."""
+        return self.qlip.fingerprint()
+
+    @property
+    @abstractmethod
+    def image_tokens(self) -> int:
+        """Ids of an image, P."""
+
+    @abstractmethod
+    def sampler_for(self, prompts: Sequence[str]) -> SampleImages:
+        """Prepare the prompts, and check that they fit."""
+
+    @abstractmethod
+    def ids_of(self, codes_BN: Tensor) -> Tensor:
+        """Codes (..., N) -> the model's ids (..., P)."""
+
+    @abstractmethod
+    def codes_of(self, ids_BP: Tensor) -> Tensor:
+        """The model's ids (..., P) -> codes (..., N)."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        best_of: int = 0,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+        keep: Callable[[int, int], Tensor] | None = None,
+        watch: Watch | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> Generated:
+        """Generate `num_images` images of every prompt; `options` are those of `Sampling`.
+
+        Args:
+            best_of: generate that many per prompt and return the `num_images` that match it best by QLIP's own towers,
+                the best first; 0 for no ranking.
+            seeds: one seed per generated image, prompt-major.
+            keep: (index of the prompt, seed of the image) -> visual ids (P,) to keep, FREE where to sample.
+            watch: called at every position; replaces the progress line.
+        """
+        prompts = check_texts(prompts, kind="prompt", may_be_empty=bool(keep))
+        sampling = Sampling(**options)
+        check_counts(batch_size=batch_size, num_images=num_images)
+        if best_of and best_of < num_images:
+            raise UserError(f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking")
+        copies = best_of or num_images
+        if len(prompts) * copies > MAX_IMAGES:
+            raise UserError(f"{len(prompts) * copies:,} images in one call; at most {MAX_IMAGES:,}")
+        names = [("image", index, copy) for index in range(len(prompts)) for copy in range(copies)]
+        seeds, prompt_of = resolve_seeds(seeds, names=names, seed=seed), [index for _, index, _ in names]
+        sample = self.sampler_for(prompts)
+        if best_of:
+            _ = self.processor.text_tokenizer  # ranking needs it: raise before the work, not after it
+        codes, logprobs = [torch.empty(0, self.qlip.num_patches, dtype=torch.int64)], []
+        for batch in batches(len(seeds), batch_size=batch_size, label="" if watch else "generate images"):
+            sampled = sample(
+                [prompt_of[index] for index in batch],
+                sampling=sampling,
+                uniforms_BP=uniforms([seeds[index] for index in batch], count=self.image_tokens),
+                kept_BP=torch.stack([keep(prompt_of[index], seeds[index]) for index in batch]) if keep else None,
+                watch=None if watch is None else functools.partial(watch, batch),
+            )
+            codes.append(self.codes_of(sampled.visual_ids).cpu())
+            logprobs += sampled.logprobs.tolist()
+        codes_BN = torch.cat(codes)
+        images_BHWC = self.decode(codes_BN, batch_size=batch_size)
+        settings = {**sampling.to_dict(), "model": self.name}
+        generated = Generated(images_BHWC, codes_BN, [prompts[index] for index in prompt_of], seeds, logprobs, settings)
+        if not best_of:
+            return generated
+        similarities = self.similarity(generated.images, generated.prompts)
+        chosen: list[int] = []
+        for start in range(0, len(similarities), best_of):
+            ranked = sorted(range(start, start + best_of), key=lambda index: -similarities[index])
+            chosen += ranked[:num_images]
+        return replace(generated, similarities=similarities).take(chosen).with_settings(best_of=best_of)
+
+    def inpaint(
+        self, images: Images, prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
+    ) -> Generated:
+        """Generate a region of each image anew for its prompt; patches outside the region keep their codes.
+
+        `redraw` is (left, top, right, bottom) as shares of the image, or a bool array over the grid of patches. Patches
+        are generated in reading order: each depends on what is kept above and left of it, not right of or below it.
+        `options` are those of `generate`.
+        """
+        free_N = region_patches(redraw, num_patches=self.qlip.num_patches)
+        codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
+        generated = self._redraw(codes_BN, prompts, free_of=lambda seed: free_N, **options)
+        return generated.with_settings(redrawn_patches=free_N.nonzero().flatten().tolist())
+
+    @property
+    def can_rank(self) -> bool:
+        """Whether the QLIP has the text tokenizer that `similarity` needs."""
+        try:
+            return self.processor.text_tokenizer is not None
+        except UserError:
+            return False
+
+    def similarity(self, images: Images, texts: Sequence[str]) -> list[float]:
+        """Cosine of each image and its text in QLIP's towers (see `can_rank`); long texts are cut to its positions."""
+        check_pairs(images, texts)
+        if not texts:
+            return []
+        images_BP = embed_images(images, model=self.qlip, processor=self.processor)
+        cosines_B = (images_BP * embed_texts(texts, model=self.qlip, processor=self.processor)).sum(-1)
+        check_finite(cosines_B, what="the visual tokenizer's embeddings")
+        return cosines_B.tolist()
+
+    def reconstruct(self, images: Images, *, batch_size: int = 64) -> Reconstruction:
+        """Images -> codes -> images."""
+        codes_BN = self.encode(images, batch_size=batch_size)
+        return Reconstruction(
+            originals=self.processor.images(self.processor.pixels(images)),
+            images=self.decode(codes_BN, batch_size=batch_size),
+            codes=codes_BN,
+        )
+
+    def encode(self, images: Images, *, batch_size: int = 64) -> Tensor:
+        """Images -> codes int64 (B, N) on the CPU."""
+        return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
+
+    def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
+        """Codes (B, N) -> images uint8 (B, H, W, 3)."""
+        return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
+
+    def _redraw(
+        self,
+        codes_BN: Tensor,
+        prompts: Sequence[str],
+        *,
+        free_of: Callable[[int], Tensor],
+        **options: Unpack[GenerateOptions],
+    ) -> Generated:
+        """Generate the patches anew that are true in `free_of` (the image's seed), bool (N,)."""
+        prompts = check_texts(prompts, kind="prompt")
+        check_pairs(codes_BN, prompts)
+
+        def keep(index: int, seed: int) -> Tensor:
+            free_P = free_of(seed).repeat_interleave(self.image_tokens // self.qlip.num_patches)
+            return self.ids_of(codes_BN[index]).masked_fill(free_P, FREE)
+
+        return self.generate(prompts, keep=keep, **options)
