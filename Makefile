@@ -101,6 +101,14 @@ llamagen: $(READY) ## Train LlamaGen, text-to-image alone, on RUN/codes
 	@$(PY) -m train llamagen --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llamagen' \
 		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
+llava-align: $(READY) ## Train the projector of a LLaVA on a QLIP (BASE=language model, QLIP=tokenizer)
+	@$(PY) -m train llava-align --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llava-align' \
+		$(if $(BASE),'language_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' $(ARGS)
+
+llava-instruct: $(READY) ## Train that projector and its language model on conversations
+	@$(PY) -m train llava-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llava-instruct' \
+		'init_from=$(IN_RUN)/llava-align/model' $(ARGS)
+
 um3-init: $(READY) ## Make a starting UM3 from a Llama or Qwen (BASE=folder or hub id, QLIP=tokenizer)
 	@$(PY) -m train um3-init --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-init' \
 		$(if $(BASE),'base_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' \

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer.configuration import QLIPConfig
 from tokenizer.discriminator import build_discriminator
+from tokenizer.losses import VGG16_PLAN, PerceptualDistance, random_feature_distance
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import VGG16_PLAN, PerceptualDistance, random_feature_distance
 from train.recipes.configs import Stage2Config
 
 

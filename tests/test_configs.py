@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +28,8 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 FOLDER = ROOT / "configs"
 FULL = ("demo", "um3_llama3_1b", "um3_llama3_1b_lora")
-"""Experiments with every phase."""
+"""Experiments with every phase of UM3."""
+LLAVA = ("demo", "llava_qlip_l14_392")
 
 
 def load(experiment, phase):
@@ -55,13 +57,25 @@ def test_every_number_has_a_range(schema):
     assert set(unbounded(schema, "")) <= FREE_NUMBERS, "use a type of um3.core.ranges"
 
 
+TOKENIZER = {"stage1", "stage2", "codes", "eval"}
+LLAVA = {"llava-align", "llava-instruct"}
+
+
+def sections(experiment):
+    """The sections of an experiment's file and of those that it extends."""
+    content = yaml.safe_load((FOLDER / f"{experiment}.yaml").read_text())
+    base = content.pop("base", None)
+    return {*content} | (sections(base.removesuffix(".yaml")) if base else set())
+
+
 def test_every_section_of_every_experiment_loads():
     assert set(schemas.SECTIONS) == set(SECTIONS)
-    for path in FOLDER.glob("*.yaml"):
-        without = set() if path.stem in FULL else {"um3-init", "um3", "um3-instruct"}
-        without |= set() if path.stem in ("demo", "um3_smollm2", "llamagen_xl") else {"llamagen"}
-        for phase in {*SECTIONS} - without:
-            load(path.stem, phase)
+    found = {path.stem: sections(path.stem) for path in FOLDER.glob("*.yaml")}
+    for experiment, names in found.items():
+        assert names >= TOKENIZER or names == LLAVA, experiment
+        for phase in names:
+            load(experiment, phase)
+    assert found["demo"] == set(SECTIONS) and all(found[name] >= {"um3-init", "um3", "um3-instruct"} for name in FULL)
     with pytest.raises(UserError, match="no section 'um3'"):
         load("qlip_b16", "um3")
 
@@ -120,6 +134,25 @@ TABLE_9 = TABLE_8 | {
     **{"model.base_model": "meta-llama/Llama-3.2-1B", "model.qk_norm": True, "loss.mode": "split", "loss.z_loss": 0.0},
     **{"vocabulary.subtokens": 2, "vocabulary.bits_per_subtoken": 14},
 }
+LLAVA_1_5 = {
+    **{
+        "optimizer.kind": "adamw",
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.eps": 1e-8,
+        "optimizer.weight_decay": 0.0,
+    },
+    **{"optimizer.grad_clip": 0.0, "optimizer.schedule": "cosine", "optimizer.final_lr_ratio": 0.0},
+    **{"engine.precision": "bf16-true", "engine.activation_checkpointing": True, "data.max_tokens": 2048},
+}
+ALIGN = {
+    **{"loop.max_steps": 2181, "loop.batch_size": 256, "loop.micro_batch_size": 32, "optimizer.lr": 1e-3},
+    **{"schedule.warmup_steps": 66, "engine.zero_stage": 2, "data.template": "plain", "data.pad_to_square": False},
+    **{"vision_feature_layer": -2, "quantized_features": False, "dtype": "bfloat16"},
+}
+INSTRUCT = {
+    **{"loop.max_steps": 5198, "loop.batch_size": 128, "loop.micro_batch_size": 16, "optimizer.lr": 2e-5},
+    **{"schedule.warmup_steps": 156, "engine.zero_stage": 3, "data.template": "v1", "data.pad_to_square": True},
+}
 EVALUATION = {
     **{"generation.sampling.temperature": 1.0, "generation.sampling.top_p": 0.95, "generation.num_images": 30_000},
     **{"captions.num_images": 5_000, "tokenizer.num_images": 50_000, "fid_features": "inception-2015"},
@@ -134,6 +167,8 @@ EVALUATION = {
         ("qlip_b16", "stage2", TABLE_8 | STAGE_2),
         ("um3_llama3_1b", "um3", TABLE_9),
         ("um3_llama3_1b", "eval", EVALUATION),
+        ("llava_qlip_l14_392", "llava-align", LLAVA_1_5 | ALIGN),
+        ("llava_qlip_l14_392", "llava-instruct", LLAVA_1_5 | INSTRUCT),
     ],
 )
 def test_the_papers_tables(experiment, phase, table):

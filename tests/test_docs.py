@@ -14,10 +14,11 @@ import benchmarks.__main__
 import data_mix.__main__
 import eval.__main__
 import train.__main__
+from tests.downstream.llava.conftest import build, save
 from tests.helpers.processes import ROOT
 from tests.helpers.schemas import SCHEMAS
 from tests.helpers.tiny_qlip import make_qlip
-from tests.helpers.tiny_um3 import save_um3
+from tests.helpers.tiny_um3 import save_language_model, save_um3
 from um3.core.commands import find_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,10 +31,14 @@ ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    """A folder with runs/demo/um3: a tiny UM3 with random weights, whose visual tokenizer has a text tokenizer."""
+    """A folder with runs/demo/um3, a tiny UM3 with random weights whose visual tokenizer has a text tokenizer, and
+    with runs/demo/llava-instruct."""
     root = tmp_path_factory.mktemp("docs")
     qlip = make_qlip(root / "qlip", image_size=16, patch_size=8, bits=28, captions=["a dog", "a boat"] * 9)
     save_um3(root / "runs/demo/um3", qlip_folder=qlip, scale=10.0, max_position_embeddings=256)
+    llava = root / "runs/demo/llava-instruct/model"
+    llava.mkdir(parents=True)
+    save(llava, build((save_language_model(root / "language"), qlip)))
     return root
 
 

@@ -12,7 +12,7 @@ ROOMS = {
     "um3.core": (),
     "tokenizer": (),
     "um3": ("model", "inference"),
-    "downstream": ("llamagen",),
+    "downstream": ("llamagen", "llava"),
     "um3.web": (),
     "um3.cli": (),
     "um3.__main__": (),

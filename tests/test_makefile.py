@@ -104,6 +104,13 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
         "CONFIG": "@",
         "RUN": "loop.output_dir=@/llamagen|visual_tokenizer=@/stage2/model|data.codes=@/codes",
     },
+    "llava-align": {
+        "CONFIG": "@",
+        "BASE": "language_model=@",
+        "QLIP": "visual_tokenizer=@",
+        "RUN": "loop.output_dir=@/llava-align",
+    },
+    "llava-instruct": {"CONFIG": "@", "RUN": "loop.output_dir=@/llava-instruct|init_from=@/llava-align/model"},
     "um3-init": {
         "TEXT": f"data.texts={TEXTS}",
         "CONFIG": "@",
@@ -208,7 +215,7 @@ def test_any_models_language_and_any_runs_are_compared(ready):
     assert command(ready, "report", "RUNS=a b", "ARGS=")[4:] == ["--run", "a", "b"]
 
 
-@pytest.mark.parametrize("target", ["stage1", "stage2", "um3", "um3-instruct"])
+@pytest.mark.parametrize("target", ["stage1", "stage2", "um3", "um3-instruct", "llava-align", "llava-instruct"])
 def test_nproc_is_the_number_of_training_processes(target, ready):
     words = command(ready, target, "NPROC=3")
     assert words[:6] == [".venv/bin/python", "-m", "train", target, "--processes", "3"]

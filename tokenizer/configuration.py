@@ -101,6 +101,8 @@ class QLIPVisionConfig(_VisualTowerConfig):
     quantizer_embed_type: str = "mlp"
     quantizer_l2_norm: bool = True
     quantizer_cfg: dict[str, Any] | None = None
+    tie_last_hidden_states: bool = False
+    """Of `QLIPVisionTower`: its last hidden state holds the patches after the quantizer."""
 
 
 @strict

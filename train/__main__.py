@@ -11,6 +11,8 @@ COMMANDS = {
     "stage2": Command("train.phase", "fine-tune its decoder: perceptual and adversarial losses", named=True),
     "um3": Command("train.phase", "train the unified model on the scheduled mix", named=True),
     "um3-instruct": Command("train.phase", "train the unified model on conversations", named=True),
+    "llava-align": Command("train.phase", "train the projector of a LLaVA on a QLIP", named=True),
+    "llava-instruct": Command("train.phase", "train its projector and language model on conversations", named=True),
     "um3-init": Command("train.phase", "make a starting UM3 from a Llama or Qwen and a QLIP", named=True),
     "llamagen": Command("train.phase", "train LlamaGen, text-to-image on the codes", named=True),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from train.launch import launch
 from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig, UM3InstructConfig
+from train.recipes.llava_configs import LlavaAlignConfig, LlavaInstructConfig
 from train.run_folder import is_done
 from train.settings.llamagen import LlamaGenTrainingConfig
 from um3.core.commands import command_parser, read_config
@@ -27,7 +28,11 @@ CONFIGS: dict[str, type[Any]] = {
     "um3": UM3Config,
     "um3-instruct": UM3InstructConfig,
     "llamagen": LlamaGenTrainingConfig,
+    "llava-align": LlavaAlignConfig,
+    "llava-instruct": LlavaInstructConfig,
 }
+RECIPES = {"llava-align": "llava", "llava-instruct": "llava"}
+"""Modules of phases that have not one of their own name."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.processes > 1 and "RANK" not in os.environ:
         sys.exit(launch(arguments, processes=options.processes, timeout_s=config.engine.timeout_s))
     with folder_lock(config.loop.output_dir) if is_main() else contextlib.nullcontext():
-        recipe = importlib.import_module(f"train.recipes.{phase.replace('-', '_')}")
+        recipe = importlib.import_module(f"train.recipes.{RECIPES.get(phase, phase.replace('-', '_'))}")
         from train import engine, loop
 
         quiet_model_files()

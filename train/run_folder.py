@@ -28,7 +28,15 @@ FREE_SETTINGS = (
     *("loop.micro_batch_size", "engine.", "text_validation.alarm_above", "evaluate."),
 )
 # Files may move: their content is compared by fingerprint.
-FREE_FOLDERS = ("loop.output_dir", "model.init_from:", "init_from:", "visual_tokenizer:", "base_model:", "data.codes:")
+FREE_FOLDERS = (
+    "loop.output_dir",
+    "model.init_from:",
+    "init_from:",
+    "visual_tokenizer:",
+    "base_model:",
+    "language_model:",
+    "data.codes:",
+)
 FREE_SOURCE_KEYS = ("path", "captions", "images")
 RESULT_FOLDERS = ("model", "adapter")
 EDITABLE = ("README.md", "generation_config.json")

@@ -1,4 +1,4 @@
-"""The config of UM3's data, in a module that does not import torch: a command that only reads configs starts faster."""
+"""The configs of UM3's and LLaVA's data, without torch: a command that only reads configs starts faster."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from data_mix.batches.schedule import MixConfig
 from data_mix.samples import CaptionChoice
 from data_mix.sources.config import ConversationSourceConfig, TextSourceConfig
-from um3.core.ranges import NonNegativeFloat, NonNegativeInt, Range, Share
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share
 from um3.model.configuration import Supervision
 
 
@@ -75,6 +75,30 @@ class ChatDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [source.name for source in self.conversations]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data.conversations have the names {names}; give each source its own name")
+        check_names(self.conversations)
+
+
+@dataclass
+class LlavaDataConfig:
+    """Conversations that train LLaVA.
+
+    conversations: their sources; `weight` is their share.
+    template: v1 (LLaVA-1.5's), or plain: the image, and the answer as its caption.
+    max_tokens: of a conversation with its image tokens; text is cut on the right.
+    pad_to_square: pad images to a square in the encoder's mean colour; false crops the centre.
+    """
+
+    conversations: Annotated[list[ConversationSourceConfig], Range(1)] = field(default_factory=list)
+    template: Literal["v1", "plain"] = "v1"
+    max_tokens: PositiveInt = 2048
+    pad_to_square: bool = True
+
+    def __post_init__(self) -> None:
+        check_names(self.conversations)
+
+
+def check_names(conversations: list[ConversationSourceConfig]) -> None:
+    """ValueError if two sources have one name."""
+    names = [source.name for source in conversations]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.conversations have the names {names}; give each source its own name")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.perceptual import PerceptualDistance
+from tokenizer.losses import PerceptualDistance
 from um3.core.distributed import device
 from um3.core.progress import Progress
 

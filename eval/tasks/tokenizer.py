@@ -25,7 +25,7 @@ from eval.tasks.linear_probe import probe_scores
 from eval.tasks.validation_data import ValidationImages, validation_images
 from eval.tasks.zero_shot import retrieval_scores, zero_shot_score
 from tokenizer.images import ImageTokenizer, QLIPImages, decode_codes, encode_images
-from tokenizer.perceptual import PerceptualDistance, build_perceptual_distance
+from tokenizer.losses import PerceptualDistance, build_perceptual_distance
 from um3.core.distributed import device
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 from tokenizer.modeling import load_qlip
+from um3.core.files import write_json
 from um3.model.configuration import ModelConfig
 from um3.model.language_model import build_model, save_model
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
@@ -76,3 +77,15 @@ def save_um3(
     parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": qlip_folder}
     save_model(folder / "model", model=make_model(ids, **options), **parts)
     return folder / "model"
+
+
+def save_language_model(folder: Path, *, kind: str = "llama", **options: Any) -> Path:
+    """Write a stock language model with random weights and a byte-level tokenizer, which adds bos, to `folder`."""
+    tokenizer = train_text_tokenizer(TEXTS, vocab_size=280)
+    tokenizer.add_bos_token = True
+    model = make_base(kind, vocab_size=280, max_position_embeddings=512, **options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Settings of sampling without sampling, as Vicuna's: transformers refuses to save them.
+    write_json(folder / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "do_sample": False})
+    return folder

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tokenizer.configuration import QLIPConfig
+from tokenizer.losses import VGG16_PLAN
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import VGG16_PLAN
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,8 +10,14 @@ from tests.helpers.processes import run_on_ranks
 from tests.tokenizer.conftest import lpips_files
 from tokenizer import losses
 from tokenizer.discriminator import DiscriminatorKind, build_discriminator
-from tokenizer.losses import discriminator_loss, generator_loss, info_nce
-from tokenizer.perceptual import build_perceptual_distance, lpips_vgg, random_feature_distance
+from tokenizer.losses import (
+    build_perceptual_distance,
+    discriminator_loss,
+    generator_loss,
+    info_nce,
+    lpips_vgg,
+    random_feature_distance,
+)
 from um3.core.distributed import rank, world_size
 from um3.core.errors import UserError
 

@@ -25,9 +25,8 @@ from torch import nn
 
 from tokenizer import load
 from tokenizer.discriminator import build_discriminator
-from tokenizer.losses import discriminator_loss, generator_loss
+from tokenizer.losses import PerceptualDistance, build_perceptual_distance, discriminator_loss, generator_loss
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import PerceptualDistance, build_perceptual_distance
 from tokenizer.quantizer import codebook_entropy
 from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite

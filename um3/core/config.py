@@ -23,7 +23,9 @@ from um3.core.ranges import Range
 from um3.core.text import printable
 
 ConfigT = TypeVar("ConfigT")
-SECTIONS = ("stage1", "stage2", "codes", "um3-init", "um3", "um3-instruct", "llamagen", "eval")
+SECTIONS = (
+    "stage1", "stage2", "codes", "um3-init", "um3", "um3-instruct", "llamagen", "llava-align", "llava-instruct", "eval",
+)  # fmt: skip
 """Sections of an experiment's YAML file, one per phase. `base:` names the file that it extends."""
 RENAMED_KEYS = {
     "adapter": "preset", "average_decay": "ema_decay", "base": "base_model", "bits_per_slot": "bits_per_subtoken",

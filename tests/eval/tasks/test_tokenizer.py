@@ -14,8 +14,8 @@ from eval.config import EvalConfig
 from eval.run import request_hash
 from eval.tasks.validation_data import validation_images
 from tests.tokenizer.conftest import lpips_files
+from tokenizer.losses import lpips_vgg
 from tokenizer.modeling import QLIPModel
-from tokenizer.perceptual import lpips_vgg
 from um3.core.config import load_config
 from um3.core.errors import UserError
 

@@ -1,0 +1,230 @@
+"""Batches that train LLaVA: a batch holds conversations about images, or conversations without one.
+
+    step  --exact counts-->  modality, and the number of the batch among those of its modality
+          --window of WINDOW_BATCHES batches: draws of the sources, sorted by length-->  conversations of equal length
+          --template, image processor-->  ids, mask and pixels of this rank's share
+
+A batch is a function of (seed, step), and the same for any number of ranks.
+
+Shape legend: B = sequences of this rank, T = tokens of the longest of them, C, H, W = channels and sides of an image.
+"""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data_mix.conversations import Conversation, ConversationSource
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
+from data_mix.samples import BadSample
+from data_mix.sources.bad_files import BadFiles
+from downstream.llava.template import LlavaSequence, Template
+from um3.core.distributed import make_once
+from um3.core.errors import UserError
+from um3.core.files import atomic_file, short_hash
+from um3.core.progress import Progress
+from um3.core.seeds import numpy_generator
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("image", "text")
+WINDOW_BATCHES = 8
+"""Within so many batches of a modality, conversations are sorted by length."""
+MAX_UNUSABLE = 0.01
+"""Share of a source's conversations that may be unusable; more is a mistake."""
+MAX_SIDE, MAX_RATIO = 4096, 50
+"""A larger image is scaled down to this side before it is padded; a narrower one than 1 : 50 is not used."""
+NO_ANSWER = "no answer within the window"
+
+Pixels = Callable[[Image.Image], Tensor]
+"""An RGB image -> normalised pixels (C, H, W)."""
+
+
+class ConversationBatch(NamedTuple):
+    """One rank's part of a global batch, padded on the right.
+
+    input_ids_BT, target_mask_BT: as `LlavaSequence`. pixels_BCHW: None for conversations without images. keys: of the
+    conversations. skipped: unusable ones that were replaced, by reason. num_tokens: without padding.
+    """
+
+    input_ids_BT: Tensor
+    target_mask_BT: Tensor
+    pixels_BCHW: Tensor | None
+    keys: list[str]
+    skipped: Counter[str]
+    num_tokens: int
+
+
+class Pool:
+    """The usable conversations of one modality of a source, in their order."""
+
+    def __init__(self, name: str, source: ConversationSource, *, words: np.ndarray, modality: str, seed: int) -> None:
+        """words: of every conversation of the source, see `count_words`."""
+        self.name, self.source = name, source
+        self.indices = np.flatnonzero(words > 0 if modality == "image" else words < 0)
+        self.words = np.abs(words[self.indices])
+        self.order = SampleOrder(len(self.indices), seed=seed, name=f"{name}/{modality}") if len(self.indices) else None
+        self.bad: dict[int, str] = {}
+
+    def length(self, draw: int) -> int:
+        """Words of the conversation of a draw."""
+        assert self.order is not None
+        return int(self.words[self.order.index(draw)])
+
+
+class ConversationBatches:
+    """Global batches of `batch_size` conversations; the share of a source is its weight, that of a modality within it
+    is that of its conversations."""
+
+    def __init__(
+        self,
+        sources: dict[str, ConversationSource],
+        *,
+        weights: Sequence[float],
+        template: Template,
+        pixels: Pixels,
+        batch_size: int,
+        seed: int,
+        cache: Path,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """cache: folder for the lengths of the conversations. UserError: more than 1 % of a source's conversations
+        cannot be used, or the batch does not divide among the ranks."""
+        self.sources, self.template, self.pixels = sources, template, pixels
+        self.batch_size, self.seed = batch_size, seed
+        mine = rank_positions(batch_size, rank=rank, world_size=world_size)
+        self.positions = range(rank, len(mine) * world_size, world_size)
+        words = {name: count_words(name, source, cache=cache) for name, source in sources.items()}
+        options: list[tuple[str, Pool, float]] = []
+        for (name, source), weight in zip(sources.items(), weights, strict=True):
+            usable = max(np.count_nonzero(words[name]), 1)
+            for modality in MODALITIES:
+                pool = Pool(name, source, words=words[name], modality=modality, seed=seed)
+                if pool.order is not None:
+                    options.append((modality, pool, weight * len(pool.indices) / usable))
+        self.pools = {kind: [pool for modality, pool, _ in options if modality == kind] for kind in MODALITIES}
+        shares = {kind: [share for modality, _, share in options if modality == kind] for kind in MODALITIES}
+        of_modalities = fixed_shares([sum(shares[kind]) for kind in MODALITIES], of=f"conversations {[*sources]}")
+        self.batches = ExactCounts(lambda _: of_modalities, batch_size=lambda _: 1)
+        self.counts = {
+            kind: _counts(shares[kind], batch_size=batch_size) for kind in MODALITIES if sum(shares[kind]) > 0
+        }
+        self._window = functools.lru_cache(maxsize=4)(self._draw_window)
+
+    def modality(self, step: int) -> tuple[str, int]:
+        """The modality of the batch of `step`, and how many of that modality came before."""
+        number = self.batches.at(step).index(1)
+        return MODALITIES[number], self.batches.before(step)[number]
+
+    def batch(self, step: int) -> ConversationBatch:
+        """This rank's part of the batch of `step`; UserError if no conversation of a source can be used."""
+        modality, number = self.modality(step)
+        plan = self._window(modality, number // WINDOW_BATCHES)[number % WINDOW_BATCHES]
+        skipped: Counter[str] = Counter()
+        has_image = modality == "image"
+        rows = [self._read(*plan[position], has_image=has_image, skipped=skipped) for position in self.positions]
+        sequences, pixels, keys = zip(*rows, strict=True)
+        return ConversationBatch(
+            pad_sequence(
+                [sequence.input_ids_T for sequence in sequences],
+                batch_first=True,
+                padding_value=self.template.tokenizer.pad_token_id,
+            ),
+            pad_sequence([sequence.target_mask_T for sequence in sequences], batch_first=True),
+            torch.stack(pixels) if has_image else None,
+            list(keys),
+            skipped,
+            sum(len(sequence.input_ids_T) for sequence in sequences),
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of what each source's conversations depend on, to verify a resumed run."""
+        return {f"conversations/{name}": source.fingerprint() for name, source in self.sources.items()}
+
+    def _draw_window(self, modality: str, window: int) -> list[list[tuple[Pool, int]]]:
+        """(pool, draw) of every conversation of the batches of a window."""
+        numbers = range(window * WINDOW_BATCHES, (window + 1) * WINDOW_BATCHES)
+        draws = [
+            (self.pools[modality][i], draw) for number in numbers for i, draw in self.counts[modality].draws(number)
+        ]
+        draws.sort(key=lambda place: -place[0].length(place[1]))
+        order = numpy_generator(self.seed, "window", modality, window).permutation(WINDOW_BATCHES)
+        return [draws[i * self.batch_size : (i + 1) * self.batch_size] for i in order]
+
+    def _read(
+        self, pool: Pool, draw: int, *, has_image: bool, skipped: Counter[str]
+    ) -> tuple[LlavaSequence, Tensor | None, str]:
+        """Sequence, pixels and key of a draw; an unusable conversation is replaced by the next of the epoch."""
+        assert pool.order is not None
+        for place in pool.order.substitutes(draw):
+            if place not in pool.bad:
+                try:
+                    return self._usable(pool.source, int(pool.indices[place]), has_image=has_image)
+                except BadSample as error:
+                    if error.reason not in pool.bad.values():
+                        logger.warning("source '%s': skipping a conversation and others like it: %s", pool.name, error)
+                    pool.bad[place] = error.reason
+            skipped[pool.bad[place]] += 1
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(pool.bad.values()).most_common())
+        raise UserError(f"source '{pool.name}': none of its {len(pool.indices)} conversations can be used ({reasons})")
+
+    def _usable(
+        self, source: ConversationSource, index: int, *, has_image: bool
+    ) -> tuple[LlavaSequence, Tensor | None, str]:
+        conversation = source[index]
+        sequence = self.template(conversation.turns, has_image=has_image)
+        if not sequence.target_mask_T[1:].any():
+            raise BadSample(NO_ANSWER, detail=f"{conversation.key}: {self.template.max_tokens} tokens")
+        return sequence, self._image(source, conversation) if has_image else None, conversation.key
+
+    def _image(self, source: ConversationSource, conversation: Conversation) -> Tensor:
+        image = Image.fromarray(source.read_image(conversation))
+        if max(image.size) > MAX_RATIO * min(image.size):
+            raise BadSample("too narrow an image", detail=f"{conversation.image}: {image.width} x {image.height}")
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
+        return self.pixels(image)
+
+
+def count_words(name: str, source: ConversationSource, *, cache: Path) -> np.ndarray:
+    """Words of every conversation (int32), negative for those without an image, 0 for unusable ones.
+
+    The first rank counts once a run and keeps the file (a collective call). UserError if over 1 % are unusable.
+    """
+    path = cache / f"words-{short_hash(name, source.fingerprint())}.npy"
+
+    def make() -> None:
+        words, problems = np.zeros(len(source), np.int32), BadFiles(name)
+        progress = Progress(len(source), label=f"conversations of {name}", unit="conversations")
+        for index in range(len(source)):
+            try:
+                conversation = source[index]
+            except BadSample as error:
+                problems.count(error.reason, str(error))
+                continue
+            count = max(sum(len(text.split()) for turn in conversation.turns for text in turn), 1)
+            words[index] = -count if conversation.image is None else count
+            progress.advance()
+        unusable = int((words == 0).sum())
+        if unusable > MAX_UNUSABLE * len(words):
+            problem = f"{unusable:,} of {len(words):,} conversations cannot be used ({problems.summary()})"
+            raise UserError(f"source '{name}': {problem}; correct its file")
+        problems.report(len(words) - unusable)
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            np.save(file, words, allow_pickle=False)
+
+    counted: Any = np.load(make_once(path, make), allow_pickle=False)
+    return np.asarray(counted)
+
+
+def _counts(weights: list[float], *, batch_size: int) -> ExactCounts:
+    shares = fixed_shares(weights)
+    return ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)

@@ -1,0 +1,239 @@
+"""`make llava-align` and `make llava-instruct` at a tiny size: what trains and is written, resume, ranks, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from downstream.llava.modeling import build_llava, load_llava
+from tests.helpers.llava_files import entry, write_conversations
+from tests.helpers.processes import ROOT, run_on_ranks
+from tests.helpers.tiny_qlip import make_qlip
+from tests.helpers.tiny_um3 import save_language_model
+from tests.train.conftest import COMMON, environment, losses, train_apart
+from train.checkpoint import each_weight
+from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.engine import build_engine, start_runtime, step_engine
+from train.phase import main
+from train.recipes import llava as recipe
+from train.recipes.llava import LlavaObjective
+from um3.core.distributed import rank, world_size
+from um3.core.errors import UserError
+from um3.core.hub import read_weights
+from um3.core.metrics import read_metrics
+
+SETTINGS = [*COMMON, "warmup_share=0", "optimizer.kind=adamw", "optimizer.lr=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A folder with `language`, `qlip` and `conversations.json`."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_language_model(folder / "language")
+    make_qlip(folder / "qlip")
+    write_conversations(folder)
+    return folder
+
+
+def command(phase: str, parts: Path, folder: Path, *overrides: str) -> list[str]:
+    """Command line of a tiny `phase` in `folder`, with a batch of texts in every four."""
+    source = f"{{name: talk, kind: llava, path: {parts}/conversations.json, images: {parts}, val_fraction: 0}}"
+    config = [phase, "--config", str(ROOT / "configs/demo.yaml"), f"loop.output_dir={folder}"]
+    start = {
+        "llava-align": [f"language_model={parts}/language", f"visual_tokenizer={parts}/qlip"],
+        "llava-instruct": [f"init_from={parts}/llava-align/model"],
+    }[phase]
+    return [*config, *SETTINGS, "data.max_tokens=400", f"data.conversations=[{source}]", *start, *overrides]
+
+
+@pytest.fixture(scope="module")
+def aligned(parts) -> Path:
+    folder = parts / "llava-align"
+    main(command("llava-align", parts, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(parts, aligned, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "llava-instruct"
+    main(command("llava-instruct", parts, folder))
+    return folder
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """The parts of a LLaVA with a tensor that is not the same to the bit."""
+    assert before.keys() == after.keys()
+    names = [name for name in before if not torch.equal(before[name], after[name])]
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_first_stage_trains_the_projector_alone(parts, aligned):
+    weights = read_weights(aligned / "model")
+    qlip, language = read_weights(parts / "qlip"), read_weights(parts / "language")
+    for name, tensor in weights.items():
+        if name.startswith("vision_tower."):
+            assert torch.equal(tensor, qlip[name.removeprefix("vision_tower.")]), name
+    rows = weights["language_model.model.embed_tokens.weight"]
+    assert torch.equal(rows[:280], language["model.embed_tokens.weight"])
+    with safe_open(aligned / "checkpoints/step-00000004/model-00000.safetensors", framework="pt") as file:
+        assert {name.split(".")[2] for name in file.keys()} == {"multi_modal_projector"}  # noqa: SIM118
+    assert all(row["train/loss"] > 0 for row in read_metrics(aligned / "metrics.jsonl"))
+
+
+def test_the_second_stage_trains_projector_and_language_model(aligned, trained):
+    before, after = read_weights(aligned / "model"), read_weights(trained / "model")
+    assert changed(before, after) == {"multi_modal_projector", "language_model"}
+    model, processor = load_llava(trained / "model")
+    assert model.config.vision_feature_layer == -2 and processor.image_processor.do_pad
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert {row["data/has_image"] for row in rows} == {0.0, 1.0} and len(rows) == 4
+
+
+def test_the_loss_is_transformers_own(parts, aligned):
+    """The mean of the supervised tokens' cross entropy."""
+    model = load_llava(aligned / "model").model
+    objective = LlavaObjective(model, chunk_tokens=64)
+    image = [model.config.image_token_id] * 4
+    ids_BT = torch.tensor([[0, *image, *range(30, 45)], [0, 7, *image, *range(50, 64)]])
+    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    mask_BT[:, -5:] = True
+    pixels_BCHW = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    labels_BT = torch.where(mask_BT, ids_BT, -100)
+    stock = model(input_ids=ids_BT, pixel_values=pixels_BCHW, labels=labels_BT).loss
+    torch.testing.assert_close(objective(ids_BT, mask_BT, pixels_BCHW) / 10, stock)
+
+
+def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit(parts, trained, tmp_path):
+    """Stopped by SIGTERM after a step, then resumed."""
+    settings = ["loop.max_steps=30", "loop.save_every_steps=30"]
+    whole = command("llava-instruct", parts, tmp_path / "whole", *settings)
+    train_apart(whole)
+    stopped = command("llava-instruct", parts, tmp_path / "stopped", *settings)
+    process = subprocess.Popen([sys.executable, "-m", "train", *stopped], cwd=ROOT, env=environment())
+    metrics = tmp_path / "stopped/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 0 and not (tmp_path / "stopped/model").exists()
+    train_apart(stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert not changed(read_weights(tmp_path / "whole/model"), read_weights(tmp_path / "stopped/model"))
+
+
+def test_two_processes_and_micro_batches_agree_with_one(parts, trained, tmp_path):
+    whole = losses(trained)
+    train_apart(command("llava-instruct", parts, tmp_path / "two", "engine.zero_stage=2"), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+    options = ["loop.micro_batch_size=2", "engine.activation_checkpointing=true"]
+    main(command("llava-instruct", parts, tmp_path / "micro", *options))
+    assert losses(tmp_path / "micro") == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["llava-align", "llava-instruct"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_zero_stage_gives_the_same_losses(phase, stage, parts, aligned, trained, tmp_path):
+    main(command(phase, parts, tmp_path / "run", f"engine.zero_stage={stage}"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(aligned if "align" in phase else trained), abs=1e-5)
+    assert read_weights(tmp_path / "run/model").keys() == read_weights(trained / "model").keys()
+
+
+def test_pure_bf16_is_saved_as_config_json_says(parts, aligned, tmp_path):
+    options = ["engine.precision=bf16-true", "engine.zero_stage=2", "dtype=bfloat16"]
+    main(command("llava-instruct", parts, tmp_path / "run", *options))
+    tensors = read_weights(tmp_path / "run/model")
+    assert {tensor.dtype for name, tensor in tensors.items() if ".freqs_" not in name} == {torch.bfloat16}
+    qlip = read_weights(parts / "qlip")
+    name = "vision_model.encoder.layers.0.self_attn.rope.freqs_cos"
+    assert torch.equal(tensors[f"vision_tower.{name}"], qlip[name]) and qlip[name].dtype == torch.float32
+    assert load_llava(tmp_path / "run/model").model.dtype == torch.bfloat16
+
+
+def mixed_ranks() -> dict[str, list[float]]:
+    """Projector and head after a step on one conversation with and one without an image, by ZeRO stage."""
+    parts, loop = Path(os.environ["LLAVA_PARTS"]), LoopConfig(batch_size=2)
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    start_runtime(loop)
+    ids_BT = torch.tensor([[0, 9, 280, 280, 280, 280, 7, 8], [0, 9, 3, 4, 5, 6, 7, 8]])
+    mask_BT = torch.tensor([[False] * 6 + [True] * 2]).expand(2, -1)
+    pixels_BCHW = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    result = {}
+    for stage in (0, 1, 2, 3):
+        torch.manual_seed(0)
+        model = build_llava(
+            language_model=parts / "language", visual_tokenizer=parts / "qlip", dtype=torch.float32
+        ).model
+        assert model.config.image_token_id == 280
+        model.model.vision_tower.requires_grad_(False)
+        options = {"optimizer": OptimizerConfig(lr=1e-2, eps=1e-3, grad_clip=0.0, weight_decay=0.0)}
+        engine = build_engine(
+            LlavaObjective(model.train(), chunk_tokens=64), engine=EngineConfig(zero_stage=stage), loop=loop, **options
+        )
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2
+        rows = [rank()] if world_size() == 2 else [0, 1]
+        for row in rows:
+            loss = engine(ids_BT[row : row + 1], mask_BT[row : row + 1], None if row else pixels_BCHW)
+            engine.backward(loss)
+            step_engine(engine)
+        weights = {name: float(tensor.double().sum()) for name, tensor in each_weight(engine)}
+        result[str(stage)] = [weights[name] for name in sorted(weights) if "projector" in name or "lm_head" in name]
+    return result
+
+
+def test_a_rank_without_an_image_beside_one_with(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_PARTS", str(parts))
+    one = run_on_ranks(mixed_ranks, folder=tmp_path, num_ranks=1)[0]
+    first, second = run_on_ranks(mixed_ranks, folder=tmp_path / "two")
+    assert first == second and len(first["0"]) == 5
+    for stage in "0123":
+        assert first[stage] == pytest.approx(one["0"], abs=1e-4), stage
+
+
+def test_unusable_conversations_stop_the_run_above_one_percent(parts, aligned, tmp_path, monkeypatch):
+    entries = [entry(index, None, "yes") for index in range(40)]
+    entries[0]["conversations"][0]["value"] = "long " * 400
+    write_conversations(tmp_path)
+    (tmp_path / "conversations.json").write_text(json.dumps(entries))
+    (tmp_path / "llava-align").symlink_to(aligned)
+    monkeypatch.setattr(recipe, "MIN_COUNTED", 40)
+    with pytest.raises(UserError, match=r"1 of 4\d conversations could not be used.*no answer within the window"):
+        main(command("llava-instruct", tmp_path, tmp_path / "run", "loop.max_steps=20"))
+
+
+def test_a_finished_run_is_up_to_date_and_another_start_refused(parts, trained, tmp_path, capsys):
+    main(command("llava-instruct", parts, trained))
+    assert "up to date" in capsys.readouterr().out
+    shutil.copytree(parts / "llava-align/model", tmp_path / "other")
+    file = tmp_path / "other/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="init_from"):
+        main(command("llava-instruct", parts, trained, f"init_from={tmp_path}/other"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "overrides", "message"),
+    [
+        ("llava-align", ["language_model=''"], "language_model is empty"),
+        ("llava-align", ["language_model=./nowhere"], "make um3-export"),
+        ("llava-align", ["visual_tokenizer=./nowhere"], "make stage2"),
+        ("llava-align", ["vision_feature_layer=0"], "vision_feature_layer=0"),
+        ("llava-align", ["quantized_features=true"], "vision_feature_layer=-1"),
+        ("llava-align", ["data.max_tokens=600"], "512 positions"),
+        ("llava-align", ["data.max_tokens=100"], "no room for an answer"),
+        ("llava-align", ["warmup_share=0.1"], "warmup_share and optimizer.warmup_steps"),
+        ("llava-instruct", ["init_from=./nowhere"], "make llava-align"),
+        ("llava-instruct", ["data.conversations=[{name: a, kind: scenes}, {name: a, kind: digits}]"], "own name"),
+    ],
+)
+def test_mistakes_are_one_line(phase, overrides, message, parts, aligned, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        main(command(phase, parts, tmp_path / "run", *overrides))
+    assert "\n" not in str(caught.value)
