@@ -13,7 +13,7 @@ from tokenizer.configuration import QLIPConfig
 from tokenizer.discriminator import build_discriminator
 from tokenizer.losses import VGG16_PLAN, PerceptualDistance, random_feature_distance
 from tokenizer.modeling import QLIPModel
-from train.recipes.configs import Stage2Config
+from train.settings.tokenizer import Stage2Config
 
 
 def stage1_flops(config: QLIPConfig, *, text_tokens: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import harness
-from train.recipes.configs import Stage1Config, Stage2Config
+from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 

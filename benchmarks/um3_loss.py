@@ -166,8 +166,8 @@ def build(options: argparse.Namespace) -> "tuple[nn.Module, UnifiedVocabulary, l
 
 def our_loss(model: Any, *, ids: "UnifiedVocabulary", options: argparse.Namespace) -> "Loss":
     """The objective of `python -m train um3`."""
-    from train.recipes.configs import UM3LossConfig
     from train.recipes.um3 import UM3Objective
+    from train.settings.um3 import UM3LossConfig
 
     config = UM3LossConfig(**{"chunk_tokens": options.chunk_tokens} if options.chunk_tokens else {})
     objective = UM3Objective(model, ids=ids, loss=config)

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import harness
-from train.recipes.configs import UM3Config
+from train.settings.um3 import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 
@@ -79,9 +79,9 @@ def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     from data_mix.codes.shards import ShardHeader, shard_path, write_shard
     from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
     from tokenizer.modeling import load_qlip
-    from train.recipes.configs import QLIPSizeConfig, TextTowerConfig
     from train.recipes.tokenizer_setup import new_tokenizer
     from train.recipes.tokenizer_task import save_tokenizer
+    from train.settings.tokenizer import QLIPSizeConfig, TextTowerConfig
 
     _write_base(folder / "base", shape=shape)
     image_size = 8 * round(PATCHES**0.5)

@@ -18,5 +18,6 @@ def load_pipeline(
     """The pipeline of a model folder or hub id, by the model type in its config.json; raises as `from_pretrained`."""
     config = model_folder(path_or_hub_id, kind="model of images") / "config.json"
     is_llamagen = config.is_file() and read_json(config, dict).get("model_type") == LlamaGenConfig.model_type
-    kind = LlamaGenPipeline if is_llamagen else UM3Pipeline
-    return kind.from_pretrained(path_or_hub_id, device=device, dtype=dtype)
+    if is_llamagen:
+        return LlamaGenPipeline.from_pretrained(path_or_hub_id, device=device, dtype=dtype)
+    return UM3Pipeline.from_pretrained(path_or_hub_id, device=device, dtype=dtype)

@@ -6,8 +6,8 @@ from operator import attrgetter
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
-import yaml
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_mix.batches.schedule import Schedule
@@ -29,7 +29,6 @@ from um3.model.vocabulary import UnifiedVocabulary
 FOLDER = ROOT / "configs"
 FULL = ("demo", "um3_llama3_1b", "um3_llama3_1b_lora")
 """Experiments with every phase of UM3."""
-LLAVA = ("demo", "llava_qlip_l14_392")
 
 
 def load(experiment, phase):

@@ -18,7 +18,7 @@ ROOMS = {
     "um3.__main__": (),
     "data_mix": ("demo", "sources", "codes", "batches"),
     "eval": ("metrics", "tasks", "vqa", "benchmarks", "report"),
-    "train": ("recipes", "plan"),
+    "train": ("settings", "recipes", "plan"),
 }
 """Rooms and their sub-rooms, from left to right: a module imports its own sub-room and those before it.
 

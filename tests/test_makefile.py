@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.helpers.processes import ROOT
-from train.recipes.configs import Stage1Config
+from train.settings.tokenizer import Stage1Config
 from um3.core.config import load_config, save_config
 
 MAKEFILE = (ROOT / "Makefile").read_text()

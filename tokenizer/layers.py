@@ -22,7 +22,8 @@ class Linear(nn.Linear):
     """nn.Linear that uses oneDNN without gradient, where oneDNN supports the tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not onednn.serves(x, self.weight):
+        is_training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        if is_training or torch.compiler.is_compiling() or not onednn.serves(x, self.weight):
             return super().forward(x)
         return onednn.linear(x, self.weight, self.bias)
 

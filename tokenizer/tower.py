@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H, W pixels, T tokens, D width.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,9 @@ class QLIPVisionTower(PreTrainedModel):
 
     config_class = QLIPVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _can_record_outputs: ClassVar = {"hidden_states": Block}
+    _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
 
     def __init__(self, config: QLIPVisionConfig):
         super().__init__(config)

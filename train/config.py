@@ -1,4 +1,4 @@
-"""Config sections that all recipes share. The recipes' own configs: `train/recipes/configs.py`.
+"""Config sections that all recipes share. The recipes' own configs: `train/settings/`.
 
 This module does not import torch: a phase that is up to date must end at once.
 """

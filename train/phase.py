@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.launch import launch
-from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig, UM3InstructConfig
-from train.recipes.llava_configs import LlavaAlignConfig, LlavaInstructConfig
 from train.run_folder import is_done
 from train.settings.llamagen import LlamaGenTrainingConfig
+from train.settings.llava import LlavaAlignConfig, LlavaInstructConfig
+from train.settings.tokenizer import Stage1Config, Stage2Config
+from train.settings.um3 import UM3Config, UM3InitConfig, UM3InstructConfig
 from um3.core.commands import command_parser, read_config
 from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError

@@ -35,7 +35,8 @@ from um3.core.seeds import numpy_generator
 
 logger = logging.getLogger(__name__)
 
-MODALITIES = ("image", "text")
+SIGNS = {"image": 1, "text": -1}
+"""The modalities, and the sign of the words of their conversations (`count_words`)."""
 WINDOW_BATCHES = 8
 """Within so many batches of a modality, conversations are sorted by length."""
 MAX_UNUSABLE = 0.01
@@ -66,17 +67,13 @@ class ConversationBatch(NamedTuple):
 class Pool:
     """The usable conversations of one modality of a source, in their order."""
 
-    def __init__(self, name: str, source: ConversationSource, *, words: np.ndarray, modality: str, seed: int) -> None:
-        """words: of every conversation of the source, see `count_words`."""
-        self.name, self.source = name, source
-        self.indices = np.flatnonzero(words > 0 if modality == "image" else words < 0)
-        self.words = np.abs(words[self.indices])
-        self.order = SampleOrder(len(self.indices), seed=seed, name=f"{name}/{modality}") if len(self.indices) else None
+    def __init__(self, source: ConversationSource, *, indices: np.ndarray, words: np.ndarray, order: SampleOrder):
+        """indices, words: of its conversations. order: theirs."""
+        self.source, self.indices, self.words, self.order = source, indices, words, order
         self.bad: dict[int, str] = {}
 
     def length(self, draw: int) -> int:
         """Words of the conversation of a draw."""
-        assert self.order is not None
         return int(self.words[self.order.index(draw)])
 
 
@@ -103,27 +100,24 @@ class ConversationBatches:
         self.batch_size, self.seed = batch_size, seed
         mine = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.positions = range(rank, len(mine) * world_size, world_size)
-        words = {name: count_words(name, source, cache=cache) for name, source in sources.items()}
-        options: list[tuple[str, Pool, float]] = []
+        self.pools: dict[str, list[Pool]] = {kind: [] for kind in SIGNS}
+        shares: dict[str, list[float]] = {kind: [] for kind in SIGNS}
         for (name, source), weight in zip(sources.items(), weights, strict=True):
-            usable = max(np.count_nonzero(words[name]), 1)
-            for modality in MODALITIES:
-                pool = Pool(name, source, words=words[name], modality=modality, seed=seed)
-                if pool.order is not None:
-                    options.append((modality, pool, weight * len(pool.indices) / usable))
-        self.pools = {kind: [pool for modality, pool, _ in options if modality == kind] for kind in MODALITIES}
-        shares = {kind: [share for modality, _, share in options if modality == kind] for kind in MODALITIES}
-        of_modalities = fixed_shares([sum(shares[kind]) for kind in MODALITIES], of=f"conversations {[*sources]}")
+            words = count_words(name, source, cache=cache)
+            for kind, sign in SIGNS.items():
+                if len(indices := np.flatnonzero(sign * words > 0)):
+                    order = SampleOrder(len(indices), seed=seed, name=f"{name}/{kind}")
+                    self.pools[kind].append(Pool(source, indices=indices, words=sign * words[indices], order=order))
+                    shares[kind].append(weight * len(indices) / int(np.count_nonzero(words)))
+        of_modalities = fixed_shares([sum(shares[kind]) for kind in SIGNS], of=f"conversations {[*sources]}")
         self.batches = ExactCounts(lambda _: of_modalities, batch_size=lambda _: 1)
-        self.counts = {
-            kind: _counts(shares[kind], batch_size=batch_size) for kind in MODALITIES if sum(shares[kind]) > 0
-        }
+        self.counts = {kind: _counts(share, batch_size=batch_size) for kind, share in shares.items() if sum(share)}
         self._window = functools.lru_cache(maxsize=4)(self._draw_window)
 
     def modality(self, step: int) -> tuple[str, int]:
         """The modality of the batch of `step`, and how many of that modality came before."""
         number = self.batches.at(step).index(1)
-        return MODALITIES[number], self.batches.before(step)[number]
+        return list(SIGNS)[number], self.batches.before(step)[number]
 
     def batch(self, step: int) -> ConversationBatch:
         """This rank's part of the batch of `step`; UserError if no conversation of a source can be used."""
@@ -164,18 +158,17 @@ class ConversationBatches:
         self, pool: Pool, draw: int, *, has_image: bool, skipped: Counter[str]
     ) -> tuple[LlavaSequence, Tensor | None, str]:
         """Sequence, pixels and key of a draw; an unusable conversation is replaced by the next of the epoch."""
-        assert pool.order is not None
         for place in pool.order.substitutes(draw):
             if place not in pool.bad:
                 try:
                     return self._usable(pool.source, int(pool.indices[place]), has_image=has_image)
                 except BadSample as error:
                     if error.reason not in pool.bad.values():
-                        logger.warning("source '%s': skipping a conversation and others like it: %s", pool.name, error)
+                        logger.warning("%s: skipping a conversation and others like it: %s", pool.order.name, error)
                     pool.bad[place] = error.reason
             skipped[pool.bad[place]] += 1
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(pool.bad.values()).most_common())
-        raise UserError(f"source '{pool.name}': none of its {len(pool.indices)} conversations can be used ({reasons})")
+        raise UserError(f"{pool.order.name}: none of its {len(pool.indices)} conversations can be used ({reasons})")
 
     def _usable(
         self, source: ConversationSource, index: int, *, has_image: bool

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from downstream.llamagen.modeling import Attention, Block, LlamaGen, attention_mask, rotary_table, rotate
+from downstream.llamagen.modeling import Block, LlamaGen, attention_mask, rotary_table, rotate
 from um3.inference.decoder import PackedLinear, whole_windows
 from um3.inference.generate import FREE, SampledImages, check_finite, choose
 from um3.inference.sampling_params import Sampling
@@ -25,7 +25,7 @@ class _Layer:
     """A layer's products on packed weights."""
 
     def __init__(self, block: Block):
-        attention, mlp = cast(Attention, block.attention), block.feed_forward
+        attention, mlp = block.attention, block.feed_forward
         self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
         self.heads = attention.heads
         self.wqkv, self.wo = PackedLinear(attention.wqkv), PackedLinear(attention.wo)
@@ -118,8 +118,9 @@ class _Cache:
             self.bias_RK[:, :num_caption].masked_fill_(self.mask_BT, 0.0)
         x_BTD = model.cls_embedding(features_BTC.to(model.dtype), dropped_B)
         mask_B1TT = attention_mask(caption_mask_BT, num_positions=num_caption)
-        for index, block in enumerate(model.layers):
-            attention = cast(Attention, block.attention)
+        for index, layer in enumerate(model.layers):
+            block = cast(Block, layer)
+            attention = block.attention
             _, *keys_values = attention.project(block.attention_norm(x_BTD), self.rotary_LHH[:num_caption])
             self._store_prefix(index, *keys_values)
             x_BTD = block(x_BTD, self.rotary_LHH[:num_caption], mask_B1TT)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from downstream.llamagen.settings import TextEncoderConfig
 from tokenizer.modeling import TextModel, load_qlip
@@ -36,7 +36,7 @@ class TextEncoder:
     def __init__(self, config: TextEncoderConfig, *, dtype: torch.dtype | None = None):
         """Load the encoder; `dtype` is float32 by default. UserError if the folder has no weights or no tokenizer."""
         self.max_tokens = config.max_tokens
-        self.model: nn.Module
+        self.model: Any
         if config.kind == "t5":
             from transformers import AutoTokenizer, T5EncoderModel
 

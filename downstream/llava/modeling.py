@@ -47,10 +47,18 @@ SAVED_NAMES = {
 
 
 class Llava(NamedTuple):
-    """A model and its processor."""
+    """A model and its processor; `vision` and `language` are the configs of its two towers."""
 
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
+
+    @property
+    def vision(self) -> Any:
+        return self.model.config.vision_config
+
+    @property
+    def language(self) -> Any:
+        return self.model.config.text_config
 
 
 def load_llava(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> Llava:
@@ -90,8 +98,15 @@ def build_llava(
     except ValueError as error:
         raise UserError(f"{visual_tokenizer}: {error}") from None
     language = load_pretrained(AutoModelForCausalLM, language_model, kind="language model", dtype=dtype)
+    if not (hasattr(language, "model") and hasattr(language, "lm_head")):
+        raise UserError(f"{language_model} holds a {type(language).__name__}; use a Llama or Qwen as language model")
     tokenizer = load_pretrained(AutoTokenizer, language_model, kind="text tokenizer")
     add_tokens(tokenizer, language)
+    options: dict[str, Any] = {
+        "dtype": language.dtype,
+        "pad_token_id": tokenizer.pad_token_id,
+        "weights_license": qlip.config.weights_license,
+    }
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -100,9 +115,7 @@ def build_llava(
         vision_feature_layer=layer,
         vision_feature_select_strategy="default",
         tie_word_embeddings=language.config.tie_word_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=language.dtype,
-        weights_license=qlip.config.weights_license,
+        **options,
     )
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -150,8 +163,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, language: PreTrainedModel) ->
     if needed <= old_rows:
         return
     language.resize_token_embeddings(needed, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
+    layers: list[Any] = [language.get_input_embeddings(), language.get_output_embeddings()]
     with torch.no_grad():
-        for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
+        for layer in layers:
             layer.weight[old_rows:] = layer.weight[:old_rows].float().mean(0).to(layer.weight.dtype)
 
 
@@ -191,7 +205,7 @@ def greedy_generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 def save_options(folder: Path, llava: Llava, *, dtype: torch.dtype) -> None:
     """Write everything but the weights, which are of `dtype`: configs, chat template, processor and tokenizer."""
     model, processor = llava
-    for config in (model.config, model.config.text_config, model.config.vision_config):
+    for config in (model.config, llava.language, llava.vision):
         config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

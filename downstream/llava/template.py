@@ -73,7 +73,7 @@ class Template:
         """UserError if no answer can begin within `max_tokens` behind an image."""
         self.tokenizer, self.kind = tokenizer, kind
         self.num_image_tokens, self.max_tokens = num_image_tokens, max_tokens
-        self.image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         added = tokenizer.added_tokens_decoder.values()
         specials = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {IMAGE}
         names = sorted((name for name in specials if len(name) > 1), key=len, reverse=True)

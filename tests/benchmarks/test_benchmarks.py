@@ -17,8 +17,9 @@ from tests.helpers.processes import ROOT
 from tokenizer import onednn
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
-from train.recipes.configs import Stage1Config, Stage2Config, UM3LossConfig
 from train.recipes.um3 import UM3Objective
+from train.settings.tokenizer import Stage1Config, Stage2Config
+from train.settings.um3 import UM3LossConfig
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.model import split_softmax

@@ -8,7 +8,8 @@ import pytest
 
 from data_mix.codes.encode import EncodeConfig
 from eval.config import EvalConfig
-from train.recipes.configs import Stage1Config, Stage2Config, UM3Config, UM3InitConfig
+from train.settings.tokenizer import Stage1Config, Stage2Config
+from train.settings.um3 import UM3Config, UM3InitConfig
 from um3.core.config import RENAMED_KEYS, differences, load_config, save_config, to_dict
 from um3.core.errors import UserError
 from um3.core.ranges import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range

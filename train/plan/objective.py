@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tokenizer.configuration import read_qlip_config
-from train.recipes.configs import UM3Config
 from train.recipes.um3 import UM3Objective
+from train.settings.um3 import UM3Config
 from um3.core.hub import load_pretrained
 from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.configuration import is_um3

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import EngineConfig
-from train.recipes.configs import UM3Config
+from train.settings.um3 import UM3Config
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import UserError
 

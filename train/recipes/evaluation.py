@@ -9,7 +9,7 @@ from pathlib import Path
 from eval.config import EvalConfig, PartName
 from eval.run import evaluate, with_sources
 from eval.scores import read_scores
-from train.recipes.configs import UM3Config
+from train.settings.um3 import UM3Config
 from um3.core.commands import find_config
 from um3.core.config import load_config
 from um3.core.distributed import is_main, wait_for_main

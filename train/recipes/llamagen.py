@@ -92,15 +92,16 @@ class LlamaGenTask:
         shape, bits = self.config.model, self.rows.bits
         if bits % shape.subtokens:
             raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
-        sizes = SIZES[shape.size] if shape.size else {}
-        own = {
+        sizes: dict[str, Any] = {
             "hidden_size": shape.hidden_size,
             "num_hidden_layers": shape.num_layers,
             "num_attention_heads": shape.num_heads,
             "intermediate_size": shape.intermediate_size,
         }
+        if shape.size:
+            sizes = dict(SIZES[shape.size])
         return LlamaGenConfig(
-            **(sizes or own),
+            **sizes,
             caption_width=self.text_encoder.width,
             max_caption_tokens=self.text_encoder.max_tokens,
             num_patches=self.rows.num_patches,

@@ -27,7 +27,7 @@ from train.checkpoint import each_weight
 from train.engine import autocast, build_engine, precision_of, set_attention, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.recipes.llava_configs import LlavaAlignConfig, LlavaInstructConfig
+from train.settings.llava import LlavaAlignConfig, LlavaInstructConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, wait_for_main, world_size
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
@@ -45,6 +45,7 @@ class LlavaObjective(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration, *, chunk_tokens: int):
         super().__init__()
         self.model, self.chunk_tokens = model, chunk_tokens
+        self.config: Any = model.config
 
     def forward(self, input_ids_BT: Tensor, target_mask_BT: Tensor, pixels_BCHW: Tensor | None) -> Tensor:
         # Padding is on the right, so causal attention is enough to hide it from every real position.
@@ -55,7 +56,7 @@ class LlavaObjective(nn.Module):
             # Every rank must use every trained parameter: without it ZeRO waits for gradients that never come.
             embeddings_BTD = embeddings_BTD + 0 * features_BND.sum()
         else:
-            is_image_BT1 = (ids_BT == self.model.config.image_token_id)[..., None]
+            is_image_BT1 = (ids_BT == self.config.image_token_id)[..., None]
             embeddings_BTD = embeddings_BTD.masked_scatter(is_image_BT1, features_BND)
         outputs = self.model.model.language_model(inputs_embeds=embeddings_BTD, use_cache=False)
         head_VD = self.model.lm_head.weight
@@ -66,7 +67,7 @@ class LlavaObjective(nn.Module):
             frozen_rows_FD=None if is_trained else head_VD,
             target_ids_BT=input_ids_BT[:, 1:],
             supervised_BT=target_mask_BT[:, 1:],
-            text_vocab_size=self.model.config.text_config.vocab_size,
+            text_vocab_size=self.config.text_config.vocab_size,
             mode="joint",
             chunk_tokens=self.chunk_tokens,
         )
@@ -74,13 +75,13 @@ class LlavaObjective(nn.Module):
 
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
         """The projected patches (B, N, D) of the configured layer, without the class token."""
-        inner, layer = self.model.model, self.model.config.vision_feature_layer
+        inner, layer = self.model.model, self.config.vision_feature_layer
         with torch.no_grad():
             states = inner.vision_tower(pixels_BCHW, output_hidden_states=layer).hidden_states
         return inner.multi_modal_projector(states[layer][:, 1:])
 
     def _blank(self) -> Tensor:
-        vision = self.model.config.vision_config
+        vision = self.config.vision_config
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return torch.zeros(size, device=self.model.device)
 
@@ -117,14 +118,15 @@ class LlavaTask:
         self.seen, self.skipped = 0, 0
 
     def _check_window(self) -> None:
-        text, window = self.llava.model.config.text_config, self.config.data.max_tokens
-        if window > text.max_position_embeddings:
-            limit = f"the language model has {text.max_position_embeddings} positions"
-            raise UserError(f"data.max_tokens={window}: {limit}; set it to that or less")
+        window, limit = self.config.data.max_tokens, self.llava.language.max_position_embeddings
+        if window > limit:
+            raise UserError(
+                f"data.max_tokens={window}: the language model has {limit} positions; set it to that or less"
+            )
 
     def _open_batches(self) -> ConversationBatches:
         config, processor = self.config, self.llava.processor
-        vision = self.llava.model.config.vision_config
+        vision = self.llava.vision
 
         def pixels(image: Any) -> Tensor:
             return processor.image_processor(image, return_tensors="pt")["pixel_values"][0]

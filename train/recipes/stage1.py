@@ -30,9 +30,9 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.quantizer import codebook_entropy
 from train.engine import autocast, step_engine
 from train.loop import check_finite
-from train.recipes.configs import Stage1Config
 from train.recipes.tokenizer_setup import new_tokenizer, open_sources, train_only
 from train.recipes.tokenizer_task import TokenizerTask, described
+from train.settings.tokenizer import Stage1Config
 from um3.core.distributed import device, gather_with_gradient, mean_over_ranks, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.model.text_tokenizer import vocabulary_digest

@@ -17,7 +17,7 @@ import torch
 from data_mix.batches.packing import lay_out, micro_batches
 from data_mix.batches.token_stream import sequences_of_sources
 from train.engine import autocast, split_batch
-from train.recipes.configs import UM3Config
+from train.settings.um3 import UM3Config
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.model.vocabulary import UnifiedVocabulary

@@ -16,8 +16,8 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.pretrained import load_encoder, load_text_tower
 from tokenizer.processor import QLIPProcessor
 from tokenizer.text_tokenizer import load_caption_tokenizer, train_caption_tokenizer
-from train.recipes.configs import ImageDataConfig, QLIPSizeConfig, TextTowerConfig
 from train.run_folder import read_record, write_record
+from train.settings.tokenizer import ImageDataConfig, QLIPSizeConfig, TextTowerConfig
 from um3.core.distributed import is_main, make_once
 from um3.core.errors import UserError
 from um3.core.files import short_hash

@@ -15,7 +15,7 @@ from tokenizer.processor import QLIPProcessor
 from train.checkpoint import full_weights
 from train.engine import build_engine, split_batch
 from train.optim import schedule_factor, set_learning_rate
-from train.recipes.configs import Stage1Config, Stage2Config
+from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import is_main, rank, world_size
 from um3.core.files import atomic_folder
 

@@ -29,10 +29,10 @@ from train.checkpoint import frozen_weights, full_weights
 from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.recipes.configs import UM3Config, UM3LossConfig
 from train.recipes.evaluation import Evaluation
 from train.recipes.text_validation import TextValidation
 from train.recipes.um3_start import UM3Start
+from train.settings.um3 import UM3Config, UM3LossConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.seeds import seed_everything
 from um3.model.bit_embeddings import BitEmbeddings

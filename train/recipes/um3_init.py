@@ -31,8 +31,8 @@ from train.checkpoint import full_weights
 from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.recipes.configs import UM3InitConfig
 from train.recipes.um3_start import calibration_length, with_qk_norm
+from train.settings.um3 import UM3InitConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.core.files import short_hash

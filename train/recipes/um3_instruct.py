@@ -6,8 +6,8 @@ The loop, loss, engine and files are those of `train.recipes.um3`; only the batc
 
 from data_mix.batches.chat_batches import CHAT, MAX_UNUSABLE, ChatBatches
 from data_mix.batches.mix import SequenceBatch
-from train.recipes.configs import UM3Config, UM3InstructConfig, VocabularyConfig
 from train.recipes.um3 import UM3Task
+from train.settings.um3 import UM3Config, UM3InstructConfig, VocabularyConfig
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.hub import model_folder

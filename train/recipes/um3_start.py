@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_mix.batches.token_stream import TokenStream
 from data_mix.sources.fingerprint import source_fingerprint
-from train.recipes.configs import UM3Config
 from train.recipes.tokenizer_setup import trained_once
+from train.settings.um3 import UM3Config
 from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash

@@ -15,8 +15,8 @@ from data_mix.batches.schedule import MixConfig
 from data_mix.sources.text import TextSourceConfig
 from tests.data_mix.batches.test_mix import CODES, IDS, OPTIONS, PROSE
 from tests.helpers.code_shards import write_codes
-from train.recipes.configs import UM3LossConfig
 from train.recipes.um3 import UM3Objective
+from train.settings.um3 import UM3LossConfig
 
 SEQ_LEN = 40
 SIZES: dict[str, Any] = dict(

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from downstream.llava import modeling
 from downstream.llava.modeling import load_llava, save_options, save_weights
@@ -251,3 +253,20 @@ def test_the_number_of_image_tokens_is_that_of_the_patches(parts, tmp_path):
     model, processor = build((parts[0], other))
     ids_BT = processor(text="<image>", images=photo(20, 30), return_tensors="pt")["input_ids"]
     assert model.config.image_seq_length == 9 == (ids_BT == model.config.image_token_id).sum()
+
+
+def test_another_kind_of_language_model_is_refused(parts, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GPT2LMHeadModel; use a Llama or Qwen"):
+        build((tmp_path, parts[1]))
+
+
+def test_lm_eval_asks_the_folder_as_the_processor_does(llava, llava_folder):
+    """`hf-multimodal` of lm-eval: bos once, the system sentence, the image."""
+    model = HFMultimodalLM(pretrained=str(llava_folder), device="cpu", batch_size=1, dtype="float32", max_images=1)
+    context = model.apply_chat_template([{"role": "user", "content": f"<image>{QUESTIONS[0]}"}])
+    image = photo(30, 20)
+    options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    request = Instance("generate_until", {}, (context, options, {"visual": [image]}), 0)
+    (answer,) = model.generate_until([request])
+    assert answer.strip() == ask(llava, QUESTIONS[:1], [image])[0].strip() != ""

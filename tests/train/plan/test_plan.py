@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from tests.train.conftest import ROOT, arguments, logged, train_apart
 from train.plan.memory import Layout, Peak, Trace, Tracer, usage
 from train.plan.plan import Plan, Setting, main
-from train.recipes.configs import UM3Config
+from train.settings.um3 import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 

@@ -7,7 +7,7 @@ from tests.helpers.processes import run_on_ranks
 from tests.train.conftest import ROOT, TINY
 from train.engine import start_runtime, step_engine
 from train.recipes import stage1
-from train.recipes.configs import Stage1Config
+from train.settings.tokenizer import Stage1Config
 from um3.core.config import load_config
 
 

@@ -24,7 +24,7 @@ from um3.model.extend import load_base
 from um3.model.language_model import load_model
 from um3.model.text_tokenizer import encode_texts, train_text_tokenizer
 
-CHECKED = {"UM3Pipeline", "QLIPProcessor", "super()"}
+CHECKED = {"LlamaGenPipeline", "UM3Pipeline", "QLIPProcessor", "super()"}
 """Classes of ours whose `from_pretrained` loads through `um3.core.hub`."""
 MAX_LENGTH = 60
 
