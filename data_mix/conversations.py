@@ -38,6 +38,8 @@ TURNS = "conversations"  # the field of an entry that holds its turns
 INDEX_SCHEMA = pa.schema({"offset": pa.int64(), "length": pa.int32(), "image": pa.string(), "is_unusable": pa.bool_()})
 """Where an entry lies in its file, in bytes, its image, and whether that could not be read."""
 IMAGES_AT_ONCE = 4096
+MAX_UNUSABLE, MIN_COUNTED = 0.01, 1000
+"""The share of conversations that may be unusable, and how many a run reads before more of them stop it."""
 
 
 class Turn(NamedTuple):

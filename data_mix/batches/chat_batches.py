@@ -18,7 +18,7 @@ from torch import Tensor
 from data_mix.batches.config import ChatDataConfig
 from data_mix.batches.mix import NUM_SPECIAL_TOKENS, SequenceBatch, SequenceBatches
 from data_mix.codes.shards import CodeShards, open_code_sources
-from data_mix.conversations import ConversationSource, open_conversations
+from data_mix.conversations import MAX_UNUSABLE, ConversationSource, open_conversations
 from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, rank_positions
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHAT = "chat"
-MAX_UNUSABLE = 0.01
-"""Share of a source's conversations that may be unusable or lack the codes of their image; more is a mistake."""
 
 
 class CodedConversations:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data_mix.conversations import Conversation, ConversationSource
+from data_mix.conversations import MAX_UNUSABLE, Conversation, ConversationSource
 from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
 from data_mix.samples import BadSample
 from data_mix.sources.bad_files import BadFiles
@@ -39,8 +39,6 @@ SIGNS = {"image": 1, "text": -1}
 """The modalities, and the sign of the words of their conversations (`count_words`)."""
 WINDOW_BATCHES = 8
 """Within so many batches of a modality, conversations are sorted by length."""
-MAX_UNUSABLE = 0.01
-"""Share of a source's conversations that may be unusable; more is a mistake."""
 MAX_SIDE, MAX_RATIO = 4096, 50
 """A larger image is scaled down to this side before it is padded; a narrower one than 1 : 50 is not used."""
 NO_ANSWER = "no answer within the window"

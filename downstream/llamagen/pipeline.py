@@ -26,8 +26,7 @@ from um3.core.hub import model_folder, write_checksums
 from um3.core.text import valid_text
 from um3.inference.generate import SampledImages
 from um3.inference.image_pipeline import ImagePipeline, SampleImages
-
-QLIP_FOLDER = "qlip"
+from um3.model.language_model import QLIP_FOLDER
 
 
 class LlamaGenPipeline(ImagePipeline):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+"""Data for development beside the checkout; tests that use it skip where it is absent."""
 
 
 def run_python(program: str, *, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from data_mix.batches.conversation_batches import MAX_UNUSABLE, ConversationBatch, ConversationBatches
-from data_mix.conversations import open_conversations
+from data_mix.batches.conversation_batches import ConversationBatch, ConversationBatches
+from data_mix.conversations import MAX_UNUSABLE, MIN_COUNTED, open_conversations
 from data_mix.prefetch import Prefetch
 from downstream.llava.modeling import Llava, build_llava, load_llava, num_image_tokens, save_options, save_weights
 from downstream.llava.template import Template
@@ -34,9 +34,6 @@ from um3.core.files import atomic_folder
 from um3.core.hub import load_pretrained
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
-
-MIN_COUNTED = 1000
-"""Conversations that are read before a share of unusable ones stops the run."""
 
 
 class LlavaObjective(nn.Module):

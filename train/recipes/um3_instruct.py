@@ -4,8 +4,9 @@ The loop, loss, engine and files are those of `train.recipes.um3`; only the batc
 (`data_mix.batches.chat_batches`).
 """
 
-from data_mix.batches.chat_batches import CHAT, MAX_UNUSABLE, ChatBatches
+from data_mix.batches.chat_batches import CHAT, ChatBatches
 from data_mix.batches.mix import SequenceBatch
+from data_mix.conversations import MAX_UNUSABLE, MIN_COUNTED
 from train.recipes.um3 import UM3Task
 from train.settings.um3 import UM3Config, UM3InstructConfig, VocabularyConfig
 from um3.core.errors import UserError
@@ -14,9 +15,6 @@ from um3.core.hub import model_folder
 from um3.model.configuration import ModelConfig
 from um3.model.language_model import QLIP_FOLDER, trained_on
 from um3.model.vocabulary import UnifiedVocabulary
-
-MIN_COUNTED = 1000
-"""Conversations that are read before a share of them that cannot be used stops the run."""
 
 
 class UM3InstructTask(UM3Task):

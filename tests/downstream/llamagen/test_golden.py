@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.decoding import Decoder
 from downstream.llamagen.modeling import LlamaGen, attention_mask, rotary_table
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import SHARED
 from um3.inference.generate import choose
 from um3.inference.sampling_params import Sampling
 
-GOLDEN = ROOT.parent / "shared" / "golden" / "llamagen_tiny"
+GOLDEN = SHARED / "golden" / "llamagen_tiny"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden/llamagen_tiny")
 LOGITS, GUIDED, GRADIENTS = 5e-5, 2e-4, 1e-5
 

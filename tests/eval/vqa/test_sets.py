@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 from io import BytesIO
-from pathlib import Path
 from typing import get_args
 
 import openpyxl
@@ -17,10 +16,11 @@ from eval.vqa.questions import Answer, answer_lines, question_lines, read_answer
 from eval.vqa.sets import SETS, SetName
 from eval.vqa.yes_no import COGNITION, PERCEPTION
 from tests.eval.vqa.files import ONE_WORD, WRITERS
+from tests.helpers.processes import SHARED
 from um3.core.errors import UserError
 
 SCORED = [name for name in SETS if SETS[name].score]
-SHARED = Path("/work/shared/data/vqa")
+VQA = SHARED / "data" / "vqa"
 LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -281,9 +281,9 @@ def test_an_image_outside_of_the_folder_is_refused(image, tmp_path):
         SETS["scenes"].read(tmp_path, tmp_path)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+@pytest.mark.skipif(not VQA.is_dir(), reason="the shared data is not here")
 def test_perfect_answers_to_the_shared_questions(tmp_path):
-    scenes = SHARED / "scenes"
+    scenes = VQA / "scenes"
     for name, count, truth in (
         ("vqav2", 201, lambda q: q.truth[0]),
         ("gqa", 201, lambda q: q.truth),
@@ -294,9 +294,9 @@ def test_perfect_answers_to_the_shared_questions(tmp_path):
         assert count in (None, len(questions)) and all(question.image.is_file() for question in questions)
         scores = values(name, [Answer(question, truth(question)) for question in questions])
         assert scores.get("existence", 200) == 200 and scores.get("accuracy", scores.get("f1", 1)) == 1
-    questions = SETS["pope"].read(SHARED / "pope", tmp_path)
+    questions = SETS["pope"].read(VQA / "pope", tmp_path)
     assert [sum(q.category == split for q in questions) for split in ("random", "popular")] == [2910, 3000]
     assert rows("pope", [Answer(q, "Yes" if q.truth else "No") for q in questions])["f1"].value == 1
-    photos = SETS["vqav2"].read(SHARED / "photos", SHARED / "photos")
+    photos = SETS["vqav2"].read(VQA / "photos", VQA / "photos")
     assert len(photos) == 10
     shutil.rmtree(tmp_path)
