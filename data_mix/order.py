@@ -5,7 +5,7 @@ A permutation per source and epoch, exact counts of every batch by error diffusi
 
 import functools
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,3 +137,17 @@ def rank_positions(batch_size: int, *, rank: int, world_size: int) -> range:
         raise UserError(f"batch_size={batch_size} does not divide among {world_size} processes; use a multiple of it")
     share = batch_size // world_size
     return range(rank * share, (rank + 1) * share)
+
+
+def check_state(state: Mapping[str, Any], *, expected: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """UserError if a checkpoint's data `state` differs in one of `keys` from what this run expects at the same step."""
+    for key in keys:
+        old, new = state.get(key), expected[key]
+        if old != new:
+            if isinstance(old, dict) and old.keys() == new.keys():
+                name = next(name for name in new if old[name] != new[name])
+                key, old, new = f"{key} of {name}", old[name], new[name]
+            raise UserError(
+                f"the checkpoint of step {state['step']} was trained on other data: {key} {old}, now {new}; resume "
+                "with the config and data of the checkpoint, or start a new run folder"
+            )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_mix.batches.config import CodeDataConfig
 from data_mix.codes.shards import CodedSample, open_code_sources
-from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
+from data_mix.order import ExactCounts, SampleOrder, check_state, fixed_shares, rank_positions
 from data_mix.samples import BadSample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
@@ -91,13 +91,7 @@ class CodeBatches:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """UserError if a checkpoint's `state` is not that of these sources and this config at the same step."""
-        expected = self.state(int(state["step"]))
-        for key, value in expected.items():
-            if state.get(key) != value:
-                raise UserError(
-                    f"the checkpoint of step {state['step']} was trained on other data: {key} {state.get(key)}, now "
-                    f"{value}; resume with the config and data of the checkpoint, or start a new run folder"
-                )
+        check_state(state, expected=self.state(int(state["step"])), keys=("seed", "draws", "fingerprints"))
 
     def _read(self, name: str, draw: int) -> CodedSample:
         """The sample of a draw, or the next one of its source whose shard can be read."""

@@ -24,7 +24,7 @@ from data_mix.batches.schedule import TASKS, Schedule, Task
 from data_mix.batches.statistics import COUNTED
 from data_mix.batches.token_stream import TokenStream
 from data_mix.codes.shards import CodedSample, CodeShards, open_code_sources
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, rank_positions
+from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, check_state, fixed_shares, interleave, rank_positions
 from data_mix.samples import BadSample
 from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.text import open_text_source
@@ -181,17 +181,8 @@ class SequenceBatches:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """UserError if a checkpoint's `state` is not that of these sources and this config at the same step."""
-        expected = self.state(int(state["step"]))
-        for key in ("seed", "batch_size", "sizes", "draws", "fingerprints"):
-            old, new = state.get(key), expected[key]
-            if old != new:
-                if isinstance(old, dict) and old.keys() == new.keys():
-                    name = next(name for name in new if old[name] != new[name])
-                    key, old, new = f"{key} of {name}", old[name], new[name]
-                raise UserError(
-                    f"the checkpoint of step {state['step']} was trained on other data: {key} {old}, now {new}; resume "
-                    "with the config and data of the checkpoint, or start a new run folder"
-                )
+        keys = ("seed", "batch_size", "sizes", "draws", "fingerprints")
+        check_state(state, expected=self.state(int(state["step"])), keys=keys)
 
     def _counted(self, sample: TrainingSequence, *, is_replaced: bool) -> Tensor:
         """The columns of COUNTED for one sample, (C,)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from downstream.llamagen.modeling import Block, LlamaGen, attention_mask, rotary_table, rotate
 from um3.inference.decoder import PackedLinear, whole_windows
-from um3.inference.generate import FREE, SampledImages, check_finite, choose
+from um3.inference.generate import FREE, LOGITS, SampledImages, check_finite, choose
 from um3.inference.sampling_params import Sampling
 
 
@@ -76,7 +76,7 @@ class Decoder:
             features_BTC, caption_mask_BT = features_BTC.repeat(2, 1, 1), caption_mask_BT.repeat(2, 1)
             dropped_R = torch.cat([dropped_R, ~dropped_R])
         scales_P, ids = sampling.scales(num_ids), list[Tensor]()
-        logprobs_B = features_BTC.new_zeros(num_samples, dtype=torch.float32)
+        logprobs_B, highest_B = features_BTC.new_zeros(2, num_samples, dtype=torch.float32)
         cache = _Cache(self, features_BTC=features_BTC, caption_mask_BT=caption_mask_BT, dropped_B=dropped_R)
         for position in range(num_ids):
             hidden_RD = cache.step(ids[-1].repeat(len(dropped_R) // num_samples)) if ids else cache.hidden_RD
@@ -84,7 +84,9 @@ class Decoder:
             if sampling.guided:
                 conditional_BV, unconditional_BV = logits_BV.chunk(2)
                 logits_BV = unconditional_BV + scales_P[position] * (conditional_BV - unconditional_BV)
-            check_finite(logits_BV, what="the model's logits")
+            highest_B += logits_BV.amax(-1)  # not finite once a logit was NaN; asking at every position waits for it
+            if position == 0:
+                check_finite(highest_B, what=LOGITS)  # before the work
             ids_B = choose(logits_BV, sampling=sampling, uniforms_B=uniforms_BP[:, position])
             if kept_BP is not None:
                 kept_B = kept_BP[:, position].to(ids_B.device)
@@ -93,6 +95,7 @@ class Decoder:
             if watch is not None:
                 watch(torch.stack(ids))
             logprobs_B += conditional_BV.log_softmax(-1).gather(-1, ids[-1][:, None])[:, 0]
+        check_finite(highest_B, what=LOGITS)
         return SampledImages(torch.stack(ids, dim=1), logprobs=logprobs_B)
 
 

@@ -25,7 +25,7 @@ from um3.core.files import atomic_folder
 from um3.core.hub import model_folder, write_checksums
 from um3.core.text import valid_text
 from um3.inference.generate import SampledImages
-from um3.inference.image_pipeline import ImagePipeline, SampleImages
+from um3.inference.image_pipeline import ImagePipeline, SampleImages, load_visual_tokenizer
 from um3.model.language_model import QLIP_FOLDER
 
 
@@ -59,9 +59,7 @@ class LlamaGenPipeline(ImagePipeline):
         stored = getattr(model.config, "text_encoder", None)
         if not isinstance(stored, dict):
             raise UserError(f"{folder}/config.json names no text_encoder; use a folder of make llamagen")
-        qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
-        if qlip.fingerprint() != model.config.tokenizer_fingerprint:
-            raise UserError(f"{folder} was trained with another visual tokenizer than {QLIP_FOLDER}/; restore that one")
+        qlip, processor = load_visual_tokenizer(folder, fingerprint=model.config.tokenizer_fingerprint)
         encoder_config = TextEncoderConfig(**stored)
         encoder_config.name = encoder_config.name or str(folder / QLIP_FOLDER)
         text_encoder = TextEncoder(encoder_config, dtype=model.dtype)

@@ -1,6 +1,7 @@
 """Tiny runs of the real phases: the demo's configs with smaller numbers, in this process or in others."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,15 @@ def train_here(phase: str, inputs: Path, folder: Path, *overrides: str) -> list[
     """Train a tiny `phase` in `folder` inside this process, from the phases in `inputs`; returns its losses."""
     main(arguments(phase, inputs, f"loop.output_dir={folder}", *overrides))
     return losses(folder)
+
+
+def copy_half(finished: Path, folder: Path) -> Path:
+    """A copy of a finished run of four steps, as it was after two."""
+    shutil.copytree(finished, folder)
+    for name in ("done.json", "metrics.jsonl", "checkpoints/step-00000004", "model"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
 
 
 def environment() -> dict[str, str]:

@@ -7,6 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, Unpack
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import tokenizer
 from tokenizer.images import QLIPImages, decode_codes, embed_images, embed_texts, encode_images
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
@@ -23,6 +25,7 @@ from um3.inference.inpainting import Region, region_patches
 from um3.inference.outputs import Generated, Reconstruction
 from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling
+from um3.model.language_model import QLIP_FOLDER
 
 Images = np.ndarray | Sequence[Image.Image]
 MAX_IMAGES = 1_000_000
@@ -38,6 +41,19 @@ class GenerateOptions(ImageOptions, total=False):
     seeds: Sequence[int] | None
     batch_size: int
     watch: Watch | None
+
+
+def load_visual_tokenizer(folder: Path, *, fingerprint: str) -> tuple[QLIPModel, QLIPProcessor]:
+    """The visual tokenizer in a model's folder; UserError unless it is that of the model's training."""
+    if not (folder / QLIP_FOLDER / "config.json").is_file():
+        raise UserError(f"{folder} lacks its visual tokenizer; put the QLIP of its training into {QLIP_FOLDER}/")
+    qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
+    if qlip.fingerprint() != fingerprint:
+        raise UserError(
+            f"{folder} was trained with the visual tokenizer {fingerprint} but {QLIP_FOLDER}/ holds "
+            f"{qlip.fingerprint()}; restore the right one"
+        )
+    return qlip, processor
 
 
 class SampleImages(Protocol):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import tokenizer
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
@@ -22,13 +21,13 @@ from um3.core.text import valid_text
 from um3.inference.chat import Messages, chat_prompts
 from um3.inference.decoder import check_room
 from um3.inference.generate import SampledImages, Sampler, uniforms
-from um3.inference.image_pipeline import GenerateOptions, ImagePipeline, Images, SampleImages
+from um3.inference.image_pipeline import GenerateOptions, ImagePipeline, Images, SampleImages, load_visual_tokenizer
 from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Texts
 from um3.inference.requests import batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
-from um3.model.language_model import QLIP_FOLDER, load_model, trained_on
+from um3.model.language_model import load_model, trained_on
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.vocabulary import UnifiedVocabulary
 
@@ -77,14 +76,7 @@ class UM3Pipeline(ImagePipeline):
         """
         folder = model_folder(path_or_hub_id, kind="UM3 model")
         loaded = load_model(folder, device=device, dtype=dtype)
-        if not (folder / QLIP_FOLDER / "config.json").is_file():
-            raise UserError(f"{folder} lacks its visual tokenizer; put the QLIP of its training into {QLIP_FOLDER}/")
-        qlip, processor = tokenizer.load(folder / QLIP_FOLDER)
-        if qlip.fingerprint() != loaded.fingerprint:
-            raise UserError(
-                f"{folder} was trained with the visual tokenizer {loaded.fingerprint} but {QLIP_FOLDER}/ holds "
-                f"{qlip.fingerprint()}; restore the right one"
-            )
+        qlip, processor = load_visual_tokenizer(folder, fingerprint=loaded.fingerprint)
         return cls(
             model=loaded.model,
             text_tokenizer=loaded.text_tokenizer,

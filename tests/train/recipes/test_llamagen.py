@@ -1,6 +1,5 @@
 """`make llamagen` at a tiny size: what it learns and writes, and that a resumed run computes the same bits."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from downstream.llamagen.pipeline import LlamaGenPipeline
 from tests.helpers.processes import ROOT
-from tests.train.conftest import COMMON, logged, losses, train_apart
+from tests.train.conftest import COMMON, copy_half, logged, losses, train_apart
 from train.phase import main
 from um3.core.errors import UserError
 
@@ -48,11 +47,7 @@ def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained):
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
     whole = losses(trained)
-    shutil.copytree(trained, tmp_path / "half")
-    for name in ("done.json", "metrics.jsonl", "checkpoints/step-00000004", "model"):
-        path = tmp_path / "half" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    main(llamagen(made, tmp_path / "half"))
+    main(llamagen(made, copy_half(trained, tmp_path / "half")))
     assert losses(tmp_path / "half") == whole[2:]
     weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

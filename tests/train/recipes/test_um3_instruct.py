@@ -11,7 +11,7 @@ from data_mix.batches.chat_batches import join_codes
 from data_mix.sources.config import ConversationSourceConfig
 from tests.helpers.processes import ROOT
 from tests.tokenizer.conftest import change_json
-from tests.train.conftest import COMMON, losses, train_apart
+from tests.train.conftest import COMMON, copy_half, losses, train_apart
 from train.phase import main
 from um3.core.errors import UserError
 from um3.core.files import read_json
@@ -67,11 +67,7 @@ def test_a_finished_run_is_up_to_date_and_another_start_refused(made, trained, t
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
     whole = losses(trained)
-    shutil.copytree(trained, tmp_path / "half")
-    for name in ("done.json", "metrics.jsonl", "checkpoints/step-00000004", "model"):
-        path = tmp_path / "half" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    main(instruct(made, tmp_path / "half"))
+    main(instruct(made, copy_half(trained, tmp_path / "half")))
     assert losses(tmp_path / "half") == whole[2:]
     weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
