@@ -35,6 +35,13 @@ TINY = {
         *(f"model.{setting}" for setting in (*TOWER, "num_kv_heads=2", "head_dim=16")),
         *(f"vocabulary.{setting}" for setting in ("text_vocab_size=320", "subtokens=2", "bits_per_subtoken=6")),
     ],
+    "um3-instruct": [
+        *COMMON,
+        *("data.seq_len=250", "data.text_seq_len=28", "optimizer.kind=adamw", "optimizer.lr=1e-2"),
+        *("data.chat_share=0.5", "text_validation.every_steps=0"),
+        "data.conversations=[{name: scenes, kind: scenes, length: 64}]",
+    ],
+    "llamagen": [*COMMON, *(f"model.{setting}" for setting in TOWER)],
 }
 
 
@@ -44,6 +51,8 @@ def arguments(phase: str, folder: Path, *overrides: str) -> list[str]:
         "stage1": [],
         "stage2": [f"init_from={folder}/stage1/model"],
         "um3": [f"visual_tokenizer={folder}/stage2/model", f"data.codes={folder}/codes"],
+        "um3-instruct": [f"init_from={folder}/um3/model", f"data.codes={folder}/codes"],
+        "llamagen": [f"visual_tokenizer={folder}/stage2/model", f"data.codes={folder}/codes"],
     }[phase]
     config = ["--config", str(ROOT / "configs/demo.yaml")]
     return [phase, *config, f"loop.output_dir={folder}/{phase}", *TINY[phase], *inputs, *overrides]

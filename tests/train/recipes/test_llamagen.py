@@ -8,19 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from downstream.llamagen.pipeline import LlamaGenPipeline
-from tests.helpers.processes import ROOT
-from tests.train.conftest import COMMON, copy_half, logged, losses, train_apart
+from tests.train.conftest import arguments, copy_half, logged, losses, train_apart
 from train.phase import main
 from um3.core.errors import UserError
-
-SIZES = [f"model.{setting}" for setting in ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")]
 
 
 def llamagen(made: Path, folder: Path, *overrides: str) -> list[str]:
     """Command line of a tiny llamagen in `folder`, from the tokenizer and the codes of `made`."""
-    config = ["llamagen", "--config", str(ROOT / "configs/demo.yaml"), f"loop.output_dir={folder}"]
-    start = [f"visual_tokenizer={made}/stage2/model", f"data.codes={made}/codes"]
-    return [*config, *COMMON, *SIZES, *start, *overrides]
+    return arguments("llamagen", made, f"loop.output_dir={folder}", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -9,27 +9,18 @@ from safetensors.torch import load_file
 
 from data_mix.batches.chat_batches import join_codes
 from data_mix.sources.config import ConversationSourceConfig
-from tests.helpers.processes import ROOT
 from tests.tokenizer.conftest import change_json
-from tests.train.conftest import COMMON, copy_half, losses, train_apart
+from tests.train.conftest import arguments, copy_half, losses, train_apart
 from train.phase import main
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 from um3.inference.pipeline import UM3Pipeline
 
-SIZES = [
-    *("data.seq_len=250", "data.text_seq_len=28", "optimizer.kind=adamw", "optimizer.lr=1e-2"),
-    *("data.chat_share=0.5", "text_validation.every_steps=0"),
-    "data.conversations=[{name: scenes, kind: scenes, length: 64}]",
-]
-
 
 def instruct(made: Path, folder: Path, *overrides: str) -> list[str]:
     """Command line of a tiny um3-instruct in `folder`, from the UM3 and the codes of `made`."""
-    config = ["um3-instruct", "--config", str(ROOT / "configs/demo.yaml"), f"loop.output_dir={folder}"]
-    start = [f"init_from={made}/um3/model", f"data.codes={made}/codes"]
-    return [*config, *COMMON, *SIZES, *start, *overrides]
+    return arguments("um3-instruct", made, f"loop.output_dir={folder}", *overrides)
 
 
 @pytest.fixture(scope="module")
