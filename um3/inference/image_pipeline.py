@@ -82,9 +82,9 @@ class ImagePipeline(ABC):
         self.qlip, self.processor, self.name = qlip, processor, name
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """The fingerprint of the visual tokenizer, to which all codes belong."""
-        return self.qlip.fingerprint()
 
     @property
     @abstractmethod
