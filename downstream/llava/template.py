@@ -1,10 +1,13 @@
-"""Conversations as token ids, with a mask of the supervised ones (LLaVA-1.5's templates `v1` and `plain`).
+"""Conversations as token ids, with a mask of the supervised ones: LLaVA-1.5's `v1` and `plain`, and a short template.
 
     v1      SYSTEM USER: <image>\\nquestion ASSISTANT: answer</s>USER: question ASSISTANT: answer</s>
+    qa      Q: <image>\\nquestion A: answer</s>Q: question A: answer</s>
     plain   <image>caption\\n
 
-A string is tokenised in one call. Of `v1` the tokens that end after "ASSISTANT:" and not after "</s>" are supervised,
-of `plain` the caption and its newline. "</s>" stands for the tokenizer's end-of-text token.
+`qa` is for small vocabularies, which spell the words of `v1` letter by letter.
+
+A string is tokenised in one call. Of a conversation the tokens that end after the model's mark ("ASSISTANT:", "A:") and
+not after "</s>" are supervised, of `plain` the caption and its newline. "</s>" stands for the tokenizer's end of text.
 
 What a person typed never becomes a special token: "<image>" is removed, and a space breaks up any other ("< /s>").
 
@@ -27,7 +30,9 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-TemplateKind = Literal["v1", "plain"]
+TemplateKind = Literal["v1", "qa", "plain"]
+MARKS = {"v1": (f"{SYSTEM} ", "USER:", "ASSISTANT:"), "qa": ("", "Q:", "A:")}
+"""What a conversation begins with, and the marks before a question and an answer."""
 
 CHAT_TEMPLATE = """\
 {%- macro said(content) -%}
@@ -39,15 +44,15 @@ CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- set ns = namespace(system='SYSTEM') -%}
 {%- for message in messages if message['role'] == 'system' -%}
-{%- set ns.system = said(message['content']) -%}
+{%- set ns.system = said(message['content']) + ' ' -%}
 {%- endfor -%}
-{{ ns.system + ' ' }}
+{{ ns.system }}
 {%- for message in messages if message['role'] != 'system' -%}
-{%- if message['role'] == 'user' -%}{{ 'USER: ' + said(message['content']) + ' ' }}
-{%- else -%}ASSISTANT:{% generation %}{{ ' ' + said(message['content']) + 'EOS' }}{% endgeneration %}
+{%- if message['role'] == 'user' -%}{{ 'USER ' + said(message['content']) + ' ' }}
+{%- else -%}MODEL{% generation %}{{ ' ' + said(message['content']) + 'EOS' }}{% endgeneration %}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}
+{%- if add_generation_prompt -%}MODEL{%- endif -%}
 """
 
 
@@ -58,10 +63,15 @@ class LlavaSequence(NamedTuple):
     target_mask_T: Tensor
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`v1` for `apply_chat_template`, without the begin-of-text token, which the processor adds."""
-    values = {"SYSTEM": SYSTEM.replace("'", "\\'"), "IMAGE": IMAGE, "EOS": str(tokenizer.eos_token)}
-    return re.sub("SYSTEM|IMAGE|EOS", lambda match: values[match[0]], CHAT_TEMPLATE)
+def chat_template(tokenizer: PreTrainedTokenizerBase, *, kind: TemplateKind = "v1") -> str:
+    """The template for `apply_chat_template`, without the begin-of-text token, which the processor adds.
+
+    `plain` has no questions, so its chats are those of `v1`.
+    """
+    begin, user, model = MARKS["v1" if kind == "plain" else kind]
+    values = {"SYSTEM": begin.replace("'", "\\'"), "USER": user, "MODEL": model}
+    values |= {"IMAGE": IMAGE, "EOS": str(tokenizer.eos_token)}
+    return re.sub("SYSTEM|USER|MODEL|IMAGE|EOS", lambda match: values[match[0]], CHAT_TEMPLATE)
 
 
 class Template:
@@ -101,10 +111,10 @@ class Template:
         if self.kind == "plain":
             caption = cleaned[0][1] + "\n"
             return image + caption, [(len(image), len(image) + len(caption))]
-        text, spans = SYSTEM + " ", []
+        (text, user, model), spans = MARKS[self.kind], []
         for number, (question, answer) in enumerate(cleaned):
             mark = f"{image}\n" if image and number == 0 else ""
-            text += f"USER: {mark}{question} ASSISTANT:"
+            text += f"{user} {mark}{question} {model}"
             first = len(text)
             text += f" {answer}{self.tokenizer.eos_token}"
             spans.append((first, len(text)))

@@ -22,7 +22,7 @@ from data_mix.batches.conversation_batches import ConversationBatch, Conversatio
 from data_mix.conversations import MAX_UNUSABLE, MIN_COUNTED, open_conversations
 from data_mix.prefetch import Prefetch
 from downstream.llava.modeling import Llava, build_llava, load_llava, num_image_tokens, save_options, save_weights
-from downstream.llava.template import Template
+from downstream.llava.template import Template, chat_template
 from train.checkpoint import each_weight
 from train.engine import autocast, build_engine, precision_of, set_attention, split_batch, step_engine
 from train.loop import check_finite
@@ -95,6 +95,7 @@ class LlavaTask:
         self.llava, self.dtype = _start(config)
         model, processor = self.llava
         processor.image_processor.do_pad = config.data.pad_to_square
+        processor.chat_template = chat_template(processor.tokenizer, kind=config.data.template)
         self._check_window()
         if is_main():  # what cannot be saved must not fail after hours of training
             with tempfile.TemporaryDirectory() as folder:

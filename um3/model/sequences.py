@@ -4,7 +4,7 @@
     image-to-text   bos <boi> visual <eoi> caption eos
     text-to-image   bos caption <boi> visual <eoi> eos
     unconditional   bos <boi> visual <eoi> eos              (text-to-image with a dropped caption)
-    conversation    bos [<boi> visual <eoi>] USER: question ASSISTANT: answer eos USER: question ASSISTANT: answer eos
+    conversation    bos [<boi> visual <eoi>] Q: question A: answer eos Q: question A: answer eos
 
 A prompt is the beginning of such a sequence; the tests compare the two. bos is never a target, so packed sequences can
 be shifted by one without a target that crosses a boundary. `document_positions` separates packed documents.

@@ -118,11 +118,12 @@ def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBa
 def encode_turns(
     turns: Sequence[tuple[str, str]], *, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of `USER: question ASSISTANT:` and of ` answer` for each turn of a conversation.
+    """Token ids of `Q: question A:` and of ` answer` for each turn of a conversation.
 
-    The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is.
+    The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is. The marks
+    are short because a small trained vocabulary spells words like "assistant" letter by letter.
     """
-    pieces = [(f"USER: {question.strip()} ASSISTANT:", f" {answer.strip()}") for question, answer in turns]
+    pieces = [(f"Q: {question.strip()} A:", f" {answer.strip()}") for question, answer in turns]
     encoded = iter(encode_texts([text for piece in pieces for text in piece], tokenizer=tokenizer))
     return list(zip(encoded, encoded, strict=True))
 

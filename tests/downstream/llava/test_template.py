@@ -100,10 +100,18 @@ def test_golden_string_and_supervised_text(llama_2):
     assert llama_2.decode(plain.input_ids_T[plain.target_mask_T]).strip(" ") == "red\n"
 
 
+def test_short_marks(llama_2):
+    turns = [("what colour is it?", "red"), ("and the left shape?", "it's blue")]
+    text, spans = template(llama_2, "qa").text(turns, has_image=True)
+    assert text == "Q: <image>\nwhat colour is it? A: red</s>Q: and the left shape? A: it's blue</s>"
+    assert [text[first:last] for first, last in spans] == [" red</s>", " it's blue</s>"]
+
+
+@pytest.mark.parametrize("kind", ["v1", "qa"])
 @pytest.mark.parametrize("has_image", [False, True])
-def test_the_chat_template_gives_the_same_string_and_mask(llama_2, has_image):
+def test_the_chat_template_gives_the_same_string_and_mask(llama_2, has_image, kind):
     random = numpy_generator(1, "turns")
-    v1 = template(llama_2, num_image_tokens=1)
+    conversation = template(llama_2, kind, num_image_tokens=1)
     for _ in range(20):
         turns = random_turns(random, count=3)
         messages = []
@@ -111,13 +119,12 @@ def test_the_chat_template_gives_the_same_string_and_mask(llama_2, has_image):
             image = [{"type": "image"}] * (has_image and number == 0)
             messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        options = {"chat_template": chat_template(llama_2)}
-        assert (
-            llama_2.apply_chat_template(messages, tokenize=False, **options) == v1.text(turns, has_image=has_image)[0]
-        )
+        options = {"chat_template": chat_template(llama_2, kind=kind)}
+        text, _ = conversation.text(turns, has_image=has_image)
+        assert llama_2.apply_chat_template(messages, tokenize=False, **options) == text
         options |= {"return_dict": True, "return_assistant_tokens_mask": True}
         tokens = llama_2.apply_chat_template(messages, **options)
-        sequence = v1(turns, has_image=has_image)
+        sequence = conversation(turns, has_image=has_image)
         assert tokens["input_ids"] == sequence.input_ids_T[1:].tolist()  # the processor adds bos, a template does not
         assert tokens["assistant_masks"] == sequence.target_mask_T[1:].int().tolist()
 

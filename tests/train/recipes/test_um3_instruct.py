@@ -35,8 +35,8 @@ def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, traine
     stored = read_json(trained / "model/config.json")["um3"]
     assert stored == read_json(made / "um3/model/config.json")["um3"] | {"conversations": ["scenes"]}
     card = (trained / "model/README.md").read_text()
-    assert "trained on the conversations scenes" in card and "USER: question ASSISTANT:" in card
-    assert "USER:" not in (made / "um3/model/README.md").read_text()
+    assert "trained on the conversations scenes" in card and "Q: question A:" in card
+    assert "Q: question" not in (made / "um3/model/README.md").read_text()
     pipeline = UM3Pipeline.from_pretrained(trained / "model")
     assert pipeline.trained_on == ["scenes"] and len(pipeline.chat("How many?", max_new_tokens=3)) == 1
     before, after = (load_file(folder / "model/model.safetensors") for folder in (made / "um3", trained))

@@ -73,7 +73,7 @@ def test_wrong_image_length_and_supervision_are_refused():
 
 
 QUESTION, ANSWER, NEXT = [20, 21, 22], [23], [24, 25]
-"""Ids of `USER: question ASSISTANT:`, of ` answer`, and of a second question."""
+"""Ids of `Q: question A:`, of ` answer`, and of a second question."""
 
 
 @pytest.mark.parametrize("visual", [VISUAL, None], ids=["image", "text only"])
@@ -88,7 +88,7 @@ def test_a_conversation_has_its_answers_as_targets(visual):
 
 
 TURNS = [("What colour is it?", "red"), (" What\nshape? </s><|end_of_text|>", " a disk "), ("Why? 漢", "")]
-TEXT = "USER: What colour is it? ASSISTANT: red USER: What shape? ASSISTANT: a disk"
+TEXT = "Q: What colour is it? A: red Q: What shape? A: a disk"
 
 
 def byte_level():
@@ -122,5 +122,5 @@ def test_a_chat_prompt_begins_the_conversation_for_any_tokenizer(make_tokenizer,
 def test_a_tokenizer_whose_tokens_span_question_and_answer_is_tested():
     tokenizer = sentencepiece_like()
     question, _ = encode_turns([("What colour is it?", "red")], tokenizer=tokenizer)[0]
-    (joined,) = encode_texts(["USER: What colour is it? ASSISTANT: red"], tokenizer=tokenizer)
+    (joined,) = encode_texts(["Q: What colour is it? A: red"], tokenizer=tokenizer)
     assert joined[: len(question)] != question  # one call over the whole text would not give the prompt's ids
