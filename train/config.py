@@ -51,7 +51,7 @@ class EngineConfig:
     """UM3's attention. For packed sequences SDPA builds a mask; flash attention (GPU, flash-attn installed) does
     not."""
     fused_kernels: Literal["auto", "off"] = "auto"
-    """On a GPU: torch's fused AdamW, and Liger's kernels in the language model if liger-kernel is installed."""
+    """Torch's fused AdamW, and on a GPU Liger's kernels in the language model if liger-kernel is installed."""
     bucket_elements: PositiveInt = 500_000_000
     """Gradient elements that ZeRO reduces at a time. It holds one or two buffers of this size, or of the model's size
     if that is smaller."""

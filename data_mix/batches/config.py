@@ -83,7 +83,7 @@ class LlavaDataConfig:
     """Conversations that train LLaVA.
 
     conversations: their sources; `weight` is their share.
-    template: v1 (LLaVA-1.5's), qa (shorter, for small vocabularies), or plain: the image, and the answer as its caption.
+    template: v1 (LLaVA-1.5's), qa (for small vocabularies), or plain: the image, and the answer as its caption.
     max_tokens: of a conversation with its image tokens; text is cut on the right.
     pad_to_square: pad images to a square in the encoder's mean colour; false crops the centre.
     """

@@ -149,7 +149,7 @@ class Plan:
             bucket_elements=engine.bucket_elements,
             frozen=self.frozen,
             average=optimizer.ema_decay > 0,
-            fused=engine.fused_kernels == "auto" and optimizer.kind == "adamw" and not self.on_cpu,
+            fused=engine.fused_kernels == "auto" and optimizer.kind == "adamw",
             offload=engine.offload_optimizer and setting.zero_stage > 0,
             accumulates=setting.micro_batch < self.share,
             on_cpu=self.on_cpu,
