@@ -101,6 +101,10 @@ llamagen: $(READY) ## Train LlamaGen, text-to-image alone, on RUN/codes
 	@$(PY) -m train llamagen --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llamagen' \
 		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
+text-features: $(READY) ## Encode the captions of RUN/codes, for make llamagen ARGS=text_features=RUN/text_features
+	@$(PY) -m train text-features --config "$$CONFIG" 'text_features=$(IN_RUN)/text_features' \
+		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
+
 llava-align: $(READY) ## Train the projector of a LLaVA on a QLIP (BASE=language model, QLIP=tokenizer)
 	@$(PY) -m train llava-align --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llava-align' \
 		$(if $(BASE),'language_model=$${oc.env:BASE}') 'visual_tokenizer=$${oc.env:QLIP}' $(ARGS)

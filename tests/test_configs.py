@@ -241,10 +241,28 @@ def test_every_variant_has_the_papers_size(experiment, tokens, millions):
         ("bsqvit", "stage2", []),
         ("bsqvit", "codes", []),
         ("clip_only", "stage1", ["loss.mse: 1000.0 -> 0.0"]),
+        ("vqvit", "codes", []),
     ],
 )
 def test_a_control_differs_from_qlip_in_one_weight(experiment, phase, changed):
     assert differences(to_dict(load("qlip_b16", phase)), to_dict(load(experiment, phase))) == changed
+
+
+def test_the_vq_baseline_differs_from_bsqvit_in_its_quantizer():
+    changed = {
+        phase: {
+            line.partition(":")[0]
+            for line in differences(to_dict(load("bsqvit", phase)), to_dict(load("vqvit", phase)))
+        }
+        for phase in ("stage1", "stage2")
+    }
+    assert changed["stage1"] == {"model.quantizer", "model.bits", "loss.entropy"}
+    assert changed["stage2"] == {"trainable", "loss.entropy"}
+    model = meta_qlip("vqvit")
+    assert model.num_bits == 14 and model.vision_model.quantizer.codebook.shape == (16384, 8)
+    trainable = load("vqvit", "stage2").trainable
+    trained = [name for name, p in Autoencoder(model, trainable=trainable).named_parameters() if p.requires_grad]
+    assert trained and not any("quant_embed." in name for name in trained)
 
 
 def test_the_decoder_alone_is_tuned_on_imagenet():

@@ -1,7 +1,7 @@
-"""The QLIP model: visual encoder -> binary spherical quantization -> visual decoder, with a CLIP text tower.
+"""The QLIP model: visual encoder -> quantizer -> visual decoder, with a CLIP text tower.
 
-State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width, L bits,
-P projection, C channels, H, W pixels.
+State-dict names are those of the released checkpoints. Legend: B batch, T tokens, N patches, D width,
+L dimensions of a quantized patch (BSQ: its bits), P projection, C channels, H, W pixels.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig, read_qlip_config
 from tokenizer.layers import Encoder, Linear, build_rope
-from tokenizer.quantizer import BinarySphericalQuantizer, QuantizerOutput
+from tokenizer.quantizer import QuantizerOutput, build_quantizer
 from um3.core.errors import UserError
 from um3.core.hub import load_pretrained, model_folder
 from um3.core.text import printable
@@ -44,6 +44,7 @@ class QLIPOutput(ModelOutput):
     codebook_entropy: Tensor | None = None
     commitment: Tensor | None = None
     soft_code: Tensor | None = None
+    quantizer_input: Tensor | None = None
 
 
 class TextEmbeddings(nn.Module):
@@ -121,19 +122,15 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: QLIPVisionConfig):
         super().__init__()
-        if config.quantizer != "bsq" or config.quantizer_embed_type != "mlp":
-            kind = f"quantizer '{config.quantizer}' with embedding '{config.quantizer_embed_type}'"
-            raise ValueError(f"vision_config: {kind} is not supported; use 'bsq' with 'mlp', as the released QLIPs do")
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
         self.encoder = Encoder(config)
         self.rope = build_rope(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        options = config.quantizer_cfg or {}
-        self.quantizer = BinarySphericalQuantizer.from_options(options, l2_norm=config.quantizer_l2_norm)
-        bits, width_post = self.quantizer.embed_dim, config.hidden_size_post_q or width
-        self.quant_embed = QuantizerEmbed(width, bits, hidden=width)
-        self.quant_embed_post = QuantizerEmbed(bits, width_post, hidden=width_post)
+        self.quantizer = build_quantizer(config)
+        narrow, width_post = self.quantizer.embed_dim, config.hidden_size_post_q or width
+        self.quant_embed = QuantizerEmbed(width, narrow, hidden=width)
+        self.quant_embed_post = QuantizerEmbed(narrow, width_post, hidden=width_post)
 
     def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
         """Images -> last hidden states (B, 1 + N, D), class token first."""
@@ -214,7 +211,7 @@ class QLIPModel(PreTrainedModel):
     @property
     def num_bits(self) -> int:
         """Bits of one code."""
-        return self.vision_model.quantizer.embed_dim
+        return self.vision_model.quantizer.num_bits
 
     @property
     def num_patches(self) -> int:
@@ -261,7 +258,7 @@ class QLIPModel(PreTrainedModel):
             output.codes, output.quantized = quantizer.codes_BN, quantizer.quantized_BNL
             output.quantizer_loss, output.commitment = quantizer.loss, quantizer.commitment
             output.sample_entropy, output.codebook_entropy = quantizer.sample_entropy, quantizer.codebook_entropy
-            output.soft_code = quantizer.mean_GK
+            output.soft_code, output.quantizer_input = quantizer.mean_GK, quantizer.vectors_BNL
         else:
             output.reconstructions = self.vision_decoder(hidden_BTD[:, 1:])
             nothing = hidden_BTD.new_zeros((), dtype=torch.float32)

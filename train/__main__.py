@@ -15,6 +15,7 @@ COMMANDS = {
     "llava-instruct": Command("train.phase", "train its projector and language model on conversations", named=True),
     "um3-init": Command("train.phase", "make a starting UM3 from a Llama or Qwen and a QLIP", named=True),
     "llamagen": Command("train.phase", "train LlamaGen, text-to-image on the codes", named=True),
+    "text-features": Command("train.text_features", "encode the captions of the codes for llamagen"),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
     "plan": Command("train.plan.plan", "what of UM3's training fits which GPUs, and how long it takes"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_mix.batches.token_stream import TokenFile, read_sequences
 from data_mix.codes.shards import map_shard, read_header
+from downstream.llamagen.text_features import check_features
 from train import run_folder
 from train.checkpoint import read_checkpoint
 from um3.core.errors import UserError
@@ -35,12 +36,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def checks(run: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
-    """Each code shard, text cache, checkpoint and finished model below `run`, and the function that verifies it."""
-    for path in walk_files(run, suffixes=(".arrow", ".bin", ".json")):
+    """Each code shard, cache, checkpoint and finished model below `run`, and the function that verifies it."""
+    for path in walk_files(run, suffixes=(".arrow", ".bin", ".json", ".safetensors")):
         if path.suffix == ".arrow":
             yield path, lambda path: map_shard(path, header=read_header(path))
         elif path.suffix == ".bin" and path.name.startswith("text-"):
             yield path, lambda path: TokenFile(path).check()
+        elif path.parent.name == "text_features":
+            yield path, check_features
         elif path.name.startswith("sequences-"):
             yield path, read_sequences
         elif path.name == "meta.json" and path.parent.parent.name == "checkpoints":

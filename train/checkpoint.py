@@ -1,11 +1,11 @@
-"""Training checkpoints: float32 weights and optimizer state by parameter name, in safetensors.
+"""Training checkpoints: float32 weights, trained buffers and optimizer state by name, in safetensors.
 
 DeepSpeed partitions them over ranks, depending on the ZeRO stage. A save gathers them, one parameter at a time, and
 writes them whole. So a checkpoint loads with any number of processes, ZeRO stage and precision, without pickle, and
 restores the run bit for bit.
 
     step-00000500/
-        model-00000.safetensors ...    # "NAME/param", "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/average"
+        model-00000.safetensors ...    # "NAME/param", "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/average", "NAME/buffer"
         meta.json                      # step, state, sha256 of every file and of itself
 
 The folder is written as `step-00000500.partial`, synced, then renamed, so it appears complete or not at all. If a
@@ -13,6 +13,7 @@ file does not match its hash, it was damaged later.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -102,10 +103,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def load_weights(path: Path, *, label: str, module: torch.nn.Module) -> None:
-    """Copy a checkpoint's weights, which must be those of `module`, before its engine is built and copies masters."""
-    missing, remedy = dict(_trainable(module)), "resume with the settings in the run's config.yaml"
+    """Copy a checkpoint's weights and trained buffers, which must be those of `module`, before its engine is built and
+    copies masters."""
+    missing, remedy = dict(_trainable(module)) | dict(_trained_buffers(module)), "resume with the run's config.yaml"
     for name, kind, tensor in _read_tensors(path, label):
-        if kind != "param":
+        if kind not in ("param", "buffer"):
             continue
         parameter = missing.pop(name, None)
         if parameter is None or parameter.shape != tensor.shape:
@@ -207,6 +209,13 @@ def _trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Paramete
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
+def _trained_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that change in training, such as a codebook: those in a module's `trained_buffers`."""
+    for prefix, part in module.named_modules():
+        for name in getattr(part, "trained_buffers", ()):
+            yield f"{prefix}.{name}", part.get_buffer(name)
+
+
 def _full_tensors(engine: Any, *, kinds: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """("NAME/KIND", whole float32 tensor on the CPU) of weights and optimizer state (a collective call)."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -234,7 +243,8 @@ def _write_engine(folder: Path, label: str, engine: Any) -> list[str]:
             save_file(pending, folder / names[-1])
             pending.clear()
 
-    for key, tensor in _full_tensors(engine, kinds=("param", *state_keys(engine))):
+    buffers = ((f"{name}/buffer", tensor.float().cpu()) for name, tensor in _trained_buffers(engine.module))
+    for key, tensor in itertools.chain(_full_tensors(engine, kinds=("param", *state_keys(engine))), buffers):
         pending[key] = tensor.clone()
         if sum(value.nbytes for value in pending.values()) > FILE_BYTES:
             flush()

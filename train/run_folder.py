@@ -36,6 +36,7 @@ FREE_FOLDERS = (
     "base_model:",
     "language_model:",
     "data.codes:",
+    "text_features:",
 )
 FREE_SOURCE_KEYS = ("path", "captions", "images")
 RESULT_FOLDERS = ("model", "adapter")

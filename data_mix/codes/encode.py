@@ -35,7 +35,9 @@ from um3.core.progress import Progress
 from um3.core.ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from tokenizer.images import QLIPImages
+    from tokenizer.images import ExternalTokenizer, QLIPImages
+
+    CodeMaker = QLIPImages | ExternalTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +49,15 @@ SHARD_NAME = re.compile(rf"(train|val)-{SOURCE_NAME}-\d{{5}}\.(arrow|parquet)(\.
 class EncodeConfig:
     """What to encode, with which tokenizer, and where to.
 
-    visual_tokenizer: folder or hub id. limit: number of samples of each source and split, from the first on; 0 for all.
+    visual_tokenizer: folder or hub id.
+    external_tokenizer: package.module:function of a tokenizer from elsewhere, in place of visual_tokenizer; it
+        returns a `tokenizer.images.ImageTokenizer`.
+    limit: number of samples of each source and split, from the first on; 0 for all.
     precision: fp32; bf16-mixed (autocast), which changes a few codes; auto: bf16-mixed where bf16 pays on this machine.
     """
 
     visual_tokenizer: str = ""
+    external_tokenizer: str = ""
     output_dir: str = "codes"
     images: list[ImageSourceConfig] = field(default_factory=list)
     seed: int = 0
@@ -116,17 +122,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     """Write the missing shards, then summary.json; UserError if codes do not fit, or a source has no usable image."""
-    # These imports take seconds, which a run that is up to date should not spend.
-    from tokenizer import load
-    from tokenizer.images import QLIPImages
-
     torch.set_num_threads(config.num_threads)
-    qlip = QLIPImages(*load(config.visual_tokenizer))
-    qlip.model.to(device())  # type: ignore[arg-type]
-    if qlip.num_bits > MAX_BITS:
-        raise UserError(f"{config.visual_tokenizer}: codes of {qlip.num_bits} bits; shards hold at most {MAX_BITS}")
+    tokenizer = _open_tokenizer(config)
+    if tokenizer.num_bits > MAX_BITS:
+        name = config.external_tokenizer or config.visual_tokenizer
+        raise UserError(f"{name}: codes of {tokenizer.num_bits} bits; shards hold at most {MAX_BITS}")
     out = Path(config.output_dir)
-    jobs = _plan(config, qlip=qlip)
+    jobs = _plan(config, tokenizer=tokenizer)
     missing = [job for job in jobs if not job.is_finished()]
     outdated = {path for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
     outdated -= {job.path for job in jobs} - {job.path for job in missing}
@@ -138,7 +140,7 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     progress = Progress(total, label="encoding", unit="images", start=total - num_missing)
     for job in missing:
         with mixed_precision(config.precision):
-            content = _encode_shard(job, qlip=qlip, progress=progress)
+            content = _encode_shard(job, tokenizer=tokenizer, progress=progress)
         if streams:  # saved before the shard, which depends on it
             write_json(out / "streams.json", {name: part.state() for name, part in streams.items()})
         write_shard(job.path, **content)
@@ -148,10 +150,25 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     write_json(out / "summary.json", {"inputs_hash": inputs_hash} | summary)
 
 
+def _open_tokenizer(config: EncodeConfig) -> "CodeMaker":
+    """The configured tokenizer."""
+    # These imports take seconds, which a run that is up to date should not spend.
+    from tokenizer import load
+    from tokenizer.images import QLIPImages, open_external_tokenizer
+
+    if config.external_tokenizer:
+        return open_external_tokenizer(config.external_tokenizer, setting="external_tokenizer")
+    qlip = QLIPImages(*load(config.visual_tokenizer))
+    qlip.model.to(device())  # type: ignore[arg-type]
+    return qlip
+
+
 def _inputs_hash(config: EncodeConfig) -> str:
     """Hash of all that decides what the shards hold; UserError if there is no tokenizer."""
     weights = Path(config.visual_tokenizer) / "model.safetensors"
-    if weights.exists():
+    if config.external_tokenizer:
+        qlip = _open_tokenizer(config).fingerprint
+    elif weights.exists():
         qlip = sha256_of(weights)
     elif HUB_ID.fullmatch(config.visual_tokenizer) and not weights.parent.parent.exists():
         qlip = config.visual_tokenizer  # hashing the weights would need a download
@@ -178,16 +195,17 @@ def _is_up_to_date(out: Path, *, inputs_hash: str) -> bool:
         return False
 
 
-def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
+def _plan(config: EncodeConfig, *, tokenizer: "CodeMaker") -> list[ShardJob]:
     """All shards of all sources, in the order in which they are made."""
     jobs: list[ShardJob] = []
-    tokenizer = ShardHeader(
-        qlip.model.fingerprint(), bits=qlip.num_bits, image_size=qlip.image_size, num_patches=qlip.num_codes
+    size = tokenizer.image_size
+    of_tokenizer = ShardHeader(
+        tokenizer.fingerprint, bits=tokenizer.num_bits, image_size=size, num_patches=tokenizer.num_codes
     )
     for split in get_args(Split):
         for source_config in config.images:
             try:
-                source = open_image_source(source_config, split=split, size=qlip.image_size, seed=config.seed)
+                source = open_image_source(source_config, split=split, size=size, seed=config.seed)
             except UserError:
                 if split == "train" or source_config.val_fraction > 0:
                     raise
@@ -202,7 +220,7 @@ def _plan(config: EncodeConfig, *, qlip: "QLIPImages") -> list[ShardJob]:
             name, starts = source.name, range(0, num_samples, config.samples_per_shard)
             for shard, start in enumerate(starts):
                 path = shard_path(config.output_dir, split=split, source=name, shard=shard)
-                header = replace(tokenizer, split=split, source=name, shard=shard, num_shards=len(starts), plan=plan)
+                header = replace(of_tokenizer, split=split, source=name, shard=shard, num_shards=len(starts), plan=plan)
                 indices = range(num_samples)[start : start + config.samples_per_shard]
                 jobs.append(ShardJob(path, header, source, indices, config.batch_size))
     if not jobs:
@@ -224,16 +242,16 @@ def _resume_streams(path: Path, *, jobs: Sequence[ShardJob]) -> dict[str, HubStr
     return streams
 
 
-def _encode_shard(job: ShardJob, *, qlip: "QLIPImages", progress: Progress) -> dict[str, Any]:
+def _encode_shard(job: ShardJob, *, tokenizer: "CodeMaker", progress: Progress) -> dict[str, Any]:
     """The arguments of `write_shard`."""
     skipped: Counter[str] = Counter()
-    keys, captions, codes = [], [], [np.zeros((0, qlip.num_codes), dtype=np.int64)]
+    keys, captions, codes = [], [], [np.zeros((0, tokenizer.num_codes), dtype=np.int64)]
     num_batches = math.ceil(len(job.indices) / job.batch_size)
     with contextlib.closing(Prefetch(job, num_steps=num_batches)) as batches:
         for step in range(num_batches):
             samples, reasons = batches.batch(step)
             if samples:
-                codes.append(qlip.encode(np.stack([sample.image_HWC for sample in samples])).numpy())
+                codes.append(tokenizer.encode(np.stack([sample.image_HWC for sample in samples])).numpy())
             keys += [sample.key for sample in samples]
             captions += [sample.captions for sample in samples]
             skipped.update(reasons)

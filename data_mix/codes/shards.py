@@ -207,9 +207,12 @@ def open_code_sources(
     headers = shard_headers(folder, split=split)
     path, first = next(iter(headers.items()))
     if expected_fingerprint not in (None, first.fingerprint):
+        remedy = "run make codes to encode the images again"
+        if ":" in first.fingerprint:  # package.module:function and its hash
+            remedy += f", or make llamagen with external_tokenizer={first.fingerprint.split()[0]}"
         raise UserError(
             f"{path} was made by the tokenizer with fingerprint {first.fingerprint}, this run uses "
-            f"{expected_fingerprint}; run make codes to encode the images again"
+            f"{expected_fingerprint}; {remedy}"
         )
     for other, header in headers.items():
         for name in ("fingerprint", "bits", "image_size", "num_patches"):

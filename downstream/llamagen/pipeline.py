@@ -18,8 +18,7 @@ from downstream.llamagen.modeling import LlamaGen, load_llamagen
 from downstream.llamagen.settings import TextEncoderConfig
 from downstream.llamagen.text_encoder import TextEncoder
 from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
-from tokenizer.modeling import QLIPModel
-from tokenizer.processor import QLIPProcessor
+from tokenizer.images import ExternalTokenizer, QLIPImages, open_external_tokenizer
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.core.hub import model_folder, write_checksums
@@ -38,28 +37,44 @@ class LlamaGenPipeline(ImagePipeline):
         model: LlamaGen,
         text_encoder: TextEncoder,
         clean: bool,
-        qlip: QLIPModel,
-        processor: QLIPProcessor,
+        visual_tokenizer: QLIPImages | ExternalTokenizer,
         name: str = "",
     ):
-        super().__init__(qlip=qlip, processor=processor, name=name)
+        super().__init__(visual_tokenizer=visual_tokenizer, name=name)
         self.model, self.text_encoder, self.clean = model, text_encoder, clean
         self._decoder: Decoder | None = None
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        external_tokenizer: str = "",
     ) -> Self:
         """Load a folder that `save_llamagen` wrote, or a hub id; UserError if it is incomplete.
 
-        `dtype` is that of the transformer and the text encoder.
+        `dtype` is that of the transformer and the text encoder. A model of an external tokenizer's codes needs its
+        name, package.module:function: a folder must not decide which code runs.
         """
         folder = model_folder(path_or_hub_id, kind="LlamaGen")
         model = load_llamagen(folder, dtype=dtype)
         stored = getattr(model.config, "text_encoder", None)
         if not isinstance(stored, dict):
             raise UserError(f"{folder}/config.json names no text_encoder; use a folder of make llamagen")
-        qlip, processor = load_visual_tokenizer(folder, fingerprint=model.config.tokenizer_fingerprint)
+        fingerprint = model.config.tokenizer_fingerprint
+        visual_tokenizer: QLIPImages | ExternalTokenizer
+        if external_tokenizer:
+            visual_tokenizer = open_external_tokenizer(external_tokenizer, setting="external_tokenizer")
+            if visual_tokenizer.fingerprint != fingerprint:
+                raise UserError(f"{folder} was trained with {fingerprint}, not {visual_tokenizer.fingerprint}")
+        elif ":" in fingerprint:
+            name = fingerprint.split()[0]
+            raise UserError(f"{folder} generates codes of an external tokenizer; pass external_tokenizer='{name}'")
+        else:
+            qlip, processor = load_visual_tokenizer(folder, fingerprint=fingerprint)
+            visual_tokenizer = QLIPImages(qlip.to(device), processor)  # type: ignore[arg-type]
         encoder_config = TextEncoderConfig(**stored)
         encoder_config.name = encoder_config.name or str(folder / QLIP_FOLDER)
         text_encoder = TextEncoder(encoder_config, dtype=model.dtype)
@@ -68,8 +83,7 @@ class LlamaGenPipeline(ImagePipeline):
             model=model.to(device),  # type: ignore[arg-type]
             text_encoder=text_encoder,
             clean=bool(model.config.clean_captions),
-            qlip=qlip.to(device),  # type: ignore[arg-type]
-            processor=processor,
+            visual_tokenizer=visual_tokenizer,
             name=valid_text(str(path_or_hub_id)),
         )
 
@@ -112,20 +126,26 @@ def save_llamagen(
     *,
     model: LlamaGen,
     state_dict: dict[str, Tensor] | None = None,
-    qlip_folder: str | Path,
+    visual_tokenizer: str | Path | ExternalTokenizer,
     text_encoder: TextEncoderConfig,
     clean: bool = False,
 ) -> None:
-    """Write the model with its visual tokenizer in `qlip/`, atomically; a T5 stays where its name says."""
-    qlip, processor = tokenizer.load(qlip_folder)
+    """Write the model atomically, with its visual tokenizer in `qlip/` if that is a QLIP folder (or hub id); a T5 and
+    an external tokenizer stay where their names say."""
     encoder = asdict(text_encoder)
-    if text_encoder.kind == "qlip" and Path(text_encoder.name) == Path(qlip_folder):
-        encoder["name"] = ""
+    qlip: QLIPImages | ExternalTokenizer
+    if isinstance(visual_tokenizer, ExternalTokenizer):
+        qlip = visual_tokenizer
+    else:
+        qlip = QLIPImages(*tokenizer.load(visual_tokenizer))
+        if text_encoder.kind == "qlip" and Path(text_encoder.name) == Path(visual_tokenizer):
+            encoder["name"] = ""
     with atomic_folder(folder) as partial:
         model.config.update(
-            {"text_encoder": encoder, "clean_captions": clean, "tokenizer_fingerprint": qlip.fingerprint()}
+            {"text_encoder": encoder, "clean_captions": clean, "tokenizer_fingerprint": qlip.fingerprint}
         )
         model.save_pretrained(partial, state_dict=state_dict)
         write_checksums(partial)
-        qlip.save_pretrained(partial / QLIP_FOLDER)
-        processor.save_pretrained(partial / QLIP_FOLDER)
+        if isinstance(qlip, QLIPImages):
+            qlip.model.save_pretrained(partial / QLIP_FOLDER)
+            qlip.processor.save_pretrained(partial / QLIP_FOLDER)

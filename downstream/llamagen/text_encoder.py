@@ -56,6 +56,11 @@ class TextEncoder:
             self.width = qlip.config.text_tower.hidden_size
         self.model.eval().requires_grad_(False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the features."""
+        return next(self.model.parameters()).dtype
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> CaptionFeatures:
         """Encode captions, padded to the longest of them; a caption's features do not depend on the others."""

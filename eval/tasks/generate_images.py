@@ -49,7 +49,9 @@ class GenerateConfig:
     """
 
     model: str = ""
-    """Folder of a trained UM3."""
+    """Folder of a trained UM3 or LlamaGen."""
+    external_tokenizer: str = ""
+    """The external tokenizer whose codes a LlamaGen generates, package.module:function."""
     prompts: str = ""
     """.jsonl, .csv, .tsv, .txt, a folder of .txt, or COCO's captions: see `eval.tasks.prompts`."""
     output_dir: str = ""
@@ -88,7 +90,7 @@ def generate_benchmark(config: GenerateConfig) -> None:
         from downstream.pipelines import load_pipeline
 
         disable_progress_bar()
-        return load_pipeline(config.model, device=device())
+        return load_pipeline(config.model, device=device(), external_tokenizer=config.external_tokenizer)
 
     with folder_lock(config.output_dir) if is_main() else contextlib.nullcontext():
         generate_folder(config, prompts=prompts, load_pipeline=load)

@@ -15,16 +15,15 @@ import tokenizer as qlip
 from eval.config import EvalConfig
 from eval.metrics.code_statistics import MAX_IMAGES, code_scores, code_statistics
 from eval.metrics.features import FeatureNetwork, frechet_rows, open_features, weights_sha256
-from eval.metrics.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, quality
+from eval.metrics.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, WINDOW, quality
 from eval.paper_values import QLIP_B_16, STAGE_1
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult, Score
 from eval.tasks.classification_data import digits_task, open_classification
-from eval.tasks.external_tokenizers import open_external_tokenizer
 from eval.tasks.generation import read_back_row
 from eval.tasks.linear_probe import probe_scores
 from eval.tasks.validation_data import ValidationImages, validation_images
 from eval.tasks.zero_shot import retrieval_scores, zero_shot_score
-from tokenizer.images import ImageTokenizer, QLIPImages, decode_codes, encode_images
+from tokenizer.images import ImageTokenizer, QLIPImages, decode_codes, encode_images, open_external_tokenizer
 from tokenizer.losses import PerceptualDistance, build_perceptual_distance
 from um3.core.distributed import device
 
@@ -36,7 +35,10 @@ def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> Pa
     set or a weights file cannot be used.
     """
     part = config.tokenizer
-    external = {name: open_external_tokenizer(target, name=name) for name, target in part.external.items()}
+    external = {
+        name: open_external_tokenizer(target, setting=f"tokenizer.external: {name}", min_image_size=WINDOW)
+        for name, target in part.external.items()
+    }
     qlips = {stage: _load(folder) for stage, folder in stages.items()}
     stage, last = list(qlips.items())[-1]
     classification = [digits_task(size=last.image_size)] if part.digits else []

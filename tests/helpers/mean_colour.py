@@ -51,6 +51,8 @@ def nothing() -> None:
 
 coarse = MeanColour
 larger = partial(MeanColour, image_size=48, patch=4, bits=6)
+named = partial(Changed, fingerprint="v2")
+shifted = partial(Changed, encode=lambda images: MeanColour().encode(255 - images))
 too_small = partial(MeanColour, image_size=8, patch=4)
 no_decode = partial(Changed, decode=None)
 too_few_bits = partial(Changed, num_bits=3)

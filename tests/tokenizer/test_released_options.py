@@ -62,7 +62,7 @@ def test_options_of_the_released_quantizers_change_no_output(options, gammas, fo
         ({"vision_config": {"quantizer_cfg": {"embed_dim": 28, "gamma": [1]}}}, ["quantizer_cfg.gamma"]),
         ({"vision_config": {"quantizer_cfg": {"embed_dim": 28, "l2_norm": False}}}, ["quantizer_cfg.l2_norm"]),
         ({"vision_config": {"quantizer_cfg": [1]}}, ["quantizer_cfg"]),
-        ({"vision_config": {"quantizer": "vq"}}, ["vision_config", "'vq'"]),
+        ({"vision_config": {"quantizer": "fsq"}}, ["vision_config", "'fsq'"]),
         ({"vision_config": {"window_size": 7}}, ["vision_config", "window_size=7"]),
         ({"text_config": {"attention_window": 7}}, ["text_config", "attention_window=7"]),
         ({"decoder_config": {"post_norm": True}}, ["decoder_config", "post_norm=True"]),

@@ -1,7 +1,8 @@
 """LlamaGen: text-to-image alone, on the code shards of `make codes` (paper, section 4.3; arXiv:2406.06525).
 
 The loss is the cross entropy of all ids of all images, summed and divided by their number in the global batch. The
-captions are encoded in the loop by a frozen text encoder (3 % of a step's FLOPs at LlamaGen-XL).
+captions are encoded in the loop by a frozen text encoder (3 % of a step's FLOPs at LlamaGen-XL), or their features are
+read from the folder of `make text-features`.
 
 Legend: B images of this rank, N patches, S sub-tokens of a patch, P = N * S ids of an image, D width, V ids of a slot.
 """
@@ -19,7 +20,9 @@ from downstream.llamagen.configuration import SIZES, LlamaGenConfig
 from downstream.llamagen.modeling import LlamaGen
 from downstream.llamagen.pipeline import save_llamagen
 from downstream.llamagen.text_encoder import TextEncoder
+from downstream.llamagen.text_features import CachedFeatures, FeaturesHeader
 from tokenizer.bits import codes_to_subtokens
+from tokenizer.images import ExternalTokenizer, open_external_tokenizer
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
 from train.engine import autocast, build_engine, split_batch, step_engine
@@ -30,6 +33,20 @@ from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_si
 from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
+
+
+def features_header(config: LlamaGenTrainingConfig) -> FeaturesHeader:
+    """What decides the features of a caption in this config."""
+    encoder = f"{config.text_encoder.kind} {config.inputs()['text_encoder']}"
+    return FeaturesHeader(encoder, max_tokens=config.text_encoder.max_tokens, clean=config.clean)
+
+
+def open_text_encoder(config: LlamaGenTrainingConfig) -> TextEncoder:
+    """The configured text encoder on this process's device, in bf16 on a GPU."""
+    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    encoder = TextEncoder(config.resolved_text_encoder(), dtype=dtype)
+    encoder.model.to(device())
+    return encoder
 
 
 class LlamaGenObjective(nn.Module):
@@ -69,7 +86,12 @@ class LlamaGenTask:
 
     def __init__(self, config: LlamaGenTrainingConfig):
         self.config = config
-        self.fingerprint = load_qlip(config.visual_tokenizer).fingerprint()
+        self.external: ExternalTokenizer | None = None
+        if config.external_tokenizer:
+            self.external = open_external_tokenizer(config.external_tokenizer, setting="external_tokenizer")
+            self.fingerprint = self.external.fingerprint
+        else:
+            self.fingerprint = load_qlip(config.visual_tokenizer).fingerprint()
         self.rows = CodeBatches(
             config.data,
             batch_size=config.loop.batch_size,
@@ -79,9 +101,11 @@ class LlamaGenTask:
             world_size=world_size(),
         )
         self.batches: Prefetch[CodeBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
-        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-        self.text_encoder = TextEncoder(config.resolved_text_encoder(), dtype=dtype)
-        self.text_encoder.model.to(device())
+        self.text_encoder: TextEncoder | CachedFeatures
+        if config.text_features:
+            self.text_encoder = CachedFeatures(config.text_features, header=features_header(config))
+        else:
+            self.text_encoder = open_text_encoder(config)
         seed_everything(config.loop.seed, "llamagen weights")
         self.model = LlamaGen(self._model_config()).train()
         if config.engine.activation_checkpointing:
@@ -135,8 +159,9 @@ class LlamaGenTask:
         sums_S = torch.zeros(shape.subtokens, device=device())
         for start in range(0, len(ids_BP), self.micro_images):
             part = slice(start, start + self.micro_images)
-            captions = [clean_caption(text) if config.clean else text for text in batch.captions[part]]
-            features, mask = self.text_encoder(captions)
+            cleans = config.clean and not config.text_features
+            captions = [clean_caption(text) if cleans else text for text in batch.captions[part]]
+            features, mask = self.text_encoder(captions).to(device())
             with autocast(config.engine):
                 parts_S = self.engine(features.to(self.model.dtype), mask, ids_BP[part], dropped_B[part])
             # DeepSpeed averages gradients over ranks and accumulation steps.
@@ -155,7 +180,10 @@ class LlamaGenTask:
         return {}
 
     def fingerprints(self) -> dict[str, str]:
-        return self.rows.fingerprints()
+        hashes = self.rows.fingerprints()
+        if isinstance(self.text_encoder, CachedFeatures):
+            hashes["text_features"] = self.text_encoder.digest
+        return hashes
 
     def state(self, step: int) -> dict[str, Any]:
         return self.rows.state(step)
@@ -172,7 +200,7 @@ class LlamaGenTask:
                 folder / "model",
                 model=self.model,
                 state_dict=weights | {name: tensor for name, tensor in buffers.items() if name not in weights},
-                qlip_folder=self.config.visual_tokenizer,
+                visual_tokenizer=self.external or self.config.visual_tokenizer,
                 text_encoder=self.config.resolved_text_encoder(),
                 clean=self.config.clean,
             )

@@ -27,7 +27,7 @@ from tokenizer import load
 from tokenizer.discriminator import build_discriminator
 from tokenizer.losses import PerceptualDistance, build_perceptual_distance, discriminator_loss, generator_loss
 from tokenizer.modeling import QLIPModel
-from tokenizer.quantizer import codebook_entropy
+from tokenizer.quantizer import VectorQuantizer, codebook_entropy
 from train.engine import autocast, build_engine, step_engine
 from train.loop import check_finite
 from train.recipes.tokenizer_setup import open_sources, train_only
@@ -73,6 +73,8 @@ class Stage2Task(TokenizerTask):
         sources = open_sources(config.data, size=processor.image_size, seed=config.loop.seed)
         super().__init__(config, qlip=qlip, processor=processor, sources=sources)
         self.objective = Autoencoder(self.qlip, trainable=config.trainable)
+        if isinstance(self.qlip.vision_model.quantizer, VectorQuantizer):
+            self._check_vq()
         self.distance: PerceptualDistance | None = None
         if config.loss.perceptual > 0:
             self.distance = build_perceptual_distance(**vars(config.perceptual)).to(device())
@@ -165,6 +167,14 @@ class Stage2Task(TokenizerTask):
     def _signed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalised pixels -> [-1, 1], the range of the perceptual network and the discriminator."""
         return self.processor.unit_range(pixels_BCHW) * 2 - 1
+
+    def _check_vq(self) -> None:
+        """UserError for settings that do not fit a fixed codebook."""
+        if any(weight.requires_grad for weight in self.qlip.vision_model.quant_embed.parameters()):
+            parts = "[qlip.vision_model.quant_embed_post,qlip.vision_decoder]"
+            raise UserError(f"stage 2 keeps the codebook and the codes of a vq; set trainable={parts}")
+        if self.config.loss.entropy:
+            raise UserError("a vq has no entropy loss; set loss.entropy=0")
 
     def finish(self, folder: Path) -> dict[str, Any]:
         return super().finish(folder) | {"perceptual": self.distance.name if self.distance else "none"}

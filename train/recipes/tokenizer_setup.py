@@ -59,11 +59,13 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
             )
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(text_tokenizer, name) for name in names} | {"vocab_size": len(text_tokenizer)}
-    quantizer = dict(embed_dim=model.bits, group_size=model.group_size, inv_temperature=model.inv_temperature)
+    options = dict(embed_dim=model.bits, group_size=model.group_size, inv_temperature=model.inv_temperature)
+    if model.quantizer == "vq":
+        options = dict(num_bits=model.bits, embed_dim=model.code_size)
     text_tower = _hugging_face(text, *shape, "vocab_size", "max_tokens", "hidden_act")
     return QLIPConfig(
         text_config=text_tower | {"projection_dim": model.projection_dim} | ids,
-        vision_config=tower | {"quantizer_cfg": quantizer},
+        vision_config=tower | {"quantizer": model.quantizer, "quantizer_cfg": options},
         decoder_config=tower,
         projection_dim=model.projection_dim,
         initializer_range=model.initializer_range,

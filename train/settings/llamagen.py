@@ -41,11 +41,16 @@ class LlamaGenTrainingConfig:
     """As released: rate 1e-4 for 256 images, constant, no warm-up."""
     model: LlamaGenShapeConfig = field(default_factory=LlamaGenShapeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    text_features: str = ""
+    """Folder of `make text-features`, from which caption features are read; empty: encode captions in the loop."""
     clean: bool = False
     """Clean captions as the released text-to-image models' were (needs `um3[llamagen]`)."""
     data: CodeDataConfig = field(default_factory=CodeDataConfig)
     visual_tokenizer: str = ""
     """QLIP folder or hub id that made the codes, such as runs/demo/stage2/model."""
+    external_tokenizer: str = ""
+    """The tokenizer from elsewhere that made the codes (as in `make codes`). visual_tokenizer then serves only for
+    text_encoder.kind=qlip."""
     chunk_tokens: PositiveInt = 2048
     """Maximum number of positions whose logits exist at a time."""
 
@@ -56,8 +61,6 @@ class LlamaGenTrainingConfig:
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""
-        encoder = self.resolved_text_encoder()
-        return {
-            "visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2"),
-            "text_encoder": weights_digest(encoder.name) or encoder.name,
-        }
+        name = self.resolved_text_encoder().name
+        tokenizer = self.external_tokenizer or model_digest(self.visual_tokenizer, made_by="stage2")
+        return {"visual_tokenizer": tokenizer, "text_encoder": weights_digest(name) or name}

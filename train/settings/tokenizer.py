@@ -7,7 +7,7 @@ from data_mix.sources.image_sources import ImageSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
-from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Range, Size
+from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, Size
 
 
 def _check_multiples(config: object, **pairs: str) -> None:
@@ -32,15 +32,25 @@ class QLIPSizeConfig:
     num_layers: Size = 12
     num_heads: Size = 12
     intermediate_size: Size = 2048
+    quantizer: Literal["bsq", "vq"] = "bsq"
+    """bsq: the signs of `bits` numbers. vq: a codebook of 2^bits vectors, the baseline (`codebook` trains it)."""
     bits: Annotated[int, Range(1, 62)] = 28
+    code_size: Size = 8
+    """Dimensions of a vq's vectors."""
     group_size: Size = 1
+    """Bits whose joint entropy a bsq maximises."""
     inv_temperature: PositiveFloat = 1.0
+    """Of a bsq's soft code."""
     projection_dim: Size = 512
     rope_pretrained_grid: Size = 16
     initializer_range: NonNegativeFloat = 0.02
 
     def __post_init__(self) -> None:
         _check_multiples(self, image_size="patch_size", hidden_size="num_heads", bits="group_size")
+        if self.quantizer == "vq" and self.bits > 20:
+            raise ValueError(f"quantizer vq with bits={self.bits} needs 2^{self.bits} vectors; set bits to 20 or less")
+        if self.quantizer == "vq" and (self.group_size, self.inv_temperature) != (1, 1.0):
+            raise ValueError("group_size and inv_temperature belong to quantizer bsq; leave them out for vq")
         if self.hidden_size // self.num_heads % 4:
             raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} is not a multiple of 4")
 
@@ -93,6 +103,20 @@ class Stage1LossConfig:
 
 
 @dataclass
+class CodebookConfig:
+    """How stage 1 trains the codebook of a vq."""
+
+    decay: Decay = 0.99
+    """Of the running mean of an entry's vectors, per step."""
+    revive_below: Share = 0.1
+    """An entry that vectors choose less often than this share of the mean is replaced by a vector of the batch."""
+    kmeans_iterations: PositiveInt = 10
+    """Iterations of the k-means that the codebook starts from."""
+    kmeans_vectors: PositiveInt = 8
+    """Vectors per entry that it reads, of the first batches."""
+
+
+@dataclass
 class Stage1Config:
     """Stage 1: train the visual tokenizer."""
 
@@ -103,7 +127,8 @@ class Stage1Config:
     model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    bottleneck: Literal["bsq", "identity"] = "bsq"
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    bottleneck: Literal["quantizer", "identity"] = "quantizer"
     """identity: the decoder reads the encoder's output without quantization, and the quantizer does not train (recipe 2
     of Table 3c, Figure 5)."""
     trainable: list[str] = field(default_factory=list)

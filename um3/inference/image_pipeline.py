@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenizer
-from tokenizer.images import QLIPImages, decode_codes, embed_images, embed_texts, encode_images
+from tokenizer.images import ExternalTokenizer, QLIPImages, decode_codes, embed_images, embed_texts, encode_images
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
@@ -78,8 +78,24 @@ class ImagePipeline(ABC):
     tokenizer's size, or PIL images of any size. All calls raise UserError for an invalid value or too long a text.
     """
 
-    def __init__(self, *, qlip: QLIPModel, processor: QLIPProcessor, name: str = ""):
-        self.qlip, self.processor, self.name = qlip, processor, name
+    def __init__(self, *, visual_tokenizer: QLIPImages | ExternalTokenizer, name: str = ""):
+        self.visual_tokenizer, self.name = visual_tokenizer, name
+
+    @property
+    def qlip(self) -> QLIPModel:
+        """The QLIP; UserError if the visual tokenizer is another one."""
+        return self._towers.model
+
+    @property
+    def processor(self) -> QLIPProcessor:
+        """The QLIP's processor; UserError if the visual tokenizer is another one."""
+        return self._towers.processor
+
+    @property
+    def _towers(self) -> QLIPImages:
+        if not isinstance(self.visual_tokenizer, QLIPImages):
+            raise UserError(f"{self.name}: this needs QLIP's own towers; the model has an external tokenizer")
+        return self.visual_tokenizer
 
     @property
     @abstractmethod
@@ -138,7 +154,7 @@ class ImagePipeline(ABC):
         sample = self.sampler_for(prompts)
         if best_of:
             _ = self.processor.text_tokenizer  # ranking needs it: raise before the work, not after it
-        codes, logprobs = [torch.empty(0, self.qlip.num_patches, dtype=torch.int64)], []
+        codes, logprobs = [torch.empty(0, self.visual_tokenizer.num_codes, dtype=torch.int64)], []
         for batch in batches(len(seeds), batch_size=batch_size, label="" if watch else "generate images"):
             sampled = sample(
                 [prompt_of[index] for index in batch],
@@ -171,7 +187,7 @@ class ImagePipeline(ABC):
         are generated in reading order: each depends on what is kept above and left of it, not right of or below it.
         `options` are those of `generate`.
         """
-        free_N = region_patches(redraw, num_patches=self.qlip.num_patches)
+        free_N = region_patches(redraw, num_patches=self.visual_tokenizer.num_codes)
         codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
         generated = self._redraw(codes_BN, prompts, free_of=lambda seed: free_N, **options)
         return generated.with_settings(redrawn_patches=free_N.nonzero().flatten().tolist())
@@ -205,11 +221,11 @@ class ImagePipeline(ABC):
 
     def encode(self, images: Images, *, batch_size: int = 64) -> Tensor:
         """Images -> codes int64 (B, N) on the CPU."""
-        return encode_images(QLIPImages(self.qlip, self.processor), images, batch_size=batch_size)
+        return encode_images(self.visual_tokenizer, images, batch_size=batch_size)
 
     def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
         """Codes (B, N) -> images uint8 (B, H, W, 3)."""
-        return decode_codes(QLIPImages(self.qlip, self.processor), codes_BN, batch_size=batch_size)
+        return decode_codes(self.visual_tokenizer, codes_BN, batch_size=batch_size)
 
     def _redraw(
         self,
@@ -224,7 +240,7 @@ class ImagePipeline(ABC):
         check_pairs(codes_BN, prompts)
 
         def keep(index: int, seed: int) -> Tensor:
-            free_P = free_of(seed).repeat_interleave(self.image_tokens // self.qlip.num_patches)
+            free_P = free_of(seed).repeat_interleave(self.image_tokens // self.visual_tokenizer.num_codes)
             return self.ids_of(codes_BN[index]).masked_fill(free_P, FREE)
 
         return self.generate(prompts, keep=keep, **options)

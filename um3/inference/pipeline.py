@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenizer.images import QLIPImages
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
@@ -62,7 +63,7 @@ class UM3Pipeline(ImagePipeline):
                 f"the visual tokenizer makes {qlip.num_patches} codes of {qlip.num_bits} bits, the model reads "
                 f"{ids.num_patches} of {ids.num_bits}; use the tokenizer it was trained with"
             )
-        super().__init__(qlip=qlip, processor=processor, name=name)
+        super().__init__(visual_tokenizer=QLIPImages(qlip, processor), name=name)
         self.model, self.text_tokenizer, self.ids = model, text_tokenizer, ids
         self._sampler: Sampler | None = None
 

@@ -13,13 +13,12 @@ from eval.metrics.reconstruction import psnr
 from eval.report.report import main as report
 from eval.run import main
 from eval.scores import read_scores
-from eval.tasks.external_tokenizers import open_external_tokenizer
-from tokenizer.images import decode_codes, encode_images
+from tokenizer.images import decode_codes, encode_images, open_external_tokenizer
 from um3.core.errors import UserError
 
 
 def test_a_tokenizer_by_name_encodes_and_decodes_in_batches(scenes):
-    tokenizer = open_external_tokenizer("mean_colour:coarse", name="mean")
+    tokenizer = open_external_tokenizer("mean_colour:coarse", setting="mean")
     assert (tokenizer.image_size, tokenizer.num_bits, tokenizer.num_codes) == (32, 12, 16)
     originals, _ = scenes
     for batch_size in (7, 64):
@@ -49,8 +48,15 @@ def test_a_tokenizer_by_name_encodes_and_decodes_in_batches(scenes):
 )
 def test_broken_tokenizers_are_one_line_errors(target, message):
     with pytest.raises(UserError, match=message) as caught:
-        open_external_tokenizer(target, name="mine")
+        open_external_tokenizer(target, setting="mine", min_image_size=11)
     assert "mine" in str(caught.value)
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    names = ("coarse", "larger", "named", "shifted")
+    prints = [open_external_tokenizer(f"mean_colour:{name}", setting="mine").fingerprint for name in names]
+    assert prints[0] == open_external_tokenizer("mean_colour:coarse", setting="mine").fingerprint
+    assert prints[2] == "mean_colour:named v2" and len({part.split(" ")[1] for part in prints}) == 4
 
 
 def test_reserved_names_are_refused():

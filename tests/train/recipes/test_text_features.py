@@ -1,0 +1,122 @@
+"""`make text-features`, and LlamaGen trained from its folder."""
+
+import shutil
+
+import pytest
+import torch
+
+from downstream.llamagen.text_encoder import TextEncoder
+from downstream.llamagen.text_features import CachedFeatures, write_features
+from tests.helpers.processes import ROOT
+from tests.train.conftest import arguments, copy_half, losses, train_apart
+from train.check import main as check
+from train.phase import main
+from train.recipes.llamagen import features_header, open_text_encoder
+from train.settings.llamagen import LlamaGenTrainingConfig
+from train.text_features import main as text_features
+from um3.core.config import load_config
+from um3.core.errors import UserError
+
+
+def settings(made, folder, *overrides):
+    """The arguments of `llamagen` after its name, with features in `folder` if there is one."""
+    return arguments("llamagen", made, *([f"text_features={folder}"] if folder else []), *overrides)[1:]
+
+
+@pytest.fixture(scope="module")
+def features(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "text_features"
+    text_features(settings(made, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(made):
+    overrides = [f"visual_tokenizer={made}/stage2/model", f"data.codes={made}/codes"]
+    return load_config(LlamaGenTrainingConfig, path=ROOT / "configs/demo.yaml", section="llamagen", overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(made, features, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamagen") / "llamagen"
+    main(["llamagen", *settings(made, features, f"loop.output_dir={folder}")])
+    return folder
+
+
+def test_cached_features_are_those_of_the_encoder(config, features):
+    from data_mix.codes.shards import open_code_sources
+
+    images = next(iter(open_code_sources(config.data.codes, split="train").values()))
+    captions = [images[index].captions[0] for index in range(12)]
+    cached, online = (
+        CachedFeatures(features, header=features_header(config))(captions),
+        open_text_encoder(config)(captions),
+    )
+    assert torch.equal(cached.mask, online.mask) and cached.features.dtype == online.features.dtype
+    torch.testing.assert_close(cached.features, online.features, rtol=0, atol=1e-5)
+    assert not cached.features[~cached.mask].any()
+
+
+def test_bf16_features_keep_their_bits(config, features, tmp_path):
+    encoder = TextEncoder(config.resolved_text_encoder(), dtype=torch.bfloat16)
+    header = features_header(config)
+    captions = ["a red circle", "a blue square left of two green circles", "a red circle", "caption \ud800"]
+    write_features(tmp_path / "a.safetensors", captions[:3], encoder=encoder, header=header, part="a")
+    write_features(tmp_path / "b.safetensors", captions[3:], encoder=encoder, header=header, part="b")
+    cached = CachedFeatures(tmp_path, header=header)
+    for caption in captions:
+        assert torch.equal(cached([caption]).features, encoder([caption]).features)
+    assert (cached.width, cached.max_tokens) == (encoder.width, encoder.max_tokens)
+
+
+def test_training_agrees_with_encoding_in_the_loop(made, trained, tmp_path):
+    main(["llamagen", *settings(made, "", f"loop.output_dir={tmp_path}/online")])
+    assert losses(trained) == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+
+
+def test_a_resumed_run_has_the_same_bits_and_two_processes_agree(made, features, trained, tmp_path):
+    moved = shutil.copytree(features, tmp_path / "moved")
+    main(["llamagen", *settings(made, moved, f"loop.output_dir={copy_half(trained, tmp_path / 'half')}")])
+    assert losses(tmp_path / "half") == losses(trained)[2:]
+    with pytest.raises(UserError, match="text_features"):
+        main(["llamagen", *settings(made, "", f"loop.output_dir={copy_half(trained, tmp_path / 'other')}")])
+    train_apart(["llamagen", *settings(made, features, f"loop.output_dir={tmp_path}/two")], processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=1e-5)
+
+
+def test_finished_files_are_kept_and_damaged_ones_are_made_again(made, features, tmp_path, capsys):
+    folder = shutil.copytree(features, tmp_path / "text_features")
+    text_features(settings(made, folder))
+    assert "up to date" in capsys.readouterr().out
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    check([str(tmp_path)])
+    file.write_bytes(content[:-4] + b"\1\2\3\4")
+    with pytest.raises(UserError, match="damaged"):
+        check([str(tmp_path)])
+    file.write_bytes(content[: len(content) // 2])
+    (folder / "train-gone-00000.safetensors").write_bytes(content)
+    text_features(settings(made, folder))
+    assert [path.name for path in folder.glob("*.safetensors")] == [file.name] and file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["text_features={empty}"], "run make text-features"),
+        (["text_encoder.max_tokens=10"], "max_tokens=120, this run has 10"),
+        (["clean=true"], "clean=False, this run has True"),
+        (["text_encoder.name={made}/stage1/model"], "encoder=qlip"),
+        (["data.caption=random"], "has no features"),
+    ],
+)
+def test_features_that_do_not_fit_are_one_line(overrides, named, made, features, tmp_path):
+    values = {"empty": tmp_path, "made": made}
+    overrides = [override.format(**values) for override in overrides]
+    with pytest.raises(UserError, match=named):
+        main(["llamagen", *settings(made, features, f"loop.output_dir={tmp_path}/run", *overrides)])
+
+
+def test_a_folder_must_be_named(made):
+    with pytest.raises(UserError, match="text_features is empty"):
+        text_features(settings(made, ""))
