@@ -13,6 +13,7 @@ NAME ?= weights
 BASE ?=
 GPUS ?= 8
 GPU ?= h100
+PHASE ?= um3
 QLIP ?= $(RUN)/stage2/model
 MODEL ?= $(RUN)/um3/model
 PROMPTS ?=
@@ -31,7 +32,7 @@ OUT ?= runs/language/$(subst /,-,$(patsubst %/,%,$(patsubst /%,%,$(patsubst runs
 
 # Names and paths reach the commands through the environment, whatever characters they hold: the shell reads "$$RUN",
 # the config $${oc.env:RUN}. What the user has set is taken as it stands, without expanding a $$ in it.
-PATHS := CONFIG RUN DATA TEXT NAME BASE GPUS GPU QLIP MODEL PROMPTS REFERENCES OUT PYTHON SET
+PATHS := CONFIG RUN DATA TEXT NAME BASE GPUS GPU PHASE QLIP MODEL PROMPTS REFERENCES OUT PYTHON SET
 $(foreach name,$(PATHS),$(if $(filter command environment,$(firstword $(origin $(name)))),$(eval override $(name) := $$(value $(name)))))
 export $(PATHS)
 IN_RUN = $${oc.env:RUN}
@@ -165,6 +166,9 @@ balance: $(READY) ## The weights of stage 1's two losses, from training with eac
 	@$(PY) -m eval ablation --table configs/ablations/weights.yaml --config "$$CONFIG" --run "$$RUN-weights" --alone \
 		--processes $(NPROC) $(ARGS)
 
+evidence: $(READY) ## Write docs/evidence.md: the paper's claims beside the tables of docs/results.md
+	@$(PY) -m eval evidence $(ARGS)
+
 sample: $(READY) ## Generate a few images into RUN/samples
 	@$(VENV)/bin/um3 generate "a red circle left of a blue square" "three green triangles" -n 4 \
 		--model "$$RUN/um3/model" --out "$$RUN/samples" $(ARGS)
@@ -181,8 +185,8 @@ questions: $(READY) ## Write questions about scenes and digits into RUN/question
 check: $(READY) ## Verify the code shards, text caches and checkpoints in RUN against their checksums
 	@$(PY) -m train check '$(RUN)' $(ARGS)
 
-plan: $(READY) ## What of UM3's training fits which GPUs, and how long it takes (GPUS=64 GPU=h200)
-	@$(PY) -m train plan --config "$$CONFIG" --gpus "$$GPUS" --gpu "$$GPU" $(ARGS)
+plan: $(READY) ## What fits which GPUs, and how long training takes (PHASE=um3 or llamagen, GPUS=64 GPU=h200)
+	@$(PY) -m train plan --config "$$CONFIG" --phase "$$PHASE" --gpus "$$GPUS" --gpu "$$GPU" $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks tokenizer $(ARGS)

@@ -186,12 +186,12 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
 
 def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     from train.engine import precision_of
-    from train.plan.plan import Plan
+    from train.plan.um3 import UM3Plan
 
     config: UM3Config = load_config(UM3Config, path=ours.folder / "config.yaml")
     precision, times = precision_of(config.engine), ours.step_seconds(warmup=options.warmup)
     seconds, stock_s = fmean(times), fmean(stock["step_s"])
-    flops, _ = Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
+    flops, _ = UM3Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
     threads = config.loop.num_threads
     peak = harness.machine_peak(precision=precision, threads=threads, tflops=options.peak_tflops)
     # Tokens that the run had seen before and after the measured steps, without padding.

@@ -13,6 +13,7 @@ COMMANDS = {
     "vqa": Command("eval.benchmarks.vqa", "questions about images: VQAv2, GQA, TextVQA, POPE, MME and others"),
     "report": Command("eval.report.report", "compare runs with the paper: tables and figures"),
     "ablation": Command("eval.report.ablation", "train and measure the rows of an ablation"),
+    "evidence": Command("eval.report.evidence", "compare the paper's claims with our tables"),
 }
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class GenerationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clip: str = ""
     """Folder or hub id of an OpenAI CLIP, for `clipscore`; without it only `clipscore_qlip` is computed."""
+    judge: str = ""
+    """Folder or hub id of a QLIP for `clipscore_judge`: one judge for models that draw with different tokenizers."""
 
 
 @dataclass

@@ -134,7 +134,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "serve": {"RUN": "@/um3/model"},
     "mix-preview": {"RUN": "@/mix.png|data.codes=@/codes", "CONFIG": "@"},
     "questions": {"RUN": "output_dir=@/questions"},
-    "plan": {"CONFIG": "@", "GPU": "@"},
+    "plan": {"CONFIG": "@", "GPU": "@", "PHASE": "@"},
     "bench-training": {"CONFIG": "@"},
     "bench-memory": {"CONFIG": "@", "RUN": "@/benchmarks"},
     "bench-um3": {"CONFIG": "@"},

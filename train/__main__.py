@@ -17,7 +17,7 @@ COMMANDS = {
     "llamagen": Command("train.phase", "train LlamaGen, text-to-image on the codes", named=True),
     "text-features": Command("train.text_features", "encode the captions of the codes for llamagen"),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
-    "plan": Command("train.plan.plan", "what of UM3's training fits which GPUs, and how long it takes"),
+    "plan": Command("train.plan.plan", "what fits which GPUs, and how long training takes"),
 }
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from um3.core.progress import Progress
 def main(arguments: Sequence[str]) -> None:
     """Write the missing files of `text_features`; return at once if there are none."""
     from data_mix.codes.shards import map_shard, shard_headers
-    from downstream.llamagen.text_features import is_written, write_features
+    from downstream.llamagen.text_features import FILES, is_written, write_features
     from train.recipes.llamagen import features_header, open_text_encoder
 
     parser = command_parser("python -m train text-features", "Encode captions for LlamaGen.", config="required")
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     names = {path: folder / f"{path.stem}.safetensors" for path in shards}
     parts = {path: short_hash(shard.crc32, config.data.caption) for path, shard in shards.items()}
     missing = [path for path in shards if not is_written(names[path], header=header, part=parts[path])]
-    outdated = set(folder.glob("*.safetensors")) - set(names.values())
+    outdated = set(folder.glob(FILES)) - set(names.values())
     if not missing and not outdated:
         print(f"{folder}: up to date")
         return

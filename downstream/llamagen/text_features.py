@@ -26,6 +26,8 @@ from um3.core.errors import UserError
 from um3.core.files import atomic_file
 from um3.core.text import printable, valid_text
 
+FILES = "train-*.safetensors"
+"""Named after the code shards; other files of a folder are left alone."""
 METADATA_KEY = "caption_features_1"  # ends with the version of the format
 ENCODED_AT_A_TIME = 256
 
@@ -89,7 +91,7 @@ class CachedFeatures:
     def __init__(self, folder: str | Path, *, header: FeaturesHeader):
         """UserError: there are no features, or features of another encoder, length or cleaning than `header`."""
         self.folder = Path(folder)
-        opened = {path: _open(path) for path in sorted(self.folder.glob("*.safetensors"))}
+        opened = {path: _open(path) for path in sorted(self.folder.glob(FILES))}
         if not opened:
             raise UserError(
                 f"there are no caption features in '{folder}'; run make text-features, or unset text_features"

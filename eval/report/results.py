@@ -27,6 +27,7 @@ METRIC_NAMES = {
     "clipscore": "CLIPScore",
     "clipscore_qlip": "CLIPScore, QLIP's towers",
     "clipscore_qlip_real": "the same, real images",
+    "clipscore_judge": "CLIPScore, the judge's towers",
     "exact_match_any": "exact match, any reference",
     "image_to_text": "image → text, top 1",
     "text_to_image": "text → image, top 1",

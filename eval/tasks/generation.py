@@ -13,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+import tokenizer
 from data_mix.demo.scene_checker import Verdict, check, describe
 from data_mix.demo.scene_prompts import SKILLS, ScenePrompt, evaluation_prompts
 from eval.command import model_hash
@@ -25,6 +26,9 @@ from eval.tasks.generate_images import GenerateConfig, generate_folder
 from eval.tasks.generated_images import read_images
 from eval.tasks.prompts import Prompt
 from eval.tasks.validation_data import validation_images
+from tokenizer.images import embed_images, embed_texts
+from tokenizer.modeling import QLIPModel
+from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.progress import track
@@ -43,6 +47,9 @@ def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: ImagePipel
     # Load the metrics' networks before the hours of generation.
     features = open_features(config.fid_features, **towers, inception_weights=config.inception_weights)
     clip = load_clip(part.clip) if part.clip else None
+    judge = tokenizer.load(part.judge) if part.judge else None
+    if judge and (note := no_text_note(judge[1])):
+        raise UserError(f"generation.judge={part.judge}: {note}")
     of = Measurement("", config.seed, part.sampling.protocol())
     result = PartResult([], {"captions": {}, "skills": []}, {})
     wanted = {"num_images": part.num_images, "size": pipeline.processor.image_size, "seed": config.seed}
@@ -53,6 +60,8 @@ def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: ImagePipel
         task = of.named(f"{source.name}_generation")
         options: dict[str, Any] = {"pipeline": pipeline, "features": features, "clip": clip, "captions": prompts}
         result.scores.extend(distribution_scores(images_NHWC, originals_NHWC=source.images, of=task, **options))
+        if judge is not None:
+            result.scores.append(judge_row(images_NHWC, captions=prompts, judge=judge, of=task))
         if source.has_checker:
             note = "the caption read from the generated pixels equals the prompt"
             result.scores.append(read_back_row(images_NHWC, captions=prompts, note=note, of=task))
@@ -123,6 +132,17 @@ def distribution_scores(
         of.mean("clipscore_qlip", generated, note="by the tokenizer's own towers, not CLIP's"),
         of.mean("clipscore_qlip_real", real, note="the real images with these captions"),
     ]
+
+
+def judge_row(
+    images_NHWC: NDArray, *, captions: Sequence[str], judge: tuple[QLIPModel, QLIPProcessor], of: Measurement
+) -> Score:
+    """CLIPScore by the towers of a QLIP that is none of the models under test."""
+    qlip, processor = judge
+    of = of.with_protocol(prompts_sha256=short_hash(captions), towers="judge", fingerprint=qlip.fingerprint()[:12])
+    towers: dict[str, Any] = {"model": qlip, "processor": processor}
+    cosines_N = (embed_images(images_NHWC, **towers) * embed_texts(captions, **towers)).sum(-1)
+    return of.mean("clipscore_judge", cosines_N.tolist(), note="by the towers of generation.judge")
 
 
 def check_scenes(images_NHWC: Iterable[NDArray], *, prompts: Sequence[ScenePrompt]) -> list[Verdict]:

@@ -11,7 +11,7 @@ from eval.benchmarks.dpg import DPGConfig
 from eval.benchmarks.geneval import GenEvalConfig
 from eval.benchmarks.vqa import VQAConfig
 from eval.config import EvalConfig
-from eval.report.ablation import Ablation
+from eval.report.ablation_rows import Ablation
 from eval.tasks.generate_images import GenerateConfig
 from train.phase import CONFIGS
 

@@ -96,6 +96,8 @@ class Layout:
     offload: bool = False
     accumulates: bool = False
     on_cpu: bool = False
+    beside_bytes: float = 0.0
+    """Weights beside the engine's model, such as a text encoder's."""
 
     @property
     def bucket(self) -> int:
@@ -114,19 +116,19 @@ def usage(layout: Layout, trace: Trace) -> Usage:
     """The highest memory of a device during a step, and its moment."""
     stage, size, whole = layout.zero_stage, layout.weight_bytes, layout.parameters
     part, bucket, many = whole / layout.devices, size * layout.bucket, layout.devices > 1
-    model = whole + layout.frozen
+    model, beside = whole + layout.frozen, layout.beside_bytes
     at_once = layout.bucket == whole and not layout.accumulates  # all gradients are reduced after the backward pass
     state = (MOMENTS + (MASTERS if stage else 0) + (AVERAGE if layout.average else 0)) * (part if stage else whole)
     gathered = min(model, layout.head + REUSE_ELEMENTS // 2 + PREFETCH_ELEMENTS) if many else 0
 
     def at(moment: str, **parts: float) -> Usage:
         usual = dict.fromkeys(Usage._fields[1:], 0.0)
-        usual["weights"] = size * (model / layout.devices + gathered if stage == 3 else model)
+        usual["weights"] = beside + size * (model / layout.devices + gathered if stage == 3 else model)
         usual["optimizer"] = 0.0 if layout.offload else state
         usual["gradients"] = size * (part if stage >= 2 else whole)
         return Usage(moment, **usual | parts)
 
-    start = at("start", weights=size * (model + (whole if stage in (1, 2) else 0)), optimizer=0, gradients=0)
+    start = at("start", weights=beside + size * (model + (whole if stage in (1, 2) else 0)), optimizer=0, gradients=0)
     if stage == 0:
         reduce = at("reduce", buffers=size * min(whole, ALLREDUCE_ELEMENTS + layout.largest))
     elif stage == 1 or not (many or stage == 3):

@@ -9,7 +9,8 @@ products, with 2 operations a multiply-add and 3 forward passes for forward and 
 has no gradient): the layers' weights for every token, attention's scores and values (in full, also if causal: PaLM,
 arXiv 2204.02311, appendix B), and for every target the output head's rows of its half. Activation checkpointing repeats
 the layers' forward pass and the loss its logits: that takes time, but is not a model FLOP. --mfu covers communication,
-reading and saving.
+reading and saving. `--phase llamagen` adds the frozen text encoder: its weights, and its forward pass over captions of
+the greatest length.
 """
 
 import argparse
@@ -17,23 +18,25 @@ import itertools
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import EngineConfig
+from train.settings.llamagen import LlamaGenTrainingConfig
 from train.settings.um3 import UM3Config
 from um3.core.commands import command_parser, read_config
 from um3.core.errors import UserError
+from um3.core.log import quiet_model_files
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
 
     from train.plan.memory import Trace, Tracer, Usage
-    from um3.model.sequences import TrainingSequence
-    from um3.model.vocabulary import UnifiedVocabulary
 
+PHASES: dict[str, type[Any]] = {"um3": UM3Config, "llamagen": LlamaGenTrainingConfig}
 GIB = 2**30
 MFU = 0.35
 """A little below the 0.38 to 0.43 of Llama 3 in bf16 on H100s with custom kernels (arXiv 2407.21783, table 4)."""
@@ -79,33 +82,51 @@ class Setting(NamedTuple):
     micro_batch: int
 
 
-class Plan:
-    """A UM3 config on `devices` GPUs of one kind, which must divide its batch."""
+class Plan(ABC):
+    """The training of a config on `devices` GPUs of one kind, which must divide its batch."""
 
-    def __init__(self, config: UM3Config, *, devices: int, gpu: str):
+    objective: Any
+    """On the meta device; its `model` has the method gradient_checkpointing_enable."""
+    head: int
+    """Elements of the output head."""
+
+    def __init__(self, config: Any, *, devices: int, gpu: str):
         self.share, rest = divmod(config.loop.batch_size, devices)
         if rest:
             raise UserError(
                 f"loop.batch_size={config.loop.batch_size} is not divisible by --gpus {devices}; change one"
             )
         self.config, self.devices, self.gpu, self.on_cpu = config, devices, GPUS[gpu], gpu == "cpu"
-        from train.plan.objective import build_objective
-
-        self.objective, self.ids = build_objective(config)
-        self.model = self.objective.model
-        self.parameters, frozen = _sizes(self.objective.parameters())
-        self.frozen = sum(frozen)
-        head, self.frozen_head = map(sum, _sizes(self.model.lm_head.parameters()))
-        self.head: int = head + self.frozen_head
-        # A tied head is the embedding's own table.
-        tables = {*self.model.get_input_embeddings().parameters(), *self.model.lm_head.parameters()}
-        trained_tables, frozen_tables = map(sum, _sizes(tables))
-        self.frozen_matrices = self.frozen - frozen_tables
-        self.matrices = sum(self.parameters) - trained_tables + self.frozen_matrices
-        self.samples = _task_samples(config, ids=self.ids)
-        self.packed, self.longest = config.data.packing == "documents", max(sample.length for sample in self.samples)
-        self.tracers: dict[str, Tracer] = {}
         self.traces: dict[Setting, Trace] = {}
+        self.tracers: dict[str, Tracer] = {}
+        self.build()
+        self.parameters, frozen = sizes(self.objective.parameters())
+        self.frozen = sum(frozen)
+
+    @abstractmethod
+    def build(self) -> None:
+        """Build the objective on the meta device, and set all fields of the phase."""
+
+    @abstractmethod
+    def traced(self) -> tuple["Module", "Module"]:
+        """Another objective on the meta device, and the part of it that ends where the layers end."""
+
+    @abstractmethod
+    def micro_batch(self, size: int) -> "tuple[Tensor, ...]":
+        """The objective's arguments for `size` samples."""
+
+    @abstractmethod
+    def step_tokens(self) -> tuple[float, float]:
+        """Tokens of a step's sequences with padding, and without."""
+
+    @abstractmethod
+    def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
+        """Model FLOPs of a step, and FLOPs of what is computed twice."""
+
+    @property
+    def beside_bytes(self) -> float:
+        """Weights on every device that are no part of the objective."""
+        return 0.0
 
     def lines(self) -> Iterator[tuple[Setting, "Usage", bool]]:
         """(setting, memory, fits) of every ZeRO stage that supports the optimizer, with and without checkpointing:
@@ -153,6 +174,7 @@ class Plan:
             offload=engine.offload_optimizer and setting.zero_stage > 0,
             accumulates=setting.micro_batch < self.share,
             on_cpu=self.on_cpu,
+            beside_bytes=self.beside_bytes,
         )
         return usage(layout, self._trace(setting))
 
@@ -165,32 +187,6 @@ class Plan:
         model_flops, repeated_flops = self.step_flops(checkpointing=setting.checkpointing)
         rate = self.gpu.float32_tflops if setting.precision == "fp32" else self.gpu.bf16_tflops
         return (model_flops + repeated_flops) / (self.devices * rate * 1e12 * mfu)
-
-    def step_tokens(self) -> tuple[float, float]:
-        """Tokens of a step's sequences with padding, and without."""
-        batch = self.config.loop.batch_size
-        unpadded = batch * sum(sample.share * sample.length for sample in self.samples)
-        return unpadded if self.packed else batch * float(self.longest), unpadded
-
-    def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
-        """Model FLOPs of a step, and FLOPs of what is computed twice."""
-        config, batch = self.model.config, self.config.loop.batch_size
-        tokens, _ = self.step_tokens()
-        padded_to = 0 if self.packed else self.longest
-        pairs = batch * sum(sample.share * max(sample.length, padded_to) ** 2 for sample in self.samples)
-        attention_width = config.num_attention_heads * config.head_dim
-        body = 2.0 * self.matrices * tokens + 4.0 * config.num_hidden_layers * attention_width * pairs
-        text_size, visual_size = self.ids.text_vocab_size, self.ids.visual_vocab_size
-        if joint := self.config.loss.mode == "joint":
-            text_size = visual_size = text_size + visual_size
-        head = frozen_head = 0.0
-        for share, sequence in self.samples:
-            visual = int((sequence.targets & (sequence.input_ids >= self.ids.text_vocab_size)).sum())
-            text = int(sequence.targets.sum()) - visual
-            head += 2.0 * batch * share * config.hidden_size * (text * text_size + visual * visual_size)
-            frozen_head += 2.0 * batch * share * self.frozen_head * (text + visual if joint else text)
-        frozen = 2.0 * self.frozen_matrices * tokens + frozen_head
-        return 3 * (body + head) - frozen, head + (body if checkpointing else 0)
 
     def _engine(self, zero_stage: Any) -> EngineConfig | None:
         """The config's engine at this stage, with bf16-mixed instead of bf16-true at ZeRO 0; None if it is refused."""
@@ -219,10 +215,7 @@ class Plan:
         key = setting._replace(zero_stage=0)
         if key not in self.traces:
             if setting.precision not in self.tracers:
-                from train.plan.objective import build_objective
-
-                objective, _ = build_objective(self.config)
-                body = objective.model.model
+                objective, body = self.traced()
                 self.tracers[setting.precision] = Tracer(objective, body=body, precision=setting.precision)
             tracer = self.tracers[setting.precision]
             switch = "enable" if setting.checkpointing else "disable"
@@ -231,18 +224,8 @@ class Plan:
             self.traces[key] = tracer.trace(*inputs, shares={0.0, 1.0, 1 / self.devices})
         return self.traces[key]
 
-    def micro_batch(self, size: int) -> tuple["Tensor", "Tensor"]:
-        """(ids, target mask) of `size` samples of the mix; the most frequent task fills the remainder."""
-        from data_mix.batches.packing import lay_out
 
-        counts = [round(share * size) for share, _ in self.samples[1:]]
-        counts = [size - sum(counts), *counts]
-        sequences = [sequence for (_, sequence), count in zip(self.samples, counts, strict=True) for _ in range(count)]
-        laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=self.packed, pad_id=self.ids.pad_id)
-        return laid.input_ids_BT, laid.target_mask_BT
-
-
-def _sizes(parameters: "Iterable[Parameter]") -> tuple[list[int], list[int]]:
+def sizes(parameters: "Iterable[Parameter]") -> tuple[list[int], list[int]]:
     """Elements of each trained parameter, and of each frozen one."""
     parts: tuple[list[int], list[int]] = ([], [])
     for parameter in parameters:
@@ -250,49 +233,19 @@ def _sizes(parameters: "Iterable[Parameter]") -> tuple[list[int], list[int]]:
     return parts
 
 
-class TaskSample(NamedTuple):
-    """A typical sample of a task, and the task's share of the batch after the calm-down."""
-
-    share: float
-    sequence: "TrainingSequence"
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return len(self.sequence.input_ids)
-
-
-def _task_samples(config: UM3Config, *, ids: "UnifiedVocabulary") -> list[TaskSample]:
-    """The most frequent task first; text fills its sequence, captions have CAPTION_TOKENS."""
-    from data_mix.batches.schedule import Schedule
-    from um3.model.sequences import image_to_text_sequence, text_sequence, text_to_image_sequence
-
-    data = config.data
-    visual = [ids.text_vocab_size] * ids.image_tokens
-    word = next(token for token in range(ids.text_vocab_size) if token not in (ids.bos_id, ids.pad_id))
-    room = data.seq_len - ids.image_tokens - 4  # bos, begin and end of image, eos
-    caption = [word] * max(1, min(CAPTION_TOKENS, room))
-    text = [word] * ((data.text_seq_len or data.seq_len) - 2)
-    make = {
-        "text": lambda: text_sequence(text, ids=ids),
-        "i2t": lambda: image_to_text_sequence(visual, caption, ids=ids, supervision=data.supervision),
-        "t2i": lambda: text_to_image_sequence(caption, visual, ids=ids, supervision=data.supervision),
-    }
-    shares = Schedule(data.mix).proportions(data.mix.calm_down_steps)
-    samples = [TaskSample(share, make[task]()) for task, share in shares.items() if share]
-    return sorted(samples, key=lambda sample: -sample.share)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Print the table, then the memory of the config's own setting."""
     config, options = _options(arguments)
     # transformers 5 deprecates this method in favour of another; the recipes call it too.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing_", category=FutureWarning)
-    plan = Plan(config, devices=options.gpus, gpu=options.gpu)
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of norms under autocast
+    quiet_model_files()
+    plan = open_plan(config, devices=options.gpus, gpu=options.gpu)
     tokens, unpadded = plan.step_tokens()
     trained, frozen = f"{sum(plan.parameters) / 1e9:.3f}e9", f" + {plan.frozen / 1e9:.3f}e9 frozen" * (plan.frozen > 0)
+    beside = f" and {plan.beside_bytes / GIB:.2f} GiB of the text encoder" * (plan.beside_bytes > 0)
     print(
-        f"{trained}{frozen} parameters on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} GiB, "
+        f"{trained}{frozen} parameters{beside} on {options.gpus} x {options.gpu} of {plan.gpu.memory_gib:.0f} GiB, "
         f"{KEPT_FREE:.0%} of it kept free. A step: {config.loop.batch_size} samples, {tokens:,.0f} tokens "
         f"({1 - unpadded / tokens:.0%} padding), {plan.step_flops(checkpointing=False)[0] / 1e15:.3g} PFLOP at "
         f"{options.mfu:.0%} of the peak; {config.loop.max_steps:,} steps."
@@ -323,12 +276,23 @@ def _print_table(table: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
-def _options(arguments: Sequence[str]) -> tuple[UM3Config, argparse.Namespace]:
+def open_plan(config: Any, *, devices: int, gpu: str) -> Plan:
+    """The plan of a config of one of PHASES."""
+    from train.plan.llamagen import LlamaGenPlan
+    from train.plan.um3 import UM3Plan
+
+    kind = LlamaGenPlan if isinstance(config, LlamaGenTrainingConfig) else UM3Plan
+    return kind(config, devices=devices, gpu=gpu)
+
+
+def _options(arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     parser = command_parser("python -m train plan", str(__doc__), config="required")
+    parser.add_argument("--phase", choices=PHASES, default="um3", help="what is trained (default um3)")
     parser.add_argument("--gpus", type=int, default=8, help="total number of GPUs (default 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (default h100)")
     parser.add_argument("--mfu", type=float, default=MFU, help=f"model FLOPs utilisation (default {MFU})")
-    config, options = read_config(UM3Config, parser, section="um3", arguments=arguments)
+    phase = parser.parse_intermixed_args(arguments).phase
+    config, options = read_config(PHASES[phase], parser, section=phase, arguments=arguments)
     if options.gpu not in GPUS:
         raise UserError(f"--gpu '{options.gpu}' is not known; use one of {', '.join(GPUS)}")
     if options.gpus < 1:

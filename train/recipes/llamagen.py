@@ -28,7 +28,7 @@ from train.checkpoint import full_weights
 from train.engine import autocast, build_engine, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
-from train.settings.llamagen import LlamaGenTrainingConfig
+from train.settings.llamagen import LlamaGenShapeConfig, LlamaGenTrainingConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
@@ -107,34 +107,17 @@ class LlamaGenTask:
         else:
             self.text_encoder = open_text_encoder(config)
         seed_everything(config.loop.seed, "llamagen weights")
-        self.model = LlamaGen(self._model_config()).train()
+        shape = model_config(
+            config.model,
+            bits=self.rows.bits,
+            num_patches=self.rows.num_patches,
+            caption_width=self.text_encoder.width,
+            max_caption_tokens=self.text_encoder.max_tokens,
+        )
+        self.model = LlamaGen(shape).train()
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.objective = LlamaGenObjective(self.model, chunk_tokens=config.chunk_tokens)
-
-    def _model_config(self) -> LlamaGenConfig:
-        shape, bits = self.config.model, self.rows.bits
-        if bits % shape.subtokens:
-            raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
-        sizes: dict[str, Any] = {
-            "hidden_size": shape.hidden_size,
-            "num_hidden_layers": shape.num_layers,
-            "num_attention_heads": shape.num_heads,
-            "intermediate_size": shape.intermediate_size,
-        }
-        if shape.size:
-            sizes = dict(SIZES[shape.size])
-        return LlamaGenConfig(
-            **sizes,
-            caption_width=self.text_encoder.width,
-            max_caption_tokens=self.text_encoder.max_tokens,
-            num_patches=self.rows.num_patches,
-            subtokens=shape.subtokens,
-            bits_per_subtoken=bits // shape.subtokens,
-            prefix_rotation=shape.prefix_rotation,
-            dropout=shape.dropout,
-            initializer_range=shape.initializer_range,
-        )
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}
@@ -205,6 +188,33 @@ class LlamaGenTask:
                 clean=self.config.clean,
             )
         return {"qlip_fingerprint": self.fingerprint}
+
+
+def model_config(
+    shape: LlamaGenShapeConfig, *, bits: int, num_patches: int, caption_width: int, max_caption_tokens: int
+) -> LlamaGenConfig:
+    """The model's config for codes of `bits` bits; UserError if they cannot be cut into the shape's sub-tokens."""
+    if bits % shape.subtokens:
+        raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": shape.intermediate_size,
+    }
+    if shape.size:
+        sizes = dict(SIZES[shape.size])
+    return LlamaGenConfig(
+        **sizes,
+        caption_width=caption_width,
+        max_caption_tokens=max_caption_tokens,
+        num_patches=num_patches,
+        subtokens=shape.subtokens,
+        bits_per_subtoken=bits // shape.subtokens,
+        prefix_rotation=shape.prefix_rotation,
+        dropout=shape.dropout,
+        initializer_range=shape.initializer_range,
+    )
 
 
 build_task = LlamaGenTask

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.report import ablation
-from eval.report.ablation import Ablation, balance, main, result_table
+from data_mix.demo.scene_prompts import SKILLS
+from eval.paper_values import LLAMAGEN_TOKENIZERS, SYSTEMS, VQA_LAYERS
+from eval.report import ablation, ablation_rows
+from eval.report.ablation import balance, main, result_table
+from eval.report.ablation_rows import Ablation
 from eval.report.table import markdown
 from eval.scores import Measurement, write_scores
 from tokenizer import load
@@ -60,6 +64,17 @@ rows:
   - {name: from text, after: split, um3: ["model.base_model={text}"]}
 """
 
+SHARED = """
+columns: {generation/a: A, vqa_scenes/a: B}
+questions: [image_size=16]
+rows:
+  - {name: q, stage1: [], stage2: [], llamagen: [], eval: ["generation.judge={base}/stage1/model"]}
+  - {name: r, after: q, llamagen: [model.dropout=0]}
+  - {name: l, after: r, llava_align: [], llava_instruct: []}
+  - {name: b, llamagen: []}
+  - {name: e, stage1: [], llava_align: []}
+"""
+
 
 @pytest.fixture
 def arguments(tmp_path):
@@ -76,19 +91,19 @@ def write(folder, text):
 def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, arguments, monkeypatch):
     commands: list[str] = []
 
-    def run(command: list[str], *, row: ablation.AblationRow, output: Path) -> None:
+    def run(command: list[str], *, output: Path, what: str) -> None:
         commands.append(" ".join(command).replace(str(tmp_path), "RUN"))
         if "train" in command:
             output.parent.mkdir(parents=True)
             (output.parent / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2}\n')
         elif "eval" in command:
             value = 0.2 if "seed-0" in str(output) else 0.4
-            for part in row.parts:
+            for part in ("language", "captions", "generation"):
                 score = [Measurement("x", 0).score("a", value, n=9, unit="%")] if part == "language" else []
                 write_scores(output.with_name(f"{part}.json"), score)
 
-    monkeypatch.setattr(ablation, "_run", run)
-    monkeypatch.setattr(ablation, "trained_on", lambda *_, **__: [])
+    monkeypatch.setattr(ablation_rows, "start", run)
+    monkeypatch.setattr(ablation_rows, "trained_on", lambda *_, **__: [])
     write(tmp_path, SEEDED)
     main([*arguments, "--base", "BASE", "loop.max_steps=5"])
     train = (
@@ -103,6 +118,55 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, argument
     assert (tmp_path / "table.md").read_text().splitlines()[4] == "| split | 30.0 % ± 14.1 % (paper 50.0 %) |"
     assert json.loads((tmp_path / "table.json").read_text())["from text"][1]["x/a"]["value"] == 0.4
     assert read_image(tmp_path / "curves.png").width > 1000
+
+
+def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_base(tmp_path, arguments, monkeypatch):
+    commands: list[str] = []
+
+    def run(command: list[str], *, output: Path, what: str) -> None:
+        commands.append(" ".join(command).replace(str(tmp_path), "RUN"))
+        if "train" in command:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            (output.parent / "metrics.jsonl").touch()
+        elif "eval" in command:
+            output.parent.mkdir(exist_ok=True)
+            for name in ("tokenizer", "generation", "vqa_scenes"):
+                write_scores(output.with_name(f"{name}.json"), [Measurement(name, 0).score("a", 1.0, n=1)])
+
+    monkeypatch.setattr(ablation_rows, "start", run)
+    monkeypatch.setattr(ablation, "start", run)
+    monkeypatch.setattr(ablation_rows, "trained_on", lambda run, **_: [])
+    write(tmp_path, SHARED)
+    main([*arguments, "--base", "BASE", "loop.max_steps=5"])
+    found = [re.sub(r" --processes 1 --config RUN/tiny.yaml loop.output_dir=\S+", "", line) for line in commands]
+    tokens = "visual_tokenizer=RUN/q/stage2/model"
+    assert found == [
+        "data_mix questions output_dir=RUN/questions image_size=16",
+        "train stage1 loop.max_steps=5",
+        "train stage2 init_from=RUN/q/stage1/model",
+        f"data_mix encode --config RUN/tiny.yaml output_dir=RUN/q/codes {tokens}",
+        f"train llamagen {tokens} data.codes=RUN/q/codes",
+        "eval run --config RUN/tiny.yaml run=RUN/q images=[] parts=[tokenizer,generation] model=RUN/q/llamagen/model "
+        "generation.judge=BASE/stage1/model",
+        f"train llamagen {tokens} data.codes=RUN/q/codes loop.max_steps=5 model.dropout=0",
+        "eval run --config RUN/tiny.yaml run=RUN/r images=[] parts=[generation] model=RUN/r/llamagen/model",
+        f"train llava-align {tokens} loop.max_steps=5",
+        "train llava-instruct init_from=RUN/l/llava-align/model",
+        "eval vqa set=scenes data=RUN/questions max_new_tokens=16 batch_size=32 model=RUN/l/llava-instruct/model "
+        "output=RUN/l/eval/vqa_scenes.json",
+        "train llamagen visual_tokenizer=BASE/stage2/model data.codes=BASE/codes loop.max_steps=5",
+        "eval run --config RUN/tiny.yaml run=RUN/b images=[] parts=[generation] model=RUN/b/llamagen/model",
+        "train stage1 loop.max_steps=5",
+        "train llava-align visual_tokenizer=RUN/e/stage1/model",
+        "eval run --config RUN/tiny.yaml run=RUN/e images=[] parts=[tokenizer]",
+        "eval vqa set=scenes data=RUN/questions max_new_tokens=16 batch_size=32 model=RUN/e/llava-align/model "
+        "output=RUN/e/eval/vqa_scenes.json",
+    ]
+    with pytest.raises(UserError, match=r"row 'q' names {base}"):
+        main(arguments)
+    write(tmp_path, SHARED.replace("{base}", "x"))
+    with pytest.raises(UserError, match=r"row 'b' starts from stage1, .* --base"):
+        main(arguments)
 
 
 @pytest.mark.slow
@@ -174,8 +238,9 @@ def test_the_rule_needs_both_losses(tmp_path):
         ("rows: [{name: 1.0, stage1: []}, {name: '1 0', stage1: []}]", "letters and digits"),
         ("rows: [{name: '---', stage1: []}]", "letters and digits"),
         ("seeds: 0\nrows: [{name: a, stage1: []}]", "seeds is 0"),
-        ("rows: [{name: a, stage2: []}]", "row 'a' needs stage1"),
-        ("rows: [{name: a, stage1: []}, {name: b}]", "row 'b' needs stage1"),
+        ("rows: [{name: a, codes: []}]", "row 'a' needs a phase to train"),
+        ("rows: [{name: a, stage1: []}, {name: b}]", "row 'b' needs a phase to train"),
+        ("rows: [{name: a, um3: [], llamagen: []}]", "row 'a' has um3 and llamagen"),
         ("rows: [{name: a, stage1: [], after: b}, {name: b, stage1: []}]", "'a' comes after 'b'"),
         ("columns: {a/b: B}\nrows: [{name: a, stage1: [], paper: [1, 2]}]", "2 values of the paper for 1 columns"),
     ],
@@ -198,3 +263,40 @@ def test_a_column_needs_a_score(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").iterdir()), ids=lambda path: path.stem)
 def test_every_table_of_the_project_loads(path):
     assert load_config(Ablation, path=path).title
+
+
+def test_the_papers_values_are_those_of_its_tables():
+    def values(name, row, keys):
+        table = load_config(Ablation, path=ROOT / f"configs/ablations/{name}.yaml")
+        (found,) = [r for r in table.rows if r.name == row]
+        return [found.paper[[*table.columns].index(key)] for key in keys]
+
+    drawn = {
+        "scenes_generation/frechet_distance[random-features]": "fid",
+        "scenes_generation/clipscore_judge": "clipscore",
+    }
+    drawn |= {f"skills/{skill}": skill for skill in (*SKILLS, "mean")}
+    rows = {"QLIP": "QLIP-B/16", "BSQViT (no text)": "BSQViT-B/16", "VQ (no text)": "VQGAN (LlamaGen's own)"}
+    for row, system in rows.items():
+        assert values("llamagen_tokens", row, drawn) == [LLAMAGEN_TOKENIZERS[system][key] for key in drawn.values()]
+    pair = {
+        "scenes_generation/frechet_distance[random-features]": "fid",
+        "scenes_generation/clipscore_qlip": "clipscore",
+    }
+    for row, system in {"UM3": "UM3 1.5B", "LlamaGen": "LlamaGen 0.8B"}.items():
+        assert values("um3_llamagen", row, pair) == [SYSTEMS[system][key] for key in pair.values()]
+    asked = {
+        "llava_layers": {
+            "layer -2": "QLIP-B, layer -2",
+            "layer -1": "QLIP-B, layer -1",
+            "layer -1 after the quantizer": "QLIP-B, layer -1, quantized",
+        },
+        "llava_encoders": {
+            "QLIP": "QLIP-B, layer -2",
+            "CLIP (no pixels)": "contrastive alone, layer -2",
+            "BSQViT (no text)": "reconstruction alone, layer -2",
+        },
+    }
+    for name, systems in asked.items():
+        for row, system in systems.items():
+            assert values(name, row, ["scenes/accuracy"]) == [VQA_LAYERS[system]["gqa"]]

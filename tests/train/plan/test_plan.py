@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
+from tests.helpers.tiny_qlip import make_qlip
 from tests.train.conftest import ROOT, arguments, logged, train_apart
+from train.plan.llamagen import LlamaGenPlan
 from train.plan.memory import Layout, Peak, Trace, Tracer, usage
-from train.plan.plan import Plan, Setting, main
+from train.plan.plan import Setting, main, open_plan
+from train.plan.um3 import UM3Plan
+from train.settings.llamagen import LlamaGenTrainingConfig
 from train.settings.um3 import UM3Config
 from um3.core.config import load_config
 from um3.core.errors import UserError
@@ -101,9 +106,77 @@ def test_memory_with_a_frozen_base_is_within_a_tenth_of_a_real_run(
     assert plan.usage(setting).total / GIB == pytest.approx(taken, rel=WITHIN)
 
 
-def plan_of(*overrides: str, config: str = "demo", devices: int = 1, gpu: str = "cpu") -> Plan:
+def plan_of(*overrides: str, config: str = "demo", devices: int = 1, gpu: str = "cpu") -> UM3Plan:
     path = ROOT / f"configs/{config}.yaml"
-    return Plan(load_config(UM3Config, path=path, section="um3", overrides=overrides), devices=devices, gpu=gpu)
+    return UM3Plan(load_config(UM3Config, path=path, section="um3", overrides=overrides), devices=devices, gpu=gpu)
+
+
+def llamagen_plan(*overrides: str, config: str = "demo", devices: int = 1, gpu: str = "cpu") -> LlamaGenPlan:
+    path = ROOT / f"configs/{config}.yaml"
+    settings = load_config(LlamaGenTrainingConfig, path=path, section="llamagen", overrides=overrides)
+    plan = open_plan(settings, devices=devices, gpu=gpu)
+    assert isinstance(plan, LlamaGenPlan)
+    return plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_memory_of_llamagen_is_within_a_tenth_of_a_real_run(
+    checkpointing: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as in `measured`
+    settings = ["loop.batch_size=64", "loop.max_steps=1", "optimizer.kind=adamw"]
+    settings += [f"engine.activation_checkpointing={checkpointing}"]
+    wide = [f"model.{key}={value}" for key, value in BODY.items() if key not in ("num_kv_heads", "head_dim")]
+    peaks = {}
+    for name, more in {"none": [], "wide": wide}.items():
+        command = arguments("llamagen", made, *settings, *more, f"loop.output_dir={tmp_path / name}")
+        train_apart(command)
+        peaks[name] = logged(tmp_path / name, "mem/peak_gib")[-1]
+    plans = [llamagen_plan(*arguments("llamagen", made, *settings, *more)[3:]) for more in ([], wide)]
+    few, many = (plan.usage(plan.own()).total / GIB for plan in plans)
+    assert many - few == pytest.approx(peaks["wide"] - peaks["none"], rel=WITHIN)
+    assert many > 0.7
+
+
+@pytest.mark.parametrize("kind", ["t5", "qlip"])
+def test_flops_of_llamagen_and_its_text_encoder_are_those_of_torchs_counter(kind: str, tmp_path: Path) -> None:
+    T5Config(vocab_size=50, d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=2).save_pretrained(tmp_path)
+    qlip = make_qlip(tmp_path / "qlip", captions=["a dog", "a boat"] * 9)
+    name = tmp_path if kind == "t5" else qlip
+    plan = llamagen_plan(f"text_encoder={{kind: {kind}, name: {name}, max_tokens: 16}}", "loop.batch_size=2",
+                         "model.hidden_size=64", "model.num_layers=2", f"visual_tokenizer={qlip}")  # fmt: skip
+    inputs = plan.micro_batch(2)
+    objective = plan.objective.to_empty(device="cpu")
+    encoder = plan.encoder.to_empty(device="cpu")
+    for parameter in (*objective.parameters(), *encoder.parameters()):
+        nn.init.normal_(parameter, std=0.02)
+    ids_BT = torch.zeros(2, plan.num_caption, dtype=torch.long)
+    counter, bf16 = FlopCounterMode(display=False), torch.autocast("cpu", torch.bfloat16)
+    with counter, bf16, sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad():
+            encoder(ids_BT) if kind == "t5" else encoder.hidden_states(ids_BT)
+        objective(*inputs).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(sum(plan.step_flops(checkpointing=False)), rel=0.03)
+
+
+def test_llamagen_xl_and_flan_t5_xl(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = llamagen_plan(config="llamagen_xl", devices=8, gpu="h100")
+    # The released model has 777,678,080 with one sub-token; the second one has rows of embedding and head of its own.
+    assert sum(plan.parameters) == 777_678_080 + 2 * 16_384 * 1280
+    assert plan.beside_bytes == pytest.approx(2 * 1.2233e9, rel=1e-3)
+    setting = plan.own()
+    assert setting is not None
+    memory = plan.usage(setting)
+    assert plan.fits(memory) and memory.weights == 4 * sum(plan.parameters) + plan.beside_bytes
+    model, again = plan.step_flops(checkpointing=False)
+    # 6 FLOP a parameter of the layers for 631 positions, attention, the head, and T5's 2 a parameter of 120 tokens.
+    layers = 36 * (4 * 1280**2 + 3 * 1280 * 3584)
+    image = 6 * layers * 631 + 12 * 36 * 1280 * 631**2 + 6 * 512 * 1280 * 16_384 + 2 * 1.158e9 * 120
+    assert model / 256 == pytest.approx(image, rel=0.02)
+    assert plan.step_seconds(setting, mfu=0.35) == pytest.approx((model + again) / (8 * 989e12 * 0.35))
+    main(["--config", "llamagen_xl", "--phase", "llamagen", "loop.micro_batch_size=1"])
+    assert "2.28 GiB of the text encoder" in capsys.readouterr().out
 
 
 class Toy(nn.Module):

@@ -61,8 +61,8 @@ def test_bf16_features_keep_their_bits(config, features, tmp_path):
     encoder = TextEncoder(config.resolved_text_encoder(), dtype=torch.bfloat16)
     header = features_header(config)
     captions = ["a red circle", "a blue square left of two green circles", "a red circle", "caption \ud800"]
-    write_features(tmp_path / "a.safetensors", captions[:3], encoder=encoder, header=header, part="a")
-    write_features(tmp_path / "b.safetensors", captions[3:], encoder=encoder, header=header, part="b")
+    write_features(tmp_path / "train-a.safetensors", captions[:3], encoder=encoder, header=header, part="a")
+    write_features(tmp_path / "train-b.safetensors", captions[3:], encoder=encoder, header=header, part="b")
     cached = CachedFeatures(tmp_path, header=header)
     for caption in captions:
         assert torch.equal(cached([caption]).features, encoder([caption]).features)
@@ -96,8 +96,10 @@ def test_finished_files_are_kept_and_damaged_ones_are_made_again(made, features,
         check([str(tmp_path)])
     file.write_bytes(content[: len(content) // 2])
     (folder / "train-gone-00000.safetensors").write_bytes(content)
+    (folder / "model.safetensors").write_bytes(b"someone else's")
     text_features(settings(made, folder))
-    assert [path.name for path in folder.glob("*.safetensors")] == [file.name] and file.read_bytes() == content
+    assert (folder / "model.safetensors").exists()
+    assert [path.name for path in folder.glob("train-*.safetensors")] == [file.name] and file.read_bytes() == content
 
 
 @pytest.mark.parametrize(
