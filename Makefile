@@ -206,6 +206,9 @@ bench-um3: $(READY) ## A training step of UM3 against the same model in transfor
 bench-sampling: $(READY) ## Images per second against transformers' generate(), same ids, and the memory bound
 	@$(PY) -m benchmarks sampling $(ARGS)
 
+bench-llamagen: $(READY) ## LlamaGen with one position a patch against one an id: training step and drawing
+	@$(PY) -m benchmarks llamagen $(ARGS)
+
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.helpers.survive $(ARGS)
 

@@ -9,6 +9,7 @@ COMMANDS = {
     "um3-loss": Command("benchmarks.um3_loss", "a step of UM3 against full-vocabulary logits and cross entropy"),
     "um3-training": Command("benchmarks.um3_training", "a training step of UM3 against transformers' Trainer"),
     "sampling": Command("benchmarks.sampling", "images per second against transformers' generate()"),
+    "llamagen": Command("benchmarks.llamagen", "LlamaGen with one position a patch against one an id"),
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from downstream.llamagen.settings import PrefixRotation, SizeName
+from um3.model.configuration import Prediction
 
 SIZES: dict[SizeName, dict[str, int]] = {
     "B": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -23,7 +24,9 @@ class LlamaGenConfig(PreTrainedConfig):
     """A LlamaGen for captions of `max_caption_tokens` features and images of `num_patches` codes.
 
     A code is `subtokens` ids, each of `bits_per_subtoken` bits with input and output rows of its own; one sub-token is
-    the released model. `prefix_rotation`: "zero" (released weights) erases queries and keys of the caption, so that an
+    the released model. `prediction`: "flat" gives every id a position of its own; "depth" gives a patch one, whose ids
+    are predicted one after the other by `depth_layers` layers at its end (RQ-Transformer, arXiv:2203.01941).
+    `prefix_rotation`: "zero" (released weights) erases queries and keys of the caption, so that an
     image position sees the mean of the caption's values; "identity" leaves them unrotated.
     """
 
@@ -41,6 +44,9 @@ class LlamaGenConfig(PreTrainedConfig):
     num_patches: int = 256
     subtokens: int = 1
     bits_per_subtoken: int = 14
+    prediction: Prediction = "flat"
+    depth_layers: int = 1
+    """Layers of the depth head; without effect where `prediction` is "flat"."""
     prefix_rotation: PrefixRotation = "zero"
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -72,6 +78,11 @@ class LlamaGenConfig(PreTrainedConfig):
         """Ids of an image, P."""
         return self.num_patches * self.subtokens
 
+    @property
+    def positions_per_patch(self) -> int:
+        """Positions of a patch in the transformer."""
+        return 1 if self.prediction == "depth" else self.subtokens
+
     def validate_architecture(self) -> None:
         """Refuse sizes that do not fit together."""
         width, heads = self.hidden_size, self.num_attention_heads
@@ -83,5 +94,10 @@ class LlamaGenConfig(PreTrainedConfig):
             raise ValueError(f"num_attention_heads {heads} is not a multiple of {self.num_key_value_heads} key heads")
         if self.grid**2 != self.num_patches:
             raise ValueError(f"num_patches {self.num_patches} is not a square, which the two rotary axes need")
+        if self.prediction == "depth" and not (1 <= self.depth_layers <= 4 and self.subtokens > 1):
+            raise ValueError(
+                f"prediction depth needs 2 or more subtokens and 1 to 4 depth_layers, not {self.subtokens} and "
+                f"{self.depth_layers}"
+            )
         if not 1 <= self.bits_per_subtoken <= 20:
             raise ValueError(f"bits_per_subtoken {self.bits_per_subtoken} is outside 1 to 20")

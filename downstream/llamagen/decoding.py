@@ -2,13 +2,14 @@
 
 With `prefix_rotation: zero`, rotated queries and keys of the caption are zero vectors. So every image position gives
 each of the n caption tokens the score 0, and the caption is exactly one key of score ln(n) with the mean of its values:
-the cache holds one entry for it instead of one a token.
+the cache holds one entry for it instead of one a token. With `prediction: depth` the transformer runs once a patch; the
+depth head runs once an id, with a cache of its own that starts over at each patch.
 
 Legend: R sequences (samples, twice as many under guidance), T caption positions, P ids of an image, D width, V ids of a
 sub-token, E heads, G key-value heads, H head width, K cached positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -31,10 +32,12 @@ class _Layer:
         self.wqkv, self.wo = PackedLinear(attention.wqkv), PackedLinear(attention.wo)
         self.w13, self.w2 = PackedLinear(mlp.w1, mlp.w3), PackedLinear(mlp.w2)
 
-    def project(self, x_RD: Tensor, rotary_HH: Tensor) -> list[Tensor]:
-        """Rotated queries (R, E, H), rotated keys and values (R, G, H)."""
+    def project(self, x_RD: Tensor, rotary_HH: Tensor | None) -> list[Tensor]:
+        """Queries (R, E, H), keys and values (R, G, H); queries and keys rotated unless `rotary_HH` is None."""
         projected = self.wqkv(self.attention_norm(x_RD)).unflatten(-1, (sum(self.heads), -1))
         queries, keys, values = projected.split(self.heads, dim=1)
+        if rotary_HH is None:
+            return [queries, keys, values]
         return [rotate(queries, rotary_HH), rotate(keys, rotary_HH), values]
 
     def mlp(self, x_RD: Tensor) -> Tensor:
@@ -49,6 +52,8 @@ class Decoder:
     def __init__(self, model: LlamaGen):
         self.model, self.config = model, model.config
         self.layers = [_Layer(cast(Block, block)) for block in model.layers]
+        depth = model.depth if self.config.prediction == "depth" else []
+        self.depth = [_Layer(cast(Block, block)) for block in depth]
         slots = range(self.config.subtokens)
         size = self.config.slot_size
         self.heads = [PackedLinear(model.output, rows=slice(slot * size, (slot + 1) * size)) for slot in slots]
@@ -109,9 +114,11 @@ class _Cache:
         self.num_prefix, self.num_ids = 1 if self.folds else num_caption, 0
         self.rotary_LHH = rotary_table(config, num_caption=num_caption, device=features_BTC.device)
         head_width = config.hidden_size // config.num_attention_heads
-        capacity = whole_windows(self.num_prefix + config.image_tokens)
+        capacity = whole_windows(self.num_prefix + config.num_patches * config.positions_per_patch)
         shape = (2, len(decoder.layers), num_rows, config.num_key_value_heads, capacity, head_width)
         self.cache = features_BTC.new_zeros(shape, dtype=model.dtype)
+        self.depth_cache = self.cache.new_zeros(2, len(decoder.depth), *shape[2:4], config.subtokens, head_width)
+        self.patch_RD = self.cache.new_zeros(num_rows, config.hidden_size)
         self.bias_RK = features_BTC.new_full((num_rows, capacity), float("-inf"), dtype=torch.float32)
         counts_B = self.mask_BT.sum(-1)
         if self.folds:
@@ -127,7 +134,7 @@ class _Cache:
             _, *keys_values = attention.project(block.attention_norm(x_BTD), self.rotary_LHH[:num_caption])
             self._store_prefix(index, *keys_values)
             x_BTD = block(x_BTD, self.rotary_LHH[:num_caption], mask_B1TT)
-        self.hidden_RD = model.norm(x_BTD[:, -1])
+        self.hidden_RD = self._predict(x_BTD[:, -1])
 
     def _store_prefix(self, layer: int, keys_BGTH: Tensor, values_BGTH: Tensor) -> None:
         if self.folds:
@@ -138,25 +145,58 @@ class _Cache:
         self.cache[1, layer, :, :, : self.num_prefix] = values_BGTH
 
     def step(self, ids_R: Tensor) -> Tensor:
-        """Append an id to every sequence; the hidden states (R, D) after it."""
-        model, place = self.decoder.model, self.num_prefix + self.num_ids
-        rotary_HH = self.rotary_LHH[self.mask_BT.shape[1] + self.num_ids]
-        x_RD = model.embed_ids(ids_R[:, None], start=self.num_ids)[:, 0]
-        self.bias_RK[:, place] = 0.0
+        """Append an id to every sequence; the hidden states (R, D) after it, which predict the next id."""
+        x_RD = self.decoder.model.embed_ids(ids_R[:, None], start=self.num_ids)[:, 0]
         self.num_ids += 1
+        if self.decoder.depth:
+            self.patch_RD += x_RD
+            if self.num_ids % self.decoder.config.subtokens:
+                return self._predict(x_RD)
+            x_RD = self.patch_RD.clone()
+            self.patch_RD.zero_()
+        positions = self.num_ids * self.decoder.config.positions_per_patch // self.decoder.config.subtokens
+        place = self.num_prefix + positions - 1
+        self.bias_RK[:, place] = 0.0
         window = whole_windows(place + 1)
-        bias_R11K = self.bias_RK[:, None, None, :window].to(x_RD.dtype)
-        for index, layer in enumerate(self.decoder.layers):
-            queries_REH, keys_RGH, values_RGH = layer.project(x_RD, rotary_HH)
-            keys_RGKH, values_RGKH = self.cache[:, index]
-            keys_RGKH[:, :, place], values_RGKH[:, :, place] = keys_RGH, values_RGH
-            mixed = F.scaled_dot_product_attention(
-                queries_REH.unsqueeze(2),
-                keys_RGKH[:, :, :window],
-                values_RGKH[:, :, :window],
-                attn_mask=bias_R11K,
-                enable_gqa=len(set(layer.heads)) > 1,
-            )
-            x_RD = x_RD + layer.wo(mixed.flatten(1))
-            x_RD = x_RD + layer.mlp(x_RD)
-        return cast(Tensor, model.norm(x_RD))
+        x_RD = _attend(
+            x_RD,
+            layers=self.decoder.layers,
+            cache=self.cache[..., :window, :],
+            place=place,
+            rotary_HH=self.rotary_LHH[self.mask_BT.shape[1] + positions - 1],
+            bias_R11K=self.bias_RK[:, None, None, :window].to(x_RD.dtype),
+        )
+        return self._predict(x_RD)
+
+    def _predict(self, x_RD: Tensor) -> Tensor:
+        """The normalised states that predict the next id, from a position's state or, in a patch, the last id's row."""
+        if self.decoder.depth:
+            slot = self.num_ids % self.decoder.config.subtokens
+            x_RD = _attend(x_RD, layers=self.decoder.depth, cache=self.depth_cache[..., : slot + 1, :], place=slot)
+        return cast(Tensor, self.decoder.model.norm(x_RD))
+
+
+def _attend(
+    x_RD: Tensor,
+    *,
+    layers: Sequence[_Layer],
+    cache: Tensor,
+    place: int,
+    rotary_HH: Tensor | None = None,
+    bias_R11K: Tensor | None = None,
+) -> Tensor:
+    """States (R, D) after the layers, of a position at `place` of the cache (2, layers, R, G, K, H)."""
+    for index, layer in enumerate(layers):
+        queries_REH, keys_RGH, values_RGH = layer.project(x_RD, rotary_HH)
+        keys_RGKH, values_RGKH = cache[:, index]
+        keys_RGKH[:, :, place], values_RGKH[:, :, place] = keys_RGH, values_RGH
+        mixed = F.scaled_dot_product_attention(
+            queries_REH.unsqueeze(2),
+            keys_RGKH,
+            values_RGKH,
+            attn_mask=bias_R11K,
+            enable_gqa=len(set(layer.heads)) > 1,
+        )
+        x_RD = x_RD + layer.wo(mixed.flatten(1))
+        x_RD = x_RD + layer.mlp(x_RD)
+    return x_RD

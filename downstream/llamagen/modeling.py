@@ -1,10 +1,13 @@
 """LlamaGen for text-to-image: caption features as a prefix, then the ids of the image's codes in raster order.
 
 The layout is that of the released checkpoints, name by name (arXiv:2406.06525; docs/llamagen.md). Input is the prefix
-and all ids but the last; the hidden states from the last prefix position on predict the ids.
+and all ids but the last; the hidden states from the last prefix position on predict the ids. With `prediction: depth`
+a patch is one position, the sum of its ids' embeddings, and the depth head predicts its ids from the sequence
+[state, embedding of id 1, ..., embedding of id S - 1] (arXiv:2203.01941).
 
-Legend: B batch, T caption positions, S sub-tokens of a patch, V ids of a sub-token, P = patches * S ids of an image,
-L = T + P - 1 positions, D width, C width of the caption features, E heads, G key-value heads, H head width.
+Legend: B batch, T caption positions, N patches, S sub-tokens of a patch, V ids of a sub-token, P = N * S ids of an
+image, L = T + P - 1 positions (depth: T + N - 1), D width, C width of the caption features, E heads, G key-value heads,
+H head width, M = B * N patches of a batch.
 """
 
 from pathlib import Path
@@ -59,17 +62,21 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(width, sum(self.heads) * head_width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
 
-    def project(self, x_BLD: Tensor, rotary_LHH: Tensor) -> list[Tensor]:
+    def project(self, x_BLD: Tensor, rotary_LHH: Tensor | None) -> list[Tensor]:
         """Queries (B, E, L, H), keys and values (B, G, L, H); queries and keys are rotated in float32."""
         projected = self.wqkv(x_BLD).unflatten(-1, (sum(self.heads), -1)).transpose(1, 2)
         queries, keys, values = projected.split(self.heads, dim=1)
+        if rotary_LHH is None:
+            return [queries, keys, values]
         return [rotate(queries, rotary_LHH), rotate(keys, rotary_LHH), values]
 
-    def forward(self, x_BLD: Tensor, rotary_LHH: Tensor, mask_B1LL: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotary_LHH: Tensor | None, mask_B1LL: Tensor | None) -> Tensor:
+        """No rotation and no mask: the depth head, where a position sees the earlier ones."""
         queries, keys, values = self.project(x_BLD, rotary_LHH)
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask_B1LL, enable_gqa=queries.shape[1] != keys.shape[1]
-        )
+            queries, keys, values, attn_mask=mask_B1LL, is_causal=mask_B1LL is None,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )  # fmt: skip
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
 
@@ -97,13 +104,13 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, rotary_LHH: Tensor, mask_B1LL: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotary_LHH: Tensor | None = None, mask_B1LL: Tensor | None = None) -> Tensor:
         x_BLD = x_BLD + self.dropout(self.attention(self.attention_norm(x_BLD), rotary_LHH, mask_B1LL))
         return x_BLD + self.dropout(self.feed_forward(self.ffn_norm(x_BLD)))
 
 
 class LlamaGen(PreTrainedModel):
-    """The released text-to-image model, for `subtokens` ids a patch."""
+    """The released text-to-image model, for `subtokens` ids a patch; `depth` are the layers of the depth head."""
 
     config_class = LlamaGenConfig
     config: LlamaGenConfig
@@ -116,6 +123,8 @@ class LlamaGen(PreTrainedModel):
         self.tok_embeddings = nn.Embedding(num_rows, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        if config.prediction == "depth":
+            self.depth = nn.ModuleList(Block(config) for _ in range(config.depth_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.output = nn.Linear(config.hidden_size, num_rows, bias=False)
         self.post_init()
@@ -150,12 +159,21 @@ class LlamaGen(PreTrainedModel):
         """
         prefix_BTD = self.cls_embedding(features_BTC, dropped_B)
         num_caption = prefix_BTD.shape[1]
-        x_BLD = self.dropout(torch.cat([prefix_BTD, self.embed_ids(ids_BP[:, :-1]).to(prefix_BTD.dtype)], dim=1))
+        depth, subtokens = self.config.prediction == "depth", self.config.subtokens
+        ids_BPD = self.embed_ids(ids_BP if depth else ids_BP[:, :-1]).to(prefix_BTD.dtype)
+        image_BLD = ids_BPD.unflatten(1, (-1, subtokens))[:, :-1].sum(2) if depth else ids_BPD
+        x_BLD = self.dropout(torch.cat([prefix_BTD, image_BLD], dim=1))
         rotary_LHH = rotary_table(self.config, num_caption=num_caption, device=x_BLD.device)[: x_BLD.shape[1]]
         mask_B1LL = attention_mask(caption_mask_BT, num_positions=x_BLD.shape[1])
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotary_LHH, mask_B1LL)
-        return cast(Tensor, self.norm(x_BLD))[:, num_caption - 1 :]
+        if not depth:
+            return cast(Tensor, self.norm(x_BLD))[:, num_caption - 1 :]
+        states_MD = x_BLD[:, num_caption - 1 :].flatten(0, 1)
+        x_MSD = torch.cat([states_MD[:, None], ids_BPD.reshape(-1, subtokens, ids_BPD.shape[-1])[:, :-1]], dim=1)
+        for layer in self.depth:
+            x_MSD = layer(x_MSD)
+        return cast(Tensor, self.norm(x_MSD)).view(ids_BPD.shape)
 
     def head(self, slot: int) -> Tensor:
         """The output rows (V, D) of one sub-token."""
@@ -177,13 +195,13 @@ def load_llamagen(path_or_hub_id: str | Path, *, dtype: torch.dtype | None = Non
 
 
 def rotary_table(config: LlamaGenConfig, *, num_caption: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin (T + P, H / 2, 2) of every position: the patch's row turns the first half of a head's pairs, its
-    column the second half. An image of S sub-tokens is a grid S times as wide. The caption's rows are 0, or the
+    """cos and sin (T + image positions, H / 2, 2): the patch's row turns the first half of a head's pairs, its column
+    the second half. An image of S positions a patch is a grid S times as wide. The caption's rows are 0, or the
     identity (cos 1, sin 0)."""
     bands = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(bands, device=device).float() / bands)
-    places_P = torch.arange(config.image_tokens, device=device)
-    width = config.grid * config.subtokens
+    places_P = torch.arange(config.num_patches * config.positions_per_patch, device=device)
+    width = config.grid * config.positions_per_patch
     axes_P2 = torch.stack([places_P // width, places_P % width], dim=-1)
     angles_PH = (axes_P2[..., None] * frequencies).flatten(1)
     table_PHH = torch.stack([angles_PH.cos(), angles_PH.sin()], dim=-1)

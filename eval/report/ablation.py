@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from eval.report.ablation_rows import PHASES, Ablation, AblationRow, Place, RowRun, start
+from eval.report.ablation_rows import PHASES, Ablation, AblationRow, Place, RowRun, costs, start
 from eval.report.evidence import verdict_lines
 from eval.report.figures import curves, points, save
 from eval.report.table import Cell, Row, Table, markdown
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_parser("python -m eval ablation", "Train and measure the rows of an ablation.", config="required")
     parser.add_argument("--table", required=True, help="YAML file of the table, such as configs/ablations/weights.yaml")
     parser.add_argument("--run", required=True, help="folder for the runs of the rows and for the table")
-    parser.add_argument("--base", default="", help="run whose models and codes the rows start from that make none")
+    parser.add_argument("--base", default="", help="run whose models and codes the rows start from")
     parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
     parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
     options = parser.parse_intermixed_args(arguments)
@@ -70,6 +70,7 @@ def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
                 questions=str(questions),
             ).run()
             rows = [score for name in row.results for score in read_scores(run / "eval" / f"{name}.json")]
+            rows += costs(run, row)
             scores.setdefault(row.name, []).append({score.key: score for score in rows})
     table = result_table(ablation, scores=scores)
     lines = [ablation.title, "", *markdown(table)]

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from data_mix.sources.image_sources import ImageSourceConfig
+from eval.scores import Score
 from eval.tasks.validation_data import trained_on
 from um3.core.errors import Terminated, UserError
+from um3.core.files import read_json
 from um3.core.ranges import PositiveInt
 
 PHASES = ("stage1", "stage2", "codes", "um3", "llava-align", "llava-instruct", "llamagen")
@@ -108,7 +110,7 @@ class Ablation:
                 raise ValueError(f"row '{row.name}' needs a phase to train, such as stage1 (an empty list will do)")
             if row.um3 is not None and row.llamagen is not None:
                 raise ValueError(
-                    f"row '{row.name}' has um3 and llamagen, whose scores have the same names; make two rows"
+                    f"row '{row.name}' has um3 and llamagen, whose scores have equal names; write two rows"
                 )
             if row.paper and len(row.paper) != len(self.columns):
                 sizes = f"{len(row.paper)} values of the paper for {len(self.columns)} columns"
@@ -238,6 +240,18 @@ class RowRun:
 
     def _start(self, command: list[str], *, output: Path) -> None:
         start(command, output=output, what=f"row '{self.row.name}'")
+
+
+def costs(run: Path, row: AblationRow) -> list[Score]:
+    """Minutes and memory of each training phase of a row."""
+    scores = []
+    for phase in (phase for phase in row.phases if phase != "codes"):
+        done = read_json(run / phase / "done.json")
+        values = {"minutes": done["seconds"] / 60, "peak_memory_gib": done["peak_memory_gib"]}
+        of_run: dict[str, Any] = {"n": done["steps"], "seed": 0, "higher_is_better": False}
+        of_run["protocol"] = {"machine": done["machine"], "processes": done["processes"]}
+        scores += [Score(task=phase, metric=metric, value=value, **of_run) for metric, value in values.items()]
+    return scores
 
 
 def start(command: list[str], *, output: Path, what: str) -> None:

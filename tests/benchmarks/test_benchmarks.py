@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, memory, sampling, tokenizer, training, um3_loss, um3_training
+from benchmarks import harness, llamagen, memory, sampling, tokenizer, training, um3_loss, um3_training
 from benchmarks.flops import stage1_flops, stage2_flops
 from tests.helpers.processes import ROOT
 from tokenizer import onednn
@@ -35,11 +35,11 @@ SCENES = "data.sources=[{name: scenes, kind: scenes, length: 200}]"
 @pytest.fixture
 def here(monkeypatch, capsys):
     """Run the sides of a comparison in this process, which spares the imports of each."""
-    mains = {"tokenizer": tokenizer.main, "um3-loss": um3_loss.main, "sampling": sampling.main}
+    commands = {"tokenizer": tokenizer, "um3-loss": um3_loss, "sampling": sampling, "llamagen": llamagen}
 
     def run(command, *, label):
         printed = capsys.readouterr()
-        mains[command[1]](command[2:])
+        commands[command[1]].main(command[2:])
         output = capsys.readouterr().out
         sys.stdout.write(printed.out)
         return output
@@ -185,6 +185,16 @@ def test_all_sides_generate_the_same(capsys, scale):
     assert any(line.startswith("memory bound ") for line in text) and numbers["guidance_scale"] == float(scale)
     images = {tuple(run["images"]) for side in sampling.SIDES for run in numbers[side]}
     assert len(images) == 1 and len(set(images.pop())) == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_one_position_a_patch_is_compared_with_one_an_id(capsys):
+    sizes = ["--hidden-size", "64", "--layers", "2", "--patches", "16", "--bits-per-subtoken", "4", "--batch", "2"]
+    llamagen.main([*sizes, "--caption-tokens", "3", "--repeats", "1", "--threads", "1"])
+    (step, draw), numbers = lines(capsys)
+    assert step.startswith("step: ") and "(goal 0.65x)" in step and draw.startswith("draw: ")
+    (depth,), (flat,) = numbers["depth"], numbers["flat"]
+    assert flat["parameters"] < depth["parameters"] < 1.5 * flat["parameters"]
 
 
 def test_other_ids_are_an_error():

@@ -16,7 +16,12 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 
 def make_ids(
-    *, subtokens: int = 4, bits_per_subtoken: int = 7, num_patches: int = 16, text_vocab_size: int = 50
+    *,
+    subtokens: int = 4,
+    bits_per_subtoken: int = 7,
+    num_patches: int = 16,
+    text_vocab_size: int = 50,
+    depth_layers: int = 0,
 ) -> UnifiedVocabulary:
     """A vocabulary with bos, eos, pad, <boi>, <eoi> = 0 .. 4."""
     special_ids = ("bos_id", "eos_id", "pad_id", "begin_of_image_id", "end_of_image_id")
@@ -25,6 +30,7 @@ def make_ids(
         subtokens=subtokens,
         bits_per_subtoken=bits_per_subtoken,
         num_patches=num_patches,
+        depth_layers=depth_layers,
         **{name: index for index, name in enumerate(special_ids)},
     )
 

@@ -79,7 +79,7 @@ class LlamaGenPlan(Plan):
 
     def step_tokens(self) -> tuple[float, float]:
         """Positions of a step, and those without padding if a caption has CAPTION_TOKENS tokens."""
-        images, ids = self.config.loop.batch_size, self.shape.image_tokens - 1
+        images, ids = self.config.loop.batch_size, self.shape.num_patches * self.shape.positions_per_patch - 1
         return images * float(ids + self.num_caption), images * float(ids + min(CAPTION_TOKENS, self.num_caption))
 
     def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
@@ -89,6 +89,10 @@ class LlamaGenPlan(Plan):
         layers = sum(sizes(model.layers.parameters())[0])
         body = 2.0 * layers * positions
         body += 4.0 * shape.num_hidden_layers * shape.hidden_size * positions**2 / images
+        if shape.prediction == "depth":
+            depth = 2.0 * sum(sizes(model.depth.parameters())[0])
+            depth += 4.0 * shape.depth_layers * shape.hidden_size * shape.subtokens
+            body += images * shape.image_tokens * depth
         first, second = (layer.weight.numel() for layer in model.cls_embedding.cap_proj.children())
         captions = images * self.num_caption
         # The captions' features have no gradient.

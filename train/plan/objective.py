@@ -1,5 +1,6 @@
 """The objective of UM3's training on the meta device: its parameters have shapes and names, but no memory."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from tokenizer.configuration import read_qlip_config
 from train.recipes.um3 import UM3Objective
 from train.settings.um3 import UM3Config
 from um3.core.hub import load_pretrained
-from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.configuration import is_um3
 from um3.model.extend import extend_model, load_base_tokenizer, read_base_config
 from um3.model.language_model import build_model
 from um3.model.lora import freeze_base
 from um3.model.qk_norm import insert_qk_norm, inserts_qk_norm
+from um3.model.visual_parts import BitEmbeddings, DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
 
 PATCHES = 256
@@ -33,6 +34,7 @@ def build_objective(config: UM3Config) -> tuple[UM3Objective, UnifiedVocabulary]
         if is_um3(base):
             stored = load_pretrained(AutoConfig, base, kind="UM3 model")
             ids = UnifiedVocabulary.from_dict(stored.um3, where=Path(base) / "config.json")
+            ids = dataclasses.replace(ids, depth_layers=config.vocabulary.depth_head_layers)
             model = AutoModelForCausalLM.from_config(stored, trust_remote_code=False)
         elif base:
             stored = LlamaConfig(**KNOWN_BASES[base]) if base in KNOWN_BASES else read_base_config(base)
@@ -48,13 +50,16 @@ def build_objective(config: UM3Config) -> tuple[UM3Objective, UnifiedVocabulary]
             freeze_base(model, ids=ids, lora=config.lora)
         bits = BitEmbeddings(ids, model_config=model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
-        return UM3Objective(model, ids=ids, loss=config.loss, bits=bits, packed=packed), ids
+        depth = DepthHead(ids, model=model) if ids.depth_layers else None
+        return UM3Objective(model, ids=ids, loss=config.loss, bits=bits, depth=depth, packed=packed), ids
 
 
 def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> UnifiedVocabulary:
     """A vocabulary of the right sizes; which text entries are the special tokens does not matter here."""
     vocabulary = config.vocabulary
-    patches = max(1, min(PATCHES, (config.data.seq_len - 5) // vocabulary.subtokens))
+    patches = max(
+        1, min(PATCHES, (config.data.seq_len - 5) // (1 if vocabulary.depth_head_layers else vocabulary.subtokens))
+    )
     if vocabulary.tokenizer:
         text_vocab_size = len(load_base_tokenizer(vocabulary.tokenizer)[0])
     if (Path(config.visual_tokenizer) / "config.json").is_file():
@@ -67,5 +72,6 @@ def _vocabulary(config: UM3Config, *, text_vocab_size: int) -> UnifiedVocabulary
         bits_per_subtoken=vocabulary.bits_per_subtoken,
         num_patches=patches,
         end_of_image_id=text_vocab_size - 1,
+        depth_layers=vocabulary.depth_head_layers,
         **special,
     )

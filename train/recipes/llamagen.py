@@ -196,6 +196,8 @@ def model_config(
     """The model's config for codes of `bits` bits; UserError if they cannot be cut into the shape's sub-tokens."""
     if bits % shape.subtokens:
         raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
+    if shape.prediction == "depth" and shape.subtokens < 2:
+        raise UserError("model.prediction=depth needs model.subtokens of 2 or more; set it, or use flat")
     sizes: dict[str, Any] = {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_layers,
@@ -211,6 +213,8 @@ def model_config(
         num_patches=num_patches,
         subtokens=shape.subtokens,
         bits_per_subtoken=bits // shape.subtokens,
+        prediction=shape.prediction,
+        depth_layers=shape.depth_layers,
         prefix_rotation=shape.prefix_rotation,
         dropout=shape.dropout,
         initializer_range=shape.initializer_range,

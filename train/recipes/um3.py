@@ -4,14 +4,14 @@ The loss of each half of the vocabulary, text and visual, is the cross entropy s
 by their number in the global batch; each target is under the softmax of its own half (paper, Eq 6;
 um3/model/split_softmax.py).
 
-Legend: B sequences of this rank, T tokens of a sequence, D width, V entries, K pairs of task and source, C counted
-values.
+Legend: B sequences of this rank, T tokens of a sequence, N = B * (T - 1) targets, D width, V entries, S sub-tokens of a
+patch, M supervised patches, Y = M * S sub-tokens, X = N + Y, K pairs of task and source, C counted values.
 """
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,12 +35,12 @@ from train.recipes.um3_start import UM3Start
 from train.settings.um3 import UM3Config, UM3LossConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.seeds import seed_everything
-from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.language_model import save_model
 from um3.model.lora import freeze_base, merge, save_adapter
 from um3.model.sequences import document_positions
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
 from um3.model.text_tokenizer import vocabulary_digest
+from um3.model.visual_parts import BitEmbeddings, DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
 
 VOCABULARY_DOCUMENTS = 2000
@@ -61,10 +61,12 @@ class UM3Objective(nn.Module):
         ids: UnifiedVocabulary,
         loss: UM3LossConfig,
         bits: BitEmbeddings | None = None,
+        depth: DepthHead | None = None,
         packed: bool = False,
     ):
         super().__init__()
-        self.model, self.ids, self.loss, self.bits, self.packed = model, ids, loss, bits, packed
+        self.model, self.ids, self.loss, self.packed = model, ids, loss, packed
+        self.bits, self.depth = bits, depth
         self.joins_rows = "flash" in (model.config._attn_implementation or "")
 
     def forward(
@@ -72,23 +74,54 @@ class UM3Objective(nn.Module):
     ) -> SplitLoss:
         """`mode` overrides the configured loss mode."""
         # Sequences are padded on the right, so causal attention is enough to hide the padding from every real position.
-        embeddings_BTD = self.model.get_input_embeddings()(input_ids_BT[:, :-1])
+        targets_BT, supervised_BT = input_ids_BT[:, 1:], target_mask_BT[:, 1:]
+        # Embeddings, head, hidden states: gradients are ready, and so summed for their norm, in the reverse order.
+        inputs = (
+            self._rows(input_ids_BT[:, :-1]) if self.depth is None else self.depth.embed(input_ids_BT, table=self._rows)
+        )
         head_VD = self.model.lm_head.weight
         if self.bits is not None:
-            embeddings_BTD = self.bits.add_to_inputs(embeddings_BTD, ids_BT=input_ids_BT[:, :-1])
             head_VD = self.bits.add_to_head(head_VD)
-        hidden_BTD = self._hidden(embeddings_BTD, input_ids_BT=input_ids_BT[:, :-1])
+        if self.depth is None:
+            hidden_BTD = self._hidden(inputs, input_ids_BT=input_ids_BT[:, :-1])
+        else:
+            hidden_BTD, targets_BT, supervised_BT = self._sub_tokens(inputs, input_ids_BT, supervised_BT)
         return split_softmax_loss(
             hidden_BTD,
             lm_head_weight_VD=head_VD,
-            target_ids_BT=input_ids_BT[:, 1:],
-            supervised_BT=target_mask_BT[:, 1:],
+            target_ids_BT=targets_BT,
+            supervised_BT=supervised_BT,
             text_vocab_size=self.ids.text_vocab_size,
             mode=mode or self.loss.mode,
             z_loss=self.loss.z_loss,
             chunk_tokens=self.loss.chunk_tokens,
             frozen_rows_FD=getattr(self.model.lm_head, "frozen_FD", None),
         )
+
+    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Embeddings of entries of the vocabulary."""
+        embeddings = self.model.get_input_embeddings()(rows)
+        return embeddings if self.bits is None else self.bits.add_to_inputs(embeddings, ids_BT=rows)
+
+    def _sub_tokens(
+        self, embeddings_BTSD: torch.Tensor, input_ids_BT: torch.Tensor, supervised_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (1, X, D), targets and mask (1, X): every position, then sub-tokens of supervised patches."""
+        states_BTD = self._hidden(embeddings_BTSD[:, :-1].sum(2), input_ids_BT=input_ids_BT[:, :-1])
+        targets_N, supervised_N = input_ids_BT[:, 1:].flatten(), supervised_BT.flatten()
+        is_text_N = targets_N < self.ids.text_vocab_size
+        places_M = (supervised_N & ~is_text_N).nonzero().squeeze(-1)
+        has_patches = len(places_M) > 0
+        if not has_patches:
+            places_M = places_M.new_zeros(1)  # the head is used in every batch, so that a sharded backward cannot hang
+        states_ND, embeddings_NSD = states_BTD.flatten(0, 1), embeddings_BTSD[:, 1:].flatten(0, 1)
+        patches_MSD = cast(DepthHead, self.depth)(states_ND[places_M], embeddings_NSD[places_M])
+        rows_Y = self.ids.ids_to_rows(targets_N[places_M]).clamp(min=0).flatten()
+        # A patch's id is no entry; at its own position it is no target.
+        targets_X = torch.cat([targets_N.masked_fill(~is_text_N, 0), rows_Y])
+        supervised_X = torch.cat([supervised_N & is_text_N, torch.full_like(rows_Y, has_patches, dtype=torch.bool)])
+        hidden_XD = torch.cat([states_ND, patches_MSD.flatten(0, 1)])
+        return hidden_XD[None], targets_X[None], supervised_X[None]
 
     def _hidden(self, embeddings_BTD: torch.Tensor, *, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states.
@@ -143,7 +176,9 @@ class UM3Task:
             self.model.gradient_checkpointing_enable()
         bits = BitEmbeddings(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
-        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, bits=bits, packed=packed)
+        depth = start.depth_head(self.model)
+        parts: dict[str, Any] = {"bits": bits, "depth": depth, "packed": packed}
+        self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, **parts)
         self.text_validation: TextValidation | None = None
         if config.text_validation.every_steps:
             self.text_validation = TextValidation(config, ids=self.ids, text_tokenizer=self.text_tokenizer)
@@ -181,7 +216,8 @@ class UM3Task:
         set_learning_rate(self.engine.optimizer, factor=factor)
         supervised_BT = batch.target_mask_BT[:, 1:]
         is_text_BT = batch.input_ids_BT[:, 1:] < self.ids.text_vocab_size
-        counts_2 = torch.stack([(supervised_BT & is_text_BT).sum(), (supervised_BT & ~is_text_BT).sum()])
+        visual = (supervised_BT & ~is_text_BT).sum() * self.ids.subtokens_per_id
+        counts_2 = torch.stack([(supervised_BT & is_text_BT).sum(), visual])
         counts_2 = sum_over_ranks(counts_2.to(device()).float())
         weights_2 = torch.tensor([config.loss.text_weight, config.loss.visual_weight], device=device())
         # DeepSpeed averages gradients over ranks and accumulation steps; a half's loss is its sum / its global count.
@@ -267,6 +303,7 @@ class UM3Task:
         weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         if self.objective.bits is not None:
             self.objective.bits.fold(weights)
+        depth = {name.removeprefix("depth."): weights.pop(name) for name in list(weights) if name.startswith("depth.")}
         if is_main():
             lora = self.config.lora
             if adapter is not None:
@@ -278,6 +315,7 @@ class UM3Task:
                 ids=self.ids,
                 qlip_folder=self.config.visual_tokenizer,
                 state_dict=merge(weights, lora=lora),
+                depth=depth or None,
             )
 
 

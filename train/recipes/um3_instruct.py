@@ -55,7 +55,12 @@ def um3_config(config: UM3InstructConfig) -> UM3Config:
         optimizer=config.optimizer,
         loss=config.loss,
         model=ModelConfig(base_model=str(folder), qk_norm=stored.get("model_type") == "qwen3"),
-        vocabulary=VocabularyConfig(subtokens=ids.subtokens, bits_per_subtoken=ids.bits_per_subtoken),
+        vocabulary=VocabularyConfig(
+            subtokens=ids.subtokens,
+            bits_per_subtoken=ids.bits_per_subtoken,
+            prediction="depth" if ids.depth_layers else "flat",
+            depth_layers=ids.depth_layers or 1,
+        ),
         data=config.data,
         text_validation=config.text_validation,
         evaluate=config.evaluate,

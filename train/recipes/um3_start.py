@@ -1,6 +1,7 @@
 """The model that UM3's training starts from: new weights, a language model to extend, or a UM3 folder
 (model.base_model)."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
 from um3.core.hub import read_tensors
+from um3.core.seeds import seed_everything
 from um3.model.configuration import is_um3
 from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import LoadedModel, build_model, load_model
 from um3.model.qk_norm import fit_qk_norm, insert_qk_norm, inserts_qk_norm
 from um3.model.text_tokenizer import make_vocabulary, train_text_tokenizer
+from um3.model.visual_parts import DepthHead
 
 if TYPE_CHECKING:
     from tokenizer.modeling import QLIPModel
@@ -43,7 +46,8 @@ class UM3Start:
         if is_um3(config.model.base_model):
             self.loaded = load_model(config.model.base_model, dtype=torch.float32)
             _check(self.loaded, config=config, fingerprint=qlip.fingerprint())
-            self.text_tokenizer, self.ids = self.loaded.text_tokenizer, self.loaded.ids
+            self.text_tokenizer = self.loaded.text_tokenizer
+            self.ids = dataclasses.replace(self.loaded.ids, depth_layers=vocabulary.depth_head_layers)
             return
         if source := vocabulary.tokenizer or config.model.base_model:
             self.text_tokenizer, self.base_entries = load_base_tokenizer(source)
@@ -56,6 +60,7 @@ class UM3Start:
             subtokens=vocabulary.subtokens,
             bits_per_subtoken=vocabulary.bits_per_subtoken,
             num_patches=qlip.num_patches,
+            depth_layers=vocabulary.depth_head_layers,
         )
 
     def model(self, streams: Mapping[str, TokenStream]) -> PreTrainedModel:
@@ -76,6 +81,13 @@ class UM3Start:
             base = with_qk_norm(base, _first_sequences(streams, hidden_size=base.config.hidden_size), path=path)
         options: dict[str, Any] = {"new_token_init": config.new_token_init, "seed": self.config.loop.seed}
         return extend_model(base, ids=self.ids, base_entries=self.base_entries, **options)
+
+    def depth_head(self, model: PreTrainedModel) -> DepthHead | None:
+        """The depth head before the first step, if the config asks for one; drawn unless the UM3 folder has it."""
+        if not self.ids.depth_layers or (self.loaded and self.loaded.depth):
+            return self.loaded.depth.train() if self.loaded and self.loaded.depth else None
+        seed_everything(self.config.loop.seed, "depth head")
+        return DepthHead(self.ids, model=model)
 
     def _trained_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """A text tokenizer that rank 0 trains once a run on its texts and captions."""
@@ -131,6 +143,11 @@ def _check(start: LoadedModel, *, config: UM3Config, fingerprint: str) -> None:
         raise UserError(
             f"{folder} has {ids.subtokens} x {ids.bits_per_subtoken} bits a code, the config {configured}; set "
             f"vocabulary.subtokens={ids.subtokens} vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"
+        )
+    if ids.depth_layers not in (0, vocabulary.depth_head_layers):
+        raise UserError(
+            f"{folder} has a depth head of {ids.depth_layers} layers; set vocabulary.prediction=depth "
+            f"vocabulary.depth_layers={ids.depth_layers}"
         )
     if vocabulary.tokenizer:
         raise UserError(f"{folder} has its own text tokenizer; unset vocabulary.tokenizer")

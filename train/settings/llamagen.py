@@ -1,14 +1,15 @@
 """The config of LlamaGen's training."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from data_mix.batches.config import CodeDataConfig
 from downstream.llamagen.settings import PrefixRotation, SizeName, TextEncoderConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
-from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Share, Size
+from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, Size
+from um3.model.configuration import Prediction
 
 
 @dataclass
@@ -23,6 +24,10 @@ class LlamaGenShapeConfig:
     """0: 8/3 of the width, rounded up to a multiple of 256."""
     subtokens: PositiveInt = 1
     """Ids of a code, of equal bits: 2 for QLIP's 28 bits, 1 for codes of at most 14 bits."""
+    prediction: Prediction = "flat"
+    """flat: a position for every id; depth: one for every patch, whose ids a small head predicts one by one."""
+    depth_layers: Annotated[int, Range(1, 4)] = 1
+    """Layers of that head."""
     prefix_rotation: PrefixRotation = "identity"
     """zero: as released; an image position then sees only the mean of the caption's values."""
     dropout: Share = 0.1

@@ -10,7 +10,7 @@ from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Size
-from um3.model.configuration import LoRAConfig, ModelConfig, NewTokenInit, is_um3
+from um3.model.configuration import LoRAConfig, ModelConfig, NewTokenInit, Prediction, is_um3
 
 
 def _check_intervals(loop: LoopConfig, **measurements: "TextValidationConfig | EvaluateConfig") -> None:
@@ -43,9 +43,22 @@ class VocabularyConfig:
     """Size of a trained text vocabulary."""
     subtokens: Size = 2
     bits_per_subtoken: Annotated[int, Range(1, 20)] = 14
+    prediction: Prediction = "flat"
+    """flat: every sub-token has a position; depth: a patch has one, and a small head predicts its sub-tokens."""
+    depth_layers: Annotated[int, Range(1, 4)] = 1
+    """Layers of that head."""
     bit_embeddings: bool = False
     """During training, add to each visual embedding a learned vector per bit of its code, so that codes share what they
     learn; the sum is folded into plain embeddings when the model is saved."""
+
+    def __post_init__(self) -> None:
+        if self.prediction == "depth" and self.subtokens < 2:
+            raise ValueError("prediction=depth needs subtokens of 2 or more; set them, or prediction=flat")
+
+    @property
+    def depth_head_layers(self) -> int:
+        """Layers of the depth head; 0 without one."""
+        return self.depth_layers if self.prediction == "depth" else 0
 
 
 @dataclass

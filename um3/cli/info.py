@@ -98,17 +98,20 @@ def _describe(folder: Path, *, config: dict[str, Any], um3: dict[str, Any], qlip
     visual = um3["subtokens"] << um3["bits_per_subtoken"]
     num_tables = sum(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in tensors)
     total, per_entry = sum(math.prod(shape) for shape, _ in tensors.values()), num_tables * config["hidden_size"]
-    size, num_tokens = qlip["vision_config"]["image_size"], um3["num_patches"] * um3["subtokens"]
+    size, depth_layers = qlip["vision_config"]["image_size"], um3.get("depth_layers", 0)
+    num_tokens = um3["num_patches"] * (1 if depth_layers else um3["subtokens"])
+    depth_total = sum(math.prod(shape) for _, (shape, _) in _tensors(folder / "depth")) if depth_layers else 0
     base, done = um3.get("base") or {}, folder.resolve().parent / "done.json"
     record = read_json(done, dict) if done.is_file() else {}
     qlip_total = sum(math.prod(shape) for name, (shape, _) in _tensors(folder / "qlip") if ".rope." not in name)
     return {
         "folder": str(folder),
         "architecture": ", ".join(config.get("architectures") or [config["model_type"]]),
-        "parameters": total,
+        "parameters": total + depth_total,
         "of the layers": total - per_entry * (text + visual),
         "of the text entries": per_entry * text,
         "of the visual entries": per_entry * visual,
+        "of the depth head": depth_total,
         "dtype": ", ".join(sorted({dtype for _, dtype in tensors.values()})),
         "bytes on disk": sum(file.stat().st_size for file in walk_files(folder)),
         "layers": config["num_hidden_layers"],

@@ -98,7 +98,7 @@ def load_pretrained(
                 loaded.encode("a")  # a tokenizer reads some of its options only when it is used
             return loaded
         if Path(path_or_hub_id).is_dir() and "gguf_file" not in options:
-            _check_weights(folder)
+            check_weights(folder)
             options["config"] = _checked_config(loader, folder, shapes, options.get("config"))
         reporter.disabled = True  # its table of mismatches would repeat the errors below
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -161,7 +161,7 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / CHECKSUMS, "".join(f"{sha256_of(file)}  {file.name}\n" for file in weight_files(folder)))
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
     """UserError if a file of the weights differs from its digest in the folder's SHA256SUMS, if there is one."""
     checksums = folder / CHECKSUMS
     lines = checksums.read_bytes().decode(errors="replace").splitlines() if checksums.is_file() else ()

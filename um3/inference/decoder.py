@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from tokenizer import onednn
 from um3.core.errors import UserError
+from um3.model.visual_parts import DepthHead
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 WINDOW = 64
@@ -91,7 +92,7 @@ class FastDecoder:
     """The layers and head of a stock model without sliding windows; its hidden states are those of the model's own."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, depth: DepthHead | None = None):
         config, stock = model.config, cast(Any, model)
         if config.model_type not in SUPPORTED:
             raise UserError(f"sampling supports models of type {', '.join(SUPPORTED)}, not '{config.model_type}'")
@@ -99,7 +100,9 @@ class FastDecoder:
             raise UserError("sampling needs full attention; set use_sliding_window to false in the model's config.json")
         self.config, self.device, self.dtype = config, model.device, model.dtype
         self.num_kv_heads = config.num_key_value_heads
-        self._embed, self._rotary, self._norm = stock.model.embed_tokens, stock.model.rotary_emb, stock.model.norm
+        self.table, self._rotary, self._norm = stock.model.embed_tokens, stock.model.rotary_emb, stock.model.norm
+        self.depth = depth
+        self.depth_layers = [] if depth is None else [_Layer(layer, config=config) for layer in depth.layers]
         self._head = stock.lm_head
         self._layers = [_Layer(layer, config=config) for layer in stock.model.layers]
         self.num_layers, self.head_dim = len(self._layers), stock.model.layers[0].self_attn.head_dim
@@ -109,6 +112,10 @@ class FastDecoder:
     def is_current(self, model: PreTrainedModel) -> bool:
         """False after the model's weights were replaced, moved or changed. An edit through `.data` is not noticed."""
         return self._versions == _versions(model)
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Embeddings (N, D); with a depth head, an image's ids stand for whole patches."""
+        return self.table(ids_N) if self.depth is None else self.depth.embed(ids_N, table=self.table).sum(-2)
 
     def head(self, start: int, end: int, *, packed: bool = True) -> PackedLinear:
         """The output head for the entries from `start` to `end` - 1; not `packed` where a copy would cost too much."""
@@ -134,7 +141,7 @@ class FastDecoder:
 
     def forward(self, ids_N: Tensor, *, positions_N: Tensor, attend: Attend) -> Tensor:
         """Hidden states (N, D), normalised for the head."""
-        x_ND = self._embed(ids_N)
+        x_ND = self.embed(ids_N)
         cos_1NK, sin_1NK = self._rotary(x_ND, positions_N.unsqueeze(0))
         rotary = cos_1NK[0].unsqueeze(1), sin_1NK[0].unsqueeze(1)
         for index, layer in enumerate(self._layers):
@@ -201,6 +208,31 @@ class DecodingBatch:
         hidden_RD = self.decoder.forward(ids_R, positions_N=self.lengths_R, attend=attend)
         self.lengths_R += 1
         return hidden_RD
+
+
+class DepthDecoder:
+    """The depth head for a batch of sequences, with a cache that starts over at every patch."""
+
+    def __init__(self, decoder: FastDecoder, *, num_sequences: int):
+        depth = cast(DepthHead, decoder.depth)
+        self.layers, self.norm = decoder.depth_layers, depth.norm
+        sizes = (2, len(self.layers), num_sequences, decoder.num_kv_heads, depth.ids.subtokens, decoder.head_dim)
+        self.cache = torch.zeros(sizes, dtype=decoder.dtype, device=decoder.device)
+        ones_11K = self.cache.new_ones(1, 1, decoder.head_dim)
+        self.unrotated = ones_11K, torch.zeros_like(ones_11K)
+
+    def step(self, x_RD: Tensor, *, subtoken: int) -> Tensor:
+        """States (R, D) that predict a sub-token, from the patch's state or the previous sub-token's embedding."""
+        for index, layer in enumerate(self.layers):
+            q_RHK, k_RGK, v_RGK = layer.project(x_RD, rotary=self.unrotated)
+            keys_RGSK, values_RGSK = self.cache[:, index, :, :, : subtoken + 1]
+            keys_RGSK[:, :, subtoken], values_RGSK[:, :, subtoken] = k_RGK, v_RGK
+            attended_RH1K = F.scaled_dot_product_attention(
+                q_RHK.unsqueeze(2), keys_RGSK, values_RGSK, enable_gqa=k_RGK.shape[1] < q_RHK.shape[1]
+            )
+            x_RD = x_RD + layer.out(attended_RH1K.flatten(1))
+            x_RD = x_RD + layer.mlp(x_RD)
+        return _normalise(x_RD, self.norm)
 
 
 def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from um3.core.errors import UserError
 from um3.inference.cuda_graphs import CudaGraphs
-from um3.inference.decoder import DecodingBatch, FastDecoder, check_room, whole_windows
+from um3.inference.decoder import DecodingBatch, DepthDecoder, FastDecoder, check_room, whole_windows
 from um3.inference.sampling_params import Sampling
+from um3.model.visual_parts import DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
 
 LOGITS = "the model's logits"
@@ -52,8 +53,9 @@ class Sampler:
     The last image batch and the last text batch are kept, so batches of one size reuse them. One call runs at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, *, ids: UnifiedVocabulary):
-        self.decoder, self.ids = FastDecoder(model), ids
+    def __init__(self, model: PreTrainedModel, *, ids: UnifiedVocabulary, depth: DepthHead | None = None):
+        depth = None if depth is None else depth.to(model.device, model.dtype)
+        self.decoder, self.ids = FastDecoder(model, depth=depth), ids
         self._lock = Lock()
         self._batches: dict[type, tuple[Any, Any]] = {}
 
@@ -68,25 +70,28 @@ class Sampler:
         kept_BP: Tensor | None = None,
         watch: Callable[[Tensor], None] | None = None,
     ) -> SampledImages:
-        """Sample one image after each prompt (`um3.model.sequences.image_prompt`), one position at a time.
+        """Sample one image after each prompt (`um3.model.sequences.image_prompt`), one sub-token at a time.
 
-        `uniforms_BP` are numbers in [0, 1), the only source of randomness. `kept_BP` gives visual ids to keep, and FREE
-        at positions to sample; kept ids count in `logprobs`. `watch` receives the ids so far (positions, B) after every
-        position. Guidance needs `unconditional_prompt`.
+        `uniforms_BP` are numbers in [0, 1), one a sub-token, the only source of randomness. `kept_BP` gives visual ids
+        to keep, and FREE where to sample; kept ids count in `logprobs`. `watch` receives the ids so far (positions, B)
+        after every id. Guidance needs `unconditional_prompt`.
         """
+        per_id = self.ids.subtokens_per_id
         sequences = [*prompts, *[cast(Tensor, unconditional_prompt)] * len(prompts)] if sampling.guided else prompts
         with self._lock:
-            batch = self._batch(_ImageBatch, sequences, uniforms_BP, sampling=sampling, keeps=kept_BP is not None)
+            num_new = uniforms_BP.shape[1] // per_id
+            options = {"sampling": sampling, "keeps": kept_BP is not None}
+            batch = self._batch(_ImageBatch, sequences, uniforms_BP, num_new=num_new, **options)
             if kept_BP is not None:
-                batch.kept_PB.copy_(kept_BP.T)
+                batch.kept_PB.copy_(self.ids.ids_to_rows(kept_BP).flatten(1).T)
             batch.begin(sequences, uniforms_BP)
             check_finite(batch.highest_B, what=LOGITS)  # before the work
-            for position in range(1, self.ids.image_tokens):
-                batch.graphs(batch.advance, batch.sequences.window(position), position % self.ids.subtokens)
-                if watch is not None:
-                    watch(batch.ids_PB[: position + 1])
+            for position in range(1, self.ids.image_subtokens):
+                batch.graphs(batch.advance, batch.sequences.window(position // per_id), position % self.ids.subtokens)
+                if watch is not None and (position + 1) % per_id == 0:
+                    watch(self._visual_ids(batch, position + 1).T)
             check_finite(batch.highest_B, what=LOGITS)
-            return SampledImages(batch.ids_PB.T.clone(), logprobs=batch.logprobs_B.clone())
+            return SampledImages(self._visual_ids(batch).clone(), logprobs=batch.logprobs_B.clone())
 
     @torch.inference_mode()
     def texts(
@@ -103,7 +108,8 @@ class Sampler:
         and ends the text like end of text.
         """
         with self._lock:
-            batch = self._batch(_TextBatch, prompts, uniforms_BP, sampling=sampling, may_begin_image=may_begin_image)
+            options = {"sampling": sampling, "may_begin_image": may_begin_image}
+            batch = self._batch(_TextBatch, prompts, uniforms_BP, num_new=uniforms_BP.shape[1], **options)
             batch.begin(prompts, uniforms_BP)
             for position in range(1, uniforms_BP.shape[1]):
                 if batch.finished_B.all():
@@ -123,11 +129,14 @@ class Sampler:
     @torch.inference_mode()
     def image_logprob(self, prompt: Tensor, *, visual_ids: Tensor) -> float:
         """Log-probability in nats of an image after a prompt, as in `SampledImages`."""
-        subtokens = self.ids.subtokens
-        hidden_PD = self.decoder.prefill(torch.cat([prompt, visual_ids]))[len(prompt) - 1 : -1]
-        total = 0.0
+        subtokens, decoder = self.ids.subtokens, self.decoder
+        hidden_PD = decoder.prefill(torch.cat([prompt, visual_ids]))[len(prompt) - 1 : -1]
+        if decoder.depth is not None:
+            visual_ids = visual_ids.to(decoder.device)
+            hidden_PD = decoder.depth(hidden_PD, decoder.depth.embed(visual_ids, table=decoder.table)).flatten(0, 1)
+        rows_P, total = self.ids.ids_to_rows(visual_ids).flatten(), 0.0
         for subtoken in range(subtokens):
-            hidden_ND, ids_N = hidden_PD[subtoken::subtokens].contiguous(), visual_ids[subtoken::subtokens]
+            hidden_ND, ids_N = hidden_PD[subtoken::subtokens].contiguous(), rows_P[subtoken::subtokens]
             total += self._logprob(hidden_ND, ids_N, entries=self.ids.subtoken_range(subtoken))
         return total
 
@@ -145,9 +154,14 @@ class Sampler:
         check_finite(total, what=LOGITS)
         return float(total)
 
-    def _batch(self, kind: "type[BatchT]", prompts: Sequence[Tensor], uniforms_BP: Tensor, **options: Any) -> "BatchT":
+    def _visual_ids(self, batch: "_ImageBatch", num_sampled: int | None = None) -> Tensor:
+        """Visual ids (B, P) of the sub-tokens sampled so far."""
+        return self.ids.rows_to_ids(batch.ids_PB[:num_sampled].T.unflatten(-1, (-1, self.ids.subtokens_per_id)))
+
+    def _batch(
+        self, kind: "type[BatchT]", prompts: Sequence[Tensor], uniforms_BP: Tensor, *, num_new: int, **options: Any
+    ) -> "BatchT":
         """The last batch of this kind if its shape and options are the same, else a new one in its place."""
-        num_new = uniforms_BP.shape[1]
         check_room(prompts, num_new=num_new, limit=self.decoder.config.max_position_embeddings)
         capacity = whole_windows(max(len(prompt) for prompt in prompts) + num_new)
         key = (len(prompts), capacity, uniforms_BP.shape, options)
@@ -180,9 +194,15 @@ class _Batch:
 
     def advance(self, window: int, subtoken: int) -> None:
         """Append the last sampled ids, under guidance to both halves of the batch, and sample the next ones."""
-        last_B = self.ids_PB[self.position_1 - 1][0]
-        copies = len(self.sequences.lengths_R) // len(last_B)
-        self.sample(self.sequences.step(last_B.repeat(copies), window=window), subtoken)
+        self.sample(self.sequences.step(self.for_sequences(self.last_ids()), window=window), subtoken)
+
+    def last_ids(self) -> Tensor:
+        """The last sampled ids."""
+        return self.ids_PB[self.position_1 - 1][0]
+
+    def for_sequences(self, ids_B: Tensor) -> Tensor:
+        """Ids (R,): those of both halves of the batch under guidance."""
+        return ids_B.repeat(len(self.sequences.lengths_R) // len(ids_B))
 
     def sample(self, hidden_RD: Tensor, subtoken: int) -> None:
         """Choose the next id of every sample from hidden states."""
@@ -202,6 +222,8 @@ BatchT = TypeVar("BatchT", bound=_Batch)
 
 
 class _ImageBatch(_Batch):
+    """`ids_PB` are visual entries, one a sub-token, also where a patch is one id of the sequence."""
+
     def __init__(self, sequences: DecodingBatch, *, keeps: bool, **options: Any):
         super().__init__(sequences, **options)
         ranges = [self.ids.subtoken_range(subtoken) for subtoken in range(self.ids.subtokens)]
@@ -209,8 +231,23 @@ class _ImageBatch(_Batch):
         self.heads = [sequences.decoder.head(start, end) for start, end in ranges]
         self.scales_P = torch.tensor(self.sampling.scales(len(self.ids_PB)), device=self.ids_PB.device)
         self.kept_PB, self.keeps = torch.full_like(self.ids_PB, FREE), keeps
+        decoder = sequences.decoder
+        self.depth = DepthDecoder(decoder, num_sequences=len(sequences.lengths_R)) if decoder.depth else None
+
+    def advance(self, window: int, subtoken: int) -> None:
+        if self.depth is None or subtoken == 0:
+            super().advance(window, subtoken)
+        else:  # within a patch
+            self.sample(self.sequences.decoder.table(self.for_sequences(super().last_ids())), subtoken)
+
+    def last_ids(self) -> Tensor:
+        """The last visual ids of the sequences."""
+        places_S = self.position_1 + torch.arange(-self.ids.subtokens_per_id, 0, device=self.ids_PB.device)
+        return self.ids.rows_to_ids(self.ids_PB[places_S].T)
 
     def sample(self, hidden_RD: Tensor, subtoken: int) -> None:
+        if self.depth is not None:
+            hidden_RD = self.depth.step(hidden_RD, subtoken=subtoken)
         logits_BV = conditional_BV = self.heads[subtoken](hidden_RD).float()
         if self.sampling.guided:
             conditional_BV, unconditional_BV = logits_BV.chunk(2)

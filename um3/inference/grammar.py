@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from um3.core.errors import UserError
 from um3.model.vocabulary import UnifiedVocabulary
 
 
@@ -24,6 +25,8 @@ class Grammar:
     """
 
     def __init__(self, ids: UnifiedVocabulary, *, images: bool = True):
+        if images and ids.depth_layers:
+            raise UserError("other engines cannot sample images of a UM3 with a depth head; use um3, or images=False")
         self.ids = ids
         forbidden = {ids.bos_id, ids.pad_id, ids.end_of_image_id} - {ids.eos_id}
         self.forbidden_text = sorted(forbidden if images else forbidden | {ids.begin_of_image_id})

@@ -107,6 +107,11 @@ class ImagePipeline(ABC):
     def image_tokens(self) -> int:
         """Ids of an image, P."""
 
+    @property
+    def image_choices(self) -> int:
+        """Random choices of an image, of which each needs a number: one an id, unless a model says otherwise."""
+        return self.image_tokens
+
     @abstractmethod
     def sampler_for(self, prompts: Sequence[str]) -> SampleImages:
         """Prepare the prompts, and check that they fit."""
@@ -159,7 +164,7 @@ class ImagePipeline(ABC):
             sampled = sample(
                 [prompt_of[index] for index in batch],
                 sampling=sampling,
-                uniforms_BP=uniforms([seeds[index] for index in batch], count=self.image_tokens),
+                uniforms_BP=uniforms([seeds[index] for index in batch], count=self.image_choices),
                 kept_BP=torch.stack([keep(prompt_of[index], seeds[index]) for index in batch]) if keep else None,
                 watch=None if watch is None else functools.partial(watch, batch),
             )

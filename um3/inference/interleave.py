@@ -83,7 +83,7 @@ class Conversation:
             prompts=[torch.tensor(self.context)],
             unconditional_prompt=sequences.image_prompt([], ids=ids),
             sampling=self.sampling,
-            uniforms_BP=uniforms([seed], count=ids.image_tokens),
+            uniforms_BP=uniforms([seed], count=ids.image_subtokens),
         )
         self.context += [*result.visual_ids[0].tolist(), ids.end_of_image_id]
         image = self.pipeline.decode(ids.ids_to_codes(result.visual_ids).cpu())[0]

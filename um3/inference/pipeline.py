@@ -30,6 +30,7 @@ from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
 from um3.model.language_model import load_model, trained_on
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
+from um3.model.visual_parts import DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
 
 
@@ -56,6 +57,7 @@ class UM3Pipeline(ImagePipeline):
         ids: UnifiedVocabulary,
         qlip: QLIPModel,
         processor: QLIPProcessor,
+        depth: DepthHead | None = None,
         name: str = "",
     ):
         if (qlip.num_bits, qlip.num_patches) != (ids.num_bits, ids.num_patches):
@@ -64,7 +66,7 @@ class UM3Pipeline(ImagePipeline):
                 f"{ids.num_patches} of {ids.num_bits}; use the tokenizer it was trained with"
             )
         super().__init__(visual_tokenizer=QLIPImages(qlip, processor), name=name)
-        self.model, self.text_tokenizer, self.ids = model, text_tokenizer, ids
+        self.model, self.text_tokenizer, self.ids, self.depth = model, text_tokenizer, ids, depth
         self._sampler: Sampler | None = None
 
     @classmethod
@@ -84,6 +86,7 @@ class UM3Pipeline(ImagePipeline):
             ids=loaded.ids,
             qlip=qlip.to(device),  # type: ignore[arg-type]
             processor=processor,
+            depth=loaded.depth,
             name=valid_text(str(path_or_hub_id)),
         )
 
@@ -105,12 +108,16 @@ class UM3Pipeline(ImagePipeline):
         """
         if self._sampler is None or not self._sampler.decoder.is_current(self.model):
             self._sampler = None  # free the old weights first
-            self._sampler = Sampler(self.model, ids=self.ids)
+            self._sampler = Sampler(self.model, ids=self.ids, depth=self.depth)
         return self._sampler
 
     @property
     def image_tokens(self) -> int:
         return self.ids.image_tokens
+
+    @property
+    def image_choices(self) -> int:
+        return self.ids.image_subtokens
 
     def ids_of(self, codes_BN: Tensor) -> Tensor:
         return self.ids.codes_to_ids(codes_BN)

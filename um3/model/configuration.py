@@ -11,6 +11,8 @@ Supervision = Literal["target", "all"]
 """Which positions of a training sequence are predicted: its answer, or everything after the first token."""
 NewTokenInit = Literal["mean", "random"]
 """How rows that a base lacks start: as the mean of its rows (the paper), or normal with their standard deviation."""
+Prediction = Literal["flat", "depth"]
+"""flat: every sub-token has a position; depth: a patch has one, and a small head predicts its sub-tokens one by one."""
 GGUFType = Literal["f32", "bf16", "f16", "q8_0"]
 """Types of the matrices in a GGUF file that `um3 gguf` writes."""
 IMAGE_SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "guidance_scale": 2.0}

@@ -36,6 +36,8 @@ def export_gguf(folder: str | Path, *, out: str | Path, weights: GGUFType = "f16
     if out.exists():
         raise UserError(f"{out} already exists; choose another file or delete it")
     loaded = load_model(folder)
+    if loaded.ids.depth_layers:
+        raise UserError(f"{folder} has a depth head, which llama.cpp lacks; write its text half with um3 export")
     config = loaded.model.config
     file_type = "ALL_F32" if weights == "f32" else f"MOSTLY_{weights.upper()}"
     with atomic_file(out) as partial:

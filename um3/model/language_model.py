@@ -29,6 +29,7 @@ from um3.core.text import valid_text
 from um3.model.configuration import ModelConfig
 from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
+from um3.model.visual_parts import DepthHead, load_depth_head, save_depth_head
 from um3.model.vocabulary import UnifiedVocabulary
 
 QLIP_FOLDER = "qlip"
@@ -41,6 +42,7 @@ class LoadedModel(NamedTuple):
     text_tokenizer: PreTrainedTokenizerBase
     ids: UnifiedVocabulary
     fingerprint: str
+    depth: DepthHead | None = None
 
 
 def build_model(config: ModelConfig, *, ids: UnifiedVocabulary) -> PreTrainedModel:
@@ -79,23 +81,27 @@ def save_model(
     ids: UnifiedVocabulary,
     qlip_folder: str | Path,
     state_dict: dict[str, Tensor] | None = None,
+    depth: Mapping[str, Tensor] | None = None,
     trained: bool = True,
 ) -> None:
     """Write a stock Hugging Face folder with a model card and the visual tokenizer in `qlip/`, atomically.
 
     `state_dict` replaces the model's own tensors (gathered from a sharded run). config.json stores the vocabulary, the
     visual tokenizer's fingerprint and the base under "um3", a key that other software ignores; generation_config.json
-    stores the image sampling defaults under "image_sampling", SHA256SUMS the digests of the weights. `trained` decides
-    what the card says of the visual rows.
+    stores the image sampling defaults under "image_sampling", SHA256SUMS the digests of the weights. `depth` are the
+    tensors of the depth head, in `depth/`, if `ids` have one. `trained` decides what the card says of the visual rows.
     """
     import tokenizer
 
+    assert (depth is not None) == (ids.depth_layers > 0), "the tensors of the depth head"
     qlip, processor = tokenizer.load(qlip_folder)
     with atomic_folder(folder) as partial:
         stored = getattr(model.config, "um3", None) or {}
         model.config.um3 = stored | ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
         model.save_pretrained(partial, state_dict=state_dict)
         write_checksums(partial)
+        if depth is not None:
+            save_depth_head(partial, depth)
         save_tokenizer(text_tokenizer, partial)
         qlip.save_pretrained(partial / QLIP_FOLDER)
         processor.save_pretrained(partial / QLIP_FOLDER)
@@ -161,4 +167,5 @@ def load_model(
         name = "tokenizer_fingerprint" if is_base else "base"
         raise UserError(f"{folder}/config.json, 'um3': {name} is {stored.get(name)!r}; restore that file")
     model.to(torch.device(device))
-    return LoadedModel(model, text_tokenizer, ids=ids, fingerprint=stored["tokenizer_fingerprint"])
+    depth = load_depth_head(folder, ids=ids, model=model) if ids.depth_layers else None
+    return LoadedModel(model, text_tokenizer, ids=ids, fingerprint=stored["tokenizer_fingerprint"], depth=depth)

@@ -67,7 +67,12 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def make_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, *, subtokens: int, bits_per_subtoken: int, num_patches: int
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    subtokens: int,
+    bits_per_subtoken: int,
+    num_patches: int,
+    depth_layers: int = 0,
 ) -> UnifiedVocabulary:
     """The vocabulary of a model with this text tokenizer; without a bos token (Qwen) sequences begin with eos.
 
@@ -88,6 +93,7 @@ def make_vocabulary(
         pad_id=tokenizer.pad_token_id,
         begin_of_image_id=vocabulary[BEGIN_OF_IMAGE],
         end_of_image_id=vocabulary[END_OF_IMAGE],
+        depth_layers=depth_layers,
     )
 
 

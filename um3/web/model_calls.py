@@ -53,7 +53,7 @@ def generate(job: Job, *, pipeline: UM3Pipeline, request: dict[str, Any]) -> Non
     With `best_of` the partial events have no images: it is not known yet which candidates are returned.
     """
     ids = pipeline.ids
-    row_ids = math.isqrt(ids.num_patches) * ids.subtokens
+    row_ids = ids.image_tokens // math.isqrt(ids.num_patches)
 
     def watch(batch: range, ids_PB: Tensor) -> None:
         job.check()

@@ -1,4 +1,4 @@
-"""LlamaGen's model and cached sampling, for every cut of a code and both prefix rotations."""
+"""LlamaGen's model and cached sampling, for every cut of a code, both prefix rotations and both predictions."""
 
 import pytest
 import torch
@@ -6,11 +6,12 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from downstream.llamagen.configuration import SIZES, LlamaGenConfig
 from downstream.llamagen.decoding import Decoder
-from downstream.llamagen.modeling import LlamaGen, rotary_table
+from downstream.llamagen.modeling import LlamaGen, load_llamagen, rotary_table
 from um3.inference.sampling_params import Sampling
 
-CUTS = [(1, 8), (2, 4), (4, 2)]
+CUTS = [(1, 8, "flat"), (2, 4, "flat"), (4, 2, "flat"), (2, 4, "depth"), (4, 2, "depth")]
 ROTATIONS = ["zero", "identity"]
+DEPTH = {"subtokens": 2, "bits": 4, "prediction": "depth", "depth_layers": 2}
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
 
 
@@ -46,9 +47,10 @@ def logprobs(model, ids_BP, **inputs):
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
-@pytest.mark.parametrize(("subtokens", "bits"), CUTS)
-def test_cached_sampling_is_the_training_form(rotation, subtokens, bits):
-    model = tiny(subtokens=subtokens, bits=bits, prefix_rotation=rotation, num_key_value_heads=2)
+@pytest.mark.parametrize(("subtokens", "bits", "prediction"), CUTS)
+def test_cached_sampling_is_the_training_form(rotation, subtokens, bits, prediction):
+    cut = {"subtokens": subtokens, "bits": bits, "prediction": prediction, "depth_layers": 2}
+    model = tiny(**cut, prefix_rotation=rotation, num_key_value_heads=2)
     sampled = Decoder(model).images(**captions(), sampling=Sampling(), uniforms_BP=uniforms(model))
     assert sampled.visual_ids.unique().numel() > 2 and sampled.visual_ids.max() < 1 << bits
     torch.testing.assert_close(sampled.logprobs, logprobs(model, sampled.visual_ids, **captions()), atol=1e-3, rtol=0)
@@ -64,8 +66,9 @@ def test_padding_and_neighbours_change_nothing(rotation):
     torch.testing.assert_close(logprobs(model, ids_BP[:1], **alone), expected[:1], atol=1e-4, rtol=0)
 
 
-def test_guidance_mixes_with_the_unconditional_features_under_the_captions_mask():
-    model = tiny()
+@pytest.mark.parametrize("options", [{}, DEPTH])
+def test_guidance_mixes_with_the_unconditional_features_under_the_captions_mask(options):
+    model = tiny(**options)
     model.cls_embedding.uncond_embedding.normal_(generator=torch.Generator().manual_seed(4))
     sampling = Sampling(temperature=0, guidance_scale=3.0)
     ids_BP = Decoder(model).images(**captions(), sampling=sampling, uniforms_BP=uniforms(model)).visual_ids
@@ -77,9 +80,10 @@ def test_guidance_mixes_with_the_unconditional_features_under_the_captions_mask(
     assert torch.equal(ids_BP, (unconditional + 3 * (conditional - unconditional)).argmax(-1))
 
 
-def test_a_new_model_begins_at_ln_v_and_checkpointing_changes_nothing():
-    model = LlamaGen(tiny().config).train()
-    ids_BP = torch.randint(0, 256, (3, 16))
+@pytest.mark.parametrize("options", [{}, DEPTH])
+def test_a_new_model_begins_at_ln_v_and_checkpointing_changes_nothing(options):
+    model = LlamaGen(tiny(**options).config).train()
+    ids_BP = torch.randint(0, model.config.slot_size, (3, model.config.image_tokens))
     assert torch.allclose(logprobs(model, ids_BP, **captions()), torch.tensor(256.0).log() * -16)
     outputs = []
     for checkpointing in (False, True):
@@ -102,17 +106,62 @@ def test_two_subtokens_are_a_grid_twice_as_wide():
     torch.testing.assert_close(rows[::8], wrapped[:4])
 
 
-@pytest.mark.parametrize(("size", "count"), [("B", 112_282_368), ("L", 345_031_680), ("XL", 777_678_080)])
-def test_published_sizes(size, count):
+def test_an_id_of_the_depth_form_sees_its_caption_earlier_patches_and_earlier_ids_of_its_patch():
+    model = tiny(**DEPTH | {"subtokens": 4, "bits": 2})
+    ids_BP = torch.randint(0, 4, (1, 64), generator=torch.Generator().manual_seed(6))
+    inputs = {name: values[:1] for name, values in captions().items()}
+    before = model(ids_BP=ids_BP, **inputs)
+    for changed in (0, 5, 6, 39, 63):
+        other_BP = ids_BP.clone()
+        other_BP[:, changed] = (other_BP[:, changed] + 1) % 4
+        differs_P = (model(ids_BP=other_BP, **inputs) - before).abs().amax((0, 2)) > 1e-5
+        assert differs_P.tolist() == [position > changed for position in range(64)]
+
+
+def test_a_depth_model_is_saved_and_loaded(tmp_path):
+    model = tiny(**DEPTH)
+    model.save_pretrained(tmp_path)
+    loaded = load_llamagen(tmp_path)
+    assert loaded.config.prediction == "depth" and len(loaded.depth) == 2
+    greedy = [
+        Decoder(each).images(**captions(), sampling=Sampling(temperature=0), uniforms_BP=uniforms(each)).visual_ids
+        for each in (model, loaded)
+    ]
+    assert torch.equal(*greedy)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+TWO_OF_14 = {"subtokens": 2, "bits_per_subtoken": 14}
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "count"),
+    [
+        ("B", {}, 112_282_368),
+        ("L", {}, 345_031_680),
+        ("XL", {}, 777_678_080),
+        ("XL", TWO_OF_14, 819_621_120),
+        ("XL", TWO_OF_14 | {"prediction": "depth"}, 839_939_840),
+        ("XL", TWO_OF_14 | {"prediction": "depth", "depth_layers": 4}, 900_896_000),
+    ],
+)
+def test_published_sizes(size, options, count):
     with torch.device("meta"):
-        model = LlamaGen(LlamaGenConfig(**SIZES[size]))
+        model = LlamaGen(LlamaGenConfig(**SIZES[size], **options))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert size != "XL" or len(model.state_dict()) == 258
+    assert size != "XL" or options or len(model.state_dict()) == 258
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"num_patches": 250}, "250"), ({"num_attention_heads": 7}, "7"), ({"bits_per_subtoken": 28}, "28")],
+    [
+        ({"num_patches": 250}, "250"),
+        ({"num_attention_heads": 7}, "7"),
+        ({"bits_per_subtoken": 28}, "28"),
+        ({"prediction": "depth"}, "2 or more subtokens"),
+        ({"prediction": "depth", "subtokens": 2, "depth_layers": 5}, "1 to 4 depth_layers"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_named(options, named):
     with pytest.raises(StrictDataclassClassValidationError, match=named):

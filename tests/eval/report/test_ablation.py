@@ -40,9 +40,9 @@ eval: {{num_threads: 1, tokenizer: {{num_images: 4}}}}
 """
 TABLE = """
 title: Two weights
-columns: {scenes_reconstruction_stage1/psnr: PSNR, digits_classification/zero_shot: zero-shot}
+columns: {scenes_reconstruction_stage1/psnr: PSNR, digits_classification/zero_shot: zero-shot, stage1/minutes: minutes}
 rows:
-  - {name: "1 : 0", stage1: [loss.contrastive=1, loss.mse=0], alone: contrastive, paper: [11.7, 0.757]}
+  - {name: "1 : 0", stage1: [loss.contrastive=1, loss.mse=0], alone: contrastive, paper: [11.7, 0.757, null]}
   - {name: "0 : 1", stage1: [loss.contrastive=0, loss.mse=100], alone: mse}
 """
 CHAIN = """
@@ -54,6 +54,7 @@ rows:
   - {name: second, after: first, stage1: ["model.encoder_weights={after}/stage1/model", optimizer.lr=1e-9]}
   - {name: third, after: first, stage2: ["init_from={after}/stage1/model", "data.sources=[{name: digits}]"]}
 """
+DONE = {"seconds": 90.0, "peak_memory_gib": 1.5, "steps": 2, "machine": "here", "processes": 1}
 SEEDED = """
 title: Before and after
 seeds: 2
@@ -96,6 +97,7 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, argument
         if "train" in command:
             output.parent.mkdir(parents=True)
             (output.parent / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2}\n')
+            output.write_text(json.dumps(DONE))
         elif "eval" in command:
             value = 0.2 if "seed-0" in str(output) else 0.4
             for part in ("language", "captions", "generation"):
@@ -116,7 +118,8 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, argument
     text = "model.base_model=RUN/split/seed-1/um3-export"
     assert commands[-2] == f"{train.format('from-text/seed-1')} {text} loop.seed=1"
     assert (tmp_path / "table.md").read_text().splitlines()[4] == "| split | 30.0 % ± 14.1 % (paper 50.0 %) |"
-    assert json.loads((tmp_path / "table.json").read_text())["from text"][1]["x/a"]["value"] == 0.4
+    values = json.loads((tmp_path / "table.json").read_text())["from text"][1]
+    assert (values["x/a"]["value"], values["um3/minutes"]["value"]) == (0.4, 1.5)
     assert read_image(tmp_path / "curves.png").width > 1000
 
 
@@ -128,6 +131,7 @@ def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_b
         if "train" in command:
             output.parent.mkdir(parents=True, exist_ok=True)
             (output.parent / "metrics.jsonl").touch()
+            output.write_text(json.dumps(DONE))
         elif "eval" in command:
             output.parent.mkdir(exist_ok=True)
             for name in ("tokenizer", "generation", "vqa_scenes"):
@@ -174,9 +178,9 @@ def test_rows_are_trained_measured_and_weighed(tmp_path, arguments, capfd):
     write(tmp_path, TABLE)
     main([*arguments, "--alone"])
     lines = (tmp_path / "balance.md").read_text().splitlines()
-    assert lines[0] == "# Two weights" and lines[2] == "|  | PSNR | zero-shot |"
+    assert lines[0] == "# Two weights" and lines[2] == "|  | PSNR | zero-shot | minutes |"
     psnr = json.loads((tmp_path / "balance.json").read_text())["1 : 0"][0]["scenes_reconstruction_stage1/psnr"]["value"]
-    assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and lines[4].endswith("(paper 75.7 %) |")
+    assert lines[4].startswith(f"| 1 : 0 | {psnr:.2f} dB (paper 11.70 dB) | ") and "(paper 75.7 %) |" in lines[4]
     losses = {"1-0": "train/contrastive", "0-1": "train/mse"}
     last = {name: read_metrics(tmp_path / name / "stage1/metrics.jsonl")[-1][key] for name, key in losses.items()}
     assert lines[-1].startswith(f"a_r / a_a = {last['1-0'] / last['0-1']:.3g}: ")

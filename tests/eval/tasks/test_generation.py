@@ -9,7 +9,14 @@ from data_mix.demo.scenes import ScenesSource
 from eval.metrics.clipscore import clip_cosines, load_clip
 from eval.metrics.features import random_features
 from eval.scores import Measurement
-from eval.tasks.generation import check_scenes, distribution_scores, missing_skills, read_back_row, skill_scores
+from eval.tasks.generation import (
+    check_scenes,
+    distribution_scores,
+    judge_row,
+    missing_skills,
+    read_back_row,
+    skill_scores,
+)
 from tests.helpers import tiny_judges
 from um3.core.errors import UserError
 from um3.core.files import short_hash
@@ -90,6 +97,14 @@ def test_distribution_rows_and_their_names(pipeline, scenes, full_captions):
     assert same["clipscore"].value is None and same["clipscore"].paper == 0.25
     assert same["clipscore_qlip"].value == pytest.approx(same["clipscore_qlip_real"].value)
     assert same["clipscore_qlip"].protocol["prompts_sha256"] == short_hash(full_captions)
+
+
+def test_a_judge_scores_with_its_own_towers(pipeline, scenes, full_captions):
+    images = scenes[0][: len(full_captions)]
+    row = judge_row(images, captions=full_captions, judge=(pipeline.qlip, pipeline.processor), of=T)
+    assert row.value == pytest.approx(np.mean(pipeline.similarity(images, full_captions)))
+    assert (row.metric, row.protocol["towers"]) == ("clipscore_judge", "judge")
+    assert row.protocol["fingerprint"] == pipeline.qlip.fingerprint()[:12]
 
 
 def test_clipscore_qlip_by_hand(pipeline, scenes, full_captions):

@@ -18,7 +18,12 @@ eval:
   generation: {num_images: 4, per_skill: 2}
   tokenizer: {num_images: 4, digits: false}
 """
-SMALL = [*COMMON, "warmup_share=0", "optimizer.kind=adamw", "data.conversations=[{name: scenes, kind: scenes, length: 60}]"]
+SMALL = [
+    *COMMON,
+    "warmup_share=0",
+    "optimizer.kind=adamw",
+    "data.conversations=[{name: scenes, kind: scenes, length: 60}]",
+]
 TABLE = {
     "title": "A drawing row and an answering one",
     "questions": ["sources=[{name: scenes, kind: scenes, length: 40}]"],

@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from downstream.llamagen.configuration import LlamaGenConfig
+from downstream.llamagen.modeling import LlamaGen
 from downstream.llamagen.pipeline import LlamaGenPipeline
 from tests.train.conftest import arguments, copy_half, logged, losses, train_apart
 from train.phase import main
+from train.recipes.llamagen import LlamaGenObjective
 from um3.core.errors import UserError
 
 
@@ -48,6 +52,46 @@ def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     train_apart(llamagen(made, tmp_path / "two"), processes=2)
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+
+
+DEPTH = ("model.prediction=depth", "model.subtokens=2", "model.depth_layers=2")
+
+
+def test_one_position_a_patch_trains_resumes_and_generates(made, tmp_path):
+    main(llamagen(made, tmp_path / "whole", *DEPTH))
+    whole = losses(tmp_path / "whole")
+    assert whole[0] == pytest.approx(6 * np.log(2), abs=1e-5)
+    assert logged(tmp_path / "whole", "train/nats_per_image") == pytest.approx(2 * 16 * np.array(whole), rel=1e-6)
+    main(llamagen(made, copy_half(tmp_path / "whole", tmp_path / "half"), *DEPTH))
+    assert losses(tmp_path / "half") == whole[2:]
+    weights = [load_file(tmp_path / part / "model/model.safetensors") for part in ("whole", "half")]
+    assert any(name.startswith("depth.1.") for name in weights[0])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train_apart(llamagen(made, tmp_path / "two", *DEPTH), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+    pipeline = LlamaGenPipeline.from_pretrained(tmp_path / "whole/model")
+    generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
+    again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
+    assert np.array_equal(generated.images[3], again.images[0])
+    with pytest.raises(UserError, match=r"model\.subtokens"):
+        main(llamagen(made, tmp_path / "one", *DEPTH, "model.subtokens=1"))
+
+
+@pytest.mark.parametrize("prediction", ["flat", "depth"])
+def test_the_loss_by_chunks_has_the_gradient_of_the_whole(prediction):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    shapes = {"caption_width": 8, "num_patches": 16, "subtokens": 2, "bits_per_subtoken": 6, "dropout": 0.0}
+    model = LlamaGen(LlamaGenConfig(**sizes, **shapes, prediction=prediction))
+    torch.nn.init.normal_(model.output.weight, std=0.1)
+    captions = {"features_BTC": torch.randn(3, 5, 8), "caption_mask_BT": torch.ones(3, 5)}
+    inputs = captions | {"ids_BP": torch.randint(0, 64, (3, 32))}
+    whole = F.cross_entropy(model.logits(model(**inputs)).flatten(0, 1), inputs["ids_BP"].flatten(), reduction="sum")
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    chunked = LlamaGenObjective(model, chunk_tokens=7)(*inputs.values(), torch.zeros(3, dtype=torch.bool)).sum()
+    torch.testing.assert_close(chunked, whole)
+    for ours, theirs in zip(torch.autograd.grad(chunked, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def test_generate_is_prompt_major_and_decodes_its_own_codes(pipeline):
 def test_the_decoder_is_built_once_and_again_after_the_weights_changed(model_folder, monkeypatch):
     builds = []
     build = FastDecoder.__init__
-    monkeypatch.setattr(FastDecoder, "__init__", lambda self, model: builds.append(self) or build(self, model))
+    monkeypatch.setattr(
+        FastDecoder, "__init__", lambda self, *args, **depth: builds.append(self) or build(self, *args, **depth)
+    )
     pipeline = UM3Pipeline.from_pretrained(model_folder)
     first = pipeline.generate(PROMPTS, seed=1, batch_size=1)
     sampler = pipeline.sampler

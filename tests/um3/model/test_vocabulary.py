@@ -26,6 +26,28 @@ def test_the_papers_split_of_28_bits():
     assert ids.codes_to_ids(torch.tensor([code])).tolist() == [128_258 + 5, 128_258 + 16_384 + 9]
 
 
+def test_with_a_depth_head_a_patch_is_one_id_and_the_sum_of_its_rows():
+    ids = make_ids(subtokens=2, bits_per_subtoken=14, num_patches=256, text_vocab_size=128_258, depth_layers=1)
+    flat = make_ids(subtokens=2, bits_per_subtoken=14, num_patches=256, text_vocab_size=128_258)
+    assert (ids.image_tokens, ids.image_subtokens, ids.vocab_size) == (256, 512, flat.vocab_size)
+    codes_N = torch.tensor([0, (5 << 14) | 9, 2**28 - 1])
+    visual_ids = ids.codes_to_ids(codes_N)
+    assert torch.equal(ids.ids_to_codes(visual_ids), codes_N)
+    rows_NS = ids.ids_to_rows(visual_ids)
+    assert torch.equal(rows_NS.flatten(), flat.codes_to_ids(codes_N))
+    assert torch.equal(ids.rows_to_ids(rows_NS), visual_ids)
+    assert ids.ids_to_rows(torch.tensor([7])).tolist() == [[7, -1]]
+    for wrong in (128_257, 128_258 + 2**28):
+        with pytest.raises(ValueError, match="28 bits"):
+            ids.ids_to_codes(torch.tensor([wrong]))
+    stored = ids.to_dict()
+    assert UnifiedVocabulary.from_dict(stored) == ids
+    del stored["depth_layers"]  # an older version
+    assert UnifiedVocabulary.from_dict(stored) == flat
+    with pytest.raises(ValueError, match="2 or more subtokens"):
+        make_ids(subtokens=1, depth_layers=1)
+
+
 def test_subtoken_ranges_cover_the_visual_half():
     ids = make_ids()
     covered = [entry for subtoken in range(ids.subtokens) for entry in range(*ids.subtoken_range(subtoken))]

@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers.tiny_um3 import make_ids, make_model
 from um3.core.errors import UserError
-from um3.model.bit_embeddings import BitEmbeddings
 from um3.model.extend import EMBEDDING, HEAD
+from um3.model.visual_parts import BitEmbeddings
 
 IDS = make_ids(subtokens=3, bits_per_subtoken=4, num_patches=1)
 
