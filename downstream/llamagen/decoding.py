@@ -52,8 +52,7 @@ class Decoder:
     def __init__(self, model: LlamaGen):
         self.model, self.config = model, model.config
         self.layers = [_Layer(cast(Block, block)) for block in model.layers]
-        depth = model.depth if self.config.prediction == "depth" else []
-        self.depth = [_Layer(cast(Block, block)) for block in depth]
+        self.depth = [_Layer(cast(Block, block)) for block in getattr(model, "depth", ())]
         slots = range(self.config.subtokens)
         size = self.config.slot_size
         self.heads = [PackedLinear(model.output, rows=slice(slot * size, (slot + 1) * size)) for slot in slots]

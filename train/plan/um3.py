@@ -58,6 +58,7 @@ class UM3Plan(Plan):
         for share, sequence in self.samples:
             visual = int((sequence.targets & (sequence.input_ids >= self.ids.text_vocab_size)).sum())
             text = int(sequence.targets.sum()) - visual
+            visual *= self.ids.subtokens_per_id
             head += 2.0 * batch * share * config.hidden_size * (text * text_size + visual * visual_size)
             frozen_head += 2.0 * batch * share * self.frozen_head * (text + visual if joint else text)
         frozen = 2.0 * self.frozen_matrices * tokens + frozen_head
