@@ -16,8 +16,8 @@ from torch import Tensor
 from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.modeling import LlamaGen, load_llamagen
 from um3.core.errors import UserError
-from um3.core.files import atomic_file
-from um3.core.hub import read_tensors
+from um3.core.files import atomic_file, atomic_folder
+from um3.core.hub import read_tensors, write_checksums
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 COMPUTED = re.compile(r"freqs_cis|causal_mask|.*\.kv_cache\..*")
@@ -47,7 +47,9 @@ def import_released(
             problem = f"shape {stored}, not {wanted}" if stored and wanted else "missing" if wanted else "unexpected"
             raise UserError(f"{file}: tensor '{name}' is {problem}; use a text-to-image file of LlamaGen")
     model.load_state_dict(weights, assign=True)
-    model.save_pretrained(folder)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        write_checksums(partial)
     return config
 
 

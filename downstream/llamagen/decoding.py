@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.llamagen.modeling import Block, LlamaGen, attention_mask, rotary_table, rotate
-from um3.inference.decoder import PackedLinear, whole_windows
+from um3.inference.decoder import PackedLinear, versions, whole_windows
 from um3.inference.generate import FREE, LOGITS, SampledImages, check_finite, choose
 from um3.inference.sampling_params import Sampling
 
@@ -56,6 +56,13 @@ class Decoder:
         slots = range(self.config.subtokens)
         size = self.config.slot_size
         self.heads = [PackedLinear(model.output, rows=slice(slot * size, (slot + 1) * size)) for slot in slots]
+        self._weights = list(model.parameters())
+        self._versions = versions(self._weights)
+
+    @property
+    def is_current(self) -> bool:
+        """False after weights of the model were replaced, moved or changed."""
+        return self._versions == versions(self.model.parameters())
 
     @torch.inference_mode()
     def images(

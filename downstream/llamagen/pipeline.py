@@ -108,7 +108,7 @@ class LlamaGenPipeline(ImagePipeline):
     def sampler_for(self, prompts: Sequence[str]) -> SampleImages:
         texts = [clean_caption(prompt) if self.clean else prompt for prompt in prompts]
         device = self.model.device
-        if self._decoder is None:
+        if self._decoder is None or not self._decoder.is_current:
             self._decoder = Decoder(self.model)
         decoder = self._decoder
 

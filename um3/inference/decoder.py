@@ -10,7 +10,7 @@ Shapes: R sequences, N sequences or positions, T positions of a prompt, D width,
 K head dimension, C reserved positions, W positions that attention reads, V entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -88,6 +88,14 @@ class _Layer:
         return self.down(self.activation(gate) * up)
 
 
+def versions(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """Equal for the same weights as long as none was moved or changed; an edit through `.data` is not noticed.
+
+    Keep the weights as long as you compare: another tensor could take the place of one in memory.
+    """
+    return [(id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+
+
 class FastDecoder:
     """The layers and head of a stock model without sliding windows; its hidden states are those of the model's own."""
 
@@ -107,11 +115,15 @@ class FastDecoder:
         self._layers = [_Layer(layer, config=config) for layer in stock.model.layers]
         self.num_layers, self.head_dim = len(self._layers), stock.model.layers[0].self_attn.head_dim
         self._heads: dict[tuple[int, int, bool], PackedLinear] = {}
-        self._parameters, self._versions = list(model.parameters()), _versions(model)
+        self._weights = self._weights_of(model)
+        self._versions = versions(self._weights)
 
     def is_current(self, model: PreTrainedModel) -> bool:
-        """False after the model's weights were replaced, moved or changed. An edit through `.data` is not noticed."""
-        return self._versions == _versions(model)
+        """False after weights of the model or its depth head were replaced, moved or changed."""
+        return self._versions == versions(self._weights_of(model))
+
+    def _weights_of(self, model: PreTrainedModel) -> list[Tensor]:
+        return [*model.parameters(), *(self.depth.parameters() if self.depth is not None else ())]
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Embeddings (N, D); with a depth head, an image's ids stand for whole patches."""
@@ -248,13 +260,6 @@ def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:
 def whole_windows(positions: int) -> int:
     """`positions`, rounded up to a multiple of WINDOW."""
     return -(-positions // WINDOW) * WINDOW
-
-
-def _versions(model: PreTrainedModel) -> list[tuple[Any, ...]]:
-    return [
-        (id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in model.parameters()
-    ]
 
 
 def _normalise(x: Tensor, norm: Any) -> Tensor:

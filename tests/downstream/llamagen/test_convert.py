@@ -9,6 +9,7 @@ from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.convert import export_released, import_released, main
 from downstream.llamagen.modeling import LlamaGen, load_llamagen
 from um3.core.errors import UserError
+from um3.core.hub import check_weights
 
 SHAPE = {"num_patches": 16, "num_heads": 4}
 
@@ -42,6 +43,8 @@ def wrapped(weights, kind):
 def test_a_released_file_becomes_a_folder_with_the_same_outputs(model, tmp_path, kind):
     file = write(tmp_path / "t2i.pt", wrapped(model.state_dict(), kind))
     config = import_released(file, tmp_path / "folder", **SHAPE)
+    assert (tmp_path / "folder/SHA256SUMS").is_file()
+    check_weights(tmp_path / "folder")
     assert (config.hidden_size, config.num_key_value_heads, config.bits_per_subtoken) == (32, 2, 5)
     loaded = load_llamagen(tmp_path / "folder")
     inputs = {"features_BTC": torch.randn(2, 6, 8), "caption_mask_BT": torch.ones(2, 6)}

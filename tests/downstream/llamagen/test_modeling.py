@@ -166,3 +166,12 @@ def test_published_sizes(size, options, count):
 def test_sizes_that_do_not_fit_are_named(options, named):
     with pytest.raises(StrictDataclassClassValidationError, match=named):
         LlamaGenConfig(**options)
+
+
+def test_a_decoder_notices_changed_weights():
+    model = tiny()
+    decoder = Decoder(model)
+    assert decoder.is_current
+    with torch.no_grad():
+        model.output.weight.mul_(2)
+    assert not decoder.is_current

@@ -106,3 +106,13 @@ def test_other_engines_may_write_text_only():
     with pytest.raises(UserError, match="depth head"):
         Grammar(IDS)
     assert Grammar(IDS, images=False).allowed([0, 10]) is None
+
+
+@pytest.mark.parametrize("part", ["model", "depth"])
+def test_a_decoder_notices_changed_weights(part):
+    setup = Setup()
+    decoder = setup.sampler.decoder
+    assert decoder.is_current(setup.model)
+    with torch.no_grad():
+        next(getattr(setup, part).parameters()).mul_(2)
+    assert not decoder.is_current(setup.model)
