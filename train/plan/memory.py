@@ -15,11 +15,12 @@ LoRA) add to the weights only:
     buffers     w P <= 2e9  w b             w b (+ w b)     w b + w b   the bucket, and its copy while it is reduced
     step        t P         (4 + t) P / N   (4 + t) P / N   (4 + t) P / N
 
-The copy in brackets exists for N > 1 only; if the bucket holds all gradients, they exist nowhere else at that time.
-The step makes a flat float32 copy of the gradients, and AdamW needs t more: 0 if fused, else 4 on CUDA and 8 on a CPU
-(at ZeRO 0 for the largest parameter alone). ZeRO 3 keeps gathered what it uses again within 1e9 elements (about 5e8
-when the backward pass begins), the output head, and 5e7 elements that it prefetches. Every device starts with the
-whole model. Memory is allocated memory; on a CPU it is resident memory, so buffers count as they are filled.
+The copy in brackets and ZeRO 0's buffers exist for N > 1 only; if the bucket holds all gradients, they exist nowhere
+else at that time. The step makes a flat float32 copy of the gradients, and AdamW needs t more: 0 if fused, else 4 on
+CUDA and 8 on a CPU (at ZeRO 0 for the largest parameter alone). ZeRO 3 keeps gathered what it uses again within 1e9
+elements (about 5e8 when the backward pass begins), the output head, and 5e7 elements that it prefetches. Every device
+starts with the whole model. Memory is allocated memory; on a CPU it is resident memory, so buffers count as they are
+filled.
 """
 
 import weakref
@@ -130,7 +131,7 @@ def usage(layout: Layout, trace: Trace) -> Usage:
 
     start = at("start", weights=beside + size * (model + (whole if stage in (1, 2) else 0)), optimizer=0, gradients=0)
     if stage == 0:
-        reduce = at("reduce", buffers=size * min(whole, ALLREDUCE_ELEMENTS + layout.largest))
+        reduce = at("reduce", buffers=size * min(whole, ALLREDUCE_ELEMENTS + layout.largest) if many else 0)
     elif stage == 1 or not (many or stage == 3):
         reduce = at("reduce", buffers=bucket)
     else:
