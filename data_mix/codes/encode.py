@@ -112,18 +112,19 @@ def main(arguments: Sequence[str]) -> None:
     setup_logging()
     if not config.images:
         raise UserError(f"{options.config}: 'images' is empty; list at least one image source")
-    inputs_hash = _inputs_hash(config)
+    external = _open_external(config)
+    inputs_hash = _inputs_hash(config, external)
     if _is_up_to_date(Path(config.output_dir), inputs_hash=inputs_hash):
         print(f"{config.output_dir}: up to date")
         return
     with folder_lock(config.output_dir):
-        encode(config, inputs_hash=inputs_hash)
+        encode(config, external=external, inputs_hash=inputs_hash)
 
 
-def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
+def encode(config: EncodeConfig, *, external: "ExternalTokenizer | None", inputs_hash: str) -> None:
     """Write the missing shards, then summary.json; UserError if codes do not fit, or a source has no usable image."""
     torch.set_num_threads(config.num_threads)
-    tokenizer = _open_tokenizer(config)
+    tokenizer = external or _open_qlip(config)
     if tokenizer.num_bits > MAX_BITS:
         name = config.external_tokenizer or config.visual_tokenizer
         raise UserError(f"{name}: codes of {tokenizer.num_bits} bits; shards hold at most {MAX_BITS}")
@@ -150,24 +151,31 @@ def encode(config: EncodeConfig, *, inputs_hash: str) -> None:
     write_json(out / "summary.json", {"inputs_hash": inputs_hash} | summary)
 
 
-def _open_tokenizer(config: EncodeConfig) -> "CodeMaker":
-    """The configured tokenizer."""
+def _open_external(config: EncodeConfig) -> "ExternalTokenizer | None":
+    """The configured external tokenizer, if any."""
+    if not config.external_tokenizer:
+        return None
+    from tokenizer.images import open_external_tokenizer
+
+    return open_external_tokenizer(config.external_tokenizer, setting="external_tokenizer")
+
+
+def _open_qlip(config: EncodeConfig) -> "QLIPImages":
+    """The configured QLIP, on this process's device."""
     # These imports take seconds, which a run that is up to date should not spend.
     from tokenizer import load
-    from tokenizer.images import QLIPImages, open_external_tokenizer
+    from tokenizer.images import QLIPImages
 
-    if config.external_tokenizer:
-        return open_external_tokenizer(config.external_tokenizer, setting="external_tokenizer")
     qlip = QLIPImages(*load(config.visual_tokenizer))
     qlip.model.to(device())  # type: ignore[arg-type]
     return qlip
 
 
-def _inputs_hash(config: EncodeConfig) -> str:
+def _inputs_hash(config: EncodeConfig, external: "ExternalTokenizer | None") -> str:
     """Hash of all that decides what the shards hold; UserError if there is no tokenizer."""
     weights = Path(config.visual_tokenizer) / "model.safetensors"
-    if config.external_tokenizer:
-        qlip = _open_tokenizer(config).fingerprint
+    if external is not None:
+        qlip = external.fingerprint
     elif weights.exists():
         qlip = sha256_of(weights)
     elif HUB_ID.fullmatch(config.visual_tokenizer) and not weights.parent.parent.exists():

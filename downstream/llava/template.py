@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from um3.core.errors import UserError
 from um3.core.text import valid_text
+from um3.model.text_tokenizer import ANSWER, QUESTION
 
 IMAGE = "<image>"
 SYSTEM = (
@@ -31,7 +32,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TemplateKind = Literal["v1", "qa", "plain"]
-MARKS = {"v1": (f"{SYSTEM} ", "USER:", "ASSISTANT:"), "qa": ("", "Q:", "A:")}
+MARKS = {"v1": (f"{SYSTEM} ", "USER:", "ASSISTANT:"), "qa": ("", QUESTION, ANSWER)}
 """What a conversation begins with, and the marks before a question and an answer."""
 
 CHAT_TEMPLATE = """\

@@ -24,6 +24,8 @@ BEGIN_OF_IMAGE, END_OF_IMAGE = "<|begin_of_image|>", "<|end_of_image|>"
 SPECIALS = (BOS, EOS, PAD, BEGIN_OF_IMAGE, END_OF_IMAGE)
 # Llama 3 has a padding entry that its tokenizer config does not name; reusing it keeps the vocabulary.
 KNOWN_PADS = (PAD, "<|finetune_right_pad_id|>")
+QUESTION, ANSWER = "Q:", "A:"
+"""Marks of a conversation's turns: short, because a small vocabulary spells "assistant" letter by letter."""
 NUM_BYTES = 256
 
 
@@ -126,10 +128,9 @@ def encode_turns(
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids of `Q: question A:` and of ` answer` for each turn of a conversation.
 
-    The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is. The marks
-    are short because a small trained vocabulary spells words like "assistant" letter by letter.
+    The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is.
     """
-    pieces = [(f"Q: {question.strip()} A:", f" {answer.strip()}") for question, answer in turns]
+    pieces = [(f"{QUESTION} {question.strip()} {ANSWER}", f" {answer.strip()}") for question, answer in turns]
     encoded = iter(encode_texts([text for piece in pieces for text in piece], tokenizer=tokenizer))
     return list(zip(encoded, encoded, strict=True))
 
