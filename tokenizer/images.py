@@ -138,6 +138,11 @@ class ExternalTokenizer:
             raise UserError(f"{self._where}: {method} returned {returned}; it must return {expected}")
 
 
+def external_target(fingerprint: str) -> str:
+    """The package.module:function in the fingerprint of an external tokenizer; empty for that of a QLIP."""
+    return fingerprint.split()[0] if ":" in fingerprint else ""
+
+
 def open_external_tokenizer(target: str, *, setting: str, min_image_size: int = 1) -> ExternalTokenizer:
     """Call the function `target` (package.module:function, without arguments), and try its result on two images.
 

@@ -207,9 +207,11 @@ def open_code_sources(
     headers = shard_headers(folder, split=split)
     path, first = next(iter(headers.items()))
     if expected_fingerprint not in (None, first.fingerprint):
+        from tokenizer.images import external_target  # seconds, which reading shards should not spend
+
         remedy = "run make codes to encode the images again"
-        if ":" in first.fingerprint:  # package.module:function and its hash
-            remedy += f", or make llamagen with external_tokenizer={first.fingerprint.split()[0]}"
+        if target := external_target(first.fingerprint):
+            remedy += f", or make llamagen with external_tokenizer={target}"
         raise UserError(
             f"{path} was made by the tokenizer with fingerprint {first.fingerprint}, this run uses "
             f"{expected_fingerprint}; {remedy}"

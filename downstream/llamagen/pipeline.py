@@ -18,7 +18,7 @@ from downstream.llamagen.modeling import LlamaGen, load_llamagen
 from downstream.llamagen.settings import TextEncoderConfig
 from downstream.llamagen.text_encoder import TextEncoder
 from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
-from tokenizer.images import ExternalTokenizer, QLIPImages, open_external_tokenizer
+from tokenizer.images import ExternalTokenizer, QLIPImages, external_target, open_external_tokenizer
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.core.hub import model_folder, write_checksums
@@ -69,8 +69,7 @@ class LlamaGenPipeline(ImagePipeline):
             visual_tokenizer = open_external_tokenizer(external_tokenizer, setting="external_tokenizer")
             if visual_tokenizer.fingerprint != fingerprint:
                 raise UserError(f"{folder} was trained with {fingerprint}, not {visual_tokenizer.fingerprint}")
-        elif ":" in fingerprint:
-            name = fingerprint.split()[0]
+        elif name := external_target(fingerprint):
             raise UserError(f"{folder} generates codes of an external tokenizer; pass external_tokenizer='{name}'")
         else:
             qlip, processor = load_visual_tokenizer(folder, fingerprint=fingerprint)
