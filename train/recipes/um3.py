@@ -177,6 +177,8 @@ class UM3Task:
         bits = BitEmbeddings(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
         packed = config.data.packing == "documents"
         depth = start.depth_head(self.model)
+        if depth is not None:
+            depth.is_checkpointed = config.engine.activation_checkpointing
         parts: dict[str, Any] = {"bits": bits, "depth": depth, "packed": packed}
         self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, **parts)
         self.text_validation: TextValidation | None = None

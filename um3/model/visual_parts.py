@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenizer.bits import codes_to_bits
@@ -67,6 +68,9 @@ class BitEmbeddings(nn.Module):
 class DepthHead(nn.Module):
     """Predicts the sub-tokens of a patch one by one, with layers of the stock model's kind and sizes, unrotated."""
 
+    is_checkpointed = False
+    """Whether a backward pass computes the layers again instead of keeping their activations."""
+
     def __init__(self, ids: UnifiedVocabulary, *, model: PreTrainedModel):
         super().__init__()
         config, body = copy.deepcopy(model.config), cast(Any, model).model
@@ -89,8 +93,12 @@ class DepthHead(nn.Module):
         """States (M, S, D) that predict the sub-tokens, from each patch's state and its sub-tokens' embeddings."""
         x_MSD = torch.cat([states_MD.unsqueeze(1), embeddings_MSD[:, :-1].to(states_MD.dtype)], dim=1)
         cos_1SK = x_MSD.new_ones(1, x_MSD.shape[1], self.head_dim)
+        options: dict[str, Any] = {"attention_mask": None, "position_embeddings": (cos_1SK, torch.zeros_like(cos_1SK))}
         for layer in self.layers:
-            x_MSD = layer(x_MSD, attention_mask=None, position_embeddings=(cos_1SK, torch.zeros_like(cos_1SK)))
+            if self.is_checkpointed and torch.is_grad_enabled():
+                x_MSD = checkpoint(layer, x_MSD, use_reentrant=False, **options)
+            else:
+                x_MSD = layer(x_MSD, **options)
         return cast(Tensor, self.norm(x_MSD))
 
 

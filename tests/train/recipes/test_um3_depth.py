@@ -75,6 +75,12 @@ def test_the_loss_by_chunks_and_its_gradient_are_those_of_all_logits(mode):
     ours = torch.autograd.grad(loss.text_sum + 2 * loss.visual_sum, parameters)
     for gradient, expected in zip(ours, torch.autograd.grad(text + 2 * image, parameters), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-4)
+    calls = []
+    depth.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    depth.is_checkpointed = True
+    again = objective(input_ids_BT, target_mask_BT)
+    checkpointed = torch.autograd.grad(again.text_sum + 2 * again.visual_sum, parameters)
+    assert all(map(torch.equal, checkpointed, ours)) and len(calls) == 2  # forward, and once more in the backward pass
 
 
 def test_it_learns_and_the_folder_draws_captions_and_scores(made, trained, tmp_path):
