@@ -209,6 +209,9 @@ bench-sampling: $(READY) ## Images per second against transformers' generate(), 
 bench-llamagen: $(READY) ## LlamaGen with one position a patch against one an id: training step and drawing
 	@$(PY) -m benchmarks llamagen $(ARGS)
 
+gpu-proof: $(READY) ## Run the GPU tests and all benchmarks on a GPU, with one page of results (20 minutes)
+	@$(PY) -m benchmarks gpu-proof $(ARGS)
+
 survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.helpers.survive $(ARGS)
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "um3-training": Command("benchmarks.um3_training", "a training step of UM3 against transformers' Trainer"),
     "sampling": Command("benchmarks.sampling", "images per second against transformers' generate()"),
     "llamagen": Command("benchmarks.llamagen", "LlamaGen with one position a patch against one an id"),
+    "gpu-proof": Command("benchmarks.gpu_proof", "the GPU tests and all of these at the paper's sizes, on one page"),
 }
 
 if __name__ == "__main__":

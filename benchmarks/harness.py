@@ -5,6 +5,7 @@ so that other work on the machine disturbs both alike.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -27,6 +28,8 @@ from um3.core.metrics import read_metrics
 
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 GPU_PEAK = "peak_gpu_memory_gib"
+STOP_S = 20
+"""Seconds that a process has to end after its time limit, before it is killed."""
 PEAK_S = 1.5
 """Seconds of matrix products, of which the fastest gives the peak."""
 Results = dict[str, list[dict[str, Any]]]
@@ -70,13 +73,22 @@ def run_side(name: str, arguments: Sequence[str], *, side: str, label: str) -> d
     return result
 
 
+def now() -> float:
+    """Seconds of a clock; on a GPU after the work that was started."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def fastest(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The result with the fewest `seconds`."""
     return min(results, key=lambda result: result["seconds"])
 
 
-def run_process(command: Sequence[str], *, label: str) -> str:
-    """Run `python -m COMMAND` and return what it prints.
+def run_process(command: Sequence[str], *, label: str, limit_s: float | None = None) -> str:
+    """Run `python -m COMMAND` and return what it prints; after `limit_s` seconds it is stopped, which is a UserError.
 
     On Linux a process inherits the peak memory of the one that starts it, so import torch only after the last call.
     OutOfMemory if it ran out of memory; UserError with its last error line if it failed otherwise.
@@ -84,9 +96,14 @@ def run_process(command: Sequence[str], *, label: str) -> str:
     print(label, file=sys.stderr, flush=True)
     with subprocess.Popen([sys.executable, "-m", *command], stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
-            output, errors = process.communicate()
-        except BaseException:
+            output, errors = process.communicate(timeout=limit_s)
+        except BaseException as stop:
             process.terminate()
+            if isinstance(stop, subprocess.TimeoutExpired):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=STOP_S)
+                process.kill()
+                raise UserError(f"{label}: stopped at its limit of {limit_s:.0f} s") from None
             raise
     if process.returncode:
         lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]

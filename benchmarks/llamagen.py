@@ -1,8 +1,8 @@
 """`python -m benchmarks llamagen`: LlamaGen with one position a patch (depth) against one an id (flat).
 
-Both have the same sizes, captions and codes; depth has the layers of its head on top. A step is forward and backward in
-float32 with the loss of `make llamagen`, without the optimizer, whose time does not depend on the positions. A drawing
-is one guided image a caption by the cached decoder.
+Both have the same sizes, captions and codes; depth has the layers of its head on top. A step is forward and backward
+with the loss of `make llamagen`, without the optimizer, whose time does not depend on the positions. A drawing is one
+guided image a caption by the cached decoder.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import benchmark_parser, positive, run_sides
+from benchmarks.harness import benchmark_parser, now, positive, run_sides
 
 SIDES = ("depth", "flat")
 GOALS = {"step": 0.65, "draw": 0.55}
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str]) -> None:
     ):
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{about} (default {default})")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is off (default 3)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default float32")
     options = parser.parse_args(arguments)
     if options.side:
         print(json.dumps(measure(options)))
@@ -76,14 +78,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         depth_layers=options.depth_layers,
         dropout=0.0,
     )
-    model = LlamaGen(config)
+    model = LlamaGen(config).to(options.device, getattr(torch, options.dtype))
     objective = LlamaGenObjective(model, chunk_tokens=2048)
     features_BTC = torch.randn(options.batch, options.caption_tokens, config.caption_width)
-    mask_BT = torch.ones(features_BTC.shape[:2], dtype=torch.bool)
-    ids_BP = torch.randint(config.slot_size, (options.batch, config.image_tokens))
+    features_BTC = features_BTC.to(options.device, getattr(torch, options.dtype))
+    mask_BT = torch.ones(features_BTC.shape[:2], dtype=torch.bool, device=options.device)
+    ids_BP = torch.randint(config.slot_size, (options.batch, config.image_tokens), device=options.device)
+    dropped_B = mask_BT.new_zeros(options.batch)
 
     def step() -> None:
-        objective(features_BTC, mask_BT, ids_BP, torch.zeros(options.batch, dtype=torch.bool)).sum().backward()
+        objective(features_BTC, mask_BT, ids_BP, dropped_B).sum().backward()
         model.zero_grad()
 
     def draw() -> None:
@@ -101,6 +105,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _timed(work: Callable[[], None]) -> tuple[float, float]:
     """Seconds and CPU seconds of all threads."""
-    start, start_cpu = time.perf_counter(), time.process_time()
+    start, start_cpu = now(), time.process_time()
     work()
-    return time.perf_counter() - start, time.process_time() - start_cpu
+    return now() - start, time.process_time() - start_cpu

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import Results, benchmark_parser, fastest, positive, run_sides
+from benchmarks.harness import benchmark_parser, fastest, positive, run_sides
 from um3.core.errors import UserError
 
 BASE = dict(image_size=256, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
@@ -35,9 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     for variant in options.variants:
         command = [*arguments, "--device", options.device, "--variants", variant]
         results = run_sides("tokenizer", command, sides=SIDES, repeats=options.repeats)
-        print(_comparison(variant, results, options=options))
+        ours, plain = (fastest(results[side]) for side in SIDES)
+        speedup = {key: plain[key] / ours[key] for key in ("seconds", "encode", "decode")}
+        print(_comparison(variant, ours=ours, plain=plain, speedup=speedup, options=options))
         settings = {name: getattr(options, name) for name in ("batch", "device", "precision", "compile")}
-        print(json.dumps({"variant": variant, **settings, **results}))
+        print(json.dumps({"variant": variant, "speedup": speedup, **settings, **results}))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,9 +74,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _comparison(variant: str, results: Results, *, options: argparse.Namespace) -> str:
-    ours, plain = (fastest(results[side]) for side in SIDES)
-    speedup = {key: plain[key] / ours[key] for key in ("seconds", "encode", "decode")}
+def _comparison(
+    variant: str,
+    *,
+    ours: dict[str, float],
+    plain: dict[str, float],
+    speedup: dict[str, float],
+    options: argparse.Namespace,
+) -> str:
     how = f" in {options.precision}" + (f", compiled ({options.compile})" if options.compile else "")
     line = (
         f"{variant}: {options.batch / ours['seconds']:.2f} images/s{how}, "

@@ -213,5 +213,5 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     return {
         **{"ours": {"step_s": times, "peak_gib": ours.peak_gib}, "stock": stock, "tokens_per_step": per_step},
         **{"flops_per_step": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
-        "precision": precision,
+        **{"precision": precision, "speedup": stock_s / seconds},
     }

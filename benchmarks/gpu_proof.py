@@ -1,0 +1,121 @@
+"""`python -m benchmarks gpu-proof`: the GPU tests and every benchmark at the paper's sizes, and one page of results.
+
+Each part of gpu_proof.yaml is a process of its own. What it prints is added to results.jsonl as it ends, so neither a
+failure nor the time limit loses another part; the same command runs what is missing. Nothing is downloaded: weights
+and data are made. --small runs the parts at the size of a test, on a CPU too.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness import benchmark_parser, positive, run_process
+from um3.core.errors import UserError
+from um3.core.files import folder_lock, parse_json, write_text
+from um3.core.metrics import commit, machine, versions
+
+DATA_SHEETS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+"""Dense bf16 TFLOP/s, by a part of the device's name; the peak of other devices is measured."""
+MIN_S = 10
+"""No part starts with fewer seconds left."""
+
+
+@dataclass
+class Part:
+    """A command with its arguments, at full size and for a test (empty: not run then), and the least values."""
+
+    name: str
+    command: str
+    arguments: str
+    limit_s: int
+    small: str = ""
+    goals: dict[str, float] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the parts that have no result yet, and rewrite the page after each."""
+    parts = {part["name"]: Part(**part) for part in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())}
+    parser = benchmark_parser("gpu-proof", __doc__)
+    parser.add_argument("--out", default="runs/gpu-proof", help="folder of results and page (default runs/gpu-proof)")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), metavar="NAME", help="default: all")
+    parser.add_argument("--minutes", type=positive, default=20, help="limit of all parts together (default 20)")
+    parser.add_argument("--small", action="store_true", help="at the size of a test, on a CPU too")
+    options = parser.parse_args(arguments)
+    device = device_name()
+    if not device and not options.small:
+        raise UserError("torch finds no GPU; --small runs the parts at the size of a test")
+    out, end = Path(options.out), time.monotonic() + 60 * options.minutes
+    with folder_lock(out):
+        results = read_results(out / "results.jsonl", small=options.small)
+        for part in (parts[name] for name in options.parts if parts[name].small or not options.small):
+            limit_s = min(part.limit_s, end - time.monotonic())
+            if results.get(part.name, {}).get("status") != "done" and limit_s >= MIN_S:
+                result = run(part, device=device, small=options.small, limit_s=limit_s)
+                with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                results[part.name] = result
+            write_text(
+                out / "page.md", page([part for part in parts.values() if part.name in results], results=results)
+            )
+            print(
+                f"{part.name}: {results.get(part.name, {'status': 'not run, the time is over'})['status']}", flush=True
+            )
+    print(out / "page.md")
+
+
+def device_name() -> str:
+    """The GPU's name, empty without one. Another process is asked, so that this one stays small (`run_process`)."""
+    code = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def read_results(path: Path, *, small: bool) -> dict[str, dict[str, Any]]:
+    """The last result of each part at this size."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [parse_json(line, where=path, keys=["part", "small", "status"]) for line in lines]
+    return {row["part"]: row for row in rows if row["small"] == small}
+
+
+def run(part: Part, *, device: str, small: bool, limit_s: float) -> dict[str, Any]:
+    """A part's result: status (done, or what went wrong), printed lines and numbers, seconds, and where it ran."""
+    peak = next((f"--peak-tflops {tflops}" for name, tflops in DATA_SHEETS.items() if name in device), "")
+    text = part.small if small else part.arguments.replace("{peak}", peak)
+    command, start = [*part.command.split(), *text.split()], time.monotonic()
+    status, lines = "done", list[str]()
+    try:
+        lines = [line for line in run_process(command, label=part.name, limit_s=limit_s).splitlines() if line.strip()]
+    except UserError as error:
+        status = str(error)
+    numbers = [json.loads(line) for line in lines if line.startswith("{")]
+    about = {"device": device or "CPU", "commit": commit(), "machine": machine(), "versions": versions()}
+    result = {"part": part.name, "small": small, "status": status, "seconds": time.monotonic() - start}
+    return result | {"command": command, "lines": lines, "numbers": numbers} | about
+
+
+def page(parts: Sequence[Part], *, results: dict[str, dict[str, Any]]) -> str:
+    """A table of what the goals ask, then each part's command and lines."""
+    about = results[parts[0].name]
+    packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version != "absent")
+    cores = f"{about['machine']['platform']}, {about['machine']['cpu_cores']} CPU cores"
+    lines = [f"# GPU proof: {about['device']}, {time.strftime('%d %B %Y')}", "", f"Commit {about['commit']}. {cores}."]
+    lines += [packages + ".", "", "| part | quantity | reached | goal |", "|---|---|---|---|"]
+    for part in parts:
+        for key, least in part.goals.items() if results[part.name]["status"] == "done" else ():
+            for numbers in results[part.name]["numbers"]:
+                what = " ".join(str(word) for word in (numbers.get("variant", ""), key.replace("_", " ")) if word)
+                reached = functools.reduce(lambda value, name: value[name], key.split("."), numbers)
+                lines.append(f"| {part.name} | {what} | {reached:.2f} | {least} |")
+    for part in parts:
+        result = results[part.name]
+        lines += ["", f"## {part.name}", "", f"`python -m {' '.join(result['command'])}`", ""]
+        printed = [line for line in result["lines"] if not line.startswith("{")]
+        lines += ["```", *printed, f"{result['status']}, {result['seconds']:.0f} s", "```"]
+    return "\n".join(lines) + "\n"
