@@ -15,7 +15,7 @@ from um3.inference.pipeline import UM3Pipeline
 def load_pipeline(
     path_or_hub_id: str | Path,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     external_tokenizer: str = "",
 ) -> ImagePipeline:

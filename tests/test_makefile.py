@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import um3.cli.doors
 from tests.helpers.processes import ROOT
 from train.settings.tokenizer import Stage1Config
 from um3.core.config import load_config, save_config
@@ -173,6 +174,23 @@ def test_the_demo_runs_every_phase_in_order_in_one_folder(run, ready):
         for words, pattern in zip(found, patterns, strict=True):
             line = " ".join(words)
             assert f"-m {pattern}" in line and run in line and "runs/demo" not in line, line
+
+
+TARGETS_OF = {"data_mix encode": "codes", "eval run": "eval"}
+
+
+@pytest.mark.parametrize("line", um3.cli.doors.IN_RUN)
+def test_the_um3_command_starts_what_the_target_starts(line, ready):
+    words = command(ready, TARGETS_OF.get(line, line.split()[1]), "RUN=R", "NPROC=1")
+    expected = um3.cli.doors.IN_RUN[line].replace("@", "R").split()
+    assert words[1:4] == ["-m", *line.split()] and [word for word in expected if word not in words] == []
+    settings = {word for word in words if "=R" in word}
+    assert settings == {word for word in expected if "=R" in word}
+
+
+def test_um3_demo_runs_what_make_demo_runs(ready):
+    lines = [" ".join(words[2:4]) for words in commands(ready, "demo")]
+    assert lines == [*um3.cli.doors.DEMO, "eval report"]
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview"])

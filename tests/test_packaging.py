@@ -44,8 +44,10 @@ def test_commands_run_outside_the_checkout(python, tmp_path):
         assert result.returncode == 0, result.stderr
     sizes = [*(f"model.{key}" for key in TINY), *(f"text.{key}" for key in (*TINY, "vocab_size=300"))]
     scenes = "data.sources=[{name: scenes, kind: scenes, length: 64}]"
-    steps = ["loop.max_steps=1", "loop.batch_size=4", "loop.output_dir=runs/demo/stage1"]
-    result = run(python, "-m", "train", "stage1", "--config", "demo", *sizes, scenes, *steps, cwd=tmp_path)
+    steps = ["loop.max_steps=1", "loop.batch_size=4"]
+    (tmp_path / "train.py").write_text("raise SystemExit('a file of the user')")
+    stage1 = ["-m", "um3", "train", "stage1", "--config", "demo", "--run", "runs/demo", "--processes", "2"]
+    result = run(python, *stage1, *sizes, scenes, *steps, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/demo/stage1/model/model.safetensors").is_file()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokenizer
 from downstream.llamagen.captions import clean_caption
@@ -19,13 +19,14 @@ from downstream.llamagen.settings import TextEncoderConfig
 from downstream.llamagen.text_encoder import TextEncoder
 from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
 from tokenizer.images import ExternalTokenizer, QLIPImages, external_target, open_external_tokenizer
+from um3.core.distributed import inference_device
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder
+from um3.core.files import atomic_folder, write_text
 from um3.core.hub import model_folder, write_checksums
 from um3.core.text import valid_text
-from um3.inference.generate import SampledImages
+from um3.inference.generate import SampledImages, widest_float
 from um3.inference.image_pipeline import ImagePipeline, SampleImages, load_visual_tokenizer
-from um3.model.language_model import QLIP_FOLDER
+from um3.model.language_model import QLIP_FOLDER, render_card
 
 
 class LlamaGenPipeline(ImagePipeline):
@@ -49,16 +50,17 @@ class LlamaGenPipeline(ImagePipeline):
         cls,
         path_or_hub_id: str | Path,
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         external_tokenizer: str = "",
     ) -> Self:
         """Load a folder that `save_llamagen` wrote, or a hub id; UserError if it is incomplete.
 
-        `dtype` is that of the transformer and the text encoder. A model of an external tokenizer's codes needs its
-        name, package.module:function: a folder must not decide which code runs.
+        Without a `device`, `um3.core.distributed.inference_device` chooses it. `dtype` is that of the transformer and
+        the text encoder. A model of an external tokenizer's codes needs its name, package.module:function: a folder
+        must not decide which code runs.
         """
-        folder = model_folder(path_or_hub_id, kind="LlamaGen")
+        folder, device = model_folder(path_or_hub_id, kind="LlamaGen"), device or inference_device()
         model = load_llamagen(folder, dtype=dtype)
         stored = getattr(model.config, "text_encoder", None)
         if not isinstance(stored, dict):
@@ -94,6 +96,15 @@ class LlamaGenPipeline(ImagePipeline):
     def image_tokens(self) -> int:
         return self.model.config.image_tokens
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.model, self.text_encoder.model]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        text_encoder = TextEncoderConfig(**self.model.config.text_encoder or {})
+        options: dict[str, Any] = {"visual_tokenizer": self.visual_tokenizer, "text_encoder": text_encoder}
+        save_llamagen(folder, model=self.model, clean=self.clean, **options)
+
     def ids_of(self, codes_BN: Tensor) -> Tensor:
         config = self.model.config
         ids_BNS = codes_to_subtokens(codes_BN, subtokens=config.subtokens, bits_per_subtoken=config.bits_per_subtoken)
@@ -114,7 +125,10 @@ class LlamaGenPipeline(ImagePipeline):
         def sample(indices: Sequence[int], *, uniforms_BP: Tensor, **options: Any) -> SampledImages:
             features, mask = self.text_encoder([texts[index] for index in indices])
             return decoder.images(
-                features_BTC=features, caption_mask_BT=mask, uniforms_BP=uniforms_BP.to(device), **options
+                features_BTC=features,
+                caption_mask_BT=mask,
+                uniforms_BP=uniforms_BP.to(device, widest_float(device)),
+                **options,
             )
 
         return sample
@@ -125,15 +139,15 @@ def save_llamagen(
     *,
     model: LlamaGen,
     state_dict: dict[str, Tensor] | None = None,
-    visual_tokenizer: str | Path | ExternalTokenizer,
+    visual_tokenizer: str | Path | QLIPImages | ExternalTokenizer,
     text_encoder: TextEncoderConfig,
     clean: bool = False,
 ) -> None:
-    """Write the model atomically, with its visual tokenizer in `qlip/` if that is a QLIP folder (or hub id); a T5 and
-    an external tokenizer stay where their names say."""
+    """Write the model atomically with a model card, and with its visual tokenizer in `qlip/` if that is a QLIP (also
+    its folder or hub id); a T5 and an external tokenizer stay where their names say."""
     encoder = asdict(text_encoder)
     qlip: QLIPImages | ExternalTokenizer
-    if isinstance(visual_tokenizer, ExternalTokenizer):
+    if isinstance(visual_tokenizer, QLIPImages | ExternalTokenizer):
         qlip = visual_tokenizer
     else:
         qlip = QLIPImages(*tokenizer.load(visual_tokenizer))
@@ -148,3 +162,8 @@ def save_llamagen(
         if isinstance(qlip, QLIPImages):
             qlip.model.save_pretrained(partial / QLIP_FOLDER)
             qlip.processor.save_pretrained(partial / QLIP_FOLDER)
+        facts: dict[str, Any] = {"fingerprint": qlip.fingerprint, "encoder": encoder, "config": model.config}
+        facts["qlip_license"] = qlip.model.config.weights_license if isinstance(qlip, QLIPImages) else ""
+        template = Path(__file__).with_name("model_card.md")
+        card = render_card(template, pipeline_tag="text-to-image", library_name=None, **facts)
+        write_text(partial / "README.md", card)

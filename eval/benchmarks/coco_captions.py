@@ -109,7 +109,7 @@ def _open_model(config: CocoCaptionsConfig) -> ImageModel:
     from transformers.utils.logging import disable_progress_bar
 
     from um3.core.distributed import device
-    from um3.core.seeds import derive_seed
+    from um3.core.seeds import sample_seed
     from um3.inference.pipeline import UM3Pipeline
 
     disable_progress_bar()
@@ -118,7 +118,7 @@ def _open_model(config: CocoCaptionsConfig) -> ImageModel:
     options: dict[str, Any] = {name: getattr(config, name) for name in decoding}
 
     def caption(names: Sequence[str], images: "Sequence[Image.Image]") -> list[str]:
-        seeds = [derive_seed(config.seed, "caption", name) for name in names]
+        seeds = [sample_seed(config.seed, "caption", name) for name in names]
         return list(pipeline.caption(images, seeds=seeds, **options))
 
     return caption

@@ -33,7 +33,7 @@ from um3.core.errors import UserError
 from um3.core.files import folder_lock, short_hash
 from um3.core.progress import Progress, format_seconds, quiet_progress
 from um3.core.ranges import NonNegativeInt, Range
-from um3.core.seeds import derive_seed
+from um3.core.seeds import sample_seed
 
 if TYPE_CHECKING:
     from um3.inference.image_pipeline import ImagePipeline
@@ -134,7 +134,7 @@ def generate_folder(
         seeds = [seed for i in group for seed in generated.prompts[i].seeds]
         options: dict[str, Any] = {"num_images": config.num_images, "seeds": seeds, **vars(config.sampling)}
         with quiet_progress():
-            images = iter(pipeline.generate([prompts[i].text for i in group], **options).images)
+            images = iter(pipeline.generate([prompts[i].text for i in group], **options).arrays)
         for i in group:
             copies = list(itertools.islice(images, config.num_images))
             write_images(folder, layout=config.layout, files=files[i], images=copies, prompt=prompts[i])
@@ -149,7 +149,7 @@ def _plan(config: GenerateConfig, *, prompts: Sequence[Prompt]) -> GeneratedFold
     generated = []
     for index, prompt in enumerate(prompts):
         files = image_files(config.layout, index=index, prompt_id=prompt.id, num_images=config.num_images)
-        seeds = [derive_seed(config.seed, "image", index, copy) for copy in range(config.num_images)]
+        seeds = [sample_seed(config.seed, "image", index, copy) for copy in range(config.num_images)]
         generated.append(GeneratedPrompt(prompt.id, prompt.text, files, seeds))
     protocol = {
         "num_prompts": len(prompts),

@@ -13,7 +13,8 @@ from tests.helpers.processes import ROOT, run_python
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
 from um3.core.metrics import machine, versions
-from um3.core.seeds import derive_seed, numpy_generator, seed_everything, torch_generator
+from um3.core.ranges import EXACT_BELOW
+from um3.core.seeds import derive_seed, numpy_generator, sample_seed, seed_everything, torch_generator
 
 LOG_PROGRAM = """
 import logging
@@ -79,6 +80,12 @@ def test_seeds_differ_by_seed_name_and_order() -> None:
     names: list[tuple[str | int, ...]] = [(), ("a",), ("a", 0), ("a", 1), (1, "a"), ("b",)]
     seeds = [derive_seed(seed, *name) for seed in (0, 1, -1) for name in names]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeds_that_users_see_survive_a_reader_of_json_that_knows_floats_only() -> None:
+    seeds = [sample_seed(0, "image", index) for index in range(1000)]
+    assert len(set(seeds)) == 1000 and max(seeds) > EXACT_BELOW // 2
+    assert [int(float(seed)) for seed in seeds] == seeds
 
 
 def test_generators_depend_on_seed_and_name_alone() -> None:

@@ -80,7 +80,7 @@ def save_um3(
     """Write a UM3 over a QLIP, with random weights and `bits` (sub-tokens, bits of each), to `folder`/model."""
     text_tokenizer, image = train_text_tokenizer(texts, vocab_size=280), load_qlip(qlip_folder).num_patches
     ids = make_vocabulary(text_tokenizer, subtokens=bits[0], bits_per_subtoken=bits[1], num_patches=image)
-    parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "qlip_folder": qlip_folder}
+    parts: dict[str, Any] = {"text_tokenizer": text_tokenizer, "ids": ids, "visual_tokenizer": qlip_folder}
     save_model(folder / "model", model=make_model(ids, **options), **parts)
     return folder / "model"
 

@@ -315,7 +315,7 @@ class UM3Task:
                 model=self.model,
                 text_tokenizer=self.text_tokenizer,
                 ids=self.ids,
-                qlip_folder=self.config.visual_tokenizer,
+                visual_tokenizer=self.config.visual_tokenizer,
                 state_dict=merge(weights, lora=lora),
                 depth=depth or None,
             )

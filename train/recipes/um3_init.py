@@ -215,7 +215,7 @@ class UM3InitTask:
             model=model,
             text_tokenizer=self.text_tokenizer,
             ids=self.ids,
-            qlip_folder=config.visual_tokenizer,
+            visual_tokenizer=config.visual_tokenizer,
             trained=False,
         )
         _print(facts, config=config, ids=self.ids)

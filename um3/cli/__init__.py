@@ -1,4 +1,4 @@
-"""The `um3` command: generate, caption, chat, complete, score and reconstruct with a trained model.
+"""The `um3` command: generate, caption, chat, complete, score and reconstruct with a trained model, or train one.
 
 Results go to stdout, progress to stderr. The commands import torch and transformers only when they need them, so
 `um3 --help` and wrong options are answered at once.
@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from um3.cli import chat, generate, images, info, serve  # noqa: F401 - each adds its commands
+from um3.cli import chat, doors, generate, images, info, serve  # noqa: F401 - each adds its commands
 from um3.cli.options import app
 from um3.core.errors import UserError, run_main
 
@@ -29,4 +29,5 @@ def _run() -> None:
     except USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "um3"
-        raise UserError(f"{str(error).rstrip('.')}; see {command} --help") from None
+        message = error.format_message() if hasattr(error, "format_message") else str(error)  # names the option
+        raise UserError(f"{message.replace('Value error, ', '').rstrip('.')}; see {command} --help") from None

@@ -11,7 +11,7 @@ from um3.cli import options
 from um3.cli.inputs import find_images, printable_lines, read_images, read_texts, show
 from um3.core.errors import UserError
 from um3.core.progress import quiet_progress
-from um3.core.seeds import derive_seed
+from um3.core.seeds import sample_seed
 from um3.core.text import printable, valid_text
 
 FORGET = "/new"
@@ -45,10 +45,8 @@ def chat(
     pipeline = um3.load()
     if not pipeline.trained_on:
         typer.echo(f"{printable(um3.model)} was not trained on conversations (make um3-instruct does)", err=True)
-    from PIL import Image
-
-    arrays = read_images(paths, size=pipeline.processor.image_size)
-    start: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(array)} for array in arrays]
+    squares = read_images(paths, size=pipeline.processor.image_size)
+    start: list[dict[str, Any]] = [{"type": "image", "image": square} for square in squares]
     settings = sampling.given()
     seed, messages = settings.pop("seed"), list[dict[str, Any]]()
     for question in asked:
@@ -59,7 +57,7 @@ def chat(
         messages.append({"role": "user", "content": content})
         try:
             with quiet_progress():
-                answers = pipeline.chat(messages, seeds=[derive_seed(seed, "chat", len(messages) // 2)], **settings)
+                answers = pipeline.chat(messages, seeds=[sample_seed(seed, "chat", len(messages) // 2)], **settings)
         except UserError as error:
             if not in_terminal:
                 raise

@@ -1,17 +1,21 @@
 """`um3 generate` and `um3 complete`: prompts in, images or text out."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from um3.cli import options
-from um3.cli.inputs import STDIN, file_names, json_text, printable_lines, read_texts, show
+from um3.cli.inputs import STDIN, file_names, json_text, printable_lines, read_json_lines, read_texts, show
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, write_text
 from um3.core.progress import Progress
+from um3.core.ranges import EXACT_BELOW
 from um3.core.text import printable
 from um3.inference.sampling_params import image_defaults
+
+MAX_SEED = EXACT_BELOW - 1
 
 if TYPE_CHECKING:
     from um3.inference.image_pipeline import ImagePipeline
@@ -37,7 +41,8 @@ def generate(
         Path, typer.Option(help="Folder for images, contact sheet and samples.jsonl; - writes one PNG to stdout.")
     ] = Path("samples"),
     image_seed: Annotated[
-        list[int] | None, typer.Option(help="Seed of one image, to generate it again; repeat it for each image.")
+        list[int] | None,
+        typer.Option(help="Seed of one image, to generate it again; repeat it for each image.", min=0, max=MAX_SEED),
     ] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="Classifier-free guidance; 1 is off; 4,1 goes from 4 to 1 over the image.")
@@ -50,6 +55,8 @@ def generate(
     context: typer.Context,
 ) -> None:
     """Generate images from PROMPTS: a PNG each, a contact sheet, and samples.jsonl with prompts, seeds and codes.
+
+    A folder that has samples keeps them: the numbers continue, and samples.jsonl grows.
 
     Sampling options that are not given come from image_sampling in the model's generation_config.json; a new model has
     temperature 0.5, top-p 0.9 and guidance 2, with which the demo is measured.
@@ -67,6 +74,7 @@ def generate(
             raise UserError(message) from None
     if not to_stdout:
         context.with_resource(folder_lock(out))
+    earlier = _EarlierSamples(out)
     pipeline = um3.load_generator()
     generated = pipeline.generate(
         prompts,
@@ -80,11 +88,12 @@ def generate(
     if to_stdout:
         from um3.inference.image_io import png_bytes
 
-        typer.echo(png_bytes(generated.pil_images[0]), nl=False)
+        typer.echo(png_bytes(generated.images[0]), nl=False)
         return
-    rows = _write(generated, out=out, columns=min(num_images, 8) if num_images > 1 else 0, pipeline=pipeline)
+    columns = min(num_images, 8) if num_images > 1 else 0
+    rows = _write(generated, out=out, earlier=earlier, columns=columns, fingerprint=pipeline.fingerprint)
     if not as_json:
-        typer.echo(f"{len(rows)} images, contact_sheet.png and samples.jsonl are in {printable(out)}")
+        typer.echo(f"{len(rows)} images, {earlier.contact_sheet} and samples.jsonl are in {printable(out)}")
     for row in rows if as_json else ():
         typer.echo(json_text(row | {"file": str(out / row["file"])}))
 
@@ -126,13 +135,31 @@ def _progress(num_images: int, *, pipeline: "ImagePipeline") -> "Watch":
     return watch
 
 
-def _write(generated: "Generated", *, out: Path, columns: int, pipeline: "ImagePipeline") -> list[dict[str, Any]]:
+class _EarlierSamples:
+    """The samples that a folder has: the text of samples.jsonl, and the first number that none of their files has."""
+
+    def __init__(self, out: Path) -> None:
+        path = out / "samples.jsonl"
+        content = path.read_bytes().strip() if path.is_file() else b""
+        rows = read_json_lines(str(path), types={"file": str}).values() if content else ()
+        self.lines = content.decode("utf-8-sig")
+        names = [*(row["file"] for row in rows), *(file.name for file in out.glob("*.png"))]
+        numbers = [int(match[1]) for name in names if (match := re.match(r"(\d{4,9})-", name))]
+        self.next_number = max(numbers, default=-1) + 1
+        self.contact_sheet = f"contact_sheet-{self.next_number:04d}.png" if self.next_number else "contact_sheet.png"
+
+
+def _write(
+    generated: "Generated", *, out: Path, earlier: _EarlierSamples, columns: int, fingerprint: str
+) -> list[dict[str, Any]]:
     from um3.inference.image_io import contact_sheet, save_png
 
     rows = []
-    for index, (name, image) in enumerate(zip(file_names(generated.prompts), generated.pil_images, strict=True)):
+    names = file_names(generated.prompts, start=earlier.next_number)
+    for index, (name, image) in enumerate(zip(names, generated.images, strict=True)):
         save_png(image, out / name)
-        rows.append({"file": name, **generated.metadata(index), "tokenizer": pipeline.fingerprint})
-    write_text(out / "samples.jsonl", "".join(json_text(row) + "\n" for row in rows))
-    save_png(contact_sheet(generated.images, labels=generated.prompts, columns=columns), out / "contact_sheet.png")
+        rows.append({"file": name, **generated.metadata(index), "tokenizer": fingerprint})
+    lines = [*([earlier.lines] if earlier.lines else []), *map(json_text, rows)]
+    write_text(out / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    save_png(contact_sheet(generated.arrays, labels=generated.prompts, columns=columns), out / earlier.contact_sheet)
     return rows

@@ -27,8 +27,8 @@ def caption(
 ) -> None:
     """Caption IMAGES: one line each, the file and its caption; by default greedy, with at most 32 tokens."""
     pipeline = um3.load()
-    images_BHW3 = read_images(images, size=pipeline.processor.image_size)
-    captions = pipeline.caption(images_BHW3, batch_size=batch_size, **sampling.given())
+    squares = read_images(images, size=pipeline.processor.image_size)
+    captions = pipeline.caption(squares, batch_size=batch_size, **sampling.given())
     show(
         {"file": images, "caption": captions, "seed": captions.seeds, "logprob": captions.logprobs},
         "{file}: {caption}",
@@ -52,13 +52,13 @@ def reconstruct(
     """Reconstruct IMAGES: a PNG each with the original, its codes as colours, and the reconstruction."""
     context.with_resource(folder_lock(out))
     pipeline = um3.load()
-    images_BHW3 = read_images(images, size=pipeline.processor.image_size)
+    squares = read_images(images, size=pipeline.processor.image_size)
     from um3.inference.image_io import code_image, contact_sheet, save_png
 
-    ids, result = pipeline.ids, pipeline.reconstruct(images_BHW3, batch_size=batch_size)
+    ids, result = pipeline.ids, pipeline.reconstruct(squares, batch_size=batch_size)
     labels = ["original", f"{ids.num_patches} codes of {ids.num_bits} bits", "reconstruction"]
     paths = [out / name for name in file_names(Path(image).stem for image in images)]
-    for path, original, codes_N, image in zip(paths, result.originals, result.codes, result.images, strict=True):
+    for path, original, codes_N, image in zip(paths, result.originals, result.codes, result.arrays, strict=True):
         panels = [original, code_image(codes_N, num_bits=ids.num_bits), image]
         save_png(contact_sheet(panels, labels=labels, columns=3), path)
     show({"file": images, "out": list(map(str, paths)), "codes": result.codes.tolist()}, "{out}", as_json=as_json)
@@ -96,10 +96,10 @@ def score(
         paths, texts = [image], read_texts(texts, file=file, kind="text")
     paths = find_images(paths)
     pipeline = um3.load()
-    images_BHW3 = read_images(paths, size=pipeline.processor.image_size)
+    squares = read_images(paths, size=pipeline.processor.image_size)
     if image:
-        images_BHW3, paths = images_BHW3.repeat(len(texts), axis=0), paths * len(texts)
-    scores = pipeline.score(images_BHW3, texts, batch_size=batch_size)
+        squares, paths = squares * len(texts), paths * len(texts)
+    scores = pipeline.score(squares, texts, batch_size=batch_size)
     similarities: list[Any] = scores.similarities or [None] * len(texts)
     if not as_json:
         typer.echo("text|image  image|text  similarity  file: text")
@@ -120,8 +120,8 @@ def score(
 def encode(images: options.Images, batch_size: options.BatchSize = 64, *, um3: options.ModelOptions) -> None:
     """Print a JSON line for each of IMAGES: its file, its codes in reading order, the tokenizer's fingerprint."""
     pipeline = um3.load()
-    images_BHW3 = read_images(images, size=pipeline.processor.image_size)
-    codes = pipeline.encode(images_BHW3, batch_size=batch_size).tolist()
+    squares = read_images(images, size=pipeline.processor.image_size)
+    codes = pipeline.encode(squares, batch_size=batch_size).tolist()
     show({"file": images, "codes": codes, "tokenizer": [pipeline.fingerprint] * len(codes)}, as_json=True)
 
 

@@ -18,7 +18,7 @@ from um3.core.progress import track
 from um3.core.text import printable, text_lines, valid_text
 
 if TYPE_CHECKING:
-    import numpy as np
+    from PIL import Image
 
 STDIN = "-"
 MAX_STDIN_BYTES = 200_000_000
@@ -75,19 +75,21 @@ def find_images(paths: list[str]) -> list[str]:
     return files
 
 
-def read_images(paths: Sequence[str], *, size: int) -> "np.ndarray[Any, Any]":
-    """The images as uint8 (B, size, size, 3): their centred squares."""
-    import numpy as np
+def read_images(paths: Sequence[str], *, size: int) -> "list[Image.Image]":
+    """The centred squares of the images, `size` pixels wide, with the metadata of those that are ours."""
+    from PIL import Image
 
     from um3.core.images import ImageError, read_image, to_square
 
-    images_BHW3 = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-    for index, path in enumerate(track(paths, total=len(paths), label="read")):
+    squares = []
+    for path in track(paths, total=len(paths), label="read"):
         try:
-            images_BHW3[index] = to_square(read_image(_read_stdin() if path == STDIN else Path(path)), size=size)
+            image = read_image(_read_stdin() if path == STDIN else Path(path))
         except ImageError as error:
             raise UserError(f"{path}: {error}; {FORMATS}") from None
-    return images_BHW3
+        squares.append(Image.fromarray(to_square(image, size=size)))
+        squares[-1].info = image.info
+    return squares
 
 
 def show(
@@ -112,9 +114,9 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     return text if is_safe else json.dumps(json.loads(text), indent=indent)
 
 
-def file_names(labels: Iterable[str]) -> Iterator[str]:
-    """`A red disk!` -> `0000-a-red-disk.png`, numbered; no label leads out of the folder."""
-    for index, label in enumerate(labels):
+def file_names(labels: Iterable[str], *, start: int = 0) -> Iterator[str]:
+    """`A red disk!` -> `0000-a-red-disk.png`, numbered from `start`; no label leads out of the folder."""
+    for index, label in enumerate(labels, start=start):
         words = "".join(letter if letter.isalnum() else " " for letter in label.lower()).split()
         yield f"{index:04d}-{'-'.join(words)[:40].strip('-') or 'image'}.png"
 

@@ -5,8 +5,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from um3.inference.pipeline import UM3Pipeline
 
 DEFAULT_MODEL = "runs/demo/um3/model"
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per result, for scripts.")]
 BatchSize = Annotated[int, typer.Option(help="Number of items that the model processes at once.", min=1)]
@@ -63,7 +65,8 @@ class ModelOptions:
     """Which model runs where."""
 
     model: Annotated[str, typer.Option("--model", help="Folder of a trained UM3, or a hub id.")] = DEFAULT_MODEL
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto for the GPU if there is one.")] = "auto"
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto for the GPU if there is one.")] = "auto"
+    dtype: Annotated[DType, typer.Option(help="Type of the weights; auto is that of the saved ones.")] = "auto"
 
     def folder(self) -> Path:
         """The model's local folder; a hub id is downloaded."""
@@ -71,46 +74,60 @@ class ModelOptions:
 
     def load(self) -> "UM3Pipeline":
         """The pipeline over a UM3."""
-        device = self._prepare()
+        options = self._prepare()
         from um3.inference.pipeline import UM3Pipeline
 
-        return UM3Pipeline.from_pretrained(self.model, device=device)
+        return UM3Pipeline.from_pretrained(self.model, **options)
 
     def load_generator(self) -> "ImagePipeline":
         """The pipeline over a UM3 or a LlamaGen."""
-        device = self._prepare()
+        options = self._prepare()
         from downstream.pipelines import load_pipeline
 
-        return load_pipeline(self.model, device=device)
+        return load_pipeline(self.model, **options)
 
-    def _prepare(self) -> str:
-        """Set up messages and check the folder and the device, which is returned."""
+    def _prepare(self) -> dict[str, Any]:
+        """Set up messages and check the folder; the device, which is tried, and the type for `from_pretrained`."""
         folder = self.folder()
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json; run make demo, or pass a trained UM3 as --model")
+            raise UserError(f"{folder} has no config.json; run um3 demo, or pass a trained UM3 as --model")
         typer.echo(f"loading {printable(self.model)}", err=True)
         import torch
 
-        from um3.core.distributed import device as own_device
+        from um3.core.distributed import inference_device
         from um3.core.log import quiet_model_files, setup_logging
 
         setup_logging()
         quiet_model_files()
-        device = self.device if self.device != "auto" else str(own_device())
+        device = self.device if self.device != "auto" else str(inference_device())
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"device '{device}' is not available ({reason}); use cpu or auto") from None
-        return device
+        return {"device": device, "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype)}
 
 
 app = typer.Typer(
-    help="UM3: one model for text and images. Without --model, the model that `make demo` trains is used.",
-    add_completion=False,
+    help="UM3: one model for text and images. Without --model, the model that `um3 demo` trains is used.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"um3 {version('um3')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def command(summary: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

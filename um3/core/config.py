@@ -19,7 +19,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from um3.core.errors import UserError
 from um3.core.files import write_text
-from um3.core.ranges import Range
+from um3.core.ranges import EXACT_BELOW, Range
 from um3.core.text import printable
 
 ConfigT = TypeVar("ConfigT")
@@ -120,7 +120,8 @@ def _check_values(value: Any, *, hint: Any, name: str) -> None:
         for key, item in enumerate(value) if isinstance(value, list) else value.items():
             _check_values(item, hint=get_args(hint)[-1] if get_args(hint) else Any, name=f"{name}[{key}]")
     elif isinstance(value, int | float) and not limits.holds(value):
-        raise ValueError(f"{name} is {_short(value)}; it must be {limits}")
+        is_large = isinstance(value, int) and abs(value) >= EXACT_BELOW
+        raise ValueError(f"{name} is {_short(value)}; it must be {'below 2**53' if is_large else limits}")
 
 
 def _short(value: Any) -> str:

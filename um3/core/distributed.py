@@ -56,6 +56,14 @@ def device() -> "torch.device":
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def inference_device() -> "torch.device":
+    """Where a model runs unless its user names a device: CUDA, else Apple's MPS, else the CPU."""
+    import torch
+
+    is_mac = not torch.cuda.is_available() and torch.backends.mps.is_available()
+    return torch.device("mps") if is_mac else device()
+
+
 def bf16_pays(on: "torch.device") -> bool:
     """Whether bf16 matrix products are faster than float32 ones on this device: a GPU, or a CPU with AMX for bf16.
 

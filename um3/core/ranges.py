@@ -3,11 +3,14 @@
     lr: PositiveFloat = 5e-4
     betas: Annotated[list[Decay], Range(2, 2)]    # the range of a list is that of its length
 
-Every other number must be finite, and every integer fit 64 bits.
+Every other number must be finite, and every integer lie within EXACT_BELOW.
 """
 
 from math import inf
 from typing import Annotated, NamedTuple
+
+EXACT_BELOW = 2**53
+"""Integers below it are exact in every reader of JSON; jq and JavaScript silently round larger ones."""
 
 
 class Range(NamedTuple):
@@ -20,7 +23,7 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         """Whether `value` lies in the range."""
-        is_large = isinstance(value, int) and abs(value) >= 2**63
+        is_large = isinstance(value, int) and abs(value) >= EXACT_BELOW
         return self.minimum <= value <= self.maximum and self.above < value < self.below and not is_large
 
     def __str__(self) -> str:

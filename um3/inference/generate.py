@@ -179,7 +179,7 @@ class _Batch:
         device = sequences.decoder.device
         self.sequences, self.ids, self.sampling = sequences, ids, sampling
         self.graphs = CudaGraphs(device=device)
-        self.uniforms_PB = torch.zeros(shape_BP[::-1], dtype=torch.float64, device=device)
+        self.uniforms_PB = torch.zeros(shape_BP[::-1], dtype=widest_float(device), device=device)
         self.ids_PB = torch.zeros_like(self.uniforms_PB, dtype=torch.int64)
         self.logprobs_B, self.highest_B = torch.zeros(2, shape_BP[0], device=device)
         self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
@@ -187,7 +187,7 @@ class _Batch:
 
     def begin(self, prompts: Sequence[Tensor], uniforms_BP: Tensor) -> None:
         """Start over with these prompts and sample the first position."""
-        self.uniforms_PB.copy_(uniforms_BP.T)
+        self.uniforms_PB.copy_(uniforms_BP.T.to(self.uniforms_PB.dtype))
         for state in (self.ids_PB, self.logprobs_B, self.position_1, self.finished_B, self.highest_B):
             state.zero_()
         self.sample(self.sequences.start(prompts), 0)
@@ -283,7 +283,7 @@ def choose(logits_BV: Tensor, *, sampling: Sampling, uniforms_B: Tensor) -> Tens
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     # Relative to the highest logit, so that no temperature, however low, gives inf - inf.
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / sampling.temperature
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).to(widest_float(logits_BV.device)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         lowest_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, float("-inf"))
@@ -298,8 +298,13 @@ def choose(logits_BV: Tensor, *, sampling: Sampling, uniforms_B: Tensor) -> Tens
         lowest_B1 = sampling.min_p * probabilities_BV.amax(-1, keepdim=True)
         probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < lowest_B1, 0.0)
     cumulative_BV = probabilities_BV.cumsum(-1)
-    level_B1 = uniforms_B.double().unsqueeze(-1) * cumulative_BV[:, -1:]
+    level_B1 = uniforms_B.to(cumulative_BV.dtype).unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, level_B1, right=True).squeeze(-1).clamp_(max=logits_BV.shape[-1] - 1)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type in which distributions are summed: float64, which Apple's MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_finite(values: Tensor, *, what: str) -> None:

@@ -60,6 +60,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a PNG with the metadata of UM3: {reason}") from None
 
 
+def image_metadata(image: Image.Image) -> dict[str, Any]:
+    """The metadata of a generated PIL image, or of one that was read from its PNG; empty for any other image."""
+    try:
+        return dict(json.loads(image.info[METADATA]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
 def enlarge(image_HW3: np.ndarray) -> Image.Image:
     """Scale a small image up to MIN_SIDE on its shorter side: in whole pixels from a factor of 2, else smoothly."""
     image = Image.fromarray(image_HW3)

@@ -4,16 +4,18 @@ Shapes: B samples, N patches, P ids of an image, H height, W width, C channels.
 """
 
 import functools
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Protocol, Self, Unpack
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokenizer
 from tokenizer.images import ExternalTokenizer, QLIPImages, decode_codes, embed_images, embed_texts, encode_images
@@ -21,6 +23,7 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.inference.generate import FREE, SampledImages, check_finite, uniforms
+from um3.inference.image_io import image_metadata
 from um3.inference.inpainting import Region, region_patches
 from um3.inference.outputs import Generated, Reconstruction
 from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
@@ -30,6 +33,8 @@ from um3.model.language_model import QLIP_FOLDER
 Images = np.ndarray | Sequence[Image.Image]
 MAX_IMAGES = 1_000_000
 """Upper limit per call, to catch typos."""
+SAME_IMAGE = 1.0
+"""Mean difference in grey levels below which two images are one: devices round differently."""
 
 
 class GenerateOptions(ImageOptions, total=False):
@@ -112,6 +117,15 @@ class ImagePipeline(ABC):
         """Random choices of an image, of which each needs a number: one an id, unless a model says otherwise."""
         return self.image_tokens
 
+    @property
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """What generates: all modules except the visual tokenizer."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads, with a model card; it replaces one that exists."""
+
     @abstractmethod
     def sampler_for(self, prompts: Sequence[str]) -> SampleImages:
         """Prepare the prompts, and check that they fit."""
@@ -124,9 +138,43 @@ class ImagePipeline(ABC):
     def codes_of(self, ids_BP: Tensor) -> Tensor:
         """The model's ids (..., P) -> codes (..., N)."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.networks[0].parameters()).device
+
+    def to(self, device: str | torch.device | torch.dtype | None = None, *, dtype: torch.dtype | None = None) -> Self:
+        """Move the pipeline to a device, and convert all but the visual tokenizer, whose codes would change."""
+        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
+        for network in self.networks:
+            network.to(device, dtype)
+        if device is not None and isinstance(self.visual_tokenizer, QLIPImages):
+            self.visual_tokenizer.model.to(device)  # type: ignore[arg-type]
+        return self
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, which is made; its address.
+
+        UserError if the hub refuses, for example without `hf auth login` or a `token`.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(model := Path(folder) / "model")
+            try:
+                repo = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo.repo_id, folder_path=model, commit_message="Upload model")
+            except Exception as error:  # those of the client, and of whatever HTTP library it uses
+                reason, remedy = " ".join(str(error).split())[:200], "check its name, `hf auth login` and the network"
+                raise UserError(f"cannot upload to '{repo_id}' ({reason}); {remedy}") from None
+        return str(repo)
+
+    def __call__(self, prompts: Sequence[str] | str, **options: Unpack[GenerateOptions]) -> Generated:
+        """`generate`."""
+        return self.generate(prompts, **options)
+
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | str,
         *,
         num_images: int = 1,
         best_of: int = 0,
@@ -176,7 +224,7 @@ class ImagePipeline(ABC):
         generated = Generated(images_BHWC, codes_BN, [prompts[index] for index in prompt_of], seeds, logprobs, settings)
         if not best_of:
             return generated
-        similarities = self.similarity(generated.images, generated.prompts)
+        similarities = self.similarity(generated.arrays, generated.prompts)
         chosen: list[int] = []
         for start in range(0, len(similarities), best_of):
             ranked = sorted(range(start, start + best_of), key=lambda index: -similarities[index])
@@ -220,13 +268,31 @@ class ImagePipeline(ABC):
         codes_BN = self.encode(images, batch_size=batch_size)
         return Reconstruction(
             originals=self.processor.images(self.processor.pixels(images)),
-            images=self.decode(codes_BN, batch_size=batch_size),
+            arrays=self.decode(codes_BN, batch_size=batch_size),
             codes=codes_BN,
         )
 
     def encode(self, images: Images, *, batch_size: int = 64) -> Tensor:
         """Images -> codes int64 (B, N) on the CPU."""
         return encode_images(self.visual_tokenizer, images, batch_size=batch_size)
+
+    def known_codes(self, images: Images, *, batch_size: int = 64) -> Tensor:
+        """Codes int64 (B, N): of an image that was generated with this tokenizer those of its metadata, else `encode`.
+
+        Encoding a generated image gives other codes in places. Metadata is believed if its codes decode to the image.
+        """
+        codes_BN, size = self.encode(images, batch_size=batch_size), self.visual_tokenizer.image_size
+        for index, image in enumerate(images):
+            if not isinstance(image, Image.Image) or image.size != (size, size):
+                continue
+            codes = image_metadata(image).get("codes")
+            if not isinstance(codes, list) or len(codes) != codes_BN.shape[1]:
+                continue
+            if all(type(code) is int and 0 <= code < 1 << self.visual_tokenizer.num_bits for code in codes):
+                array_HW3 = self.decode(torch.tensor([codes]))[0].astype(np.float32)
+                if np.abs(array_HW3 - np.asarray(image.convert("RGB"))).mean() < SAME_IMAGE:
+                    codes_BN[index] = torch.tensor(codes)
+        return codes_BN
 
     def decode(self, codes_BN: Tensor, *, batch_size: int = 64) -> np.ndarray:
         """Codes (B, N) -> images uint8 (B, H, W, 3)."""

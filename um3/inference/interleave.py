@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from um3.core.errors import UserError
-from um3.core.seeds import derive_seed
+from um3.core.seeds import sample_seed
 from um3.core.text import valid_text
 from um3.inference.decoder import check_room
 from um3.inference.generate import uniforms
@@ -62,7 +62,7 @@ class Conversation:
 
     def _sample_text(self, max_new_tokens: int, *, may_begin_image: bool) -> tuple[int, bool]:
         """Text up to its end or to the begin of an image; returns the number of tokens, and whether an image begins."""
-        seed = derive_seed(self.seed, "interleave", len(self.context))
+        seed = sample_seed(self.seed, "interleave", len(self.context))
         result = self.pipeline.sampler.texts(
             prompts=[torch.tensor(self.context)],
             sampling=dataclasses.replace(self.sampling, guidance_scale=1.0),
@@ -77,7 +77,7 @@ class Conversation:
         return len(token_ids) + 1, result.ends[0] == self.ids.begin_of_image_id
 
     def _sample_image(self) -> None:
-        seed, ids = derive_seed(self.seed, "interleave", len(self.context)), self.ids
+        seed, ids = sample_seed(self.seed, "interleave", len(self.context)), self.ids
         self.context.append(ids.begin_of_image_id)
         result = self.pipeline.sampler.images(
             prompts=[torch.tensor(self.context)],

@@ -4,7 +4,8 @@ Shapes: B images, N patches, H height, W width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -18,12 +19,12 @@ from um3.inference.image_io import to_pil
 class Generated:
     """Generated images, prompt-major: those of prompt 0 first.
 
-    images: uint8 (B, H, W, 3); codes: int64 (B, N); logprobs: (B,) in nats, see `um3.inference.generate.SampledImages`;
+    arrays: uint8 (B, H, W, 3); codes: int64 (B, N); logprobs: (B,) in nats, see `um3.inference.generate.SampledImages`;
     seeds: the seed of each image; settings: the options of all images; similarities: cosine (B,) of each image and its
     prompt in QLIP's towers, None without ranking.
     """
 
-    images: np.ndarray
+    arrays: np.ndarray
     codes: Tensor
     prompts: list[str]
     seeds: list[int]
@@ -37,19 +38,18 @@ class Generated:
         values |= {"logprob": self.logprobs[index], "codes": self.codes[index].tolist()}
         return values if self.similarities is None else values | {"similarity": self.similarities[index]}
 
-    @property
-    def pil_images(self) -> list[Image.Image]:
+    @cached_property
+    def images(self) -> list[Image.Image]:
         """The images as PIL images with their `metadata`, which `um3.inference.image_io.save_png` writes to a file."""
-        return [to_pil(image, metadata=self.metadata(index)) for index, image in enumerate(self.images)]
+        return [to_pil(array, metadata=self.metadata(index)) for index, array in enumerate(self.arrays)]
 
     def take(self, indices: Sequence[int]) -> Self:
         """Some of the images, in this order."""
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
         lists: dict[str, Any] = {
-            name: [values[index] for index in indices]
-            for name, values in vars(self).items()
-            if isinstance(values, list)
+            name: [values[index] for index in indices] for name, values in columns.items() if isinstance(values, list)
         }
-        return replace(self, images=self.images[list(indices)], codes=self.codes[list(indices)], **lists)
+        return replace(self, arrays=self.arrays[list(indices)], codes=self.codes[list(indices)], **lists)
 
     def with_settings(self, **settings: Any) -> Self:
         """The same images with more settings."""
@@ -58,16 +58,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images through the tokenizer and back: originals and images uint8 (B, H, W, 3), codes int64 (B, N)."""
+    """Images through the tokenizer and back: originals and arrays uint8 (B, H, W, 3), codes int64 (B, N)."""
 
     originals: np.ndarray
-    images: np.ndarray
+    arrays: np.ndarray
     codes: Tensor
 
-    @property
-    def pil_images(self) -> list[Image.Image]:
+    @cached_property
+    def images(self) -> list[Image.Image]:
         """The reconstructed images as PIL images."""
-        return [to_pil(image) for image in self.images]
+        return [to_pil(array) for array in self.arrays]
 
 
 class Texts(list[str]):

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenizer.images import QLIPImages
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
+from um3.core.distributed import inference_device
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
 from um3.core.progress import track
@@ -28,7 +29,7 @@ from um3.inference.outputs import Generated, PairScores, Part, Texts
 from um3.inference.requests import batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
-from um3.model.language_model import load_model, trained_on
+from um3.model.language_model import load_model, save_model, trained_on
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.visual_parts import DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
@@ -59,6 +60,7 @@ class UM3Pipeline(ImagePipeline):
         processor: QLIPProcessor,
         depth: DepthHead | None = None,
         name: str = "",
+        card: str = "",
     ):
         if (qlip.num_bits, qlip.num_patches) != (ids.num_bits, ids.num_patches):
             raise UserError(
@@ -66,18 +68,19 @@ class UM3Pipeline(ImagePipeline):
                 f"{ids.num_patches} of {ids.num_bits}; use the tokenizer it was trained with"
             )
         super().__init__(visual_tokenizer=QLIPImages(qlip, processor), name=name)
-        self.model, self.text_tokenizer, self.ids, self.depth = model, text_tokenizer, ids, depth
+        self.model, self.text_tokenizer, self.ids, self.depth, self.card = model, text_tokenizer, ids, depth, card
         self._sampler: Sampler | None = None
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """Load a folder that `um3.model.language_model.save_model` wrote, or a hub id; UserError if it is incomplete.
 
-        `dtype` is that of the language model. The visual tokenizer must be the one of its training and keeps its dtype.
+        Without a `device`, `um3.core.distributed.inference_device` chooses it. `dtype` is that of the language model.
+        The visual tokenizer must be the one of its training and keeps its dtype.
         """
-        folder = model_folder(path_or_hub_id, kind="UM3 model")
+        folder, device = model_folder(path_or_hub_id, kind="UM3 model"), device or inference_device()
         loaded = load_model(folder, device=device, dtype=dtype)
         qlip, processor = load_visual_tokenizer(folder, fingerprint=loaded.fingerprint)
         return cls(
@@ -88,6 +91,7 @@ class UM3Pipeline(ImagePipeline):
             processor=processor,
             depth=loaded.depth,
             name=valid_text(str(path_or_hub_id)),
+            card=card.read_text(encoding="utf-8", errors="replace") if (card := folder / "README.md").is_file() else "",
         )
 
     @property
@@ -110,6 +114,21 @@ class UM3Pipeline(ImagePipeline):
             self._sampler = None  # free the old weights first
             self._sampler = Sampler(self.model, ids=self.ids, depth=self.depth)
         return self._sampler
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.model] if self.depth is None else [self.model, self.depth]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        save_model(
+            folder,
+            model=self.model,
+            text_tokenizer=self.text_tokenizer,
+            ids=self.ids,
+            visual_tokenizer=self._towers,
+            depth=None if self.depth is None else self.depth.state_dict(),
+            card=self.card,
+        )
 
     @property
     def image_tokens(self) -> int:
@@ -211,9 +230,12 @@ class UM3Pipeline(ImagePipeline):
         return conversation.answer(answer, max_new_tokens=max_new_tokens, max_images=max_images)
 
     def score(self, images: Images, texts: Sequence[str], *, batch_size: int = 64) -> PairScores:
-        """The model's log-probability of each text given its image and vice versa, and their `similarity`."""
+        """The model's log-probability of each text given its image and vice versa, and their `similarity`.
+
+        A generated PIL image, also one that was read from its PNG, counts with the codes it was generated from.
+        """
         texts, ids = check_texts(texts, kind="text"), self.ids
-        codes_BN = self.encode(images, batch_size=batch_size)
+        codes_BN = self.known_codes(images, batch_size=batch_size)
         check_pairs(codes_BN, texts)
         tokens = [torch.tensor(token_ids) for token_ids in encode_captions(texts, tokenizer=self.text_tokenizer)]
         prompts = [sequences.image_prompt(token_ids, ids=ids) for token_ids in tokens]

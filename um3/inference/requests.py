@@ -7,7 +7,8 @@ from torch import Tensor
 
 from um3.core.errors import UserError
 from um3.core.progress import Progress
-from um3.core.seeds import derive_seed
+from um3.core.ranges import EXACT_BELOW
+from um3.core.seeds import sample_seed
 from um3.core.text import valid_text
 
 Watch = Callable[[range, Tensor], None]
@@ -17,12 +18,12 @@ Watch = Callable[[range, Tensor], None]
 def resolve_seeds(seeds: Sequence[int] | None, *, names: Sequence[tuple[str | int, ...]], seed: int) -> list[int]:
     """`seeds` after a check, or one seed for each of `names`, derived from `seed`."""
     if seeds is None:
-        return [derive_seed(seed, *name) for name in names]
+        return [sample_seed(seed, *name) for name in names]
     if len(seeds) != len(names):
         raise UserError(f"{len(seeds)} seeds for {len(names)} results; give one seed per result")
     for value in seeds:
-        if not 0 <= value < 2**63:
-            raise UserError(f"seed {value} is outside 0 .. 2**63 - 1")
+        if not 0 <= value < EXACT_BELOW:
+            raise UserError(f"seed {value} is outside 0 .. 2**53 - 1; jq and JavaScript round larger integers")
     return list(seeds)
 
 

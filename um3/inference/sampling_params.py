@@ -10,6 +10,7 @@ import numpy as np
 
 from um3.core.errors import UserError
 from um3.core.files import read_json
+from um3.core.ranges import EXACT_BELOW
 from um3.model.configuration import IMAGE_SAMPLING
 
 MAX_GUIDANCE = 1000.0
@@ -105,7 +106,7 @@ def as_options(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:
 
 
 def check_number(value: Any, *, what: str, whole: bool = False) -> None:
-    """Raise UserError unless `value` is a number, or an integer if `whole`, of at most 63 bits."""
+    """Raise UserError unless `value` is a number, or an integer if `whole`, below EXACT_BELOW."""
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not is_number or (isinstance(value, int) and abs(value) >= 1 << 63):
-        raise UserError(f"{what} is {str(value)[:40]!r}; use {'an integer' if whole else 'a number'} below 2**63")
+    if not is_number or (isinstance(value, int) and abs(value) >= EXACT_BELOW):
+        raise UserError(f"{what} is {str(value)[:40]!r}; use {'an integer' if whole else 'a number'} below 2**53")

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder, read_json, write_json
+from um3.core.files import atomic_folder, read_json, write_json, write_text
 from um3.core.hub import save_tokenizer
 from um3.model.extend import EMBEDDING, HEAD, assemble_model
-from um3.model.language_model import load_model
+from um3.model.language_model import QLIP_FOLDER, load_model, render_card
 
 
 def export_text_half(folder: str | Path, *, out: str | Path) -> str:
@@ -44,11 +44,17 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     model.generation_config = GenerationConfig(bos_token_id=ids.bos_id, eos_token_id=ids.eos_id, pad_token_id=pad_id)
     if not base:  # Training started texts with bos. A base's tokenizer keeps its own setting.
         loaded.text_tokenizer.add_bos_token = True
+    name = type(model).__name__
+    count = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"architecture": name, "entries": entries, "parameters": count, "tied": model.config.tie_word_embeddings}
+    template = Path(__file__).with_name("export_card.md")
+    qlip = Path(folder) / QLIP_FOLDER / "config.json"
+    licence = str(read_json(qlip, dict).get("weights_license") or "") if qlip.is_file() else ""
+    card = render_card(template, pipeline_tag="text-generation", base=base, qlip_license=licence, **facts)
     with atomic_folder(out) as partial:
         model.save_pretrained(partial)
         _save_tokenizer(partial, loaded.text_tokenizer, entries=entries)
-    name = type(model).__name__
-    count = sum(parameter.numel() for parameter in model.parameters())
+        write_text(partial / "README.md", card)
     head = "tied" if model.config.tie_word_embeddings else "untied"
     summary = f"{out}: {name}, {entries:,} text entries, {count:,} parameters, {head} head."
     if base and base["architecture"] != name:

@@ -73,13 +73,12 @@ def check_logits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def load_base_tokenizer(path_or_hub_id: str) -> tuple[PreTrainedTokenizerBase, int]:
-    """A base's tokenizer with UM3's special tokens and without a chat template, and its original number of entries.
+    """A base's tokenizer with UM3's special tokens, and its original number of entries; a chat template stays.
 
     A tokenizer without a bos token (Qwen) gets the one of the base's config.json if that is a special token.
     """
     tokenizer = read_text_tokenizer(path_or_hub_id)
     entries = num_entries(tokenizer)
-    tokenizer.chat_template = None  # UM3's prompts are plain sequences (um3.model.sequences)
     if tokenizer.bos_token is None and (model_folder(path_or_hub_id, files=["*.json"]) / "config.json").is_file():
         # Qwen's config names what stood between documents in its training. Llama's default of 1 may be a word.
         config = load_pretrained(AutoConfig, path_or_hub_id, kind="base model")

@@ -6,7 +6,7 @@ so that transformers, vLLM and lm-eval load a checkpoint as it is.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -24,13 +24,16 @@ from transformers import (
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
-from um3.core.hub import load_pretrained, save_tokenizer, write_checksums
+from um3.core.hub import HUB_ID, load_pretrained, save_tokenizer, write_checksums
 from um3.core.text import valid_text
 from um3.model.configuration import ModelConfig
 from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
 from um3.model.visual_parts import DepthHead, load_depth_head, save_depth_head
 from um3.model.vocabulary import UnifiedVocabulary
+
+if TYPE_CHECKING:
+    from tokenizer.images import QLIPImages
 
 QLIP_FOLDER = "qlip"
 
@@ -79,22 +82,27 @@ def save_model(
     model: PreTrainedModel,
     text_tokenizer: PreTrainedTokenizerBase,
     ids: UnifiedVocabulary,
-    qlip_folder: str | Path,
+    visual_tokenizer: "str | Path | QLIPImages",
     state_dict: dict[str, Tensor] | None = None,
     depth: Mapping[str, Tensor] | None = None,
     trained: bool = True,
+    card: str = "",
 ) -> None:
     """Write a stock Hugging Face folder with a model card and the visual tokenizer in `qlip/`, atomically.
 
-    `state_dict` replaces the model's own tensors (gathered from a sharded run). config.json stores the vocabulary, the
-    visual tokenizer's fingerprint and the base under "um3", a key that other software ignores; generation_config.json
-    stores the image sampling defaults under "image_sampling", SHA256SUMS the digests of the weights. `depth` are the
-    tensors of the depth head, in `depth/`, if `ids` have one. `trained` decides what the card says of the visual rows.
+    `visual_tokenizer` is a QLIP, or its folder or hub id. `state_dict` replaces the model's own tensors (gathered from
+    a sharded run). config.json stores the vocabulary, the visual tokenizer's fingerprint and the base under "um3", a
+    key that other software ignores; generation_config.json stores the image sampling defaults under "image_sampling",
+    SHA256SUMS the digests of the weights. `depth` are the tensors of the depth head, in `depth/`, if `ids` have one.
+    `trained` decides what the card says of the visual rows; a `card` replaces it.
     """
     import tokenizer
 
     assert (depth is not None) == (ids.depth_layers > 0), "the tensors of the depth head"
-    qlip, processor = tokenizer.load(qlip_folder)
+    if isinstance(visual_tokenizer, str | Path):
+        qlip, processor = tokenizer.load(visual_tokenizer)
+    else:
+        qlip, processor = visual_tokenizer
     with atomic_folder(folder) as partial:
         stored = getattr(model.config, "um3", None) or {}
         model.config.um3 = stored | ids.to_dict() | {"tokenizer_fingerprint": qlip.fingerprint()}
@@ -107,28 +115,53 @@ def save_model(
         processor.save_pretrained(partial / QLIP_FOLDER)
         with torch.device("meta"):  # under ZeRO 3 the model's own tensors are on other ranks
             parts = count_parameters(AutoModelForCausalLM.from_config(model.config, trust_remote_code=False), ids=ids)
-        card = model_card(model.config, ids=ids, parts=parts, qlip_license=qlip.config.weights_license, trained=trained)
-        write_text(partial / "README.md", card)
+        facts: dict[str, Any] = {"qlip_license": qlip.config.weights_license, "trained": trained}
+        facts["has_chat_template"] = bool(text_tokenizer.chat_template)
+        write_text(partial / "README.md", card or model_card(model.config, ids=ids, parts=parts, **facts))
 
 
 def model_card(
-    config: PreTrainedConfig, *, ids: UnifiedVocabulary, parts: Mapping[str, int], qlip_license: str, trained: bool
+    config: PreTrainedConfig,
+    *,
+    ids: UnifiedVocabulary,
+    parts: Mapping[str, int],
+    qlip_license: str,
+    trained: bool,
+    has_chat_template: bool,
 ) -> str:
     """The folder's README.md, from `model_card.md`: the model, its ids and parameters, how to use it, licences."""
     base: dict[str, Any] = config.um3.get("base") or {}
     architecture = next(iter(config.architectures or []), config.model_type)
     changed = ", except for the inserted query-key normalisation" if base.get("architecture") != architecture else ""
     start = f"a starting point: the visual rows are untrained, text is as in the base{changed if base else ''}"
-    licence: dict[str, Any] = {"license": base.get("license") or None}
-    if qlip_license:
-        licence = {"license": "other", "license_name": "non-commercial"}
-    data = ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=["um3", "qlip"], **licence)
     facts: dict[str, Any] = {"ids": ids, "parts": dict(parts), "base": base, "architecture": architecture}
     facts |= {"state": "trained" if trained else start, "bos": "bos" if ids.bos_id != ids.eos_id else "eos"}
     facts |= {"conversations": ", ".join(trained_on(config.um3))}
-    facts |= {"fingerprint": config.um3["tokenizer_fingerprint"], "qlip_license": qlip_license}
-    card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("model_card.md")), **facts)
-    return str(card.content).rstrip() + "\n"
+    facts |= {"fingerprint": config.um3["tokenizer_fingerprint"], "has_chat_template": has_chat_template}
+    template = Path(__file__).with_name("model_card.md")
+    return render_card(template, pipeline_tag="any-to-any", qlip_license=qlip_license, **facts)
+
+
+def render_card(
+    template: Path,
+    *,
+    pipeline_tag: str,
+    qlip_license: str,
+    base: Mapping[str, Any] | None = None,
+    library_name: str | None = "transformers",
+    **facts: Any,
+) -> str:
+    """A model card from a template, with the hub's metadata: licence, base model (if it is a hub id), pipeline tag."""
+    base = base or {}
+    metadata: dict[str, Any] = {"license": base.get("license") or None}
+    if qlip_license:
+        metadata = {"license": "other", "license_name": "non-commercial"}
+    name = str(base.get("name", ""))
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        metadata["base_model"] = name
+    data = ModelCardData(library_name=library_name, pipeline_tag=pipeline_tag, tags=["um3", "qlip"], **metadata)
+    facts |= {"base": base, "qlip_license": qlip_license}
+    return str(ModelCard.from_template(data, template_path=str(template), **facts).content).rstrip() + "\n"
 
 
 def trained_on(stored: Mapping[str, Any]) -> list[str]:

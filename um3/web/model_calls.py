@@ -15,6 +15,7 @@ from torch import Tensor
 from um3.core.errors import UserError
 from um3.core.files import parse_json
 from um3.core.images import read_image
+from um3.core.ranges import EXACT_BELOW
 from um3.inference.chat import ROLES
 from um3.inference.image_io import code_image, png_bytes
 from um3.inference.pipeline import UM3Pipeline
@@ -22,8 +23,7 @@ from um3.inference.sampling_params import Sampling, as_options, check_number
 from um3.web.worker import Job
 
 MAX_IMAGES, MAX_CANDIDATES = 16, 64
-MAX_SEED = 2**53 - MAX_CANDIDATES
-"""JavaScript represents integers exactly up to 2**53."""
+MAX_SEED = EXACT_BELOW - MAX_CANDIDATES
 LIMITS = {"num_images": (1, 1, MAX_IMAGES), "best_of": (0, 0, MAX_CANDIDATES), "seed": (0, 0, MAX_SEED)}
 """Default, lowest and highest value."""
 
@@ -64,7 +64,7 @@ def generate(job: Job, *, pipeline: UM3Pipeline, request: dict[str, Any]) -> Non
 
     result = pipeline.generate(**request, batch_size=MAX_CANDIDATES, watch=watch)
     similarities: list[Any] = result.similarities or [None] * len(result.seeds)
-    values = zip(map(data_url, result.pil_images), result.seeds, result.logprobs, similarities, strict=True)
+    values = zip(map(data_url, result.images), result.seeds, result.logprobs, similarities, strict=True)
     names = ("url", "seed", "logprob", "similarity")
     job.send({"images": [dict(zip(names, image, strict=True)) for image in values]})
 
@@ -100,7 +100,7 @@ def caption(job: Job, *, pipeline: UM3Pipeline, content: bytes) -> None:
             "original": data_url(result.originals[0]),
             "codes": result.codes[0].tolist(),
             "code_image": data_url(code_image(result.codes[0], num_bits=pipeline.ids.num_bits)),
-            "reconstruction": data_url(result.images[0]),
+            "reconstruction": data_url(result.arrays[0]),
         }
     )
 

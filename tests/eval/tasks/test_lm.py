@@ -65,7 +65,7 @@ def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folde
     ids = make_vocabulary(tokenizer, subtokens=2, bits_per_subtoken=4, num_patches=16)
     assert ids.text_vocab_size > entries
     model = extend_model(load_base(str(llama)), ids=ids, base_entries=entries)
-    save_model(tmp_path / "um3", model=model, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)
+    save_model(tmp_path / "um3", model=model, text_tokenizer=tokenizer, ids=ids, visual_tokenizer=qlip_folder)
     export_text_half(tmp_path / "um3", out=tmp_path / "plain")
     scored = UM3LM(str(tmp_path / "um3"), device="cpu", batch_size=2).loglikelihood(requests(pairs))
     for folder in (llama, tmp_path / "plain"):

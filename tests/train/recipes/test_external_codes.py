@@ -48,11 +48,11 @@ def test_llamagen_generates_with_its_decoder(trained, tmp_path):
     assert losses(trained.parent)[0] == pytest.approx(6 * np.log(2), abs=1e-5)
     pipeline = LlamaGenPipeline.from_pretrained(trained, external_tokenizer=NAME)
     generated = pipeline.generate(["a red circle", "two squares"], seed=3)
-    assert (generated.images == MeanColour().decode(generated.codes)).all()
-    kept = pipeline.inpaint(generated.pil_images[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
-    assert kept.images.shape == (1, 32, 32, 3) and not pipeline.can_rank
+    assert (generated.arrays == MeanColour().decode(generated.codes)).all()
+    kept = pipeline.inpaint(generated.images[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
+    assert kept.arrays.shape == (1, 32, 32, 3) and not pipeline.can_rank
     with pytest.raises(UserError, match="needs QLIP's own towers"):
-        pipeline.similarity(generated.images, generated.prompts)
+        pipeline.similarity(generated.arrays, generated.prompts)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n")
     generate_images([f"model={trained}", f"prompts={prompts}", f"output_dir={tmp_path}/out", EXTERNAL])

@@ -30,18 +30,24 @@ def trained(made, tmp_path_factory):
     return folder
 
 
-def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained):
+def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained, tmp_path):
     assert losses(trained)[0] == pytest.approx(6 * np.log(2), abs=1e-5)
     per_image = 2 * 16 * np.array(losses(trained))
     assert logged(trained, "train/nats_per_image") == pytest.approx(per_image, rel=1e-6)
     pipeline = LlamaGenPipeline.from_pretrained(trained / "model")
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
-    assert np.array_equal(generated.images[3], again.images[0]) and generated.images.shape == (4, 32, 32, 3)
-    kept = pipeline.inpaint(generated.images[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
+    assert np.array_equal(generated.arrays[3], again.arrays[0]) and generated.arrays.shape == (4, 32, 32, 3)
+    kept = pipeline.inpaint(generated.arrays[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
     is_kept_N = np.isin(np.arange(16), kept.settings["redrawn_patches"], invert=True)
-    before_N = pipeline.encode(generated.images[:1])[0]
+    before_N = pipeline.encode(generated.arrays[:1])[0]
     assert is_kept_N.sum() == 12 and torch.equal(kept.codes[0][is_kept_N], before_N[is_kept_N])
+    pipeline.to(torch.bfloat16).to(torch.float32).save_pretrained(tmp_path / "saved")
+    rounded = pipeline(["a circle"], seed=3).codes
+    assert torch.equal(LlamaGenPipeline.from_pretrained(tmp_path / "saved")(["a circle"], seed=3).codes, rounded)
+    card = (trained / "model/README.md").read_text()
+    assert "pipeline_tag: text-to-image\n" in card and "16 codes of 12 bits" in card and pipeline.fingerprint in card
+    assert (tmp_path / "saved/README.md").read_text() == card
 
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
@@ -72,7 +78,7 @@ def test_one_position_a_patch_trains_resumes_and_generates(made, tmp_path):
     pipeline = LlamaGenPipeline.from_pretrained(tmp_path / "whole/model")
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
-    assert np.array_equal(generated.images[3], again.images[0])
+    assert np.array_equal(generated.arrays[3], again.arrays[0])
     with pytest.raises(UserError, match=r"model\.subtokens"):
         main(llamagen(made, tmp_path / "one", *DEPTH, "model.subtokens=1"))
 

@@ -54,7 +54,7 @@ def test_um3_writes_a_stock_checkpoint_that_samples(made):
     stock = AutoModelForCausalLM.from_pretrained(made / "um3/model")
     assert type(stock).__module__.startswith("transformers.")
     pipeline = UM3Pipeline.from_pretrained(made / "um3/model")
-    assert pipeline.generate(["a red circle"], seed=1).images.shape == (1, 32, 32, 3)
+    assert pipeline.generate(["a red circle"], seed=1).arrays.shape == (1, 32, 32, 3)
     trained = load_file(made / "um3/checkpoints/step-00000004/model-00000.safetensors")
     head_VD, bits_LD = (trained[f"{name}/param"] for name in ("model.lm_head.weight", "bits.output_LD"))
     last_D = head_VD[-1] + bits_LD[6:].sum(0)  # the last entry: every bit of the second subtoken is 1

@@ -91,12 +91,12 @@ def test_it_learns_and_the_folder_draws_captions_and_scores(made, trained, tmp_p
     assert pipeline.image_tokens == 16 and pipeline.ids.depth_layers == 2
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
-    assert torch.equal(generated.codes[3], again.codes[0]) and generated.images.shape == (4, 32, 32, 3)
-    assert len(pipeline.caption(generated.images, max_new_tokens=4)) == 4
-    scores = pipeline.score(generated.images[:1], ["a circle"])
+    assert torch.equal(generated.codes[3], again.codes[0]) and generated.arrays.shape == (4, 32, 32, 3)
+    assert len(pipeline.caption(generated.arrays, max_new_tokens=4)) == 4
+    scores = pipeline.score(generated.arrays[:1], ["a circle"])
     assert scores.text_logprobs[0] < 0 and scores.image_logprobs[0] < 0
-    kept = pipeline.inpaint(generated.images[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
-    before_N = pipeline.encode(generated.images[:1])[0]
+    kept = pipeline.inpaint(generated.arrays[:1], ["a circle"], redraw=(0.5, 0.5, 1.0, 1.0))
+    before_N = pipeline.encode(generated.arrays[:1])[0]
     is_kept_N = torch.ones(16, dtype=torch.bool)
     is_kept_N[kept.settings["redrawn_patches"]] = False
     assert is_kept_N.sum() == 12 and torch.equal(kept.codes[0][is_kept_N], before_N[is_kept_N])

@@ -83,7 +83,7 @@ def test_it_starts_again_from_a_codebook_and_after_an_identity_bottleneck(run, t
 def test_llamagen_and_um3_train_on_its_codes(run, tmp_path):
     main(arguments("llamagen", run))
     pipeline = LlamaGenPipeline.from_pretrained(run / "llamagen/model")
-    assert pipeline.generate(["a red circle"], seed=1).images.shape == (1, 32, 32, 3)
+    assert pipeline.generate(["a red circle"], seed=1).arrays.shape == (1, 32, 32, 3)
     sizes = ("vocabulary.subtokens=1", "vocabulary.bits_per_subtoken=6")
     assert len(train_here("um3", run, tmp_path, *sizes, "loop.max_steps=1")) == 1
 

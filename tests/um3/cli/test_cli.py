@@ -53,7 +53,7 @@ def test_generate_writes_images_sheet_and_samples(model, pipeline, tmp_path):
     sampling = {"temperature": 0.5, "top_p": 0.9, "guidance_scale": [4.0, 1.0]}
     expected = pipeline.generate(["a red square", "a Disk!"], num_images=2, seed=5, **sampling)
     for index, row in enumerate(rows):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), expected.images[index])
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), expected.arrays[index])
         assert row["codes"] == expected.codes[index].tolist() and row["seed"] == expected.seeds[index]
         metadata = read_metadata(tmp_path / row["file"])
         assert row == {"file": row["file"], **metadata, "tokenizer": pipeline.qlip.fingerprint()}
@@ -64,6 +64,23 @@ def test_generate_writes_images_sheet_and_samples(model, pipeline, tmp_path):
     assert row["codes"] == rows[3]["codes"] and Path(row["file"]).is_file()
 
 
+def test_a_folder_keeps_the_samples_of_earlier_runs(model, tmp_path):
+    run("generate", "a disk", "-n", "2", "--out", tmp_path, *model)
+    earlier = {file.name: file.read_bytes() for file in tmp_path.glob("*.png")}
+    (tmp_path / "0001-a-disk.png").unlink()  # its number stays taken: samples.jsonl names it
+    run("generate", "a disk", "-n", "2", "--seed", "1", "--out", tmp_path, *model)
+    rows = rows_of((tmp_path / "samples.jsonl").read_text())
+    assert [row["file"] for row in rows] == [f"{number:04d}-a-disk.png" for number in range(4)]
+    assert len({row["seed"] for row in rows}) == 4
+    for row in (rows[0], rows[2], rows[3]):
+        assert {"file": row["file"], **read_metadata(tmp_path / row["file"]), "tokenizer": row["tokenizer"]} == row
+    assert {file.name for file in tmp_path.glob("c*.png")} == {"contact_sheet.png", "contact_sheet-0002.png"}
+    assert all((tmp_path / name).read_bytes() == earlier[name] for name in ("0000-a-disk.png", "contact_sheet.png"))
+    (tmp_path / "samples.jsonl").write_text("[]\n")
+    with pytest.raises(UserError, match=r"line 1 of .*samples\.jsonl"):
+        run("generate", "a disk", "--out", tmp_path, *model)
+
+
 def test_the_model_folder_sets_the_defaults_of_sampling(folder, tmp_path):
     change_json(folder / "generation_config.json", image_sampling={"temperature": 0.25, "guidance_scale": 1})
     (row,) = rows_of(run("generate", "a", "-n", "1", "--top-k", "5", "--out", tmp_path, "--json", "--model", folder))
@@ -71,18 +88,25 @@ def test_the_model_folder_sets_the_defaults_of_sampling(folder, tmp_path):
     assert "temperature 0.25" in run("info", folder)
 
 
-def test_prompts_come_from_a_file_or_from_stdin(model, tmp_path):
+def test_prompts_come_from_a_file_or_from_stdin(model, tmp_path, monkeypatch):
     lines = "a red disk\r\n\nثلاث نجوم 🦊\u2028\x85\x0cx\ry\n"
     file = tmp_path / "prompts.txt"
     file.write_text(lines)
-    options = ["-n", "1", "--json", "--out", str(tmp_path), *model]
-    outputs = [
-        run("generate", *options, "--file", file),
-        run("generate", *options, stdin=lines),
-        run("generate", "-", *options, stdin=lines),
-    ]
+    options = ["-n", "1", "--json", "--out", "samples", *model]
+    outputs = []
+    for number, (source, stdin) in enumerate(((["--file", file], ""), ([], lines), (["-"], lines))):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        outputs.append(run("generate", *source, *options, stdin=stdin))
     assert [row["prompt"] for row in rows_of(outputs[0])] == ["a red disk", "ثلاث نجوم 🦊\u2028\x85\x0cx", "y"]
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_the_type_of_the_weights_is_chosen(model, photo):
+    captions = {dtype: run("caption", photo, *model, "--dtype", dtype) for dtype in ("auto", "float32", "bfloat16")}
+    assert captions["auto"] == captions["float32"] and captions["bfloat16"].startswith(f"{photo}: ")
+    rows = {dtype: rows_of(run("caption", photo, "--json", *model, "--dtype", dtype))[0] for dtype in captions}
+    assert rows["auto"]["logprob"] == rows["float32"]["logprob"] != rows["bfloat16"]["logprob"]
 
 
 def test_caption_prints_a_line_per_image(model, pipeline, photo):
@@ -109,7 +133,7 @@ def test_decode_turns_the_lines_of_encode_into_reconstructions(model, pipeline, 
     lines = json.dumps(json.loads(lines) | {"file": "../../a\\/../b"})
     output = run("decode", "-", "--out", tmp_path / "decoded", *model, stdin=lines)
     assert Path(output.strip()) == tmp_path / "decoded" / "0000-b.png"
-    assert np.array_equal(np.asarray(Image.open(output.strip())), expected.images[0])
+    assert np.array_equal(np.asarray(Image.open(output.strip())), expected.arrays[0])
 
 
 @pytest.mark.parametrize(
@@ -138,8 +162,16 @@ def test_score_prints_log_probabilities(model, pipeline, photo, tmp_path):
     assert [row["text_logprob"] for row in rows] == pytest.approx(expected.text_logprobs, abs=1e-4)
     assert [row["image_logprob"] for row in rows] == pytest.approx(expected.image_logprobs, abs=1e-4)
     run("generate", "a red disk", "-n", "2", "--out", tmp_path / "samples", *model)
-    table = run("score", "--pairs", tmp_path / "samples" / "samples.jsonl", *model).splitlines()
+    samples = tmp_path / "samples" / "samples.jsonl"
+    table = run("score", "--pairs", samples, *model).splitlines()
     assert len(table) == 3 and table[1].endswith("0000-a-red-disk.png: a red disk")
+    # Our own images count with the codes they were made from, and not with those that encoding them gives.
+    scored, written = rows_of(run("score", "--pairs", samples, "--json", *model)), rows_of(samples.read_text())
+    logprobs = [row["logprob"] for row in written]
+    assert [row["image_logprob"] for row in scored] == pytest.approx(logprobs, abs=1e-3)
+    png = (tmp_path / "samples" / written[0]["file"]).read_bytes()
+    (row,) = rows_of(run("score", "-", "a red disk", "--json", *model, stdin=png))
+    assert row["image_logprob"] == pytest.approx(logprobs[0], abs=1e-3)
 
 
 def test_complete_prints_the_text_with_its_continuation(model, pipeline):
@@ -226,7 +258,12 @@ def test_mistakes_are_one_line(arguments, message, model_folder, tmp_path, monke
 
 
 def test_the_console_script_exits_with_one_line_and_code_2(monkeypatch, capsys):
-    for arguments, message in ((["info", "nowhere"], "'nowhere'"), (["generate", "--bogus"], "um3 generate --help")):
+    for arguments, message in (
+        (["info", "nowhere"], "'nowhere'"),
+        (["generate", "--bogus"], "um3 generate --help"),
+        (["generate", "a", "--dtype", "int8"], "'--dtype': 'int8' is not one of"),
+        (["generate", "a", "--image-seed", str(2**53)], "'--image-seed'"),
+    ):
         monkeypatch.setattr(sys, "argv", ["um3", *arguments])
         with pytest.raises(SystemExit) as caught:
             cli.entry_point()
@@ -259,8 +296,8 @@ def test_text_and_names_that_utf_8_cannot_hold(model_folder, photo, tmp_path):
     output = run("generate", f"half \udcff{controls}", "-n", "1", "--out", out, "--json", *model)
     (row,) = rows_of(output)
     assert row["prompt"] == f"half \ufffd{controls}" and row["model"] == str(folder) and "\x9b" not in output
-    assert row["file"].startswith(f"{tmp_path}/out \ufffd{controls}/0000-half")
-    metadata = read_metadata(next(out.glob("0000-half*")))
+    assert row["file"].startswith(f"{tmp_path}/out \ufffd{controls}/0004-half")
+    metadata = read_metadata(next(out.glob("0004-half*")))
     assert {**metadata, "file": row["file"], "tokenizer": row["tokenizer"]} == row
     image = photo.rename(tmp_path / f"\udcff{controls}.png")
     for command in (["caption", image], ["encode", image], ["reconstruct", image, "--out", out]):
@@ -307,7 +344,7 @@ def test_images_go_from_command_to_command(model, pipeline):
     result = CliRunner().invoke(cli.app, arguments)
     expected = pipeline.generate(["a red disk"], seed=4, temperature=0.5, top_p=0.9, guidance_scale=2)
     image = Image.open(io.BytesIO(result.stdout_bytes))
-    assert np.array_equal(np.asarray(image), expected.images[0])
+    assert np.array_equal(np.asarray(image), expected.arrays[0])
     assert "generate 16/16 " in result.stderr and "images 1 to 1 of 1" in result.stderr
     (row,) = rows_of(run("caption", "-", "--json", *model, stdin=result.stdout_bytes))
     assert row["file"] == "-" and row["caption"] == pipeline.caption([image])[0]

@@ -32,13 +32,13 @@ def images(count=3):
 def test_generate_is_prompt_major_and_decodes_its_own_codes(pipeline):
     generated = pipeline.generate(PROMPTS, num_images=2, seed=3)
     assert generated.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2 + [PROMPTS[2]] * 2
-    assert generated.images.shape == (6, 16, 16, 3) and generated.images.dtype == np.uint8
+    assert generated.arrays.shape == (6, 16, 16, 3) and generated.arrays.dtype == np.uint8
     assert generated.codes.shape == (6, 4) and generated.codes.dtype == torch.int64
     assert len(set(generated.seeds)) == 6 and len({tuple(codes) for codes in generated.codes.tolist()}) == 6
     assert all(logprob < 0 for logprob in generated.logprobs)
     with torch.no_grad():
         expected = pipeline.processor.images(pipeline.qlip.decode(generated.codes))
-    assert np.array_equal(generated.images, expected)
+    assert np.array_equal(generated.arrays, expected)
 
 
 def test_the_decoder_is_built_once_and_again_after_the_weights_changed(model_folder, monkeypatch):
@@ -76,16 +76,16 @@ def test_captions_are_text_and_repeatable(pipeline):
 def test_reconstruct_takes_arrays_and_pil_images_of_any_size(pipeline):
     result = pipeline.reconstruct(images(5), batch_size=2)
     assert np.array_equal(result.originals, images(5))
-    assert result.codes.shape == (5, 4) and result.images.shape == (5, 16, 16, 3)
-    assert np.array_equal(np.asarray(result.pil_images[4]), result.images[4])
+    assert result.codes.shape == (5, 4) and result.arrays.shape == (5, 16, 16, 3)
+    assert np.array_equal(np.asarray(result.images[4]), result.arrays[4])
     with torch.no_grad():
         assert torch.equal(result.codes, pipeline.qlip.encode(pipeline.processor.pixels(images(5))))
     large = [Image.fromarray(images(1)[0]).resize((40, 30))]
-    assert pipeline.reconstruct(large).images.shape == (1, 16, 16, 3)
+    assert pipeline.reconstruct(large).arrays.shape == (1, 16, 16, 3)
 
 
 def test_no_input_gives_no_output(pipeline):
-    assert pipeline.generate([]).images.shape == (0, 16, 16, 3)
+    assert pipeline.generate([]).arrays.shape == (0, 16, 16, 3)
     assert pipeline.complete([]) == [] and pipeline.caption(images(0)) == []
 
 
@@ -96,7 +96,7 @@ def test_image_defaults_are_in_the_generation_config_and_change_no_stock_text(fo
     write_json(folder / "generation_config.json", values | {"image_sampling": changed})
     assert image_defaults(folder) == IMAGE_SAMPLING | changed
     loaded = load_model(folder)
-    shared = {"text_tokenizer": loaded.text_tokenizer, "ids": loaded.ids, "qlip_folder": qlip_folder}
+    shared = {"text_tokenizer": loaded.text_tokenizer, "ids": loaded.ids, "visual_tokenizer": qlip_folder}
     save_model(tmp_path / "again", model=loaded.model, **shared)
     assert image_defaults(tmp_path / "again") == IMAGE_SAMPLING | changed
     del values["image_sampling"]
@@ -128,7 +128,7 @@ def test_saving_keeps_trained_values(model_folder, qlip_folder, tmp_path):
     for parameter in loaded.model.parameters():
         parameter.data.add_(0.125)
     state = {name: tensor + 1 for name, tensor in loaded.model.state_dict().items()}
-    shared = {"text_tokenizer": loaded.text_tokenizer, "ids": loaded.ids, "qlip_folder": qlip_folder}
+    shared = {"text_tokenizer": loaded.text_tokenizer, "ids": loaded.ids, "visual_tokenizer": qlip_folder}
     save_model(tmp_path / "own", model=loaded.model, **shared)
     save_model(tmp_path / "given", model=loaded.model, state_dict=state, **shared)
     for folder, offset in (("own", 0.0), ("given", 1.0)):
@@ -175,7 +175,7 @@ def test_a_hub_id_is_found_in_the_cache(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     pipeline = UM3Pipeline.from_pretrained("somebody/um3")
-    assert pipeline.name == "somebody/um3" and pipeline.generate(PROMPTS[:1]).images.shape == (1, 16, 16, 3)
+    assert pipeline.name == "somebody/um3" and pipeline.generate(PROMPTS[:1]).arrays.shape == (1, 16, 16, 3)
     with pytest.raises(UserError, match="'somebody/else' is neither a local folder nor an accessible"):
         UM3Pipeline.from_pretrained("somebody/else")
 
@@ -202,7 +202,7 @@ def test_an_images_own_seed_generates_it_anywhere(pipeline):
         assert alone.logprobs[0] == pytest.approx(whole.logprobs[index], rel=1e-4)
     prompts, seeds = ([values[index] for index in (5, 0, 3)] for values in (whole.prompts, whole.seeds))
     mixed = pipeline.generate(prompts, seeds=seeds, batch_size=2, **OPTIONS)
-    assert torch.equal(mixed.codes, whole.codes[[5, 0, 3]]) and np.array_equal(mixed.images, whole.images[[5, 0, 3]])
+    assert torch.equal(mixed.codes, whole.codes[[5, 0, 3]]) and np.array_equal(mixed.arrays, whole.arrays[[5, 0, 3]])
     assert not torch.equal(whole.codes, pipeline.generate(PROMPTS, num_images=2, seed=4, **OPTIONS).codes)
 
 
@@ -218,12 +218,12 @@ def test_texts_return_seeds_that_write_them_again(pipeline):
 
 def test_best_of_keeps_the_images_that_qlip_ranks_highest(ranking):
     every = ranking.generate(PROMPTS, num_images=5, seed=1)
-    similarities = torch.tensor(ranking.similarity(every.images, every.prompts)).view(3, 5)
+    similarities = torch.tensor(ranking.similarity(every.arrays, every.prompts)).view(3, 5)
     best = ranking.generate(PROMPTS, num_images=2, best_of=5, seed=1)
     top = similarities.topk(2, dim=1)
     assert best.similarities == pytest.approx(top.values.flatten().tolist(), abs=1e-5)
     chosen = (top.indices + 5 * torch.arange(3)[:, None]).flatten().tolist()
-    assert torch.equal(best.codes, every.codes[chosen]) and np.array_equal(best.images, every.images[chosen])
+    assert torch.equal(best.codes, every.codes[chosen]) and np.array_equal(best.arrays, every.arrays[chosen])
     assert best.seeds == [every.seeds[index] for index in chosen]
     assert best.prompts == [every.prompts[index] for index in chosen] and best.settings["best_of"] == 5
     assert best.metadata(1)["similarity"] == best.similarities[1]
@@ -243,6 +243,19 @@ def test_scores_of_pairs(ranking):
         assert len(values) == 3 and max(values) < 0
         assert getattr(alone, name) == pytest.approx(values[1:2], rel=1e-4)
     assert scores.similarities == pytest.approx(ranking.similarity(images(), PROMPTS), abs=1e-5)
+
+
+def test_metadata_counts_only_if_it_belongs_to_the_pixels(pipeline):
+    generated = pipeline.generate(PROMPTS[:2], seed=1)
+    first, second = generated.images
+    encoded = pipeline.encode(generated.images)
+    assert not torch.equal(encoded, generated.codes)  # otherwise this test shows nothing
+    assert torch.equal(pipeline.known_codes([first, second]), generated.codes)
+    second.info = first.info  # as after an edit by a program that keeps the text of a PNG
+    assert torch.equal(pipeline.known_codes([first, second])[1], encoded[1])
+    for damaged in ("{", "[]", '{"codes": [1]}', '{"codes": ["a", 0, 0, 0]}', '{"codes": [-1, 0, 0, 0]}'):
+        second.info = {"um3": damaged}
+        assert torch.equal(pipeline.known_codes([second])[0], encoded[1])
 
 
 def test_inpainting_keeps_the_codes_outside_the_region(pipeline):
@@ -266,14 +279,14 @@ def test_variations_keep_a_share_of_the_patches(roomy):
 
 def test_the_metadata_of_a_png_generates_the_image_again(pipeline, tmp_path):
     generated = pipeline.generate(["a red square 🟥"], num_images=2, seed=9, **OPTIONS)
-    save_png(generated.pil_images[1], tmp_path / "a.png")
+    save_png(generated.images[1], tmp_path / "a.png")
     metadata = read_metadata(tmp_path / "a.png")
     assert metadata == generated.metadata(1)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), generated.images[1])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), generated.arrays[1])
     options = {name: metadata[name] for name in ("temperature", "top_p", "top_k", "min_p", "guidance_scale")}
     again = pipeline.generate([metadata["prompt"]], seeds=[metadata["seed"]], **options)
     assert again.codes[0].tolist() == metadata["codes"] and metadata["model"] == pipeline.name != ""
-    save_png(generated.images[0], tmp_path / "b.png")
+    save_png(generated.arrays[0], tmp_path / "b.png")
     for name in ("b.png", "none.png"):
         with pytest.raises(UserError, match=f"{name} is not a PNG"):
             read_metadata(tmp_path / name)
@@ -306,6 +319,7 @@ def test_any_text_is_a_prompt(roomy):
         ("generate", [["a disk"]], {"batch_size": 0}, "batch_size is 0"),
         ("generate", [["a disk"]], {"seeds": [1, 2]}, "2 seeds for 1 results"),
         ("generate", [["a disk"]], {"seeds": [-1]}, "seed -1 is outside"),
+        ("generate", [["a disk"]], {"seeds": [2**53]}, "seed 9007199254740992 is outside"),
         ("complete", [["a"]], {"max_new_tokens": 10**12}, "no room for 1,000,000,000,000 more"),
         ("complete", [["a"]], {"guidance_scale": 2.0}, "guidance_scale"),
         ("inpaint", [images(1), ["a"]], {"redraw": (0.5, 0, 0.5, 1)}, "left, top, right, bottom"),

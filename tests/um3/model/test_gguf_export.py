@@ -60,7 +60,7 @@ def save_um3(
     ids = make_vocabulary(tokenizer, subtokens=4, bits_per_subtoken=7, num_patches=4)
     base = make_base(kind, **{"vocab_size": ids.text_vocab_size, "hidden_size": 64, **sizes, **options})
     um3 = extend_model(insert_qk_norm(base) if qk_norm else base, ids=ids, new_token_init="random")
-    save_model(folder, model=um3, text_tokenizer=tokenizer, ids=ids, qlip_folder=qlip_folder)
+    save_model(folder, model=um3, text_tokenizer=tokenizer, ids=ids, visual_tokenizer=qlip_folder)
     return folder
 
 

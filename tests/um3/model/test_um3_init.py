@@ -196,7 +196,8 @@ torch.set_num_threads({torch.get_num_threads()})
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
-assert tokenizer.chat_template is None and tokenizer.convert_tokens_to_ids("<|begin_of_image|>") == {LLAMA_ENTRIES}
+assert tokenizer.chat_template == "{{{{ messages }}}}"
+assert tokenizer.convert_tokens_to_ids("<|begin_of_image|>") == {LLAMA_ENTRIES}
 assert model.generation_config.eos_token_id == 128001 and model.generation_config.pad_token_id == 128004
 with torch.no_grad():
     torch.save(model(torch.tensor([[128000, 5, 6, {LLAMA_ENTRIES}, 130000]])).logits, {str(tmp_path / "logits.pt")!r})
@@ -218,7 +219,7 @@ def test_the_start_is_a_um3_that_generates_and_is_made_once(start, bases, qlip_f
     folder = start("qwen2", "qk_norm=true")
     pipeline = UM3Pipeline.from_pretrained(folder / "model")
     assert len(pipeline.complete(["a red"], max_new_tokens=4)) == 1
-    assert pipeline.generate(["a red disk"], seed=1).images.shape == (1, 16, 16, 3)
+    assert pipeline.generate(["a red disk"], seed=1).arrays.shape == (1, 16, 16, 3)
     capsys.readouterr()
     train(command(bases["qwen2"], qlip_folder, text, folder, "qk_norm=true"))
     assert "is up to date" in capsys.readouterr().out
@@ -240,6 +241,11 @@ def test_export_restores_the_base(kind, start, bases, tmp_path):
     assert after.pad_token == ("<|finetune_right_pad_id|>" if kind == "llama" else "<|endoftext|>")
     assert "begin_of_image" not in (tmp_path / "plain/tokenizer_config.json").read_text()
     assert not (tmp_path / "plain/qlip").exists()
+    assert before.chat_template == after.chat_template == "{{ messages }}"
+    card = (tmp_path / "plain/README.md").read_text()
+    assert (
+        "pipeline_tag: text-generation\n" in card and f"{entries:,} text entries" in card and str(base_folder) in card
+    )
     with pytest.raises(UserError, match="already exists"):
         export_text_half(folder / "model", out=tmp_path / "plain")
 

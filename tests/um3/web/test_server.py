@@ -56,7 +56,7 @@ def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server, web_
     expected = web_pipeline.generate([prompt], num_images=2, seeds=[7, 8], **options)
     for index, result in enumerate(answer.events[-1]["images"]):
         image = opened(result["url"])
-        assert np.array_equal(np.asarray(image), expected.images[index]) and result["seed"] == 7 + index
+        assert np.array_equal(np.asarray(image), expected.arrays[index]) and result["seed"] == 7 + index
         metadata = json.loads(image.info[METADATA])
         assert metadata["prompt"] == prompt.replace("\ud83d", "\ufffd")
         assert metadata["codes"] == expected.codes[index].tolist()
@@ -71,7 +71,7 @@ def test_an_image_gets_its_caption_codes_and_reconstruction(server, web_pipeline
     expected = web_pipeline.reconstruct([image])
     assert result["caption"] == web_pipeline.caption([image])[0] and result["size"] == [60, 40]
     assert result["codes"] == expected.codes[0].tolist()
-    arrays = {"reconstruction": expected.images[0], "original": expected.originals[0]}
+    arrays = {"reconstruction": expected.arrays[0], "original": expected.originals[0]}
     for name, array in (arrays | {"code_image": code_image(expected.codes[0], num_bits=28)}).items():
         assert np.array_equal(np.asarray(opened(result[name])), array), name
 

@@ -1,0 +1,101 @@
+"""The commands of `um3` that start a phase: from any folder, with `--run`, and with a phase's exit code and signals."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers.processes import ROOT
+from train.settings.tokenizer import Stage1Config
+from um3 import cli
+from um3.cli import doors
+from um3.core.config import load_config
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "um3", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_door_opens_from_a_folder_with_modules_of_the_same_names(tmp_path: Path) -> None:
+    for name in ("train", "eval", "tokenizer", "configs"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    listed = start("train", "--help", cwd=tmp_path)
+    assert listed.returncode == 0 and "um3-instruct" in listed.stdout, listed.stderr
+    refused = start("train", "stage1", "--config", "demo", "optimizer.lrr=1", cwd=tmp_path)
+    assert refused.returncode == 2 and "unknown key 'optimizer.lrr'" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("run", ["runs/mine", "odd ' # $HOME name"])
+def test_run_stands_for_the_folders_of_a_run(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append((words[1:], environment)))
+
+    def words(*arguments: str) -> list[str]:
+        assert CliRunner().invoke(cli.app, arguments).exception is None
+        return started[-1][0]
+
+    trained = words("train", "stage1", "--config", "demo", "--run", run, "loop.seed=3")
+    assert trained[:3] == ["-m", "train", "stage1"] and trained[-3:] == ["--config", "demo", "loop.seed=3"]
+    monkeypatch.setenv("RUN", started[-1][1]["RUN"])
+    config = load_config(Stage1Config, overrides=[*filter(re.compile("=").search, trained), "data.sources=[{name: a}]"])
+    assert config.loop.output_dir == f"{run}/stage1" and config.loop.seed == 3
+    assert words("check", f"--run={run}") == ["-m", "train", "check", run]
+    assert words("report", "--run", run, "b") == ["-m", "eval", "report", "--run", run, "b"]  # its own option
+    assert words("codes", "a=1") == ["-m", "data_mix", "encode", "a=1"]
+    assert words("benchmark", "dpg", "-h") == ["-m", "eval", "dpg", "-h"]
+
+
+def test_the_demo_stops_at_the_first_phase_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    class Child:
+        def __init__(self, words: list[str], env: dict[str, str]) -> None:
+            calls.append([*words[2:4], env["RUN"]])
+
+        def wait(self) -> int:
+            return 2 if calls[-1][1] == "encode" else 0
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    result = CliRunner().invoke(cli.app, ["demo"])
+    names = ["train stage1", "train stage2", "data_mix encode"]
+    assert result.exit_code == 2 and calls == [[*name.split(), "runs/demo"] for name in names]
+
+
+def test_a_signal_reaches_the_phase_and_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
+    popen: Any = subprocess.Popen
+
+    def child(words: list[str], env: dict[str, str]) -> Any:
+        started = popen([sys.executable, "-c", script])
+        time.sleep(1)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        return started
+
+    monkeypatch.setattr(subprocess, "Popen", child)
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            doors._call(["train", "stage1"], run="R")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert caught.value.code == 128 + signal.SIGTERM  # the phase has saved its state and ended with 0
+
+
+def test_the_version_and_completion() -> None:
+    for option in ("-h", "--help"):
+        assert "um3" in CliRunner().invoke(cli.app, [option]).output
+    assert CliRunner().invoke(cli.app, ["--version"]).output.startswith("um3 0.")
+    environment = os.environ | {"_UM3_COMPLETE": "complete_bash", "COMP_WORDS": "um3 gen", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "from um3.cli import entry_point; entry_point()"]
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert completed.stdout.split() == ["generate"], completed.stderr

@@ -1,0 +1,130 @@
+"""`um3 train`, `um3 codes`, `um3 eval` and so on: what the targets of the Makefile start, and `um3 demo`, all of them.
+
+A command becomes `python -m ROOM ...` in this process, so its options, messages and exit codes are those of the room.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from um3.cli import options
+
+DOORS = {
+    "train": ("train", "Train a phase: um3 train stage1 --config demo --run runs/mine."),
+    "init": ("train um3-init", "Make a starting UM3 from a Llama or Qwen and a QLIP."),
+    "codes": ("data_mix encode", "Encode images to code shards."),
+    "eval": ("eval run", "Evaluate a run or a model."),
+    "report": ("eval report", "Compare runs with the paper: tables and figures."),
+    "benchmark": ("eval", "Run a published benchmark, or an ablation."),
+    "plan": ("train plan", "What fits which GPUs, and how long training takes."),
+    "check": ("train check", "Verify the shards, caches and checkpoints of a run."),
+    "mix-preview": ("data_mix mix-preview", "Plot the data mix of a config."),
+    "questions": ("data_mix questions", "Write questions about scenes and digits as files."),
+}
+"""Command of `um3` -> arguments of `python -m`, and its line in the list of commands."""
+IN_RUN = {
+    "train stage1": "loop.output_dir=@/stage1",
+    "train stage2": "loop.output_dir=@/stage2 init_from=@/stage1/model",
+    "data_mix encode": "visual_tokenizer=@/stage2/model output_dir=@/codes",
+    "train um3": "loop.output_dir=@/um3 visual_tokenizer=@/stage2/model data.codes=@/codes",
+    "train um3-instruct": "loop.output_dir=@/um3-instruct init_from=@/um3/model data.codes=@/codes",
+    "train llamagen": "loop.output_dir=@/llamagen visual_tokenizer=@/stage2/model data.codes=@/codes",
+    "train text-features": "text_features=@/text_features visual_tokenizer=@/stage2/model data.codes=@/codes",
+    "train llava-align": "loop.output_dir=@/llava-align visual_tokenizer=@/stage2/model",
+    "train llava-instruct": "loop.output_dir=@/llava-instruct init_from=@/llava-align/model",
+    "train um3-init": "loop.output_dir=@/um3-init visual_tokenizer=@/stage2/model",
+    "eval run": "run=@",
+    "data_mix mix-preview": "--out @/mix.png data.codes=@/codes",
+    "train check": "@",
+}
+"""The words that `--run FOLDER` stands for; @ is the folder. tests/test_makefile.py compares them with the Makefile."""
+DEMO = ("train stage1", "train stage2", "data_mix encode", "train um3", "eval run")
+
+
+def enter(line: str, arguments: Sequence[str]) -> None:
+    """Become `python -m LINE ARGUMENTS`, with `--run FOLDER` as its settings."""
+    if " " not in line and arguments and f"{line} {arguments[0]}" in IN_RUN:
+        line, arguments = f"{line} {arguments[0]}", arguments[1:]
+    environment = _environment()
+    if line in IN_RUN:
+        parser = ArgumentParser(f"um3 ({line})", add_help=False, allow_abbrev=False)
+        parser.add_argument("--run")
+        given, arguments = parser.parse_known_args(arguments)
+        if given.run is not None:
+            environment["RUN"] = given.run
+            arguments = [*_run_settings(line, run=given.run), *arguments]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", *line.split(), *arguments], environment)
+
+
+def _run_settings(line: str, *, run: str) -> list[str]:
+    """The words of a line of IN_RUN. Settings name the environment's RUN: a config then reads any path as it stands."""
+    return [word.replace("@", "${oc.env:RUN}" if "=" in word else run) for word in IN_RUN[line].split()]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the rooms of this um3 first on Python's path: no train.py in the current folder hides `train`."""
+    package = Path(__file__).parents[1]
+    rooms = package / "_rooms" if (package / "_rooms").is_dir() else package.parent
+    paths = [str(rooms), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _open(name: str, line: str, summary: str) -> None:
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+    @options.app.command(name, short_help=summary, context_settings=settings, add_help_option=False)
+    def door(context: typer.Context) -> None:
+        enter(line, context.args)
+
+
+for name, (line, summary) in DOORS.items():
+    _open(name, line, summary)
+
+
+@options.command("Run the whole pipeline, from nothing to a report.", "um3 demo", "um3 demo --run runs/mine")
+def demo(
+    run: Annotated[str, typer.Option(help="Folder of the run; by default runs/ and the config's name.")] = "",
+    config: Annotated[str, typer.Option(help="Experiment: a name in configs/, or a YAML file.")] = "demo",
+    processes: Annotated[int, typer.Option(min=0, help="Training processes; 0: one on a GPU, else up to two.")] = 0,
+) -> None:
+    """Train a tokenizer, encode the images, train a UM3, evaluate both and write a report (minutes on a CPU).
+
+    The same as `make demo`: a command that is repeated resumes where it stopped.
+    """
+    from um3.core.commands import find_config
+
+    path = find_config(config)
+    run = run or f"runs/{path.stem.replace(' ', '-')}"
+    if not processes:
+        processes = 1 if Path("/dev/nvidia0").exists() else min(2, os.cpu_count() or 1)
+    for line in DEMO:
+        training = ["--processes", str(processes)] if line.startswith("train ") else []
+        _call([*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)], run=run)
+    _call(["eval", "report", "--run", run], run=run)
+
+
+def _call(words: Sequence[str], *, run: str) -> None:
+    """Run `python -m WORDS` to its end; exit with its code if that is not 0, and after a signal."""
+    child = subprocess.Popen([sys.executable, "-m", *words], env=_environment() | {"RUN": run})
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:  # the terminal sends Ctrl-C to both
+            child.send_signal(number)
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+    if received or code:
+        sys.exit(128 + received[0] if received else code)
