@@ -22,6 +22,12 @@ REFERENCES ?=
 RUNS ?=
 SET ?= pope
 
+# `make demo` gives ARGS to every phase, which skips the settings that only others have.
+SHARED ?=
+ifneq ($(SHARED),)
+override ARGS += $(SHARED)
+endif
+
 VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
@@ -71,12 +77,14 @@ $(READY): pyproject.toml constraints.txt
 
 demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU cores)
 	@$(MAKE) --no-print-directory setup
-	@$(MAKE) --no-print-directory stage1
-	@$(MAKE) --no-print-directory stage2
-	@$(MAKE) --no-print-directory codes
-	@$(MAKE) --no-print-directory um3
-	@$(MAKE) --no-print-directory eval
-	@$(MAKE) --no-print-directory report
+	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) \
+		$(if $(TEXT),data.texts=$(TEXTS) texts=$(TEXTS)) $(ARGS)
+	@$(MAKE) --no-print-directory stage1 SHARED=--shared
+	@$(MAKE) --no-print-directory stage2 SHARED=--shared
+	@$(MAKE) --no-print-directory codes SHARED=--shared
+	@$(MAKE) --no-print-directory um3 SHARED=--shared
+	@$(MAKE) --no-print-directory eval SHARED=--shared
+	@$(MAKE) --no-print-directory report ARGS=
 
 stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignment
 	@$(PY) -m train stage1 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/stage1' \

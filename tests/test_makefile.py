@@ -169,8 +169,8 @@ def test_an_odd_path_reaches_the_config(odd, ready, monkeypatch):
 @pytest.mark.parametrize("run", ["runs/mine", "r'\"$HOME[1] #\\"])
 def test_the_demo_runs_every_phase_in_order_in_one_folder(run, ready):
     patterns = ["train stage1", "train stage2", "data_mix encode", "train um3", "eval run", "eval report"]
-    for found in (commands(ready, "demo", f"RUN={run}"), commands(ready, "demo", RUN=run)):
-        assert len(found) == len(patterns)
+    for checked, *found in (commands(ready, "demo", f"RUN={run}"), commands(ready, "demo", RUN=run)):
+        assert len(found) == len(patterns) and checked[1:] == ["-m", "train", "settings", "--config", "demo"]
         for words, pattern in zip(found, patterns, strict=True):
             line = " ".join(words)
             assert f"-m {pattern}" in line and run in line and "runs/demo" not in line, line
@@ -190,7 +190,25 @@ def test_the_um3_command_starts_what_the_target_starts(line, ready):
 
 def test_um3_demo_runs_what_make_demo_runs(ready):
     lines = [" ".join(words[2:4]) for words in commands(ready, "demo")]
-    assert lines == [*um3.cli.doors.DEMO, "eval report"]
+    assert lines == ["train settings", *um3.cli.doors.DEMO, "eval report"]
+
+
+def test_the_demo_gives_its_settings_to_every_phase_that_has_them(ready):
+    given = ["DATA=d $x", "TEXT=t", "ARGS=loop.seed=3 'um3.loss.mode=a $$b'"]
+    for found in (commands(ready, "demo", *given), commands(ready, "demo", *given[:2], ARGS=given[2][5:])):
+        checked, *phases, report = found
+        sources = ['[{name: data, path: "d $x"}]', '[{name: text, path: "t"}]']
+        texts = [f"data.texts={sources[1]}", f"texts={sources[1]}"]
+        assert checked[6:-2] == [f"data.sources={sources[0]}", f"images={sources[0]}", *texts]
+        assert [words[-3:] for words in phases] == [["loop.seed=3", "um3.loss.mode=a $b", "--shared"]] * 5
+        assert checked[-2:] == phases[0][-3:-1] and "loop.seed=3" not in report
+
+
+def test_the_demo_refuses_a_setting_that_no_phase_has_before_it_trains(ready):
+    (ready / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    result = make(ready, "demo", "ARGS=loop.total_steps=60", PYTHONPATH=str(ROOT))
+    assert result.returncode != 0 and not result.stdout and not (ready / "runs").exists()
+    assert "unknown key 'loop.total_steps'; its new name is 'max_steps'" in result.stderr
 
 
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview"])
@@ -264,7 +282,7 @@ def test_a_python_that_is_too_old_is_one_line(bare):
 @pytest.mark.parametrize("target", ["stage1", "stage2", "codes", "um3", "eval", "mix-preview", "demo"])
 def test_an_unknown_config_is_one_clear_line(target, ready):
     (ready / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    result = make(ready, target, "CONFIG=nowhere")
+    result = make(ready, target, "CONFIG=nowhere", PYTHONPATH=str(ROOT))
     assert result.returncode != 0 and not result.stdout
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert line.startswith("error: ") and "called 'nowhere'" in line and "CONFIG=" in line

@@ -17,6 +17,7 @@ COMMANDS = {
     "llamagen": Command("train.phase", "train LlamaGen, text-to-image on the codes", named=True),
     "text-features": Command("train.text_features", "encode the captions of the codes for llamagen"),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
+    "settings": Command("train.settings_check", "which phases of make demo have these settings, and what is wrong"),
     "plan": Command("train.plan.plan", "what fits which GPUs, and how long training takes"),
 }
 

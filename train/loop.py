@@ -28,6 +28,7 @@ from train.checkpoint import (
 )
 from train.config import LoopConfig
 from train.engine import precision_of
+from train.optim import other_length
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict
 from um3.core.distributed import any_rank, is_main, rank, wait_for_main, world_size
@@ -90,7 +91,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     run: dict[str, Any] = {"config": to_dict(config), "inputs": inputs}
     if is_main():
         run |= {"data": data_fingerprints(config), "fingerprints": task.fingerprints()}
-    engines, start, state = _resume(task, loop=loop, run=run)
+    engines, start, state = _resume(task, config=config, run=run)
     metrics = None
     if is_main():
         start_folder(config)
@@ -132,9 +133,10 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     _finish(task, folder=folder, run=run, steps=done, seconds=spent_s + time.monotonic() - began)
 
 
-def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def _resume(task: Task, *, config: Any, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """(engines, first step, state of the loop), from the newest valid checkpoint of this run, or `resume_from`; the
     checkpoint must have the same `run` (on the first rank; the others end with it)."""
+    loop: LoopConfig = config.loop
     found = resume_point(Path(loop.output_dir, "checkpoints"))
     if found is None and loop.resume_from:
         path = Path(loop.resume_from)
@@ -147,7 +149,7 @@ def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[
     path, meta = found
     if "run" not in meta["state"]:
         raise UserError(f"{path} was written by another version of this project; use another RUN=")
-    refuse_other_run(path, meta["state"]["run"], run)
+    refuse_other_run(path, meta["state"]["run"], run, folder=Path(loop.output_dir), steps=meta["step"])
     task.load_state(meta["state"]["data"])
     for label, module in task.modules().items():
         load_weights(path, label=label, module=module)
@@ -155,6 +157,8 @@ def _resume(task: Task, *, loop: LoopConfig, run: dict[str, Any]) -> tuple[dict[
     for label, engine in engines.items():
         load_optimizer(path, step=meta["step"], label=label, engine=engine)
     logger.info("resuming from %s", path)
+    if "config" in run and (note := other_length(config, old=meta["state"]["run"]["config"], steps=meta["step"])):
+        logger.info("%s", note)
     return engines, meta["step"], meta["state"]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,33 @@ def schedule_factor(step: int, *, max_steps: int, config: OptimizerConfig) -> fl
         return 1.0
     progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def other_length(config: Any, *, old: dict[str, Any], steps: int) -> str:
+    """What it means that a run, after `steps` steps, resumes with another `loop.max_steps` than in its `old` config;
+    empty if it does not."""
+    length, old_length = config.loop.max_steps, old["loop"]["max_steps"]
+    if length == old_length:
+        return ""
+    configs = [config, replace(config, loop=replace(config.loop, max_steps=old_length))]
+    now, before = (
+        [
+            [schedule_factor(step, max_steps=part.loop.max_steps, config=optimizer) for optimizer in _optimizers(part)]
+            for step in range(steps + 1)
+        ]
+        for part in configs
+    )
+    note = f"loop.max_steps: {old_length} -> {length}; "
+    if now[:steps] == before[:steps]:
+        return note + f"a run of {length} steps from the start has had the same {steps} steps"
+    rates = f"of step {steps + 1} is {now[steps][0]:.3g} of its peak, where it was {before[steps][0]:.3g}"
+    return note + f"the learning rate {rates}: the result is not that of a run of {length} steps from the start"
+
+
+def _optimizers(config: Any) -> list[OptimizerConfig]:
+    """The optimizers of a phase; LLaVA's phases derive theirs."""
+    parts = [config.schedule] if hasattr(config, "schedule") else vars(config).values()
+    return [part for part in parts if isinstance(part, OptimizerConfig)]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, *, factor: float) -> None:

@@ -29,16 +29,13 @@ FREE_SETTINGS = (
 )
 # Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = (
-    "loop.output_dir",
-    "model.init_from:",
-    "init_from:",
-    "visual_tokenizer:",
-    "base_model:",
-    "language_model:",
-    "data.codes:",
-    "text_features:",
+    *("loop.output_dir", "init_from:", "model.init_from:", "model.base_model:", "base_model:", "language_model:"),
+    *("model.encoder_weights:", "text.weights:", "text_encoder.name:", "perceptual."),
+    *("visual_tokenizer:", "data.codes:", "text_features:"),
 )
 FREE_SOURCE_KEYS = ("path", "captions", "images")
+FINGERPRINTS = {"inputs": "another model", "data": "other files", "fingerprints": "other data or vocabulary"}
+"""Parts of a run's record beside its config, and what a difference in one means."""
 RESULT_FOLDERS = ("model", "adapter")
 EDITABLE = ("README.md", "generation_config.json")
 """Files of a model that its user may edit; of these only the existence is checked."""
@@ -67,48 +64,61 @@ def is_done(config: Any, *, inputs: dict[str, str]) -> bool:
     """True if the phase's folder holds the whole result of this config and these inputs.
 
     A result that lacks files, or has damaged ones, is reported; the phase makes it again from its last checkpoint, or
-    stops if there is none. UserError if the folder is that of a run with other settings, inputs or data.
+    stops if there is none. It also resumes from there for another `loop.max_steps`. UserError if the folder is that of
+    a run with other settings, inputs or data; a folder without checkpoint and result is that of no run.
     """
     folder, new = Path(config.loop.output_dir), {"config": to_dict(config), "inputs": inputs}
     config_file, done_file = folder / "config.yaml", folder / "done.json"
-    if config_file.exists():
+    has_checkpoints = any((folder / "checkpoints").glob("step-*[0-9]"))
+    if config_file.exists() and (has_checkpoints or done_file.exists() or (folder / "model").exists()):
         if not config_file.read_bytes().strip():
             raise UserError(f"{config_file} is empty; delete it: the checkpoints and done.json hold the settings too")
-        refuse_other_run(config_file, {"config": to_dict(load_config(type(config), path=config_file))}, new)
+        old = {"config": to_dict(load_config(type(config), path=config_file))}
+        refuse_other_run(config_file, old, new, folder=folder)
     if not done_file.exists():
-        if (folder / "model").exists() and not config_file.exists() and not (folder / "checkpoints").exists():
+        if (folder / "model").exists() and not config_file.exists() and not has_checkpoints:
             raise UserError(f"{folder}/model exists already without done.json; use another RUN=, or delete {folder}")
         return False
     record = read_record(done_file)
     sections = ("data", "text_validation")
     if any(record["config"].get(name) != new["config"].get(name) for name in sections):
         new["data"] = data_fingerprints(config)  # only if paths differ: it lists all files
-    refuse_other_run(done_file, record, new)
+    refuse_other_run(done_file, record, new, folder=folder, steps=record["steps"])
     damaged = damaged_files(folder, record["files"])
-    if damaged and not any((folder / "checkpoints").glob("step-*")):
+    if damaged and not has_checkpoints:
         raise UserError(f"{folder} lacks {damaged[0]}, or it is damaged; restore it, or delete {folder} to train again")
     if damaged and is_main():
         print(f"{folder}: {', '.join(damaged)} missing or damaged; making the result again from the last checkpoint")
-    return not damaged
+    steps, max_steps = record["config"]["loop"]["max_steps"], config.loop.max_steps
+    if steps != max_steps and not has_checkpoints:
+        raise UserError(f"{folder} has no checkpoint to resume from; set loop.max_steps={steps}, or use another RUN=")
+    return not damaged and steps == max_steps
 
 
-def refuse_other_run(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise UserError if the record `old`, found at `place`, is that of another run than `new`.
+def refuse_other_run(
+    place: Path, old: dict[str, Any], new: dict[str, Any], *, folder: Path, steps: int | None = None
+) -> None:
+    """Raise UserError if the record `old`, found at `place`, is that of another run than `new`, which has `folder`.
 
-    Both hold "config" and other dictionaries, of which those in both are compared.
+    Both hold "config" and `FINGERPRINTS`, of which those in both are compared. `loop.max_steps` may differ unless it is
+    below the `steps` that the old run has taken.
     """
     changed: list[str] = []
     if "config" in old and "config" in new:
         lines = differences(_without_places(old["config"]), _without_places(new["config"]))
-        changed += [line for line in lines if not line.startswith((*FREE_SETTINGS, *FREE_FOLDERS))]
-    for part in sorted((old.keys() & new.keys()) - {"config"}):
-        changed += differences({part: old[part]}, {part: new[part]})
+        is_short = steps is not None and new["config"]["loop"]["max_steps"] < steps
+        free = (*FREE_SETTINGS, *FREE_FOLDERS, *(() if is_short else ("loop.max_steps:",)))
+        changed += [line for line in lines if not line.startswith(free)]
+    for part, meaning in FINGERPRINTS.items():
+        lines = differences(old[part], new[part]) if part in old and part in new else []
+        prefix = "" if part == "data" else f"{part}."  # names of data begin with their section
+        changed += [f"{prefix}{line} ({meaning})" for line in lines]
     if changed:
-        some = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
-        raise UserError(
-            f"{place} is of a run with other settings, inputs or data ({some}); restore them, use another RUN=, or "
-            f"delete {place.parent if place.suffix else place} to train again"
-        )
+        some = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+        remedy = f"set the old values to resume it, use another RUN= for the new ones, or delete {folder} to start over"
+        if folder not in place.parents:
+            remedy = "set another loop.resume_from"
+        raise UserError(f"{place} is of a run with other settings, inputs or data, old -> new: {some}; {remedy}")
 
 
 def _without_places(value: Any) -> Any:
@@ -131,8 +141,6 @@ def data_fingerprints(config: Any) -> dict[str, str]:
 def start_folder(config: Any) -> None:
     """Write config.yaml of a run that `is_done` has accepted; a missing one is reported."""
     path = Path(config.loop.output_dir) / "config.yaml"
-    if path.exists() and to_dict(load_config(type(config), path=path)) == to_dict(config):
-        return
     if not path.exists() and (path.with_name("done.json").exists() or path.with_name("checkpoints").exists()):
         logger.warning("%s is missing; writing it again from this command, whose settings are those of the run", path)
     save_config(config, path)

@@ -60,6 +60,16 @@ def test_settings_may_stand_before_and_after_options(tmp_path: Path) -> None:
         read_config(Config, parser, section="stage2", arguments=arguments)
 
 
+def test_shared_settings_of_other_phases_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("stage1: {steps: 5}\n")
+    parser = command_parser("python -m room draw", "Draw.", config="required")
+    arguments = ["--config", str(tmp_path / "a.yaml"), "stage1.name=a", "stage2.name=b", "name.b=2", "loop.x=1"]
+    config, _ = read_config(Config, parser, section="stage1", arguments=[*arguments, "--shared"])
+    assert config == Config(steps=5, name="a")
+    with pytest.raises(UserError, match=r"stage1\.name"):
+        read_config(Config, parser, section="stage1", arguments=arguments)
+
+
 def test_a_name_is_an_experiment_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "demo.yaml", "configs/demo.yaml"):

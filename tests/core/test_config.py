@@ -221,7 +221,20 @@ def test_differences_name_every_changed_leaf() -> None:
     assert differences(old, new) == [
         "optimizer.betas: [0.9, 0.95] -> [0.9, 0.99]",
         "optimizer.lr: 0.001 -> 2.0",
-        "sources: [{'name': 'a', 'path': '', 'weight': 1.0}] -> []",
+        "sources: [a] -> []",
         "steps: 10 -> 11",
     ]
     assert differences(old, old) == [] and differences({}, {"new": 1}) == ["new: None -> 1"]
+    other = to_dict(Config(sources=[Source(name="a", weight=2.0)]))
+    assert differences(old, other) == ["sources[0].weight: 1.0 -> 2.0"]
+
+
+def test_one_place_under_two_paths_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    for path in ("base", "./base/", "link"):
+        assert differences({"base_model": path}, {"base_model": str(tmp_path / "base")}) == []
+    assert differences({"base_model": "base"}, {"base_model": "other"}) == ["base_model: base -> other"]
+    assert differences({"base_model": "base"}, {"base_model": "absent"}) == ["base_model: base -> absent"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import run_python
-from um3.core.errors import EXIT_LOST_RANK, LAUNCHER, system_problem
+from um3.core.errors import EXIT_LOST_RANK, LAUNCHER, make_command, system_problem
 
 
 def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +29,34 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(world_size: str) -> None:
     result = run("print('begun')\nraise UserError('no such thing; make one')", WORLD_SIZE=world_size)
     assert (result.returncode, result.stderr) == (2, "error: no such thing; make one\n")
     assert result.stdout == "begun\n"  # printed lines survive the exit without teardown
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"CONFIG": "demo", "RUN": "runs/demo"}, "make um3"),
+        ({"CONFIG": "/my configs/a b.yaml", "RUN": "runs/a-b"}, "make um3 CONFIG='/my configs/a b.yaml'"),
+        ({"CONFIG": "qlip_b8", "RUN": "runs/x", "NPROC": "1"}, "make um3 CONFIG=qlip_b8 RUN=runs/x NPROC=1"),
+        ({"RUN": "runs/x", "TEXT": "a.txt", "DATA": ""}, "make um3 RUN=runs/x TEXT=a.txt"),
+    ],
+)
+def test_a_next_command_has_the_variables_of_this_one(
+    variables: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CONFIG", "RUN", "NPROC", "MAKELEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert make_command("make um3", also=["TEXT", "DATA"]) == "make um3"  # not started by make
+    monkeypatch.setenv("MAKELEVEL", "1")
+    assert make_command("make um3", also=["TEXT", "DATA"]) == command
+
+
+def test_the_remedy_of_a_mistake_is_a_whole_command() -> None:
+    body = "raise UserError('no codes; run make codes first, or `make um3-init` again to make one')"
+    result = run(body, MAKELEVEL="1", CONFIG="demo", RUN="/a b", NPROC="")
+    expected = "no codes; run make codes RUN='/a b' first, or `make um3-init RUN='/a b'` again to make one"
+    assert result.stderr == f"error: {expected}\n"
 
 
 def test_one_of_several_processes_leaves_without_teardown() -> None:

@@ -82,16 +82,6 @@ def test_a_finished_phase_is_not_run_again(made: Path, capsys: pytest.CaptureFix
     assert (made / "stage1/done.json").stat().st_mtime_ns == before
 
 
-def test_other_settings_and_other_inputs_are_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"optimizer\.lr: 0\.003 -> 0\.1"):
-        main(arguments("stage1", made, "optimizer.lr=0.1"))
-    copied = tmp_path / "copied"
-    shutil.copytree(made, copied)
-    shutil.copy(copied / "stage2/model/model.safetensors", copied / "stage1/model/model.safetensors")
-    with pytest.raises(UserError, match=r"inputs\.init_from"):
-        main(arguments("stage2", copied))
-
-
 @pytest.mark.parametrize(
     ("phase", "lacks", "needs"),
     [("stage2", "init_from", "stage1"), ("um3", "visual_tokenizer", "stage2"), ("um3", "data.codes", "codes")],

@@ -37,13 +37,14 @@ TOKENIZER_SAMPLES = 4000
 def open_sources(data: ImageDataConfig, *, size: int, seed: int) -> list[ImageSource]:
     """The train splits of the configured sources, as squares of `size` pixels; UserError if one cannot be opened, or
     leaves no image for the validation of the phases that follow."""
+    sources = [open_image_source(source, split="train", size=size, seed=seed) for source in data.sources]
     for source in data.sources if is_main() else []:
         try:
             if source.val_fraction:
                 open_image_source(source, split="val", size=size, seed=seed)
         except UserError as error:
             raise UserError(f"{error}; with DATA= set VAL_FRACTION=0.2, or 0 to train on every image") from None
-    return [open_image_source(source, split="train", size=size, seed=seed) for source in data.sources]
+    return sources
 
 
 def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer: Any = None) -> QLIPConfig:

@@ -13,6 +13,7 @@ Legend: B sequences, T positions of a sequence, X positions with a target, V voc
 import dataclasses
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ from train.optim import schedule_factor, set_learning_rate
 from train.recipes.um3_start import calibration_length, with_qk_norm
 from train.settings.um3 import UM3InitConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
-from um3.core.errors import UserError
+from um3.core.errors import UserError, make_command
 from um3.core.files import short_hash
+from um3.core.hub import weights_digest
 from um3.core.progress import track
 from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
-from um3.model.language_model import count_parameters, save_model
+from um3.model.language_model import QLIP_FOLDER, count_parameters, save_model
 from um3.model.qk_norm import inserts_qk_norm
 from um3.model.sequences import TrainingSequence
 from um3.model.text_tokenizer import make_vocabulary, vocabulary_digest
@@ -89,8 +91,8 @@ class UM3InitTask:
         if self.inserts:
             needed = calibration_length(stored.hidden_size, seq_len=self.seq_len)
             self.sequences = self._sequences(max(needed, config.loop.max_steps * config.loop.batch_size), split="train")
-            path = Path(config.loop.output_dir) / "cache" / "qk_norm.safetensors"
-            self.model = with_qk_norm(base, [sequence.input_ids for sequence in self.sequences[:needed]], path=path)
+            cache = Path(config.loop.output_dir) / "cache"
+            self.model = with_qk_norm(base, [sequence.input_ids for sequence in self.sequences[:needed]], cache=cache)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(TRAINED.search(name) is not None)
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -180,13 +182,15 @@ class UM3InitTask:
         return {"val/divergence": self.divergences[-1]}
 
     def fingerprints(self) -> dict[str, str]:
-        texts = short_hash(*[sequence.input_ids.tolist() for sequence in (*self.measured, *self.sequences)])
-        return {"texts": texts, "vocabulary": vocabulary_digest(self.text_tokenizer)}
+        return {"texts": _digest(self.measured), "vocabulary": vocabulary_digest(self.text_tokenizer)}
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"divergences": self.divergences}
+        seen = step * self.config.loop.batch_size
+        return {"divergences": self.divergences, "seen": seen, "texts": _digest(self.sequences[:seen])}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if _digest(self.sequences[: state["seen"]]) != state["texts"]:
+            raise UserError(f"{self.config.loop.output_dir} was trained on other texts; use another RUN=")
         self.divergences = list(state["divergences"])
 
     def finish(self, folder: Path) -> dict[str, Any]:
@@ -223,6 +227,10 @@ class UM3InitTask:
 
 
 build_task = UM3InitTask
+
+
+def _digest(sequences: Sequence[TrainingSequence]) -> str:
+    return short_hash(*[sequence.input_ids.tolist() for sequence in sequences])
 
 
 def num_positions(sequences: Sequence[TrainingSequence]) -> int:
@@ -284,8 +292,17 @@ def _print(record: dict[str, Any], *, config: UM3InitConfig, ids: UnifiedVocabul
     print(f"  text loss on {record['text_tokens']:,} tokens of {texts}, nats per token")
     for name, value in zip(("before", "after", "after, with the image tokens"), (before, *after), strict=True):
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
-    print(
-        f'train it: make um3 ARGS="model.base_model={folder}/model '
-        f"model.qk_norm={str(config.qk_norm).lower()} vocabulary.subtokens={ids.subtokens} "
-        f'vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"'
-    )
+    settings = [f"model.base_model={folder}/model", f"model.qk_norm={str(config.qk_norm).lower()}"]
+    settings += [f"vocabulary.subtokens={ids.subtokens}", f"vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"]
+    if weights_digest(config.visual_tokenizer) != (weights_digest(Path(folder).parent / "stage2" / "model") or "none"):
+        own = [
+            f"visual_tokenizer={folder}/model/{QLIP_FOLDER}"
+        ]  # make codes and make um3 use that of stage 2 otherwise
+        print(f"encode its images: {make_command('make codes', also=['DATA', 'VAL_FRACTION'])} {_args(own)}")
+        settings += own
+    print(f"train it: {make_command('make um3', also=['TEXT', 'VAL_FRACTION'])} {_args(settings)}")
+
+
+def _args(settings: Sequence[str]) -> str:
+    """Settings as make's ARGS, quoted for the shell."""
+    return f"ARGS={shlex.quote(shlex.join(settings))}"

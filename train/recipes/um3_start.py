@@ -18,7 +18,7 @@ from train.settings.um3 import UM3Config
 from um3.core.distributed import device, make_once
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, sha256_of, short_hash
-from um3.core.hub import read_tensors
+from um3.core.hub import read_tensors, weights_digest
 from um3.core.seeds import seed_everything
 from um3.model.configuration import is_um3
 from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
@@ -77,8 +77,8 @@ class UM3Start:
 
         base = load_base(config.base_model)
         if inserts_qk_norm(base.config, qk_norm=config.qk_norm):
-            path = Path(self.config.loop.output_dir) / "cache" / "qk_norm.safetensors"
-            base = with_qk_norm(base, _first_sequences(streams, hidden_size=base.config.hidden_size), path=path)
+            cache = Path(self.config.loop.output_dir) / "cache"
+            base = with_qk_norm(base, _first_sequences(streams, hidden_size=base.config.hidden_size), cache=cache)
         options: dict[str, Any] = {"new_token_init": config.new_token_init, "seed": self.config.loop.seed}
         return extend_model(base, ids=self.ids, base_entries=self.base_entries, **options)
 
@@ -99,11 +99,14 @@ class UM3Start:
         return trained_once(path, lambda: train_text_tokenizer(texts, vocab_size=entries))
 
 
-def with_qk_norm(base: PreTrainedModel, sequences: Sequence[torch.Tensor], *, path: Path) -> PreTrainedModel:
+def with_qk_norm(base: PreTrainedModel, sequences: Sequence[torch.Tensor], *, cache: Path) -> PreTrainedModel:
     """The base with query-key normalisation (`um3.model.qk_norm`), fitted to sequences of ids (T).
 
-    The first rank fits it, once a run, and keeps the tensors in the file `path`.
+    The first rank fits it, once for a base and its sequences, and keeps the tensors in the folder `cache`.
     """
+    name = str(base.name_or_path)
+    key = short_hash(weights_digest(name) or name, [ids_T.tolist() for ids_T in sequences])
+    path = cache / f"qk_norm-{key}.safetensors"
 
     def fit() -> None:
         place = base.device

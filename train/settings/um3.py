@@ -126,7 +126,7 @@ class UM3Config:
                 f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
                 f"BASE={self.model.base_model} and set model.base_model to the UM3 that it writes"
             )
-        elif self.freezes_base:
+        elif self.model.base_model:
             inputs["base_model"] = weights_digest(self.model.base_model) or self.model.base_model
         return inputs
 

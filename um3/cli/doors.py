@@ -106,6 +106,7 @@ def demo(
     run = run or f"runs/{path.stem.replace(' ', '-')}"
     if not processes:
         processes = 1 if Path("/dev/nvidia0").exists() else min(2, os.cpu_count() or 1)
+    _call(["train", "settings", "--config", str(path)], run=run)
     for line in DEMO:
         training = ["--processes", str(processes)] if line.startswith("train ") else []
         _call([*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)], run=run)

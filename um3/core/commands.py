@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from um3.core.config import load_config
+from um3.core.config import load_config, unknown_key
 from um3.core.errors import UserError, run_main
 
 ConfigT = TypeVar("ConfigT")
@@ -64,6 +64,8 @@ def command_parser(prog: str, about: str, *, config: str = "") -> ArgumentParser
     if config:
         help_ = "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
         parser.add_argument("--config", required=config == "required", help=help_)
+        help_ = "skip settings that only other phases have; SECTION.key=value is for one phase"
+        parser.add_argument("--shared", action="store_true", help=help_)
     help_ = "settings that override those of the file"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help_)
     return parser
@@ -74,5 +76,13 @@ def read_config(
 ) -> tuple[ConfigT, Namespace]:
     """Parse `arguments`; load `schema` (`um3.core.config.load_config`) from the config file and the settings."""
     options = parser.parse_intermixed_args(arguments)
-    path = find_config(options.config) if getattr(options, "config", None) else None
-    return load_config(schema, path=path, section=section, overrides=options.overrides, partial=partial), options
+    path, settings = find_config(options.config) if getattr(options, "config", None) else None, options.overrides
+    if getattr(options, "shared", False):
+        settings = [setting_for(section, setting) for setting in settings]
+        settings = [setting for setting in settings if not unknown_key(schema, setting)]
+    return load_config(schema, path=path, section=section, overrides=settings, partial=partial), options
+
+
+def setting_for(section: str, setting: str) -> str:
+    """A setting that all phases share as the phase of `section` reads it: without its own name in front."""
+    return setting.removeprefix(f"{section}.")

@@ -3,6 +3,7 @@
 Unknown keys, renamed keys, wrong types, values out of range (`um3.core.ranges`) and missing files are one-line errors.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -76,6 +77,18 @@ def build_config(
         raise UserError(f"{where}: {_explain(error)}") from None
 
 
+def unknown_key(schema: type[Any], override: str) -> str:
+    """What is wrong with the key of an `a.b=c` override, and the right name; empty if `schema` has the key."""
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), _parse_override(override))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        problem, name = _explain(error), override.partition("=")[0].strip()
+        if "'DictConfig'" in problem:
+            return f"unknown key '{name}'; '{getattr(error, 'full_key', '')}' is one value"
+        return problem if problem.startswith("unknown key") else ""
+    return ""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain nested dictionary of a config dataclass (JSON-ready)."""
     return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), default=str)))
@@ -88,15 +101,37 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs between two `to_dict` results."""
+    """`key: old -> new` for every leaf that differs between two `to_dict` results, also in lists of equal length.
+
+    Two paths of the same existing file or folder do not differ.
+    """
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, prefix=f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
+        elif _are_sections(before) and _are_sections(after) and len(before) == len(after):
+            for number, (part, other) in enumerate(zip(before, after, strict=True)):
+                lines += differences(part, other, prefix=f"{prefix}{key}[{number}].")
+        elif before != after and not _is_same_place(before, after):
+            lines.append(f"{prefix}{key}: {_outline(before)} -> {_outline(after)}")
     return lines
+
+
+def _are_sections(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _is_same_place(path: Any, other: Any) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return isinstance(path, str) and isinstance(other, str) and Path(path).samefile(other)
+    return False
+
+
+def _outline(value: Any) -> Any:
+    """Of sections, such as a list of sources, their names."""
+    is_named = _are_sections(value) and all("name" in item for item in value)
+    return f"[{', '.join(str(item['name']) for item in value)}]" if is_named else value
 
 
 def _check_values(value: Any, *, hint: Any, name: str) -> None:

@@ -3,10 +3,12 @@
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +31,8 @@ REMEDIES = {
 }
 LOST_RANK = re.compile(r"(?is)gloo/transport|by peer|waiting for clients|NCCL.*(remote|time|abort)")
 """Errors of a collective that another rank did not finish."""
+MAKE_COMMAND = re.compile(r"(?<=run )make [a-z0-9-]+|(?<=`)make [a-z0-9-]+")
+"""A command in a remedy, as in "run make codes first"."""
 
 
 class UserError(Exception):
@@ -53,7 +57,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        _leave(f"error: {error}", code=EXIT_USER_ERROR)
+        remedied = MAKE_COMMAND.sub(lambda match: make_command(match[0]), str(error))
+        _leave(f"error: {remedied}", code=EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _leave("interrupted: no partial files were kept; run the same command to resume", code=EXIT_INTERRUPTED)
     except Terminated:
@@ -66,6 +71,17 @@ def run_main(main: Callable[[], None]) -> None:
         if not (problem := system_problem(error)):
             raise
         _leave(f"error: {problem}", code=EXIT_USER_ERROR)
+
+
+def make_command(command: str, *, also: Sequence[str] = ()) -> str:
+    """`command`, such as "make um3", with the CONFIG, RUN and NPROC, and the variables `also`, that make was started
+    with where they are not the Makefile's defaults; as it is in a process that make did not start."""
+    values = os.environ if "MAKELEVEL" in os.environ else {}
+    experiment = Path(values.get("CONFIG", "demo").replace(" ", "-")).name.removesuffix(".yaml")
+    defaults = {"CONFIG": "demo", "RUN": f"runs/{experiment}"}
+    given = {name: values.get(name, "") for name in ("CONFIG", "RUN", "NPROC", *also)}
+    shown = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value not in ("", defaults.get(name))]
+    return " ".join([command, *shown])
 
 
 def system_problem(error: BaseException) -> str:

@@ -4,6 +4,7 @@ The Llama here has the full vocabulary of Llama-3.2, 128,256 rows; its other siz
 """
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from tests.tokenizer.conftest import change_json
 from tests.train.conftest import train_apart
 from tokenizer.configuration import RELEASED_LICENSE
 from train.phase import main as train
+from train.settings.um3 import UM3Config
+from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.hub import CHECKSUMS
 from um3.inference.pipeline import UM3Pipeline
@@ -162,22 +165,27 @@ def test_the_losses_are_those_of_the_two_models_on_validation_text(start, bases)
     assert done["steps"] == 2 and len(done["divergences"]) == 2
 
 
-def test_distillation_brings_the_model_back_and_resumes(qlip_folder, text, tmp_path, monkeypatch):
-    """From gains alone, on a trained Llama whose heads differ; a resumed run ends in the same weights."""
+def test_distillation_brings_the_model_back_and_resumes(qlip_folder, text, tmp_path, monkeypatch, capsys):
+    """From gains alone, on a trained Llama whose heads differ; a finished run resumes for more steps as one run."""
     monkeypatch.setattr("um3.model.qk_norm.MAX_ERROR", -1.0)
+    for name, value in {"MAKELEVEL": "1", "CONFIG": "demo", "RUN": "my run", "TEXT": str(text), "DATA": ""}.items():
+        monkeypatch.setenv(name, value)
     text_tokenizer = byte_tokenizer(words=256, specials=LLAMA_SPECIALS[:5], bos=True, padding=False)
     trained_llama().save_pretrained(tmp_path / "base")
     text_tokenizer.save_pretrained(tmp_path / "base")
     settings = ["loop.max_steps=12", "loop.batch_size=8", "evaluate_every_steps=4", "optimizer.lr=1e-3"]
+    settings += ["optimizer.schedule=constant"]
     runs = [command(tmp_path / "base", qlip_folder, text, tmp_path / name, *settings) for name in ("whole", "stopped")]
     train(runs[0])
     before, *_, after = record(tmp_path / "whole")["divergences"]
     assert after < 0.7 * before
-    train([*runs[1], "loop.save_every_steps=4"])
-    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000012")
-    shutil.rmtree(tmp_path / "stopped/model")
-    (tmp_path / "stopped/done.json").unlink()
-    train([*runs[1], "loop.save_every_steps=4"])
+    encode, next_command = map(shlex.split, capsys.readouterr().out.splitlines()[-2:])
+    tokenizer = f"visual_tokenizer={tmp_path}/whole/model/qlip"  # this run has no stage 2
+    assert encode[3:] == ["make", "codes", "RUN=my run", f"ARGS={tokenizer}"]
+    assert next_command[2:6] == ["make", "um3", "RUN=my run", f"TEXT={text}"]
+    assert load_config(UM3Config, overrides=shlex.split(next_command[6].removeprefix("ARGS=")))
+    train([*runs[1], "loop.max_steps=8"])
+    train(runs[1])
     files = [tmp_path / name / "model/model.safetensors" for name in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert record(tmp_path / "stopped")["divergences"] == record(tmp_path / "whole")["divergences"]
