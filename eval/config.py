@@ -139,7 +139,7 @@ class TokenizerConfig:
     """
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     digits: bool = True
-    """Zero-shot accuracy and linear probe on scikit-learn's digits."""
+    """Zero-shot accuracy and linear probe on scikit-learn's digits, if the images are the demo's."""
     classification: list[ClassificationConfig] = field(default_factory=list)
     """The same on other data sets, such as ImageNet."""
     stages: dict[str, str] = field(default_factory=dict)

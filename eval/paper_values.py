@@ -136,6 +136,25 @@ REFERENCES: dict[str, tuple[str, str]] = {
 }
 """The system and the data of the paper's value, by part of the evaluation or task."""
 
+PAPER_ITEMS: dict[str, int] = {
+    "arc_challenge": 1172,
+    "hellaswag": 10_042,
+    "piqa": 1838,
+    "social_iqa": 1954,
+    "winogrande": 1267,
+    "coco_captions": 5000,
+    "coco_generation": 30_000,
+    "imagenet_reconstruction": 50_000,
+    "imagenet_classification": 50_000,
+    "geneval": 553,
+    "dpg": 1065,
+    "gqa": 12_000,
+    "textvqa_ocr": 5000,
+    "pope": 8900,
+    "mme": 1100,
+}
+"""How many items the paper's data sets have, by the start of a task's name; only such tasks are like the paper's."""
+
 QUALITY = {"zero_shot": "zero-shot", "rfid": "rFID", "psnr": "PSNR", "ssim": "SSIM"}
 TABLES: list[tuple[str, dict[str, str], dict[str, dict[str, float]]]] = [
     ("Unified models (Table 5)", COLUMNS, SYSTEMS),

@@ -142,6 +142,8 @@ def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path])
     sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
     data = [source_fingerprint(source) for source in sources.get(part, config.captioned)]
     paths = {"language": [config.language.benchmarks], "generation": [config.generation.judge]}.get(part, [])
+    if part == "generation" and config.run:
+        paths = [*paths, f"{config.run}/codes/summary.json"]
     if part == "tokenizer":
         classification = config.tokenizer.classification
         tables = [ImageSourceConfig(name=table.name, path=table.path) for table in classification if table.label_column]

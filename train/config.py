@@ -88,3 +88,11 @@ class LoopConfig:
     def is_logged(self, step: int) -> bool:
         """Whether metrics.jsonl has a row for step number `step`, counted from 1."""
         return step % self.log_every_steps == 0 or step in (1, self.max_steps)
+
+
+def check_intervals(loop: LoopConfig, **every_steps: int) -> None:
+    """Raise ValueError if a measurement, by its section's name, would fall between two rows of metrics.jsonl."""
+    for name, steps in every_steps.items():
+        if steps % loop.log_every_steps:
+            needed = f"must be a multiple of loop.log_every_steps={loop.log_every_steps}, or is not logged"
+            raise ValueError(f"{name}.every_steps={steps} {needed}; change one of them, or set 0 to switch it off")

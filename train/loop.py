@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -31,13 +31,16 @@ from train.engine import precision_of
 from train.optim import other_length
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict
-from um3.core.distributed import any_rank, is_main, rank, wait_for_main, world_size
+from um3.core.distributed import any_rank, device, is_main, rank, wait_for_main, world_size
 from um3.core.errors import Interrupted, UserError
-from um3.core.metrics import MetricsWriter, commit, machine, versions
+from um3.core.metrics import MetricsWriter, Samples, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
 from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
+
+LOG_FILE = "train.log"
+"""In the phase's folder: what its first process logs, also of earlier starts."""
 
 
 class Task(Protocol):
@@ -45,8 +48,12 @@ class Task(Protocol):
 
     unit: str
     """What a batch consists of, such as "images"."""
+    tokens_per_sample: int
+    """Tokens (of a tokenizer: patches) of a sample, at most; for the line at the start."""
     finished: bool
     """Whether training ends before `loop.max_steps`: nothing is left to improve."""
+    shown: Mapping[str, Samples]
+    """Images of the last `evaluate`, by name, for TensorBoard and W&B."""
 
     def modules(self) -> dict[str, Any]:
         """The trained modules by name, before their engines exist."""
@@ -91,11 +98,14 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     run: dict[str, Any] = {"config": to_dict(config), "inputs": inputs}
     if is_main():
         run |= {"data": data_fingerprints(config), "fingerprints": task.fingerprints()}
+    weights = [weight for module in task.modules().values() for weight in module.parameters()]
+    trained, total = (sum(w.numel() for w in weights if w.requires_grad or not only) for only in (True, False))
     engines, start, state = _resume(task, config=config, run=run)
     metrics = None
     if is_main():
         start_folder(config)
         rows = state.get("metrics_rows", 0)
+        logger.info("%s", _start_line(task, config=config, trained=trained, total=total, start=start))
         metrics = MetricsWriter(folder, resume_step=start, num_rows=rows, views=loop.loggers, config=to_dict(config))
     done = start
     progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)
@@ -122,6 +132,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
                 rate = progress.rate()
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
                 metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))
+                metrics.show(done, task.shown)
             stopping, is_last = any_rank(bool(received)), done == loop.max_steps or task.finished
             if done % loop.save_every_steps == 0 or is_last or stopping:
                 save(done)
@@ -131,6 +142,25 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         metrics.close()
     run |= {"precision": precision_of(config.engine)}
     _finish(task, folder=folder, run=run, steps=done, seconds=spent_s + time.monotonic() - began)
+
+
+def _start_line(task: Task, *, config: Any, trained: int, total: int, start: int) -> str:
+    """What is about to run, in one line: device, precision, weights, a step's work, folder and next save."""
+    loop: LoopConfig = config.loop
+    each = f"{task.tokens_per_sample:,} tokens"
+    step = f"{loop.batch_size:,} {task.unit} of at most {each}, {loop.batch_size * task.tokens_per_sample:,} in all"
+    number, of = (f"{count / 1e6:,.1f} M" for count in (trained, total))
+    name = torch.cuda.get_device_name() if device().type == "cuda" else device().type
+    facts = [
+        f"{world_size()} x {name}",
+        f"precision: {precision_of(config.engine)} (engine.precision={config.engine.precision})",
+        f"{number} parameters" if trained == total else f"{number} of {of} parameters are trained",
+        f"a step has {step}",
+        f"steps {start + 1:,} to {loop.max_steps:,}",
+        f"next save after {min(loop.max_steps, (start // loop.save_every_steps + 1) * loop.save_every_steps):,}",
+        f"log in {Path(loop.output_dir, LOG_FILE)}",
+    ]
+    return f"{Path(loop.output_dir).name}: {'; '.join(facts)}"
 
 
 def _resume(task: Task, *, config: Any, run: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 import contextlib
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from train.launch import launch
@@ -18,9 +18,7 @@ from um3.core.commands import command_parser, read_config
 from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import folder_lock
-from um3.core.log import quiet_model_files
-
-logger = logging.getLogger(__name__)
+from um3.core.log import log_file, quiet_model_files
 
 CONFIGS: dict[str, type[Any]] = {
     "stage1": Stage1Config,
@@ -56,8 +54,9 @@ def main(arguments: Sequence[str]) -> None:
 
         quiet_model_files()
         engine.start_runtime(config.loop, timeout_s=config.engine.timeout_s)
-        logger.info("precision: %s (engine.precision=%s)", engine.precision_of(config.engine), config.engine.precision)
+        log = Path(config.loop.output_dir, loop.LOG_FILE)
         try:
-            loop.run(recipe.build_task(config), config=config, inputs=inputs)
+            with log_file(log) if is_main() else contextlib.nullcontext():
+                loop.run(recipe.build_task(config), config=config, inputs=inputs)
         except Interrupted:
             sys.exit(0)

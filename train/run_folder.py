@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Settings that a resumed run may change without becoming another run: they change no result.
 FREE_SETTINGS = (
     *("loop.log_every_steps", "loop.save_every_steps", "loop.keep_", "loop.num_threads", "loop.loggers"),
-    *("loop.micro_batch_size", "engine.", "text_validation.alarm_above", "evaluate."),
+    *("loop.micro_batch_size", "engine.", "text_validation.alarm_above", "evaluate.", "validation"),
 )
 # Files may move: their content is compared by fingerprint.
 FREE_FOLDERS = (

@@ -269,9 +269,13 @@ def _encode_shard(job: ShardJob, *, tokenizer: "CodeMaker", progress: Progress) 
 
 
 def _summary(jobs: Sequence[ShardJob]) -> dict[str, Any]:
-    """Counts by split and source, from the headers of the finished shards."""
+    """Counts by split and source, from the headers of the finished shards.
+
+    `unused` counts, by source and reason, what a listing of its files cannot use, such as captions without an image.
+    """
     splits: dict[str, dict[str, dict[str, Any]]] = {}
     bad_files: dict[str, str] = {}
+    unused: dict[str, dict[str, int]] = {}
     for job in jobs:
         header = read_header(job.path)
         counts = splits.setdefault(header.split, {}).setdefault(header.source, {})
@@ -280,6 +284,7 @@ def _summary(jobs: Sequence[ShardJob]) -> dict[str, Any]:
         counts |= {name: counts.get(name, 0) + number for name, number in new.items()} | {"skipped": skipped}
         if hasattr(job.source, "bad_files"):
             bad_files |= {str(file): reason for file, reason in job.source.bad_files.reasons.items()}
+            unused[header.source] = {reason: number for reason, (number, _) in job.source.bad_files.counts.items()}
     for split, sources in splits.items():
         for name, counts in sources.items():
             reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(counts["skipped"].items()))
@@ -288,4 +293,5 @@ def _summary(jobs: Sequence[ShardJob]) -> dict[str, Any]:
             if reasons:
                 logger.warning("%s of '%s': %d images; skipped: %s", split, name, counts["images"], reasons)
     tokenizer = {name: getattr(header, name) for name in ("fingerprint", "bits", "image_size", "num_patches")}
-    return tokenizer | {"splits": splits, "bad_files": bad_files, "files": [job.path.name for job in jobs]}
+    found = {"splits": splits, "bad_files": bad_files, "unused": unused}
+    return tokenizer | found | {"files": [job.path.name for job in jobs]}

@@ -20,6 +20,7 @@ from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.progress import track
 
+EXACT_MATCHES = ("exact_match", "exact_match_any")
 METEOR_TIMEOUT_S = 600.0
 # pycocoevalcap's own METEOR process hangs at exit after any error (it never releases a lock), and fails in locales
 # that write decimals with a comma. This one has a fixed locale and a time limit.
@@ -42,11 +43,7 @@ def caption_scores(
     notes count them, after `note`. UserError if an image has no reference, or not every image has one caption.
     """
     _check(candidates, references)
-    of = of.with_protocol(
-        tokenizer=TOKENIZER,
-        references=sorted({len(texts) for texts in references}),
-        references_sha256=short_hash(sorted("\t".join(map(normalise, texts)) for texts in references)),
-    )
+    of = of.with_protocol(**_protocol(references))
     pairs = list(zip(candidates, references, strict=True))
     num_empty = sum(not tokenize(candidate) for candidate in candidates)
     empty_note = f"{num_empty} of {len(pairs)} captions are empty and count as wrong" if num_empty else ""
@@ -73,6 +70,23 @@ def caption_scores(
         return [*rows, of.missing("meteor", note=reason, paper=UM3["meteor"], unit="x100")]
     value = meteor_score(candidates, references=references)
     return [*rows, of.score("meteor", value, paper=UM3["meteor"], note=notes, **common)]
+
+
+def other_images_row(candidates: Sequence[str], *, references: Sequence[Sequence[str]], of: Measurement) -> Score:
+    """CIDEr of every caption against the references of the next image: what a caption gets that ignores its image."""
+    values, by_image = corpus_scores([*candidates[1:], *candidates[:1]], references=references)
+    interval, note = bootstrap(by_image["cider"])._asdict(), "every image with the caption of another image"
+    of = of.with_protocol(**_protocol(references))
+    return of.score("cider_other_image", values["cider"], n=len(candidates), unit="x100", note=note, **interval)
+
+
+def _protocol(references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    digest = short_hash(sorted("\t".join(map(normalise, texts)) for texts in references))
+    return {
+        "tokenizer": TOKENIZER,
+        "references": sorted({len(texts) for texts in references}),
+        "references_sha256": digest,
+    }
 
 
 def corpus_scores(

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from data_mix.batches.mix_figure import run_mix_figure
 from eval.report.run_folder import RunData
-from eval.report.samples import TileGroup, best_captions, best_generated, last_reconstructions
+from eval.report.samples import (
+    NUM_CAPTIONS,
+    NUM_GENERATED,
+    Tile,
+    TileGroup,
+    best_captions,
+    best_generated,
+    last_reconstructions,
+)
 from um3.core.files import atomic_file
 
 if TYPE_CHECKING:
@@ -96,9 +104,9 @@ class Canvas:
 
 
 def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
-    """What the model does: generated images, captions and reconstructions side by side.
+    """What the model does: generated images, captions and reconstructions side by side (`selection_note`).
 
-    Shows successes if there are any. The other figures show all samples in order.
+    The other figures show all samples in order.
     """
     generated, captions = best_generated(run.shown), best_captions(run.shown)
     rebuilt = last_reconstructions(run.shown)
@@ -107,14 +115,14 @@ def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
     canvas = Canvas(1500, 575, dark=dark)
     for title, x in (("text → image", 40), ("image → text", 690), ("image → codes → image", 1150)):
         canvas.text(title, x=x, y=24, size=20)
-    for number, tile in enumerate(generated[:6]):
+    for number, tile in enumerate(generated[:NUM_GENERATED]):
         x, y = 40 + 205 * (number % 3), 76 + 240 * (number // 3)
         canvas.image(tile.image, x=x, y=y, side=180, frame=WRONG if tile.right is False else RULE)
-        canvas.text(_wrapped(tile.text, 25), x=x + 90, y=y + 190, size=13.5, ha="center")
-    for number, tile in enumerate(captions[:3]):
+        canvas.text(_wrapped(tile.text, 25, lines=2), x=x + 90, y=y + 190, size=13.5, ha="center")
+    for number, tile in enumerate(captions[:NUM_CAPTIONS]):
         y = 76 + 160 * number
-        canvas.image(tile.image, x=690, y=y, side=140)
-        canvas.text(f"“{_wrapped(tile.text, 22)}”", x=848, y=y + 70, size=16, middle=True)
+        canvas.image(tile.image, x=690, y=y, side=140, frame=WRONG if tile.right is False else RULE)
+        canvas.text(f"“{_wrapped(tile.text, 26, lines=6)}”", x=848, y=y + 70, size=16, middle=True)
     for number, (original, reconstruction) in enumerate(rebuilt[:3]):
         y = 76 + 160 * number
         canvas.image(original.image, x=1150, y=y, side=140)
@@ -133,7 +141,9 @@ def tile_figure(
     groups = [group for group in groups if group.tiles]
     if not groups:
         return None
-    row_height = side + (74 if any(tile.text for group in groups for tile in group.tiles) else 10)
+    shown = [tile for group in groups for tile in group.tiles[: rows * columns]]
+    num_lines = max(_text_of(tile).count("\n") + _detail_of(tile).count("\n") + 2 for tile in shown)
+    row_height = side + math.ceil(20 + 10 * LINE * num_lines if any(tile.text for tile in shown) else 10)
     num_rows = [min(rows, -(-len(group.tiles) // columns)) for group in groups]
     canvas = Canvas(40 + pitch * columns, 24 + sum(34 + row_height * count for count in num_rows))
     top = 24
@@ -145,13 +155,21 @@ def tile_figure(
             canvas.image(tile.image, x=x, y=y, side=side, frame=verdict)
             if tile.right is not None:
                 canvas.text("✓" if tile.right else "✗", x=x + side + 6, y=y, size=15, color=verdict)
-            text = _wrapped(tile.text, 22)
+            text = _text_of(tile)
             canvas.text(text, x=x, y=y + side + 5, size=10)
-            if tile.right is False:
-                below = y + side + 7 + 10 * LINE * (text.count("\n") + 1)
-                canvas.text(_wrapped(tile.detail, 24), x=x, y=below, size=9.5, color=MUTED)
+            below = y + side + 7 + 10 * LINE * (text.count("\n") + 1)
+            canvas.text(_detail_of(tile), x=x, y=below, size=9.5, color=MUTED)
         top += 34 + row_height * count
     return canvas.figure
+
+
+def _text_of(tile: Tile) -> str:
+    return _wrapped(tile.text, 22)
+
+
+def _detail_of(tile: Tile) -> str:
+    """The mistake, or what the caption should be; empty for a tile that is right."""
+    return "" if tile.right else _wrapped(tile.detail, 24)
 
 
 def reconstructions(run: RunData) -> "Figure | None":
@@ -180,7 +198,7 @@ def bits(run: RunData) -> "Figure | None":
             axis.set_major_locator(MaxNLocator(integer=True))
         flipped.imshow(_sheet(part.images[f"{source}_flipped"]), interpolation="nearest")
         flipped.set_axis_off()
-        entropy.set_title(f"{source}: entropy, bits", loc="left")
+        entropy.set_title(f"{run.source_title(source)}: entropy, bits", loc="left")
         correlation.set_title("correlation, absolute", loc="left")
         flip.set_title("flipped: change in grey levels", loc="left")
         flipped.set_title("an image, then each bit flipped", loc="left")
@@ -254,6 +272,17 @@ def forgetting(run: RunData) -> "Figure | None":
     return figure
 
 
+def mix(run: RunData) -> "Figure | None":
+    """The data that UM3 read, by task and source."""
+
+    def titled(key: str) -> str:
+        start, slash, source = key.rpartition("/")
+        return start + slash + run.source_title(source)
+
+    figure = run_mix_figure([{titled(key): value for key, value in row.items()} for row in run.metrics["um3"]])
+    return figure and themed(figure)
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -299,11 +328,12 @@ FIGURES: "dict[str, Callable[[RunData], Figure | None]]" = {
     "reconstructions": reconstructions,
     "bits": bits,
     "losses": losses,
-    "mix": lambda run: (figure := run_mix_figure(run.metrics["um3"])) and themed(figure),
+    "mix": mix,
     "forgetting": forgetting,
 }
 
 
-def _wrapped(words: str, width: int) -> str:
+def _wrapped(words: str, width: int, *, lines: int = 4) -> str:
+    """At most `lines` lines of `width` characters; an ellipsis ends a text that is longer."""
     words = "".join(letter if letter.isprintable() else " " for letter in words)
-    return "\n".join(textwrap.wrap(words, width)[:4])
+    return "\n".join(textwrap.wrap(words, width, max_lines=lines, placeholder=" …"))

@@ -16,8 +16,18 @@ from numpy.typing import NDArray
 
 from eval.config import PARTS
 from eval.report import figures
-from eval.report.results import labels, not_comparable, paper_tables, phase_table, protocols, result_tables
+from eval.report.assessment import findings
+from eval.report.results import (
+    labels,
+    like_the_paper,
+    not_comparable,
+    paper_tables,
+    phase_table,
+    protocols,
+    result_tables,
+)
 from eval.report.run_folder import TRAINING_PHASES, RunData, load_run
+from eval.report.samples import selection_note
 from eval.report.table import Table, escaped, markdown, markdown_list, print_tables
 from eval.scores import Score
 from um3.core.errors import UserError
@@ -31,12 +41,14 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report_template.html"
 CHARTS = ("bits", "losses", "mix", "forgetting")  # figures that the page shows as SVG
+MARKS = {True: "✓", False: "✗", None: "·"}
 INTERVALS = "In brackets: 95 % bootstrap intervals over the items."
 # The values at the top of the page: the first key with this ending, its title, and what it means.
 HEADLINES = (
     ("skills/mean", "images right", "of the generated images show everything that their prompt demands"),
     ("_captions/exact_match", "captions right", "of the captions of validation images equal the reference"),
     ("_reconstruction_stage2/psnr", "reconstruction", "between a validation image and its reconstruction"),
+    ("_captions/cider", "captions", "CIDEr of the captions of validation images, at most 1,000"),
     ("_classification/probe_cls_mean", "linear probe", "of validation digits classified by a linear layer on features"),
     ("_retrieval/image_to_text", "retrieval", "of images find their own caption among a hundred"),
     ("um3_prose/bits_per_byte", "bits per byte", "of validation prose (8 without a model)"),
@@ -68,7 +80,9 @@ def write_report(runs: Sequence[RunData]) -> None:
     records = run.phases | {part: content.record for part, content in run.parts.items()}
     with folder_lock(folder / "figures"):
         run_figures, results = figures.write_figures(run), result_tables(runs)
+        found = run.attempt(f"{folder}: what the report says first", findings, run, default=[])
         shared = {
+            "findings": found,
             "problems": [valid_text(problem) for run in runs for problem in run.problems],
             "protocols": protocols(runs),
             "commit": commit(),
@@ -87,28 +101,37 @@ def write_report(runs: Sequence[RunData]) -> None:
             "codes": run.codes,
             "config": {name: record.get("config") for name, record in records.items()},
         }
-        write_json(folder / "report.json", only_json | shared)
+        write_json(folder / "report.json", only_json | shared | {"findings": [finding._asdict() for finding in found]})
         write_text(folder / "report.md", as_markdown(runs, results=results, **shared))
         write_text(folder / "report.html", as_html(run, results=results, run_figures=run_figures, **shared))
+    for finding in found:
+        print(printable(f"{MARKS[finding.good]} {finding.text}"))
     print_tables(results)
     missing = ", ".join(key for table in results for key in table.missing)
     lines = [
         *(f"≠ not comparable, therefore in a row of its own: {line}" for line in differing),
         *[f"without a value (the report gives the reasons): {missing}"] * bool(missing),
         *(f"not in the report: {problem}" for problem in shared["problems"]),
-        f"{INTERVALS} The paper's values belong to its data and scale; they are not comparable at demo scale.",
+        INTERVALS,
         f"{folder / 'report.html'}  ·  report.md  ·  report.json  ·  figures in {folder / 'figures'}",
     ]
     print("\n".join(map(printable, lines)))
 
 
 def _values(run: RunData) -> dict[str, dict[str, Any]]:
-    return {key: {k: v for k, v in score.to_dict().items() if k != "protocol"} for key, score in run.scores.items()}
+    """Every row by key; `paper` is null where the row is not like the paper's."""
+    values = {}
+    for key, score in run.scores.items():
+        row = {name: value for name, value in score.to_dict().items() if name != "protocol"}
+        values[key] = row if like_the_paper(run, score.task) else row | {"paper": None}
+    return values
 
 
 def as_markdown(runs: Sequence[RunData], *, results: Sequence[Table], **shared: Any) -> str:
     """The tables, the metrics without a value, and the protocols behind the hashes."""
-    lines = [f"# {' · '.join(labels(runs))}", "", f"{INTERVALS} A row holds values of one protocol only.", ""]
+    lines = [f"# {' · '.join(labels(runs))}", ""]
+    lines += [f"- {MARKS[finding.good]} {escaped(finding.text)}" for finding in shared["findings"]]
+    lines += ["", f"{INTERVALS} A row holds values of one protocol only.", ""]
     for table in results:
         lines += [f"## {table.title}", "", f"{escaped(table.note[:1].upper() + table.note[1:])}.", ""]
         lines += [*markdown(table), ""]
@@ -132,6 +155,8 @@ def as_html(run: RunData, *, run_figures: "Mapping[str, Figure]", **shared: Any)
     heroes = [run.folder / "figures" / f"{name}.png" for name in ("hero", "hero_dark")]
     html = environment.get_template(TEMPLATE).render(
         run=run,
+        title=title_of(run),
+        selection_note=selection_note(run.shown),
         headlines=headlines(run),
         large=any(array.shape[1] > TILE_SIDE for part in run.parts.values() for array in part.images.values()),
         heroes=[_uri("png", path.read_bytes()) if path.is_file() else "" for path in heroes],
@@ -143,12 +168,22 @@ def as_html(run: RunData, *, run_figures: "Mapping[str, Figure]", **shared: Any)
     return valid_text(html)
 
 
+def title_of(run: RunData) -> str:
+    """`UM3 on scenes and digits`, from the sources that were evaluated; the run's name for a language model."""
+    if run.is_language_only:
+        return run.name
+    groups = [*run.shown["reconstructions"], *run.shown["captions"], *run.shown["generated"]]
+    sources = list(dict.fromkeys(group.source or group.title for group in groups))
+    return f"UM3 on {' and '.join(filter(None, [', '.join(sources[:-1]), sources[-1]]))}" if sources else "UM3"
+
+
 def headlines(run: RunData) -> list[tuple[Score, str, str]]:
     """The values at the top of the page, each with a title and its meaning."""
-    shown = []
+    shown: list[tuple[Score, str, str]] = []
     for ending, title, meaning in HEADLINES:
         scores = [score for key, score in run.scores.items() if key.endswith(ending) and score.value is not None]
-        shown += [(score, title, meaning) for score in scores[:1]]
+        has_title = any(known.startswith(title) for _, known, _ in shown)
+        shown += [(score, title, meaning) for score in scores[:1] if not has_title]
     return shown[:NUM_HEADLINES]
 
 

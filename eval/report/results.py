@@ -4,10 +4,11 @@ A row never holds values of two protocols. A run that measured a metric in anoth
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from eval.config import PARTS
-from eval.paper_values import AS_PRINTED, REFERENCES, TABLES
+from eval.paper_values import AS_PRINTED, PAPER_ITEMS, REFERENCES, TABLES
 from eval.report.run_folder import TRAINING_PHASES, RunData
 from eval.report.samples import SKILL_TITLES
 from eval.report.table import Cell, Row, Table
@@ -17,7 +18,8 @@ from um3.core.progress import format_seconds
 from um3.core.text import valid_text
 
 TITLES = {"tokenizer": "Tokenizer", "captions": "Captions", "generation": "Generated images", "language": "Language"}
-TITLES["vqa"] = "Questions about images"
+VQA = "Questions about images"
+TITLES["vqa"] = VQA
 ACRONYMS = ("psnr", "ssim", "lpips", "fid", "meteor", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 METRIC_NAMES = {
     "rfid": "rFID",
@@ -27,6 +29,10 @@ METRIC_NAMES = {
     "clipscore": "CLIPScore",
     "clipscore_qlip": "CLIPScore, QLIP's towers",
     "clipscore_qlip_real": "the same, real images",
+    "clipscore_qlip_other": "the same, prompts of other images",
+    "nearest_training": "bits equal to the nearest training image",
+    "nearest_training_real": "the same, real images",
+    "cider_other_image": "CIDEr, captions of other images",
     "clipscore_judge": "CLIPScore, the judge's towers",
     "exact_match_any": "exact match, any reference",
     "image_to_text": "image → text, top 1",
@@ -43,34 +49,50 @@ METRIC_NAMES = {
 TASK_NAMES = {"skills": "six skills", "um3_prose": "validation prose", "um3_prose_cloze": "which sentence comes next"}
 TASK_KINDS = ("reconstruction", "retrieval", "bits", "classification", "captions", "generation")
 NO_VALUE = Cell("–")
+SETTING_COLUMNS = ("n", "seed", "protocol")
 
 
 def result_tables(runs: Sequence[RunData]) -> list[Table]:
-    """A table per part of the evaluation, the metrics in the order in which they were measured."""
-    columns = [*labels(runs), "paper", "n", "seed", "protocol"]
-    results = []
-    for part, title in TITLES.items():
-        scores: dict[str, Score] = {}
-        for run in runs:
-            for score in run.rows_by_part.get(part, []):
-                scores.setdefault(score.key, score)
-        rows: list[Row] = []
-        missing: dict[str, str] = {}
-        for task in dict.fromkeys(score.task for score in scores.values()):
-            heading = Row(task_title(task), note=f"paper: {', '.join(REFERENCES[task])}" if task in REFERENCES else "")
-            of_task = [score for score in scores.values() if score.task == task]
-            measured = [row for score in of_task for row in _rows(score, runs=runs)]
-            rows += [heading, *measured] if measured else []
-            keys = {row.key for row in measured}
-            for score in of_task:
-                if score.key not in keys:
-                    paper = f" (paper: {score.shown(score.paper)})" if score.paper is not None else ""
-                    missing[score.key] = score.note + paper
-        if part == "vqa" and not scores:
-            continue  # no part of make eval
-        note = f"paper: {', '.join(REFERENCES[part])}" if scores else "not measured: run make eval"
-        results.append(Table(title, columns, rows, note=note, num_values=len(runs), missing=missing))
-    return results
+    """A table per part of the evaluation, the metrics in the order in which they were measured.
+
+    The paper's value stands beside a row only where `like_the_paper` holds; without such a row it has no column.
+    """
+    tables = [_part_table(part, title, runs=runs) for part, title in TITLES.items()]
+    place = len(runs)
+    columns = [*labels(runs), "paper", *SETTING_COLUMNS]
+    rows = [row for table in tables for row in table.rows if row.cells]
+    if not any(row.cells[place].value for row in rows):
+        columns.pop(place)
+        for table in tables:
+            table.rows[:] = [row._replace(cells=[*row.cells[:place], *row.cells[place + 1 :]]) for row in table.rows]
+    # Nobody expects images of a language model, and make eval asks no questions about images.
+    unexpected = TITLES.values() if all(run.is_language_only for run in runs) else [VQA]
+    kept = [table for table in tables if table.rows or table.missing or table.title not in unexpected]
+    return [replace(table, columns=columns) for table in kept]
+
+
+def _part_table(part: str, title: str, *, runs: Sequence[RunData]) -> Table:
+    """The table of a part, with the paper's column; its columns are named later."""
+    scores: dict[str, Score] = {}
+    for score in (score for run in runs for score in run.rows_by_part.get(part, [])):
+        scores.setdefault(score.key, score)
+    table = Table(title, [], num_values=len(runs), note="" if scores else "not measured: run make eval")
+    for task in dict.fromkeys(score.task for score in scores.values()):
+        of_task = [score for score in scores.values() if score.task == task]
+        measured = [row for score in of_task for row in _rows(score, runs=runs)]
+        system, data = REFERENCES.get(task) or REFERENCES.get(part, ("", ""))
+        has_paper = any(row.cells[len(runs)].value for row in measured)
+        heading = Row(task_title(task, runs[0]), note=f"paper: {system}, {data}" if has_paper else "")
+        table.rows.extend([heading, *measured] if measured else [])
+        keys = {row.key for row in measured}
+        table.missing.update({score.key: score.note for score in of_task if score.key not in keys})
+    return table
+
+
+def like_the_paper(run: RunData, task: str) -> bool:
+    """Whether a task has the name of a data set of the paper, and at least as many items."""
+    needed = [count for name, count in PAPER_ITEMS.items() if task.startswith(name)]
+    return bool(needed) and max(score.n for score in run.scores.values() if score.task == task) >= max(needed)
 
 
 def _rows(first: Score, *, runs: Sequence[RunData]) -> Iterator[Row]:
@@ -83,17 +105,23 @@ def _rows(first: Score, *, runs: Sequence[RunData]) -> Iterator[Row]:
     reference = next(iter(by_protocol.values()), [first])[0]
     for protocol, measured in by_protocol.items():
         values = [Cell(s.shown(), s.shown_interval()) if s is not None and s in measured else NO_VALUE for s in scores]
-        counts = " / ".join(dict.fromkeys(str(score.n) for score in measured))
+        counts = " / ".join(dict.fromkeys(_count(score) for score in measured))
         seeds = " / ".join(dict.fromkeys(str(score.seed) for score in measured))
-        paper = first.shown(first.paper) if first.paper is not None else ""
+        measured_by = [run for run, score in zip(runs, scores, strict=True) if score is not None and score in measured]
+        is_like = first.paper is not None and all(like_the_paper(run, first.task) for run in measured_by)
         settings = _settings(measured[0])
+        paper = Cell(first.shown(first.paper) if is_like else "")
         yield Row(
             metric_name(first.metric),
-            [*values, Cell(paper), Cell(counts), Cell(seeds), Cell(protocol, settings=settings)],
+            [*values, paper, Cell(counts), Cell(seeds), Cell(protocol, settings=settings)],
             note=measured[0].note,
             key=first.key,
             differs="; ".join(differences(_settings(reference), settings)),
         )
+
+
+def _count(score: Score) -> str:
+    return f"{score.n} ({score.skipped} skipped)" if score.skipped else str(score.n)
 
 
 def _settings(score: Score) -> dict[str, Any]:
@@ -153,11 +181,11 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
-def task_title(task: str) -> str:
+def task_title(task: str, run: RunData) -> str:
     """`scenes_reconstruction_stage1` -> `reconstruction · scenes · stage 1`."""
     for kind in TASK_KINDS:
         source, separator, stage = task.partition(f"_{kind}")
         if separator:
-            parts = [kind, source, stage.strip("_").replace("stage", "stage ")]
+            parts = [kind, run.source_title(source), stage.strip("_").replace("stage", "stage ")]
             return " · ".join(part for part in parts if part)
     return TASK_NAMES.get(task, task)

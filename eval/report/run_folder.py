@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.config import PARTS
 from eval.part_files import Part, read_images, read_record, scores_of
-from eval.report.samples import MAKERS
+from eval.report.samples import MAKERS, TileGroup
 from eval.scores import Score
 from eval.vqa.sets import SETS
 from um3.core.errors import UserError
@@ -39,6 +39,18 @@ class RunData:
     shown: dict[str, list[Any]] = field(default_factory=dict)
     """What the page shows of the samples, by the names in `eval.report.samples.MAKERS`."""
     problems: list[str] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+    """Names of sources for the reader, where they are not those of the config."""
+
+    def source_title(self, name: str) -> str:
+        """The name of a source: for the `data` of make's DATA= its own, which is the last part of its path."""
+        return self.titles.get(name, name)
+
+    @property
+    def is_language_only(self) -> bool:
+        """Whether the run holds evaluations of a language model, and nothing about images."""
+        is_trained = bool(self.phases) or any(self.metrics.values())
+        return not is_trained and [part for part, rows in self.rows_by_part.items() if rows] == ["language"]
 
     @property
     def name(self) -> str:
@@ -83,7 +95,26 @@ def load_run(folder: str | Path) -> RunData:
         raise UserError(f"{folder} has no training phase and no evaluation; --run takes a run folder such as runs/demo")
     summary = run.folder / "codes" / "summary.json"
     run.codes = run.attempt(summary, read_record, summary, default={}) if summary.exists() else {}
+    configs = [record.get("config") for record in [*run.phases.values(), *(part.record for part in run.parts.values())]]
+    run.titles = run.attempt(f"{folder}: a config", _titles, configs, default={})
     for name, (part, make) in MAKERS.items():
         path = run.folder / "eval" / f"{part}.json"
-        run.shown[name] = run.attempt(path, make, run.parts[part], run.scores, default=[]) if part in run.parts else []
+        shown = run.attempt(path, make, run.parts[part], run.scores, default=[]) if part in run.parts else []
+        run.shown[name] = [_titled(group, run) if isinstance(group, TileGroup) else group for group in shown]
     return run
+
+
+def _titles(config: Any) -> dict[str, str]:
+    """The titles of the source that make names `data`, in any list of sources of a config."""
+    if isinstance(config, list):
+        return {name: title for item in config for name, title in _titles(item).items()}
+    if not isinstance(config, dict):
+        return {}
+    path = config.get("path")
+    if config.get("name") == "data" and isinstance(path, str) and (title := Path(path.partition("*")[0]).stem):
+        return {"data": valid_text(title)}
+    return _titles(list(config.values()))
+
+
+def _titled(group: TileGroup, run: RunData) -> TileGroup:
+    return group._replace(title=run.source_title(group.title), source=run.source_title(group.source))

@@ -17,11 +17,16 @@ SKILL_TITLES = {"single_object": "one object", "two_object": "two objects", "cou
 SKILL_TITLES |= {"colors": "colour", "position": "position", "color_attr": "colour of each"}
 
 
+NUM_GENERATED, NUM_CAPTIONS = 6, 3
+"""Tiles in the figure at the top of a report."""
+
+
 class Tile(NamedTuple):
     """One image, uint8 (H, W, 3).
 
     `text` is its prompt or caption; `right` is the checker's verdict, None if there is none; `detail` gives the
-    mistake: the unmet demands of a prompt, or the reference caption. `real` is the real image of a generated one.
+    mistake: the unmet demands of a prompt, or the reference caption. `real` is the real image of a generated one,
+    `nearest` the training image that is most like it.
     """
 
     image: NDArray
@@ -29,6 +34,7 @@ class Tile(NamedTuple):
     right: bool | None = None
     detail: str = ""
     real: NDArray | None = None
+    nearest: NDArray | None = None
 
 
 class TileGroup(NamedTuple):
@@ -56,8 +62,10 @@ def generated(part: Part, _: Mapping[str, Score]) -> list[TileGroup]:
     """The images generated for validation captions, by source, each with the real image of its caption."""
     groups = []
     for source, samples in part.samples.get("captions", {}).items():
-        triples = zip(part.images[f"{source}_drawn"], part.images[f"{source}_real"], samples, strict=False)
-        tiles = [Tile(image, str(sample["prompt"]), real=real) for image, real, sample in triples]
+        drawn = part.images[f"{source}_drawn"]
+        nearest = part.images.get(f"{source}_nearest", [None] * len(drawn))
+        rows = zip(drawn, part.images[f"{source}_real"], nearest, samples, strict=False)
+        tiles = [Tile(image, str(sample["prompt"]), real=real, nearest=near) for image, real, near, sample in rows]
         groups.append(TileGroup(source, tiles))
     return groups
 
@@ -66,7 +74,7 @@ def captions(part: Part, _: Mapping[str, Score]) -> list[TileGroup]:
     """Validation images with the model's captions, by source."""
     groups = []
     for source, samples in part.samples.items():
-        texts = [(str(s["caption"]) or "(empty)", bool(s["right"]), str(s["references"][0])) for s in samples]
+        texts = [(str(s["caption"]) or "(empty)", s.get("right"), str(s["references"][0])) for s in samples]
         tiles = [Tile(image, *text) for image, text in zip(part.images[source], texts, strict=True)]
         groups.append(TileGroup(source, tiles))
     return groups
@@ -115,9 +123,24 @@ def best_generated(shown: Shown) -> list[Tile]:
 
 
 def best_captions(shown: Shown) -> list[Tile]:
-    """Right captions first, longest first, from every source in turn."""
-    best = [sorted(group.tiles, key=lambda tile: (not tile.right, -len(tile.text))) for group in shown["captions"]]
-    return _in_turn(best)
+    """Right captions first, longest first, from every source in turn; in order where nothing says which are right."""
+
+    def rank(tile: Tile) -> tuple[bool, int]:
+        return (not tile.right, -len(tile.text)) if tile.right is not None else (True, 0)
+
+    return _in_turn([sorted(group.tiles, key=rank) for group in shown["captions"]])
+
+
+def selection_note(shown: Shown) -> str:
+    """How the tiles of the figure at the top were chosen, and whether those that can be judged are right."""
+    tiles = [*best_generated(shown)[:NUM_GENERATED], *best_captions(shown)[:NUM_CAPTIONS]]
+    judged = [tile.right for tile in tiles if tile.right is not None]
+    if not judged:
+        return "The first validation images and captions, not selected."
+    if all(judged):
+        return "Selected successes. Everything below is in order, failures included."
+    wrong = f"{judged.count(False)} of these {len(judged)} are wrong (red)"
+    return f"The best of the first ones of each kind; {wrong}. Everything below is in order."
 
 
 def last_reconstructions(shown: Shown) -> list[tuple[Tile, Tile]]:

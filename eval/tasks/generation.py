@@ -24,6 +24,7 @@ from eval.paper_values import GENEVAL_LLAMAGEN_QLIP, UM3
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult, Score, bootstrap
 from eval.tasks.generate_images import GenerateConfig, generate_folder
 from eval.tasks.generated_images import read_images
+from eval.tasks.nearest_training import nearest_rows, training_codes
 from eval.tasks.prompts import Prompt
 from eval.tasks.validation_data import validation_images
 from tokenizer.images import embed_images, embed_texts
@@ -65,13 +66,17 @@ def evaluate_generation(config: EvalConfig, *, model: Path, pipeline: ImagePipel
         if source.has_checker:
             note = "the caption read from the generated pixels equals the prompt"
             result.scores.append(read_back_row(images_NHWC, captions=prompts, note=note, of=task))
+        known: dict[str, Any] = {"source": source.name, "tokenizer": pipeline.visual_tokenizer}
+        training = training_codes(config.run, **known) if config.run else None
+        if training is not None:
+            first = {"images": images_NHWC[:SHOWN_IMAGES], "originals": source.images[:SHOWN_IMAGES]}
+            rows, result.images[f"{source.name}_nearest"] = nearest_rows(training, **first, of=task)
+            result.scores.extend(rows)
         result.samples["captions"][source.name] = samples[:SHOWN_IMAGES]
         result.images[f"{source.name}_drawn"] = images_NHWC[:SHOWN_IMAGES]
         result.images[f"{source.name}_real"] = source.images[:SHOWN_IMAGES]
     if any(source.has_checker for source in data):
         _evaluate_skills(config, model=model, pipeline=pipeline, result=result, of=of.named("skills"))
-    else:
-        result.scores.extend(missing_skills(of.named("skills")))
     return result
 
 
@@ -124,13 +129,15 @@ def distribution_scores(
         cosines_N = clip_cosines(images_NHWC, texts=captions, clip=clip)
         rows += clip_conventions(cosines_N, of=of.with_protocol(towers=model_hash(clip.name), prefix=""))
     if note := no_text_note(pipeline.processor):
-        return [*rows, of.missing("clipscore_qlip", note=note), of.missing("clipscore_qlip_real", note=note)]
+        return [*rows, of.missing("clipscore_qlip", note=note)]
     of = of.with_protocol(towers="qlip", fingerprint=pipeline.qlip.fingerprint()[:12])
     generated, real = pipeline.similarity(images_NHWC, captions), pipeline.similarity(originals_NHWC, captions)
+    other = pipeline.similarity(images_NHWC, [*captions[1:], *captions[:1]])
     return [
         *rows,
         of.mean("clipscore_qlip", generated, note="by the tokenizer's own towers, not CLIP's"),
         of.mean("clipscore_qlip_real", real, note="the real images with these captions"),
+        of.mean("clipscore_qlip_other", other, note="every generated image with the prompt of another image"),
     ]
 
 
@@ -169,12 +176,6 @@ def skill_scores(verdicts: Sequence[Verdict], *, prompts: Sequence[ScenePrompt],
     mean = sum(row.value or 0.0 for row in rows) / len(rows)
     note, interval = "mean of the six skills, as in GenEval", bootstrap(shares, weights=weights)._asdict()
     return [*rows, of.score("mean", mean, n=len(verdicts), unit="%", paper=paper["mean"], note=note, **interval)]
-
-
-def missing_skills(of: Measurement) -> list[Score]:
-    """The rows of `skill_scores` for images that the scene checker cannot read."""
-    note = "only scenes have a checker; for other images use make geneval, which needs a detector"
-    return [of.missing(name, note=note, unit="%", paper=paper) for name, paper in GENEVAL_LLAMAGEN_QLIP.items()]
 
 
 def read_back_row(images_NHWC: Iterable[NDArray], *, captions: Sequence[str], note: str, of: Measurement) -> Score:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import tokenizer as qlip
+from data_mix.sources.files import source_kind
 from eval.config import EvalConfig
 from eval.metrics.code_statistics import MAX_IMAGES, code_scores, code_statistics
 from eval.metrics.features import FeatureNetwork, frechet_rows, open_features, weights_sha256
@@ -41,7 +42,8 @@ def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> Pa
     }
     qlips = {stage: _load(folder) for stage, folder in stages.items()}
     stage, last = list(qlips.items())[-1]
-    classification = [digits_task(size=last.image_size)] if part.digits else []
+    has_digits = part.digits and any(source_kind(source) in ("scenes", "digits") for source in config.images)
+    classification = [digits_task(size=last.image_size)] if has_digits else []
     classification += [open_classification(data, size=last.image_size) for data in part.classification]
     lpips, distance = part.perceptual, None
     if lpips.backbone or lpips.heads:

@@ -33,7 +33,8 @@ class ValidationImages(NamedTuple):
     """Images uint8 (N, H, W, 3) with all captions of each, the full one first.
 
     num_skipped: the number of requested samples that could not be used. has_checker: whether the scene checker can
-    read the images. protocol: identifies the images by their size, preparation, number and pixels.
+    read the images. protocol: identifies the images by their size, preparation, number and pixels. repeats_captions:
+    whether captions are of a few forms, so that a model can be right to the word.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ValidationImages(NamedTuple):
     num_skipped: int
     has_checker: bool
     protocol: dict[str, Any]
+    repeats_captions: bool = True
 
     @property
     def full_captions(self) -> list[str]:
@@ -83,15 +85,17 @@ def validation_images(config: ImageSourceConfig, *, num_images: int, size: int, 
             "evaluation needs at least 2: add images or raise its val_fraction"
         )
     kind, images_NHWC = source_kind(config), np.stack([sample.image_HWC for sample in samples])
+    is_generated = kind in ("scenes", "digits")
     protocol = {
         "image_size": size,
-        "preparation": "rendered at this size" if kind in ("scenes", "digits") else PREPARATION,
+        "preparation": "rendered at this size" if is_generated else PREPARATION,
         "images": len(samples),
         # sorted: the order of the images does not matter
         "images_sha256": short_hash(sorted(hashlib.sha256(image.tobytes()).hexdigest() for image in images_NHWC)),
     }
     captions = [sample.captions for sample in samples]
-    return ValidationImages(config.name, images_NHWC, captions, num_skipped, kind == "scenes", protocol)
+    repeats = is_generated or 2 * len({full for full, *_ in captions}) <= len(captions)  # such as names of classes
+    return ValidationImages(config.name, images_NHWC, captions, num_skipped, kind == "scenes", protocol, repeats)
 
 
 def validation_documents(configs: Sequence[TextSourceConfig], *, seed: int) -> list[str]:

@@ -1,14 +1,17 @@
 """metrics.jsonl reads as one run without interruption, whatever happened to the process that wrote it."""
 
+import io
 import json
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from um3.core.errors import UserError
-from um3.core.metrics import MetricsWriter, read_metrics
+from um3.core.metrics import MetricsWriter, Samples, read_metrics
 
 
 def write(folder: Path, *steps: int, resume_step: int = 0) -> None:
@@ -98,6 +101,22 @@ def test_tensorboard_shows_the_same_values(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
     assert len(events.Scalars("optim/grad_norm")) == 2
+
+
+def test_tensorboard_shows_images_with_their_texts(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    metrics = MetricsWriter(tmp_path, views=("tensorboard",))
+    metrics.show(7, {"eval/captions/scenes": Samples(images, ["a red circle", "two <squares>"])})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = events.Images("eval/captions/scenes")
+    shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert image.step == 7 and (shown[:8, :8] == images[0]).all()
+    (text,) = events.Tensors("eval/captions/scenes/text_summary")
+    assert b"a red circle" in text.tensor_proto.string_val[0] and b"two <squares>" in text.tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize(("view", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

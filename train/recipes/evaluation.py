@@ -3,10 +3,14 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from eval.config import EvalConfig, PartName
+from eval.part_files import read_part
+from eval.report.samples import MAKERS
 from eval.run import evaluate, with_sources
 from eval.scores import read_scores
 from train.settings.um3 import UM3Config
@@ -14,7 +18,9 @@ from um3.core.commands import find_config
 from um3.core.config import load_config
 from um3.core.distributed import is_main, wait_for_main
 from um3.core.errors import UserError
+from um3.core.metrics import NO_SAMPLES, Samples
 
+NUM_SHOWN = 16
 logger = logging.getLogger(__name__)
 
 
@@ -34,6 +40,8 @@ class Evaluation:
             texts=settings.texts or config.data.texts,  # the run's config.yaml is not written yet
         )
         self.config = with_sources(settings)
+        self.shown: Mapping[str, Samples] = NO_SAMPLES
+        """Images of the last evaluation."""
 
     def measure(self, write_model: Callable[[Path], None], *, step: int) -> dict[str, float]:
         """Evaluate on the first rank, while the others wait; return the scores as metrics there (a collective call).
@@ -41,6 +49,7 @@ class Evaluation:
         `write_model` writes the current model to a folder; every rank calls it. A UserError is reported and does not
         stop the run.
         """
+        self.shown = NO_SAMPLES
         step_folder = self.folder / "eval" / f"step-{step:08d}"
         model = step_folder / "model"
         write_model(model)
@@ -55,6 +64,19 @@ class Evaluation:
                 files = [config.results_dir / f"{part}.json" for part in config.parts]
                 scores = [score for file in files for score in read_scores(file)]
                 values = {f"eval/{score.key}": score.value for score in scores if score.value is not None}
+                self.shown = _samples(config)
             shutil.rmtree(model, ignore_errors=True)
         wait_for_main()
         return values
+
+
+def _samples(config: EvalConfig) -> dict[str, Samples]:
+    """The first generated and captioned images of every source, from the files of the evaluation."""
+    shown = {}
+    for name in ("captions", "generated"):
+        part, make = MAKERS[name]
+        for group in make(read_part(config.results_dir / f"{part}.json"), {}) if part in config.parts else []:
+            tiles = group.tiles[:NUM_SHOWN]
+            images_NHWC = np.stack([tile.image for tile in tiles])
+            shown[f"eval/{name}/{group.title}"] = Samples(images_NHWC, [tile.text for tile in tiles])
+    return shown

@@ -7,6 +7,7 @@ read from the folder of `make text-features`.
 Legend: B images of this rank, N patches, S sub-tokens of a patch, P = N * S ids of an image, D width, V ids of a slot.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from train.optim import schedule_factor, set_learning_rate
 from train.settings.llamagen import LlamaGenShapeConfig, LlamaGenTrainingConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
+from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
 
@@ -83,6 +85,7 @@ class LlamaGenTask:
 
     unit = "images"
     finished = False
+    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: LlamaGenTrainingConfig):
         self.config = config
@@ -118,6 +121,10 @@ class LlamaGenTask:
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.objective = LlamaGenObjective(self.model, chunk_tokens=config.chunk_tokens)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.rows.num_patches * self.model.config.subtokens
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}

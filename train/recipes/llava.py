@@ -11,6 +11,7 @@ Legend: B conversations of a micro-batch, T tokens, C, H, W channels and sides o
 import itertools
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from um3.core.distributed import device, is_main, rank, sum_over_ranks, wait_for
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.core.hub import load_pretrained
+from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
 
@@ -88,6 +90,7 @@ class LlavaTask:
 
     unit = "conversations"
     finished = False
+    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: LlavaAlignConfig | LlavaInstructConfig):
         self.config = config
@@ -146,6 +149,10 @@ class LlavaTask:
             rank=rank(),
             world_size=world_size(),
         )
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.config.data.max_tokens
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}

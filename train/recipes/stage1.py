@@ -66,8 +66,11 @@ class Stage1Objective(nn.Module):
         super().__init__()
         self.qlip, self.bottleneck = qlip, bottleneck
 
-    def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor) -> Outputs:
+    def forward(self, pixels_BCHW: torch.Tensor, input_ids_BT: torch.Tensor, validates: bool = False) -> Any:
+        """`Outputs`; if it `validates`: reconstructions, image embeddings times the logit scale, text embeddings."""
         output = self.qlip(pixels_BCHW, input_ids_BT, bottleneck=self.bottleneck)
+        if validates:
+            return output.reconstructions, output.image_embeds * self.qlip.logit_scale.exp(), output.text_embeds
         quantizer = self.qlip.vision_model.quantizer
         batch_inputs = BatchInputs(
             output.image_embeds.float(), output.text_embeds.float(), output.soft_code, self.qlip.logit_scale.exp()

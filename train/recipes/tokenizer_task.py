@@ -15,9 +15,11 @@ from tokenizer.processor import QLIPProcessor
 from train.checkpoint import full_weights
 from train.engine import build_engine, split_batch
 from train.optim import schedule_factor, set_learning_rate
+from train.recipes.image_validation import ImageValidation
 from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import is_main, rank, world_size
 from um3.core.files import atomic_folder
+from um3.core.metrics import NO_SAMPLES, Samples
 
 SHOWN_KEYS = 8
 
@@ -27,6 +29,7 @@ class TokenizerTask:
 
     unit = "images"
     finished = False
+    shown: Mapping[str, Samples] = NO_SAMPLES
     objective: nn.Module
 
     def __init__(
@@ -53,6 +56,11 @@ class TokenizerTask:
         )
         self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)
         self.skipped: dict[str, int] = {}
+        self.validation = ImageValidation(config, processor=processor) if config.validation.every_steps else None
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.qlip.num_patches
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}
@@ -77,7 +85,13 @@ class TokenizerTask:
         return {key: float(count) for key, count in self.skipped.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        return {}
+        validation, loop = self.validation, self.config.loop
+        if validation is None or (step % self.config.validation.every_steps and step != loop.max_steps):
+            self.shown = NO_SAMPLES
+            return {}
+        values = validation.measure(self.engine, micro_images=self.micro_images)
+        self.shown = validation.shown
+        return values
 
     def fingerprints(self) -> dict[str, str]:
         return self.data.fingerprints()

@@ -9,7 +9,7 @@ patch, M supervised patches, Y = M * S sub-tokens, X = N + Y, K pairs of task an
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from train.recipes.text_validation import TextValidation
 from train.recipes.um3_start import UM3Start
 from train.settings.um3 import UM3Config, UM3LossConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
+from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.seeds import seed_everything
 from um3.model.language_model import save_model
 from um3.model.lora import freeze_base, merge, save_adapter
@@ -146,6 +147,7 @@ class UM3Task:
 
     unit = "samples"
     finished = False
+    shown: Mapping[str, Samples] = NO_SAMPLES
     batches_of: type[SequenceBatches] = SequenceBatches
 
     def __init__(self, config: UM3Config):
@@ -199,6 +201,10 @@ class UM3Task:
             for index in range(min(len(shards), VOCABULARY_CAPTIONS)):
                 with contextlib.suppress(BadSample):
                     yield from shards[index].captions
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.config.data.seq_len
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective}
@@ -273,8 +279,10 @@ class UM3Task:
         settings, is_last = self.config, step == self.config.loop.max_steps
         if self.text_validation is not None and (is_last or step % settings.text_validation.every_steps == 0):
             values |= self.text_validation.measure(self.engine, step=step)
+        self.shown = NO_SAMPLES
         if self.evaluation is not None and step % settings.evaluate.every_steps == 0:
             values |= self.evaluation.measure(self._write_model, step=step)
+            self.shown = self.evaluation.shown
         return values
 
     def fingerprints(self) -> dict[str, str]:

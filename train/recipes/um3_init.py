@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_si
 from um3.core.errors import UserError, make_command
 from um3.core.files import short_hash
 from um3.core.hub import weights_digest
+from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.progress import track
 from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import QLIP_FOLDER, count_parameters, save_model
@@ -74,6 +75,7 @@ class UM3InitTask:
     """The base with an inserted normalisation, distilled on text, then extended by the image tokens."""
 
     unit = "sequences"
+    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: UM3InitConfig) -> None:
         self.config = config
@@ -128,6 +130,10 @@ class UM3InitTask:
         """There is nothing to train, or the divergence has stopped falling."""
         last = self.divergences[-2:]
         return not self.inserts or (len(last) == 2 and last[1] > (1 - SMALLEST_GAIN) * last[0])
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.seq_len
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.objective} if self.inserts else {}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from data_mix.sources.image_sources import ImageSourceConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
 from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, Size
@@ -117,6 +117,16 @@ class CodebookConfig:
 
 
 @dataclass
+class ImageValidationConfig:
+    """Measures reconstruction, and in stage 1 the contrastive loss, on validation images while the tokenizer trains."""
+
+    every_steps: NonNegativeInt = 0
+    """Steps between two measurements; 0: off."""
+    num_images: Annotated[int, Range(2)] = 64
+    """Validation images, as many of each source."""
+
+
+@dataclass
 class Stage1Config:
     """Stage 1: train the visual tokenizer."""
 
@@ -127,6 +137,7 @@ class Stage1Config:
     model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    validation: ImageValidationConfig = field(default_factory=ImageValidationConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     bottleneck: Literal["quantizer", "identity"] = "quantizer"
     """identity: the decoder reads the encoder's output without quantization, and the quantizer does not train (recipe 2
@@ -137,6 +148,7 @@ class Stage1Config:
     """Log the gradient norm of each of the two losses in the encoder's last MLP (Figure 5)."""
 
     def __post_init__(self) -> None:
+        check_intervals(self.loop, validation=self.validation.every_steps)
         if self.gradient_norms and self.engine.zero_stage == 3:
             raise ValueError("gradient_norms needs whole weights, not ZeRO 3's; set engine.zero_stage=2 or less")
         uncaptioned = [source.name for source in self.data.sources if not source.has_captions]
@@ -206,10 +218,12 @@ class Stage2Config:
     init_from: str = ""
     """QLIP folder or hub id to start from, such as runs/demo/stage1/model."""
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    validation: ImageValidationConfig = field(default_factory=ImageValidationConfig)
     trainable: list[str] = field(default_factory=lambda: ["qlip.vision_model.quant_embed", "qlip.vision_decoder"])
     """Name prefixes of the parameters to train, within the bottleneck and the decoder."""
 
     def __post_init__(self) -> None:
+        check_intervals(self.loop, validation=self.validation.every_steps)
         if self.discriminator_optimizer.ema_decay:
             raise ValueError("discriminator_optimizer.ema_decay must be 0: the discriminator is not saved")
 

@@ -5,19 +5,12 @@ from typing import Annotated, Literal
 
 from data_mix.batches.config import ChatDataConfig, DataConfig
 from data_mix.sources.text import TextSourceConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
 from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Size
 from um3.model.configuration import LoRAConfig, ModelConfig, NewTokenInit, Prediction, is_um3
-
-
-def _check_intervals(loop: LoopConfig, **measurements: "TextValidationConfig | EvaluateConfig") -> None:
-    for name, measurement in measurements.items():
-        if (steps := measurement.every_steps) % loop.log_every_steps:
-            needed = f"must be a multiple of loop.log_every_steps={loop.log_every_steps}, or is not logged"
-            raise ValueError(f"{name}.every_steps={steps} {needed}; change one of them, or set 0 to switch it off")
 
 
 @dataclass
@@ -114,7 +107,8 @@ class UM3Config:
     def __post_init__(self) -> None:
         if self.freezes_base and not self.model.base_model:
             raise ValueError("lora.rank and trainable=new_rows freeze a trained base; set model.base_model")
-        _check_intervals(self.loop, text_validation=self.text_validation, evaluate=self.evaluate)
+        intervals = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
+        check_intervals(self.loop, **intervals)
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""
@@ -146,7 +140,8 @@ class UM3InstructConfig:
     """UM3 folder or hub id to start from, such as runs/demo/um3/model."""
 
     def __post_init__(self) -> None:
-        _check_intervals(self.loop, text_validation=self.text_validation, evaluate=self.evaluate)
+        intervals = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
+        check_intervals(self.loop, **intervals)
 
     def inputs(self) -> dict[str, str]:
         """Fingerprint of the model that training starts from; another model makes another run."""

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from um3.core.config import load_config, unknown_key
 from um3.core.errors import UserError, run_main
+from um3.core.log import quiet_bars_in_logs
 
 ConfigT = TypeVar("ConfigT")
 
@@ -54,6 +55,7 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
     parser = ArgumentParser(f"python -m {room}", usage, about, formatter_class=formatter)
     parser.add_argument("command", choices=commands, help=SUPPRESS)
     command = commands[parser.parse_args(sys.argv[1:2] or ["--help"]).command]
+    quiet_bars_in_logs()
     arguments = sys.argv[1:] if command.named else sys.argv[2:]
     run_main(lambda: importlib.import_module(command.module).main(arguments))
 

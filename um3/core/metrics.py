@@ -11,16 +11,30 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from um3.core.errors import UserError
 from um3.core.files import parse_json, write_text
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "lm-eval", "pycocoevalcap", "numpy")
+
+
+class Samples(NamedTuple):
+    """What a model does, to look at: images uint8 (N, H, W, 3), each with its text (a prompt, a caption)."""
+
+    images: "NDArray"
+    texts: Sequence[str]
+
+
+NO_SAMPLES: Mapping[str, Samples] = MappingProxyType({})
 
 
 class MetricsWriter:
@@ -54,8 +68,8 @@ class MetricsWriter:
                 run_id = folder.resolve().as_posix().replace("/", "-")[-64:]
                 self.wandb = wandb.init(project="um3", dir=str(folder), config=config, resume="allow", id=run_id)
         except ImportError as error:
-            package = "wandb" if error.name == "wandb" else "tensorboard"
-            raise UserError(f"loop.loggers names {package}, which is not installed: pip install {package}") from None
+            package = "wandb" if self.tensorboard or "tensorboard" not in views else "tensorboard"
+            raise UserError(f"loop.loggers: cannot import {package} ({error}); pip install {package}") from None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one row; a non-finite value is written as its name ("nan", "inf"), so that the file stays JSON."""
@@ -67,6 +81,18 @@ class MetricsWriter:
             self.tensorboard.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def show(self, step: int, samples: Mapping[str, Samples]) -> None:
+        """Show images with their texts in the views; metrics.jsonl has numbers only."""
+        for name, (images, texts) in samples.items():
+            if self.tensorboard:
+                self.tensorboard.add_images(name, images, step, dataformats="NHWC")
+                self.tensorboard.add_text(name, "\n".join(f"1. `{text}`" for text in texts), step)
+            if self.wandb:
+                import wandb
+
+                pictures = [wandb.Image(image, caption=text) for image, text in zip(images, texts, strict=True)]
+                self.wandb.log({name: pictures}, step=step)
 
     def close(self) -> None:
         """Close the file and the views."""

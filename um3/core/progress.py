@@ -4,6 +4,7 @@ Not rich.progress: in a log it prints only its last line, and its rate includes 
 """
 
 import contextlib
+import logging
 import resource
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import TypeVar
 
 from um3.core.distributed import is_main
 from um3.core.text import printable
+
+logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 LOG_EVERY_S = 10.0
@@ -63,7 +66,7 @@ class Progress:
     def __init__(self, total: int, *, label: str, unit: str = "it", start: int = 0):
         self.total, self.label, self.unit = total, label, unit
         self.done = self.first = start
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = self.logged = time.monotonic()
         self.live = sys.stderr.isatty()
         self.note = ""
         self.shows = not Progress.quiet
@@ -78,18 +81,23 @@ class Progress:
         self.note = self.note if note is None else note
         now = time.monotonic()
         last = self.done >= self.total
-        if self.shows and is_main() and (last or now - self.shown > (LIVE_EVERY_S if self.live else LOG_EVERY_S)):
+        if not self.shows or not is_main():
+            return
+        if last or now - self.shown > (LIVE_EVERY_S if self.live else LOG_EVERY_S):
             self.shown = now
-            self._show(last=last)
+            start, end = ("\r\x1b[K", "\n" if last else "") if self.live else ("", "\n")
+            print(start + self._line(last=last), end=end, file=sys.stderr, flush=True)
+        if last or now - self.logged > LOG_EVERY_S:
+            self.logged = now
+            logger.debug("%s", self._line(last=last))  # for a log file
 
-    def _show(self, *, last: bool) -> None:
+    def _line(self, *, last: bool) -> str:
         rate = self.rate()
         left_s = (self.total - self.done) / max(rate, 1e-9)
         left = f"took {format_seconds(time.monotonic() - self.began)}" if last else f"{format_seconds(left_s)} left"
         parts = [f"{self.label} {self.done}/{self.total}", f"{rate:.3g} {self.unit}/s", left]
         parts += [f"{peak_memory_gib():.2f} GiB", *([self.note] if self.note else [])]
-        start, end = ("\r\x1b[K", "\n" if last else "") if self.live else ("", "\n")
-        print(start + printable(" · ".join(parts)), end=end, file=sys.stderr, flush=True)
+        return printable(" · ".join(parts))
 
 
 def track(items: Iterable[ItemT], *, total: int, label: str, unit: str = "it") -> Iterator[ItemT]:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from eval.config import PARTS
 from eval.report.report import data_uri, headlines, main
 from eval.report.results import labels, metric_name, result_tables, task_title
-from eval.report.run_folder import load_run
+from eval.report.run_folder import RunData, load_run
 from eval.run import main as evaluate
 from eval.scores import Measurement, read_scores, write_scores
 from um3.core.errors import UserError
@@ -82,6 +83,7 @@ def test_the_page_is_one_file_with_everything_in_it(reported):
             assert score.shown() in page.text
     assert "validation text, nats per token" in page.text and "Data mix: text 60.0% at the start" in page.text
     assert "8.6" in page.text and "stage 1: reconstruct and align" in page.text
+    assert "UM3 on scenes and digits" in page.text
     assert "not measured: run make eval" in page.text, "the language part was not run"
 
 
@@ -168,7 +170,7 @@ def test_values_of_different_protocols_never_share_a_row(evaluated, other):
     assert first.differs == "" and second.differs == "images: 4 -> 9"
     (shared,) = rows_of(runs, "scenes_reconstruction_stage1/ssim")
     assert "–" not in [str(cell) for cell in shared.cells]
-    assert [cell.value for cell in shared.cells[3:5]] == ["4 / 77", "0 / 5"]
+    assert [cell.value for cell in shared.cells[2:4]] == ["4 / 77", "0 / 5"]
     for row in (row for table in result_tables(runs) for row in table.rows if row.cells):
         cells = zip(runs, row.cells[:2], strict=True)
         hashes = {run.scores[row.key].protocol_hash for run, cell in cells if cell.value != "–"}
@@ -185,10 +187,10 @@ def test_every_form_of_the_report_shows_value_interval_n_seed_and_protocol(evalu
         assert "12.34 dB" in text and interval in text and score.protocol_hash in text and "images: 4 -> 9" in text
     row = next(line for line in markdown.splitlines() if "12.34 dB" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:] == ["–", r"12.34 dB \[11.50, 13.25\]", "24.50 dB", "4", "0", f"`{score.protocol_hash}`"]
+    assert cells[1:] == ["–", r"12.34 dB \[11.50, 13.25\]", "4", "0", f"`{score.protocol_hash}`"]
     own, _, papers = markdown.partition("## The paper: Unified models (Table 5)")
     columns = {line.count("|") - line.count(r"\|") for line in own.splitlines() if line.startswith("|")}
-    assert columns == {8}, "every row has its seven cells"
+    assert columns == {7}, "every row has its six cells"
     assert "| UM3 1.5B | 34.3 | 45.35 | 74.65 | 43.09 | 54.22 | 8.6 |" in papers
     report = json.loads((evaluated / "report.json").read_text())
     found = report["others"][str(other)]["scenes_reconstruction_stage1/psnr"]
@@ -215,14 +217,28 @@ def test_many_runs_and_runs_of_one_name_are_told_apart(evaluated, tmp_path, caps
 
 def test_a_models_language_alone_stands_beside_a_run(evaluated, tmp_path, no_figures):
     of = Measurement("piqa", 0, {"scored": "text"})
-    row = of.mean("acc", [1, 0, 1, 1] * 10, unit="%", paper=0.7465, version="1.0")
+    row = of.mean("acc", [1, 0, 1, 1] * 460, unit="%", paper=0.7465, version="1.0")
     prompts = {"piqa": {"context": "Question: <b>", "continuation": " Turn it."}}
     write_scores(tmp_path / "llama" / "eval" / "language.json", [row], samples={"prompts": prompts})
     main(["--run", str(tmp_path / "llama"), str(evaluated)])
+    main(["--run", str(tmp_path / "llama")])
     page = read(tmp_path / "llama" / "report.html").text
+    assert "not measured: run make eval" not in (tmp_path / "llama" / "report.md").read_text()
+    assert "images" not in page.partition("All results")[0] and "not run" not in page, "a report on language alone"
     assert "75.0 %" in page and row.shown_interval() in page and "Question: <b>" in page
     (row_of_both,) = rows_of([load_run(evaluated), load_run(tmp_path / "llama")], "piqa/acc")
     assert [str(cell) for cell in row_of_both.cells[:3]] == ["–", f"75.0 % {row.shown_interval()}", "74.7 %"]
+
+
+def test_the_papers_value_stands_only_beside_as_many_items_of_its_data(tmp_path):
+    def papers(task, n):
+        row = Measurement(task, 0).score("cider", 8.75, n=n, unit="x100", paper=0.173)
+        write_scores(tmp_path / "eval" / "captions.json", [row])
+        (captions,) = [table for table in result_tables([load_run(tmp_path)]) if table.rows]
+        return [cell.value for row in captions.rows for cell in row.cells if "paper" in captions.columns][1:2]
+
+    assert papers("coco_captions", 5000) == ["17.3"]
+    assert papers("coco_captions", 8) == papers("emoji_captions", 5000) == []
 
 
 def test_captions_from_outside_cannot_break_the_page(evaluated, tmp_path, no_figures):
@@ -249,8 +265,9 @@ def test_names_from_outside_cannot_break_markdown_or_terminal(tmp_path, no_figur
 
 
 def test_names_and_headlines_are_readable(evaluated):
-    assert task_title("scenes_reconstruction_stage1") == "reconstruction · scenes · stage 1"
-    assert task_title("my_photos_captions") == "captions · my_photos" and task_title("piqa") == "piqa"
+    run = RunData(Path("run"), titles={"data": "emoji"})
+    assert task_title("scenes_reconstruction_stage1", run) == "reconstruction · scenes · stage 1"
+    assert task_title("data_captions", run) == "captions · emoji" and task_title("piqa", run) == "piqa"
     assert metric_name("frechet_distance[qlip-features]") == "Frechet distance, qlip-features"
     first = ["skills/mean", "scenes_captions/exact_match", "scenes_reconstruction_stage2/psnr"]
     assert [score.key for score, _, _ in headlines(load_run(evaluated))][:3] == first

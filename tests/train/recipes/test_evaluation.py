@@ -1,6 +1,7 @@
 """Evaluation during UM3's training: the numbers of `make eval`, and losses that do not change."""
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.run import main as evaluate
 from tests.train.conftest import arguments, losses, train_apart, train_here
@@ -48,7 +49,10 @@ def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made, tmp_path):
 
 
 def test_captions_are_measured_while_training(made, tmp_path):
-    train_here("um3", made, tmp_path / "um3", *options(tmp_path, "evaluate.parts=[captions]"))
+    loggers = ["evaluate.parts=[captions]", "loop.loggers=[tensorboard]"]
+    train_here("um3", made, tmp_path / "um3", *options(tmp_path, *loggers))
+    images = EventAccumulator(str(tmp_path / "um3/tensorboard")).Reload().Images("eval/captions/scenes")
+    assert [image.step for image in images] == [2, 4]
     assert ["eval/scenes_captions/cider" in step for step in measured(tmp_path / "um3")] == [False, True, False, True]
 
 

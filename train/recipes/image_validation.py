@@ -1,0 +1,68 @@
+"""Validation while a tokenizer trains: reconstruction, and in stage 1 contrast, on images that training never sees.
+
+Legend: B images of a micro-batch, N images of a source, H, W pixels, C channels, P projection.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval.metrics.reconstruction import psnr
+from eval.tasks.validation_data import ValidationImages, validation_images
+from tokenizer.processor import QLIPProcessor
+from train.engine import autocast
+from train.settings.tokenizer import Stage1Config, Stage2Config
+from um3.core.distributed import device
+from um3.core.metrics import Samples
+
+NUM_SHOWN = 16
+
+
+class ImageValidation:
+    """The same validation images of every source each time. All ranks measure all of them, so nothing is summed."""
+
+    def __init__(self, config: Stage1Config | Stage2Config, *, processor: QLIPProcessor):
+        self.config, self.processor = config, processor
+        sources = config.data.sources
+        number = max(2, config.validation.num_images // len(sources))
+        options: dict[str, Any] = {"size": processor.image_size, "seed": config.loop.seed}
+        self.data = [validation_images(source, num_images=number, **options) for source in sources]
+        self.shown: dict[str, Samples] = {}
+        """Images of the last measurement, each with its reconstruction on the right."""
+
+    def measure(self, engine: Any, *, micro_images: int) -> dict[str, float]:
+        """PSNR of every source, and the contrastive loss and accuracy of stage 1 (a collective call)."""
+        values: dict[str, float] = {}
+        engine.eval()
+        for data in self.data:
+            rebuilt_NHWC, embeds = self._forward(engine, data, micro_images=micro_images)
+            values[f"validation/psnr/{data.name}"] = float(psnr(rebuilt_NHWC, originals_BHWC=data.images).mean())
+            pairs_NHWC = np.concatenate([data.images[:NUM_SHOWN], rebuilt_NHWC[:NUM_SHOWN]], axis=2)
+            self.shown[f"validation/{data.name}"] = Samples(pairs_NHWC, data.full_captions[:NUM_SHOWN])
+            if embeds and isinstance(self.config, Stage1Config) and self.config.loss.contrastive:
+                logits_NN = embeds[0] @ embeds[1].T
+                own_N = torch.arange(len(logits_NN), device=logits_NN.device)
+                loss = (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
+                values[f"validation/contrastive/{data.name}"] = float(loss)
+                values[f"validation/accuracy/{data.name}"] = float((logits_NN.argmax(1) == own_N).float().mean())
+        engine.train()
+        return values
+
+    @torch.no_grad()
+    def _forward(self, engine: Any, data: ValidationImages, *, micro_images: int) -> Any:
+        """Reconstructions uint8 (N, H, W, 3), and in stage 1 the scaled image and the text embeddings (N, P)."""
+        rebuilt, embeds = [], []
+        for start in range(0, len(data.images), micro_images):
+            part = slice(start, start + micro_images)
+            pixels_BCHW = self.processor.pixels(data.images[part]).to(device())
+            with autocast(self.config.engine):
+                if isinstance(self.config, Stage1Config):
+                    input_ids_BT = self.processor.text(data.full_captions[part])["input_ids"].to(device())
+                    reconstructed_BCHW, *both = engine(pixels_BCHW, input_ids_BT, validates=True)
+                    embeds.append([embeds_BP.float() for embeds_BP in both])
+                else:
+                    reconstructed_BCHW, _ = engine(pixels_BCHW)
+            rebuilt.append(self.processor.images(reconstructed_BCHW.float()))
+        return np.concatenate(rebuilt), [torch.cat(parts) for parts in zip(*embeds, strict=True)]
