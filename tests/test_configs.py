@@ -268,7 +268,7 @@ def test_the_vq_baseline_differs_from_bsqvit_in_its_quantizer():
 def test_the_decoder_alone_is_tuned_on_imagenet():
     config, base = load("qlip_b16_in1k", "stage2"), load("qlip_b16", "stage2")
     changed = differences(to_dict(base), to_dict(config))
-    assert {line.partition(":")[0] for line in changed} == {"trainable", "data.sources"}
+    assert {line.partition(":")[0].partition("[")[0] for line in changed} == {"trainable", "data.sources"}
     autoencoder = Autoencoder(meta_qlip(), trainable=config.trainable)
     trained = {name for name, parameter in autoencoder.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("qlip.vision_decoder.") for name in trained)

@@ -3,6 +3,7 @@
 Legend: B images of a micro-batch, N images of a source, H, W pixels, C channels, P projection.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from tokenizer.processor import QLIPProcessor
 from train.engine import autocast
 from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import device
+from um3.core.errors import UserError
 from um3.core.metrics import Samples
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 16
 
@@ -28,7 +32,12 @@ class ImageValidation:
         sources = config.data.sources
         number = max(2, config.validation.num_images // len(sources))
         options: dict[str, Any] = {"size": processor.image_size, "seed": config.loop.seed}
-        self.data = [validation_images(source, num_images=number, **options) for source in sources]
+        self.data: list[ValidationImages] = []
+        for source in sources:
+            try:
+                self.data.append(validation_images(source, num_images=number, **options))
+            except UserError as error:  # a few images of one's own, or val_fraction=0: they can train all the same
+                logger.warning("'%s' is not validated while it trains: %s", source.name, error)
         self.shown: dict[str, Samples] = {}
         """Images of the last measurement, each with its reconstruction on the right."""
 

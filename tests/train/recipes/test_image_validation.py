@@ -41,3 +41,11 @@ def test_stage_1_measures_how_captions_find_their_images(made, tmp_path):
 def test_a_mistake_is_found_before_the_first_step(made, tmp_path):
     with pytest.raises(UserError, match=r"validation\.every_steps=15"):
         train_here("stage1", made, tmp_path, "validation.every_steps=15", "loop.log_every_steps=10")
+
+
+def test_a_source_without_validation_images_trains_all_the_same(made, tmp_path, capfd):
+    few = "{name: few, kind: scenes, length: 8, val_fraction: 0}"
+    sources = f"data.sources=[{{name: scenes, kind: scenes, length: 200}}, {few}]"
+    train_here("stage1", made, tmp_path / "stage1", *EVERY_TWO, sources)
+    assert "'few' is not validated" in capfd.readouterr().err
+    assert logged(tmp_path / "stage1", "validation/psnr/scenes")[1]
