@@ -56,7 +56,9 @@ def main(arguments: Sequence[str]) -> None:
     with folder_lock(out):
         results = read_results(out / "results.jsonl", small=options.small)
         for part in (parts[name] for name in options.parts if parts[name].small or not options.small):
-            limit_s = min(part.limit_s, end - time.monotonic())
+            limit_s = end - time.monotonic()
+            if not options.small:
+                limit_s = min(part.limit_s, limit_s)
             if results.get(part.name, {}).get("status") != "done" and limit_s >= MIN_S:
                 result = run(part, device=device, small=options.small, limit_s=limit_s)
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:
