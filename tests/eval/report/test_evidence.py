@@ -85,7 +85,7 @@ def test_there_are_thirteen_claims_whose_rows_and_columns_exist():
     for claim in claims:
         ablation = load_config(Ablation, path=ROOT / f"configs/ablations/{claim.table}.yaml")
         for criterion in claim.criteria:
-            if claim.table in tables:
+            if {criterion.over, criterion.under} <= tables.get(claim.table, {}).keys():
                 assert judge(claim, tables[claim.table]).verdict != "not run yet", claim.claim
             else:
                 assert criterion.column in ablation.columns.values(), criterion
