@@ -7,6 +7,7 @@ and data are made. --small runs the parts at the size of a test, on a CPU too.
 
 import functools
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -90,7 +91,7 @@ def run(part: Part, *, device: str, small: bool, limit_s: float) -> dict[str, An
     """A part's result: status (done, or what went wrong), printed lines and numbers, seconds, and where it ran."""
     peak = next((f"--peak-tflops {tflops}" for name, tflops in DATA_SHEETS.items() if name in device), "")
     text = part.small if small else part.arguments.replace("{peak}", peak)
-    command, start = [*part.command.split(), *text.split()], time.monotonic()
+    command, start = [*part.command.split(), *shlex.split(text)], time.monotonic()
     status, lines = "done", list[str]()
     try:
         lines = [line for line in run_process(command, label=part.name, limit_s=limit_s).splitlines() if line.strip()]
@@ -117,7 +118,7 @@ def page(parts: Sequence[Part], *, results: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"| {part.name} | {what} | {reached:.2f} | {least} |")
     for part in parts:
         result = results[part.name]
-        lines += ["", f"## {part.name}", "", f"`python -m {' '.join(result['command'])}`", ""]
+        lines += ["", f"## {part.name}", "", f"`python -m {shlex.join(result['command'])}`", ""]
         printed = [line for line in result["lines"] if not line.startswith("{")]
         lines += ["```", *printed, f"{result['status']}, {result['seconds']:.0f} s", "```"]
     return "\n".join(lines) + "\n"
