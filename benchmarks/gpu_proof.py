@@ -7,6 +7,7 @@ and data are made. --small runs the parts at the size of a test, on a CPU too.
 
 import functools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -19,12 +20,11 @@ from typing import Any
 import yaml
 
 from benchmarks.harness import benchmark_parser, positive, run_process
+from train.plan.plan import GPUS
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, parse_json, write_text
 from um3.core.metrics import commit, machine, versions
 
-DATA_SHEETS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-"""Dense bf16 TFLOP/s, by a part of the device's name; the peak of other devices is measured."""
 MIN_S = 10
 """No part starts with fewer seconds left."""
 
@@ -65,12 +65,13 @@ def main(arguments: Sequence[str]) -> None:
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
                 results[part.name] = result
+            if part.name not in results:
+                print(f"{part.name}: not run, the time is over", flush=True)
+                continue
             write_text(
-                out / "page.md", page([part for part in parts.values() if part.name in results], results=results)
+                out / "page.md", page([done for done in parts.values() if done.name in results], results=results)
             )
-            print(
-                f"{part.name}: {results.get(part.name, {'status': 'not run, the time is over'})['status']}", flush=True
-            )
+            print(f"{part.name}: {results[part.name]['status']}", flush=True)
     print(out / "page.md")
 
 
@@ -89,8 +90,7 @@ def read_results(path: Path, *, small: bool) -> dict[str, dict[str, Any]]:
 
 def run(part: Part, *, device: str, small: bool, limit_s: float) -> dict[str, Any]:
     """A part's result: status (done, or what went wrong), printed lines and numbers, seconds, and where it ran."""
-    peak = next((f"--peak-tflops {tflops}" for name, tflops in DATA_SHEETS.items() if name in device), "")
-    text = part.small if small else part.arguments.replace("{peak}", peak)
+    text = part.small if small else part.arguments.replace("{peak}", peak_option(device))
     command, start = [*part.command.split(), *shlex.split(text)], time.monotonic()
     status, lines = "done", list[str]()
     try:
@@ -101,6 +101,13 @@ def run(part: Part, *, device: str, small: bool, limit_s: float) -> dict[str, An
     about = {"device": device or "CPU", "commit": commit(), "machine": machine(), "versions": versions()}
     result = {"part": part.name, "small": small, "status": status, "seconds": time.monotonic() - start}
     return result | {"command": command, "lines": lines, "numbers": numbers} | about
+
+
+def peak_option(device: str) -> str:
+    """--peak-tflops of the device's data sheet; empty for a device without one here, whose peak is then measured."""
+    words = re.findall(r"\w+", device.lower().replace("rtx ", "rtx"))
+    rates = [gpu.bf16_tflops for name, gpu in GPUS.items() if name != "cpu" and name.partition("-")[0] in words]
+    return f"--peak-tflops {rates[0]}" if rates else ""
 
 
 def page(parts: Sequence[Part], *, results: dict[str, dict[str, Any]]) -> str:

@@ -95,7 +95,7 @@ def _captions(score: Score, value: float, run: RunData) -> Iterator[Finding]:
         return
     title = run.source_title(score.task.removesuffix("_captions"))
     numbers = f"CIDEr {score.shown()}, {other.shown()} for the captions of other images{_few(score)}"
-    if (score.low or value) > (other.high or other.value):
+    if _is_above(score, other):
         yield Finding(True, f"Captions of {title} tell images apart: {numbers}.")
     else:
         yield Finding(False, f"No clear sign that captions of {title} depend on their image: {numbers}.")
@@ -113,10 +113,10 @@ def _prompt_match(score: Score, value: float, run: RunData) -> Iterator[Finding]
         return
     title = run.source_title(score.task.removesuffix("_generation"))
     numbers = f"{score.shown()}, {other.shown()} with other prompts, {real.shown()} for real images{_few(score)}"
-    if (real.low or real.value) <= (other.high or other.value):
+    if not _is_above(real, other):
         remedy = "train stage 1 longer, or name a CLIP in generation.clip"
         yield Finding(None, f"Images of {title}: the tokenizer cannot judge them, prompt match {numbers}: {remedy}.")
-    elif (score.low or value) > (other.high or other.value):
+    elif _is_above(score, other):
         yield Finding(True, f"Images of {title} follow their prompts: prompt match {numbers}.")
     else:
         yield Finding(False, f"No clear sign that images of {title} follow their prompts: prompt match {numbers}.")
@@ -129,7 +129,7 @@ def _memory(score: Score, value: float, run: RunData) -> Iterator[Finding]:
         return
     title = run.source_title(score.task.removesuffix("_generation"))
     numbers = f"{score.shown()} of their bits are those of the nearest one, {real.shown()} for real images{_few(score)}"
-    if (score.low or value) > (real.high or real.value):
+    if _is_above(score, real):
         yield Finding(False, f"Images of {title} are nearer to training images than real ones: {numbers}.")
     else:
         yield Finding(True, f"Images of {title} are no copies of training images: {numbers}.")
@@ -141,6 +141,11 @@ def _text(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     else:
         what = "less than the frequency of letters" if value >= LETTERS_BITS else "little more than spelling"
         yield Finding(False, f"Text: {score.shown()} bits per byte of validation text: the model knows {what}.")
+
+
+def _is_above(score: Score, other: Score) -> bool:
+    """Whether a value lies above another one, both measured, by more than their intervals."""
+    return (score.low or score.value or 0.0) > (other.high or other.value or 0.0)
 
 
 def _few(score: Score) -> str:

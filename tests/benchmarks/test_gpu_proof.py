@@ -51,3 +51,16 @@ def test_without_a_gpu_the_full_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_proof, "device_name", lambda: "")
     with pytest.raises(UserError, match="no GPU"):
         gpu_proof.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("device", "option"),
+    [
+        ("NVIDIA H200", "--peak-tflops 989"),
+        ("NVIDIA A100-SXM4-80GB", "--peak-tflops 312"),
+        ("NVIDIA GeForce RTX 4090", "--peak-tflops 165"),
+        ("NVIDIA L40", ""),
+    ],
+)
+def test_the_peak_is_that_of_the_devices_data_sheet(device, option):
+    assert gpu_proof.peak_option(device) == option
