@@ -47,12 +47,12 @@ def info_nce(image_embeds_BP: Tensor, text_embeds_BP: Tensor, *, logit_scale: Te
     batch_size = len(image_embeds_BP)
     first = rank() * batch_size if len(image_GP) != batch_size else 0
     target_B = torch.arange(first, first + batch_size, device=image_embeds_BP.device)
-    image_loss, accuracy = _retrieval(image_embeds_BP, text_GP, target_B, logit_scale)
-    text_loss, _ = _retrieval(text_embeds_BP, image_GP, target_B, logit_scale)
+    image_loss, accuracy = retrieval(image_embeds_BP, text_GP, target_B, logit_scale)
+    text_loss, _ = retrieval(text_embeds_BP, image_GP, target_B, logit_scale)
     return ContrastiveLoss((image_loss + text_loss) / 2, accuracy)
 
 
-def _retrieval(query_BP: Tensor, key_GP: Tensor, target_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def retrieval(query_BP: Tensor, key_GP: Tensor, target_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and accuracy of each query's own key among all keys."""
     if len(query_BP) <= CHUNK_ROWS:
         loss, hits = _retrieval_sums(query_BP, key_GP, target_B, scale)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from eval.metrics.reconstruction import psnr
 from eval.tasks.validation_data import ValidationImages, validation_images
+from tokenizer.losses import retrieval
 from tokenizer.processor import QLIPProcessor
 from train.engine import autocast
 from train.settings.tokenizer import Stage1Config, Stage2Config
@@ -51,11 +51,12 @@ class ImageValidation:
             pairs_NHWC = np.concatenate([data.images[:NUM_SHOWN], rebuilt_NHWC[:NUM_SHOWN]], axis=2)
             self.shown[f"validation/{data.name}"] = Samples(pairs_NHWC, data.full_captions[:NUM_SHOWN])
             if embeds and isinstance(self.config, Stage1Config) and self.config.loss.contrastive:
-                logits_NN = embeds[0] @ embeds[1].T
-                own_N = torch.arange(len(logits_NN), device=logits_NN.device)
-                loss = (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
-                values[f"validation/contrastive/{data.name}"] = float(loss)
-                values[f"validation/accuracy/{data.name}"] = float((logits_NN.argmax(1) == own_N).float().mean())
+                image_NP, text_NP = embeds
+                own_N, scale = torch.arange(len(image_NP), device=image_NP.device), image_NP.new_ones(())
+                image_loss, accuracy = retrieval(image_NP, text_NP, own_N, scale)
+                text_loss, _ = retrieval(text_NP, image_NP, own_N, scale)
+                values[f"validation/contrastive/{data.name}"] = float((image_loss + text_loss) / 2)
+                values[f"validation/accuracy/{data.name}"] = float(accuracy)
         engine.train()
         return values
 

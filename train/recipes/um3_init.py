@@ -301,9 +301,8 @@ def _print(record: dict[str, Any], *, config: UM3InitConfig, ids: UnifiedVocabul
     settings = [f"model.base_model={folder}/model", f"model.qk_norm={str(config.qk_norm).lower()}"]
     settings += [f"vocabulary.subtokens={ids.subtokens}", f"vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"]
     if weights_digest(config.visual_tokenizer) != (weights_digest(Path(folder).parent / "stage2" / "model") or "none"):
-        own = [
-            f"visual_tokenizer={folder}/model/{QLIP_FOLDER}"
-        ]  # make codes and make um3 use that of stage 2 otherwise
+        # make codes and make um3 use the tokenizer of stage 2 otherwise.
+        own = [f"visual_tokenizer={folder}/model/{QLIP_FOLDER}"]
         print(f"encode its images: {make_command('make codes', also=['DATA', 'VAL_FRACTION'])} {_args(own)}")
         settings += own
     print(f"train it: {make_command('make um3', also=['TEXT', 'VAL_FRACTION'])} {_args(settings)}")
