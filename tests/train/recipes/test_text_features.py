@@ -19,8 +19,9 @@ from um3.core.errors import UserError
 
 
 def settings(made, folder, *overrides):
-    """The arguments of `llamagen` after its name, with features in `folder` if there is one."""
-    return arguments("llamagen", made, *([f"text_features={folder}"] if folder else []), *overrides)[1:]
+    """The arguments of `llamagen` after its name, with features of first captions in `folder` if there is one."""
+    features = [f"text_features={folder}"] if folder else []
+    return arguments("llamagen", made, "data.caption=first", *features, *overrides)[1:]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def features(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(made):
-    overrides = [f"visual_tokenizer={made}/stage2/model", f"data.codes={made}/codes"]
+    overrides = [f"visual_tokenizer={made}/stage2/model", f"data.codes={made}/codes", "data.caption=first"]
     return load_config(LlamaGenTrainingConfig, path=ROOT / "configs/demo.yaml", section="llamagen", overrides=overrides)
 
 

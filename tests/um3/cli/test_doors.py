@@ -67,7 +67,7 @@ def test_the_demo_stops_at_the_first_phase_that_fails(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(subprocess, "Popen", Child)
     result = CliRunner().invoke(cli.app, ["demo"])
-    names = ["train stage1", "train stage2", "data_mix encode"]
+    names = ["train settings", "train stage1", "train stage2", "data_mix encode"]
     assert result.exit_code == 2 and calls == [[*name.split(), "runs/demo"] for name in names]
 
 
