@@ -80,11 +80,13 @@ def test_new_rows_can_be_trained_alone(base: Path, made: Path, tmp_path: Path) -
 def test_the_adapter_folder_is_one_of_peft(start: Path, trained: Path) -> None:
     config = json.loads((trained / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(start), 2, 32)
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), trained / "adapter").eval()
-    merged = load_model(trained / "model").model
+    # In float64, so that only the rounding of the merged weights is left, not that of a processor's sums.
+    base = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float64)
+    adapted = PeftModel.from_pretrained(base, trained / "adapter").double().eval()
+    merged = load_model(trained / "model").model.double()
     ids_BT = torch.randint(merged.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits_BTV, unadapted_BTV = merged(ids_BT).logits, load_model(start).model(ids_BT).logits
+        logits_BTV, unadapted_BTV = merged(ids_BT).logits, load_model(start).model.double()(ids_BT).logits
         assert (logits_BTV - unadapted_BTV).abs().max() > 0.1
         torch.testing.assert_close(adapted(ids_BT).logits, logits_BTV, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(adapted.merge_and_unload()(ids_BT).logits, logits_BTV, rtol=1e-5, atol=1e-5)
