@@ -30,8 +30,9 @@ HEAD = """# Evidence
 Written by `make evidence` from the tables of [results](results.md) and the criteria in
 `eval/report/claims.yaml`; do not edit it. A claim holds if every difference that it names is larger
 than asked by more than its spread: the root of the sum of squares of the two standard deviations
-over the seeds, or with one seed the noise that the criterion states. It does not hold if a
-difference is smaller than asked by more than that; between the two, this scale cannot show it.
+over the seeds, or with one seed the noise that the criterion states (beside a value with seeds,
+that value's deviation). It does not hold if a difference is smaller than asked by more than that;
+between the two, this scale cannot show it.
 Models and data are the demo's: what holds here holds for small models on scenes and digits. The
 paper states many things; these thirteen are our choice.
 """
@@ -154,7 +155,8 @@ def _judge(criterion: Criterion, cells: Mapping[str, Mapping[str, str]]) -> Judg
     if None in values:
         return Judged(NOT_RUN, [text])
     (over, over_spread), (under, under_spread) = (value for value in values if value)
-    spread = math.hypot(over_spread, under_spread) or criterion.spread
+    # A value of one seed gets the spread of the value beside it.
+    spread = math.hypot(over_spread or under_spread, under_spread or over_spread) or criterion.spread
     difference = over - under - criterion.by
     verdict = UNCLEAR if abs(difference) <= spread else HOLDS if difference > 0 else FAILS
     ours = " against ".join(cell.partition(" (")[0] for cell in shown)
