@@ -3,6 +3,7 @@
 This is the only place that builds DeepSpeed's configuration dictionary (from `EngineConfig`).
 """
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -29,6 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of every optimizer besides the step count (Muon leaves the second at zero)."""
 AVERAGE = "average"
 """Moving average of the weights. It is optimizer state, so that ZeRO partitions it and checkpoints hold it."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""glibc, mallopt(3): free memory above which it shrinks the heap (-1: never), and how many blocks it maps alone."""
 STOCK = ("llama", "qwen2", "qwen3")
 """Model types whose layers Liger can replace."""
 
@@ -57,12 +60,24 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
         # no option to switch it off; gloo's collectives are sufficient. On a GPU, reading this table would probe the
         # build of every operator and print the missing requirements.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
     if not torch.distributed.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     setup_logging()
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc keep the memory of freed tensors for the next ones, instead of returning it to the kernel.
+
+    Every step would get it back as fresh pages, filled with zeros: 14 % of the time of a step of SmolLM2-135M.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _take_gpu() -> None:
