@@ -3,7 +3,6 @@
 This is the only place that builds DeepSpeed's configuration dictionary (from `EngineConfig`).
 """
 
-import ctypes
 import importlib.util
 import logging
 import os
@@ -17,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.optim import build_optimizer
-from um3.core.distributed import device, mixed_precision, prepare_environment, resolve_precision, world_size
+from um3.core.distributed import device, mixed_precision, prepare_environment, resolve_precision, set_up_cpu, world_size
 from um3.core.errors import UserError
 from um3.core.log import setup_logging
 
@@ -30,8 +29,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of every optimizer besides the step count (Muon leaves the second at zero)."""
 AVERAGE = "average"
 """Moving average of the weights. It is optimizer state, so that ZeRO partitions it and checkpoints hold it."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""glibc, mallopt(3): free memory above which it shrinks the heap (-1: never), and how many blocks it maps alone."""
 STOCK = ("llama", "qwen2", "qwen3")
 """Model types whose layers Liger can replace."""
 
@@ -41,8 +38,7 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
 
     Collectives of all groups, also of those that DeepSpeed creates, fail after `timeout_s`.
     """
-    if loop.num_threads:
-        torch.set_num_threads(loop.num_threads)
+    set_up_cpu(loop.num_threads)
     prepare_environment()
     setup_logging()
     os.environ.setdefault("DS_ACCELERATOR", device().type)
@@ -60,24 +56,12 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
         # no option to switch it off; gloo's collectives are sufficient. On a GPU, reading this table would probe the
         # build of every operator and print the missing requirements.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
     if not torch.distributed.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     setup_logging()
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors for the next ones, instead of returning it to the kernel.
-
-    Every step would get it back as fresh pages, filled with zeros: 14 % of the time of a step of SmolLM2-135M.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _take_gpu() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 
 from data_mix.codes.shards import MAX_BITS, ShardHeader, read_header, shard_path, write_shard
 from data_mix.prefetch import Prefetch
@@ -26,7 +25,7 @@ from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.hub_streaming import HubStream, hub_stream
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from um3.core.commands import command_parser, read_config
-from um3.core.distributed import device, mixed_precision, resolve_precision
+from um3.core.distributed import device, mixed_precision, resolve_precision, set_up_cpu
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, read_json, sha256_of, short_hash, write_json
 from um3.core.hub import HUB_ID
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def encode(config: EncodeConfig, *, external: "ExternalTokenizer | None", inputs_hash: str) -> None:
     """Write the missing shards, then summary.json; UserError if codes do not fit, or a source has no usable image."""
-    torch.set_num_threads(config.num_threads)
+    set_up_cpu(config.num_threads)
     tokenizer = external or _open_qlip(config)
     if tokenizer.num_bits > MAX_BITS:
         name = config.external_tokenizer or config.visual_tokenizer

@@ -3,6 +3,7 @@
 torch is imported inside the functions, because reading the rank must not take seconds.
 """
 
+import ctypes
 import os
 import socket
 import sys
@@ -15,6 +16,9 @@ from um3.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""glibc, mallopt(3): free memory above which it shrinks the heap (-1: never), and how many blocks it maps alone."""
 
 
 def rank() -> int:
@@ -39,6 +43,22 @@ def prepare_environment() -> None:
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         port = str(free_port())
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+
+def set_up_cpu(num_threads: int) -> None:
+    """Set torch's threads (0: its default); without a GPU, make glibc keep the memory of freed tensors for the next.
+
+    It would return large blocks to the kernel and get them back as fresh pages, filled with zeros: 14 % of the time of
+    a training step of SmolLM2-135M, a fifth of the time of `make codes`.
+    """
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    libc = ctypes.CDLL(None)
+    if not torch.cuda.is_available() and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def free_port() -> int:
