@@ -1,7 +1,9 @@
 """`python -m train COMMAND ...`: train a phase, make the model that UM3 starts from, or plan a run.
 
-`torchrun`, `deepspeed` and the Slurm script start the phases with the same arguments.
+`torchrun`, `deepspeed`, `accelerate` and the Slurm script start the phases with the same arguments.
 """
+
+import sys
 
 from um3.core.commands import Command, run_room
 from um3.core.distributed import leave_group
@@ -22,5 +24,7 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
+    # DeepSpeed's launcher adds it in front; LOCAL_RANK in the environment says the same.
+    sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     run_room("train", COMMANDS)
     leave_group()

@@ -4,9 +4,32 @@ This module does not import torch: a phase that is up to date must end at once.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
+
+PASSED_KEYS = {
+    "zero_optimization": dict,
+    "communication_data_type": str,
+    "wall_clock_breakdown": bool,
+}
+"""DeepSpeed's keys that `engine.deepspeed` may hold: our settings decide the others, or they do nothing in our loop."""
+OUR_KEYS = {
+    "train_batch_size": "loop.batch_size",
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "loop.micro_batch_size"),
+    "gradient_clipping": "optimizer.grad_clip",
+    **dict.fromkeys(("optimizer", "zero_allow_untested_optimizer"), "optimizer.kind"),
+    "scheduler": "optimizer.schedule",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast", "data_types"), "engine.precision"),
+    **dict.fromkeys(("zero_force_ds_cpu_optimizer", "zero_optimization.offload_optimizer"), "engine.offload_optimizer"),
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.reduce_bucket_size": "engine.bucket_elements",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
+    "steps_per_print": "loop.log_every_steps",
+    **dict.fromkeys(("tensorboard", "wandb"), "loop.loggers"),
+}
+"""DeepSpeed's keys that our settings decide."""
 
 
 @dataclass
@@ -57,6 +80,20 @@ class EngineConfig:
     if that is smaller."""
     timeout_s: PositiveInt = 600
     """Seconds that a process waits for the others; then all stop, and one line names the one that did not answer."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration that no setting of ours decides (PASSED_KEYS), such as
+    {zero_optimization: {overlap_comm: true}}."""
+
+    def __post_init__(self) -> None:
+        zero = self.deepspeed.get("zero_optimization")
+        names = zero if isinstance(zero, dict) else ()
+        for key in (*self.deepspeed, *(f"zero_optimization.{name}" for name in names)):
+            if key in OUR_KEYS:
+                raise ValueError(f"engine.deepspeed: '{key}' is decided by {OUR_KEYS[key]}; set that instead")
+            if key in PASSED_KEYS and not isinstance(self.deepspeed[key], PASSED_KEYS[key]):
+                raise ValueError(f"engine.deepspeed: '{key}' must be a {PASSED_KEYS[key].__name__}")
+            if key.partition(".")[0] not in PASSED_KEYS:
+                raise ValueError(f"engine.deepspeed: unknown key '{key}'; it takes {', '.join(PASSED_KEYS)}")
 
 
 @dataclass

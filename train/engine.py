@@ -1,6 +1,7 @@
 """The DeepSpeed engine: the same call on one CPU process and on many nodes.
 
-This is the only place that builds DeepSpeed's configuration dictionary (from `EngineConfig`).
+This is the only place that builds DeepSpeed's configuration dictionary, from `EngineConfig` and what its `deepspeed`
+passes on.
 """
 
 import importlib.util
@@ -104,6 +105,10 @@ def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
         (offload and stage == 0, "engine.offload_optimizer needs ZeRO; set engine.zero_stage=1, 2 or 3"),
         (offload and kind != "adamw", "engine.offload_optimizer needs AdamW; set optimizer.kind=adamw"),
         (offload and no_gpu, "engine.offload_optimizer needs a GPU; set engine.offload_optimizer=false"),
+        (
+            "zero_optimization" in engine.deepspeed and stage == 0,
+            "engine.deepspeed: zero_optimization needs ZeRO; set engine.zero_stage=1, 2 or 3",
+        ),
     ]
     for applies, message in refused:
         if applies:
@@ -159,12 +164,13 @@ def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: Engine
     check_engine(engine, optimizer=optimizer)
     micro_batch_size, accumulation_steps = split_batch(loop)
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    options: dict[str, Any] = {
+    options = engine.deepspeed | {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": loop.batch_size,
         "gradient_clipping": optimizer.grad_clip,
         "zero_optimization": {
+            **engine.deepspeed.get("zero_optimization", {}),
             "stage": engine.zero_stage,
             "reduce_bucket_size": min(engine.bucket_elements, num_trained),
         },
@@ -189,7 +195,13 @@ def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: Engine
         logger.info("fused kernels: %s", ", ".join(fused) or "none")
     if engine.compile:
         compile_layers(model)
-    wrapped, *_ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=options)
+    try:
+        wrapped, *_ = deepspeed.initialize(model=model, optimizer=torch_optimizer, config=options)
+    except (ValueError, AssertionError) as error:
+        if not engine.deepspeed:
+            raise
+        reason = " ".join(str(error).partition(" [type=")[0].split())
+        raise UserError(f"DeepSpeed refuses engine.deepspeed: {reason}; change or remove that key") from None
     if world_size() == 1 and not engine.zero_stage:
         # DeepSpeed would copy all gradients into buckets and back, a fifth of a step of SmolLM2-135M on a CPU.
         wrapped.enable_backward_allreduce = False

@@ -1,4 +1,4 @@
-"""Other launchers: the Slurm script with torchrun, and DeepSpeed's. Each runs the command of a single machine."""
+"""Other launchers: the Slurm script with torchrun, DeepSpeed's, accelerate's. Each runs a single machine's command."""
 
 import os
 import signal
@@ -59,7 +59,17 @@ def test_a_failed_slurm_job_is_not_requeued(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
-def test_deepspeeds_launcher_runs_the_same_command(tmp_path):
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    train_apart(arguments("stage1", tmp_path), launcher=[*launcher, "--no_local_rank", "--module", "train"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "PORT", "--module"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "PORT", "-m"],
+    ],
+    ids=["deepspeed", "accelerate"],
+)
+def test_other_launchers_run_the_same_command(launcher, tmp_path):
+    launcher = [str(free_port()) if word == "PORT" else word for word in launcher]
+    passed = "engine.deepspeed={zero_optimization: {overlap_comm: false}}"
+    train_apart(arguments("stage1", tmp_path, "engine.zero_stage=1", passed), launcher=["-m", *launcher, "train"])
     assert len(losses(tmp_path / "stage1")) == 4
+    assert ": 2 x cpu;" in (tmp_path / "stage1/train.log").read_text()

@@ -1,6 +1,8 @@
-"""The engine section of a config: refused combinations, precision, buckets, compiled layers, fused AdamW."""
+"""The engine section of a config: refused combinations, DeepSpeed's keys, precision, buckets, compiled layers, fused
+AdamW."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.train.conftest import train_here
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.config import OUR_KEYS, EngineConfig, LoopConfig, OptimizerConfig
 from train.engine import (
     _take_gpu,
     autocast,
@@ -20,6 +22,7 @@ from train.engine import (
     start_runtime,
 )
 from train.optim import build_optimizer, set_learning_rate
+from um3.core.config import load_config
 from um3.core.errors import UserError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
@@ -34,6 +37,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines wi
         (dict(zero_stage=0, precision="bf16-true"), "adamw", "zero_stage=1"),
         (dict(zero_stage=3, compile=True), "adamw", "compile=false"),
         (dict(zero_stage=0, offload_optimizer=True), "adamw", "zero_stage=1"),
+        (dict(zero_stage=0, deepspeed={"zero_optimization": {}}), "adamw", "zero_stage=1"),
         (dict(zero_stage=1, offload_optimizer=True), "muon", "optimizer.kind=adamw"),
         pytest.param(dict(zero_stage=1, offload_optimizer=True), "adamw", "offload_optimizer=false", marks=no_gpu),
     ],
@@ -41,6 +45,68 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines wi
 def test_what_cannot_run_together_is_refused_with_its_remedy(engine, kind, remedy):
     with pytest.raises(UserError, match=remedy):
         check_engine(EngineConfig(**engine), optimizer=OptimizerConfig(kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("passed", "names"),
+    [
+        ({"train_batch_size": 8}, "loop.batch_size"),
+        ({"gradient_accumulation_steps": 2}, "loop.micro_batch_size"),
+        ({"fp16": {"enabled": True}}, "engine.precision"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.kind"),
+        ({"zero_optimization": {"stage": 2}}, "engine.zero_stage"),
+        ({"zero_optimization": {"reduce_bucket_size": 1}}, "engine.bucket_elements"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; it takes zero_optimization"),
+        ({"zero_optimization": None}, "must be a dict"),
+        ({"communication_data_type": 16}, "must be a str"),
+    ],
+)
+def test_keys_of_deepspeed_that_are_ours_or_unknown_are_one_line(passed, names):
+    with pytest.raises(UserError, match=rf"^[^\n]*{names}[^\n]*$"):
+        load_config(EngineConfig, overrides=[f"deepspeed={json.dumps(passed)}"])
+
+
+def test_every_key_that_we_give_deepspeed_is_ours(monkeypatch):
+    handed = {}
+    monkeypatch.setattr("deepspeed.initialize", lambda **options: handed.update(options["config"]) or 1 / 0)
+    for settings in (dict(precision="bf16-mixed"), dict(precision="bf16-true", offload_optimizer=True)):
+        monkeypatch.setattr("train.engine.check_engine", lambda *_, **__: None)
+        engine = EngineConfig(zero_stage=2, **settings)
+        with pytest.raises(ZeroDivisionError):
+            build_engine(nn.Linear(8, 4), optimizer=OptimizerConfig(), engine=engine, loop=LoopConfig(batch_size=1))
+        zero = {f"zero_optimization.{key}" for key in handed["zero_optimization"]}
+        assert (handed.keys() | zero) - {"zero_optimization"} <= OUR_KEYS.keys()
+
+
+def engine_with(passed):
+    """An engine with the keys of DeepSpeed that a command line passes on."""
+    config = load_config(EngineConfig, overrides=["zero_stage=2", "precision=fp32", f"deepspeed={json.dumps(passed)}"])
+    start_runtime(LoopConfig(num_threads=1))
+    return build_engine(nn.Linear(8, 4), optimizer=OptimizerConfig(), engine=config, loop=LoopConfig(batch_size=1))
+
+
+def test_deepspeed_gets_the_keys_that_are_not_ours():
+    engine = engine_with({
+        "zero_optimization": {"overlap_comm": True, "allgather_bucket_size": 1000}, "communication_data_type": "bf16",
+        "wall_clock_breakdown": True,
+    })  # fmt: skip
+    zero = engine._config.zero_config
+    assert (zero.stage, zero.overlap_comm, zero.allgather_bucket_size) == (2, True, 1000)
+    assert engine.communication_data_type == torch.bfloat16
+    assert engine.wall_clock_breakdown()
+
+
+@pytest.mark.parametrize(
+    ("passed", "reason"),
+    [
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com Extra inputs are not permitted"),
+        ({"zero_optimization": {"overlap_comm": "often"}}, "overlap_comm Input should be a valid boolean"),
+        ({"communication_data_type": "int8"}, "Got: int8"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(passed, reason):
+    with pytest.raises(UserError, match=rf"^DeepSpeed refuses engine\.deepspeed: [^\n]*{reason}[^\n]*$"):
+        engine_with(passed)
 
 
 @no_gpu
