@@ -1,6 +1,7 @@
 """The first step of `make demo`: wrong settings and data that are not there are refused before anything trains."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from eval.config import EvalConfig
 from train.phase import CONFIGS
 from um3.core.commands import command_parser, read_config, setting_for
 from um3.core.config import unknown_key
-from um3.core.errors import UserError
+from um3.core.errors import EXTRAS, UserError, missing_extra
 
 PHASES: dict[str, type[Any]] = {
     **{name: CONFIGS[name] for name in ("stage1", "stage2")},
@@ -24,7 +25,11 @@ PHASES: dict[str, type[Any]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print which phases each setting is for; UserError for one that no phase has, a wrong value or a missing path."""
+    """Print which phases each setting is for.
+
+    Raises:
+        UserError: no phase has a setting, a value is wrong, or a path or a package of the evaluation is missing.
+    """
     parser = command_parser("python -m train settings", "Check the settings of all phases.", config="required")
     arguments = [*arguments, "--shared"]
     for setting in parser.parse_intermixed_args(arguments).overrides:
@@ -33,6 +38,9 @@ def main(arguments: Sequence[str]) -> None:
             best = max(problems.values(), key=lambda problem: (problem.endswith("'"), problem.find(";")))
             raise UserError(f"no phase of make demo has this setting: {best}")
         print(f"{setting.partition('=')[0]}: for {', '.join(name for name in PHASES if not problems[name])}")
+    for package, extra in EXTRAS.items():
+        if extra == "eval" and importlib.util.find_spec(package) is None:
+            raise UserError(missing_extra(package))
     for phase, schema in PHASES.items():
         config, _ = read_config(schema, parser, section=phase, arguments=arguments)
         for source in _sources(config):

@@ -7,8 +7,6 @@ import html
 import re
 from urllib.parse import unquote_plus
 
-from um3.core.errors import UserError
-
 _IMAGE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _ADDRESS = r"[-\w./?=&%+#:]*"
 _PLAIN_MARKS = str.maketrans(
@@ -48,11 +46,8 @@ _MAX_JOINTS = 3
 
 def clean_caption(caption: str) -> str:
     """A caption as the released models read it: lower case, without links, file names, sizes and advertising."""
-    try:
-        import bs4
-        import ftfy
-    except ImportError as error:
-        raise UserError(f"cleaning captions needs the package {error.name}; run `pip install um3[llamagen]`") from None
+    import bs4
+    import ftfy
 
     def once(text: str) -> str:
         text = unquote_plus(text).strip().lower().replace("<person>", "person")

@@ -3,14 +3,12 @@
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from um3.core.errors import UserError
 from um3.core.metrics import MetricsWriter, Samples, read_metrics
 
 
@@ -117,12 +115,3 @@ def test_tensorboard_shows_images_with_their_texts(tmp_path: Path) -> None:
     assert image.step == 7 and (shown[:8, :8] == images[0]).all()
     (text,) = events.Tensors("eval/captions/scenes/text_summary")
     assert b"a red circle" in text.tensor_proto.string_val[0] and b"two <squares>" in text.tensor_proto.string_val[0]
-
-
-@pytest.mark.parametrize(("view", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_a_logger_without_its_package_says_how_to_install_it(
-    view: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"pip install {view}"):
-        MetricsWriter(tmp_path, views=(view,))

@@ -31,6 +31,13 @@ REMEDIES = {
 }
 LOST_RANK = re.compile(r"(?is)gloo/transport|by peer|waiting for clients|NCCL.*(remote|time|abort)")
 """Errors of a collective that another rank did not finish."""
+EXTRAS = {
+    **dict.fromkeys(("lm_eval", "pycocoevalcap", "openpyxl", "matplotlib"), "eval"),
+    **dict.fromkeys(("starlette", "uvicorn"), "web"),
+    **dict.fromkeys(("tensorboard", "wandb"), "track"),
+    **dict.fromkeys(("ftfy", "bs4"), "llamagen"),
+}
+"""Packages that only an extra of pyproject.toml installs."""
 MAKE_COMMAND = re.compile(r"(?<=run )make [a-z0-9-]+|(?<=`)make [a-z0-9-]+")
 """A command in a remedy, as in "run make codes first"."""
 
@@ -50,6 +57,8 @@ class Terminated(BaseException):
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main`; turn failures that the user can fix into one line and an exit code.
 
+    A missing package of an extra is such a failure, wherever it is imported.
+
     0: success (also after a SIGTERM that saved its state). 2: a user's mistake, or a `system_problem`. 124: another
     rank ended or did not answer. 130: Ctrl-C. 143: SIGTERM. Any other exception is a bug and keeps its traceback.
     """
@@ -63,6 +72,10 @@ def run_main(main: Callable[[], None]) -> None:
         _leave("interrupted: no partial files were kept; run the same command to resume", code=EXIT_INTERRUPTED)
     except Terminated:
         _leave("terminated: no partial files were kept; run the same command to resume", code=EXIT_TERMINATED)
+    except ModuleNotFoundError as error:
+        if not (problem := missing_extra(error.name)):
+            raise
+        _leave(f"error: {problem}", code=EXIT_USER_ERROR)
     except Exception as error:
         if _is_parallel() and isinstance(error, RuntimeError) and LOST_RANK.search(str(error)):
             reason = " ".join(str(error).split())[:160]
@@ -82,6 +95,12 @@ def make_command(command: str, *, also: Sequence[str] = ()) -> str:
     given = {name: values.get(name, "") for name in ("CONFIG", "RUN", "NPROC", *also)}
     shown = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value not in ("", defaults.get(name))]
     return " ".join([command, *shown])
+
+
+def missing_extra(module: str | None) -> str:
+    """That a module of an extra is not installed, and how to install it, in one line; empty for any other module."""
+    package = (module or "").partition(".")[0]
+    return f'{package} is not installed; run pip install "um3[{EXTRAS[package]}]"' if package in EXTRAS else ""
 
 
 def system_problem(error: BaseException) -> str:

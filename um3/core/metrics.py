@@ -57,19 +57,15 @@ class MetricsWriter:
         self.file = open(self.path, "a", encoding="utf-8")
         self.tensorboard: Any = None
         self.wandb: Any = None
-        try:
-            if "tensorboard" in views:
-                from torch.utils.tensorboard import SummaryWriter
+        if "tensorboard" in views:
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
-            if "wandb" in views:
-                import wandb
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        if "wandb" in views:
+            import wandb
 
-                run_id = folder.resolve().as_posix().replace("/", "-")[-64:]
-                self.wandb = wandb.init(project="um3", dir=str(folder), config=config, resume="allow", id=run_id)
-        except ImportError as error:
-            package = "wandb" if self.tensorboard or "tensorboard" not in views else "tensorboard"
-            raise UserError(f"loop.loggers: cannot import {package} ({error}); pip install {package}") from None
+            run_id = folder.resolve().as_posix().replace("/", "-")[-64:]
+            self.wandb = wandb.init(project="um3", dir=str(folder), config=config, resume="allow", id=run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one row; a non-finite value is written as its name ("nan", "inf"), so that the file stays JSON."""

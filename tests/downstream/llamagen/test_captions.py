@@ -1,11 +1,8 @@
 """Captions and what the released cleaning makes of them."""
 
-import builtins
-
 import pytest
 
 from downstream.llamagen.captions import clean_caption
-from um3.core.errors import UserError
 
 PAIRS = [
     ("A Portrait Photo of a Kangaroo", "a portrait photo of a kangaroo"),
@@ -36,16 +33,3 @@ PAIRS = [
 @pytest.mark.parametrize(("caption", "cleaned"), PAIRS)
 def test_cleaned_captions(caption, cleaned):
     assert clean_caption(caption) == cleaned
-
-
-def test_missing_packages_are_named(monkeypatch):
-    load = builtins.__import__
-
-    def without_ftfy(name, *arguments, **options):
-        if name == "ftfy":
-            raise ImportError(name=name)
-        return load(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_ftfy)
-    with pytest.raises(UserError, match=r"ftfy.*um3\[llamagen\]"):
-        clean_caption("a cat")
