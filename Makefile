@@ -66,8 +66,8 @@ setup: $(READY) ## Create .venv with every pinned dependency
 	@:
 
 $(READY): pyproject.toml constraints.txt
-	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $$PYTHON is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' || \
+		{ echo "error: $$PYTHON is older than 3.11.5; run make PYTHON=/path/to/python3.11"; exit 2; }
 	"$$PYTHON" -m venv $(VENV)
 	@# Without a GPU the CPU build of torch saves gigabytes; if its index is unreachable, the default one is used.
 	@command -v nvidia-smi >/dev/null 2>&1 || $(PY) -m pip install --quiet --retries 0 --timeout 15 \

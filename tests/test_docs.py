@@ -1,11 +1,13 @@
 """The commands and code of README.md and docs/ are true: Python runs, targets, commands and settings exist."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
 import sys
 import typing
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -92,8 +94,9 @@ def test_targets_commands_and_settings_exist(page):
             names = [word for word in words[1:] if "=" not in word]
             variables = {word.split("=")[0] for word in words[1:] if "=" in word}
             assert set(names) <= TARGETS and variables <= VARIABLES, words
-        if "-m" in words and words[words.index("-m") + 1] in ROOMS:
-            room, command = words[words.index("-m") + 1 : words.index("-m") + 3]
+        module = next((n for n, word in enumerate(words, 1) if word in ("-m", "--module")), len(words) - 1)
+        if words[module] in ROOMS:
+            room, command = words[module : module + 2]
             assert command in ROOMS[room].__main__.COMMANDS, words
             if command == "lm":
                 continue
@@ -103,6 +106,29 @@ def test_targets_commands_and_settings_exist(page):
         for word in words:
             if word.startswith("CONFIG=") and not word.endswith(".yaml"):
                 assert find_config(word.removeprefix("CONFIG=")).is_file(), words
+
+
+def test_the_dockerfile_names_what_exists():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    instructions = [line.split(maxsplit=1) for line in lines if not line.startswith("#")]
+    arguments = {text.partition("=")[0] for name, text in instructions if name == "ARG"}
+    runs = [shlex.split(part) for name, text in instructions if name == "RUN" for part in text.split("&&")]
+    runs += [json.loads(text) for name, text in instructions if name == "CMD"]
+    targets = {words[1] for words in runs if words[0] == "make"}
+    pinned = [words[words.index("-c") + 1] for words in runs if words[0].endswith("/pip")]
+    assert targets == {"setup", "demo"} <= TARGETS and pinned == ["constraints.txt"]
+    assert {word[1:] for words in runs for word in words if word.startswith("$")} == arguments
+    for words in commands(ROOT / "docs/install.md"):
+        if words[0] == "docker" and "--build-arg" in words:
+            assert words[words.index("--build-arg") + 1].partition("=")[0] in arguments
+
+
+def test_the_docker_image_has_every_file_of_the_repository():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    if not any(listed):
+        pytest.skip("not a checkout")
+    assert [path for path in listed if any(fnmatch(part, rule) for part in path.split("/") for rule in ignored)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
