@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from eval.scores import Measurement, Score, bootstrap, bootstrap_groups, read_scores, write_scores
 from um3.core.errors import UserError
@@ -88,6 +89,16 @@ def test_weights_give_the_mean_per_byte():
     assert bootstrap([2.0, 6.0], weights=[1, 3]) == (None, None), "both have two bits per byte"
     with pytest.raises(ValueError, match="2 values and 1 weights"):
         bootstrap([1.0, 2.0], weights=[1])
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_interval_is_scipys(is_weighted):
+    values, lengths = np.random.default_rng(1).random((2, 300))
+    weights = lengths if is_weighted else np.ones(300)
+    options = {"paired": True, "n_resamples": 1000, "method": "percentile", "rng": np.random.default_rng(0)}
+    result = stats.bootstrap((values, weights), lambda x, w, axis: x.sum(axis) / w.sum(axis), **options)
+    expected = tuple(result.confidence_interval)
+    assert bootstrap(values, weights=lengths if is_weighted else None) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_mean_row_has_its_interval_and_count():
