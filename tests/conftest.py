@@ -39,9 +39,10 @@ def no_launcher_variables() -> Iterator[None]:
 def errors_of_one_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every UserError that a test's process makes is one line."""
     messages: list[str] = []
+    initialise = UserError.__init__
 
-    def record(self: UserError, *arguments: object) -> None:
-        Exception.__init__(self, *arguments)
+    def record(self: UserError, *arguments: object, **options: str) -> None:
+        initialise(self, *arguments, **options)
         messages.append(str(self))
 
     monkeypatch.setattr(UserError, "__init__", record)

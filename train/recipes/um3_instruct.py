@@ -13,7 +13,7 @@ from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.hub import model_folder
 from um3.model.configuration import ModelConfig
-from um3.model.language_model import QLIP_FOLDER, trained_on
+from um3.model.language_model import QLIP_FOLDER, stored_texts
 from um3.model.vocabulary import UnifiedVocabulary
 
 
@@ -29,7 +29,8 @@ class UM3InstructTask(UM3Task):
                 f"{config.init_from} begins documents with the token that ends its answers, so packed conversations "
                 "would fall apart; set data.packing=none"
             )
-        names = [*trained_on(self.model.config.um3), *(source.name for source in config.data.conversations)]
+        known = stored_texts(self.model.config.um3, key="conversations")
+        names = [*known, *(source.name for source in config.data.conversations)]
         self.model.config.um3 |= {"conversations": list(dict.fromkeys(names))}
 
     def _mix_metrics(self, batch: SequenceBatch, *, step: int) -> dict[str, float]:

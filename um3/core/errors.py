@@ -43,7 +43,14 @@ MAKE_COMMAND = re.compile(r"(?<=run )make [a-z0-9-]+|(?<=`)make [a-z0-9-]+")
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Its message is one line and names the remedy; no traceback is shown."""
+    """A mistake that the user can fix. Its message is one line and names the remedy; no traceback is shown.
+
+    `parameter` is the name of the argument at fault, for a form that shows the message beside it; empty if not known.
+    """
+
+    def __init__(self, message: object = "", *, parameter: str = ""):
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class Interrupted(Exception):

@@ -43,7 +43,7 @@ def chat_prompts(messages: Messages | Sequence[Messages], *, pipeline: "UM3Pipel
         visual_ids = None
         if image is not None:
             is_pixels = isinstance(image, Image.Image)
-            codes_N = next(encoded_BN) if is_pixels else _check_codes(image, ids=ids, where=f"conversation {index + 1}")
+            codes_N = next(encoded_BN) if is_pixels else check_codes(image, ids=ids, where=f"conversation {index + 1}")
             visual_ids = ids.codes_to_ids(codes_N)
         prompts.append(chat_prompt(encode_turns(turns, tokenizer=pipeline.text_tokenizer), visual_ids, ids=ids))
     return prompts
@@ -103,7 +103,8 @@ def _read_content(content: Any, *, where: str) -> tuple[str, list[Any]]:
     return " ".join(texts), images
 
 
-def _check_codes(codes: Any, *, ids: UnifiedVocabulary, where: str) -> Tensor:
+def check_codes(codes: Any, *, ids: UnifiedVocabulary, where: str) -> Tensor:
+    """The codes (N,) of an image after a check."""
     codes = codes.tolist() if isinstance(codes, Tensor) else codes
     is_code = [type(code) is int and 0 <= code < 1 << ids.num_bits for code in codes]
     if len(is_code) != ids.num_patches or not all(is_code):

@@ -253,7 +253,8 @@ def check_room(prompts: Sequence[Tensor], *, num_new: int, limit: int) -> None:
         if len(prompt) + num_new > limit:
             raise UserError(
                 f"prompt {index + 1} of {len(prompt):,} tokens leaves no room for {num_new:,} more in the model's "
-                f"context of {limit:,}; shorten the prompt"
+                f"context of {limit:,}; shorten the prompt",
+                parameter="prompt",
             )
 
 

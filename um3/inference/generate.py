@@ -141,10 +141,10 @@ class Sampler:
         return total
 
     @torch.inference_mode()
-    def text_logprob(self, prompt: Tensor, *, token_ids: Tensor) -> float:
-        """Log-probability in nats of a text and its end after a prompt, among all text entries."""
-        targets_P = torch.cat([token_ids, torch.tensor([self.ids.eos_id])])
-        hidden_PD = self.decoder.prefill(torch.cat([prompt, token_ids]))[len(prompt) - 1 :]
+    def text_logprob(self, prompt: Tensor, *, token_ids: Tensor, ends: bool = True) -> float:
+        """Log-probability in nats of a text after a prompt, among all text entries, and of its end if it `ends`."""
+        targets_P = torch.cat([token_ids, torch.tensor([self.ids.eos_id])]) if ends else token_ids
+        hidden_PD = self.decoder.prefill(torch.cat([prompt, token_ids]))[len(prompt) - 1 :][: len(targets_P)]
         return self._logprob(hidden_PD, targets_P, entries=(0, self.ids.text_vocab_size))
 
     def _logprob(self, hidden_ND: Tensor, ids_N: Tensor, *, entries: tuple[int, int]) -> float:

@@ -198,7 +198,8 @@ class ImagePipeline(ABC):
         sampling = Sampling(**options)
         check_counts(batch_size=batch_size, num_images=num_images)
         if best_of and best_of < num_images:
-            raise UserError(f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking")
+            message = f"best_of={best_of} is less than num_images={num_images}; use more, or 0 for no ranking"
+            raise UserError(message, parameter="best_of")
         copies = best_of or num_images
         if len(prompts) * copies > MAX_IMAGES:
             raise UserError(f"{len(prompts) * copies:,} images in one call; at most {MAX_IMAGES:,}")
@@ -240,8 +241,14 @@ class ImagePipeline(ABC):
         are generated in reading order: each depends on what is kept above and left of it, not right of or below it.
         `options` are those of `generate`.
         """
-        free_N = region_patches(redraw, num_patches=self.visual_tokenizer.num_codes)
         codes_BN = self.encode(images, batch_size=options.get("batch_size", 64))
+        return self.inpaint_codes(codes_BN, prompts, redraw=redraw, **options)
+
+    def inpaint_codes(
+        self, codes_BN: Tensor, prompts: Sequence[str], *, redraw: Region, **options: Unpack[GenerateOptions]
+    ) -> Generated:
+        """`inpaint` for images as their codes (B, N)."""
+        free_N = region_patches(redraw, num_patches=self.visual_tokenizer.num_codes)
         generated = self._redraw(codes_BN, prompts, free_of=lambda seed: free_N, **options)
         return generated.with_settings(redrawn_patches=free_N.nonzero().flatten().tolist())
 

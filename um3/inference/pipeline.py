@@ -29,7 +29,7 @@ from um3.inference.outputs import Generated, PairScores, Part, Texts
 from um3.inference.requests import batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
-from um3.model.language_model import load_model, save_model, trained_on
+from um3.model.language_model import load_model, save_model, stored_texts
 from um3.model.text_tokenizer import decode, encode_captions, encode_texts
 from um3.model.visual_parts import DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
@@ -102,7 +102,12 @@ class UM3Pipeline(ImagePipeline):
     @property
     def trained_on(self) -> list[str]:
         """The names of the conversations that the model was trained on; empty if it never learnt to answer."""
-        return trained_on(self.model.config.um3)
+        return stored_texts(self.model.config.um3, key="conversations")
+
+    @property
+    def examples(self) -> list[str]:
+        """Some captions that the model was trained on, as prompts to try; empty if its folder names none."""
+        return stored_texts(self.model.config.um3, key="examples")
 
     @property
     def sampler(self) -> Sampler:
@@ -169,16 +174,23 @@ class UM3Pipeline(ImagePipeline):
         An image's seed chooses its patches. Without prompts the model captions the images. `options` are those of
         `generate`.
         """
-        if not 0 < strength <= 1:
-            raise UserError(f"strength {strength} is outside (0, 1]; 1 generates every patch anew")
-
-        def free_of(seed: int) -> Tensor:
-            return torch.rand(self.ids.num_patches, generator=torch_generator(seed, "patches")) < strength
-
         batch_size = options.get("batch_size", 64)
         codes_BN = self.encode(images, batch_size=batch_size)
         if prompts is None:
             prompts = self.caption_codes(codes_BN, batch_size=batch_size)
+        return self.vary_codes(codes_BN, prompts, strength=strength, **options)
+
+    def vary_codes(
+        self, codes_BN: Tensor, prompts: Sequence[str], *, strength: float = 0.5, **options: Unpack[GenerateOptions]
+    ) -> Generated:
+        """`vary` for images as their codes (B, N)."""
+        if not 0 < strength <= 1:
+            message = f"strength {strength} is outside (0, 1]; 1 generates every patch anew"
+            raise UserError(message, parameter="strength")
+
+        def free_of(seed: int) -> Tensor:
+            return torch.rand(self.ids.num_patches, generator=torch_generator(seed, "patches")) < strength
+
         return self._redraw(codes_BN, prompts, free_of=free_of, **options).with_settings(strength=strength)
 
     def caption(self, images: Images, **options: Unpack[WriteOptions]) -> Texts:
@@ -249,6 +261,20 @@ class UM3Pipeline(ImagePipeline):
             image_logprobs.append(sampler.image_logprob(prompt, visual_ids=visual_ids))
         similarities = self.similarity(images, texts) if self.can_rank else None
         return PairScores(text_logprobs, image_logprobs, similarities)
+
+    def prompt_log_ratio(self, prompt: str, *, codes_N: Tensor) -> float:
+        """How much likelier the prompt is as the caption of its image than as the beginning of a text, nats per token.
+
+        `codes_N` (N,) are the codes of an image that was generated for the prompt. Captions of the kind in the training
+        data lie far above 0; below 0, the prompt is outside what the model was trained on (docs/sampling.md, "Prompts
+        outside the training data", has figures).
+        """
+        token_ids = torch.tensor(encode_captions([prompt], tokenizer=self.text_tokenizer)[0])
+        caption_prompt = sequences.caption_prompt(self.ids.codes_to_ids(codes_N), ids=self.ids)
+        as_caption = self.sampler.text_logprob(caption_prompt, token_ids=token_ids)
+        text_prompt = sequences.text_prompt([], ids=self.ids)
+        as_text = self.sampler.text_logprob(text_prompt, token_ids=token_ids, ends=False)
+        return (as_caption - as_text) / max(len(token_ids), 1)
 
     def _write(
         self,

@@ -23,7 +23,8 @@ def resolve_seeds(seeds: Sequence[int] | None, *, names: Sequence[tuple[str | in
         raise UserError(f"{len(seeds)} seeds for {len(names)} results; give one seed per result")
     for value in seeds:
         if not 0 <= value < EXACT_BELOW:
-            raise UserError(f"seed {value} is outside 0 .. 2**53 - 1; jq and JavaScript round larger integers")
+            message = f"seed {value} is outside 0 .. 2**53 - 1; jq and JavaScript round larger integers"
+            raise UserError(message, parameter="seed")
     return list(seeds)
 
 
@@ -32,9 +33,9 @@ def check_texts(texts: Sequence[Any] | str, *, kind: str, may_be_empty: bool = F
     texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise UserError(f"{kind} {index + 1} is of type {type(text).__name__}; it must be a text")
+            raise UserError(f"{kind} {index + 1} is of type {type(text).__name__}; it must be a text", parameter=kind)
         if not (may_be_empty or text.strip()):
-            raise UserError(f"{kind} {index + 1} is empty; describe the image")
+            raise UserError(f"{kind} {index + 1} is empty; describe the image", parameter=kind)
     return [valid_text(text) for text in texts]
 
 
@@ -46,7 +47,7 @@ def check_pairs(images: Sized, texts: Sized) -> None:
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise UserError(f"{name} is {count}; use 1 or more")
+            raise UserError(f"{name} is {count}; use 1 or more", parameter=name)
 
 
 def batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:

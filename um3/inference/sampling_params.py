@@ -50,18 +50,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature:g} is outside [0, inf); 0 is greedy")
+            message = f"temperature {self.temperature:g} is outside [0, inf); 0 is greedy"
+            raise UserError(message, parameter="temperature")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p} is outside (0, 1]; 1 keeps all entries")
+            raise UserError(f"top-p {self.top_p} is outside (0, 1]; 1 keeps all entries", parameter="top_p")
         if self.top_k < 0:
-            raise UserError(f"top-k {self.top_k} is negative; 0 keeps all entries")
+            raise UserError(f"top-k {self.top_k} is negative; 0 keeps all entries", parameter="top_k")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min-p {self.min_p} is outside [0, 1]; 0 keeps all entries")
+            raise UserError(f"min-p {self.min_p} is outside [0, 1]; 0 keeps all entries", parameter="min_p")
         if not self._schedule():
-            raise UserError("the guidance schedule is empty; use one scale or more")
+            raise UserError("the guidance schedule is empty; use one scale or more", parameter="guidance_scale")
         for scale in self._schedule():
             if not 0 <= scale <= MAX_GUIDANCE:
-                raise UserError(f"guidance scale {scale} is outside [0, {MAX_GUIDANCE:g}]; 1 means no guidance")
+                message = f"guidance scale {scale} is outside [0, {MAX_GUIDANCE:g}]; 1 means no guidance"
+                raise UserError(message, parameter="guidance_scale")
 
     @property
     def guided(self) -> bool:
@@ -109,4 +111,5 @@ def check_number(value: Any, *, what: str, whole: bool = False) -> None:
     """Raise UserError unless `value` is a number, or an integer if `whole`, below EXACT_BELOW."""
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     if not is_number or (isinstance(value, int) and abs(value) >= EXACT_BELOW):
-        raise UserError(f"{what} is {str(value)[:40]!r}; use {'an integer' if whole else 'a number'} below 2**53")
+        message = f"{what} is {str(value)[:40]!r}; use {'an integer' if whole else 'a number'} below 2**53"
+        raise UserError(message, parameter=what.rpartition(" ")[2])

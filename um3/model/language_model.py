@@ -6,7 +6,7 @@ so that transformers, vLLM and lm-eval load a checkpoint as it is.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -136,7 +136,7 @@ def model_card(
     start = f"a starting point: the visual rows are untrained, text is as in the base{changed if base else ''}"
     facts: dict[str, Any] = {"ids": ids, "parts": dict(parts), "base": base, "architecture": architecture}
     facts |= {"state": "trained" if trained else start, "bos": "bos" if ids.bos_id != ids.eos_id else "eos"}
-    facts |= {"conversations": ", ".join(trained_on(config.um3))}
+    facts |= {"conversations": ", ".join(stored_texts(config.um3, key="conversations"))}
     facts |= {"fingerprint": config.um3["tokenizer_fingerprint"], "has_chat_template": has_chat_template}
     template = Path(__file__).with_name("model_card.md")
     return render_card(template, pipeline_tag="any-to-any", qlip_license=qlip_license, **facts)
@@ -164,10 +164,11 @@ def render_card(
     return str(ModelCard.from_template(data, template_path=str(template), **facts).content).rstrip() + "\n"
 
 
-def trained_on(stored: Mapping[str, Any]) -> list[str]:
-    """The names of the conversations that a UM3 was trained on, from the "um3" of its config.json; empty for none."""
-    names = stored.get("conversations")
-    return [valid_text(str(name)) for name in names] if isinstance(names, list) else []
+def stored_texts(stored: Mapping[str, Any], *, key: Literal["conversations", "examples"]) -> list[str]:
+    """From the "um3" of a model's config.json: the names of the conversations that it was trained on, or captions of
+    its training as examples of prompts; empty for none."""
+    texts = stored.get(key)
+    return [valid_text(str(text)) for text in texts] if isinstance(texts, list) else []
 
 
 def load_model(

@@ -245,6 +245,17 @@ def test_scores_of_pairs(ranking):
     assert scores.similarities == pytest.approx(ranking.similarity(images(), PROMPTS), abs=1e-5)
 
 
+def test_a_prompt_is_compared_as_the_caption_of_its_image_and_as_a_text(ranking):
+    prompt, codes_N = PROMPTS[1], ranking.encode(images()[1:2])[0]
+    tokens = torch.tensor(ranking.text_tokenizer.encode(prompt, add_special_tokens=False))
+    begin = torch.tensor([ranking.ids.bos_id])
+    end = ranking.sampler.text_logprob(torch.cat([begin, tokens]), token_ids=tokens[:0])
+    as_text = ranking.sampler.text_logprob(begin, token_ids=tokens) - end
+    as_caption = ranking.score(images()[1:2], [prompt]).text_logprobs[0]
+    expected = (as_caption - as_text) / len(tokens)
+    assert ranking.prompt_log_ratio(prompt, codes_N=codes_N) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 def test_metadata_counts_only_if_it_belongs_to_the_pixels(pipeline):
     generated = pipeline.generate(PROMPTS[:2], seed=1)
     first, second = generated.images
