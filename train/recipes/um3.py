@@ -9,6 +9,7 @@ patch, M supervised patches, Y = M * S sub-tokens, X = N + Y, K pairs of task an
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_mix.batches.config import DataConfig
 from data_mix.batches.mix import SequenceBatch, SequenceBatches
 from data_mix.batches.packing import micro_batches
 from data_mix.batches.statistics import MixStatistics
@@ -47,6 +49,8 @@ from um3.model.vocabulary import UnifiedVocabulary
 VOCABULARY_DOCUMENTS = 2000
 VOCABULARY_CAPTIONS = 5000
 TASK_NAMES = ("text", "i2t", "t2i")
+NUM_EXAMPLES, MAX_EXAMPLE_CHARACTERS, MAX_TRIED = 4, 200, 100
+"""Of the training captions that the model's config.json holds as prompts to try; images of a source that are read."""
 
 
 class UM3Objective(nn.Module):
@@ -167,12 +171,14 @@ class UM3Task:
             rank=rank(),
             world_size=world_size(),
         )
+        examples = example_captions(config.data)
         self.batches: Prefetch[SequenceBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
         if config.freezes_base:
             seed_everything(config.loop.seed, "adapters")
             freeze_base(self.model, ids=self.ids, lora=config.lora)
+        self.model.config.um3 = (getattr(self.model.config, "um3", None) or {}) | {"examples": examples}
         set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -327,6 +333,20 @@ class UM3Task:
                 state_dict=merge(weights, lora=lora),
                 depth=depth or None,
             )
+
+
+def example_captions(data: DataConfig) -> list[str]:
+    """A few short captions of the first training images, of each source in turn."""
+    sources = open_code_sources(data.codes, split="train")
+    used = [shards for name, shards in sources.items() if not data.image_weights or name in data.image_weights]
+    captions: dict[str, None] = {}
+    for index, shards in itertools.product(range(MAX_TRIED), used):
+        with contextlib.suppress(BadSample, IndexError):
+            first = shards[index].captions[:1]
+            captions |= dict.fromkeys(text for text in first if 0 < len(text) <= MAX_EXAMPLE_CHARACTERS)
+        if len(captions) == NUM_EXAMPLES:
+            break
+    return list(captions)
 
 
 build_task = UM3Task

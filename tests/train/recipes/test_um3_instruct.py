@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_mix.batches.chat_batches import join_codes
+from data_mix.codes.shards import open_code_sources
 from data_mix.sources.config import ConversationSourceConfig
 from tests.tokenizer.conftest import change_json
 from tests.train.conftest import arguments, copy_half, losses, train_apart
@@ -34,10 +35,13 @@ def trained(made, tmp_path_factory):
 def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, trained):
     stored = read_json(trained / "model/config.json")["um3"]
     assert stored == read_json(made / "um3/model/config.json")["um3"] | {"conversations": ["scenes"]}
+    captions = [shards[0].captions[0] for shards in open_code_sources(made / "codes", split="train").values()]
+    assert stored["examples"][: len(captions)] == captions
     card = (trained / "model/README.md").read_text()
     assert "trained on the conversations scenes" in card and "Q: question A:" in card
     assert "Q: question" not in (made / "um3/model/README.md").read_text()
     pipeline = UM3Pipeline.from_pretrained(trained / "model")
+    assert pipeline.examples == stored["examples"]
     assert pipeline.trained_on == ["scenes"] and len(pipeline.chat("How many?", max_new_tokens=3)) == 1
     before, after = (load_file(folder / "model/model.safetensors") for folder in (made / "um3", trained))
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)

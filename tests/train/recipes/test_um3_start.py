@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from data_mix.batches.config import DataConfig
+from tests.helpers.code_shards import write_codes
 from tests.train.conftest import logged, train_here
+from train.recipes.um3 import MAX_EXAMPLE_CHARACTERS, example_captions
 from um3.core.errors import UserError
 from um3.model.text_tokenizer import train_text_tokenizer
 
@@ -133,3 +136,21 @@ def test_streamed_text_is_read_once_a_run(made, tmp_path, monkeypatch):
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="own/words"):
         values()
+
+
+def test_examples_are_short_captions_of_every_source_in_turn(tmp_path):
+    captions = {
+        "a": ["one", "", "x" * (MAX_EXAMPLE_CHARACTERS + 1), "two", "one", "three"],
+        "b": ["four"],
+        "c": ["five"],
+    }
+    for source, texts in captions.items():
+        made_of = lambda row, texts=texts: [texts[row]] if texts[row] else []  # noqa: E731
+        write_codes(tmp_path, num_images=len(texts), source=source, captions=made_of)
+    assert example_captions(DataConfig(codes=str(tmp_path), image_weights={"a": 1.0, "b": 1.0})) == [
+        "one",
+        "four",
+        "two",
+        "three",
+    ]
+    assert example_captions(DataConfig(codes=str(tmp_path), image_weights={"c": 1.0})) == ["five"]
