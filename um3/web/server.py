@@ -1,7 +1,8 @@
 """The web server: the page, a description of the model, and calls that generate and caption images and chat.
 
-The calls answer with JSON lines; the last line holds the result. An error is {"error": one sentence}: with a fitting
-status, or as the last line if it occurs after the first one. No path of a request names a file.
+The calls answer with JSON lines; the last line holds the result. An error is {"error": one sentence}, with the argument
+at fault as "parameter" if it is known: with a fitting status, or as the last line if it occurs after the first one. The
+paths are a fixed list: no path of a request names a file.
 """
 
 import asyncio
@@ -10,10 +11,12 @@ import functools
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
+import time
 import webbrowser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,14 @@ from um3.web.worker import Event, Job, Worker
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
 MAX_UPLOAD_BYTES, MAX_REQUEST_BYTES = 20 * 2**20, 256 * 2**10
 UPLOAD_TIMEOUT_S, POLL_S = 60.0, 0.2
 CLOSE = {"Connection": "close"}
 """For the answer to a request whose body is not read to its end; the server would wait for the rest otherwise."""
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+"""Host to listen on all addresses -> one of them."""
 IMAGE_STATUS = {"too large": 413, "not an image": 415}
 
 
@@ -62,6 +68,16 @@ class Site:
         parsed = model_calls.parse_request(content, sampling=self.sampling)
         return await self._stream(request, functools.partial(model_calls.generate, request=parsed))
 
+    async def openai_images(self, request: Request) -> Response:
+        """POST /v1/images/generations as in OpenAI's API; see `model_calls.parse_openai_request`"""
+        content, image_size = await read_body(request, max_bytes=MAX_REQUEST_BYTES), self.pipeline.processor.image_size
+        parsed = model_calls.parse_openai_request(content, sampling=self.sampling, image_size=image_size)
+        result, _ = await self._first(
+            request, functools.partial(model_calls.generate, request=parsed, shows_rows=False)
+        )
+        images = [{"b64_json": image["url"].partition(",")[2]} for image in result["images"]]
+        return JSONResponse({"created": int(time.time()), "data": images})
+
     async def caption(self, request: Request) -> Response:
         """POST /api/caption with the bytes of an image file"""
         content = await read_body(request, max_bytes=MAX_UPLOAD_BYTES)
@@ -74,6 +90,12 @@ class Site:
 
     async def _stream(self, request: Request, call: Callable[..., None]) -> Response:
         """Run a model call and stream its events. The first event, or the error in its place, decides on the status."""
+        first, events = await self._first(request, call)
+        # The response cancels its iterator, and thereby the job, when the client disconnects.
+        return StreamingResponse(_lines(first, events), media_type="application/x-ndjson")
+
+    async def _first(self, request: Request, call: Callable[..., None]) -> tuple[Event, AsyncIterator[Event]]:
+        """Run a model call up to its first event; the event, and those that follow."""
         work: Callable[[Job], None] = functools.partial(call, pipeline=self.pipeline)
         events = self.worker.stream(work)
         first = asyncio.ensure_future(anext(events))
@@ -83,8 +105,7 @@ class Site:
                     raise ClientDisconnect
         finally:
             first.cancel()  # cancels the job unless the event is here
-        # The response cancels its iterator, and thereby the job, when the client disconnects.
-        return StreamingResponse(_lines(first.result(), events), media_type="application/x-ndjson")
+        return first.result(), events
 
 
 async def _lines(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
@@ -95,7 +116,7 @@ async def _lines(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[st
     except Exception as error:
         if not isinstance(error, UserError):
             logger.exception("the model failed")
-        yield json.dumps({"error": describe_error(error)[1]}) + "\n"
+        yield json.dumps(error_body(error)) + "\n"
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
@@ -131,17 +152,33 @@ def describe_error(error: Exception) -> tuple[int, str]:
     return 500, "internal error of the server; see its log"
 
 
+def error_body(error: Exception) -> dict[str, Any]:
+    """The JSON of an error."""
+    parameter = getattr(error, "parameter", "")
+    return {"error": describe_error(error)[1]} | ({"parameter": parameter} if parameter else {})
+
+
 async def _error_response(request: Request, error: Exception) -> Response:
-    status, message = describe_error(error)
-    return JSONResponse({"error": message}, status_code=status, headers=getattr(error, "headers", None))
+    status, body = describe_error(error)[0], error_body(error)
+    if request.url.path.startswith("/v1/"):
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = {"error": {"message": body["error"], "type": kind, "param": body.get("parameter"), "code": None}}
+    return JSONResponse(body, status_code=status, headers=getattr(error, "headers", None))
 
 
-def build_app(
-    pipeline: UM3Pipeline, *, sampling: dict[str, Any], max_waiting: int, open_to_others: bool = False
-) -> ASGIApp:
-    """The ASGI application; `sampling` holds the options of requests that set none."""
+def _page_routes() -> list[Route]:
+    """A route for each file of the page; the page itself is /."""
+    routes = [Route("/", HTMLResponse((PAGE / "page.html").read_bytes()), methods=["GET"])]
+    for path in sorted(PAGE.iterdir()):
+        if media_type := MEDIA_TYPES.get(path.suffix):
+            response = Response(path.read_bytes(), media_type=media_type)
+            routes.append(Route(f"/{path.name}", response, methods=["GET"]))
+    return routes
+
+
+def build_app(pipeline: UM3Pipeline, *, sampling: dict[str, Any], max_waiting: int, **access: Any) -> ASGIApp:
+    """The ASGI application; `sampling` holds the options of requests that set none, `access` goes to `RequestGuard`."""
     Sampling(**sampling)
-    page = PAGE.read_text(encoding="utf-8")
     site = Site(pipeline, sampling=sampling, max_waiting=max_waiting)
 
     @contextlib.asynccontextmanager
@@ -150,25 +187,39 @@ def build_app(
         await site.worker.close()
 
     routes = [
-        Route("/", HTMLResponse(page), methods=["GET"]),
+        *_page_routes(),
         Route("/api/model", site.model),
         Route("/api/generate", site.generate, methods=["POST"]),
         Route("/api/caption", site.caption, methods=["POST"]),
         Route("/api/chat", site.chat, methods=["POST"]),
+        Route("/v1/images/generations", site.openai_images, methods=["POST"]),
     ]
     errors = (UserError, ImageError, HTTPException, ClientDisconnect, Exception)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _error_response), lifespan=lifespan)
-    return RequestGuard(app, page=page, open_to_others=open_to_others)
+    return RequestGuard(app, **access)
 
 
 def run(
-    pipeline: UM3Pipeline, *, listener: socket.socket, sampling: dict[str, Any], max_waiting: int, open_page: bool
+    pipeline: UM3Pipeline,
+    *,
+    listener: socket.socket,
+    sampling: dict[str, Any],
+    max_waiting: int,
+    open_page: bool,
+    allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM. A server that other machines can reach prints its address with a new token."""
     host, port = listener.getsockname()[:2]
-    app = build_app(pipeline, sampling=sampling, max_waiting=max_waiting, open_to_others=not is_loopback(host))
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    is_open = not is_loopback(host)
+    token = secrets.token_urlsafe() if is_open or allow_hosts else ""
+    access = {"open_to_others": is_open, "allow_hosts": allow_hosts, "token": token}
+    app = build_app(pipeline, sampling=sampling, max_waiting=max_waiting, **access)
+    address = ANY_ADDRESS.get(host, f"[{host}]" if ":" in host else host)
+    url = f"http://{address}:{port}" + (f"/?token={token}" if token else "")
     print(f"UM3 is at {url} (Ctrl-C stops it)", flush=True)
+    if host in ANY_ADDRESS or allow_hosts:
+        names = " or ".join(allow_hosts) or "this machine's address"
+        print(f"from other machines, replace {address} by {names}", flush=True)
     # Without a display, Python would open a text browser in this terminal and wait for it.
     has_display = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
     if open_page and has_display:

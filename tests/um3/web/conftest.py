@@ -38,6 +38,7 @@ class Server(NamedTuple):
     port: int
     process: subprocess.Popen[str]
     log: Path
+    token: str
 
     @property
     def url(self) -> str:
@@ -82,19 +83,26 @@ def web_pipeline(web_model: Path) -> UM3Pipeline:
 @pytest.fixture(scope="session")
 def server(web_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`um3 serve` in its own process, on a free port."""
-    log = tmp_path_factory.mktemp("log") / "stderr.txt"
+    with serving(web_model, tmp_path_factory.mktemp("log")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(web_model: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """`um3 serve` in its own process, on a free port, with more options."""
+    log = folder / "stderr.txt"
     script = "from um3.cli import entry_point; entry_point()"
     command = [sys.executable, "-c", script, "serve", "--port", "0", "--no-open", "--model", str(web_model)]
-    command += ["--device", "cpu", "--most-waiting", str(MAX_WAITING)]
+    command += ["--device", "cpu", "--most-waiting", str(MAX_WAITING), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=log.parent, env=environment
         )
         assert process.stdout is not None
-        address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+        address = re.search(r"http://127\.0\.0\.1:(\d+)(?:/\?token=(\S+))?", process.stdout.readline())
         assert address, log.read_text()
-        yield Server(port=int(address[1]), process=process, log=log)
+        yield Server(port=int(address[1]), process=process, log=log, token=address[2] or "")
         process.terminate()
         assert process.wait(timeout=60) == 0, log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()

@@ -1,14 +1,17 @@
 """The page in a real Chromium; skipped without one. The page contacts nothing but its server."""
 
+import base64
 import io
+import re
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.um3.web.conftest import SIDE
-from um3.inference.image_io import read_metadata
+from tests.um3.web.conftest import SIDE, serving
+from um3.inference.image_io import image_metadata, read_metadata
+from um3.web.model_calls import EXAMPLES
 
 playwright = pytest.importorskip("playwright.sync_api")
 Browser, Locator, Page, expect = playwright.Browser, playwright.Locator, playwright.Page, playwright.expect
@@ -93,7 +96,7 @@ def test_the_history_survives_a_reload_and_restores_settings(page):
     run = generate(page, "ثلاث نجوم 🦊", num_images="1", seed="11", temperature="0.25")
     first = run.locator("img").get_attribute("src")
     page.reload()
-    entry = page.locator("#history button").first
+    entry = page.locator("#history .entry").first
     expect(entry).to_contain_text("seed 11")
     entry.click()
     assert page.locator("[name=prompt]").input_value() == "ثلاث نجوم 🦊"
@@ -111,6 +114,9 @@ def test_an_image_is_captioned_and_reconstructed(page, tmp_path):
     expect(page.locator("#caption")).to_be_visible()
     result = upload(page, path)
     expect(result.locator("figure img")).to_have_count(3)
+    result.get_by_role("button", name="Reconstruction").click()
+    expect(page.locator("#repaint")).to_be_visible()
+    page.locator("#viewer-close").click()
     assert "holiday.png · 40 x 30 pixels" in result.inner_text()
     caption = result.locator(".title").inner_text()
     assert (result.locator("pre").text_content() or "").count(" ") == SIDE**2 - 1
@@ -143,17 +149,23 @@ def test_bad_files_and_settings_show_a_sentence_and_the_page_still_works(page, t
     expect(page.locator("#caption-error")).to_contain_text("big.png has 21 MiB; the limit is 20 MiB.")
     expect(page.locator("#captions article")).to_have_count(0)
     page.locator("#tab-generate").click()
-    for prompt, fields, sentence in (
-        ("", {}, "Prompt 1 is empty"),
-        ("a", {"temperature": "-3"}, "Temperature -3 is outside"),
-        ("a", {"temperature": "hot"}, "Temperature is 'hot'"),
-        ("red " * 10_000, {"temperature": ""}, "tokens"),
-        ("a", {"num_images": "10000000000"}, "use 1 to 16."),
+    for prompt, fields, name, sentence in (
+        ("", {}, "prompt", "The prompt is empty"),
+        ("a", {"temperature": "-3"}, "temperature", "Temperature -3 is outside"),
+        ("a", {"temperature": "hot"}, "temperature", "Temperature is 'hot'"),
+        ("red " * 10_000, {"temperature": ""}, "prompt", "tokens"),
+        ("a", {"top_k": "1.5"}, "top_k", "Top-k is '1.5'"),
+        ("a", {"top_k": "", "compare": "1, much"}, "compare", "Guidance is 'much'"),
+        ("a", {"compare": "", "num_images": "10000000000"}, "num_images", "Images is 10000000000; use 1 to 16."),
     ):
         generate(page, prompt, **fields)
-        expect(page.locator("#generate-error")).to_contain_text(sentence)
+        field = page.locator(f"[name={name}][aria-invalid=true]")
+        expect(field).to_be_focused()
+        expect(field).to_have_accessible_description(re.compile(sentence))
+        expect(page.locator("#form .bad:not(:empty)")).to_have_count(1)
     expect(generate(page, "a", num_images="1").locator("figcaption")).to_contain_text("seed")
-    assert page.locator("#generate-error").inner_text() == ""
+    expect(page.locator("#form .bad:not(:empty)")).to_have_count(0)
+    expect(page.locator("[aria-invalid]")).to_have_count(0)
 
 
 def test_a_cancelled_run_stops_and_the_next_one_works(page):
@@ -164,6 +176,112 @@ def test_a_cancelled_run_stops_and_the_next_one_works(page):
     assert page.locator("#runs a").count() == 0
     generate(page, "a green disk", num_images="1")
     expect(page.locator("#runs article").first.locator("figcaption")).to_contain_text("seed")
+
+
+def test_a_cancelled_comparison_leaves_no_empty_frame(page):
+    generate(page, "a red square", num_images="8", compare="1, 2, 3, 4")
+    run = page.locator("#runs article")
+    expect(run).to_contain_text("row ")
+    page.keyboard.press("Escape")
+    expect(run).to_contain_text("cancelled")
+    frames, images = run.locator(".frame").count(), run.locator(".frame img").count()
+    assert frames == images < 32 and run.locator(".scale").count() == run.locator(".images").count() < 4
+
+
+def test_one_click_fills_in_an_example(page):
+    example = page.locator("#examples button").first
+    text = example.inner_text()
+    assert text in EXAMPLES  # the model's folder names none
+    example.click()
+    expect(page.locator("[name=prompt]")).to_have_value(text)
+    expect(page.locator("[name=prompt]")).to_be_focused()
+
+
+def test_an_entry_of_the_history_can_be_removed(page):
+    for seed in ("1", "2", "3"):
+        expect(generate(page, "a red disk", num_images="1", seed=seed)).to_have_count(int(seed))
+        expect(page.locator("#history li")).to_have_count(int(seed))
+    page.get_by_role("button", name="Remove a red disk, seed 2").click()
+    entries = page.locator("#history li")
+    expect(entries).to_have_count(2)
+    expect(entries.nth(1).locator(".remove")).to_be_focused()
+    page.reload()
+    expect(entries).to_have_count(2)
+    assert [text.split("\n")[1] for text in page.locator("#history .entry").all_inner_texts()] == ["seed 3", "seed 1"]
+
+
+def test_an_image_is_enlarged_with_the_keyboard_and_esc_closes_it(page):
+    run = generate(page, "a red disk", num_images="1", seed="5")
+    image = run.locator("button.frame")
+    image.press("Enter")
+    expect(page.locator("#viewer")).to_be_visible()
+    small, large = (page.locator(each).bounding_box() for each in ("#runs button.frame", "#viewer-image"))
+    assert large["width"] > 1.5 * small["width"]
+    assert page.locator("#viewer-pixels").get_attribute("src") == run.locator("img").get_attribute("src")
+    page.keyboard.press("Escape")
+    expect(page.locator("#viewer")).to_be_hidden()
+    expect(image).to_be_focused()
+
+
+def test_a_dragged_region_is_repainted_and_the_rest_kept(page):
+    run = generate(page, "a red disk", num_images="1", seed="5")
+    run.locator("button.frame").click()
+    expect(page.locator("#repaint-button")).to_be_disabled()
+    box = page.locator("#viewer-image").bounding_box()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.1 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.4 * box["height"], steps=3)
+    page.mouse.up()
+    expect(page.locator("#selection-text")).to_have_text(f"Selected: columns 3 to {SIDE}, rows 1 to 2 of {SIDE}.")
+    page.locator("#viewer-image").press("ArrowDown")
+    page.keyboard.press("Shift+ArrowLeft")
+    expect(page.locator("#selection-text")).to_have_text(f"Selected: columns 3 to 3, rows 2 to 3 of {SIDE}.")
+    page.locator("[name=repaint_prompt]").fill(" ")
+    page.locator("#repaint-button").click()
+    expect(page.locator("#generate-error")).to_have_text("The prompt is empty; describe the image.")
+    run.locator("button.frame").click()
+    page.locator("#viewer-image").focus()
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight", "ArrowDown", "Shift+ArrowDown"):
+        page.keyboard.press(key)
+    page.locator("[name=repaint_prompt]").fill("a blue disk")
+    with page.expect_request("**/api/generate") as sent:
+        page.locator("#repaint-button").click()
+    request = sent.value.post_data_json
+    assert request["redraw"] == [0.5, 0.25, 0.75, 0.75] and request["prompt"] == "a blue disk"
+    repainted = page.locator("#runs article[aria-busy=false]").first
+    expect(repainted).to_contain_text("repainted · seed")
+    expect(repainted.locator("figcaption")).to_have_count(4)
+    metadata = [metadata_of(url) for url in repainted.locator("img").evaluate_all("(all) => all.map((one) => one.src)")]
+    places = [row * SIDE + 2 for row in (1, 2)]
+    assert all(values["redrawn_patches"] == places for values in metadata)
+    kept = [place for place in range(SIDE**2) if place not in places]
+    assert all(values["codes"][place] == request["codes"][place] for values in metadata for place in kept)
+
+
+def metadata_of(url):
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return image_metadata(image)
+
+
+def test_one_click_generates_variations(page):
+    run = generate(page, "a red disk", num_images="1", seed="5")
+    run.get_by_role("button", name="Vary").click()
+    variations = page.locator("#runs article[aria-busy=false]").first
+    expect(variations).to_contain_text("variations of seed 5")
+    urls = variations.locator("img").evaluate_all("(all) => all.map((one) => one.src)")
+    assert len({metadata_of(url)["seed"] for url in urls}) == 4
+    assert {(metadata_of(url)["prompt"], metadata_of(url)["strength"]) for url in urls} == {("a red disk", 0.5)}
+    expect(page.locator("#history li")).to_have_count(1)
+
+
+def test_a_page_with_a_token_works_after_its_address_was_opened(browser, web_model, tmp_path):
+    with serving(web_model, tmp_path, "--allow-host", "um3.localhost") as server:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        page.goto(f"http://um3.localhost:{server.port}/?token={server.token}")
+        assert page.url == f"http://um3.localhost:{server.port}/"
+        expect(generate(page, "a red disk", num_images="1").locator("figcaption")).to_contain_text("seed")
+        page.close()
 
 
 def ask(page, question):
@@ -211,6 +329,6 @@ def test_an_error_stands_at_its_field_and_the_conversation_goes_on(page, tmp_pat
 
 def test_a_generated_image_can_be_asked_about(page):
     run = generate(page, "a red disk", num_images="1", seed="5")
-    run.get_by_role("button", name="Ask about it").click()
+    run.get_by_role("button", name="Ask").click()
     expect(page.locator("#chat-image img")).to_have_count(1)
     expect(page.locator("#chat")).to_be_visible()

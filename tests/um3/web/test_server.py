@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.datastructures import Headers
 
@@ -64,6 +65,35 @@ def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server, web_
     assert again["url"] == answer.events[-1]["images"][1]["url"]
 
 
+def test_an_image_is_repainted_and_varied_from_its_codes(server, web_pipeline):
+    codes, request = [*range(SIDE**2)], {"prompt": "a disk", "num_images": 2, "seed": 7, "temperature": 0.8}
+    options = {"num_images": 2, "seeds": [7, 8], **web_pipeline_defaults(temperature=0.8)}
+    codes_BN = torch.tensor([codes])
+    for change, method in (
+        ({"redraw": [0.5, 0, 1, 0.5]}, web_pipeline.inpaint_codes),
+        ({"strength": 0.4}, web_pipeline.vary_codes),
+    ):
+        answer = server.request("POST", "/api/generate", request | {"codes": codes} | change)
+        expected = method(codes_BN, ["a disk"], **options, **change)
+        assert [image["codes"] for image in answer.events[-1]["images"]] == expected.codes.tolist(), answer
+    kept = [
+        row * SIDE + column for row in range(SIDE) for column in range(SIDE) if row >= SIDE // 2 or column < SIDE // 2
+    ]
+    repainted = web_pipeline.inpaint_codes(codes_BN, ["a disk"], redraw=(0.5, 0, 1, 0.5), **options)
+    assert (repainted.codes[:, kept] == codes_BN[:, kept]).all() and not (repainted.codes == codes_BN).all()
+
+
+def web_pipeline_defaults(**options):
+    return {"temperature": 0.5, "top_p": 0.9, "guidance_scale": 2.0} | options
+
+
+def test_the_answer_says_whether_the_prompt_is_outside_the_training_data(server, web_pipeline):
+    for prompt in ("a red disk", "zebra!"):
+        event = server.request("POST", "/api/generate", {"prompt": prompt, "seed": 3}).events[-1]
+        ratio = web_pipeline.prompt_log_ratio(prompt, codes_N=torch.tensor(event["images"][0]["codes"]))
+        assert event["outside"] is (ratio < 0)
+
+
 def test_an_image_gets_its_caption_codes_and_reconstruction(server, web_pipeline):
     content = image_bytes()
     (result,) = server.request("POST", "/api/caption", content).events
@@ -96,6 +126,16 @@ def test_an_image_gets_its_caption_codes_and_reconstruction(server, web_pipeline
         ({"prompt": "a", "seed": -1}, "seed is -1"),
         ({"prompt": "a", "seed": None}, "seed"),
         ({"prompt": "a", "best_of": 4}, "text tokenizer"),
+        ({"prompt": "a", "codes": [0] * SIDE**2}, "either 'redraw' or 'strength'"),
+        ({"prompt": "a", "redraw": [0, 0, 1, 1]}, "needs its 'codes'"),
+        ({"prompt": "a", "codes": "/etc/passwd", "strength": 0.5}, "'codes', a list"),
+        ({"prompt": "a", "codes": [1], "strength": 0.5}, "an image is 16 codes"),
+        ({"prompt": "a", "codes": [-1] * SIDE**2, "strength": 0.5}, "an image is 16 codes"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": "half"}, "strength is 'half'"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": "all"}, "redraw is 'all'"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1]}, "[left, top, right, bottom]"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1, "b"]}, "redraw is 'b'"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0.5, 0, 0.5, 1]}, "must be (left, top, right, bottom)"),
         (b"{", "not valid JSON"),
     ],
 )
@@ -103,6 +143,30 @@ def test_an_invalid_request_gets_status_400_and_one_sentence(server, request_bod
     answer = server.request("POST", "/api/generate", request_body)
     (error,) = answer.events
     assert answer.status == 400 and message in error["error"] and "\n" not in error["error"]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "parameter"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "red " * 10_000}, "prompt"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "temperature": "warm"}, "temperature"),
+        ({"prompt": "a", "top_p": 2}, "top_p"),
+        ({"prompt": "a", "top_k": -1}, "top_k"),
+        ({"prompt": "a", "min_p": 2}, "min_p"),
+        ({"prompt": "a", "guidance_scale": -1}, "guidance_scale"),
+        ({"prompt": "a", "num_images": 0}, "num_images"),
+        ({"prompt": "a", "seed": 0.5}, "seed"),
+        ({"prompt": "a", "num_images": 4, "best_of": 2}, "best_of"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": 2}, "strength"),
+        ({"prompt": "a", "colour": 1}, None),
+    ],
+)
+def test_an_error_names_its_parameter(server, request_body, parameter):
+    (error,) = server.request("POST", "/api/generate", request_body).events
+    assert error.get("parameter") == parameter
 
 
 def test_a_conversation_gets_the_answer_of_the_pipeline(server, web_pipeline):
@@ -186,7 +250,9 @@ def test_an_upload_without_a_length_is_cut_off(server):
 
 
 def test_no_other_path_exists(server):
-    absent = [("GET", path) for path in ("/page.html", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd")]
+    absent = [
+        ("GET", path) for path in ("/page.html", "/page/page.js", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd")
+    ]
     for method, path in (*absent, ("GET", "/api/generate"), ("DELETE", "/api/model"), ("POST", "/")):
         answer = server.request(method, path)
         assert answer.status == (404 if (method, path) in absent else 405) and list(answer.events[0]) == ["error"]
@@ -203,10 +269,9 @@ def test_only_the_servers_own_page_may_call_it(server):
 
 
 def test_only_addresses_are_valid_hosts():
-    page = "<script></script><style></style>"
     own, other = {"localhost:8000", "127.0.0.1", "[::1]:8000"}, "192.168.0.7:8000"
     for is_open, valid in ((False, own), (True, own | {other})):
-        guard = RequestGuard(lambda *_: None, page=page, open_to_others=is_open)
+        guard = RequestGuard(lambda *_: None, open_to_others=is_open)
         hosts = own | {other, "evil.example", "[", ""}
         assert {host for host in hosts if not guard.refusal(Headers({"host": host}), method="GET")} == valid
 
@@ -224,7 +289,7 @@ def test_addresses_and_ports_are_checked_before_the_server_starts(server):
 
 def test_every_answer_forbids_foreign_content(server):
     assert server.request("GET", "/api/model").events[0]["sampling"]["temperature"] == 0.5
-    for path in ("/", "/api/model", "/absent"):
+    for path in ("/", "/page.js", "/page.css", "/api/model", "/absent"):
         headers = server.request("GET", path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
