@@ -60,6 +60,7 @@ help: ## List the targets
 	@echo
 	@printf '  CONFIG=NAME of a file in configs/, or a path (now %s)   RUN=FOLDER (now %s)   NPROC=processes (now $(NPROC))\n' "$$CONFIG" "$$RUN"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" overrides the config of one target"
+	@echo "  QLIP=visual tokenizer, folder or hub id (RUN/stage2/model)   BASE=language model"
 	@echo "  VAL_FRACTION=share of DATA and TEXT that is kept for validation"
 
 setup: $(READY) ## Create .venv with every pinned dependency
@@ -95,12 +96,12 @@ stage2: $(READY) ## Fine-tune its decoder with perceptual and adversarial losses
 		'init_from=$(IN_RUN)/stage1/model' $(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
 codes: $(READY) ## Encode the images to code shards
-	@$(PY) -m data_mix encode --config "$$CONFIG" 'visual_tokenizer=$(IN_RUN)/stage2/model' 'output_dir=$(IN_RUN)/codes' \
+	@$(PY) -m data_mix encode --config "$$CONFIG" 'visual_tokenizer=$${oc.env:QLIP}' 'output_dir=$(IN_RUN)/codes' \
 		$(if $(DATA),images=$(IMAGES)) $(ARGS)
 
 um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(PY) -m train um3 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3' \
-		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
+		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3/model
 	@$(PY) -m train um3-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-instruct' \
@@ -108,11 +109,11 @@ um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3
 
 llamagen: $(READY) ## Train LlamaGen, text-to-image alone, on RUN/codes
 	@$(PY) -m train llamagen --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llamagen' \
-		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
+		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
 text-features: $(READY) ## Encode the captions of RUN/codes, for make llamagen ARGS=text_features=RUN/text_features
 	@$(PY) -m train text-features --config "$$CONFIG" 'text_features=$(IN_RUN)/text_features' \
-		'visual_tokenizer=$(IN_RUN)/stage2/model' 'data.codes=$(IN_RUN)/codes' $(ARGS)
+		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(ARGS)
 
 llava-align: $(READY) ## Train the projector of a LLaVA on a QLIP (BASE=language model, QLIP=tokenizer)
 	@$(PY) -m train llava-align --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/llava-align' \
@@ -138,6 +139,7 @@ um3-gguf: $(READY) ## Write RUN/um3/model as RUN/um3.gguf, for llama.cpp
 
 eval: $(READY) ## Evaluate language, captions, generation and the tokenizer
 	@$(PY) -m eval run --config "$$CONFIG" 'run=$(IN_RUN)' \
+		$(if $(filter override,$(origin QLIP)),'tokenizer.stages={stage2: "$${oc.env:QLIP}"}') \
 		$(if $(DATA),images=$(IMAGES)) $(if $(TEXT),texts=$(TEXTS)) $(ARGS)
 
 eval-language: $(READY) ## The paper's five language tasks for MODEL=folder or hub id (data: LM_EVAL_DATA=folder)
@@ -193,8 +195,9 @@ questions: $(READY) ## Write questions about scenes and digits into RUN/question
 check: $(READY) ## Verify the code shards, text caches and checkpoints in RUN against their checksums
 	@$(PY) -m train check '$(RUN)' $(ARGS)
 
-plan: $(READY) ## What fits which GPUs, and how long training takes (PHASE=um3 or llamagen, GPUS=64 GPU=h200)
-	@$(PY) -m train plan --config "$$CONFIG" --phase "$$PHASE" --gpus "$$GPUS" --gpu "$$GPU" $(ARGS)
+plan: $(READY) ## What fits which GPUs, and how long training takes (PHASE=um3, BASE=, GPUS=64 GPU=h200)
+	@$(PY) -m train plan --config "$$CONFIG" --phase "$$PHASE" --gpus "$$GPUS" --gpu "$$GPU" \
+		$(if $(BASE),'model.base_model=$${oc.env:BASE}') $(ARGS)
 
 bench-tokenizer: $(READY) ## Encode and decode against a plain transcription of the released forward pass
 	@$(PY) -m benchmarks tokenizer $(ARGS)

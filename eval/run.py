@@ -117,7 +117,8 @@ def model_folders(config: EvalConfig, *, part: PartName) -> dict[str, Path]:
         folders = {stage: Path(config.run) / stage / "model" for stage in STAGES}
         trained = {stage: folder for stage, folder in folders.items() if (folder / "config.json").is_file()}
         if not trained:
-            raise UserError(f"no visual tokenizer in {config.run}/stage1 or stage2; run make stage1 first")
+            remedy = "run make stage1 first, or set tokenizer.stages (make: QLIP=folder or hub id)"
+            raise UserError(f"no visual tokenizer in {config.run}/stage1 or stage2; {remedy}")
         return trained
     if config.model:
         return {"um3": model_folder(config.model, kind="language model" if part == "language" else "UM3 model")}

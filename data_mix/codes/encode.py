@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     config, options = read_config(EncodeConfig, parser, section="codes", arguments=arguments)
     setup_logging()
     if not config.images:
-        raise UserError(f"{options.config}: 'images' is empty; list at least one image source")
+        raise UserError(f"{options.config}: 'images' is empty; list at least one image source (make: DATA=)")
     external = _open_external(config)
     inputs_hash = _inputs_hash(config, external)
     if _is_up_to_date(Path(config.output_dir), inputs_hash=inputs_hash):

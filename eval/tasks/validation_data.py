@@ -58,8 +58,9 @@ def trained_on(run: str, *, phase: str, key: str, kind: type[SourceT]) -> list[S
     """
     path = Path(run) / phase / "config.yaml"
     if not run or not path.is_file():
-        name = "images" if kind is ImageSourceConfig else "texts"
-        raise UserError(f"no validation data: {path} does not exist; list the sources under '{name}'")
+        name, variable = ("images", "DATA") if kind is ImageSourceConfig else ("texts", "TEXT")
+        remedy = f"list the sources under '{name}' (make: {variable}=)"
+        raise UserError(f"no validation data: {path} does not exist; {remedy}")
     try:
         sources = yaml.safe_load(read_text(path))["data"][key]
         return [build_config(kind, [(str(path), values)], origin=str(path)) for values in sources]

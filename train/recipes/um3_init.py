@@ -300,14 +300,10 @@ def _print(record: dict[str, Any], *, config: UM3InitConfig, ids: UnifiedVocabul
         print(f"  {name:<30} {value:>13.6f}  {value - before:+.6f}")
     settings = [f"model.base_model={folder}/model", f"model.qk_norm={str(config.qk_norm).lower()}"]
     settings += [f"vocabulary.subtokens={ids.subtokens}", f"vocabulary.bits_per_subtoken={ids.bits_per_subtoken}"]
+    train = make_command("make um3", also=["TEXT", "VAL_FRACTION"])
     if weights_digest(config.visual_tokenizer) != (weights_digest(Path(folder).parent / "stage2" / "model") or "none"):
         # make codes and make um3 use the tokenizer of stage 2 otherwise.
-        own = [f"visual_tokenizer={folder}/model/{QLIP_FOLDER}"]
-        print(f"encode its images: {make_command('make codes', also=['DATA', 'VAL_FRACTION'])} {_args(own)}")
-        settings += own
-    print(f"train it: {make_command('make um3', also=['TEXT', 'VAL_FRACTION'])} {_args(settings)}")
-
-
-def _args(settings: Sequence[str]) -> str:
-    """Settings as make's ARGS, quoted for the shell."""
-    return f"ARGS={shlex.quote(shlex.join(settings))}"
+        own = f"QLIP={shlex.quote(f'{folder}/model/{QLIP_FOLDER}')}"
+        print(f"encode its images: {make_command('make codes', also=['DATA', 'VAL_FRACTION'])} {own}")
+        train = f"{train} {own}"
+    print(f"train it: {train} ARGS={shlex.quote(shlex.join(settings))}")

@@ -180,10 +180,10 @@ def test_distillation_brings_the_model_back_and_resumes(qlip_folder, text, tmp_p
     before, *_, after = record(tmp_path / "whole")["divergences"]
     assert after < 0.7 * before
     encode, next_command = map(shlex.split, capsys.readouterr().out.splitlines()[-2:])
-    tokenizer = f"visual_tokenizer={tmp_path}/whole/model/qlip"  # this run has no stage 2
-    assert encode[3:] == ["make", "codes", "RUN=my run", f"ARGS={tokenizer}"]
-    assert next_command[2:6] == ["make", "um3", "RUN=my run", f"TEXT={text}"]
-    assert load_config(UM3Config, overrides=shlex.split(next_command[6].removeprefix("ARGS=")))
+    tokenizer = f"QLIP={tmp_path}/whole/model/qlip"  # this run has no stage 2
+    assert encode[3:] == ["make", "codes", "RUN=my run", tokenizer]
+    assert next_command[2:7] == ["make", "um3", "RUN=my run", f"TEXT={text}", tokenizer]
+    assert load_config(UM3Config, overrides=shlex.split(next_command[7].removeprefix("ARGS=")))
     train([*runs[1], "loop.max_steps=8"])
     train(runs[1])
     files = [tmp_path / name / "model/model.safetensors" for name in ("whole", "stopped")]
