@@ -19,6 +19,7 @@ from train.recipes.stage1 import Stage1Objective
 from train.recipes.stage2 import Autoencoder
 from train.recipes.tokenizer_setup import qlip_config
 from train.recipes.um3 import UM3Objective
+from train.settings.um3 import UM3Config
 from um3.core.config import SECTIONS, differences, load_config, to_dict
 from um3.core.errors import UserError
 from um3.model.extend import extend_model
@@ -27,7 +28,7 @@ from um3.model.qk_norm import insert_qk_norm
 from um3.model.vocabulary import UnifiedVocabulary
 
 FOLDER = ROOT / "configs"
-FULL = ("demo", "um3_llama3_1b", "um3_llama3_1b_lora")
+FULL = ("demo", "um3_llama3_1b", "one_gpu")
 """Experiments with every phase of UM3."""
 
 
@@ -103,6 +104,15 @@ def test_the_demo_needs_nothing_from_outside():
     assert {source.kind for source in sources} <= {"scenes", "digits", "python_docs"}
     assert not any(source.path for source in sources)
     assert not um3.model.base_model and not stage1.text.tokenizer
+
+
+@pytest.mark.parametrize("lora", ["lora.rank=0", "lora.rank=16"])
+def test_one_gpu_asks_for_its_start(lora, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN", str(tmp_path))
+    settings = [lora, "visual_tokenizer=nvidia/QLIP-B-16-256"]
+    config = load_config(UM3Config, path=FOLDER / "one_gpu.yaml", section="um3", overrides=settings)
+    with pytest.raises(UserError, match=rf"no model in '{tmp_path}/um3-init/model'; run `make um3-init` first"):
+        config.inputs()
 
 
 def test_llamagen_has_the_published_recipe():

@@ -11,7 +11,10 @@ import sys
 import pytest
 
 import um3.cli.doors
+from eval.config import EvalConfig
+from tests.helpers.image_files import write_folder
 from tests.helpers.processes import ROOT
+from tests.helpers.tiny_um3 import save_language_model
 from train.settings.tokenizer import Stage1Config
 from um3.core.config import load_config, save_config
 
@@ -52,7 +55,7 @@ def ready(bare):
 
 def make(folder, *arguments, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    options = {"capture_output": True, "text": True, "timeout": 120}
+    options = {"capture_output": True, "text": True, "timeout": 600}
     return subprocess.run(["make", *arguments], cwd=folder, env=inherited | environment, **options)
 
 
@@ -94,8 +97,12 @@ IMAGES, TEXTS = '[{name: data, path: "@"}]', '[{name: text, path: "@"}]'
 SETTINGS = {  # target: variable, the words of its commands that hold it
     "stage1": {"DATA": f"data.sources={IMAGES}", "CONFIG": "@", "RUN": "loop.output_dir=@/stage1"},
     "stage2": {"DATA": f"data.sources={IMAGES}", "RUN": "loop.output_dir=@/stage2|init_from=@/stage1/model"},
-    "codes": {"DATA": f"images={IMAGES}", "RUN": "visual_tokenizer=@/stage2/model|output_dir=@/codes"},
-    "um3": {"TEXT": f"data.texts={TEXTS}", "RUN": "loop.output_dir=@/um3|data.codes=@/codes"},
+    "codes": {"DATA": f"images={IMAGES}", "QLIP": "visual_tokenizer=@", "RUN": "output_dir=@/codes"},
+    "um3": {
+        "TEXT": f"data.texts={TEXTS}",
+        "QLIP": "visual_tokenizer=@",
+        "RUN": "loop.output_dir=@/um3|data.codes=@/codes",
+    },
     "um3-instruct": {
         "TEXT": f"data.texts={TEXTS}",
         "CONFIG": "@",
@@ -121,7 +128,13 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     },
     "um3-export": {"RUN": "@/um3/model|--out|@/um3-export"},
     "um3-gguf": {"RUN": "@/um3/model|--out|@/um3.gguf"},
-    "eval": {"DATA": f"images={IMAGES}", "TEXT": f"texts={TEXTS}", "CONFIG": "@", "RUN": "run=@"},
+    "eval": {
+        "DATA": f"images={IMAGES}",
+        "TEXT": f"texts={TEXTS}",
+        "CONFIG": "@",
+        "QLIP": 'tokenizer.stages={stage2: "@"}',
+        "RUN": "run=@",
+    },
     "eval-language": {"MODEL": "model=@", "OUT": "output_dir=@/eval", "TEXT": f"texts={TEXTS}"},
     "coco-captions": {"MODEL": "model=@", "REFERENCES": "references=@", "RUN": "output=@/eval/coco_captions.json"},
     "coco-generation": {"MODEL": "model=@", "PROMPTS": "prompts=@", "RUN": "images=@/generated/coco-generation"},
@@ -135,7 +148,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "serve": {"RUN": "@/um3/model"},
     "mix-preview": {"RUN": "@/mix.png|data.codes=@/codes", "CONFIG": "@"},
     "questions": {"RUN": "output_dir=@/questions"},
-    "plan": {"CONFIG": "@", "GPU": "@", "PHASE": "@"},
+    "plan": {"CONFIG": "@", "GPU": "@", "PHASE": "@", "BASE": "model.base_model=@"},
     "bench-training": {"CONFIG": "@"},
     "bench-memory": {"CONFIG": "@", "RUN": "@/benchmarks"},
     "bench-um3": {"CONFIG": "@"},
@@ -164,6 +177,41 @@ def test_an_odd_path_reaches_the_config(odd, ready, monkeypatch):
     assert config.data.sources[0].path == f"d{odd}" and config.loop.output_dir == f"r{odd}/stage1"
     save_config(config, ready / "config.yaml")
     assert load_config(Stage1Config, path=ready / "config.yaml") == config
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_released_tokenizer_takes_the_place_of_stage_2(odd, ready, monkeypatch):
+    ((words, values),) = records(ready, "eval", f"QLIP=q{odd}", "RUN=r")
+    monkeypatch.setenv("QLIP", values["QLIP"])
+    monkeypatch.setenv("RUN", values["RUN"])
+    config = load_config(EvalConfig, overrides=[word for word in words if "=" in word])
+    assert config.tokenizer.stages == {"stage2": f"q{odd}"} and config.run == "r"
+    assert not any("tokenizer.stages" in word for word in command(ready, "eval", "RUN=r"))
+    for target in ("codes", "um3", "llamagen", "text-features"):
+        assert "visual_tokenizer=r/stage2/model" in command(ready, target, "RUN=r")
+
+
+@pytest.mark.slow
+def test_the_recipe_of_one_gpu_runs_at_tiny_size(ready):
+    """um3-init, codes, um3 and eval of configs/one_gpu.yaml, with LoRA, on a QLIP in the released layout."""
+    (ready / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    save_language_model(ready / "base")
+    write_folder(ready / "images")
+    (ready / "prose.txt").write_text("\n\n".join(f"Paragraph {number} of the text. " * 40 for number in range(60)))
+    variables = ["CONFIG=one_gpu", "RUN=r", "BASE=base", "DATA=images", "TEXT=prose.txt", "VAL_FRACTION=0.3", "NPROC=1"]
+    settings = ["--shared", "loop.max_steps=2", "loop.batch_size=8", "loop.micro_batch_size=4", "data.seq_len=64"]
+    settings += ["loop.log_every_steps=1", "data.num_sequences=2", "um3.lora.rank=2", "optimizer.warmup_steps=1"]
+    settings += ["text_validation.every_steps=2", "text_validation.num_sequences=2", "loop.num_threads=1"]
+    settings += ["evaluate_every_steps=1", "parts=[tokenizer,captions,generation]", "captions.num_images=2"]
+    settings += ["captions.max_new_tokens=4", "generation.num_images=2", "tokenizer.num_images=12"]
+    qlip = f"QLIP={ROOT}/tests/tokenizer/golden"
+    targets = ("um3-init", "codes", "um3", "eval")
+    result = make(ready, *targets, *variables, qlip, f"ARGS={shlex.join(settings)}", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (ready / "r/um3/adapter/adapter_config.json").is_file()
+    scores = json.loads((ready / "r/eval/tokenizer.json").read_text())["scores"]
+    assert "data_reconstruction_stage2" in {score["task"] for score in scores}
+    assert (ready / "r/eval/captions.json").is_file() and (ready / "r/eval/generation.json").is_file()
 
 
 @pytest.mark.parametrize("run", ["runs/mine", "r'\"$HOME[1] #\\"])

@@ -23,7 +23,12 @@ PATCHES = 256
 """Of QLIP-B-16-256: used if the config's visual tokenizer is not available, or fewer if sequences are too short."""
 LLAMA_SIZES: dict[str, Any] = dict(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
 LLAMA_SIZES |= dict(num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
-KNOWN_BASES = {"meta-llama/Llama-3.2-1B": LLAMA_SIZES | {"max_position_embeddings": 131_072}}
+SMOLLM2_SIZES: dict[str, Any] = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+SMOLLM2_SIZES |= dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True)
+KNOWN_BASES = {
+    "meta-llama/Llama-3.2-1B": LLAMA_SIZES | {"max_position_embeddings": 131_072},
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_SIZES | {"max_position_embeddings": 8192},
+}
 """Sizes of base models that need no access to the hub."""
 
 

@@ -115,13 +115,13 @@ class UM3Config:
         inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
         if is_um3(self.model.base_model):
             inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
-        elif self.lora.rank:
-            raise UserError(
-                f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
-                f"BASE={self.model.base_model} and set model.base_model to the UM3 that it writes"
-            )
         elif self.model.base_model:
-            inputs["base_model"] = weights_digest(self.model.base_model) or self.model.base_model
+            inputs["base_model"] = model_digest(self.model.base_model, made_by="um3-init")
+            if self.lora.rank:
+                raise UserError(
+                    f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
+                    f"BASE={self.model.base_model} and set model.base_model to the UM3 that it writes"
+                )
         return inputs
 
 

@@ -15,7 +15,7 @@ from tests.helpers.tiny_qlip import make_qlip
 from tests.train.conftest import ROOT, arguments, logged, train_apart
 from train.plan.llamagen import LlamaGenPlan
 from train.plan.memory import Layout, Peak, Trace, Tracer, usage
-from train.plan.plan import Setting, main, open_plan
+from train.plan.plan import GPUS, MFU, Setting, main, open_plan
 from train.plan.um3 import UM3Plan
 from train.settings.llamagen import LlamaGenTrainingConfig
 from train.settings.um3 import UM3Config
@@ -294,6 +294,33 @@ def test_lora_fits_where_full_training_does_not(capsys: pytest.CaptureFixture[st
     arguments = ["--config", "um3_llama3_1b", "--gpus", "1", "--gpu", "rtx4060", *options, "lora.rank=16"]
     main(arguments)
     assert "0.145e9 + 1.498e9 frozen parameters" in capsys.readouterr().out
+
+
+SMOLLM2, LLAMA = "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.2-1B"
+CHECKPOINTING = "engine.activation_checkpointing=true"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "options", "gib", "hours_by_gpu"),
+    [
+        (SMOLLM2, [], 6.0, {"rtx4060": 10, "rtx4080": 3.1, "rtx4090": 1.8, "a100-80": 1.0, "h100": 0.3}),
+        (LLAMA, ["lora.rank=16", CHECKPOINTING], 6.7, {"rtx4060": 78}),
+        (LLAMA, ["lora.rank=16"], 12.9, {"rtx4080": 17, "rtx4090": 10, "a100-80": 5.4, "h100": 1.7}),
+        (LLAMA, [], 33.5, {"a100-80": 7.6, "h100": 2.4}),
+    ],
+)
+def test_the_table_of_one_gpu_is_the_plan(base, options, gib, hours_by_gpu):
+    """The table of docs/um3.md: memory, time, and the smallest card that holds each."""
+    page, plan = (ROOT / "docs/um3.md").read_text(), plan_of(f"model.base_model={base}", *options, config="one_gpu")
+    setting = plan.own()
+    memory = plan.usage(setting)
+    assert memory.total / GIB == pytest.approx(gib, abs=0.06)
+    for gpu, hours in hours_by_gpu.items():
+        plan.gpu = GPUS[gpu]
+        seconds = plan.step_seconds(setting, mfu=MFU) * plan.config.loop.max_steps
+        assert plan.fits(memory) and seconds / 3600 == pytest.approx(hours, abs=0.35)
+        assert f"{gib} GiB{' with activation checkpointing' * (CHECKPOINTING in options)}, {hours} h" in page
 
 
 @pytest.mark.slow
