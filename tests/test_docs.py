@@ -18,7 +18,7 @@ import eval.__main__
 import train.__main__
 from tests.downstream.llava.conftest import build, save
 from tests.helpers.processes import ROOT
-from tests.helpers.schemas import SCHEMAS
+from tests.helpers.schemas import SCHEMAS, SECTIONS
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_language_model, save_um3
 from um3.core.commands import find_config
@@ -148,6 +148,25 @@ def test_python_runs(page, demo_run, tmp_path, monkeypatch):
         for hub_id in ("nvidia/QLIP-B-16-256", "path/or/hub-id"):
             block = block.replace(f'"{hub_id}"', repr(str(demo_run / "runs/demo/um3/model/qlip")))
         exec(compile(block, str(page), "exec"), names)
+
+
+def config_classes(hint):
+    """The config dataclasses within a type."""
+    if dataclasses.is_dataclass(hint):
+        yield hint
+    inner = typing.get_type_hints(hint).values() if dataclasses.is_dataclass(hint) else typing.get_args(hint)
+    for part in inner:
+        yield from config_classes(part)
+
+
+def test_the_settings_page_has_every_section_and_class():
+    page = (ROOT / "docs/api/configuration.md").read_text()
+    shown = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    classes = {part for schema in SECTIONS.values() for part in config_classes(schema)}
+    names = {f"{part.__module__}.{part.__qualname__}" for part in classes}
+    assert {name for name in names if not {name, name.rpartition(".")[0]} & shown} == set()
+    for section, schema in SECTIONS.items():
+        assert f"| `{section}` | [{schema.__qualname__}][{schema.__module__}.{schema.__qualname__}] |" in page
 
 
 @pytest.mark.slow

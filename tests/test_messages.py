@@ -177,6 +177,16 @@ def test_every_remedy_exists(room):
     assert [(place, names) for place, names in wrong.items() if names] == []
 
 
+def test_the_faq_quotes_messages_and_names_remedies_that_exist():
+    page = (ROOT / "docs/faq.md").read_text()
+    texts = [message.text for message in messages()]
+    quoted = re.findall(r"^\*\*`(.+?)`\*\*", page, re.MULTILINE)
+    patterns = {text: ".*".join(map(re.escape, text.split("..."))) for text in quoted}
+    assert len(patterns) >= 20
+    assert [text for text, pattern in patterns.items() if not any(re.search(pattern, said) for said in texts)] == []
+    assert unknown(Message(Path("train/faq.md"), 1, page, frozenset())) == []
+
+
 def empty_remedies(tree):
     """Lines of errors that end in a computed remedy, which may be empty, instead of words."""
     errors = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
