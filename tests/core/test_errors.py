@@ -54,8 +54,9 @@ def test_a_next_command_has_the_variables_of_this_one(
 
 def test_the_remedy_of_a_mistake_is_a_whole_command() -> None:
     body = "raise UserError('no codes; run make codes first, or `make um3-init` again to make one')"
-    result = run(body, MAKELEVEL="1", CONFIG="demo", RUN="/a b", NPROC="")
-    expected = "no codes; run make codes RUN='/a b' first, or `make um3-init RUN='/a b'` again to make one"
+    result = run(body, MAKELEVEL="1", CONFIG="demo", RUN="/a b", NPROC="", DATA="mine", QLIP="/a b/stage2/model")
+    variables = "RUN='/a b' DATA=mine"
+    expected = f"no codes; run make codes {variables} first, or `make um3-init {variables}` again to make one"
     assert result.stderr == f"error: {expected}\n"
 
 

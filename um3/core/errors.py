@@ -38,6 +38,8 @@ EXTRAS = {
     **dict.fromkeys(("ftfy", "bs4"), "llamagen"),
 }
 """Packages that only an extra of pyproject.toml installs."""
+INPUTS = ("DATA", "TEXT", "VAL_FRACTION", "QLIP")
+"""Variables that a command in a remedy repeats; a target that does not read one ignores it."""
 MAKE_COMMAND = re.compile(r"(?<=run )make [a-z0-9-]+|(?<=`)make [a-z0-9-]+")
 """A command in a remedy, as in "run make codes first"."""
 
@@ -73,7 +75,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        remedied = MAKE_COMMAND.sub(lambda match: make_command(match[0]), str(error))
+        remedied = MAKE_COMMAND.sub(lambda match: make_command(match[0], also=INPUTS), str(error))
         _leave(f"error: {remedied}", code=EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _leave("interrupted: no partial files were kept; run the same command to resume", code=EXIT_INTERRUPTED)
@@ -99,6 +101,7 @@ def make_command(command: str, *, also: Sequence[str] = ()) -> str:
     values = os.environ if "MAKELEVEL" in os.environ else {}
     experiment = Path(values.get("CONFIG", "demo").replace(" ", "-")).name.removesuffix(".yaml")
     defaults = {"CONFIG": "demo", "RUN": f"runs/{experiment}"}
+    defaults["QLIP"] = f"{values.get('RUN') or defaults['RUN']}/stage2/model"
     given = {name: values.get(name, "") for name in ("CONFIG", "RUN", "NPROC", *also)}
     shown = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value not in ("", defaults.get(name))]
     return " ".join([command, *shown])
