@@ -200,7 +200,7 @@ def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: Engine
     except (ValueError, AssertionError) as error:
         if not engine.deepspeed:
             raise
-        reason = " ".join(str(error).partition(" [type=")[0].split())
+        reason = " ".join(str(error).partition(" [")[0].split())
         raise UserError(f"DeepSpeed refuses engine.deepspeed: {reason}; change or remove that key") from None
     if world_size() == 1 and not engine.zero_stage:
         # DeepSpeed would copy all gradients into buckets and back, a fifth of a step of SmolLM2-135M on a CPU.

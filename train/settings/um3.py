@@ -1,6 +1,7 @@
 """The configs of UM3's phases, `UM3InitConfig`, `UM3Config` and `UM3InstructConfig`, and their sections."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from data_mix.batches.config import ChatDataConfig, DataConfig
@@ -115,8 +116,11 @@ class UM3Config:
         inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
         if is_um3(self.model.base_model):
             inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
-        elif self.model.base_model:
-            inputs["base_model"] = model_digest(self.model.base_model, made_by="um3-init")
+        elif base := self.model.base_model:
+            if Path(base).exists():  # what is wrong with a folder, the reader of models says better
+                inputs["base_model"] = weights_digest(base) or base
+            else:
+                inputs["base_model"] = model_digest(base, made_by="um3-init")
             if self.lora.rank:
                 raise UserError(
                     f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
