@@ -32,7 +32,7 @@ from train.optim import other_length
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict
 from um3.core.distributed import any_rank, device, is_main, rank, wait_for_main, world_size
-from um3.core.errors import Interrupted, UserError
+from um3.core.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from um3.core.metrics import MetricsWriter, Samples, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
 from um3.core.seeds import seed_everything
@@ -90,8 +90,8 @@ class NonFiniteLoss(Exception):
 def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     """Train `task` to its last step, resuming from the newest valid checkpoint in the phase's folder.
 
-    UserError: a loss that is not finite, a checkpoint of another run, or no valid checkpoint. After SIGTERM it raises
-    Interrupted and after Ctrl-C KeyboardInterrupt, with the state saved.
+    UserError: a loss that is not finite, a checkpoint of another run, or no valid checkpoint. After SIGTERM and Ctrl-C
+    it raises Interrupted, with the state saved.
     """
     loop: LoopConfig = config.loop
     folder = Path(loop.output_dir)
@@ -246,9 +246,7 @@ def _stop(received: list[signal.Signals], *, step: int, folder: Path) -> NoRetur
     name = received[-1].name if received else "a signal to another rank"
     if is_main():
         logger.info("stopped by %s after step %d; saved in %s. Run the same command to resume", name, step, folder)
-    if signal.SIGINT in received[-1:]:
-        raise KeyboardInterrupt
-    raise Interrupted
+    raise Interrupted(EXIT_INTERRUPTED if signal.SIGINT in received[-1:] else 0)
 
 
 def _finish(task: Task, *, folder: Path, run: dict[str, Any], steps: int, seconds: float) -> None:

@@ -58,5 +58,5 @@ def main(arguments: Sequence[str]) -> None:
         try:
             with log_file(log) if is_main() else contextlib.nullcontext():
                 loop.run(recipe.build_task(config), config=config, inputs=inputs)
-        except Interrupted:
-            sys.exit(0)
+        except Interrupted as stopped:
+            sys.exit(stopped.code)

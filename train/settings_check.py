@@ -32,12 +32,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = command_parser("python -m train settings", "Check the settings of all phases.", config="required")
     arguments = [*arguments, "--shared"]
+    lines = []
     for setting in parser.parse_intermixed_args(arguments).overrides:
         problems = {phase: unknown_key(schema, setting_for(phase, setting)) for phase, schema in PHASES.items()}
         if all(problems.values()):
             best = max(problems.values(), key=lambda problem: (problem.endswith("'"), problem.find(";")))
             raise UserError(f"no phase of make demo has this setting: {best}")
-        print(f"{setting.partition('=')[0]}: for {', '.join(name for name in PHASES if not problems[name])}")
+        phases = ", ".join(name for name in PHASES if not problems[name])
+        lines.append(f"setting {setting.partition('=')[0]}, for {phases}")
     for package, extra in EXTRAS.items():
         if extra == "eval" and importlib.util.find_spec(package) is None:
             raise UserError(missing_extra(package))
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         config, _ = read_config(schema, parser, section=phase, arguments=arguments)
         for source in _sources(config):
             source_kind(apply_preset(source))
+    print("\n".join(lines), end="\n" * bool(lines))
 
 
 def _sources(config: Any) -> Iterator[SourceConfig]:

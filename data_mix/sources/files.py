@@ -120,8 +120,9 @@ def _kind_of_path(config: SourceConfig, kinds: Sequence[str]) -> str:
         raise UserError(f"{config.where}: both .parquet and .tar files are there; set kind")
     if found or (is_folder and is_image) or looks_like_hub(path):
         return found[0] if found else "folder" if is_folder else "hub"
-    allowed = f"a folder nor {', '.join(suffixes)} (file, folder or glob) nor a Hugging Face data set (owner/name)"
-    raise UserError(f"{config.where}: neither {allowed}; check the path or set kind")
+    problem = "cannot tell what it is" if Path(path).exists() else "there is no such file or folder"
+    allowed = f"a folder, {', '.join(suffixes)} (file, folder or glob) or a Hugging Face data set (owner/name)"
+    raise UserError(f"{config.where}: {problem}; give {allowed}, or set kind")
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:

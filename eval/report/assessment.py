@@ -94,7 +94,7 @@ def _captions(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     if other is None or other.value is None or f"{score.task}/exact_match" in run.scores:
         return
     title = run.source_title(score.task.removesuffix("_captions"))
-    numbers = f"CIDEr {score.shown()}, {other.shown()} for the captions of other images{_few(score)}"
+    numbers = f"CIDEr {_range(score)}, {_range(other)} for the captions of other images{_few(score)}"
     if _is_above(score, other):
         yield Finding(True, f"Captions of {title} tell images apart: {numbers}.")
     else:
@@ -112,14 +112,14 @@ def _prompt_match(score: Score, value: float, run: RunData) -> Iterator[Finding]
     if other is None or other.value is None or real is None or real.value is None:
         return
     title = run.source_title(score.task.removesuffix("_generation"))
-    numbers = f"{score.shown()}, {other.shown()} with other prompts, {real.shown()} for real images{_few(score)}"
+    numbers = f"{_range(score)}, {_range(other)} with other prompts, {_range(real)} for real images{_few(score)}"
     if not _is_above(real, other):
         remedy = "train stage 1 longer, or name a CLIP in generation.clip"
         yield Finding(None, f"Images of {title}: the tokenizer cannot judge them, prompt match {numbers}: {remedy}.")
     elif _is_above(score, other):
-        yield Finding(True, f"Images of {title} follow their prompts: prompt match {numbers}.")
+        yield Finding(True, f"Images of {title} differ with their prompts: prompt match {numbers}.")
     else:
-        yield Finding(False, f"No clear sign that images of {title} follow their prompts: prompt match {numbers}.")
+        yield Finding(False, f"No clear sign that images of {title} differ with their prompts: prompt match {numbers}.")
 
 
 def _memory(score: Score, value: float, run: RunData) -> Iterator[Finding]:
@@ -132,7 +132,9 @@ def _memory(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     if _is_above(score, real):
         yield Finding(False, f"Images of {title} are nearer to training images than real ones: {numbers}.")
     else:
-        yield Finding(True, f"Images of {title} are no copies of training images: {numbers}.")
+        yield Finding(
+            True, f"Images of {title} are no nearer to training images than real ones, on average: {numbers}."
+        )
 
 
 def _text(score: Score, value: float, run: RunData) -> Iterator[Finding]:
@@ -146,6 +148,10 @@ def _text(score: Score, value: float, run: RunData) -> Iterator[Finding]:
 def _is_above(score: Score, other: Score) -> bool:
     """Whether a value lies above another one, both measured, by more than their intervals."""
     return (score.low or score.value or 0.0) > (other.high or other.value or 0.0)
+
+
+def _range(score: Score) -> str:
+    return f"{score.shown()} {score.shown_interval()}".strip()
 
 
 def _few(score: Score) -> str:

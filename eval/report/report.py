@@ -133,7 +133,8 @@ def as_markdown(runs: Sequence[RunData], *, results: Sequence[Table], **shared: 
     lines += [f"- {MARKS[finding.good]} {escaped(finding.text)}" for finding in shared["findings"]]
     lines += ["", f"{INTERVALS} A row holds values of one protocol only.", ""]
     for table in results:
-        lines += [f"## {table.title}", "", f"{escaped(table.note[:1].upper() + table.note[1:])}.", ""]
+        lines += [f"## {table.title}", ""]
+        lines += [f"{escaped(table.note[:1].upper() + table.note[1:])}.", ""] if table.note else []
         lines += [*markdown(table), ""]
     lines += markdown_list("Not comparable, therefore in rows of their own", not_comparable(results))
     lines += markdown_list("Not measured", {key: why for table in results for key, why in table.missing.items()})

@@ -89,7 +89,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}
     ("text", "hint"),
     [
         ("optimiser: {lr: 1}", "unknown key 'optimiser'; did you mean 'optimizer'"),
-        ("optimizer: {lrr: 1}", "unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        ("optimizer: {lrr: 1}", "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         ("sources: [{name: a, pathh: b}]", "unknown key 'pathh'; did you mean 'path'"),
         ("zzzz: 1", "unknown key 'zzzz'; known keys: name, steps, limit, fast, optimizer, sources"),
         ("optimizer: {lr: abc}", "optimizer.lr: Value 'abc'"),
@@ -137,7 +137,7 @@ def test_mistakes_in_a_file_are_one_line_with_the_file_in_it(text: str | bytes, 
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("optimizer.lrr=3", "override 'optimizer.lrr=3': unknown key 'optimizer.lrr'; did you mean 'lr'"),
+        ("optimizer.lrr=3", "override 'optimizer.lrr=3': unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         ("optimzer.lr=3", "did you mean 'optimizer'"),
         ("steps=many", "override 'steps=many': steps: Value 'many'"),
         ("steps=", "steps"),

@@ -43,7 +43,8 @@ def test_a_full_disk_neither_stops_the_run_nor_fills_the_terminal(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_bars_of_libraries_do_not_fill_a_log() -> None:
+def test_bars_of_libraries_do_not_fill_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # set by a command that an earlier test has called
     bar = "from tqdm import tqdm; list(tqdm(range(3)))"
     assert "3/3" in run_python(bar).stderr
     assert run_python(f"from um3.core.log import quiet_bars_in_logs; quiet_bars_in_logs(); {bar}").stderr == ""

@@ -9,10 +9,10 @@ from um3.core.errors import UserError
 def test_it_says_which_phases_a_setting_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--config", "demo", "loop.max_steps=60", "model.bits=8", "um3.loop.max_steps=90", "num_threads=1"])
     assert capsys.readouterr().out.splitlines() == [
-        "loop.max_steps: for stage1, stage2, um3",
-        "model.bits: for stage1",
-        "um3.loop.max_steps: for um3",
-        "num_threads: for codes, eval",
+        "setting loop.max_steps, for stage1, stage2, um3",
+        "setting model.bits, for stage1",
+        "setting um3.loop.max_steps, for um3",
+        "setting num_threads, for codes, eval",
     ]
 
 
@@ -21,7 +21,7 @@ def test_it_says_which_phases_a_setting_is_for(capsys: pytest.CaptureFixture[str
     [
         ("loop.total_steps=60", "'loop.total_steps'; its new name is 'max_steps'"),
         ("lop.max_steps=60", "'lop'; did you mean 'loop'"),
-        ("um3.loop.max_stps=60", "'loop.max_stps'; did you mean 'max_steps'"),
+        ("um3.loop.max_stps=60", "'loop.max_stps'; did you mean 'loop.max_steps'"),
         ("optimizer.lr.x=60", "'optimizer.lr.x'; 'optimizer.lr' is one value"),
         ("um3.loop.max_steps=0", "loop.max_steps is 0"),
         ("data.texts=[{name: text, path: /nope}]", "/nope"),

@@ -265,7 +265,8 @@ def _cells(plan: Plan, setting: Setting, usage: "Usage", fits: bool, *, mfu: flo
     tokens, _ = plan.step_tokens()
     days = seconds * plan.config.loop.max_steps / 86_400
     gib = [f"{getattr(usage, part) / GIB:.2f}" for part in (*PARTS, "total")]
-    speed = ["-", "-"] if math.isnan(days) else [f"{tokens / seconds:,.0f}", f"{days:.3g}"]
+    shown = f"{days:.3g}" if days >= 0.01 else f"{days:.5f}"
+    speed = ["-", "-"] if math.isnan(days) else [f"{tokens / seconds:,.0f}", shown]
     engine = [str(setting.zero_stage), setting.precision, "yes" if setting.checkpointing else "no"]
     return [*engine, str(setting.micro_batch), *gib, usage.moment, "yes" if fits else "NO", *speed]
 

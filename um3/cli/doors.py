@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from um3.cli import options
+from um3.core.commands import PROGRAM
 
 DOORS = {
     "train": ("train", "Train a phase: um3 train stage1 --config demo --run runs/mine."),
@@ -46,14 +47,19 @@ IN_RUN = {
     "train check": "@",
 }
 """The words that `--run FOLDER` stands for; @ is the folder. tests/test_makefile.py compares them with the Makefile."""
+OWN_DATA = {
+    "DATA": ("data.sources=[{name: data, path: '${oc.env:DATA}'}]", "images=[{name: data, path: '${oc.env:DATA}'}]"),
+    "TEXT": ("data.texts=[{name: text, path: '${oc.env:TEXT}'}]", "texts=[{name: text, path: '${oc.env:TEXT}'}]"),
+}
+"""The settings of own images and texts; a phase takes those that it has."""
 DEMO = ("train stage1", "train stage2", "data_mix encode", "train um3", "eval run")
 
 
-def enter(line: str, arguments: Sequence[str]) -> None:
-    """Become `python -m LINE ARGUMENTS`, with `--run FOLDER` as its settings."""
-    if " " not in line and arguments and f"{line} {arguments[0]}" in IN_RUN:
-        line, arguments = f"{line} {arguments[0]}", arguments[1:]
-    environment = _environment()
+def enter(name: str, line: str, arguments: Sequence[str]) -> None:
+    """Become `python -m LINE ARGUMENTS` under the name of `um3 NAME`, with `--run FOLDER` as its settings."""
+    if " " not in line and arguments and not arguments[0].startswith("-"):
+        name, line, arguments = f"{name} {arguments[0]}", f"{line} {arguments[0]}", arguments[1:]
+    environment = _environment() | {PROGRAM: f"um3 {name}"}
     if line in IN_RUN:
         parser = ArgumentParser(f"um3 ({line})", add_help=False, allow_abbrev=False)
         parser.add_argument("--run")
@@ -83,17 +89,26 @@ def _open(name: str, line: str, summary: str) -> None:
 
     @options.app.command(name, short_help=summary, context_settings=settings, add_help_option=False)
     def door(context: typer.Context) -> None:
-        enter(line, context.args)
+        enter(name, line, context.args)
 
 
 for name, (line, summary) in DOORS.items():
     _open(name, line, summary)
 
 
-@options.command("Run the whole pipeline, from nothing to a report.", "um3 demo", "um3 demo --run runs/mine")
+@options.command(
+    "Run the whole pipeline, from nothing to a report.", "um3 demo", "um3 demo --run runs/mine --data path/to/images"
+)
 def demo(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings, such as um3.loop.max_steps=60."),
+    ] = None,
+    *,
     run: Annotated[str, typer.Option(help="Folder of the run; by default runs/ and the config's name.")] = "",
     config: Annotated[str, typer.Option(help="Experiment: a name in configs/, or a YAML file.")] = "demo",
+    data: Annotated[str, typer.Option(help="Images with captions: a folder, parquet, tar files or a hub id.")] = "",
+    text: Annotated[str, typer.Option(help="Texts: a folder of .txt, a .jsonl, a parquet file or a hub id.")] = "",
     processes: Annotated[int, typer.Option(min=0, help="Training processes; 0: one on a GPU, else up to two.")] = 0,
 ) -> None:
     """Train a tokenizer, encode the images, train a UM3, evaluate both and write a report (minutes on a CPU).
@@ -106,16 +121,20 @@ def demo(
     run = run or f"runs/{path.stem.replace(' ', '-')}"
     if not processes:
         processes = 1 if Path("/dev/nvidia0").exists() else min(2, os.cpu_count() or 1)
-    _call(["train", "settings", "--config", str(path)], run=run)
+    inputs = {name: value for name, value in (("DATA", data), ("TEXT", text)) if value}
+    shared = [*(setting for name in inputs for setting in OWN_DATA[name]), *(settings or [])]
+    environment = _environment() | {"RUN": run} | inputs
+    _call(["train", "settings", "--config", str(path), *shared], environment)
     for line in DEMO:
         training = ["--processes", str(processes)] if line.startswith("train ") else []
-        _call([*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)], run=run)
-    _call(["eval", "report", "--run", run], run=run)
+        words = [*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)]
+        _call([*words, "--shared", *shared] if shared else words, environment)
+    _call(["eval", "report", "--run", run], environment)
 
 
-def _call(words: Sequence[str], *, run: str) -> None:
+def _call(words: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run `python -m WORDS` to its end; exit with its code if that is not 0, and after a signal."""
-    child = subprocess.Popen([sys.executable, "-m", *words], env=_environment() | {"RUN": run})
+    child = subprocess.Popen([sys.executable, "-m", *words], env=environment)
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

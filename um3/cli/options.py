@@ -70,6 +70,8 @@ class ModelOptions:
 
     def folder(self) -> Path:
         """The model's local folder; a hub id is downloaded."""
+        if self.model == DEFAULT_MODEL and not Path(self.model).exists():
+            raise UserError(f"there is no model in {self.model}; run um3 demo, or pass a trained UM3 as --model")
         return model_folder(self.model, kind="UM3 model")
 
     def load(self) -> "UM3Pipeline":
@@ -90,7 +92,9 @@ class ModelOptions:
         """Set up messages and check the folder; the device, which is tried, and the type for `from_pretrained`."""
         folder = self.folder()
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} has no config.json; run um3 demo, or pass a trained UM3 as --model")
+            inner = folder / "um3" / "model"
+            remedy = f"pass --model {inner}" if inner.is_dir() else "run um3 demo, or pass a trained UM3 as --model"
+            raise UserError(f"{folder} has no config.json; {remedy}")
         typer.echo(f"loading {printable(self.model)}", err=True)
         import torch
 

@@ -4,6 +4,7 @@ The module of a command is imported only when the command runs, so `--help` and 
 """
 
 import importlib
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from um3.core.errors import UserError, run_main
 from um3.core.log import quiet_bars_in_logs
 
 ConfigT = TypeVar("ConfigT")
+PROGRAM = "UM3_PROGRAM"
+"""Environment variable: the name under which a command was started, if not `python -m ROOM NAME`."""
 
 
 def find_config(path_or_name: str) -> Path:
@@ -51,8 +54,8 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
     width = max(map(len, commands)) + 2
     lines = [f"  {name:<{width}}{command.about}" for name, command in commands.items()]
     about = "\n".join(["commands:", *lines, "", "COMMAND --help lists the options of a command."])
-    usage, formatter = f"python -m {room} COMMAND ...", RawDescriptionHelpFormatter
-    parser = ArgumentParser(f"python -m {room}", usage, about, formatter_class=formatter)
+    program = os.environ.get(PROGRAM, f"python -m {room}")
+    parser = ArgumentParser(program, f"{program} COMMAND ...", about, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands, help=SUPPRESS)
     command = commands[parser.parse_args(sys.argv[1:2] or ["--help"]).command]
     quiet_bars_in_logs()
@@ -62,7 +65,7 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
 
 def command_parser(prog: str, about: str, *, config: str = "") -> ArgumentParser:
     """A parser with `--config` ("required", "optional", or "" for none) and `section.key=value` settings."""
-    parser = ArgumentParser(prog=prog, description=about)
+    parser = ArgumentParser(prog=os.environ.pop(PROGRAM, prog), description=about)
     if config:
         help_ = "experiment: the name of a file in configs/, such as demo, or a path; a command reads its section"
         parser.add_argument("--config", required=config == "required", help=help_)

@@ -231,7 +231,8 @@ def _explain(error: Exception) -> str:
     if "not in" in message and key and dataclasses.is_dataclass(section):
         known, name = [field.name for field in dataclasses.fields(section)], key.rpartition(".")[2]
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        section_of_key = key.removesuffix(name)
+        hint = f"did you mean '{section_of_key}{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         hint = f"its new name is '{RENAMED_KEYS[name]}'" if RENAMED_KEYS.get(name) in known else hint
         return f"unknown key '{key}'; {hint}"
     if "incompatible container" in message:

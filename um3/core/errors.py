@@ -56,7 +56,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+    """The run was asked to stop and has saved its state; `code` is its exit code, 0 after SIGTERM, 130 after Ctrl-C."""
+
+    def __init__(self, code: int = 0):
+        super().__init__(code)
+        self.code = code
 
 
 class Terminated(BaseException):

@@ -55,7 +55,7 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("not an image", f"the content is none of {', '.join(FORMATS)}") from None
+        raise ImageError("not an image", "the content has no known image format") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too large", str(error)) from None
     except Exception as error:  # on hostile bytes decoders raise almost anything: struct.error, KeyError, ...

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from um3.core.errors import UserError
-from um3.core.images import ImageError, read_image
 from um3.core.text import valid_text
+from um3.inference.image_io import open_image
 from um3.model.sequences import chat_prompt
 from um3.model.text_tokenizer import encode_turns
 from um3.model.vocabulary import UnifiedVocabulary
@@ -84,7 +84,11 @@ def _read_chat(messages: Messages, *, where: str) -> Chat:
     if len(images) > 1:
         raise UserError(f"{where} has {len(images)} images; give one image at most")
     turns = list(zip(texts[::2], [*texts[1::2], ""], strict=True))
-    return Chat(turns, _read_image(images[0], where=where) if images else None)
+    return Chat(turns, _open(images[0], where=where) if images else None)
+
+
+def _open(image: Any, *, where: str) -> Any:
+    return image if isinstance(image, list | Tensor) else open_image(image, where=where)
 
 
 def _read_content(content: Any, *, where: str) -> tuple[str, list[Any]]:
@@ -110,12 +114,3 @@ def check_codes(codes: Any, *, ids: UnifiedVocabulary, where: str) -> Tensor:
     if len(is_code) != ids.num_patches or not all(is_code):
         raise UserError(f"{where}: an image is {ids.num_patches} codes from 0 to 2**{ids.num_bits} - 1")
     return torch.tensor(codes)
-
-
-def _read_image(image: Any, *, where: str) -> Any:
-    if not isinstance(image, str | Path):
-        return image
-    try:
-        return read_image(Path(image))
-    except ImageError as error:
-        raise UserError(f"{where}: {image}: {error}; give a PNG, JPEG, WEBP, GIF, BMP or TIFF file") from None

@@ -19,7 +19,11 @@ from torch import Tensor
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
+from um3.core.images import FORMATS, ImageError, read_image
 
+ImageInput = Image.Image | str | Path
+Images = np.ndarray | ImageInput | Sequence[ImageInput]
+"""uint8 (B, H, W, 3) of the model's size, or PIL images or paths of image files, one or several."""
 MIN_SIDE, MARGIN = 256, 12
 FONT_SIZE, MAX_LABEL_LINES = 15, 3
 METADATA = "um3"
@@ -32,6 +36,26 @@ def to_pil(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = None) 
     if metadata is not None:
         image.info[METADATA] = json.dumps(metadata, ensure_ascii=False)
     return image
+
+
+def open_images(images: Images) -> np.ndarray | list[Image.Image]:
+    """An array as it is; else PIL images, those of paths read. UserError names what is no image, or cannot be read."""
+    if isinstance(images, np.ndarray):
+        return images
+    several = [images] if isinstance(images, str | Path | Image.Image) else images
+    return [open_image(image, where=f"image {number}") for number, image in enumerate(several, start=1)]
+
+
+def open_image(image: ImageInput, *, where: str) -> Image.Image:
+    """A PIL image as it is, or the one in a file; `where` begins the message of a UserError."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str | Path):
+        raise UserError(f"{where} is a {type(image).__name__}; give a PIL image or a path")
+    try:
+        return read_image(Path(image))
+    except ImageError as error:
+        raise UserError(f"{where}: {image}: {error}; give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:

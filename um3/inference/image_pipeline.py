@@ -23,14 +23,13 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.inference.generate import FREE, SampledImages, check_finite, uniforms
-from um3.inference.image_io import image_metadata
+from um3.inference.image_io import Images, image_metadata, open_images
 from um3.inference.inpainting import Region, region_patches
 from um3.inference.outputs import Generated, Reconstruction
 from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling
 from um3.model.language_model import QLIP_FOLDER
 
-Images = np.ndarray | Sequence[Image.Image]
 MAX_IMAGES = 1_000_000
 """Upper limit per call, to catch typos."""
 SAME_IMAGE = 1.0
@@ -262,6 +261,7 @@ class ImagePipeline(ABC):
 
     def similarity(self, images: Images, texts: Sequence[str]) -> list[float]:
         """Cosine of each image and its text in QLIP's towers (see `can_rank`); long texts are cut to its positions."""
+        images = open_images(images)
         check_pairs(images, texts)
         if not texts:
             return []
@@ -272,6 +272,7 @@ class ImagePipeline(ABC):
 
     def reconstruct(self, images: Images, *, batch_size: int = 64) -> Reconstruction:
         """Images -> codes -> images."""
+        images = open_images(images)
         codes_BN = self.encode(images, batch_size=batch_size)
         return Reconstruction(
             originals=self.processor.images(self.processor.pixels(images)),
@@ -281,13 +282,14 @@ class ImagePipeline(ABC):
 
     def encode(self, images: Images, *, batch_size: int = 64) -> Tensor:
         """Images -> codes int64 (B, N) on the CPU."""
-        return encode_images(self.visual_tokenizer, images, batch_size=batch_size)
+        return encode_images(self.visual_tokenizer, open_images(images), batch_size=batch_size)
 
     def known_codes(self, images: Images, *, batch_size: int = 64) -> Tensor:
         """Codes int64 (B, N): of an image that was generated with this tokenizer those of its metadata, else `encode`.
 
         Encoding a generated image gives other codes in places. Metadata is believed if its codes decode to the image.
         """
+        images = open_images(images)
         codes_BN, size = self.encode(images, batch_size=batch_size), self.visual_tokenizer.image_size
         for index, image in enumerate(images):
             if not isinstance(image, Image.Image) or image.size != (size, size):

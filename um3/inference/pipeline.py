@@ -23,7 +23,8 @@ from um3.core.text import valid_text
 from um3.inference.chat import Messages, chat_prompts
 from um3.inference.decoder import check_room
 from um3.inference.generate import SampledImages, Sampler, uniforms
-from um3.inference.image_pipeline import GenerateOptions, ImagePipeline, Images, SampleImages, load_visual_tokenizer
+from um3.inference.image_io import Images
+from um3.inference.image_pipeline import GenerateOptions, ImagePipeline, SampleImages, load_visual_tokenizer
 from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Texts
 from um3.inference.requests import batches, check_counts, check_pairs, check_texts, resolve_seeds

@@ -266,7 +266,7 @@ def test_auto_kind(tmp_path: Path) -> None:
 
 IMAGE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({}, "'x' has no path"),
-    ({"path": "/absent/folder"}, r"/absent/folder\): neither a folder nor"),
+    ({"path": "/absent/folder"}, r"/absent/folder\): there is no such file or folder; give a folder"),
     ({"path": "/absent/a.parquet"}, "no .parquet file at '/absent/a.parquet'"),
     ({"path": "/absent/*.tar"}, "no .tar file at"),
     ({"kind": "folder"}, "kind=folder needs a path"),
@@ -277,7 +277,7 @@ IMAGE_MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 TEXT_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"path": "/absent/file.txt"}, r"no \.txt file at '/absent/file\.txt'"),
-    ({"path": "/absent/folder"}, r"neither a folder nor \.parquet, \.jsonl"),
+    ({"path": "/absent/folder"}, r"there is no such file or folder; give a folder, \.parquet, \.jsonl"),
     ({"kind": "jsonl"}, "kind=jsonl needs a path"),
     ({"kind": "python_docs", "path": "x"}, "takes no path"),
     ({"path": "a.parquet"}, r"no column 'text' \(has: words, number\); set field"),

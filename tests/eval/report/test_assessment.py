@@ -46,7 +46,7 @@ def own(tmp_path):
 def test_it_says_what_works_what_does_not_and_what_was_skipped(own):
     run = load_run(own[1])
     good, facts, cut, blurred = findings(run)
-    assert good.good and good.text.startswith("Captions of emoji tell images apart: CIDEr 0.900, 0.1")
+    assert good.good and good.text.startswith("Captions of emoji tell images apart: CIDEr 0.900 [0.800, 1.000], 0.1")
     assert facts.good is None and facts.text.startswith("emoji: 166 training and 34 validation images. Skipped: ")
     reasons = facts.text.removesuffix(".").partition("Skipped: ")[2].split(", ")
     assert sorted(reasons) == ["names no image (3)", "no caption (2)", "not an image (4)"]

@@ -30,6 +30,7 @@ def test_a_door_opens_from_a_folder_with_modules_of_the_same_names(tmp_path: Pat
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
     listed = start("train", "--help", cwd=tmp_path)
     assert listed.returncode == 0 and "um3-instruct" in listed.stdout, listed.stderr
+    assert listed.stdout.startswith("usage: um3 train COMMAND ...")
     refused = start("train", "stage1", "--config", "demo", "optimizer.lrr=1", cwd=tmp_path)
     assert refused.returncode == 2 and "unknown key 'optimizer.lrr'" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -71,6 +72,21 @@ def test_the_demo_stops_at_the_first_phase_that_fails(tmp_path: Path, monkeypatc
     assert result.exit_code == 2 and calls == [[*name.split(), "runs/demo"] for name in names]
 
 
+def test_the_demo_takes_own_data_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(doors, "_call", lambda words, environment: calls.append((list(words), dict(environment))))
+    result = CliRunner().invoke(cli.app, ["demo", "--data", "my images", "--text", "t.txt", "um3.loop.max_steps=3"])
+    assert result.exit_code == 0, result.output
+    *phases, (report, _) = calls
+    assert report == ["eval", "report", "--run", "runs/demo"] and len(phases) == 6
+    for words, environment in phases:
+        assert (environment["DATA"], environment["TEXT"], words[-1]) == ("my images", "t.txt", "um3.loop.max_steps=3")
+        assert words[1] == "settings" or "--shared" in words
+    monkeypatch.setenv("DATA", "my images")
+    config = load_config(Stage1Config, overrides=[word for word in phases[1][0] if word.startswith("data.sources")])
+    assert config.data.sources[0].path == "my images"
+
+
 def test_a_signal_reaches_the_phase_and_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
     popen: Any = subprocess.Popen
@@ -85,7 +101,7 @@ def test_a_signal_reaches_the_phase_and_ends_the_demo(monkeypatch: pytest.Monkey
     before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with pytest.raises(SystemExit) as caught:
-            doors._call(["train", "stage1"], run="R")
+            doors._call(["train", "stage1"], {})
     finally:
         signal.signal(signal.SIGALRM, before)
     assert caught.value.code == 128 + signal.SIGTERM  # the phase has saved its state and ended with 0

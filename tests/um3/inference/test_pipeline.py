@@ -64,6 +64,23 @@ def test_the_decoder_is_built_once_and_again_after_the_weights_changed(model_fol
     assert len(builds) == 4
 
 
+def test_an_image_may_be_a_path(pipeline, tmp_path):
+    (first, *_), path = images(), tmp_path / "a.png"
+    first = first if isinstance(first, Image.Image) else Image.fromarray(first)
+    first.save(path)
+    for one in (path, str(path), [path], first):
+        assert torch.equal(pipeline.encode(one), pipeline.encode([first]))
+    assert pipeline.reconstruct(path).arrays.shape == pipeline.reconstruct([first]).arrays.shape
+    path.write_text("text")
+    for wrong, names in (
+        (path, "a.png.*no known image format"),
+        ([first, 3], "image 2 is a int"),
+        ("/no.png", "/no.png"),
+    ):
+        with pytest.raises(UserError, match=names):
+            pipeline.caption(wrong)
+
+
 def test_captions_are_text_and_repeatable(pipeline):
     captions = pipeline.caption(images(), max_new_tokens=8)
     assert len(captions) == 3 and not any("<|" in caption for caption in captions)
