@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eval.config import PARTS, STAGES, EvalConfig, PartName
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
-from um3.core.distributed import device, is_main, set_up_cpu
+from um3.core.distributed import device, is_main
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, sha256_of, short_hash, walk_files
 from um3.core.hub import model_folder
@@ -173,6 +173,7 @@ def _evaluate_part(
     load_pipeline: Callable[[Path], "ImagePipeline"],
     request: str,
 ) -> Sequence[str]:
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from eval.part_files import provenance, write_part
@@ -180,7 +181,8 @@ def _evaluate_part(
 
     began, path, (folder, *_) = time.monotonic(), config.results_dir / f"{part}.json", models.values()
     disable_progress_bar()
-    set_up_cpu(config.num_threads)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     if part == "tokenizer":
         result = tokenizer.evaluate_tokenizers(config, stages=models)
     elif part == "language":
