@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_mix.batches.mix_figure import run_mix_figure
 from eval.report.run_folder import RunData
 from eval.report.samples import (
+    NO_CAPTION,
     NUM_CAPTIONS,
     NUM_GENERATED,
     Tile,
@@ -122,7 +123,8 @@ def hero(run: RunData, *, dark: bool = False) -> "Figure | None":
     for number, tile in enumerate(captions[:NUM_CAPTIONS]):
         y = 76 + 160 * number
         canvas.image(tile.image, x=690, y=y, side=140, frame=WRONG if tile.right is False else RULE)
-        canvas.text(f"“{_wrapped(tile.text, 26, lines=6)}”", x=848, y=y + 70, size=16, middle=True)
+        text = _wrapped(tile.text, 26, lines=6)
+        canvas.text(text if text == NO_CAPTION else f"“{text}”", x=848, y=y + 70, size=16, middle=True)
     for number, (original, reconstruction) in enumerate(rebuilt[:3]):
         y = 76 + 160 * number
         canvas.image(original.image, x=1150, y=y, side=140)

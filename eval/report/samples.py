@@ -18,6 +18,7 @@ SKILL_TITLES |= {"colors": "colour", "position": "position", "color_attr": "colo
 
 
 NUM_GENERATED, NUM_CAPTIONS = 6, 3
+NO_CAPTION = "(empty)"
 """Tiles in the figure at the top of a report."""
 
 
@@ -74,7 +75,7 @@ def captions(part: Part, _: Mapping[str, Score]) -> list[TileGroup]:
     """Validation images with the model's captions, by source."""
     groups = []
     for source, samples in part.samples.items():
-        texts = [(str(s["caption"]) or "(empty)", s.get("right"), str(s["references"][0])) for s in samples]
+        texts = [(str(s["caption"]) or NO_CAPTION, s.get("right"), str(s["references"][0])) for s in samples]
         tiles = [Tile(image, *text) for image, text in zip(part.images[source], texts, strict=True)]
         groups.append(TileGroup(source, tiles))
     return groups
