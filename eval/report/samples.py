@@ -18,8 +18,8 @@ SKILL_TITLES |= {"colors": "colour", "position": "position", "color_attr": "colo
 
 
 NUM_GENERATED, NUM_CAPTIONS = 6, 3
-NO_CAPTION = "(empty)"
 """Tiles in the figure at the top of a report."""
+NO_CAPTION = "(empty)"
 
 
 class Tile(NamedTuple):
