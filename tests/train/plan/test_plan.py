@@ -312,7 +312,8 @@ CHECKPOINTING = "engine.activation_checkpointing=true"
 )
 def test_the_table_of_one_gpu_is_the_plan(base, options, gib, hours_by_gpu):
     """The table of docs/um3.md: memory, time, and the smallest card that holds each."""
-    page, plan = (ROOT / "docs/um3.md").read_text(), plan_of(f"model.base_model={base}", *options, config="one_gpu")
+    page, gpu = (ROOT / "docs/um3.md").read_text(), next(iter(hours_by_gpu))
+    plan = plan_of(f"model.base_model={base}", *options, config="one_gpu", gpu=gpu)
     setting = plan.own()
     memory = plan.usage(setting)
     assert memory.total / GIB == pytest.approx(gib, abs=0.06)
