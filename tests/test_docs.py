@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import benchmarks.__main__
 import data_mix.__main__
@@ -171,7 +172,11 @@ def test_the_settings_page_has_every_section_and_class():
 
 @pytest.mark.slow
 def test_um3_lines_of_the_readme_run(demo_run, tmp_path):
-    (tmp_path / "runs").symlink_to(demo_run / "runs")
+    for folder in (tmp_path / "runs", tmp_path / "path/to/images"):
+        folder.mkdir(parents=True)
+    for run in ("demo", "mine"):
+        (tmp_path / "runs" / run).symlink_to(demo_run / "runs/demo")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "path/to/images/1.png")
     lines = [words for words in commands(ROOT / "README.md") if words[:1] == [".venv/bin/um3"]]
     assert {words[1] for words in lines} == {"generate", "caption", "serve"}
     for words in lines:
