@@ -12,6 +12,8 @@ PASSED_KEYS = {
     "zero_optimization": dict,
     "communication_data_type": str,
     "wall_clock_breakdown": bool,
+    "comms_logger": dict,
+    "flops_profiler": dict,
 }
 """DeepSpeed's keys that `engine.deepspeed` may hold: our settings decide the others, or they do nothing in our loop."""
 OUR_KEYS = {

@@ -7,6 +7,7 @@ passes on.
 import importlib.util
 import logging
 import os
+import re
 import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,7 @@ def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: Engine
     except (ValueError, AssertionError) as error:
         if not engine.deepspeed:
             raise
-        reason = " ".join(str(error).partition(" [")[0].split())
+        reason = " ".join(re.sub(r" \[\w+=.*", "", str(error), flags=re.DOTALL).split())
         raise UserError(f"DeepSpeed refuses engine.deepspeed: {reason}; change or remove that key") from None
     if world_size() == 1 and not engine.zero_stage:
         # DeepSpeed would copy all gradients into buckets and back, a fifth of a step of SmolLM2-135M on a CPU.

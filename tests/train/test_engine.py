@@ -88,12 +88,12 @@ def engine_with(passed):
 def test_deepspeed_gets_the_keys_that_are_not_ours():
     engine = engine_with({
         "zero_optimization": {"overlap_comm": True, "allgather_bucket_size": 1000}, "communication_data_type": "bf16",
-        "wall_clock_breakdown": True,
+        "wall_clock_breakdown": True, "comms_logger": {"enabled": False}, "flops_profiler": {"profile_step": 7},
     })  # fmt: skip
     zero = engine._config.zero_config
     assert (zero.stage, zero.overlap_comm, zero.allgather_bucket_size) == (2, True, 1000)
     assert engine.communication_data_type == torch.bfloat16
-    assert engine.wall_clock_breakdown()
+    assert engine.wall_clock_breakdown() and engine.flops_profiler_profile_step() == 7
 
 
 @pytest.mark.parametrize(
