@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         config, _ = read_config(schema, parser, section=phase, arguments=arguments)
         for source in _sources(config):
             source_kind(apply_preset(source))
-    print("\n".join(lines), end="\n" * bool(lines))
+    for line in lines:
+        print(line)
 
 
 def _sources(config: Any) -> Iterator[SourceConfig]:

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data_mix.batches.config import DataConfig
 from data_mix.batches.mix import SequenceBatch, SequenceBatches
 from data_mix.batches.packing import micro_batches
 from data_mix.batches.statistics import MixStatistics
-from data_mix.codes.shards import open_code_sources
+from data_mix.codes.shards import CodeShards, open_code_sources
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
@@ -171,7 +170,7 @@ class UM3Task:
             rank=rank(),
             world_size=world_size(),
         )
-        examples = example_captions(config.data)
+        examples = example_captions(self.rows.images, weights=config.data.image_weights)
         self.batches: Prefetch[SequenceBatch] = Prefetch(self.rows, num_steps=config.loop.max_steps)
         seed_everything(config.loop.seed, "um3 weights")
         self.model = start.model(self.rows.texts)
@@ -335,10 +334,9 @@ class UM3Task:
             )
 
 
-def example_captions(data: DataConfig) -> list[str]:
-    """A few short captions of the first training images, of each source in turn."""
-    sources = open_code_sources(data.codes, split="train")
-    used = [shards for name, shards in sources.items() if not data.image_weights or name in data.image_weights]
+def example_captions(images: Mapping[str, CodeShards], *, weights: Mapping[str, float]) -> list[str]:
+    """A few short captions of the first training images, of each source in turn; of those in `weights`, if any are."""
+    used = [shards for name, shards in images.items() if not weights or name in weights]
     captions: dict[str, None] = {}
     for index, shards in itertools.product(range(MAX_TRIED), used):
         with contextlib.suppress(BadSample, IndexError):

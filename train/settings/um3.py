@@ -117,15 +117,14 @@ class UM3Config:
         if is_um3(self.model.base_model):
             inputs["init_from"] = model_digest(self.model.base_model, made_by="um3-init")
         elif base := self.model.base_model:
-            if Path(base).exists():  # what is wrong with a folder, the reader of models says better
-                inputs["base_model"] = weights_digest(base) or base
-            else:
-                inputs["base_model"] = model_digest(base, made_by="um3-init")
+            hub_id = "" if Path(base).exists() else model_digest(base, made_by="um3-init")
             if self.lora.rank:
                 raise UserError(
                     f"lora.rank={self.lora.rank}: adapters need their base as a folder; run `make um3-init` with "
-                    f"BASE={self.model.base_model} and set model.base_model to the UM3 that it writes"
+                    f"BASE={base} and set model.base_model to the UM3 that it writes"
                 )
+            # What is wrong with a folder that exists, the reader of models says better.
+            inputs["base_model"] = hub_id or weights_digest(base) or base
         return inputs
 
 

@@ -128,7 +128,7 @@ def demo(
     for line in DEMO:
         training = ["--processes", str(processes)] if line.startswith("train ") else []
         words = [*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)]
-        _call([*words, "--shared", *shared] if shared else words, environment)
+        _call([*words, "--shared", *shared], environment)
     _call(["eval", "report", "--run", run], environment)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from data_mix.batches.config import DataConfig
+from data_mix.codes.shards import open_code_sources
 from tests.helpers.code_shards import write_codes
 from tests.train.conftest import logged, train_here
 from train.recipes.um3 import MAX_EXAMPLE_CHARACTERS, example_captions
@@ -147,10 +147,12 @@ def test_examples_are_short_captions_of_every_source_in_turn(tmp_path):
     for source, texts in captions.items():
         made_of = lambda row, texts=texts: [texts[row]] if texts[row] else []  # noqa: E731
         write_codes(tmp_path, num_images=len(texts), source=source, captions=made_of)
-    assert example_captions(DataConfig(codes=str(tmp_path), image_weights={"a": 1.0, "b": 1.0})) == [
+    images = open_code_sources(tmp_path, split="train")
+    assert example_captions(images, weights={"a": 1.0, "b": 1.0}) == [
         "one",
         "four",
         "two",
         "three",
     ]
-    assert example_captions(DataConfig(codes=str(tmp_path), image_weights={"c": 1.0})) == ["five"]
+    assert example_captions(images, weights={"c": 1.0}) == ["five"]
+    assert example_captions({}, weights={}) == []  # a mix of text alone reads no code shards
