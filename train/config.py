@@ -120,7 +120,7 @@ class LoopConfig:
     keep_best_by: str = "train/loss"
     """Metric whose lowest mean between two saves marks the best checkpoint, which is kept too; empty: keep none."""
     num_threads: NonNegativeInt = 0
-    """CPU threads per process; 0: torch's default."""
+    """CPU threads per process, at most its share of the cores; 0: torch's default."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Additional copies of metrics.jsonl: tensorboard, wandb."""
 

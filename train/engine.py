@@ -139,9 +139,9 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def fuse_adamw(optimizer: torch.optim.Optimizer) -> None:
-    """Make torch's AdamW update all parameters in one kernel without temporary tensors."""
+    """Make torch's AdamW, also Muon's, update all parameters in one kernel without temporary tensors."""
     for group in optimizer.param_groups:
-        group["fused"] = True
+        group["fused"] = "shapes" not in group
 
 
 def fuse_layers(model: nn.Module) -> list[str]:
@@ -190,7 +190,7 @@ def build_engine(model: nn.Module, *, optimizer: OptimizerConfig, engine: Engine
     torch_optimizer = build_optimizer(model.named_parameters(), config=optimizer)
     if engine.fused_kernels == "auto":
         fused = fuse_layers(model) if torch.cuda.is_available() else []
-        if optimizer.kind == "adamw":
+        if optimizer.kind != "lamb":
             fuse_adamw(torch_optimizer)
             fused.append("AdamW (torch)")
         logger.info("fused kernels: %s", ", ".join(fused) or "none")
@@ -235,9 +235,10 @@ def _create_optimizer_state(engine: Any) -> None:
         partitions = list(wrapper.fp32_partitioned_groups_flat)
     else:
         partitions = [parameter for group in base.param_groups for parameter in group["params"]]
+    is_fused = any(group.get("fused") for group in base.param_groups)
     for parameter in partitions:
         # The fused optimizer keeps its step count on the device.
-        step = torch.zeros((), device=parameter.device if base.param_groups[0].get("fused") else "cpu")
+        step = torch.zeros((), device=parameter.device if is_fused else "cpu")
         base.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in MOMENTS}
         if _average_decay(engine):
             base.state[parameter][AVERAGE] = parameter.detach().clone()

@@ -11,9 +11,11 @@ import torch
 
 from tests.helpers.processes import run_on_ranks, run_python
 from um3.core import distributed
-from um3.core.distributed import barrier, is_main, make_once, rank, wait_for_main, world_size
+from um3.core.distributed import barrier, is_main, make_once, rank, set_up_cpu, wait_for_main, world_size
 from um3.core.errors import UserError
 from um3.core.files import write_text
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def collectives() -> dict[str, Any]:
@@ -95,3 +97,16 @@ def test_a_single_process_gets_the_launchers_variables() -> None:
     first, port = fresh(program).rsplit(" ", 1)
     assert first == "0 1 0" and int(port) > 1023
     assert fresh(program, RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_PORT="5") == "3 4 1 5"
+
+
+@pytest.mark.parametrize(("processes", "asked", "threads"), [("1", 1, 1), ("1", 1000, CORES), (str(CORES), 2, 1)])
+def test_threads_never_outnumber_the_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: str, asked: int, threads: int
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    before = torch.get_num_threads()
+    try:
+        set_up_cpu(asked)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

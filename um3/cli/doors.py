@@ -109,7 +109,7 @@ def demo(
     config: Annotated[str, typer.Option(help="Experiment: a name in configs/, or a YAML file.")] = "demo",
     data: Annotated[str, typer.Option(help="Images with captions: a folder, parquet, tar files or a hub id.")] = "",
     text: Annotated[str, typer.Option(help="Texts: a folder of .txt, a .jsonl, a parquet file or a hub id.")] = "",
-    processes: Annotated[int, typer.Option(min=0, help="Training processes; 0: one on a GPU, else up to two.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes, such as one for each GPU.")] = 1,
 ) -> None:
     """Train a tokenizer, encode the images, train a UM3, evaluate both and write a report (minutes on a CPU).
 
@@ -119,8 +119,6 @@ def demo(
 
     path = find_config(config)
     run = run or f"runs/{path.stem.replace(' ', '-')}"
-    if not processes:
-        processes = 1 if Path("/dev/nvidia0").exists() else min(2, os.cpu_count() or 1)
     inputs = {name: value for name, value in (("DATA", data), ("TEXT", text)) if value}
     shared = [*(setting for name in inputs for setting in OWN_DATA[name]), *(settings or [])]
     environment = _environment() | {"RUN": run} | inputs

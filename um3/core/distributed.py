@@ -48,14 +48,17 @@ def prepare_environment() -> None:
 def set_up_cpu(num_threads: int) -> None:
     """Set torch's threads (0: its default); without a GPU, make glibc keep the memory of freed tensors for the next.
 
-    It would return large blocks to the kernel and get them back as fresh pages, filled with zeros: 14 % of the time of
-    a training step of SmolLM2-135M, a fifth of the time of `make codes`. Up to a fifth more memory is in use, because
-    the kept blocks do not always fit. With one of glibc's own MALLOC_ variables in the environment nothing changes.
+    The threads of all processes of a machine never outnumber its cores. glibc would return large blocks to the kernel
+    and get them back as fresh pages, filled with zeros: 14 % of the time of a training step of SmolLM2-135M, a fifth of
+    the time of `make codes`. Up to a fifth more memory is in use, because the kept blocks do not always fit. With one
+    of glibc's own MALLOC_ variables in the environment it keeps to them.
     """
     import torch
 
     if num_threads:
-        torch.set_num_threads(num_threads)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, min(num_threads, share)))
     libc = ctypes.CDLL(None)
     is_set = any(name.startswith("MALLOC_") for name in os.environ)
     if not (is_set or torch.cuda.is_available()) and hasattr(libc, "mallopt"):
