@@ -44,6 +44,8 @@ export $(PATHS)
 IN_RUN = $${oc.env:RUN}
 # DATA and TEXT replace the image and text sources of the config.
 comma := ,
+# Own images come without the demo's questions about scenes.
+OWN_IMAGES = $(if $(DATA),vocabulary.conversations=[])
 IMAGES = '[{name: data, path: "$${oc.env:DATA}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 TEXTS = '[{name: text, path: "$${oc.env:TEXT}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 
@@ -78,7 +80,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: ## The whole pipeline from nothing to a report (7 to 15 minutes on 2 CPU cores)
 	@$(MAKE) --no-print-directory setup
-	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) \
+	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) $(OWN_IMAGES) \
 		$(if $(TEXT),data.texts=$(TEXTS) texts=$(TEXTS)) $(ARGS)
 	@$(MAKE) --no-print-directory stage1 SHARED=--shared
 	@$(MAKE) --no-print-directory stage2 SHARED=--shared
@@ -101,7 +103,7 @@ codes: $(READY) ## Encode the images to code shards
 
 um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(PY) -m train um3 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3' \
-		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
+		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(OWN_IMAGES) $(ARGS)
 
 um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3/model
 	@$(PY) -m train um3-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-instruct' \

@@ -99,6 +99,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "stage2": {"DATA": f"data.sources={IMAGES}", "RUN": "loop.output_dir=@/stage2|init_from=@/stage1/model"},
     "codes": {"DATA": f"images={IMAGES}", "QLIP": "visual_tokenizer=@", "RUN": "output_dir=@/codes"},
     "um3": {
+        "DATA": "vocabulary.conversations=[]",
         "TEXT": f"data.texts={TEXTS}",
         "QLIP": "visual_tokenizer=@",
         "RUN": "loop.output_dir=@/um3|data.codes=@/codes",
@@ -247,7 +248,8 @@ def test_the_demo_gives_its_settings_to_every_phase_that_has_them(ready):
         checked, *phases, report = found
         sources = ['[{name: data, path: "d $x"}]', '[{name: text, path: "t"}]']
         texts = [f"data.texts={sources[1]}", f"texts={sources[1]}"]
-        assert checked[6:-2] == [f"data.sources={sources[0]}", f"images={sources[0]}", *texts]
+        images = [f"data.sources={sources[0]}", f"images={sources[0]}", "vocabulary.conversations=[]"]
+        assert checked[6:-2] == [*images, *texts]
         assert [words[-3:] for words in phases] == [["loop.seed=3", "um3.loss.mode=a $b", "--shared"]] * 5
         assert checked[-2:] == phases[0][-3:-1] and "loop.seed=3" not in report
 

@@ -22,6 +22,7 @@ from data_mix.batches.mix import SequenceBatch, SequenceBatches
 from data_mix.batches.packing import micro_batches
 from data_mix.batches.statistics import MixStatistics
 from data_mix.codes.shards import CodeShards, open_code_sources
+from data_mix.conversations import open_conversations
 from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
@@ -47,6 +48,8 @@ from um3.model.vocabulary import UnifiedVocabulary
 
 VOCABULARY_DOCUMENTS = 2000
 VOCABULARY_CAPTIONS = 5000
+VOCABULARY_CONVERSATIONS = 2000
+"""Of each source, at most."""
 TASK_NAMES = ("text", "i2t", "t2i")
 NUM_EXAMPLES, MAX_EXAMPLE_CHARACTERS, MAX_TRIED = 4, 200, 100
 """Of the training captions that the model's config.json holds as prompts to try; images of a source that are read."""
@@ -196,7 +199,7 @@ class UM3Task:
         self.truncated_captions = 0
 
     def _vocabulary_texts(self) -> Iterator[str]:
-        """Documents and captions that train a text vocabulary, if the config asks for one."""
+        """Documents, captions and conversations that train a text vocabulary, if the config asks for one."""
         for text in self.config.data.texts:
             documents = open_text_source(text, split="train")
             for index in range(min(len(documents), VOCABULARY_DOCUMENTS)):
@@ -206,6 +209,11 @@ class UM3Task:
             for index in range(min(len(shards), VOCABULARY_CAPTIONS)):
                 with contextlib.suppress(BadSample):
                     yield from shards[index].captions
+        for source in self.config.vocabulary.conversations:
+            conversations = open_conversations(source, split="train")
+            for index in range(min(len(conversations), VOCABULARY_CONVERSATIONS)):
+                with contextlib.suppress(BadSample):
+                    yield from itertools.chain.from_iterable(conversations[index].turns)
 
     @property
     def tokens_per_sample(self) -> int:

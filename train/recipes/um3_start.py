@@ -94,7 +94,8 @@ class UM3Start:
         data, entries = self.config.data, self.config.vocabulary.text_vocab_size
         codes = Path(data.codes) / "summary.json"
         codes_digest = sha256_of(codes) if codes.exists() else ""
-        key = short_hash([source_fingerprint(source, "train") for source in data.texts], codes_digest, entries)
+        sources = [*data.texts, *self.config.vocabulary.conversations]
+        key = short_hash([source_fingerprint(source, "train") for source in sources], codes_digest, entries)
         path = Path(self.config.loop.output_dir) / "cache" / f"vocabulary-{key}.json"
         return trained_once(path, lambda: train_text_tokenizer(texts, vocab_size=entries))
 

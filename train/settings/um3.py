@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_mix.batches.config import ChatDataConfig, DataConfig
+from data_mix.sources.config import ConversationSourceConfig
 from data_mix.sources.text import TextSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
 from train.run_folder import model_digest
@@ -35,6 +36,8 @@ class VocabularyConfig:
     """Folder or hub id of the text tokenizer; empty: the base model's, or one trained on the texts and captions."""
     text_vocab_size: Size = 1024
     """Size of a trained text vocabulary."""
+    conversations: list[ConversationSourceConfig] = field(default_factory=list)
+    """Conversations whose words a trained text vocabulary has too, for `make um3-instruct` later."""
     subtokens: Size = 2
     bits_per_subtoken: Annotated[int, Range(1, 20)] = 14
     prediction: Prediction = "flat"

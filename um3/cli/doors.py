@@ -48,10 +48,14 @@ IN_RUN = {
 }
 """The words that `--run FOLDER` stands for; @ is the folder. tests/test_makefile.py compares them with the Makefile."""
 OWN_DATA = {
-    "DATA": ("data.sources=[{name: data, path: '${oc.env:DATA}'}]", "images=[{name: data, path: '${oc.env:DATA}'}]"),
+    "DATA": (
+        "data.sources=[{name: data, path: '${oc.env:DATA}'}]",
+        "images=[{name: data, path: '${oc.env:DATA}'}]",
+        "vocabulary.conversations=[]",
+    ),
     "TEXT": ("data.texts=[{name: text, path: '${oc.env:TEXT}'}]", "texts=[{name: text, path: '${oc.env:TEXT}'}]"),
 }
-"""The settings of own images and texts; a phase takes those that it has."""
+"""The settings of own images (without the demo's questions about scenes) and texts; a phase takes those that it has."""
 DEMO = ("train stage1", "train stage2", "data_mix encode", "train um3", "eval run")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from data_mix.codes.shards import open_code_sources
 from tests.helpers.code_shards import write_codes
@@ -50,6 +50,15 @@ def test_training_starts_from_the_weights_of_a_um3_folder(start, made, tmp_path)
     assert "LlamaForCausalLM" in card and "280" in card
     train_here("um3", made, tmp_path / "moved", *options, "loop.max_steps=1", "optimizer.lr=1e-2")
     assert not torch.equal(weights(tmp_path / "moved/model")["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_a_trained_vocabulary_has_the_words_of_conversations(made, tmp_path):
+    question, lengths = "How many shapes are there? What colour is the circle?", []
+    for name, conversations in (("without", "[]"), ("with", "[{name: scenes, kind: scenes, length: 100}]")):
+        settings = ["vocabulary.text_vocab_size=500", f"vocabulary.conversations={conversations}"]
+        train_here("um3", made, tmp_path / name, *settings, "loop.max_steps=1")
+        lengths.append(len(AutoTokenizer.from_pretrained(tmp_path / name / "model").tokenize(question)))
+    assert lengths[1] < lengths[0]
 
 
 @pytest.mark.parametrize(
