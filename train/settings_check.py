@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_mix.codes.encode import EncodeConfig
-from data_mix.sources.config import SourceConfig
+from data_mix.sources.config import ImageSourceConfig, SourceConfig, TextSourceConfig
 from data_mix.sources.files import source_kind
 from data_mix.sources.presets import apply_preset
 from eval.config import EvalConfig
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _sources(config: Any) -> Iterator[SourceConfig]:
-    """Every data source of a config and its sections."""
+    """Every source of images and texts of a config and its sections."""
     for value in vars(config).values():
         if isinstance(value, list):
-            yield from (item for item in value if isinstance(item, SourceConfig))
+            yield from (item for item in value if isinstance(item, ImageSourceConfig | TextSourceConfig))
         elif dataclasses.is_dataclass(value):
             yield from _sources(value)
