@@ -42,7 +42,8 @@ class PackedLinear:
         weight_VD = torch.cat(weights) if len(weights) > 1 else weights[0]
         # Of the layers that are merged, stock models have a bias in all or in none.
         self.bias_V = torch.cat([linear.bias[rows] for linear in linears]) if linears[0].bias is not None else None
-        self.uses_onednn = onednn.serves(weight_VD, weight_VD)
+        # On every processor: the packed layout suits few rows, and no row depends on how many others there are.
+        self.uses_onednn = onednn.supports(weight_VD, weight_VD)
         self.weight_VD = onednn.pack(weight_VD) if packed and self.uses_onednn else weight_VD
 
     def __call__(self, x_ND: Tensor) -> Tensor:
