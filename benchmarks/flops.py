@@ -1,4 +1,4 @@
-"""Model FLOPs of one image in stages 1 and 2, counted by torch's FlopCounterMode on tensors without data.
+"""Model FLOPs of one image in stages 1 and 2 and encoding, counted by torch's FlopCounterMode on tensors without data.
 
 Counted are matrix products, convolutions and attention (written out, so that torch counts it), 2 operations for each
 multiply-add. A second forward pass (gradient caching, activation checkpointing) saves memory and does not count.
@@ -14,6 +14,15 @@ from tokenizer.discriminator import build_discriminator
 from tokenizer.losses import VGG16_PLAN, PerceptualDistance, random_feature_distance
 from tokenizer.modeling import QLIPModel
 from train.settings.tokenizer import Stage2Config
+
+
+def encode_flops(config: QLIPConfig) -> int:
+    """FLOP of encoding one image."""
+    # With gradient, because torch does not count oneDNN's products.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        qlip, pixels_BCHW = _fake_qlip(config)
+        qlip.encode(pixels_BCHW)
+    return int(counter.get_total_flops())
 
 
 def stage1_flops(config: QLIPConfig, *, text_tokens: int) -> dict[str, int]:

@@ -15,16 +15,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import torch
 
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 GPU_PEAK = "peak_gpu_memory_gib"
@@ -212,18 +215,29 @@ def _multiply(rank: int, precision: str, threads: int, barrier: Barrier, results
         torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    barrier.wait(timeout=300)
+    flops, what = fastest_product(precision=precision, device=device)
+    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()}-thread CPU process"
+    results.put((flops, f"{name}, {what}"))
+
+
+def fastest_product(*, precision: str, device: "torch.device", clock: Callable[[], float] = now) -> tuple[float, str]:
+    """FLOP/s of the fastest of PEAK_S seconds of large matrix products in this process, and their kind."""
+    import torch
+
+    from tokenizer import onednn
+
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    size = 8192 if gpu else 2048
+    size = 8192 if device.type == "cuda" else 2048
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best_s, product = float("inf"), first @ second
-    barrier.wait(timeout=300)
     end = time.perf_counter() + PEAK_S
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.matmul(first, second, out=product)
-        if gpu:
-            torch.cuda.synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start)
-    name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()}-thread CPU process"
+        start = clock()
+        if onednn.serves(first, second):
+            onednn.linear(first, second)
+        else:
+            torch.matmul(first, second, out=product)
+        best_s = min(best_s, clock() - start)
     kind = str(dtype).removeprefix("torch.")
-    results.put((2 * size**3 / best_s, f"{name}, {kind} products of {size} x {size}"))
+    return 2 * size**3 / best_s, f"{kind} products of {size} x {size}"

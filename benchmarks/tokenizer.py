@@ -2,7 +2,8 @@
 
 The plain side writes out every attention matrix, uses torch's linear layers and computes the quantizer's entropy at
 each encode, as the released inference code does, in float32. Both sides have the same weights and images.
-`--precision` and `--compile` change our side only.
+`--precision` and `--compile` change our side only. Large matrix products in our process show what share of the
+machine's FLOP/s our encode reaches.
 """
 
 import argparse
@@ -11,10 +12,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import benchmark_parser, fastest, positive, run_sides
+from benchmarks.harness import benchmark_parser, fastest, fastest_product, now, positive, run_sides
 from um3.core.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizer.configuration import QLIPConfig
 
 BASE = dict(image_size=256, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048)
 LARGE = dict(image_size=392, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=2730)
@@ -38,8 +42,19 @@ def main(arguments: Sequence[str]) -> None:
         ours, plain = (fastest(results[side]) for side in SIDES)
         speedup = {key: plain[key] / ours[key] for key in ("seconds", "encode", "decode")}
         print(_comparison(variant, ours=ours, plain=plain, speedup=speedup, options=options))
+        peak = max(run["peak_flops"] for run in results["ours"])
+        reached = ours["encode_flops"] * options.batch / min(run["encode"] for run in results["ours"])
+        utilisation = {
+            "encode_tflops": reached / 1e12,
+            "peak_tflops": peak / 1e12,
+            "encode_utilisation": reached / peak,
+        }
+        print(
+            f"{variant}: encode takes {ours['encode_flops'] / 1e9:.4g} GFLOP an image and reaches "
+            f"{reached / 1e12:.3g} TFLOP/s, {reached / peak:.0%} of {peak / 1e12:.3g} ({ours['peak_how']})"
+        )
         settings = {name: getattr(options, name) for name in ("batch", "device", "precision", "compile")}
-        print(json.dumps({"variant": variant, "speedup": speedup, **settings, **results}))
+        print(json.dumps({"variant": variant, "speedup": speedup, **utilisation, **settings, **results}))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -94,10 +109,12 @@ def _comparison(
     return line + (CPU_GOALS.get(variant, "") if options.device == "cpu" else "")
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds to encode and to decode a batch after a warm-up, and the peak memory that this added (GiB).
 
-    Memory is torch's on a GPU, else resident. A compiled run on a CPU has none: compiling needs more than running.
+    One CPU thread is measured in CPU time, which other work on the machine changes little. Memory is torch's on a GPU,
+    else resident; a compiled run on a CPU has none, because compiling needs more than running. Our side adds the FLOP
+    of encoding an image and the FLOP/s of large matrix products.
     """
     import torch
 
@@ -107,22 +124,19 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         torch.set_num_threads(options.threads)
     gpu = options.device == "cuda"
     compiled = bool(options.compile) and options.side == "ours"
+    clock = time.process_time if not gpu and torch.get_num_threads() == 1 else now
     encode, decode, pixels_BCHW = _build(options)
 
     def peak_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30 if gpu else peak_memory_gib()
 
     def timed(function: Callable[..., torch.Tensor], inputs: torch.Tensor, *, calls: int) -> tuple[float, torch.Tensor]:
-        if gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             result = function(inputs)
-        if gpu:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls, result.clone()
+        return (clock() - start) / calls, result.clone()
 
     def both(pixels: torch.Tensor, *, calls: int) -> dict[str, float]:
         encode_s, codes_BN = timed(encode, pixels, calls=calls)
@@ -138,8 +152,16 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         before_gib = peak_gib()
         if whole_batch:
             both(pixels_BCHW, calls=2)
-        result = both(pixels_BCHW, calls=ITERATIONS[options.device])
-    return result if compiled and not gpu else result | {"peak_gib": peak_gib() - before_gib}
+        result: dict[str, Any] = both(pixels_BCHW, calls=ITERATIONS[options.device])
+    if gpu or not compiled:
+        result["peak_gib"] = peak_gib() - before_gib
+    if options.side == "ours":
+        from benchmarks.flops import encode_flops
+
+        result["encode_flops"] = encode_flops(_config(options))
+        peak = fastest_product(precision=options.precision, device=pixels_BCHW.device, clock=clock)
+        result["peak_flops"], result["peak_how"] = peak
+    return result
 
 
 def _build(options: argparse.Namespace) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
@@ -147,19 +169,16 @@ def _build(options: argparse.Namespace) -> tuple[Callable[..., Any], Callable[..
     import torch
 
     from tokenizer import layers
-    from tokenizer.configuration import QLIPConfig
     from tokenizer.modeling import QLIPModel
 
     plain = options.side == "plain"
     torch.manual_seed(0)
-    changes = {"image_size": options.image_size, "num_hidden_layers": options.layers}
-    tower = VARIANTS[options.variants[0]] | {key: value for key, value in changes.items() if value}
-    vision = tower | {"quantizer_cfg": {"embed_dim": 28}}
-    config = QLIPConfig(text_config={"num_hidden_layers": 1}, vision_config=vision, decoder_config=tower)
+    config = _config(options)
+    size = config.vision_tower.image_size
     dtype = torch.bfloat16 if options.precision == "bf16" and not plain else torch.float32
     # Built in its final precision: a conversion would leave a peak that hides what a batch adds.
     model = QLIPModel._from_config(config, dtype=dtype).eval().to(options.device, dtype)
-    pixels_BCHW = torch.randn(options.batch, 3, tower["image_size"], tower["image_size"]).to(options.device, dtype)
+    pixels_BCHW = torch.randn(options.batch, 3, size, size).to(options.device, dtype)
     if plain:
         layers.F = PlainFunctions(layers.F)  # type: ignore[assignment]
         layers.Linear.forward = torch.nn.Linear.forward  # type: ignore[method-assign,assignment]
@@ -172,6 +191,15 @@ def _build(options: argparse.Namespace) -> tuple[Callable[..., Any], Callable[..
         model.decode_quantized = torch.compile(model.decode_quantized, mode=options.compile)
         return torch.compile(encode, mode=options.compile), model.decode, pixels_BCHW
     return encode, model.decode, pixels_BCHW
+
+
+def _config(options: argparse.Namespace) -> "QLIPConfig":
+    from tokenizer.configuration import QLIPConfig
+
+    changes = {"image_size": options.image_size, "num_hidden_layers": options.layers}
+    tower = VARIANTS[options.variants[0]] | {key: value for key, value in changes.items() if value}
+    vision = tower | {"quantizer_cfg": {"embed_dim": 28}}
+    return QLIPConfig(text_config={"num_hidden_layers": 1}, vision_config=vision, decoder_config=tower)
 
 
 class PlainFunctions:

@@ -93,7 +93,8 @@ def test_the_plain_transcription_computes_the_same():
 def test_the_tokenizer_benchmark_compares_two_processes(capsys):
     small = ["--variants", "B-8", "--image-size", "32", "--layers", "1", "--batch", "2", "--repeats", "1"]
     tokenizer.main([*small, "--device", "cpu", "--precision", "bf16"])
-    (line,), numbers = lines(capsys)
+    (line, share), numbers = lines(capsys)
+    assert share.startswith("B-8: encode takes ") and 0 < numbers["encode_utilisation"] < 1.1
     assert line.startswith("B-8: ") and "x the memory" in line and "images/s in bf16, plain" in line
     assert (numbers["batch"], numbers["device"], numbers["precision"], numbers["compile"]) == (2, "cpu", "bf16", None)
     for side in tokenizer.SIDES:
