@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ def save_checkpoint(folder: Path, *, step: int, engines: dict[str, Any], state: 
     """Write `folder/step-NNNNNNNN`, complete or not at all; return it (a collective call)."""
     target = _step_folder(folder, step)
     if is_main():
-        with atomic_folder(target) as partial:
-            names = [name for label, engine in engines.items() for name in _write_engine(partial, label, engine)]
-            digests = {name: sha256_of(partial / name) for name in names}
+        with atomic_folder(target) as partial, ThreadPoolExecutor() as pool:
+            # A file is hashed while the next one is gathered and written: hashing takes as long as a fast disk.
+            names = (name for label, engine in engines.items() for name in _write_engine(partial, label, engine))
+            hashes = {name: pool.submit(sha256_of, partial / name) for name in names}
+            digests = {name: digest.result() for name, digest in hashes.items()}
             write_record(partial / "meta.json", {"step": step, "state": state, "files": digests})
     else:
         for engine in engines.values():
@@ -233,23 +236,24 @@ def _full_tensors(engine: Any, *, kinds: Sequence[str]) -> Iterator[tuple[str, t
             yield f"{name}/{kind}", tensor.detach().float().cpu().contiguous()
 
 
-def _write_engine(folder: Path, label: str, engine: Any) -> list[str]:
-    names: list[str] = []
+def _write_engine(folder: Path, label: str, engine: Any) -> Iterator[str]:
+    """Write an engine's tensors; yield the name of every file once it is complete."""
     pending: dict[str, torch.Tensor] = {}
+    names = (f"{label}-{number:05d}.safetensors" for number in itertools.count())
 
-    def flush() -> None:
-        if pending:
-            names.append(f"{label}-{len(names):05d}.safetensors")
-            save_file(pending, folder / names[-1])
-            pending.clear()
+    def flush() -> str:
+        name = next(names)
+        save_file(pending, folder / name)
+        pending.clear()
+        return name
 
     buffers = ((f"{name}/buffer", tensor.float().cpu()) for name, tensor in _trained_buffers(engine.module))
     for key, tensor in itertools.chain(_full_tensors(engine, kinds=("param", *state_keys(engine))), buffers):
         pending[key] = tensor.clone()
         if sum(value.nbytes for value in pending.values()) > FILE_BYTES:
-            flush()
-    flush()
-    return names
+            yield flush()
+    if pending:
+        yield flush()
 
 
 def _read_tensors(path: Path, label: str) -> Iterator[tuple[str, str, torch.Tensor]]:
