@@ -222,6 +222,12 @@ bench-sampling: $(READY) ## Images per second against transformers' generate(), 
 bench-llamagen: $(READY) ## LlamaGen with one position a patch against one an id: training step and drawing
 	@$(PY) -m benchmarks llamagen $(ARGS)
 
+bench-safety: $(READY) ## What saving, guards, metrics and validation cost, as shares of UM3's training
+	@$(PY) -m benchmarks safety $(ARGS)
+
+bench: $(READY) ## Every benchmark at a small size, with one table (10 minutes on 2 CPU cores)
+	@$(PY) -m benchmarks all $(ARGS)
+
 gpu-proof: $(READY) ## Run the GPU tests and all benchmarks on a GPU, with one page of results (20 minutes)
 	@$(PY) -m benchmarks gpu-proof $(ARGS)
 

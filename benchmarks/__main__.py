@@ -10,7 +10,9 @@ COMMANDS = {
     "um3-training": Command("benchmarks.um3_training", "a training step of UM3 against transformers' Trainer"),
     "sampling": Command("benchmarks.sampling", "images per second against transformers' generate()"),
     "llamagen": Command("benchmarks.llamagen", "LlamaGen with one position a patch against one an id"),
-    "gpu-proof": Command("benchmarks.gpu_proof", "the GPU tests and all of these at the paper's sizes, on one page"),
+    "safety": Command("benchmarks.safety", "what saving, guards and metrics cost in UM3's training"),
+    "gpu-proof": Command("benchmarks.parts", "the GPU tests and all of these at the paper's sizes", named=True),
+    "all": Command("benchmarks.parts", "all of these at a small size on a CPU, with one table", named=True),
 }
 
 if __name__ == "__main__":

@@ -134,9 +134,10 @@ class TrainingRun(NamedTuple):
         """What `peak_gib` measures."""
         return "peak GPU memory (torch)" if GPU_PEAK in self.done else "peak resident memory of a process"
 
-    def step_seconds(self, *, warmup: int) -> list[float]:
-        """Seconds of every step after `warmup` steps (at least 1), from the loop's own clock."""
-        clock = [row["step"] / row["perf/steps_per_s"] for row in self.rows]
+    def step_seconds(self, *, warmup: int, cpu: bool = False) -> list[float]:
+        """Seconds of every step after `warmup` steps (at least 1), from the loop's own clock; or the first process's
+        CPU seconds, of all its threads."""
+        clock = [row["perf/cpu_s"] if cpu else row["step"] / row["perf/steps_per_s"] for row in self.rows]
         return [later - earlier for earlier, later in itertools.pairwise(clock)][warmup - 1 :]
 
     @property

@@ -44,9 +44,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _report(stage: str, run: harness.TrainingRun, *, options: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.flops import stage1_flops, stage2_flops
     from tokenizer.configuration import read_qlip_config
     from train.engine import precision_of
+    from train.plan.image_flops import stage1_flops, stage2_flops
 
     config = load_config(STAGES[stage], path=run.folder / "config.yaml")
     loop, precision = config.loop, precision_of(config.engine)

@@ -72,8 +72,10 @@ def read_shape(settings: Sequence[str]) -> dict[str, int]:
     return shape
 
 
-def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
-    """Write base/, qlip/, codes/ and texts.jsonl: random content in the real formats."""
+def write_inputs(
+    folder: Path, *, shape: dict[str, int], patches: int = PATCHES, bits: int = 28, caption_tokens: int = CAPTION_TOKENS
+) -> None:
+    """Write base/ (if it has a shape), qlip/, codes/ and texts.jsonl: random content in the real formats."""
     import numpy as np
 
     from data_mix.codes.shards import ShardHeader, shard_path, write_shard
@@ -83,10 +85,11 @@ def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     from train.recipes.tokenizer_task import save_tokenizer
     from train.settings.tokenizer import QLIPSizeConfig, TextTowerConfig
 
-    _write_base(folder / "base", shape=shape)
-    image_size = 8 * round(PATCHES**0.5)
+    if shape:
+        _write_base(folder / "base", shape=shape)
+    image_size = 8 * round(patches**0.5)
     tower: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
-    size = QLIPSizeConfig(image_size=image_size, patch_size=8, **tower)
+    size = QLIPSizeConfig(image_size=image_size, patch_size=8, bits=bits, **tower)
     scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
     text = TextTowerConfig(vocab_size=300, max_tokens=24, **tower)
     qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0, cache=folder)
@@ -95,10 +98,10 @@ def write_inputs(folder: Path, *, shape: dict[str, int]) -> None:
     generator, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))
     write_shard(
         shard_path(folder / "codes", split="train", source="made", shard=0),
-        header=ShardHeader(fingerprint, bits=size.bits, image_size=image_size, split="train", source="made"),
+        header=ShardHeader(fingerprint, bits=bits, image_size=image_size, split="train", source="made"),
         keys=[str(number) for number in range(IMAGES)],
-        codes_BN=generator.integers(0, 2**size.bits, (IMAGES, PATCHES)),
-        captions=[["".join(generator.choice(letters, CAPTION_TOKENS))] for _ in range(IMAGES)],
+        codes_BN=generator.integers(0, 2**bits, (IMAGES, patches)),
+        captions=[["".join(generator.choice(letters, caption_tokens))] for _ in range(IMAGES)],
     )
     documents = ("".join(generator.choice(letters, DOCUMENT_TOKENS)) for _ in range(DOCUMENTS))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -155,12 +158,12 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
             items.append({"input_ids": input_ids_BT, "labels": input_ids_BT.masked_fill(~target_mask_BT, -100)})
 
     class Clock(TrainerCallback):
-        times: list[float] = []  # noqa: RUF012 - one instance
+        times: list[tuple[float, float]] = []  # noqa: RUF012 - one instance
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             if gpu:
                 torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
+            self.times.append((time.perf_counter(), time.process_time()))
 
     settings = TrainingArguments(
         output_dir=str(Path(options.folder) / "stock"),
@@ -179,9 +182,13 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
     )
     clock = Clock()
     Trainer(loaded.model, settings, lambda batch: batch[0], items, callbacks=[clock]).train()
-    times = [later - earlier for earlier, later in itertools.pairwise(clock.times)]
+    step_s, step_cpu_s = (
+        [later - earlier for earlier, later in itertools.pairwise(times)][options.warmup - 1 :]
+        for times in zip(*clock.times, strict=True)
+    )
     peak_gib = peak_gpu_memory_gib()
-    return {"step_s": times[options.warmup - 1 :], "peak_gib": peak_memory_gib() if peak_gib is None else peak_gib}
+    result: dict[str, Any] = {"step_s": step_s, "step_cpu_s": step_cpu_s}
+    return result | {"peak_gib": peak_memory_gib() if peak_gib is None else peak_gib}
 
 
 def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -191,6 +198,8 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     config: UM3Config = load_config(UM3Config, path=ours.folder / "config.yaml")
     precision, times = precision_of(config.engine), ours.step_seconds(warmup=options.warmup)
     seconds, stock_s = fmean(times), fmean(stock["step_s"])
+    cpu_times = ours.step_seconds(warmup=options.warmup, cpu=True)
+    cpu_s, stock_cpu_s = fmean(cpu_times), fmean(stock["step_cpu_s"])
     flops, _ = UM3Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
     threads = config.loop.num_threads
     peak = harness.machine_peak(precision=precision, threads=threads, tflops=options.peak_tflops)
@@ -208,10 +217,15 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     )
     print(
         f"stock: {stock_s:.3g} s a step, {per_step / stock_s:,.0f} tokens/s; {stock['peak_gib']:.2f} GiB: "
-        f"ours is {stock_s / seconds:.2f}x as fast with {ours.peak_gib / stock['peak_gib']:.2f}x the memory"
+        f"ours is {stock_s / seconds:.2f}x as fast ({stock_cpu_s / cpu_s:.2f}x in CPU time) with "
+        f"{ours.peak_gib / stock['peak_gib']:.2f}x the memory"
     )
     return {
-        **{"ours": {"step_s": times, "peak_gib": ours.peak_gib}, "stock": stock, "tokens_per_step": per_step},
+        **{
+            "ours": {"step_s": times, "step_cpu_s": cpu_times, "peak_gib": ours.peak_gib},
+            "stock": stock,
+            "tokens_per_step": per_step,
+        },
         **{"flops_per_step": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
-        **{"precision": precision, "speedup": stock_s / seconds},
+        **{"precision": precision, "speedup": stock_s / seconds, "cpu_speedup": stock_cpu_s / cpu_s},
     }

@@ -131,6 +131,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
             if metrics is not None and loop.is_logged(done):
                 rate = progress.rate()
                 values |= {"perf/steps_per_s": rate, f"perf/{task.unit}_per_s": rate * loop.batch_size}
+                values["perf/cpu_s"] = time.process_time()
                 metrics.log(done, values | _memory("mem/peak_gib", "mem/peak_gpu_gib"))
                 metrics.show(done, task.shown)
             stopping, is_last = any_rank(bool(received)), done == loop.max_steps or task.finished

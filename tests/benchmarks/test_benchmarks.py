@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, llamagen, memory, sampling, tokenizer, training, um3_loss, um3_training
-from benchmarks.flops import stage1_flops, stage2_flops
+from benchmarks import harness, llamagen, memory, safety, sampling, tokenizer, training, um3_loss, um3_training
 from tests.helpers.processes import ROOT
 from tokenizer import onednn
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
+from train.plan.image_flops import stage1_flops, stage2_flops
 from train.recipes.um3 import UM3Objective
 from train.settings.tokenizer import Stage1Config, Stage2Config
 from train.settings.um3 import UM3LossConfig
@@ -70,8 +71,10 @@ def test_numbers_below_1_are_usage_errors(name, arguments, capsys):
 
 def test_step_times_come_from_the_loops_clock():
     clock = [5.0, 5.5, 6.5]
-    rows = [{"step": step, "perf/steps_per_s": step / at} for step, at in enumerate(clock, start=1)]
-    assert harness.TrainingRun(Path(), rows, {}).step_seconds(warmup=1) == pytest.approx([0.5, 1.0])
+    rows = [{"step": n, "perf/steps_per_s": n / at, "perf/cpu_s": 2 * at} for n, at in enumerate(clock, start=1)]
+    run = harness.TrainingRun(Path(), rows, {})
+    assert run.step_seconds(warmup=1) == pytest.approx([0.5, 1.0])
+    assert run.step_seconds(warmup=1, cpu=True) == pytest.approx([1.0, 2.0])
 
 
 @pytest.mark.slow
@@ -284,12 +287,45 @@ def test_um3_and_trainer_run_on_the_same_sequences(capsys):
     steps = ["--steps", "2", "--warmup", "1", "--peak-tflops", "0.1"]
     um3_training.main(["--shape", *shape, *steps, *rows, *cpu, *mix])
     (ours, stock), numbers = lines(capsys)
-    assert "0.1 TFLOP/s (given, fp32)" in ours and "as fast with" in stock
-    assert all(len(numbers[side]["step_s"]) == 2 and numbers[side]["peak_gib"] > 0 for side in ("ours", "stock"))
+    assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock
+    assert all(
+        len(numbers[side]["step_s"]) == len(numbers[side]["step_cpu_s"]) == 2 and numbers[side]["peak_gib"] > 0
+        for side in ("ours", "stock")
+    )
     # Every step: two text sequences, an image to its caption, and a caption to its image.
     assert numbers["tokens_per_step"] == 2 * 600 + 2 * (512 + 64 + 4)
     seconds = sum(numbers["ours"]["step_s"]) / 2
     assert numbers["utilisation"] == pytest.approx(numbers["flops_per_step"] / seconds / 1e11)
+
+
+@pytest.mark.slow
+def test_every_safety_net_is_timed(capsys):
+    safety.main(["--sizes", "demo", "--steps", "4", "loop.batch_size=8", "text_validation.num_sequences=2"])
+    (size, *nets), numbers = lines(capsys)
+    assert size.startswith("demo: ") and len(nets) == len(safety.CLOCKS) - 1
+    demo = numbers["demo"]
+    assert all(demo[net] > 0 for net in safety.CLOCKS) and demo["bytes"] > 12e6
+    assert demo["save"] > sum(demo[net] for net in safety.PARTS_OF_SAVE) and demo["every"]["save"] == 500
+
+
+def test_a_clock_counts_for_the_step_of_the_call(monkeypatch):
+    monkeypatch.setattr(memory, "table", memory.table)  # restored after the test
+    seconds, step = defaultdict(float), {}
+    safety.time_function("benchmarks.memory:table", seconds=seconds, step=step)
+    for number in range(2):
+        assert memory.table({}, batches=[], title="peak")[0].startswith("peak")
+        step[number] = 1.0
+    assert seconds.keys() == {0, 1} and min(seconds.values()) > 0
+
+
+def test_the_papers_save_is_computed_from_the_rates(capsys):
+    rates = {"bytes": 1e9, "save": 2.0, "save: write": 0.5, "save: sync": 0.5, "save: hash": 0.5}
+    numbers = safety.paper(rates)
+    assert 12 * 1.2e9 < numbers["bytes"] < 12 * 2e9
+    seconds = numbers["bytes"] / 1e9 * (0.5 + 0.5 + 1) + 2**31 / 1e9 * 0.5  # gather, write, disk; hash of one file
+    assert numbers["share_at_1_gb_s"] == pytest.approx(seconds / numbers["seconds_between_saves"])
+    assert numbers["share_at_5_gb_s"] < numbers["share_at_1_gb_s"]
+    assert capsys.readouterr().out.count("paper: ") == 2
 
 
 def build_loss(arguments):
