@@ -2,8 +2,9 @@
 
 The phase `um3` runs a few steps on made inputs, at the sizes of the demo and of SmolLM2-135M, with a clock around every
 net: saving, the guard against losses that are not finite, gradient norm, metrics, text validation, fingerprints. A
-net's share is its shortest time in the steps it runs in, divided by the config's steps between two such and by the
-shortest step. For the paper's config, the time of a save follows from the size of its checkpoint and the rates here.
+net's share, by the clock and in CPU time, is its shortest time in the steps it runs in, divided by the config's steps
+between two such and by the shortest step. For the paper's config, the time of a save follows from the size of its
+checkpoint and the CPU time here.
 """
 
 import argparse
@@ -40,7 +41,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "demo": Size("demo", steps=60),
-    "smollm2": Size("um3_smollm2", steps=4, settings=["model.base_model={folder}/base"]),
+    "smollm2": Size("um3_smollm2", steps=4, settings=["model.base_model={folder}/base", "model.qk_norm=false"]),
 }
 CLOCKS = {
     "step": ["train.recipes.um3:UM3Task.train_step"],
@@ -61,6 +62,8 @@ CLOCKS = {
     "done.json": [f"train.loop:{name}" for name in ("result_files", "write_record", "commit", "versions", "machine")],
 }
 """By net, the functions that it consists of, as MODULE:NAME."""
+Seconds = dict[int, list[float]]
+"""By the number of steps taken before: seconds by the clock, and of CPU time."""
 PARTS_OF_SAVE = [net for net in CLOCKS if net.startswith("save: ")]
 
 
@@ -103,22 +106,26 @@ def run_timed(size: Size, *, options: argparse.Namespace) -> None:
     settings += [f"visual_tokenizer={folder}/qlip", f"data.codes={folder}/codes", f"loop.output_dir={output_dir}"]
     settings += [f"loop.max_steps={steps}", f"loop.save_every_steps={steps // 2}", "loop.log_every_steps=1"]
     settings += [f"text_validation.every_steps={steps // 2}", *options.overrides]
-    seconds = {net: defaultdict[int, float](float) for net in CLOCKS}
+    seconds: dict[str, Seconds] = {net: defaultdict(lambda: [0.0, 0.0]) for net in CLOCKS}
     for net, functions in CLOCKS.items():
         for function in functions:
             time_function(function, seconds=seconds[net], step=seconds["step"])
     phase.main(["um3", "--config", size.config, *settings])
     for net in PARTS_OF_SAVE:  # the model's files are written and synced too
-        seconds[net] = defaultdict(float, {step: seconds[net][step] for step in seconds["save"]})
+        seconds[net] = {step: seconds[net][step] for step in seconds["save"]}
     checkpoint = max((output_dir / "checkpoints").glob("step-*"))
     config = load_config(UM3Config, path=find_config(size.config), section="um3")
-    result: dict[str, Any] = {net: min(by_step.values()) for net, by_step in seconds.items() if by_step}
+    result: dict[str, Any] = {
+        net: [min(times) for times in zip(*by_step.values(), strict=True)]
+        for net, by_step in seconds.items()
+        if by_step
+    }
     result["bytes"] = sum(path.stat().st_size for path in checkpoint.iterdir())
     result["peak_gib"] = read_json(output_dir / "done.json")["peak_memory_gib"]
     print(json.dumps(result | {"every": every_steps(config)}))
 
 
-def time_function(path: str, *, seconds: dict[int, float], step: dict[int, float]) -> None:
+def time_function(path: str, *, seconds: Seconds, step: Seconds) -> None:
     """Replace MODULE:NAME by a function that adds its time to that of the current step, by the steps taken so far."""
     module, _, names = path.partition(":")
     owner: Any = importlib.import_module(module)
@@ -128,11 +135,12 @@ def time_function(path: str, *, seconds: dict[int, float], step: dict[int, float
     function: Callable[..., Any] = getattr(owner, name)
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        start, number = time.perf_counter(), len(step)
+        start, start_cpu, number = time.perf_counter(), time.process_time(), len(step)
         try:
             return function(*arguments, **options)
         finally:
-            seconds[number] += time.perf_counter() - start
+            seconds[number][0] += time.perf_counter() - start
+            seconds[number][1] += time.process_time() - start_cpu
 
     setattr(owner, name, timed)
 
@@ -147,16 +155,19 @@ def every_steps(config: UM3Config) -> dict[str, int]:
 
 def report(side: str, result: dict[str, Any]) -> None:
     """Print a line for the size and one for each net."""
-    step_s, gigabytes = result["step"], result["bytes"] / GB
-    rate = gigabytes / result["save"]
+    (step_s, step_cpu_s), gigabytes = result["step"], result["bytes"] / GB
+    rate = gigabytes / result["save"][0]
     print(
-        f"{side}: {step_s:.4g} s a step, peak {result['peak_gib']:.2f} GiB, checkpoint of {gigabytes:.3g} GB at "
-        f"{rate:.2g} GB/s"
+        f"{side}: {step_s:.4g} s a step, {step_cpu_s:.4g} of CPU time, peak {result['peak_gib']:.2f} GiB, "
+        f"checkpoint of {gigabytes:.3g} GB at {rate:.2g} GB/s"
     )
     for net in CLOCKS:
         if net != "step" and net in result:
-            every = result["every"].get(net, 1)
-            print(f"  {net:16} {1000 * result[net]:9.2f} ms every {every:5} steps: {result[net] / every / step_s:7.3%}")
+            every, (net_s, net_cpu_s) = result["every"].get(net, 1), result[net]
+            print(
+                f"  {net:16} {1000 * net_s:9.2f} ms, {1000 * net_cpu_s:9.2f} of CPU time, every {every:5} steps: "
+                f"{net_s / every / step_s:7.3%}, {net_cpu_s / every / step_cpu_s:7.3%} in CPU time"
+            )
 
 
 def paper(result: dict[str, Any]) -> dict[str, Any]:
@@ -169,8 +180,9 @@ def paper(result: dict[str, Any]) -> dict[str, Any]:
     setting, size = plan.own(), 12 * sum(plan.parameters)  # float32 weights and two moments
     assert setting is not None
     between_s = config.loop.save_every_steps * plan.step_seconds(setting, mfu=MFU)
-    gathered_s = (result["save"] - sum(result[net] for net in PARTS_OF_SAVE)) / result["bytes"]
-    written_s, hashed_s = (result[net] / result["bytes"] for net in ("save: write", "save: hash"))
+    # CPU time, as the disk is another.
+    saved_s, *parts_s = (result[net][1] / result["bytes"] for net in ("save", *PARTS_OF_SAVE))
+    gathered_s, (written_s, _, hashed_s) = saved_s - sum(parts_s), parts_s
     numbers: dict[str, Any] = {"bytes": size, "seconds_between_saves": between_s}
     for rate in DISKS_GB_S:
         # Files are hashed beside the gathering, but for the last.

@@ -50,7 +50,7 @@ def _report(stage: str, run: harness.TrainingRun, *, options: argparse.Namespace
 
     config = load_config(STAGES[stage], path=run.folder / "config.yaml")
     loop, precision = config.loop, precision_of(config.engine)
-    times = run.step_seconds(warmup=options.warmup)
+    times, cpu_times = (run.step_seconds(warmup=options.warmup, cpu=cpu) for cpu in (False, True))
     images_per_s = loop.batch_size / fmean(times)
     qlip_config = read_qlip_config(run.folder / "model")
     if stage == "stage1":
@@ -61,12 +61,19 @@ def _report(stage: str, run: harness.TrainingRun, *, options: argparse.Namespace
     peak = harness.machine_peak(precision=precision, **how)
     utilisation = sum(flops.values()) * images_per_s / peak.flops
     print(
-        f"{stage}: {fmean(times):.3g} s a step of {loop.batch_size} images, {images_per_s:.4g} images/s; "
+        f"{stage}: {fmean(times):.3g} s a step of {loop.batch_size} images, {images_per_s:.4g} images/s, "
+        f"{fmean(cpu_times):.3g} s of CPU time in the first process; "
         f"{run.peak_kind} {run.peak_gib:.2f} GiB; {sum(flops.values()) / 1e9:.3g} GFLOP an image: {utilisation:.1%} "
         f"of {peak.flops / 1e12:.3g} TFLOP/s ({peak.how})"
     )
     return {
-        **{"step_s": times, "batch_size": loop.batch_size, "images_per_s": images_per_s, "precision": precision},
+        **{
+            "step_s": times,
+            "step_cpu_s": cpu_times,
+            "batch_size": loop.batch_size,
+            "images_per_s": images_per_s,
+            "precision": precision,
+        },
         **{"processes": options.processes, "peak_gib": run.peak_gib, "peak_kind": run.peak_kind},
         **{"flops_per_image": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
     }
