@@ -111,7 +111,8 @@ def summary(parts: Sequence[Part], *, results: dict[str, dict[str, Any]]) -> lis
     lines = ["| part | seconds | figures |", "|---|---|---|"]
     for part in parts:
         if result := results.get(part.name):
-            figures = re.findall(part.figure, "\n".join(result["lines"])) if part.figure else []
+            printed = "\n".join(line for line in result["lines"] if not line.startswith("{"))
+            figures = re.findall(part.figure, printed) if part.figure else []
             shown = "; ".join(figures) if result["status"] == "done" else result["status"]
             lines.append(f"| {part.name} | {result['seconds']:.0f} | {shown} |")
     return lines

@@ -57,7 +57,7 @@ def test_a_failed_part_is_run_again_and_a_finished_one_is_not(tmp_path, monkeypa
 
 
 def test_all_starts_anew_and_tables_the_figures(tmp_path, monkeypatch, capsys):
-    lines = {"LlamaGen": "step: 2.00 s, flat 4.00: 0.50x by the clock, 0.55x in CPU time"}
+    lines = {"LlamaGen": "step: 2.00 s, flat 4.00: 0.50x by the clock, 0.55x in CPU time\n{}"}
     monkeypatch.setattr(parts, "run_process", lambda command, *, label, limit_s: lines[label])
     for _ in range(2):
         parts.main(["all", "--out", str(tmp_path), "--parts", "LlamaGen"])
