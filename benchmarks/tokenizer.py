@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if gpu or not compiled:
         result["peak_gib"] = peak_gib() - before_gib
     if options.side == "ours":
-        from benchmarks.flops import encode_flops
+        from train.plan.image_flops import encode_flops
 
         result["encode_flops"] = encode_flops(_config(options))
         peak = fastest_product(precision=options.precision, device=pixels_BCHW.device, clock=clock)
