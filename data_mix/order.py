@@ -45,7 +45,9 @@ class SampleOrder:
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         kind = np.uint32 if self.length <= 2**32 else np.uint64
-        return numpy_generator(self.seed, "order", self.name, epoch).permutation(np.arange(self.length, dtype=kind))
+        order = np.arange(self.length, dtype=kind)
+        numpy_generator(self.seed, "order", self.name, epoch).shuffle(order)  # `permutation` would copy it first
+        return order
 
 
 def each_index(source: Any, *, seed: int, name: str) -> Iterator[int]:
@@ -88,11 +90,14 @@ class ExactCounts:
         """Samples of each class in the batch of `step`."""
         return tuple(end - start for start, end in zip(self.before(step), self.before(step + 1), strict=True))
 
-    def draws(self, step: int) -> list[tuple[int, int]]:
-        """(class, how many of it came before) of each sample of the batch of `step`, with the classes evenly spread."""
-        numbers = list(self.before(step))
+    def draws(self, step: int, positions: range | None = None) -> list[tuple[int, int]]:
+        """(class, how many of it came before) of each sample of the batch of `step`, or of those at `positions` of it,
+        with the classes evenly spread."""
+        classes = interleave(self.at(step))
+        start, stop = (positions.start, positions.stop) if positions is not None else (0, len(classes))
+        numbers = (np.bincount(classes[:start], minlength=self.num_classes) + self.before(step)).tolist()
         samples = []
-        for i in interleave(self.at(step)):
+        for i in classes[start:stop].tolist():
             samples.append((i, numbers[i]))
             numbers[i] += 1
         return samples
@@ -125,10 +130,11 @@ def fixed_shares(weights: Sequence[float], *, of: str = "") -> tuple[int, ...]:
     return tuple(shares)
 
 
-def interleave(counts: Sequence[int]) -> list[int]:
+def interleave(counts: Sequence[int]) -> np.ndarray:
     """The class of each sample of a batch. Every class is spread evenly, so any slice has about the same mix."""
-    places = [((2 * j + 1) / count, i) for i, count in enumerate(counts) for j in range(count)]
-    return [i for _, i in sorted(places)]
+    places = [np.arange(1, 2 * count, 2) / count for count in counts if count]
+    order = np.argsort(np.concatenate(places), kind="stable") if places else np.array([], dtype=int)
+    return np.repeat(np.arange(len(counts)), counts)[order]
 
 
 def rank_positions(batch_size: int, *, rank: int, world_size: int) -> range:

@@ -47,7 +47,7 @@ def choose_samples(
     if labels is not None:
         wanted, by_hash = split_labels(Counter(labels), split=split, where=config.where)
         is_chosen = np.isin(np.asarray(labels), sorted(wanted))
-    if by_hash:
+    if by_hash and (config.val_fraction or split == "val"):
         # The hash of a key is the same on every machine and beside any other samples.
         digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)
         in_val = (int.from_bytes(digest, "big") < config.val_fraction * 2**64 for digest in digests)

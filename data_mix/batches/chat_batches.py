@@ -7,7 +7,6 @@ are evenly spread over it, so every rank has its share of both.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -129,7 +128,7 @@ class ChatBatches(SequenceBatches):
         kinds = interleave([batch_size - num_chats, num_chats])
         mine = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.positions, self.chat_positions = (
-            range(kinds[: mine.start].count(kind), kinds[: mine.stop].count(kind)) for kind in (0, 1)
+            range(*((kinds[:end] == kind).sum() for end in (mine.start, mine.stop))) for kind in (0, 1)
         )
         sources = config.conversations
         self.chats = join_codes(sources, codes=config.codes, fingerprint=options.get("fingerprint"))
@@ -148,14 +147,14 @@ class ChatBatches(SequenceBatches):
 
     def batch(self, step: int) -> SequenceBatch:
         """This rank's part of the batch of `step`; conversations come after the samples of the mix."""
-        plan = [(self.chat_keys[number], draw) for number, draw in self.counts[CHAT].draws(step)]
-        mine = [self._conversation(*plan[position]) for position in self.chat_positions]
+        draws = self.counts[CHAT].draws(step, self.chat_positions)
+        plan = [(self.chat_keys[number], draw) for number, draw in draws]
+        mine = [self._conversation(key, draw) for key, draw in plan]
         batch = self._batch(step, others=[sample for sample, _, _ in mine])
-        for (sample, is_replaced, _), position in zip(mine, self.chat_positions, strict=True):
-            batch.seen_KC[self.keys.index(plan[position][0])] += self._counted(sample, is_replaced=is_replaced)
+        for (sample, is_replaced, _), (key, _) in zip(mine, plan, strict=True):
+            batch.seen_KC[self.keys.index(key)] += self._counted(sample, is_replaced=is_replaced)
         return batch._replace(
-            sources=[*batch.sources, *(plan[position][0].removeprefix(f"{CHAT}/") for position in self.chat_positions)],
-            counts=batch.counts | dict(Counter(key for key, _ in plan)),
+            sources=[*batch.sources, *(key.removeprefix(f"{CHAT}/") for key, _ in plan)],
             truncated_captions=batch.truncated_captions + sum(is_cut for _, _, is_cut in mine),
         )
 

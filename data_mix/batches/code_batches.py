@@ -66,8 +66,8 @@ class CodeBatches:
 
     def batch(self, step: int) -> CodeBatch:
         """This rank's part of the batch of `step`."""
-        draws = self.counts.draws(step)
-        samples = [self._read(self.names[number], draw) for number, draw in (draws[i] for i in self.positions)]
+        draws = self.counts.draws(step, self.positions)
+        samples = [self._read(self.names[number], draw) for number, draw in draws]
         captions, dropped = [], []
         for position, sample in zip(self.positions, samples, strict=True):
             draw = derive_seed(self.seed, "caption", step, position)
@@ -77,7 +77,7 @@ class CodeBatches:
             torch.stack([sample.codes_N for sample in samples]),
             captions,
             torch.tensor([draw < self.config.caption_dropout * 2**63 for draw in dropped]),
-            [self.names[draws[position][0]] for position in self.positions],
+            [self.names[number] for number, _ in draws],
         )
 
     def fingerprints(self) -> dict[str, str]:

@@ -90,10 +90,9 @@ class ImageBatches:
     def batch(self, step: int) -> ImageBatch:
         """This rank's part of the batch of `step`; UserError if no sample of a source can be used."""
         skipped: Counter[tuple[str, str]] = Counter()
-        draws = self.counts.draws(step)
         samples, captions, sources = [], [], []
-        for position in self.positions:
-            reader, draw = self.readers[draws[position][0]], draws[position][1]
+        for position, (number, draw) in zip(self.positions, self.counts.draws(step, self.positions), strict=True):
+            reader = self.readers[number]
             sample = reader.read(draw, skipped=skipped)
             samples.append(sample)
             draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)

@@ -10,7 +10,6 @@ P = visual ids of an image, K = pairs of task and source, C = the columns of `da
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,14 +118,20 @@ class SequenceBatches:
         self.counts: dict[str, ExactCounts] = {task: self._add_task(task) for task in tasks}
         self.keys = list(self.orders)
 
-    def plan(self, step: int) -> list[PlannedSample]:
-        """The samples of the global batch of `step`, with the tasks evenly spread; the same on every rank."""
-        counts = self.schedule.counts(step, batch_size=self.batch_size)
-        draws = {task: iter(of_task.draws(step)) for task, of_task in self.counts.items()}
+    def plan(self, step: int, positions: range | None = None) -> list[PlannedSample]:
+        """The samples of the global batch of `step`, or those at `positions`, with the tasks evenly spread; the same on
+        every rank. A rank plans its own part alone: a whole plan takes 0.14 s a step for 1,024 ranks of 64 samples."""
+        positions = range(self.batch_size) if positions is None else positions
+        tasks = interleave(list(self.schedule.counts(step, batch_size=self.batch_size).values()))
+        draws = {}
+        for number, task in enumerate(TASKS):
+            if task in self.counts:
+                first, stop = (int((tasks[:end] == number).sum()) for end in (positions.start, positions.stop))
+                draws[task] = iter(self.counts[task].draws(step, range(first, stop)))
         keys = {task: [key for key in self.keys if key.startswith(f"{task}/")] for task in draws}
         plan = []
-        for position, number in enumerate(interleave(list(counts.values()))):
-            task = TASKS[number]
+        for position in positions:
+            task = TASKS[tasks[position]]
             i, draw = next(draws[task])
             key = keys[task][i]
             source = key.removeprefix(f"{task}/")
@@ -143,9 +148,9 @@ class SequenceBatches:
 
     def _batch(self, step: int, *, others: Sequence[TrainingSequence] = ()) -> SequenceBatch:
         """The batch of `step`, laid out together with `others`, which it does not count."""
-        plan = self.plan(step)
+        plan = self.plan(step, self.positions)
         mine, images = [], {}
-        for planned in (plan[position] for position in self.positions):
+        for planned in plan:
             if planned.task != "text":
                 planned, images[planned.position] = self._read_image(planned)
             mine.append(planned)
@@ -154,13 +159,13 @@ class SequenceBatches:
         packed = self.config.packing == "documents"
         sequences = lay_out([*samples, *others], seq_len=self.config.seq_len, packed=packed, pad_id=self.ids.pad_id)
         seen_KC = torch.zeros(len(self.keys), len(COUNTED), dtype=torch.int64)
-        for planned, sample in zip(mine, samples, strict=True):
-            is_replaced = planned != plan[planned.position]
-            seen_KC[self.keys.index(planned.key)] += self._counted(sample, is_replaced=is_replaced)
+        for read, planned, sample in zip(mine, plan, samples, strict=True):
+            seen_KC[self.keys.index(read.key)] += self._counted(sample, is_replaced=read != planned)
+        counts = [count for of_task in self.counts.values() for count in of_task.at(step)]
         return SequenceBatch(
             *sequences,
             sources=[planned.source for planned in mine],
-            counts=dict(Counter(planned.key for planned in plan)),
+            counts={key: count for key, count in zip(self.keys, counts, strict=True) if count},
             seen_KC=seen_KC,
             truncated_captions=sum(len(tokens) > self.max_caption_tokens for tokens in captions.values()),
             bad_files=sum(len(source.bad_files.reasons) for source in self.images.values())

@@ -1,6 +1,7 @@
 """Orders, exact counts and interleaving: the properties that make a batch a function of (seed, step)."""
 
 import random
+from fractions import Fraction
 
 import pytest
 
@@ -27,6 +28,11 @@ def test_order_depends_on_seed_and_name_only() -> None:
     assert read(1, "a") != read(1, "b")
 
 
+def test_an_order_is_the_one_that_older_runs_began_with() -> None:
+    order = SampleOrder(12, seed=3, name="scenes")
+    assert [order.index(draw) for draw in range(12, 24)] == [0, 2, 11, 4, 6, 5, 7, 8, 1, 10, 9, 3]
+
+
 def test_substitutes_are_the_rest_of_the_epoch_once_each() -> None:
     order = SampleOrder(6, seed=0, name="a")
     for draw in (0, 4, 11, 13):
@@ -44,6 +50,9 @@ def check_counts(shares: list[tuple[int, ...]], sizes: list[int]) -> None:
         at = counts.at(step)
         assert sum(at) == size and min(at) >= 0
         drawn = counts.draws(step)
+        assert [
+            draw for part in (range(size // 3), range(size // 3, size)) for draw in counts.draws(step, part)
+        ] == drawn
         for i, share in enumerate(shares[step]):
             assert [number for j, number in drawn if j == i] == list(range(given[i], given[i] + at[i])), "in sequence"
             given[i] += at[i]
@@ -75,9 +84,15 @@ def test_invalid_weights_are_refused(weights: list[float]) -> None:
         fixed_shares(weights)
 
 
+@pytest.mark.parametrize("counts", [(), (0, 0), (5,), (3, 0, 3), (7, 11, 1), (1000, 999, 333, 2)])
+def test_interleave_sorts_by_place_then_class(counts: tuple[int, ...]) -> None:
+    places = [(Fraction(2 * j + 1, count), i) for i, count in enumerate(counts) for j in range(count)]
+    assert interleave(counts).tolist() == [i for _, i in sorted(places)]
+
+
 def test_interleave_keeps_the_counts_and_spreads_them() -> None:
     counts = (48, 4, 12)
-    classes = interleave(counts)
+    classes = interleave(counts).tolist()
     assert [classes.count(i) for i in range(3)] == list(counts)
     for world_size in (2, 4):
         for rank in range(world_size):
