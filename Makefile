@@ -228,6 +228,9 @@ bench-safety: $(READY) ## What saving, guards, metrics and validation cost, as s
 bench: $(READY) ## Every benchmark at a small size, with one table (10 minutes on 2 CPU cores)
 	@$(PY) -m benchmarks all $(ARGS)
 
+bench-growth: $(READY) ## What the loaders deliver, and start-up and memory against shards, samples, ranks
+	@$(PY) -m benchmarks growth --config "$$CONFIG" --out "$$RUN/benchmarks" $(ARGS)
+
 gpu-proof: $(READY) ## Run the GPU tests and all benchmarks on a GPU, with one page of results (20 minutes)
 	@$(PY) -m benchmarks gpu-proof $(ARGS)
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "safety": Command("benchmarks.safety", "what saving, guards and metrics cost in UM3's training"),
     "gpu-proof": Command("benchmarks.parts", "the GPU tests and all of these at the paper's sizes", named=True),
     "all": Command("benchmarks.parts", "all of these at a small size on a CPU, with one table", named=True),
+    "growth": Command("benchmarks.growth", "what the loaders deliver, and how start-up and memory grow"),
 }
 
 if __name__ == "__main__":

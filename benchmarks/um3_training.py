@@ -108,25 +108,18 @@ def write_inputs(
 
 
 def _write_base(folder: Path, *, shape: dict[str, int]) -> None:
-    """A Llama with random weights, and a tokenizer with one token per byte and otherwise unused entries."""
+    """A Llama with random weights, and its text tokenizer."""
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.synthetic import made_text_tokenizer
 
     torch.manual_seed(0)
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
     sizes: dict[str, Any] = {names.get(name, name): number for name, number in shape.items()}
     config = LlamaConfig(**sizes, max_position_embeddings=131_072, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
-    unused = [f"unused{number}" for number in range(shape["vocab_size"] - len(alphabet) - len(specials))]
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet + unused)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(special) for special in specials])
-    named = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
+    made_text_tokenizer(shape["vocab_size"]).save_pretrained(folder)
 
 
 def measure_stock(options: argparse.Namespace) -> dict[str, Any]:

@@ -152,6 +152,7 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "plan": {"CONFIG": "@", "GPU": "@", "PHASE": "@", "BASE": "model.base_model=@"},
     "bench-training": {"CONFIG": "@"},
     "bench-memory": {"CONFIG": "@", "RUN": "@/benchmarks"},
+    "bench-growth": {"CONFIG": "@", "RUN": "@/benchmarks"},
     "bench-um3": {"CONFIG": "@"},
 }
 
