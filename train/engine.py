@@ -118,7 +118,7 @@ def check_engine(engine: EngineConfig, *, optimizer: OptimizerConfig) -> None:
 
 def set_attention(model: "PreTrainedModel", engine: EngineConfig) -> None:
     """Make the language model use the configured attention; UserError if this machine or precision cannot."""
-    if "flash" in engine.attention and not (torch.cuda.is_available() and precision_of(engine) != "fp32"):
+    if engine.attention not in ("sdpa", "eager") and not (torch.cuda.is_available() and precision_of(engine) != "fp32"):
         raise UserError(f"engine.attention={engine.attention} needs a GPU and bf16; set engine.attention=sdpa")
     try:
         model.set_attn_implementation(engine.attention)

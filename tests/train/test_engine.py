@@ -110,9 +110,10 @@ def test_what_deepspeed_refuses_is_one_line(passed, reason):
 
 
 @no_gpu
-def test_flash_attention_without_a_gpu_is_one_line():
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_flash_and_flex_attention_without_a_gpu_are_one_line(attention):
     with pytest.raises(UserError, match=r"needs a GPU.*; set engine\.attention=sdpa"):
-        set_attention(nn.Module(), EngineConfig(attention="flash_attention_2"))
+        set_attention(nn.Module(), EngineConfig(attention=attention))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
