@@ -222,6 +222,9 @@ bench-sampling: $(READY) ## Images per second against transformers' generate(), 
 bench-llamagen: $(READY) ## LlamaGen with one position a patch against one an id: training step and drawing
 	@$(PY) -m benchmarks llamagen $(ARGS)
 
+bench-llava: $(READY) ## Training steps of LLaVA-7B with random weights on a GPU: time, memory of GPU and host
+	@$(PY) -m benchmarks llava engine.offload_optimizer=true loop.batch_size=32 $(ARGS)
+
 bench-safety: $(READY) ## What saving, guards, metrics and validation cost, as shares of UM3's training
 	@$(PY) -m benchmarks safety $(ARGS)
 

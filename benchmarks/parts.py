@@ -40,8 +40,8 @@ MIN_S = 10
 class Part:
     """A command with its arguments, at full size and for a test (empty: not run then).
 
-    `goals` are the least values of its printed numbers; `figure` is a regular expression of what a table shows of its
-    printed lines.
+    `goals` are least values of its printed numbers, or ranges [least, greatest]; `figure` is a regular expression of
+    what a table shows of its printed lines.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Part:
     limit_s: float = math.inf
     small: str = ""
     figure: str = ""
-    goals: dict[str, float] = field(default_factory=dict)
+    goals: dict[str, float | list[float]] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -163,11 +163,11 @@ def page(parts: Sequence[Part], *, results: dict[str, dict[str, Any]]) -> str:
     if any(part.goals for part in parts):
         lines += ["", "| part | quantity | reached | goal |", "|---|---|---|---|"]
     for part in parts:
-        for key, least in part.goals.items() if results[part.name]["status"] == "done" else ():
+        for key, goal in part.goals.items() if results[part.name]["status"] == "done" else ():
             for numbers in results[part.name]["numbers"]:
                 what = " ".join(str(word) for word in (numbers.get("variant", ""), key.replace("_", " ")) if word)
                 reached = functools.reduce(lambda value, name: value[name], key.split("."), numbers)
-                lines.append(f"| {part.name} | {what} | {reached:.2f} | {least} |")
+                lines.append(f"| {part.name} | {what} | {reached:.2f} | {goal} |")
     for part in parts:
         result = results[part.name]
         lines += ["", f"## {part.name}", "", f"`python -m {shlex.join(result['command'])}`", ""]

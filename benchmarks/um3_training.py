@@ -3,7 +3,8 @@
 Ours is `python -m train um3` on synthetic data in the real formats: a Llama of the given shape with random weights,
 codes of 256 patches of 28 bits, captions of 64 tokens, and long texts. Stock is `transformers.Trainer` on the model
 that our run saved and on the same sequences, with the loss of `model(input_ids, labels)`. Utilisation is model FLOPs
-(`train.plan`) as a share of what large matrix products reach, or of --peak-tflops.
+(`train.plan`) as a share of what large matrix products reach, or of --peak-tflops. The plan is that of `make plan` for
+the same settings, with its default utilisation of the same peak; on a CPU its memory leaves out Python and libraries.
 
 One GPU with the paper's sizes: `--config um3_llama3_1b loop.batch_size=64 data.packing=documents`. For a CPU, add
 `--shape hidden_size=512 layers=4` and a smaller data.seq_len.
@@ -20,14 +21,17 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import harness
+from train.settings.tokenizer import QLIPSizeConfig, TextTowerConfig
 from train.settings.um3 import UM3Config
 from um3.core.config import load_config
+from um3.core.distributed import device
 from um3.core.errors import UserError
 
 PATCHES, CAPTION_TOKENS = 256, 64
 IMAGES, DOCUMENTS, DOCUMENT_TOKENS = 512, 64, 20_000
 SHAPE = dict(hidden_size=2048, layers=16, heads=32, kv_heads=8, intermediate_size=8192, vocab_size=128_256)
 """Llama-3.2-1B's."""
+SMALL_TOWER: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the um3 section")
     options = parser.parse_intermixed_args(arguments)
-    shape = read_shape(options.shape)
+    shape = read_shape(options.shape, default=SHAPE)
     if options.side == "inputs":
         write_inputs(Path(options.folder), shape=shape)
     elif options.side == "stock":
@@ -58,13 +62,13 @@ def main(arguments: Sequence[str]) -> None:
             print(json.dumps(_report(ours, stock=stock, options=options) | {"shape": shape} | ours.provenance))
 
 
-def read_shape(settings: Sequence[str]) -> dict[str, int]:
-    """`SHAPE` with the settings NAME=NUMBER."""
-    shape = dict(SHAPE)
+def read_shape(settings: Sequence[str], *, default: dict[str, int]) -> dict[str, int]:
+    """The `default` with the settings NAME=NUMBER."""
+    shape = dict(default)
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in SHAPE or not value.isdigit() or int(value) < 1:
-            raise UserError(f"--shape {setting}: pass {', '.join(SHAPE)} as NAME=NUMBER, at least 1")
+        if key not in shape or not value.isdigit() or int(value) < 1:
+            raise UserError(f"--shape {setting}: pass {', '.join(shape)} as NAME=NUMBER, at least 1")
         shape[key] = int(value)
     if shape["vocab_size"] < 300 or shape["hidden_size"] % shape["heads"] or shape["heads"] % shape["kv_heads"]:
         rule = "vocab_size must be at least 300, heads divide hidden_size, and kv_heads divide heads"
@@ -79,21 +83,12 @@ def write_inputs(
     import numpy as np
 
     from data_mix.codes.shards import ShardHeader, shard_path, write_shard
-    from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
     from tokenizer.modeling import load_qlip
-    from train.recipes.tokenizer_setup import new_tokenizer
-    from train.recipes.tokenizer_task import save_tokenizer
-    from train.settings.tokenizer import QLIPSizeConfig, TextTowerConfig
 
     if shape:
-        _write_base(folder / "base", shape=shape)
+        write_base(folder / "base", shape=shape)
     image_size = 8 * round(patches**0.5)
-    tower: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
-    size = QLIPSizeConfig(image_size=image_size, patch_size=8, bits=bits, **tower)
-    scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
-    text = TextTowerConfig(vocab_size=300, max_tokens=24, **tower)
-    qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0, cache=folder)
-    save_tokenizer(folder / "qlip", qlip=qlip, processor=processor, weights={})
+    write_qlip(folder / "qlip", size=QLIPSizeConfig(image_size=image_size, patch_size=8, bits=bits, **SMALL_TOWER))
     fingerprint = load_qlip(folder / "qlip").fingerprint()
     generator, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))
     write_shard(
@@ -107,18 +102,35 @@ def write_inputs(
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
-def _write_base(folder: Path, *, shape: dict[str, int]) -> None:
-    """A Llama with random weights, and its text tokenizer."""
+def write_qlip(folder: Path, *, size: QLIPSizeConfig) -> None:
+    """A QLIP with random weights and a small text tower."""
+    from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
+    from train.recipes.tokenizer_setup import new_tokenizer
+    from train.recipes.tokenizer_task import save_tokenizer
+
+    scenes = open_image_source(ImageSourceConfig(length=64), split="train", size=32, seed=0)
+    text = TextTowerConfig(vocab_size=300, max_tokens=24, **SMALL_TOWER)
+    qlip, processor = new_tokenizer(size, text, sources=[scenes], seed=0, cache=folder.parent)
+    save_tokenizer(folder, qlip=qlip, processor=processor, weights={})
+
+
+def write_base(folder: Path, *, shape: dict[str, int], **options: Any) -> None:
+    """A Llama with random weights, and its text tokenizer.
+
+    options: of LlamaConfig; a `dtype` is that of the weights.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from benchmarks.synthetic import made_text_tokenizer
 
     torch.manual_seed(0)
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
     sizes: dict[str, Any] = {names.get(name, name): number for name, number in shape.items()}
-    config = LlamaConfig(**sizes, max_position_embeddings=131_072, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes |= {"dtype": torch.float32, "max_position_embeddings": 131_072, "tie_word_embeddings": True} | options
+    with device():  # a GPU draws the weights of a 7B model in a second, a CPU in minutes
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=sizes["dtype"])
+    model.save_pretrained(folder)
     made_text_tokenizer(shape["vocab_size"]).save_pretrained(folder)
 
 
@@ -185,7 +197,10 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
     from train.engine import precision_of
+    from train.plan.plan import GIB, MFU
     from train.plan.um3 import UM3Plan
 
     config: UM3Config = load_config(UM3Config, path=ours.folder / "config.yaml")
@@ -193,7 +208,11 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     seconds, stock_s = fmean(times), fmean(stock["step_s"])
     cpu_times = ours.step_seconds(warmup=options.warmup, cpu=True)
     cpu_s, stock_cpu_s = fmean(cpu_times), fmean(stock["step_cpu_s"])
-    flops, _ = UM3Plan(config, devices=1, gpu="cpu").step_flops(checkpointing=False)
+    # Any GPU: which one decides on the rate and on what fits, and neither is asked for.
+    plan = UM3Plan(config, devices=1, gpu="h100" if torch.cuda.is_available() else "cpu")
+    if (setting := plan.own()) is None:
+        raise UserError("train.plan refuses the settings of the run; change engine or loop.micro_batch_size")
+    flops, repeated_flops = plan.step_flops(checkpointing=setting.checkpointing)
     threads = config.loop.num_threads
     peak = harness.machine_peak(precision=precision, threads=threads, tflops=options.peak_tflops)
     # Tokens that the run had seen before and after the measured steps, without padding.
@@ -203,6 +222,8 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     )
     per_step = (after - before) / options.steps
     utilisation = flops / seconds / peak.flops
+    planned_s, planned_gib = (flops + repeated_flops) / (MFU * peak.flops), plan.usage(setting).total / GIB
+    ratios = {"time": planned_s / seconds, "memory": planned_gib / ours.peak_gib}
     print(
         f"ours: {seconds:.3g} s a step of {config.loop.batch_size} samples, {per_step / seconds:,.0f} tokens/s; "
         f"{ours.peak_kind} {ours.peak_gib:.2f} GiB; {flops / 1e12:.3g} TFLOP a step, {utilisation:.1%} of "
@@ -213,6 +234,10 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
         f"ours is {stock_s / seconds:.2f}x as fast ({stock_cpu_s / cpu_s:.2f}x in CPU time) with "
         f"{ours.peak_gib / stock['peak_gib']:.2f}x the memory"
     )
+    print(
+        f"plan: {planned_s:.3g} s a step at {MFU:.0%} of the peak, {planned_gib:.2f} GiB: {ratios['time']:.2f}x the "
+        f"time and {ratios['memory']:.2f}x the memory that ours took"
+    )
     return {
         **{
             "ours": {"step_s": times, "step_cpu_s": cpu_times, "peak_gib": ours.peak_gib},
@@ -221,4 +246,5 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
         },
         **{"flops_per_step": flops, "peak_flops": peak.flops, "peak_how": peak.how, "utilisation": utilisation},
         **{"precision": precision, "speedup": stock_s / seconds, "cpu_speedup": stock_cpu_s / cpu_s},
+        **{"plan_s": planned_s, "plan_gib": planned_gib, "plan_to_measured": ratios},
     }

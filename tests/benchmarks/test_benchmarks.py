@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, llamagen, memory, safety, sampling, tokenizer, training, um3_loss, um3_training
+from benchmarks import harness, llamagen, llava, safety, sampling, tokenizer, training, um3_loss, um3_training
 from tests.helpers.processes import ROOT
 from tokenizer import onednn
 from tokenizer.configuration import QLIPConfig
@@ -248,7 +248,7 @@ def test_stage_2_counts_the_networks_that_it_uses():
 def test_the_training_benchmark_runs(capsys):
     both = ["loop.num_threads=1", "loop.batch_size=8", "loop.micro_batch_size=4", SCENES]
     sizes = ["--steps", "2", "--warmup", "1", "--peak-tflops", "0.5"]
-    training.main([*both, "--stage1", *STAGE1, *both, "--stage2", "discriminator.channels=8", *sizes])
+    training.main(["training", *both, "--stage1", *STAGE1, *both, "--stage2", "discriminator.channels=8", *sizes])
     (stage1, stage2), numbers = lines(capsys)
     assert stage1.startswith("stage1: ") and stage2.startswith("stage2: ")
     assert {"commit", "machine", "versions", "peak_kind"} < numbers.keys()
@@ -262,7 +262,7 @@ def test_the_training_benchmark_runs(capsys):
 @pytest.mark.slow
 def test_the_memory_benchmark_sees_the_networks(tmp_path, capsys):
     stage1 = ["--stage1", *STAGE1]
-    memory.main([SCENES, "loop.num_threads=1", *stage1, "--batches", "128", "--out", str(tmp_path)])
+    training.main(["memory", SCENES, "loop.num_threads=1", *stage1, "--batches", "128", "--out", str(tmp_path)])
     numbers = json.loads((tmp_path / "memory.json").read_text())
     assert numbers["batches"] == [128] and numbers["with"][0] > numbers["without"][0] > 0.1
     *_, row, path = capsys.readouterr().out.splitlines()
@@ -272,9 +272,9 @@ def test_the_memory_benchmark_sees_the_networks(tmp_path, capsys):
 
 def test_a_curve_ends_where_memory_did(tmp_path):
     peaks = {"with": [1.5, None], "without": [1.0, 2.0]}
-    table = memory.table(peaks, batches=[8, 16], title="peak")
+    table = training.table(peaks, batches=[8, 16], title="peak")
     assert [line.split() for line in table[2:]] == [["8", "1.50", "1.00"], ["16", "no", "memory", "2.00"]]
-    memory.plot(peaks, batches=[8, 16], title="peak", path=tmp_path / "memory.png")
+    training.plot(peaks, batches=[8, 16], title="peak", path=tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
@@ -286,8 +286,8 @@ def test_um3_and_trainer_run_on_the_same_sequences(capsys):
     mix = ["data.mix.end=[2, 1, 1]", "data.mix.calm_down_steps=0"]
     steps = ["--steps", "2", "--warmup", "1", "--peak-tflops", "0.1"]
     um3_training.main(["--shape", *shape, *steps, *rows, *cpu, *mix])
-    (ours, stock), numbers = lines(capsys)
-    assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock
+    (ours, stock, plan), numbers = lines(capsys)
+    assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock and "at 35% of the peak" in plan
     assert all(
         len(numbers[side]["step_s"]) == len(numbers[side]["step_cpu_s"]) == 2 and numbers[side]["peak_gib"] > 0
         for side in ("ours", "stock")
@@ -296,6 +296,29 @@ def test_um3_and_trainer_run_on_the_same_sequences(capsys):
     assert numbers["tokens_per_step"] == 2 * 600 + 2 * (512 + 64 + 4)
     seconds = sum(numbers["ours"]["step_s"]) / 2
     assert numbers["utilisation"] == pytest.approx(numbers["flops_per_step"] / seconds / 1e11)
+    # The plan repeats the logits, a part of the model's operations.
+    assert 1 < numbers["plan_s"] * 0.35 * 1e11 / numbers["flops_per_step"] < 1.4
+    planned = {"time": numbers["plan_s"] / seconds, "memory": numbers["plan_gib"] / numbers["ours"]["peak_gib"]}
+    assert numbers["plan_to_measured"] == pytest.approx(planned) and planned["memory"] > 0
+
+
+@pytest.mark.slow
+def test_llava_takes_steps_from_random_weights(capsys):
+    tower, shape = [*TOWER, "image_size=32", "patch_size=8", "projection_dim=16"], ["hidden_size=32", "layers=1"]
+    shape += ["heads=2", "kv_heads=2", "intermediate_size=48", "vocab_size=300"]
+    rows = ["engine.precision=fp32", "loop.batch_size=4", "loop.micro_batch_size=2", "loop.num_threads=1"]
+    llava.main([*rows, "--steps", "2", "--shape", *shape, "--tower", *tower])
+    (line,), numbers = lines(capsys)
+    assert "a step of 4 conversations" in line and len(numbers["step_s"]) == 2 and math.isfinite(numbers["loss"])
+    assert numbers["samples_per_s"] == pytest.approx(4 / (sum(numbers["step_s"]) / 2))
+    # Table and head of 300 rows and two of added tokens, filled to 320; one layer; the projector; then the tower.
+    language = 2 * 320 * 32 + 4 * 32**2 + 3 * 32 * 48 + 3 * 32
+    assert numbers["parameters"] > language + 2 * (32**2 + 32) and numbers["zero_stage"] == 3
+    assert numbers["peak_gpu_gib"] is None and numbers["peak_host_gib"] > 0.1
+
+
+def read_shape(settings):
+    return um3_training.read_shape(settings, default=um3_training.SHAPE)
 
 
 @pytest.mark.slow
@@ -309,11 +332,11 @@ def test_every_safety_net_is_timed(capsys):
 
 
 def test_a_clock_counts_for_the_step_of_the_call(monkeypatch):
-    monkeypatch.setattr(memory, "table", memory.table)  # restored after the test
+    monkeypatch.setattr(training, "table", training.table)  # restored after the test
     seconds, step = defaultdict(lambda: [0.0, 0.0]), {}
-    safety.time_function("benchmarks.memory:table", seconds=seconds, step=step)
+    safety.time_function("benchmarks.training:table", seconds=seconds, step=step)
     for number in range(2):
-        assert memory.table({}, batches=[], title="peak")[0].startswith("peak")
+        assert training.table({}, batches=[], title="peak")[0].startswith("peak")
         step[number] = [1.0, 1.0]
     assert seconds.keys() == {0, 1} and min(clock for clock, _ in seconds.values()) > 0
 
@@ -339,8 +362,9 @@ def build_loss(arguments):
         (build_loss, ["--seq-len", "20"], "--seq-len is 20; an image of 8 patches and a caption need 21"),
         (build_loss, ["--bits-per-subtoken", "21"], "at most 20 bits"),
         (build_loss, ["--text-vocab-size", "3"], "is not a text entry"),
-        (training.main, ["--stages", "stage2"], "--tokenizer FOLDER"),
-        *((um3_training.read_shape, [setting], "--shape") for setting in ("depth=3", "layers=0", "hidden_size=30")),
+        (training.main, ["training", "--stages", "stage2"], "--tokenizer FOLDER"),
+        (llava.main, ["engine.zero_stage=0", "--side", "model", "--folder", "x"], "set engine.zero_stage"),
+        *((read_shape, [setting], "--shape") for setting in ("depth=3", "layers=0", "hidden_size=30")),
     ],
 )
 def test_mistakes_are_one_line(command, arguments, message):

@@ -11,7 +11,7 @@ from benchmarks import parts
 from benchmarks.__main__ import COMMANDS
 from um3.core.errors import UserError
 
-DECODE, LLAMAGEN = "decode, batch 1", "LlamaGen-XL"
+DECODE, LLAMAGEN, LLAVA = "decode, batch 1", "LlamaGen-XL", "LLaVA-7B, ZeRO 3 with offload"
 
 
 def prove(out, *names):
@@ -27,13 +27,20 @@ def results(out):
 def test_every_part_runs_at_a_small_size(tmp_path, capsys):
     parts.main(["gpu-proof", "--small", "--out", str(tmp_path), "--minutes", "40"])
     assert [result["part"] for result in results(tmp_path)] == [
-        "tests", "UM3 step", DECODE, "tokenizer", "steps of stages 1 and 2", LLAMAGEN
+        "tests", "UM3 step", DECODE, "tokenizer", "steps of stages 1 and 2", LLAMAGEN, LLAVA
     ]  # fmt: skip
     assert {result["status"] for result in results(tmp_path)} == {"done"}
     page = (tmp_path / "page.md").read_text()
-    for quantity in ("speedup", "utilisation", "share of memory bound", "B-16 speedup.encode", "stage2.utilisation"):
+    for quantity in (
+        "speedup",
+        "utilisation",
+        "share of memory bound",
+        "B-16 speedup.encode",
+        "stage2.utilisation",
+        "plan to measured.memory",
+    ):
         assert page.count(f"| {quantity} |") == 1
-    assert capsys.readouterr().out.count(": done") == 6
+    assert capsys.readouterr().out.count(": done") == 7
 
 
 def test_a_failed_part_is_run_again_and_a_finished_one_is_not(tmp_path, monkeypatch, capsys):
@@ -70,6 +77,15 @@ def test_all_has_a_part_for_every_benchmark():
     rows = yaml.safe_load(Path(parts.__file__).with_name("all.yaml").read_text())
     assert {row["command"].split()[1] for row in rows} == COMMANDS.keys() - parts.RUNS.keys()
     assert all(re.compile(row["figure"]) for row in rows)
+
+
+def test_a_goal_may_be_a_range(tmp_path, monkeypatch):
+    numbers = {"speedup": 2.0, "utilisation": 0.5, "plan_to_measured": {"time": 1.234, "memory": 0.987}}
+    monkeypatch.setattr(parts, "run_process", lambda *args, **kwargs: json.dumps(numbers))
+    prove(tmp_path, "UM3 step")
+    page = (tmp_path / "page.md").read_text()
+    assert "| UM3 step | utilisation | 0.50 | 0.6 |" in page
+    assert "| UM3 step | plan to measured.memory | 0.99 | [0.9, 1.1] |" in page
 
 
 def test_without_a_gpu_the_full_size_is_refused(tmp_path, monkeypatch):
