@@ -351,11 +351,11 @@ def test_a_lost_config_is_told(
     with pytest.raises(UserError, match=r"config\.yaml is empty"):
         main(command)
     file.unlink()
-    with pytest.raises(UserError, match=r"step-00000004 .*optimizer\.lr: 0\.003 -> 0\.1"):
+    with pytest.raises(UserError, match=r"step-00000004 .*optimizer\.lr: 0\.006 -> 0\.1"):
         main([*command, "optimizer.lr=0.1"])
     assert not file.exists()
     main(command)
-    assert "config.yaml is missing" in capsys.readouterr().err and "lr: 0.003" in file.read_text()
+    assert "config.yaml is missing" in capsys.readouterr().err and "lr: 0.006" in file.read_text()
 
 
 def test_a_run_folder_has_one_writer(stopped: tuple[list[str], Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_other_settings_and_other_inputs_are_refused(made: Path, tmp_path: Path)
     changes = ["optimizer.lr=0.1", "data.sources=[{name: scenes, kind: scenes, length: 9}]"]
     with pytest.raises(UserError) as caught:
         main(arguments("stage1", made, *changes))
-    for part in ("data.sources[0].length: 200 -> 9;", "optimizer.lr: 0.003 -> 0.1;", "RUN=", f"delete {made}/stage1 "):
+    for part in ("data.sources[0].length: 200 -> 9;", "optimizer.lr: 0.006 -> 0.1;", "RUN=", f"delete {made}/stage1 "):
         assert part in str(caught.value)
     copied = tmp_path / "copied"
     shutil.copytree(made, copied)
