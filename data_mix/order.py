@@ -137,6 +137,11 @@ def interleave(counts: Sequence[int]) -> np.ndarray:
     return np.repeat(np.arange(len(counts)), counts)[order]
 
 
+def of_class(number: int, classes: np.ndarray, positions: range) -> range:
+    """Which samples of class `number`, counted among themselves, lie at `positions` of a batch's `classes`."""
+    return range(*(int((classes[:end] == number).sum()) for end in (positions.start, positions.stop)))
+
+
 def rank_positions(batch_size: int, *, rank: int, world_size: int) -> range:
     """The positions of a global batch that belong to `rank`; UserError if it does not divide among the ranks."""
     if batch_size < 1 or batch_size % world_size:

@@ -74,8 +74,8 @@ class EngineConfig:
     """Compile each layer with torch.compile (ZeRO 0-2); the first steps take minutes."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """UM3's attention. For packed sequences SDPA builds a mask; flash attention (GPU, flash-attn installed) does not,
-    flex attention (GPU, compiled by the first steps) builds one of blocks. eager is plain matrix products: on a CPU in
-    bf16 it is faster for short sequences."""
+    flex attention (GPU, compiled by the first steps) builds one of blocks. eager is plain matrix products: on a CPU it
+    is faster for short sequences."""
     fused_kernels: Literal["auto", "off"] = "auto"
     """Torch's fused AdamW, and on a GPU Liger's kernels in the language model if liger-kernel is installed."""
     bucket_elements: PositiveInt = 500_000_000

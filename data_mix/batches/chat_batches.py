@@ -18,7 +18,7 @@ from data_mix.batches.config import ChatDataConfig
 from data_mix.batches.mix import NUM_SPECIAL_TOKENS, SequenceBatch, SequenceBatches
 from data_mix.codes.shards import CodeShards, open_code_sources
 from data_mix.conversations import MAX_UNUSABLE, ConversationSource, open_conversations
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, rank_positions
+from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, of_class, rank_positions
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles
 from um3.core.errors import UserError
@@ -127,9 +127,7 @@ class ChatBatches(SequenceBatches):
         super().__init__(config, batch_size=batch_size - num_chats, **options)
         kinds = interleave([batch_size - num_chats, num_chats])
         mine = rank_positions(batch_size, rank=rank, world_size=world_size)
-        self.positions, self.chat_positions = (
-            range(*((kinds[:end] == kind).sum() for end in (mine.start, mine.stop))) for kind in (0, 1)
-        )
+        self.positions, self.chat_positions = (of_class(kind, kinds, mine) for kind in (0, 1))
         sources = config.conversations
         self.chats = join_codes(sources, codes=config.codes, fingerprint=options.get("fingerprint"))
         self.chat_keys = [f"{CHAT}/{source.name}" for source in sources]

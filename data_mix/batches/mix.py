@@ -23,7 +23,16 @@ from data_mix.batches.schedule import TASKS, Schedule, Task
 from data_mix.batches.statistics import COUNTED
 from data_mix.batches.token_stream import TokenStream
 from data_mix.codes.shards import CodedSample, CodeShards, open_code_sources
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, check_state, fixed_shares, interleave, rank_positions
+from data_mix.order import (
+    SHARE_UNIT,
+    ExactCounts,
+    SampleOrder,
+    check_state,
+    fixed_shares,
+    interleave,
+    of_class,
+    rank_positions,
+)
 from data_mix.samples import BadSample
 from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.text import open_text_source
@@ -123,11 +132,11 @@ class SequenceBatches:
         every rank. A rank plans its own part alone: a whole plan takes 0.14 s a step for 1,024 ranks of 64 samples."""
         positions = range(self.batch_size) if positions is None else positions
         tasks = interleave(list(self.schedule.counts(step, batch_size=self.batch_size).values()))
-        draws = {}
-        for number, task in enumerate(TASKS):
-            if task in self.counts:
-                first, stop = (int((tasks[:end] == number).sum()) for end in (positions.start, positions.stop))
-                draws[task] = iter(self.counts[task].draws(step, range(first, stop)))
+        draws = {
+            task: iter(self.counts[task].draws(step, of_class(number, tasks, positions)))
+            for number, task in enumerate(TASKS)
+            if task in self.counts
+        }
         keys = {task: [key for key in self.keys if key.startswith(f"{task}/")] for task in draws}
         plan = []
         for position in positions:

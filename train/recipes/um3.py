@@ -201,19 +201,13 @@ class UM3Task:
     def _vocabulary_texts(self) -> Iterator[str]:
         """Documents, captions and conversations that train a text vocabulary, if the config asks for one."""
         for text in self.config.data.texts:
-            documents = open_text_source(text, split="train")
-            for index in range(min(len(documents), VOCABULARY_DOCUMENTS)):
-                with contextlib.suppress(BadSample):
-                    yield documents[index]
+            yield from usable(open_text_source(text, split="train"), VOCABULARY_DOCUMENTS)
         for shards in open_code_sources(self.config.data.codes, split="train").values():
-            for index in range(min(len(shards), VOCABULARY_CAPTIONS)):
-                with contextlib.suppress(BadSample):
-                    yield from shards[index].captions
+            for sample in usable(shards, VOCABULARY_CAPTIONS):
+                yield from sample.captions
         for source in self.config.vocabulary.conversations:
-            conversations = open_conversations(source, split="train")
-            for index in range(min(len(conversations), VOCABULARY_CONVERSATIONS)):
-                with contextlib.suppress(BadSample):
-                    yield from itertools.chain.from_iterable(conversations[index].turns)
+            for conversation in usable(open_conversations(source, split="train"), VOCABULARY_CONVERSATIONS):
+                yield from itertools.chain.from_iterable(conversation.turns)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -340,6 +334,13 @@ class UM3Task:
                 state_dict=merge(weights, lora=lora),
                 depth=depth or None,
             )
+
+
+def usable(source: Any, count: int) -> Iterator[Any]:
+    """The first `count` items of a source, without those that cannot be used."""
+    for index in range(min(len(source), count)):
+        with contextlib.suppress(BadSample):
+            yield source[index]
 
 
 def example_captions(images: Mapping[str, CodeShards], *, weights: Mapping[str, float]) -> list[str]:

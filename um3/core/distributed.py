@@ -45,6 +45,11 @@ def prepare_environment() -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_up_cpu(num_threads: int) -> None:
     """Set torch's threads (0: its default); without a GPU, make glibc keep the memory of freed tensors for the next.
 
@@ -56,8 +61,7 @@ def set_up_cpu(num_threads: int) -> None:
     import torch
 
     if num_threads:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, min(num_threads, share)))
     libc = ctypes.CDLL(None)
     is_set = any(name.startswith("MALLOC_") for name in os.environ)

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from um3.core.distributed import usable_cores
 from um3.core.errors import UserError
 from um3.core.files import parse_json, write_text
 
@@ -135,5 +135,4 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str | int]:
     """The platform and number of CPU cores of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"platform": platform.platform(), "cpu_cores": cores}
+    return {"platform": platform.platform(), "cpu_cores": usable_cores()}
