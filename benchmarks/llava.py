@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.um3_training import read_shape, write_base, write_qlip
+from benchmarks.um3_training import add_model_options, read_shape, write_base, write_qlip
 from train.settings.llava import LlavaInstructConfig
 from train.settings.tokenizer import Stage1Config
 from um3.core.commands import find_config
@@ -33,12 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = harness.benchmark_parser("llava", __doc__)
     parser.add_argument("--steps", type=harness.positive, default=3, help="measured steps (default 3)")
     parser.add_argument("--warmup", type=harness.positive, default=1, help="steps before them (default 1)")
-    parser.add_argument("--config", default="llava_qlip_l14_392", help="experiment (default llava_qlip_l14_392)")
-    parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"language model: {VICUNA}")
     parser.add_argument("--tower", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage1.model")
-    parser.add_argument("--side", choices=("model", "steps"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of llava-instruct")
+    how: Any = {"shape": VICUNA, "sides": ("model", "steps")}
+    add_model_options(parser, config="llava_qlip_l14_392", section="llava-instruct", **how)
     options = parser.parse_intermixed_args(arguments)
     if options.side == "model":
         write_model(options)

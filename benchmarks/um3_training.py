@@ -38,11 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run ours, then stock; print a line for each and all numbers as JSON."""
     parser = harness.benchmark_parser("um3-training", __doc__)
     harness.add_step_options(parser, steps=50, warmup=5)
-    parser.add_argument("--config", default="um3_llama3_1b", help="experiment (default um3_llama3_1b)")
-    parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the base model: {SHAPE}")
-    parser.add_argument("--side", choices=("inputs", "stock"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the um3 section")
+    add_model_options(parser, config="um3_llama3_1b", section="um3", shape=SHAPE, sides=("inputs", "stock"))
     options = parser.parse_intermixed_args(arguments)
     shape = read_shape(options.shape, default=SHAPE)
     if options.side == "inputs":
@@ -60,6 +56,17 @@ def main(arguments: Sequence[str]) -> None:
             ours = harness.train_phase("um3", options=options, steps=steps, folder=Path(name), settings=settings)
             stock = harness.run_side("um3-training", command, side="stock", label="stock")
             print(json.dumps(_report(ours, stock=stock, options=options) | {"shape": shape} | ours.provenance))
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, *, config: str, section: str, shape: dict[str, int], sides: Sequence[str]
+) -> None:
+    """Options of a case that makes its language model: experiment, settings, shape, hidden --side and --folder."""
+    parser.add_argument("--config", default=config, help=f"experiment (default {config})")
+    parser.add_argument("--shape", nargs="+", default=[], metavar="NAME=NUMBER", help=f"of the language model: {shape}")
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"settings of the {section} section")
 
 
 def read_shape(settings: Sequence[str], *, default: dict[str, int]) -> dict[str, int]:
