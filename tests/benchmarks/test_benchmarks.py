@@ -20,7 +20,7 @@ from tokenizer.modeling import QLIPModel
 from train.plan.image_flops import stage1_flops, stage2_flops
 from train.recipes.um3 import UM3Objective
 from train.settings.tokenizer import Stage1Config, Stage2Config
-from train.settings.um3 import UM3LossConfig
+from train.settings.um3 import UM3Config, UM3LossConfig
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.model import split_softmax
@@ -328,7 +328,9 @@ def test_every_safety_net_is_timed(capsys):
     assert size.startswith("demo: ") and len(nets) == len(safety.CLOCKS) - 1
     demo = numbers["demo"]
     assert all(min(demo[net]) > 0 for net in safety.CLOCKS) and demo["bytes"] > 12e6
-    assert demo["save"][0] > max(demo[net][0] for net in safety.PARTS_OF_SAVE) and demo["every"]["save"] == 500
+    assert demo["save"][0] > max(demo[net][0] for net in safety.PARTS_OF_SAVE)
+    config = load_config(UM3Config, path=ROOT / "configs/demo.yaml", section="um3")
+    assert demo["every"]["save"] == config.loop.save_every_steps
 
 
 def test_a_clock_counts_for_the_step_of_the_call(monkeypatch):
