@@ -9,12 +9,17 @@ from typing import NamedTuple
 
 from data_mix.demo.digits import CLASS_NAMES
 from data_mix.demo.scene_prompts import COLOURS, MIRRORED, PLURALS, RELATIONS, SHAPES, ObjectDemand, noun_phrase
-from data_mix.demo.scenes import Draw, SceneObject, relation_of
+from data_mix.demo.scenes import CLEAR_OFFSET, Draw, SceneObject, captions, relation_of
 
 EXTREMES = {"left of": "leftmost", "right of": "rightmost", "above": "topmost", "below": "lowest"}
 
-TELLING = ("extreme", "two hops")
-"""Kinds whose text says how two shapes lie, or the colour of one: of increasing detail."""
+SIDES = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
+
+TELLING = ("extreme", "two hops", "caption")
+"""Kinds whose text or answer says how two shapes lie, or the colour of one: of increasing detail."""
+PREFERRED = ("relation", "place", "extreme", "side")
+"""Kinds about where shapes lie. They fit fewer scenes and are learned last, so they are asked more often."""
+PREFERENCE = 2.5
 
 
 class Question(NamedTuple):
@@ -26,7 +31,10 @@ class Question(NamedTuple):
 
 
 def scene_questions(objects: Sequence[SceneObject], *, draw: Draw) -> Iterator[Question]:
-    """A question of each kind that fits the scene (`_draw_scene`): equal objects, or two of other shape and colour."""
+    """A question of each kind that fits the scene (`_draw_scene`): equal objects, or two of other shape and colour.
+
+    draw: of the size of the scene.
+    """
     one, kinds = draw.choice(objects), {(o.colour, o.shape) for o in objects}
     shapes = {shape for _, shape in kinds}
     equal = len(objects) > 1 and len(kinds) == 1
@@ -54,6 +62,12 @@ def scene_questions(objects: Sequence[SceneObject], *, draw: Draw) -> Iterator[Q
     absent = draw.choice([shape for shape in SHAPES if shape not in shapes])
     verb, noun = (("is", absent), ("are", PLURALS[absent]))[draw.integer(0, 1)]
     yield Question("premise", f"What colour {verb} the {noun}?", f"there {verb} no {noun}")
+
+    right, below = (place - draw.size / 2 for place in one.centre)
+    if not equal and abs(abs(right) - abs(below)) >= draw.scaled(CLEAR_OFFSET):
+        side = SIDES[relation_of(one.centre, (draw.size / 2, draw.size / 2))]
+        yield Question("side", f"Where is the {one.shape}?", side)
+    yield Question("caption", "What does the image show?", captions(objects)[0])
     if len(kinds) > 1:
         yield from _pair_questions(objects, draw=draw)
 
@@ -86,7 +100,8 @@ def digit_questions(value: int, *, draw: Draw) -> Iterator[Question]:
 def choose(questions: Iterator[Question], *, draw: Draw, least: int = 3, most: int = 6) -> list[Question]:
     """`least` to `most` of the questions, in a drawn order; those that tell what others ask come last."""
     listed = list(questions)
-    order = sorted(range(len(listed)), key=lambda index: (draw.random(), index))
+    ranks = [draw.random() / (PREFERENCE if question.kind in PREFERRED else 1) for question in listed]
+    order = sorted(range(len(listed)), key=lambda index: (ranks[index], index))
     chosen = [listed[index] for index in order[: draw.integer(least, most)]]
     return sorted(chosen, key=lambda question: TELLING.index(question.kind) if question.kind in TELLING else -1)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from data_mix.conversations import open_conversations
 from data_mix.demo.digits import CLASS_NAMES, DigitsSource
 from data_mix.demo.questions import EXTREMES
-from data_mix.demo.scenes import ScenesSource
+from data_mix.demo.scenes import SceneObject, ScenesSource, captions
 from data_mix.sources.config import ConversationSourceConfig
 from data_mix.write_questions import main
 from um3.core.errors import UserError
@@ -34,8 +34,8 @@ def singular(word):
     return {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}.get(word, word)
 
 
-def answer(question, objects):
-    """The answer of a reader who knows the objects and the English words."""
+def answer(question, objects, *, size=32):
+    """The answer of a reader who knows the objects and the English words; size: of the image, in pixels."""
     shapes = [o.shape for o in objects]
     if question == "How many shapes are there?":
         return str(len(objects))
@@ -66,25 +66,32 @@ def answer(question, objects):
     if match := re.fullmatch(r"What is the (leftmost|rightmost|topmost|lowest) shape\?", question):
         order = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}[match[1]]
         return min(objects, key=lambda o: o.centre[order[0]] * order[1]).shape
+    if match := re.fullmatch(r"Where is the (\w+)\?", question):
+        middle = SceneObject("circle", "black", size // 2, size // 2, 0)
+        (side,) = [side for side in SIDES if stands(by_shape[match[1]], middle, side)]
+        return {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}[side]
+    if question == "What does the image show?":
+        return captions(objects)[0]
     match = re.fullmatch(r"What colour is the shape (left of|right of|above|below) the (\w+) (\w+)\?", question)
     (known,) = [o for o in objects if (o.colour, o.shape) == match.groups()[1:]]
     (other,) = [o for o in objects if o is not known and stands(o, known, match[1])]
     return other.colour
 
 
-def test_every_answer_about_a_scene_follows_from_its_objects():
+@pytest.mark.parametrize("size", [32, 64])
+def test_every_answer_about_a_scene_follows_from_its_objects(size):
     kinds, answers = Counter(), Counter()
     for split in ("train", "val"):
-        source = open_conversations(SCENES, split=split)
-        scenes = ScenesSource(size=32, length=len(source), split=split)
+        source = open_conversations(SCENES, split=split, image_size=size)
+        scenes = ScenesSource(size=size, length=len(source), split=split)
         for index in range(len(source)):
             key, questions = source.questions(index)
             assert key == scenes[index].key and 3 <= len(questions) <= 6
             for question in questions:
-                assert question.answer == answer(question.text, scenes.objects(index)), question
+                assert question.answer == answer(question.text, scenes.objects(index), size=size), question
                 kinds[question.kind] += 1
                 answers[question.kind, question.answer] += 1
-    assert len(kinds) == 10 and min(kinds.values()) > 60, kinds
+    assert len(kinds) == 12 and min(kinds.values()) > 60, kinds
     for kind in ("exists", "compare", "relation"):
         assert 0.25 < answers[kind, "yes"] / kinds[kind] < 0.75, (kind, answers)
 
@@ -148,7 +155,7 @@ def test_the_written_files_are_answered_perfectly(tmp_path, capsys):
         assert [given["answer"] for given in truth["answers"]] == [truth["multiple_choice_answer"]] * 10
         right.append(mine == truth["multiple_choice_answer"])
     printed = capsys.readouterr().out
-    assert all(right) and len(kinds) == 14 and all(f"{kind} {count:,}" in printed for kind, count in kinds.items())
+    assert all(right) and len(kinds) == 16 and all(f"{kind} {count:,}" in printed for kind, count in kinds.items())
     assert (np.asarray(Image.open(tmp_path / "images/scenes-val-0-00000003.png")) == scenes[3].image_HWC).all()
 
 
