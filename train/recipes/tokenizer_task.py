@@ -1,5 +1,6 @@
 """What stages 1 and 2 share: the model, the batches of images, the data state, and the finished QLIP folder."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import is_main, rank, world_size
 from um3.core.files import atomic_folder
 from um3.core.metrics import NO_SAMPLES, Samples
+
+logger = logging.getLogger(__name__)
 
 SHOWN_KEYS = 8
 
@@ -54,6 +57,7 @@ class TokenizerTask:
             world_size=world_size(),
             caption=config.data.caption,
         )
+        logger.info("%s", self.data.describe(num_steps=config.loop.max_steps))
         self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)
         self.skipped: dict[str, int] = {}
         self.validation = ImageValidation(config, processor=processor) if config.validation.every_steps else None

@@ -56,6 +56,15 @@ def test_without_weights_all_sources_end_their_epochs_together() -> None:
     assert sorted(keys) == sorted([f"a-{i}" for i in range(30)] + [f"b-{i}" for i in range(10)])
 
 
+def test_the_line_says_how_often_an_image_is_read() -> None:
+    batches = batches_of(PlainImages("a", length=32), PlainImages("b", length=4), weights=[1, 1], batch_size=16)
+    a = "a: 32 images, each read 2.0 times"
+    b = "b: 4 images, each read 16.0 times and 2.0 times a batch; a smaller batch is enough"
+    assert batches.describe(num_steps=8) == f"{a}; {b}"
+    counts = Counter(key for step in range(8) for key in batches.batch(step).keys)
+    assert {counts[f"a-{i}"] for i in range(32)} == {2} and {counts[f"b-{i}"] for i in range(4)} == {16}
+
+
 def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> None:
     def opened(rank: int = 0, world_size: int = 1) -> ImageBatches:
         sources = [PlainImages("a", bad=(1, 5, 6)), PlainImages("b", length=13)]
