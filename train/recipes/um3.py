@@ -42,7 +42,7 @@ from um3.model.language_model import save_model
 from um3.model.lora import freeze_base, merge, save_adapter
 from um3.model.sequences import document_positions
 from um3.model.split_softmax import LossMode, SplitLoss, split_softmax_loss
-from um3.model.text_tokenizer import vocabulary_digest
+from um3.model.text_tokenizer import turn_texts, vocabulary_digest
 from um3.model.visual_parts import BitEmbeddings, DepthHead
 from um3.model.vocabulary import UnifiedVocabulary
 
@@ -207,7 +207,7 @@ class UM3Task:
                 yield from sample.captions
         for source in self.config.vocabulary.conversations:
             for conversation in usable(open_conversations(source, split="train"), VOCABULARY_CONVERSATIONS):
-                yield from itertools.chain.from_iterable(conversation.turns)
+                yield from map("".join, turn_texts(conversation.turns))
 
     @property
     def tokens_per_sample(self) -> int:

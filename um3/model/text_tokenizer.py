@@ -123,6 +123,11 @@ def encode_captions(captions: Sequence[str], *, tokenizer: PreTrainedTokenizerBa
     return encode_texts([" ".join(caption.split()) for caption in captions], tokenizer=tokenizer)
 
 
+def turn_texts(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`Q: question A:` and ` answer` for each turn of a conversation."""
+    return [(f"{QUESTION} {question.strip()} {ANSWER}", f" {answer.strip()}") for question, answer in turns]
+
+
 def encode_turns(
     turns: Sequence[tuple[str, str]], *, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[int]]]:
@@ -130,8 +135,7 @@ def encode_turns(
 
     The two are encoded apart: no token spans both, so a question has the same ids whatever its answer is.
     """
-    pieces = [(f"{QUESTION} {question.strip()} {ANSWER}", f" {answer.strip()}") for question, answer in turns]
-    encoded = iter(encode_texts([text for piece in pieces for text in piece], tokenizer=tokenizer))
+    encoded = iter(encode_texts([text for piece in turn_texts(turns) for text in piece], tokenizer=tokenizer))
     return list(zip(encoded, encoded, strict=True))
 
 

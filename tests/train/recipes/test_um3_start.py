@@ -15,7 +15,7 @@ from tests.helpers.code_shards import write_codes
 from tests.train.conftest import logged, train_here
 from train.recipes.um3 import MAX_EXAMPLE_CHARACTERS, example_captions
 from um3.core.errors import UserError
-from um3.model.text_tokenizer import train_text_tokenizer
+from um3.model.text_tokenizer import encode_turns, train_text_tokenizer
 
 GAINS = "cache/qk_norm-*.safetensors"
 NO_BITS = "vocabulary.bit_embeddings=false"
@@ -53,11 +53,12 @@ def test_training_starts_from_the_weights_of_a_um3_folder(start, made, tmp_path)
 
 
 def test_a_trained_vocabulary_has_the_words_of_conversations(made, tmp_path):
-    question, lengths = "How many shapes are there? What colour is the circle?", []
+    turns, lengths = [("How many shapes are there?", "3"), ("Is it the circle?", "yes")], []
     for name, conversations in (("without", "[]"), ("with", "[{name: scenes, kind: scenes, length: 100}]")):
         settings = ["vocabulary.text_vocab_size=500", f"vocabulary.conversations={conversations}"]
         train_here("um3", made, tmp_path / name, *settings, "loop.max_steps=1")
-        lengths.append(len(AutoTokenizer.from_pretrained(tmp_path / name / "model").tokenize(question)))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name / "model")
+        lengths.append(sum(len(ids) for turn in encode_turns(turns, tokenizer=tokenizer) for ids in turn))
     assert lengths[1] < lengths[0]
 
 
