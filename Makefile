@@ -78,7 +78,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: ## The whole pipeline from nothing to a report (7 minutes on 2 CPU cores with AVX-512)
+demo: ## The whole pipeline from nothing to a report (7 to 13 minutes on 2 CPU cores with AVX-512)
 	@$(MAKE) --no-print-directory setup
 	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) $(OWN_IMAGES) \
 		$(if $(TEXT),data.texts=$(TEXTS) texts=$(TEXTS)) $(ARGS)
