@@ -170,6 +170,11 @@ def test_odd_names_pass_through_unchanged_and_args_come_last(target, ready):
             assert [word for word in expected if word not in words] == [] and words[-2:] == ["loop.seed=3", "name=a b"]
 
 
+def test_the_text_half_is_written_beside_the_phase_of_its_model(ready):
+    ((*_, model, _, out),) = commands(ready, "um3-export", "MODEL=runs/a/um3-instruct/model")
+    assert (model, out) == ("runs/a/um3-instruct/model", "runs/a/um3-instruct-export")
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_path_reaches_the_config(odd, ready, monkeypatch):
     ((words, values),) = records(ready, "stage1", f"DATA=d{odd}", f"RUN=r{odd}")

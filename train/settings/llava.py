@@ -63,7 +63,9 @@ class LlavaAlignConfig(LlavaConfig):
         if not self.language_model:
             raise UserError("language_model is empty; set it to a Llama or Qwen (BASE=folder or hub id)")
         inputs = {"visual_tokenizer": model_digest(self.visual_tokenizer, made_by="stage2")}
-        return inputs | {"language_model": model_digest(self.language_model, made_by="um3-export")}
+        phase = self.language_model.removesuffix("-export")
+        export = "um3-export" + f" MODEL={phase}/model" * (phase != self.language_model)
+        return inputs | {"language_model": model_digest(self.language_model, made_by=export)}
 
 
 @dataclass
