@@ -19,7 +19,7 @@ TELLING = ("extreme", "two hops", "caption")
 """Kinds whose text or answer says how two shapes lie, or the colour of one: of increasing detail."""
 PREFERRED = ("relation", "place", "extreme", "side")
 """Kinds about where shapes lie. They fit fewer scenes and are learned last, so they are asked more often."""
-PREFERENCE = 2.5
+PREFERENCE = 2.5  # divides their rank in the order that questions are chosen in
 
 
 class Question(NamedTuple):
