@@ -248,7 +248,6 @@ class Questions:
         kind: Any = config.kind
         images = ImageSourceConfig(config.name, kind=kind, length=config.length, val_fraction=config.val_fraction)
         source = open_image_source(images, split=split, size=image_size, seed=seed)
-        self.image_size = image_size
         self.images = cast(ScenesSource | DigitsSource, source)
         self._numbers = {}
         if isinstance(self.images, DigitsSource):
@@ -260,7 +259,7 @@ class Questions:
     def questions(self, index: int) -> tuple[str, list[Question]]:
         """The key of the image at `index`, and its questions with their kinds."""
         key = self.images.key(index)
-        draw = Draw(derive_seed(0, "questions", key), size=self.image_size)
+        draw = Draw(derive_seed(0, "questions", key), size=self.images.size)
         if isinstance(self.images, ScenesSource):
             return key, choose(scene_questions(self.images.objects(index), draw=draw), draw=draw)
         return key, choose(digit_questions(self.images.labels[index], draw=draw), draw=draw)

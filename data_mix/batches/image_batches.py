@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, rank_positions
+from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
 from data_mix.samples import BadSample, CaptionChoice, ImageSource, Sample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
@@ -86,12 +86,11 @@ class ImageBatches:
         self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.readers = [ImageReader(source, seed=seed) for source in sources]
         self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
-        self.rates = [share / SHARE_UNIT * batch_size for share in shares]
 
     def describe(self, *, num_steps: int) -> str:
         """How often training reads an image of each source, in one line."""
         parts = []
-        for reader, rate in zip(self.readers, self.rates, strict=True):
+        for reader, rate in zip(self.readers, self.counts.due(1), strict=True):
             length = len(reader.source)
             part = f"{reader.source.name}: {length:,} images, each read {rate * num_steps / length:,.1f} times"
             parts.append(part + f" and {rate / length:.1f} times a batch; a smaller batch is enough" * (rate > length))

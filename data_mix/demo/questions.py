@@ -12,14 +12,14 @@ from data_mix.demo.scene_prompts import COLOURS, MIRRORED, PLURALS, RELATIONS, S
 from data_mix.demo.scenes import CLEAR_OFFSET, Draw, SceneObject, captions, relation_of
 
 EXTREMES = {"left of": "leftmost", "right of": "rightmost", "above": "topmost", "below": "lowest"}
-
 SIDES = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
 
 TELLING = ("extreme", "two hops", "caption")
 """Kinds whose text or answer says how two shapes lie, or the colour of one: of increasing detail."""
 PREFERRED = ("relation", "place", "extreme", "side")
 """Kinds about where shapes lie. They fit fewer scenes and are learned last, so they are asked more often."""
-PREFERENCE = 2.5  # divides their rank in the order that questions are chosen in
+PREFERENCE = 2.5
+"""What the ranks of these kinds are divided by; the lowest ranks are chosen."""
 
 
 class Question(NamedTuple):
@@ -63,10 +63,10 @@ def scene_questions(objects: Sequence[SceneObject], *, draw: Draw) -> Iterator[Q
     verb, noun = (("is", absent), ("are", PLURALS[absent]))[draw.integer(0, 1)]
     yield Question("premise", f"What colour {verb} the {noun}?", f"there {verb} no {noun}")
 
-    right, below = (place - draw.size / 2 for place in one.centre)
-    if not equal and abs(abs(right) - abs(below)) >= draw.scaled(CLEAR_OFFSET):
-        side = SIDES[relation_of(one.centre, (draw.size / 2, draw.size / 2))]
-        yield Question("side", f"Where is the {one.shape}?", side)
+    middle = draw.size / 2
+    across, down = (abs(place - middle) for place in one.centre)
+    if not equal and abs(across - down) >= draw.scaled(CLEAR_OFFSET):
+        yield Question("side", f"Where is the {one.shape}?", SIDES[relation_of(one.centre, (middle, middle))])
     yield Question("caption", "What does the image show?", captions(objects)[0])
     if len(kinds) > 1:
         yield from _pair_questions(objects, draw=draw)
@@ -99,10 +99,8 @@ def digit_questions(value: int, *, draw: Draw) -> Iterator[Question]:
 
 def choose(questions: Iterator[Question], *, draw: Draw, least: int = 3, most: int = 6) -> list[Question]:
     """`least` to `most` of the questions, in a drawn order; those that tell what others ask come last."""
-    listed = list(questions)
-    ranks = [draw.random() / (PREFERENCE if question.kind in PREFERRED else 1) for question in listed]
-    order = sorted(range(len(listed)), key=lambda index: (ranks[index], index))
-    chosen = [listed[index] for index in order[: draw.integer(least, most)]]
+    ranked = sorted(questions, key=lambda one: draw.random() / (PREFERENCE if one.kind in PREFERRED else 1))
+    chosen = ranked[: draw.integer(least, most)]
     return sorted(chosen, key=lambda question: TELLING.index(question.kind) if question.kind in TELLING else -1)
 
 
