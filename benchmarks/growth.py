@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -152,34 +151,26 @@ def main(arguments: Sequence[str]) -> None:
 
 def read_by_steps(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Images of stage 1 and tokens of UM3 that training reads in a second of CPU time; `folder` keeps both runs."""
-    stage1, images_cpu_s = _train("stage1", options=options, folder=folder)
+    how: Any = {"options": options, "steps": options.warmup + options.steps, "folder": folder}
+    stage1 = harness.train_phase("stage1", **how)
     tokenizer, codes = f"visual_tokenizer={stage1.folder}/model", f"{folder}/codes"
     limits = [f"limit={options.images}", "samples_per_shard=512"]
     command = ["data_mix", "encode", "--config", options.config, tokenizer, f"output_dir={codes}", *limits]
     harness.run_process(command, label="encode images")
     settings = [tokenizer, f"data.codes={codes}", "text_validation.every_steps=0"]
-    um3, tokens_cpu_s = _train("um3", options=options, folder=folder, settings=settings)
+    um3 = harness.train_phase("um3", settings=settings, **how)
     images = fmean(row["perf/images_per_s"] / row["perf/steps_per_s"] for row in stage1.rows)
     seen = ("data/text_tokens/", "data/visual_tokens/")
     before, after = (
         sum(value for key, value in row.items() if key.startswith(seen))
         for row in (um3.rows[options.warmup - 1], um3.rows[-1])
     )
-    return {"images": images / images_cpu_s, "tokens": (after - before) / options.steps / tokens_cpu_s}
+    tokens = (after - before) / options.steps
+    return {"images": images / _step_cpu_s(stage1, options), "tokens": tokens / _step_cpu_s(um3, options)}
 
 
-def _train(phase: str, **how: Any) -> tuple[harness.TrainingRun, float]:
-    """A run, and the CPU time of a step: the time of a second run with more steps less that of a first."""
-    options, folder, cpu_s = how["options"], how.pop("folder"), [_children_cpu_s()]
-    for steps, place in ((options.warmup, folder / "short"), (options.warmup + options.steps, folder)):
-        run = harness.train_phase(phase, steps=steps, folder=place, **how)
-        cpu_s.append(_children_cpu_s())
-    return run, (cpu_s[2] - 2 * cpu_s[1] + cpu_s[0]) / options.steps
-
-
-def _children_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _step_cpu_s(run: harness.TrainingRun, options: argparse.Namespace) -> float:
+    return fmean(run.step_seconds(warmup=options.warmup, cpu=True))
 
 
 def delivered_of_runs(folder: Path) -> dict[str, float]:
