@@ -1,6 +1,6 @@
 # UM3: every phase is a target; `make help` lists them. A target whose output is up to date does nothing.
 
-CONFIG ?= demo
+CONFIG ?= $(if $(DATA),own_images,demo)
 RUN ?= runs/$(notdir $(patsubst %.yaml,%,$(call dashed,$(CONFIG))))
 PYTHON ?= python3
 # Training processes: one for each GPU. On two CPU cores one process of two threads is a fifth faster than two processes.
@@ -8,6 +8,7 @@ NPROC ?= 1
 DATA ?=
 TEXT ?=
 VAL_FRACTION ?=
+MINUTES ?= 60
 ARGS ?=
 NAME ?= weights
 BASE ?=
@@ -44,8 +45,6 @@ export $(PATHS)
 IN_RUN = $${oc.env:RUN}
 # DATA and TEXT replace the image and text sources of the config.
 comma := ,
-# Own images come without the demo's questions about scenes.
-OWN_IMAGES = $(if $(DATA),vocabulary.conversations=[])
 IMAGES = '[{name: data, path: "$${oc.env:DATA}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 TEXTS = '[{name: text, path: "$${oc.env:TEXT}"$(if $(VAL_FRACTION),$(comma) val_fraction: $(VAL_FRACTION))}]'
 
@@ -63,7 +62,7 @@ help: ## List the targets
 	@printf '  CONFIG=NAME of a file in configs/, or a path (now %s)   RUN=FOLDER (now %s)   NPROC=processes (now $(NPROC))\n' "$$CONFIG" "$$RUN"
 	@echo "  DATA=images with captions   TEXT=texts   ARGS=\"section.key=value ...\" overrides the config of one target"
 	@echo "  QLIP=visual tokenizer, folder or hub id (RUN/stage2/model)   BASE=language model"
-	@echo "  VAL_FRACTION=share of DATA and TEXT that is kept for validation"
+	@echo "  VAL_FRACTION=share of DATA and TEXT that is kept for validation   MINUTES=time for make demo DATA=..."
 
 setup: $(READY) ## Create .venv with every pinned dependency
 	@:
@@ -78,10 +77,19 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: ## The whole pipeline from nothing to a report (7 to 13 minutes on 2 CPU cores with AVX-512)
+demo: ## The whole pipeline from nothing to a report (7 to 13 minutes on 2 CPU cores; with DATA= about MINUTES=60)
 	@$(MAKE) --no-print-directory setup
-	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) $(OWN_IMAGES) \
+	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) \
 		$(if $(TEXT),data.texts=$(TEXTS) texts=$(TEXTS)) $(ARGS)
+ifeq ($(CONFIG),own_images)
+	@$(PY) -m train own-images --config "$$CONFIG" --out "$$RUN/own_images.yaml" --minutes $(MINUTES) \
+		--processes $(NPROC) --sources $(IMAGES) $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
+	@$(MAKE) --no-print-directory phases CONFIG="$$RUN/own_images.yaml" DATA=
+else
+	@$(MAKE) --no-print-directory phases
+endif
+
+phases: ## What make demo does after it has checked its settings
 	@$(MAKE) --no-print-directory stage1 SHARED=--shared
 	@$(MAKE) --no-print-directory stage2 SHARED=--shared
 	@$(MAKE) --no-print-directory codes SHARED=--shared
@@ -103,7 +111,7 @@ codes: $(READY) ## Encode the images to code shards
 
 um3: $(READY) ## Train the unified model on the scheduled mix
 	@$(PY) -m train um3 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3' \
-		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(OWN_IMAGES) $(ARGS)
+		'visual_tokenizer=$${oc.env:QLIP}' 'data.codes=$(IN_RUN)/codes' $(if $(TEXT),data.texts=$(TEXTS)) $(ARGS)
 
 um3-instruct: $(READY) ## Train the unified model on conversations, from RUN/um3/model
 	@$(PY) -m train um3-instruct --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/um3-instruct' \

@@ -99,7 +99,6 @@ SETTINGS = {  # target: variable, the words of its commands that hold it
     "stage2": {"DATA": f"data.sources={IMAGES}", "RUN": "loop.output_dir=@/stage2|init_from=@/stage1/model"},
     "codes": {"DATA": f"images={IMAGES}", "QLIP": "visual_tokenizer=@", "RUN": "output_dir=@/codes"},
     "um3": {
-        "DATA": "vocabulary.conversations=[]",
         "TEXT": f"data.texts={TEXTS}",
         "QLIP": "visual_tokenizer=@",
         "RUN": "loop.output_dir=@/um3|data.codes=@/codes",
@@ -250,15 +249,37 @@ def test_um3_demo_runs_what_make_demo_runs(ready):
 
 
 def test_the_demo_gives_its_settings_to_every_phase_that_has_them(ready):
-    given = ["DATA=d $x", "TEXT=t", "ARGS=loop.seed=3 'um3.loss.mode=a $$b'"]
-    for found in (commands(ready, "demo", *given), commands(ready, "demo", *given[:2], ARGS=given[2][5:])):
+    given = ["CONFIG=demo", "DATA=d $x", "TEXT=t", "ARGS=loop.seed=3 'um3.loss.mode=a $$b'"]
+    for found in (commands(ready, "demo", *given), commands(ready, "demo", *given[:3], ARGS=given[3][5:])):
         checked, *phases, report = found
         sources = ['[{name: data, path: "d $x"}]', '[{name: text, path: "t"}]']
         texts = [f"data.texts={sources[1]}", f"texts={sources[1]}"]
-        images = [f"data.sources={sources[0]}", f"images={sources[0]}", "vocabulary.conversations=[]"]
+        images = [f"data.sources={sources[0]}", f"images={sources[0]}"]
         assert checked[6:-2] == [*images, *texts]
         assert [words[-3:] for words in phases] == [["loop.seed=3", "um3.loss.mode=a $b", "--shared"]] * 5
         assert checked[-2:] == phases[0][-3:-1] and "loop.seed=3" not in report
+        assert [word for word in phases[0] if word.startswith("data.sources")] == images[:1]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_the_demo_chooses_the_settings_for_own_images(odd, ready):
+    given = [f"DATA=d{odd}", f"RUN=r{odd}", "MINUTES=15", "NPROC=2", "ARGS=loop.seed=3"]
+    checked, chosen, *phases, report = commands(ready, "demo", *given)
+    images = f'[{{name: data, path: "d{odd}"}}]'
+    assert checked[5:] == ["own_images", f"data.sources={images}", f"images={images}", "loop.seed=3"]
+    options = ["--minutes", "15", "--processes", "2", "--sources", images]
+    assert chosen[3:] == [
+        "own-images",
+        "--config",
+        "own_images",
+        "--out",
+        f"r{odd}/own_images.yaml",
+        *options,
+        "loop.seed=3",
+    ]
+    for words in phases:
+        assert words[words.index("--config") + 1] == f"r{odd}/own_images.yaml"
+        assert not any("sources=" in word or "images=" in word for word in words) and f"r{odd}" in report
 
 
 def test_the_demo_refuses_a_setting_that_no_phase_has_before_it_trains(ready):
@@ -276,6 +297,7 @@ def test_config_names_the_experiment_and_its_run(target, ready):
         return words[words.index("--config") + 1], run
 
     assert config_and_run() == ("demo", "runs/demo")
+    assert config_and_run("DATA=x") == ("own_images", "runs/own_images")
     assert config_and_run("CONFIG=qlip_b8") == ("qlip_b8", "runs/qlip_b8")
     assert config_and_run("CONFIG=/some/where.yaml") == ("/some/where.yaml", "runs/where")
     assert config_and_run("CONFIG=/my configs/a b.yaml") == ("/my configs/a b.yaml", "runs/a-b")

@@ -20,6 +20,7 @@ COMMANDS = {
     "text-features": Command("train.text_features", "encode the captions of the codes for llamagen"),
     "check": Command("train.check", "verify the code shards, caches and checkpoints of a run"),
     "settings": Command("train.settings_check", "which phases of make demo have these settings, and what is wrong"),
+    "own-images": Command("train.plan.own_images", "choose the settings for your own images, by a time budget"),
     "plan": Command("train.plan.plan", "what fits which GPUs, and how long training takes"),
 }
 

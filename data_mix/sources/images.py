@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
+from PIL import Image
 
 from data_mix.samples import BadSample, Sample
 from data_mix.sources.bad_files import BadFiles
@@ -65,20 +66,25 @@ class ImageReader(ABC):
         """The captions as the data set has them: a string, a list of strings, bytes of one caption a line, or another
         value without a caption. OSError if they cannot be read."""
 
+    def original(self, index: int) -> Image.Image:
+        """The whole image in its own size; BadSample if it cannot be read."""
+        try:
+            return read_image(self._image(index))
+        except ImageError as error:
+            key = self._key(index)
+            if error.reason == "cannot be read" and not self.bad_files.skip:
+                self.bad_files.add(Path(key), f"{key}: {error.message}")  # raises UserError
+            raise BadSample(error.reason, detail=f"{key}: {error.message}") from None
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)} in source '{self.name}'")
         sample = self._decoded.get(index)
         if sample is None:
-            key, captions = self._key(index), self.captions_of(index)
-            try:
-                image_HWC = to_square(read_image(self._image(index)), size=self.size)
-            except ImageError as error:
-                if error.reason == "cannot be read" and not self.bad_files.skip:
-                    self.bad_files.add(Path(key), f"{key}: {error.message}")  # raises UserError
-                raise BadSample(error.reason, detail=f"{key}: {error.message}") from None
+            captions = self.captions_of(index)
+            image_HWC = to_square(self.original(index), size=self.size)
             image_HWC.flags.writeable = False  # the cache returns the same array several times
-            sample = Sample(key=valid_text(key), image_HWC=image_HWC, captions=captions)
+            sample = Sample(key=valid_text(self._key(index)), image_HWC=image_HWC, captions=captions)
             if len(self._decoded) < CACHE_BYTES // image_HWC.nbytes:
                 self._decoded[index] = sample
         return sample

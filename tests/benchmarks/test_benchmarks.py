@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -245,21 +244,6 @@ def test_stage_2_counts_the_networks_that_it_uses():
 
 
 @pytest.mark.slow
-def test_the_training_benchmark_runs(capsys):
-    both = ["loop.num_threads=1", "loop.batch_size=8", "loop.micro_batch_size=4", SCENES]
-    sizes = ["--steps", "2", "--warmup", "1", "--peak-tflops", "0.5"]
-    training.main(["training", *both, "--stage1", *STAGE1, *both, "--stage2", "discriminator.channels=8", *sizes])
-    (stage1, stage2), numbers = lines(capsys)
-    assert stage1.startswith("stage1: ") and stage2.startswith("stage2: ")
-    assert {"commit", "machine", "versions", "peak_kind"} < numbers.keys()
-    for stage in ("stage1", "stage2"):
-        run = numbers[stage]
-        assert len(run["step_s"]) == 2 and math.isclose(run["images_per_s"], 8 / (sum(run["step_s"]) / 2))
-        assert math.isclose(run["utilisation"], sum(run["flops_per_image"].values()) * run["images_per_s"] / 0.5e12)
-        assert 0 < run["utilisation"] < 1 and run["peak_gib"] > 0.1
-
-
-@pytest.mark.slow
 def test_the_memory_benchmark_sees_the_networks(tmp_path, capsys):
     stage1 = ["--stage1", *STAGE1]
     training.main(["memory", SCENES, "loop.num_threads=1", *stage1, "--batches", "128", "--out", str(tmp_path)])
@@ -276,45 +260,6 @@ def test_a_curve_ends_where_memory_did(tmp_path):
     assert [line.split() for line in table[2:]] == [["8", "1.50", "1.00"], ["16", "no", "memory", "2.00"]]
     training.plot(peaks, batches=[8, 16], title="peak", path=tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_um3_and_trainer_run_on_the_same_sequences(capsys):
-    shape = ["hidden_size=32", "layers=1", "heads=2", "kv_heads=1", "intermediate_size=48", "vocab_size=300"]
-    rows = ["loop.batch_size=4", "loop.micro_batch_size=2", "data.seq_len=600", "data.packing=documents"]
-    cpu = ["engine.precision=auto", "engine.activation_checkpointing=false", "loop.num_threads=1"]
-    mix = ["data.mix.end=[2, 1, 1]", "data.mix.calm_down_steps=0"]
-    steps = ["--steps", "2", "--warmup", "1", "--peak-tflops", "0.1"]
-    um3_training.main(["--shape", *shape, *steps, *rows, *cpu, *mix])
-    (ours, stock, plan), numbers = lines(capsys)
-    assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock and "at 35% of the peak" in plan
-    assert all(
-        len(numbers[side]["step_s"]) == len(numbers[side]["step_cpu_s"]) == 2 and numbers[side]["peak_gib"] > 0
-        for side in ("ours", "stock")
-    )
-    # Every step: two text sequences, an image to its caption, and a caption to its image.
-    assert numbers["tokens_per_step"] == 2 * 600 + 2 * (512 + 64 + 4)
-    seconds = sum(numbers["ours"]["step_s"]) / 2
-    assert numbers["utilisation"] == pytest.approx(numbers["flops_per_step"] / seconds / 1e11)
-    # The plan repeats the logits, a part of the model's operations.
-    assert 1 < numbers["plan_s"] * 0.35 * 1e11 / numbers["flops_per_step"] < 1.4
-    planned = {"time": numbers["plan_s"] / seconds, "memory": numbers["plan_gib"] / numbers["ours"]["peak_gib"]}
-    assert numbers["plan_to_measured"] == pytest.approx(planned) and planned["memory"] > 0
-
-
-@pytest.mark.slow
-def test_llava_takes_steps_from_random_weights(capsys):
-    tower, shape = [*TOWER, "image_size=32", "patch_size=8", "projection_dim=16"], ["hidden_size=32", "layers=1"]
-    shape += ["heads=2", "kv_heads=2", "intermediate_size=48", "vocab_size=300"]
-    rows = ["engine.precision=fp32", "loop.batch_size=4", "loop.micro_batch_size=2", "loop.num_threads=1"]
-    llava.main([*rows, "--steps", "2", "--shape", *shape, "--tower", *tower])
-    (line,), numbers = lines(capsys)
-    assert "a step of 4 conversations" in line and len(numbers["step_s"]) == 2 and math.isfinite(numbers["loss"])
-    assert numbers["samples_per_s"] == pytest.approx(4 / (sum(numbers["step_s"]) / 2))
-    # Table and head of 300 rows and two of added tokens, filled to 320; one layer; the projector; then the tower.
-    language = 2 * 320 * 32 + 4 * 32**2 + 3 * 32 * 48 + 3 * 32
-    assert numbers["parameters"] > language + 2 * (32**2 + 32) and numbers["zero_stage"] == 3
-    assert numbers["peak_gpu_gib"] is None and numbers["peak_host_gib"] > 0.1
 
 
 def read_shape(settings):

@@ -1,6 +1,7 @@
 """A run of many benchmarks loses no part to another, and puts their figures on one page."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -23,14 +24,27 @@ def results(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    """A folder in which every part has run at a small size."""
+    folder = tmp_path_factory.mktemp("proof")
+    parts.main(["gpu-proof", "--small", "--out", str(folder), "--minutes", "40"])
+    return folder
+
+
+def numbers(proof, part):
+    """What a part has printed: its lines, and the numbers of the last one."""
+    (result,) = [result for result in results(proof) if result["part"] == part]
+    return [line for line in result["lines"] if not line.startswith("{")], result["numbers"][-1]
+
+
 @pytest.mark.slow
-def test_every_part_runs_at_a_small_size(tmp_path, capsys):
-    parts.main(["gpu-proof", "--small", "--out", str(tmp_path), "--minutes", "40"])
-    assert [result["part"] for result in results(tmp_path)] == [
+def test_every_part_runs_at_a_small_size(proof):
+    assert [result["part"] for result in results(proof)] == [
         "tests", "UM3 step", DECODE, "tokenizer", "steps of stages 1 and 2", LLAMAGEN, LLAVA
     ]  # fmt: skip
-    assert {result["status"] for result in results(tmp_path)} == {"done"}
-    page = (tmp_path / "page.md").read_text()
+    assert {result["status"] for result in results(proof)} == {"done"}
+    page = (proof / "page.md").read_text()
     for quantity in (
         "speedup",
         "utilisation",
@@ -40,7 +54,48 @@ def test_every_part_runs_at_a_small_size(tmp_path, capsys):
         "plan to measured.memory",
     ):
         assert page.count(f"| {quantity} |") == 1
-    assert capsys.readouterr().out.count(": done") == 7
+
+
+@pytest.mark.slow
+def test_um3_and_trainer_run_on_the_same_sequences(proof):
+    (ours, stock, plan), measured = numbers(proof, "UM3 step")
+    assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock and "at 35% of the peak" in plan
+    for side in ("ours", "stock"):
+        assert (
+            len(measured[side]["step_s"]) == len(measured[side]["step_cpu_s"]) == 1 and measured[side]["peak_gib"] > 0
+        )
+    # Two text sequences, an image to its caption, and a caption to its image.
+    assert measured["tokens_per_step"] == 2 * 600 + 2 * (512 + 64 + 4)
+    (seconds,) = measured["ours"]["step_s"]
+    assert measured["utilisation"] == pytest.approx(measured["flops_per_step"] / seconds / 1e11)
+    # The plan repeats the logits, a part of the model's operations.
+    assert 1 < measured["plan_s"] * 0.35 * 1e11 / measured["flops_per_step"] < 1.4
+    planned = {"time": measured["plan_s"] / seconds, "memory": measured["plan_gib"] / measured["ours"]["peak_gib"]}
+    assert measured["plan_to_measured"] == pytest.approx(planned) and planned["memory"] > 0
+
+
+@pytest.mark.slow
+def test_stages_1_and_2_are_timed(proof):
+    (stage1, stage2), measured = numbers(proof, "steps of stages 1 and 2")
+    assert stage1.startswith("stage1: ") and stage2.startswith("stage2: ")
+    assert {"commit", "machine", "versions", "peak_kind"} < measured.keys()
+    for stage in ("stage1", "stage2"):
+        run = measured[stage]
+        (seconds,) = run["step_s"]
+        assert run["images_per_s"] == pytest.approx(8 / seconds)
+        assert run["utilisation"] == pytest.approx(sum(run["flops_per_image"].values()) * run["images_per_s"] / 0.5e12)
+        assert 0 < run["utilisation"] < 1 and run["peak_gib"] > 0.1
+
+
+@pytest.mark.slow
+def test_llava_takes_steps_from_random_weights(proof):
+    (line,), measured = numbers(proof, LLAVA)
+    assert "a step of 4 conversations" in line and len(measured["step_s"]) == 1 and math.isfinite(measured["loss"])
+    assert measured["samples_per_s"] == pytest.approx(4 / measured["step_s"][0])
+    # Table and head of 300 rows and two of added tokens, filled to 320; one layer; the projector; then the tower.
+    language = 2 * 320 * 32 + 4 * 32**2 + 3 * 32 * 48 + 3 * 32
+    assert measured["parameters"] > language + 2 * (32**2 + 32) and measured["zero_stage"] == 3
+    assert measured["peak_gpu_gib"] is None and measured["peak_host_gib"] > 0.1
 
 
 def test_a_failed_part_is_run_again_and_a_finished_one_is_not(tmp_path, monkeypatch, capsys):

@@ -54,9 +54,9 @@ def test_the_cause_of_a_failure_is_named_once(ends, code, line, tmp_path, monkey
     assert len(lines) == bool(line) and all(printed.startswith(line) for printed in lines)
 
 
-def endless(folder):
+def endless(folder, *, timeout_s=60):
     """Two processes that train until they are stopped, after their first steps."""
-    options = ["loop.max_steps=100000", "loop.save_every_steps=100000", "engine.timeout_s=5"]
+    options = ["loop.max_steps=100000", "loop.save_every_steps=100000", f"engine.timeout_s={timeout_s}"]
     run = Run(arguments("stage1", folder, *options), log=folder / "log", processes=2)
     run.wait_until(lambda: len(read_metrics(folder / "stage1/metrics.jsonl")) >= 3)
     return run
@@ -100,7 +100,7 @@ def starve(run):
     ],
 )
 def test_one_dead_process_stops_all_with_its_reason(harm, code, reason, tmp_path):
-    run = endless(tmp_path)
+    run = endless(tmp_path, timeout_s=5)
     workers = run.workers()
     harm(run)
     assert run.wait() == code

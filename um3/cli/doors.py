@@ -51,11 +51,12 @@ OWN_DATA = {
     "DATA": (
         "data.sources=[{name: data, path: '${oc.env:DATA}'}]",
         "images=[{name: data, path: '${oc.env:DATA}'}]",
-        "vocabulary.conversations=[]",
     ),
     "TEXT": ("data.texts=[{name: text, path: '${oc.env:TEXT}'}]", "texts=[{name: text, path: '${oc.env:TEXT}'}]"),
 }
-"""The settings of own images (without the demo's questions about scenes) and texts; a phase takes those that it has."""
+"""The settings of own images and texts; a phase takes those that it has."""
+OWN_IMAGES = "own_images"
+"""The experiment for own images, for which `train own-images` chooses the steps."""
 DEMO = ("train stage1", "train stage2", "data_mix encode", "train um3", "eval run")
 
 
@@ -110,9 +111,13 @@ def demo(
     ] = None,
     *,
     run: Annotated[str, typer.Option(help="Folder of the run; by default runs/ and the config's name.")] = "",
-    config: Annotated[str, typer.Option(help="Experiment: a name in configs/, or a YAML file.")] = "demo",
+    config: Annotated[
+        str,
+        typer.Option(help="Experiment, a name in configs/ or a YAML file: demo, or own_images with --data."),
+    ] = "",
     data: Annotated[str, typer.Option(help="Images with captions: a folder, parquet, tar files or a hub id.")] = "",
     text: Annotated[str, typer.Option(help="Texts: a folder of .txt, a .jsonl, a parquet file or a hub id.")] = "",
+    minutes: Annotated[float, typer.Option(help="Time for own images, without which the steps are the config's.")] = 60,
     processes: Annotated[int, typer.Option(min=1, help="Training processes, such as one for each GPU.")] = 1,
 ) -> None:
     """Train a tokenizer, encode the images, train a UM3, evaluate both and write a report (minutes on a CPU).
@@ -121,12 +126,20 @@ def demo(
     """
     from um3.core.commands import find_config
 
+    config = config or (OWN_IMAGES if data else "demo")
     path = find_config(config)
     run = run or f"runs/{path.stem.replace(' ', '-')}"
     inputs = {name: value for name, value in (("DATA", data), ("TEXT", text)) if value}
     shared = [*(setting for name in inputs for setting in OWN_DATA[name]), *(settings or [])]
     environment = _environment() | {"RUN": run} | inputs
     _call(["train", "settings", "--config", str(path), *shared], environment)
+    if config == OWN_IMAGES:
+        images, chosen = OWN_DATA["DATA"], f"{run}/{OWN_IMAGES}.yaml"
+        shared = [setting for setting in shared if setting not in images]
+        words = ["--config", str(path), "--sources", images[0].partition("=")[2], "--out", chosen]
+        words += ["--minutes", str(minutes), "--processes", str(processes)]
+        _call(["train", "own-images", *words, *shared], environment)
+        path = Path(chosen)
     for line in DEMO:
         training = ["--processes", str(processes)] if line.startswith("train ") else []
         words = [*line.split(), *training, "--config", str(path), *_run_settings(line, run=run)]

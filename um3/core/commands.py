@@ -9,7 +9,7 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from um3.core.config import load_config, unknown_key
 from um3.core.errors import UserError, run_main
@@ -83,9 +83,13 @@ def read_config(
     options = parser.parse_intermixed_args(arguments)
     path, settings = find_config(options.config) if getattr(options, "config", None) else None, options.overrides
     if getattr(options, "shared", False):
-        settings = [setting_for(section, setting) for setting in settings]
-        settings = [setting for setting in settings if not unknown_key(schema, setting)]
+        settings = settings_of(schema, settings, section=section)
     return load_config(schema, path=path, section=section, overrides=settings, partial=partial), options
+
+
+def settings_of(schema: type[Any], settings: Sequence[str], *, section: str) -> list[str]:
+    """Those of the settings that all phases share that the phase of `section`, described by `schema`, has."""
+    return [own for setting in settings if not unknown_key(schema, own := setting_for(section, setting))]
 
 
 def setting_for(section: str, setting: str) -> str:

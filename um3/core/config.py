@@ -96,8 +96,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved config as YAML; `load_config` reads it back to an equal object."""
-    escaped = json.loads(json.dumps(to_dict(config)).replace("${", "\\\\${"))  # no interpolation, but these characters
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(escaped)))
+    write_text(path, to_yaml(to_dict(config)))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that `load_config` reads back as they are."""
+    escaped = json.loads(json.dumps(values).replace("${", "\\\\${"))  # no interpolation, but these characters
+    return OmegaConf.to_yaml(OmegaConf.create(escaped))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:

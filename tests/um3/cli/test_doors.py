@@ -16,6 +16,7 @@ from tests.helpers.processes import ROOT
 from train.settings.tokenizer import Stage1Config
 from um3 import cli
 from um3.cli import doors
+from um3.core.commands import find_config
 from um3.core.config import load_config
 
 
@@ -78,12 +79,16 @@ def test_the_demo_takes_own_data_and_settings(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(cli.app, ["demo", "--data", "my images", "--text", "t.txt", "um3.loop.max_steps=3"])
     assert result.exit_code == 0, result.output
     *phases, (report, _) = calls
-    assert report == ["eval", "report", "--run", "runs/demo"] and len(phases) == 6
+    assert report == ["eval", "report", "--run", "runs/own_images"] and len(phases) == 7
+    (chosen, _) = phases.pop(1)
+    assert chosen[:4] == ["train", "own-images", "--config", str(find_config("own_images"))]
+    assert chosen[chosen.index("--out") + 1] == "runs/own_images/own_images.yaml"
     for words, environment in phases:
         assert (environment["DATA"], environment["TEXT"], words[-1]) == ("my images", "t.txt", "um3.loop.max_steps=3")
         assert words[1] == "settings" or "--shared" in words
     monkeypatch.setenv("DATA", "my images")
-    config = load_config(Stage1Config, overrides=[word for word in phases[1][0] if word.startswith("data.sources")])
+    assert not any(word.startswith("data.sources") for word in phases[1][0])
+    config = load_config(Stage1Config, overrides=[f"data.sources={chosen[chosen.index('--sources') + 1]}"])
     assert config.data.sources[0].path == "my images"
 
 
