@@ -11,6 +11,18 @@ from um3.model.configuration import Supervision
 
 
 @dataclass
+class AugmentConfig:
+    """Random changes of training images; none by default.
+
+    flip: mirror half of the images, except where the caption names a side (left, right).
+    shift: move every image by up to so many pixels in each direction; its edge is repeated.
+    """
+
+    flip: bool = False
+    shift: NonNegativeInt = 0
+
+
+@dataclass
 class DataConfig:
     """The data that UM3 is trained on.
 

@@ -4,6 +4,7 @@ Shape legend: B = images of this rank, H, W = height and width in pixels, C = 3 
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data_mix.batches.config import AugmentConfig
 from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
 from data_mix.samples import BadSample, CaptionChoice, ImageSource, Sample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
+
+SIDES = re.compile(r"(?i)\b(left|right)")
+NOTHING = AugmentConfig()
 
 
 class ImageBatch(NamedTuple):
@@ -73,6 +78,7 @@ class ImageBatches:
         rank: int = 0,
         world_size: int = 1,
         caption: CaptionChoice = "first",
+        augment: AugmentConfig = NOTHING,
     ) -> None:
         """`weights`: relative share of each source; without them, in proportion to its length. UserError for no or
         empty sources, two of one name, or a batch that does not divide among the ranks."""
@@ -82,7 +88,7 @@ class ImageBatches:
         if len(set(names)) < len(names):
             raise UserError(f"image sources {names}: give each its own name")
         shares = fixed_shares(weights or [float(len(source)) for source in sources], of=f"image sources {names}")
-        self.batch_size, self.seed, self.caption = batch_size, seed, caption
+        self.batch_size, self.seed, self.caption, self.augment = batch_size, seed, caption, augment
         self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.readers = [ImageReader(source, seed=seed) for source in sources]
         self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
@@ -99,17 +105,31 @@ class ImageBatches:
     def batch(self, step: int) -> ImageBatch:
         """This rank's part of the batch of `step`; UserError if no sample of a source can be used."""
         skipped: Counter[tuple[str, str]] = Counter()
-        samples, captions, sources = [], [], []
+        images, samples, captions, sources = [], [], [], []
         for position, (number, draw) in zip(self.positions, self.counts.draws(step, self.positions), strict=True):
             reader = self.readers[number]
             sample = reader.read(draw, skipped=skipped)
             samples.append(sample)
             draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)
             captions.append(sample.captions[draw % len(sample.captions)])
+            draw = derive_seed(self.seed, "augment", step, position)
+            images.append(augmented(sample.image_HWC, self.augment, caption=captions[-1], seed=draw))
             sources.append(reader.source.name)
-        images_BHWC = torch.from_numpy(np.stack([sample.image_HWC for sample in samples]))
+        images_BHWC = torch.from_numpy(np.stack(images))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
 
     def fingerprints(self) -> dict[str, str]:
         """Hash of what each source's list of samples depends on, by "images/SOURCE", to verify a resumed run."""
         return {f"images/{reader.source.name}": reader.source.fingerprint() for reader in self.readers}
+
+
+def augmented(image_HWC: np.ndarray, augment: AugmentConfig, *, caption: str, seed: int) -> np.ndarray:
+    """The image, changed as `augment` says by random numbers of `seed`."""
+    if augment == NOTHING:
+        return image_HWC
+    generator, shift, (height, width, _) = np.random.default_rng(seed), augment.shift, image_HWC.shape
+    if augment.flip and generator.random() < 0.5 and not SIDES.search(caption):
+        image_HWC = image_HWC[:, ::-1]
+    padded_HWC = np.pad(image_HWC, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+    top, left = generator.integers(2 * shift + 1, size=2)
+    return padded_HWC[top : top + height, left : left + width]

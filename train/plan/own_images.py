@@ -238,13 +238,13 @@ def _rehearse(settings: dict[str, dict[str, Any]], *, options: argparse.Namespac
             "um3": [f"visual_tokenizer={place}/stage2/model", f"data.codes={place}/codes"],
         }
         costs = {}
-        for phase, settings_of in inputs.items():
+        for phase, inputs_of in inputs.items():
             print(f"rehearsal of {phase}: {REHEARSED} steps", flush=True)
             if phase == "um3":
                 to = [f"visual_tokenizer={place}/stage2/model", f"output_dir={place}/codes", f"limit={LOOKED_AT}"]
                 _run(["data_mix", "encode", *shared, *to], what="encoding")
             steps = [f"loop.max_steps={REHEARSED}", f"loop.save_every_steps={REHEARSED}", "loop.log_every_steps=1"]
-            command = ["train", phase, "--processes", str(options.processes), *shared, *settings_of, *steps]
+            command = ["train", phase, "--processes", str(options.processes), *shared, *inputs_of, *steps]
             began = time.monotonic()
             _run([*command, f"loop.output_dir={place}/{phase}"], what=phase)
             seconds = time.monotonic() - began

@@ -56,6 +56,7 @@ class TokenizerTask:
             rank=rank(),
             world_size=world_size(),
             caption=config.data.caption,
+            augment=config.data.augment,
         )
         logger.info("%s", self.data.describe(num_steps=config.loop.max_steps))
         self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from data_mix.batches.config import AugmentConfig
 from data_mix.sources.image_sources import ImageSourceConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
 from train.run_folder import model_digest
@@ -81,6 +82,7 @@ class ImageDataConfig:
 
     sources: Annotated[list[ImageSourceConfig], Range(1)] = field(default_factory=list)
     caption: Literal["first", "random"] = "first"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         if streamed := [source.name for source in self.sources if source.stream]:

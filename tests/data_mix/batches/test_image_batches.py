@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_mix.batches.image_batches import ImageBatches
+from data_mix.batches.config import AugmentConfig
+from data_mix.batches.image_batches import ImageBatches, augmented
 from data_mix.demo.scenes import ScenesSource
 from data_mix.samples import BadSample, Sample
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
@@ -87,6 +88,39 @@ def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> No
             for name in ("keys", "captions", "sources"):
                 assert [value for part in parts for value in getattr(part, name)] == getattr(batches[step], name)
             assert sum((Counter(part.skipped) for part in parts), Counter()) == batches[step].skipped
+
+
+@pytest.mark.parametrize(
+    "augment", [AugmentConfig(flip=True), AugmentConfig(shift=3), AugmentConfig(flip=True, shift=3)]
+)
+def test_augmented_images_depend_on_seed_step_and_place_alone(augment: AugmentConfig) -> None:
+    scenes, plain = ScenesSource(size=32, length=50), batches_of(ScenesSource(size=32, length=50), batch_size=8)
+    whole, other = (batches_of(scenes, batch_size=8, seed=seed, augment=augment) for seed in (0, 1))
+    ranks = [batches_of(scenes, batch_size=8, rank=rank, world_size=2, augment=augment) for rank in range(2)]
+    parts = torch.cat([batches.batch(3).images_BHWC for batches in ranks])
+    changed = whole.batch(3).images_BHWC
+    assert torch.equal(parts, changed) and torch.equal(whole.batch(3).images_BHWC, changed)
+    assert whole.batch(3).keys == plain.batch(3).keys and not torch.equal(changed, plain.batch(3).images_BHWC)
+    assert not torch.equal(other.batch(3).images_BHWC, changed)
+
+
+def test_an_image_is_moved_with_its_edge_repeated_and_mirrored_unless_its_caption_names_a_side() -> None:
+    image_HWC = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+
+    def seen(caption: str, **settings: Any) -> set[bytes]:
+        augment = AugmentConfig(**settings)
+        images = [augmented(image_HWC, augment, caption=caption, seed=seed) for seed in range(200)]
+        assert {image.shape for image in images} == {image_HWC.shape}
+        return {image.tobytes() for image in images}
+
+    plain, mirrored = image_HWC.tobytes(), image_HWC[:, ::-1].tobytes()
+    assert seen("a copyright sign", flip=True) == {plain, mirrored}
+    assert seen("Leftwards arrow", flip=True) == seen("the right hand", flip=True) == {plain}
+    moved = seen("any", shift=1)
+    assert len(moved) == 9 and plain in moved
+    up_and_left = np.pad(image_HWC[1:, 1:], ((0, 1), (0, 1), (0, 0)), mode="edge")
+    assert up_and_left.tobytes() in moved
+    assert len(seen("any", shift=1, flip=True)) == 18
 
 
 def test_fingerprints_name_the_samples_of_every_source() -> None:
