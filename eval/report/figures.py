@@ -7,7 +7,9 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,9 +63,17 @@ def write_figures(run: RunData) -> "dict[str, Figure]":
     return drawn
 
 
+@contextmanager
+def boxes_for_missing_letters() -> Iterator[None]:
+    """Letters that the font lacks, as of Chinese captions, become boxes without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
+
+
 def save(figure: "Figure", path: Path) -> Path:
     """Write the figure as a PNG."""
-    with atomic_file(path) as partial:
+    with atomic_file(path) as partial, boxes_for_missing_letters():
         figure.savefig(partial, dpi=SAVED_DPI, format="png")
     return path
 
@@ -313,7 +323,7 @@ def svg(figure: "Figure") -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "um3"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "um3"}), boxes_for_missing_letters():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)

@@ -21,6 +21,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from data_mix.samples import BadSample, Split
+from data_mix.sources.files import CAPTION_SUFFIXES
+from data_mix.sources.image_folder import FolderImages
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.images import ImageReader
 from train.phase import CONFIGS
@@ -28,7 +30,8 @@ from train.settings.tokenizer import Stage1Config
 from um3.core.commands import command_parser, find_config, read_config, settings_of
 from um3.core.config import load_config, to_yaml
 from um3.core.errors import UserError
-from um3.core.files import folder_lock, read_json, write_text
+from um3.core.files import folder_lock, read_json, walk_files, write_text
+from um3.core.images import SUFFIXES
 from um3.core.metrics import read_metrics
 from um3.core.text import printable
 
@@ -127,6 +130,7 @@ def look(source: ImageSourceConfig, *, size: int) -> Look:
         lines.append(f"  shorter side: {side} pixels (median of {len(sizes)})")
         if long := sum(max(pair) > LONG * min(pair) for pair in sizes):
             lines.append(f"  {long} of {len(sizes)} are over {LONG:.0f}:1 long; only their centre is read")
+        lines += _other_files(source) if isinstance(train, FolderImages) else []
         lines += _captions(train) if source.has_captions else []
         lines += _copies(readers)
     if len(train) < FEW_IMAGES:
@@ -148,6 +152,14 @@ def _usable(read: Any, numbers: Iterable[int]) -> Iterator[Any]:
             yield read(int(number))
         except BadSample:  # training skips and counts them
             continue
+
+
+def _other_files(source: ImageSourceConfig) -> Iterator[str]:
+    read = (*SUFFIXES, *CAPTION_SUFFIXES, ".txt")
+    others = Counter(path.suffix for path in walk_files(source.path) if not path.name.lower().endswith(read))
+    if others:
+        kinds = ", ".join(f"{suffix or 'without a suffix'} ({number:,})" for suffix, number in others.most_common(5))
+        yield f"  other files, which are not read: {kinds}"
 
 
 def _captions(reader: ImageReader) -> Iterator[str]:

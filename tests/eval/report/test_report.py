@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from eval.config import PARTS
+from eval.report.figures import Canvas, save, svg
 from eval.report.report import data_uri, headlines, main
 from eval.report.results import labels, metric_name, result_tables, task_title
 from eval.report.run_folder import RunData, load_run
@@ -280,3 +281,10 @@ def test_large_images_are_shrunk_for_the_page_and_small_ones_kept():
     assert (np.asarray(kept) == small).all()
     shrunk = Image.open(io.BytesIO(base64.b64decode(data_uri(large).split(",", 1)[1])))
     assert shrunk.format == "JPEG" and max(shrunk.size) < 256
+
+
+def test_letters_that_the_font_lacks_give_no_warning(tmp_path, recwarn):
+    canvas = Canvas(200, 100)
+    canvas.figure.text(0.5, 0.5, "一个方块")
+    assert save(canvas.figure, tmp_path / "letters.png").stat().st_size > 100 and svg(canvas.figure).startswith("<svg")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

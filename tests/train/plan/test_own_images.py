@@ -63,10 +63,12 @@ def test_what_spoils_a_run_is_said_before_it_starts(tmp_path):
     (folder / "train/7.txt").write_text("ein Bär")
     (folder / "train/8.png").write_bytes(b"no image")
     (folder / "train/8.txt").write_text("ein Bär")
+    (folder / "film.mp4").write_bytes(b"")
     seen, text = looked(folder)
     assert seen.num_train == 9
     assert "1 of 8 are over 4:1 long" in text
     assert "every caption is 'ein Bär'" in text and "1 captions have letters beyond ASCII" in text
+    assert "other files, which are not read: .mp4 (1)" in text
     assert "1 training images are copies of others" in text
     assert "2 of 6 validation images are copies of training images" in text
 
