@@ -7,6 +7,7 @@ real images. The few fixed limits are named below.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from eval.report.figures import MEASURED, points, validated
 from eval.report.run_folder import RunData
 from eval.scores import Score
 
@@ -21,6 +22,8 @@ LETTERS_BITS = 4.6
 SPLIT_WORDS = {"train": "training", "val": "validation"}
 CUT_SHARE = 0.02
 """Share of truncated captions that is worth a line."""
+RISEN = 1.2
+"""A validation loss that ends so many times above its least value tells of images that are known by heart."""
 
 
 class Finding(NamedTuple):
@@ -32,7 +35,7 @@ class Finding(NamedTuple):
 
 def findings(run: RunData) -> list[Finding]:
     """What a reader should know first: what works, then facts about the data, then what does not work."""
-    found = [*_data(run), *_truncated_captions(run)]
+    found = [*_data(run), *_truncated_captions(run), *_learned_by_heart(run)]
     for score in run.scores.values():
         if score.value is not None:
             found += _of_score(score, run=run)
@@ -59,6 +62,19 @@ def _truncated_captions(run: RunData) -> Iterator[Finding]:
     if read and (share := row["data/truncated_captions"] / read) > CUT_SHARE:
         remedy = "raise um3's data.seq_len, or shorten them"
         yield Finding(False, f"{share:.0%} of the captions that UM3 read were cut to fit its sequence: {remedy}.")
+
+
+def _learned_by_heart(run: RunData) -> Iterator[Finding]:
+    """Sources on whose validation images stage 1's contrastive loss has risen again."""
+    rows = run.metrics["stage1"]
+    for name in validated(rows):
+        measured = points(rows, f"{MEASURED}{name}")
+        (step, least), (_, last) = min(measured, key=lambda point: point[1]), measured[-1]
+        if last > RISEN * least:
+            numbers = f"contrastive loss {least:.2f} after {step:,} steps, {last:.2f} at the end"
+            remedy = "more images, more captions an image, or fewer steps"
+            text = f"Stage 1 learned captions of {run.source_title(name)} by heart (validation {numbers}): {remedy}."
+            yield Finding(False, text)
 
 
 def _of_score(score: Score, *, run: RunData) -> Iterator[Finding]:

@@ -46,6 +46,8 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
     "um3": ("UM3: text and images", {"train/loss_text": "text", "train/loss_visual": "visual"}),
 }
 
+MEASURED = "validation/contrastive/"
+
 Points = Sequence[tuple[int, float]]
 
 
@@ -238,6 +240,26 @@ def losses(run: RunData) -> "Figure | None":
     return curves(panels, width=12)
 
 
+def validation(run: RunData) -> "Figure | None":
+    """Stage 1 on validation images: the contrastive loss beside that of training, and the reconstruction."""
+    rows = run.metrics["stage1"]
+    names = {name: run.source_title(name) for name in validated(rows)}
+    if not names:
+        return None
+    trained = {"training": [points(rows, "train/contrastive")]}
+    contrastive, psnr = (
+        {title: [points(rows, f"validation/{metric}/{name}")] for name, title in names.items()}
+        for metric in ("contrastive", "psnr")
+    )
+    panels = {"contrastive loss, training and validation": trained | contrastive, "validation PSNR, dB": psnr}
+    return curves(panels, width=12, scale="linear")
+
+
+def validated(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The sources of which stage 1 measured the contrastive loss on validation images."""
+    return list(dict.fromkeys(key.rpartition("/")[2] for row in rows for key in row if key.startswith(MEASURED)))
+
+
 def points(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
     """(step, value) of every row of a metrics.jsonl that has a number under `key` which can be drawn."""
     numbers = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
@@ -340,6 +362,7 @@ FIGURES: "dict[str, Callable[[RunData], Figure | None]]" = {
     "reconstructions": reconstructions,
     "bits": bits,
     "losses": losses,
+    "validation": validation,
     "mix": mix,
     "forgetting": forgetting,
 }

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = "report_template.html"
-CHARTS = ("bits", "losses", "mix", "forgetting")  # figures that the page shows as SVG
+CHARTS = ("bits", "losses", "validation", "mix", "forgetting")  # figures that the page shows as SVG
 MARKS = {True: "✓", False: "✗", None: "·"}
 INTERVALS = "In brackets: 95 % bootstrap intervals over the items."
 # The values at the top of the page: the first key with this ending, its title, and what it means.

@@ -73,7 +73,9 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
                     row |= {f"data/{name}/{key}": count * step for key, count in counts.items()}
                 row |= {"text_validation/text_loss": loss, "text_validation/start": 1.5} if step % 10 == 9 else {}
             else:
-                row |= {"train/mse": loss / 9, "train/infonce": loss}
+                row |= {"train/mse": loss / 9, "train/contrastive": loss}
+                if phase == "stage1" and step % 20 == 19:
+                    row |= {"validation/contrastive/scenes": 2 * loss, "validation/psnr/scenes": 20 + step / 10}
             rows.append(json.dumps(row) + "\n")
         (run / phase / "metrics.jsonl").write_text("".join(rows))
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}

@@ -55,6 +55,18 @@ def test_it_says_what_works_what_does_not_and_what_was_skipped(own):
     assert title_of(run) == "UM3 on emoji"
 
 
+@pytest.mark.parametrize(("last", "is_said"), [(4.4, True), (3.6, False)])
+def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own):
+    (own[1] / "stage1").mkdir()
+    rows = [{"step": step, "validation/contrastive/data": loss} for step, loss in ((200, 3.9), (400, 3.1), (600, last))]
+    (own[1] / "stage1/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [found for found in findings(load_run(own[1])) if "by heart" in found.text]
+    assert len(said) == is_said
+    if is_said:
+        assert said[0].good is False and "captions of emoji by heart" in said[0].text
+        assert "3.10 after 400 steps, 4.40 at the end" in said[0].text
+
+
 def test_captions_of_other_images_decide_whether_captions_are_good(own):
     write, folder = own
     samples = {"data": [{"caption": "a", "references": ["b"]}] * 12}

@@ -108,7 +108,8 @@ def test_report_json_is_flat_and_complete(reported):
 
 
 def test_every_figure_is_written(reported):
-    names = {"hero", "hero_dark", "generated", "captions", "reconstructions", "bits", "losses", "mix", "forgetting"}
+    names = {"hero", "hero_dark", "generated", "captions", "reconstructions", "bits"}
+    names |= {"losses", "validation", "mix", "forgetting"}
     assert {path.stem for path in (reported / "figures").glob("*.png")} == names
     for name in names:
         figure = np.asarray(Image.open(reported / "figures" / f"{name}.png").convert("RGB"))
@@ -134,7 +135,7 @@ def test_a_run_without_evaluation_says_what_is_missing(run_folder, tmp_path, cap
     page = read(run / "report.html")
     for words in ("no results yet", "No generated images", "No captions", "No reconstructions", "not run"):
         assert words in page.text
-    assert {path.stem for path in (run / "figures").glob("*.png")} == {"losses"}
+    assert {path.stem for path in (run / "figures").glob("*.png")} == {"losses", "validation"}
     assert json.loads((run / "report.json").read_text())["not_run"] == ["stage2", "um3", *PARTS]
     assert "not measured: run make eval" in capsys.readouterr().out
 
