@@ -251,7 +251,7 @@ def validation(run: RunData) -> "Figure | None":
         {title: [points(rows, f"validation/{metric}/{name}")] for name, title in names.items()}
         for metric in ("contrastive", "psnr")
     )
-    panels = {"contrastive loss, training and validation": trained | contrastive, "validation PSNR, dB": psnr}
+    panels = {"contrastive loss, validation and training": contrastive | trained, "validation PSNR, dB": psnr}
     return curves(panels, width=12, scale="linear")
 
 
