@@ -77,7 +77,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: ## The whole pipeline from nothing to a report (7 to 13 minutes on 2 CPU cores; with DATA= about MINUTES=60)
+demo: ## The whole pipeline, to a report (7 to 13 minutes on 2 CPU cores; with DATA= about MINUTES=60)
 	@$(MAKE) --no-print-directory setup
 	@$(PY) -m train settings --config "$$CONFIG" $(if $(DATA),data.sources=$(IMAGES) images=$(IMAGES)) \
 		$(if $(TEXT),data.texts=$(TEXTS) texts=$(TEXTS)) $(ARGS)
