@@ -52,7 +52,7 @@ LONG = 4.0
 FEW_IMAGES = 500
 SMALL_SIDE, LARGE_SIDE, LONG_MINUTES = 48, 112, 240
 """Images below the first are read at 32 pixels, those from the second on at 128 if there is so much time, else 64."""
-PATCH, SUBTOKENS, CAPTION_TOKENS = 8, 2, 32
+PATCH, SUBTOKENS, CAPTION_TOKENS = 8, 2, 48
 """Of configs/own_images.yaml; and room for a caption and the marks of an image."""
 BATCH_SIZES = {"stage1": 32, "stage2": 16, "um3": 24}
 """If there are so many images."""
@@ -297,5 +297,5 @@ def _table(path: Path, *, rehearsals: dict[str, Rehearsal], overrides: Sequence[
         if phase == "stage1":
             size, model = config.model.image_size, config.model
             patches = (size // model.patch_size) ** 2
-            lines.insert(0, f"a token image: {patches} patches of {model.bits} bits for {size} x {size} pixels")
+            lines.insert(0, f"an image of {size} x {size} pixels becomes {patches} codes of {model.bits} bits")
     return lines
