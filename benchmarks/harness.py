@@ -22,7 +22,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from um3.core.errors import UserError
+from um3.core.errors import UserError, last_error
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 
@@ -109,11 +109,9 @@ def run_process(command: Sequence[str], *, label: str, limit_s: float | None = N
                 raise UserError(f"{label}: stopped at its limit of {limit_s:.0f} s") from None
             raise
     if process.returncode:
-        lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
-        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
         if process.returncode in KILLED or "out of memory" in errors or "can't allocate memory" in errors:
             raise OutOfMemory(f"{label}: out of memory; choose a smaller batch or model")
-        raise UserError(f"{label}: {reason.removeprefix('error: ')}")
+        raise UserError(f"{label}: {last_error(errors, code=process.returncode)}")
     return output
 
 

@@ -112,8 +112,11 @@ class ImageBatches:
             samples.append(sample)
             draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)
             captions.append(sample.captions[draw % len(sample.captions)])
-            draw = derive_seed(self.seed, "augment", step, position)
-            images.append(augmented(sample.image_HWC, self.augment, caption=captions[-1], seed=draw))
+            image_HWC = sample.image_HWC
+            if self.augment != NOTHING:
+                draw = derive_seed(self.seed, "augment", step, position)
+                image_HWC = augmented(image_HWC, self.augment, caption=captions[-1], seed=draw)
+            images.append(image_HWC)
             sources.append(reader.source.name)
         images_BHWC = torch.from_numpy(np.stack(images))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
@@ -125,8 +128,6 @@ class ImageBatches:
 
 def augmented(image_HWC: np.ndarray, augment: AugmentConfig, *, caption: str, seed: int) -> np.ndarray:
     """The image, changed as `augment` says by random numbers of `seed`."""
-    if augment == NOTHING:
-        return image_HWC
     generator, shift, (height, width, _) = np.random.default_rng(seed), augment.shift, image_HWC.shape
     if augment.flip and generator.random() < 0.5 and not SIDES.search(caption):
         image_HWC = image_HWC[:, ::-1]

@@ -29,7 +29,7 @@ from train.phase import CONFIGS
 from train.settings.tokenizer import Stage1Config
 from um3.core.commands import command_parser, find_config, read_config, settings_of
 from um3.core.config import load_config, to_yaml
-from um3.core.errors import UserError
+from um3.core.errors import UserError, last_error
 from um3.core.files import folder_lock, read_json, walk_files, write_text
 from um3.core.images import SUFFIXES
 from um3.core.metrics import read_metrics
@@ -271,9 +271,7 @@ def _run(command: Sequence[str], *, what: str) -> None:
     """Run `python -m COMMAND`; UserError with its last error line if it fails."""
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-        raise UserError(f"{what}: {reason.removeprefix('error: ')}")
+        raise UserError(f"{what}: {last_error(done.stderr, code=done.returncode)}")
 
 
 def _write_config(path: Path, settings: dict[str, Any], *, base: Path) -> None:

@@ -134,9 +134,9 @@ def demo(
     environment = _environment() | {"RUN": run} | inputs
     _call(["train", "settings", "--config", str(path), *shared], environment)
     if config == OWN_IMAGES:
-        images, chosen = OWN_DATA["DATA"], f"{run}/{OWN_IMAGES}.yaml"
-        shared = [setting for setting in shared if setting not in images]
-        words = ["--config", str(path), "--sources", images[0].partition("=")[2], "--out", chosen]
+        chosen = f"{run}/{OWN_IMAGES}.yaml"
+        shared = [setting for setting in shared if setting not in OWN_DATA["DATA"]]
+        words = ["--config", str(path), "--sources", OWN_DATA["DATA"][0].partition("=")[2], "--out", chosen]
         words += ["--minutes", str(minutes), "--processes", str(processes)]
         _call(["train", "own-images", *words, *shared], environment)
         path = Path(chosen)

@@ -117,6 +117,13 @@ def missing_extra(module: str | None) -> str:
     return f'{package} is not installed; run pip install "um3[{EXTRAS[package]}]"' if package in EXTRAS else ""
 
 
+def last_error(errors: str, *, code: int) -> str:
+    """Why a command ended with `code`: the last error line of its standard error, else the last line."""
+    lines = [line for line in errors.splitlines() if line.strip()] or [f"exit code {code}"]
+    reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+    return reason.removeprefix("error: ")
+
+
 def system_problem(error: BaseException) -> str:
     """What the operating system refused, where, and a remedy, in one line; empty for any other error.
 
