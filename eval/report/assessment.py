@@ -68,7 +68,8 @@ def _learned_by_heart(run: RunData) -> Iterator[Finding]:
     """Sources on whose validation images stage 1's contrastive loss has risen again."""
     rows = run.metrics["stage1"]
     for name in validated(rows):
-        measured = points(rows, f"{MEASURED}{name}")
+        if not (measured := points(rows, f"{MEASURED}{name}")):
+            continue
         (step, least), (_, last) = min(measured, key=lambda point: point[1]), measured[-1]
         if last > RISEN * least:
             numbers = f"contrastive loss {least:.2f} after {step:,} steps, {last:.2f} at the end"

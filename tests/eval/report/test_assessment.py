@@ -55,6 +55,13 @@ def test_it_says_what_works_what_does_not_and_what_was_skipped(own):
     assert title_of(run) == "UM3 on emoji"
 
 
+def test_a_validation_without_a_number_is_no_finding(own):
+    (own[1] / "stage1").mkdir()
+    row = {"step": 9, "validation/contrastive/data": None}
+    (own[1] / "stage1/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert len(findings(load_run(own[1]))) == 4
+
+
 @pytest.mark.parametrize(("last", "is_said"), [(4.4, True), (3.6, False)])
 def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own):
     (own[1] / "stage1").mkdir()
