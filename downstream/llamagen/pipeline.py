@@ -19,6 +19,7 @@ from downstream.llamagen.settings import TextEncoderConfig
 from downstream.llamagen.text_encoder import TextEncoder
 from tokenizer.bits import codes_to_subtokens, subtokens_to_codes
 from tokenizer.images import ExternalTokenizer, QLIPImages, external_target, open_external_tokenizer
+from um3.core.config import build_config
 from um3.core.distributed import inference_device
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder, write_text
@@ -76,7 +77,8 @@ class LlamaGenPipeline(ImagePipeline):
         else:
             qlip, processor = load_visual_tokenizer(folder, fingerprint=fingerprint)
             visual_tokenizer = QLIPImages(qlip.to(device), processor)  # type: ignore[arg-type]
-        encoder_config = TextEncoderConfig(**stored)
+        origin = f"{folder}/config.json, 'text_encoder'"
+        encoder_config = build_config(TextEncoderConfig, [(origin, stored)], origin=origin)
         encoder_config.name = encoder_config.name or str(folder / QLIP_FOLDER)
         text_encoder = TextEncoder(encoder_config, dtype=model.dtype)
         text_encoder.model.to(device)

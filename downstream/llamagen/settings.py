@@ -18,3 +18,6 @@ class TextEncoderConfig:
     """Folder or hub id of the T5, or of the QLIP; with kind qlip, empty is the visual tokenizer."""
     max_tokens: Annotated[int, Range(2, 2**16)] = 120
     """Longer captions are cut; their end token stays."""
+    num_layers: Annotated[int, Range(-1, 2**16)] = -1
+    """Layers to run before the final norm: -1 for all, 0 for the embeddings alone. A CLIP's text tower is trained to
+    describe the whole caption at its end; the last states of a small one no longer tell what belongs to what."""

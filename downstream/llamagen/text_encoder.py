@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from downstream.llamagen.settings import TextEncoderConfig
 from tokenizer.modeling import TextModel, load_qlip
@@ -29,12 +29,13 @@ class CaptionFeatures(NamedTuple):
 
 
 class TextEncoder:
-    """The last hidden states of a text encoder, after its final norm."""
+    """The hidden states of a text encoder after its first `num_layers` layers (-1: all) and its final norm."""
 
     width: int
 
     def __init__(self, config: TextEncoderConfig, *, dtype: torch.dtype | None = None):
-        """Load the encoder; `dtype` is float32 by default. UserError if the folder has no weights or no tokenizer."""
+        """Load the encoder; `dtype` is float32 by default. UserError if the folder has no weights, no tokenizer or
+        fewer layers."""
         self.max_tokens = config.max_tokens
         self.model: Any
         if config.kind == "t5":
@@ -54,6 +55,7 @@ class TextEncoder:
             self.max_tokens = min(self.max_tokens, processor.max_text_tokens)
             self.model = qlip.text_model.to(dtype or torch.float32)
             self.width = qlip.config.text_tower.hidden_size
+        keep_layers(self.model, config.num_layers)
         self.model.eval().requires_grad_(False)
 
     @property
@@ -78,3 +80,13 @@ class TextEncoder:
             1, order_BT[..., None].expand_as(states_BTC)
         )
         return CaptionFeatures(features_BTC, mask_BT.gather(1, order_BT))
+
+
+def keep_layers(model: nn.Module, num_layers: int) -> None:
+    """Keep the first layers (-1: all) of a T5 encoder or a QLIP's text tower; UserError if it has fewer."""
+    encoder: Any = model.encoder
+    layers = encoder.layers if isinstance(model, TextModel) else encoder.block
+    if num_layers > len(layers):
+        raise UserError(f"text_encoder.num_layers={num_layers}, but the encoder has {len(layers)} layers; set it to -1")
+    if num_layers >= 0:
+        del layers[num_layers:]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, T5Config, T5EncoderModel
 
 from downstream.llamagen.modeling import LlamaGen
+from downstream.llamagen.text_encoder import keep_layers
 from tokenizer.configuration import QLIPConfig, read_qlip_config
 from tokenizer.modeling import QLIPModel
 from train.plan.plan import CAPTION_TOKENS, Plan, sizes
@@ -43,12 +44,14 @@ class LlamaGenPlan(Plan):
             with torch.device("meta"):
                 self.encoder = T5EncoderModel(t5)
             self.num_caption, width = text.max_tokens, t5.d_model
-            self.encoder_width = t5.num_layers * t5.num_heads * t5.d_kv
+            layers, attention_width = t5.num_layers, t5.num_heads * t5.d_kv
         else:
             reader = _qlip(text.name)
             self.encoder, tower = reader.text_model, reader.config.text_tower
             self.num_caption, width = min(text.max_tokens, tower.max_position_embeddings), tower.hidden_size
-            self.encoder_width = tower.num_hidden_layers * tower.hidden_size
+            layers, attention_width = tower.num_hidden_layers, tower.hidden_size
+        keep_layers(self.encoder, text.num_layers)
+        self.encoder_width = attention_width * (layers if text.num_layers < 0 else text.num_layers)
         self.shape = model_config(
             self.config.model,
             bits=qlip.num_bits,

@@ -39,8 +39,10 @@ from um3.model.split_softmax import split_softmax_loss
 
 def features_header(config: LlamaGenTrainingConfig) -> FeaturesHeader:
     """What decides the features of a caption in this config."""
-    encoder = f"{config.text_encoder.kind} {config.inputs()['text_encoder']}"
-    return FeaturesHeader(encoder, max_tokens=config.text_encoder.max_tokens, clean=config.clean)
+    text = config.text_encoder
+    layers = f", {text.num_layers} layers" if text.num_layers >= 0 else ""
+    encoder = f"{text.kind} {config.inputs()['text_encoder']}{layers}"
+    return FeaturesHeader(encoder, max_tokens=text.max_tokens, clean=config.clean)
 
 
 def open_text_encoder(config: LlamaGenTrainingConfig) -> TextEncoder:

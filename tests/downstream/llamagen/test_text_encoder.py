@@ -63,6 +63,22 @@ def test_qlip_features_lead_to_its_text_embedding(qlip):
     torch.testing.assert_close(pooled, model.get_text_features(ids))
 
 
+def test_fewer_layers_are_run_before_the_final_norm(t5, qlip):
+    ids = [3 + WORDS.index(word) for word in CAPTIONS[0].split()] + [1]
+    states = T5EncoderModel.from_pretrained(t5)(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    encoder = TextEncoder(TextEncoderConfig(name=str(t5), num_layers=1))
+    torch.testing.assert_close(encoder(CAPTIONS[:1]).features, encoder.model.encoder.final_layer_norm(states[1]))
+    encoder, tower = TextEncoder(TextEncoderConfig("qlip", str(qlip), num_layers=0)), load_qlip(qlip).text_model
+    embedded = tower.embeddings(encoder.tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"])
+    torch.testing.assert_close(encoder(CAPTIONS[:1]).features, tower.final_layer_norm(embedded))
+
+
+@pytest.mark.parametrize("kind", ["t5", "qlip"])
+def test_more_layers_than_the_encoder_has_are_named(kind, t5, qlip):
+    with pytest.raises(UserError, match="num_layers=3, but the encoder has"):
+        TextEncoder(TextEncoderConfig(kind, str(t5 if kind == "t5" else qlip), num_layers=3))
+
+
 def test_long_captions_are_cut_and_keep_their_end(encoder):
     encoder.max_tokens = 4
     _, mask = encoder(["a red circle left of two blue squares a red circle"])

@@ -145,12 +145,15 @@ def test_memory_of_llamagen_is_within_a_tenth_of_a_real_run(
         assert planned[number] > 0.7
 
 
-@pytest.mark.parametrize("kind", ["t5", "qlip"])
-def test_flops_of_llamagen_and_its_text_encoder_are_those_of_torchs_counter(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "layers"), [("t5", -1), ("t5", 1), ("qlip", -1), ("qlip", 0)])
+def test_flops_of_llamagen_and_its_text_encoder_are_those_of_torchs_counter(
+    kind: str, layers: int, tmp_path: Path
+) -> None:
     T5Config(vocab_size=50, d_model=32, d_ff=64, d_kv=16, num_heads=2, num_layers=2).save_pretrained(tmp_path)
     qlip = make_qlip(tmp_path / "qlip", captions=["a dog", "a boat"] * 9)
     name = tmp_path if kind == "t5" else qlip
-    plan = llamagen_plan(f"text_encoder={{kind: {kind}, name: {name}, max_tokens: 16}}", "loop.batch_size=2",
+    plan = llamagen_plan(f"text_encoder={{kind: {kind}, name: {name}, max_tokens: 16, num_layers: {layers}}}",
+                         "loop.batch_size=2",
                          "model.hidden_size=64", "model.num_layers=2", f"visual_tokenizer={qlip}")  # fmt: skip
     inputs = plan.micro_batch(2)
     objective = plan.objective.to_empty(device="cpu")

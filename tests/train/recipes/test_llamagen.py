@@ -1,5 +1,7 @@
 """`make llamagen` at a tiny size: what it learns and writes, and that a resumed run computes the same bits."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained, tmp_
     per_image = 2 * 16 * np.array(losses(trained))
     assert logged(trained, "train/nats_per_image") == pytest.approx(per_image, rel=1e-6)
     pipeline = LlamaGenPipeline.from_pretrained(trained / "model")
+    assert len(pipeline.text_encoder.model.encoder.layers) == 0  # the demo's captions are embeddings
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
     assert np.array_equal(generated.arrays[3], again.arrays[0]) and generated.arrays.shape == (4, 32, 32, 3)
@@ -134,6 +137,15 @@ def test_it_learns_a_few_images(made, tmp_path):
 def test_settings_that_do_not_fit_are_one_line(made, tmp_path, override, named):
     with pytest.raises(UserError, match=named):
         main(llamagen(made, tmp_path, override.replace("{made}", str(made))))
+
+
+def test_a_stored_text_encoder_with_another_key_is_one_line(trained, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["text_encoder"]["max_token"] = 8
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json, 'text_encoder': unknown key 'max_token'; did you mean"):
+        LlamaGenPipeline.from_pretrained(tmp_path / "model")
 
 
 def test_the_command_and_the_evaluation_take_either_kind_of_model(trained, made, tmp_path):

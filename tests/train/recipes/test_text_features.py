@@ -108,6 +108,7 @@ def test_finished_files_are_kept_and_damaged_ones_are_made_again(made, features,
     [
         (["text_features={empty}"], "run make text-features"),
         (["text_encoder.max_tokens=10"], "max_tokens=120, this run has 10"),
+        (["text_encoder.num_layers=1"], "0 layers, this run has qlip [0-9a-f]*, 1 layers"),
         (["clean=true"], "clean=False, this run has True"),
         (["text_encoder.name={made}/stage1/model"], "encoder=qlip"),
         (["data.caption=random"], "has no features"),
