@@ -5,7 +5,7 @@ a row that is up to date is skipped.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, help="folder for the runs of the rows and for the table")
     parser.add_argument("--base", default="", help="run whose models and codes the rows start from")
     parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
+    parser.add_argument("--seed", type=int, help="only this seed of every row, and no table: seeds can run at once")
     parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
     options = parser.parse_intermixed_args(arguments)
     ablation = load_config(Ablation, path=options.table)
@@ -40,23 +41,30 @@ def main(arguments: Sequence[str]) -> None:
         ablation.rows = [row for row in ablation.rows if row.alone]
         if not ablation.rows:
             raise UserError(f"{options.table} has no row with a single loss; set `alone` in one, or omit --alone")
+    if options.seed is not None:  # every phase locks its own folder
+        if options.seed not in range(ablation.seeds):
+            raise UserError(f"{options.table} has the seeds 0 to {ablation.seeds - 1}; set --seed to one of them")
+        _run_rows(ablation, seeds=[options.seed], options=options)
+        print(f"seed {options.seed} of every row is measured; run the command without --seed for the table")
+        return
     with folder_lock(options.run):
         _make_table(ablation, options=options)
 
 
-def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
-    path = Path(options.run) / ("balance.md" if options.alone else "table.md")
-    runs = {row.name: ablation.folders(row, run=path.parent) for row in ablation.rows}
-    questions, scores = path.with_name("questions"), dict[str, list[dict[str, Score]]]()
+def _run_rows(
+    ablation: Ablation, *, seeds: Iterable[int], options: argparse.Namespace
+) -> dict[str, list[dict[str, Score]]]:
+    """Run and measure what is missing or stale; the scores by row, by seed, by key."""
+    runs = {row.name: ablation.folders(row, run=Path(options.run)) for row in ablation.rows}
+    questions, scores = Path(options.run) / "questions", dict[str, list[dict[str, Score]]]()
     if any(row.llava for row in ablation.rows):
         command = ["data_mix", "questions", f"output_dir={questions}", *ablation.questions]
         start(command, output=questions / "annotations.json", what="writing the questions")
     # All rows are measured on the validation images of the first row or of the base run, whatever they train on.
     first = ablation.rows[0]
-    images_of = options.base if first.stage1 is None else str(runs[first.name][0])
     for number, row in enumerate(ablation.rows, start=1):
-        for seed, run in enumerate(runs[row.name]):
-            seeded = f", seed {seed}" if ablation.seeds > 1 else ""
+        for seed in seeds:
+            run, seeded = runs[row.name][seed], f", seed {seed}" if ablation.seeds > 1 else ""
             print(printable(f"row {number} of {len(ablation.rows)}: {row.name}{seeded}"), flush=True)
             RowRun(
                 row=row,
@@ -66,12 +74,19 @@ def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
                 processes=options.processes,
                 overrides=options.overrides,
                 seed=seed if seeded else None,
-                images_of=images_of,
+                images_of=options.base if first.stage1 is None else str(runs[first.name][seed]),
                 questions=str(questions),
             ).run()
             rows = [score for name in row.results for score in read_scores(run / "eval" / f"{name}.json")]
             rows += costs(run, row)
             scores.setdefault(row.name, []).append({score.key: score for score in rows})
+    return scores
+
+
+def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
+    path = Path(options.run) / ("balance.md" if options.alone else "table.md")
+    runs = {row.name: ablation.folders(row, run=path.parent) for row in ablation.rows}
+    scores = _run_rows(ablation, seeds=range(ablation.seeds), options=options)
     table = result_table(ablation, scores=scores)
     lines = [ablation.title, "", *markdown(table)]
     if verdicts := verdict_lines(Path(options.table).stem, table):

@@ -123,6 +123,28 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, argument
     assert read_image(tmp_path / "curves.png").width > 1000
 
 
+def test_one_seed_can_be_run_apart_from_the_others(tmp_path, arguments, monkeypatch):
+    folders: list[str] = []
+
+    def run(command: list[str], *, output: Path, what: str) -> None:
+        folders.append(str(output.parent.relative_to(tmp_path)))
+        output.parent.mkdir(parents=True)
+        output.write_text(json.dumps(DONE))
+        if "eval" in command:
+            for part in ("language", "captions", "generation"):
+                write_scores(output.with_name(f"{part}.json"), [])
+
+    monkeypatch.setattr(ablation_rows, "start", run)
+    monkeypatch.setattr(ablation_rows, "trained_on", lambda *_, **__: [])
+    write(tmp_path, SEEDED)
+    main([*arguments, "--base", "BASE", "--seed", "1"])
+    ours = ["split/seed-1/um3", "split/seed-1/eval", "split/seed-1/um3-export"]
+    assert folders == [*ours, "from-text/seed-1/um3", "from-text/seed-1/eval"]
+    assert not (tmp_path / "table.md").exists()
+    with pytest.raises(UserError, match="the seeds 0 to 1; set --seed"):
+        main([*arguments, "--base", "BASE", "--seed", "2"])
+
+
 def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_base(tmp_path, arguments, monkeypatch):
     commands: list[str] = []
 
