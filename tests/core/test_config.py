@@ -179,6 +179,16 @@ def test_an_old_key_is_answered_with_its_new_name(schema: type[Any]) -> None:
     assert load_config(EvalConfig, overrides=["tokenizer.num_images=9"]).tokenizer.num_images == 9  # still a name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("temprature: 1", "unknown option 'temprature'"), ("top_k: 0.5", "top_k"), ("top_p: 0", "outside (0, 1]")],
+)
+def test_stored_sampling_options_are_checked(options: str, message: str) -> None:
+    assert message in refusal(UM3Config, overrides=[f"image_sampling={{{options}}}"])
+    scales = load_config(UM3Config, overrides=["image_sampling={guidance_scale: [4, 1], top_k: 5}"]).image_sampling
+    assert scales == {"guidance_scale": [4, 1], "top_k": 5}
+
+
 def test_a_partial_schema_skips_the_other_keys(tmp_path: Path) -> None:
     path = written(tmp_path, "stage1: {optimizer: {lr: 0.5}, loop: {seed: 3}}")
     options: dict[str, Any] = {"path": path, "section": "stage1", "overrides": ["loop.seed=4", "steps=2"]}

@@ -34,7 +34,7 @@ TINY = {
         "optimizer.kind=adamw",  # the demo's Muon fits fewer engines
         *(f"model.{setting}" for setting in (*TOWER, "num_kv_heads=2", "head_dim=16")),
         *(f"vocabulary.{setting}" for setting in ("text_vocab_size=320", "subtokens=2", "bits_per_subtoken=6")),
-        "vocabulary.conversations=[]",
+        *("vocabulary.conversations=[]", "image_sampling.temperature=0.8"),
     ],
     "um3-instruct": [
         *COMMON,

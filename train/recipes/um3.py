@@ -181,6 +181,8 @@ class UM3Task:
             seed_everything(config.loop.seed, "adapters")
             freeze_base(self.model, ids=self.ids, lora=config.lora)
         self.model.config.um3 = (getattr(self.model.config, "um3", None) or {}) | {"examples": examples}
+        generation: Any = self.model.generation_config
+        generation.image_sampling = {**getattr(generation, "image_sampling", {}), **config.image_sampling}
         set_attention(self.model, config.engine)
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()

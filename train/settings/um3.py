@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from data_mix.batches.config import ChatDataConfig, DataConfig
 from data_mix.sources.config import ConversationSourceConfig
@@ -12,6 +12,7 @@ from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Size
+from um3.inference.sampling_params import Sampling, as_options
 from um3.model.configuration import LoRAConfig, ModelConfig, NewTokenInit, Prediction, is_um3
 
 
@@ -102,6 +103,9 @@ class UM3Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     visual_tokenizer: str = ""
     """QLIP folder or hub id whose codes the model learns, such as runs/demo/stage2/model."""
+    image_sampling: dict[str, Any] = field(default_factory=dict)
+    """Sampling options for images that differ from the defaults, for generation_config.json: `um3 generate` and `um3
+    serve` start from them. temperature, top_p, top_k, min_p, guidance_scale (a scale, or a list of them)."""
 
     @property
     def freezes_base(self) -> bool:
@@ -113,6 +117,7 @@ class UM3Config:
             raise ValueError("lora.rank and trainable=new_rows freeze a trained base; set model.base_model")
         intervals = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
         check_intervals(self.loop, **intervals)
+        Sampling(**as_options(self.image_sampling, where="image_sampling: "))
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the models that training starts from; other inputs make another run."""

@@ -17,6 +17,8 @@ from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
 from um3.inference.pipeline import UM3Pipeline
+from um3.inference.sampling_params import image_defaults
+from um3.model.configuration import IMAGE_SAMPLING
 
 
 def instruct(made: Path, folder: Path, *overrides: str) -> list[str]:
@@ -35,6 +37,8 @@ def trained(made, tmp_path_factory):
 def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, trained):
     stored = read_json(trained / "model/config.json")["um3"]
     assert stored == read_json(made / "um3/model/config.json")["um3"] | {"conversations": ["scenes"]}
+    sampling = [image_defaults(folder / "model") for folder in (made / "um3", trained)]
+    assert sampling == [IMAGE_SAMPLING | {"temperature": 0.8}] * 2  # as the config of um3 says, and kept
     captions = [shards[0].captions[0] for shards in open_code_sources(made / "codes", split="train").values()]
     assert stored["examples"][: len(captions)] == captions
     card = (trained / "model/README.md").read_text()
