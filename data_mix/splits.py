@@ -42,11 +42,17 @@ def split_labels(available: Collection[str], *, split: Split, where: str) -> tup
 def choose_samples(
     config: SourceConfig, keys: Iterable[str], *, num_samples: int, split: Split, labels: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Numbers of the samples of `split`, ascending int64, by `labels` (of each) or hash of keys; UserError if none."""
+    """Numbers of the samples of `split`, ascending int64, by `labels` (of each) or hash of keys, without those that the
+    config excludes. UserError if none is left, or if no sample has an excluded key."""
     is_chosen, by_hash = np.ones(num_samples, dtype=bool), True
+    if excluded := set(getattr(config, "exclude", ())):
+        keys = list(keys)
+        if unknown := sorted(excluded.difference(keys)):
+            raise UserError(f"{config.where}: exclude has '{unknown[0]}', which is the key of no sample; remove it")
+        is_chosen = np.array([key not in excluded for key in keys])
     if labels is not None:
         wanted, by_hash = split_labels(Counter(labels), split=split, where=config.where)
-        is_chosen = np.isin(np.asarray(labels), sorted(wanted))
+        is_chosen &= np.isin(np.asarray(labels), sorted(wanted))
     if by_hash and (config.val_fraction or split == "val"):
         # The hash of a key is the same on every machine and beside any other samples.
         digests = (hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys)

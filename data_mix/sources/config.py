@@ -1,6 +1,6 @@
 """Configs of the sources of images and texts; any config may hold them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -45,6 +45,7 @@ class ImageSourceConfig(SourceConfig):
     captions: .jsonl or .parquet file(s) with captions by image file name without its extension. For folders and tars;
         they replace the captions beside the images.
     has_captions: false also takes images without captions, for training that reads none (stage 2, reconstruction).
+    exclude: keys of images that no split has, such as a/b.png of a folder or 0.parquet#17 of a table.
     """
 
     name: str = "scenes"
@@ -54,6 +55,7 @@ class ImageSourceConfig(SourceConfig):
     caption_column: str = ""
     captions: str = ""
     has_captions: bool = True
+    exclude: list[str] = field(default_factory=list)
 
 
 @dataclass

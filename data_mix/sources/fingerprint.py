@@ -25,7 +25,9 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
     this disk: data may move. Not of settings that are not used: a new setting keeps what was made before it.
     """
     unused = ("weight", "images")  # of conversations, the text alone
-    settings = {name: value for name, value in to_dict(config).items() if name not in unused and value not in ("", 0)}
+    settings = {
+        name: value for name, value in to_dict(config).items() if name not in unused and value not in ("", 0, [])
+    }
     read: dict[str, list[tuple[str, int, str]]] = {}  # the files stand in place of their paths
     for path, files in _files_read(config):
         read[path] = []
@@ -36,7 +38,7 @@ def source_fingerprint(config: SourceConfig, *values: str | int) -> str:
                     data.seek(max(0, size - CONTENT_BYTES))
                     content = data.read()
             read[path].append((name, size, hashlib.sha256(content).hexdigest()))
-    return short_hash({name: read.get(value, value) for name, value in settings.items()}, values)
+    return short_hash({name: read.get(str(value), value) for name, value in settings.items()}, values)
 
 
 def _files_read(config: SourceConfig) -> Iterator[tuple[str, Sequence[Path]]]:

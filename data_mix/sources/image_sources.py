@@ -55,6 +55,10 @@ def open_image_source(
     kind = source_kind(config)
     if config.captions and kind not in ("folder", "webdataset"):
         raise UserError(f"{config.where}: captions is for folders and .tar files, not for kind={kind}")
+    if config.exclude and (kind in ("scenes", "digits", "coco") or config.stream):
+        raise UserError(
+            f"{config.where}: exclude is not for {'streams' if config.stream else f'kind={kind}'}; remove it"
+        )
     if kind in FILE_READERS:
         source = FILE_READERS[kind](config, split=split, size=size)
     elif kind in ("scenes", "digits"):

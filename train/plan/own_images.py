@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -132,7 +132,8 @@ def look(source: ImageSourceConfig, *, size: int) -> Look:
             lines.append(f"  {long} of {len(sizes)} are over {LONG:.0f}:1 long; only their centre is read")
         lines += _other_files(source) if isinstance(train, FolderImages) else []
         lines += _captions(train) if source.has_captions else []
-        lines += _copies(readers)
+        copies, said = _copies(readers)
+        source, lines = replace(source, exclude=[*source.exclude, *copies]), lines + said
     if len(train) < FEW_IMAGES:
         lines.append("  these are few images: expect copies of them, and little of new ones")
     return Look(source, len(train), side, lines)
@@ -178,20 +179,20 @@ def _captions(reader: ImageReader) -> Iterator[str]:
         yield f"  {foreign:,} captions have letters beyond ASCII, which is fine: the vocabulary is learned from them"
 
 
-def _copies(readers: dict[Split, Any]) -> Iterator[str]:
-    """Validation images that are training images too."""
-    digests = {
-        split: [*_usable(_pixels_of(reader), range(min(COMPARED, len(reader))))] for split, reader in readers.items()
-    }
-    train = set(digests["train"])
-    if repeated := len(digests["train"]) - len(train):
-        yield f"  {repeated:,} training images are copies of others"
-    if common := sum(digest in train for digest in digests.get("val", ())):
-        yield f"  {common:,} of {len(digests['val']):,} validation images are copies of training images; remove them"
-
-
-def _pixels_of(reader: ImageReader) -> Callable[[int], int]:
-    return lambda index: hash(reader[index].image_HWC.tobytes())
+def _copies(readers: dict[Split, Any]) -> tuple[list[str], list[str]]:
+    """The keys of validation images that are training images too, if others are left; and lines to print."""
+    seen = {}
+    for split, reader in readers.items():
+        read = _usable(reader.__getitem__, range(min(COMPARED, len(reader))))
+        seen[split] = [(sample.key, hash(sample.image_HWC.tobytes())) for sample in read]
+    train, val, lines = {digest for _, digest in seen["train"]}, seen.get("val", []), list[str]()
+    if repeated := len(seen["train"]) - len(train):
+        lines.append(f"  {repeated:,} training images are copies of others")
+    copies = [key for key, digest in val if digest in train]
+    if copies:
+        line = f"  {len(copies):,} of {len(val):,} validation images are copies of training images"
+        lines.append(line + (", which are left out" if len(copies) < len(val) else "; add images of other things"))
+    return copies if len(copies) < len(val) else [], lines
 
 
 def _sized(looks: Sequence[Look], *, minutes: float) -> dict[str, dict[str, Any]]:

@@ -72,6 +72,24 @@ def test_every_container_gives_all_images_once(write: Write, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("write", [write_folder, write_parquet, write_shards])
+def test_excluded_images_are_in_no_split(write: Write, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    write(root)
+    before = [opened(root), opened(root, "val")]
+    keys = [source[1].key for source in before]
+    for source, left, key in zip(
+        before, [opened(root, exclude=keys), opened(root, "val", exclude=keys)], keys, strict=True
+    ):
+        assert [sample.key for sample in read_all(left)[0]] == [s.key for s in read_all(source)[0] if s.key != key]
+        assert left.fingerprint() != source.fingerprint()
+    with pytest.raises(UserError, match=r"exclude has 'a/99\.png', which is the key of no sample"):
+        opened(root, exclude=["a/99.png"])
+    with pytest.raises(UserError, match="exclude is not for kind=scenes"):
+        open_image_source(ImageSourceConfig(exclude=["0"]), split="train", size=16, seed=0)
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet, write_shards])
 def test_without_captions(tmp_path: Path, write: Write) -> None:
     write(tmp_path)
     for file in tmp_path.rglob("*.txt"):

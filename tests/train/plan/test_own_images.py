@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_mix.sources.image_sources import ImageSourceConfig
+from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from tests.helpers.image_files import encoded, write_folder
 from train.phase import CONFIGS
 from train.plan import own_images
@@ -70,7 +70,17 @@ def test_what_spoils_a_run_is_said_before_it_starts(tmp_path):
     assert "every caption is 'ein Bär'" in text and "1 captions have letters beyond ASCII" in text
     assert "other files, which are not read: .mp4 (1)" in text
     assert "1 training images are copies of others" in text
-    assert "2 of 6 validation images are copies of training images" in text
+    assert "2 of 6 validation images are copies of training images, which are left out" in text
+    assert seen.source.exclude == ["val/0.png", "val/1.png"]
+    assert len(open_image_source(seen.source, split="val", size=16, seed=0)) == 4
+    assert len(open_image_source(seen.source, split="train", size=16, seed=0)) == 9
+
+
+def test_validation_images_stay_if_all_are_copies(tmp_path):
+    for split in ("train", "val"):
+        write_folder(tmp_path / "images" / split)
+    seen, text = looked(tmp_path / "images")
+    assert seen.source.exclude == [] and "40 of 40 validation images are copies of training images; add" in text
 
 
 def test_images_that_cannot_be_read_are_one_line(tmp_path):
