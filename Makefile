@@ -1,6 +1,7 @@
 # UM3: every phase is a target; `make help` lists them. A target whose output is up to date does nothing.
 
-CONFIG ?= $(if $(DATA),own_images,demo)
+# DATA= is a user's own images, except for eval-vqa, where it is a set of questions.
+CONFIG ?= $(if $(DATA),$(if $(filter eval-vqa,$(MAKECMDGOALS)),demo,own_images),demo)
 RUN ?= runs/$(notdir $(patsubst %.yaml,%,$(call dashed,$(CONFIG))))
 PYTHON ?= python3
 # Training processes: one for each GPU. On two CPU cores one process of two threads is a fifth faster than two processes.
@@ -101,7 +102,7 @@ stage1: $(READY) ## Train the visual tokenizer: reconstruction and text alignmen
 	@$(PY) -m train stage1 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/stage1' \
 		$(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
-stage2: $(READY) ## Fine-tune its decoder with perceptual and adversarial losses
+stage2: $(READY) ## Fine-tune its bottleneck and decoder with perceptual and adversarial losses
 	@$(PY) -m train stage2 --processes $(NPROC) --config "$$CONFIG" 'loop.output_dir=$(IN_RUN)/stage2' \
 		'init_from=$(IN_RUN)/stage1/model' $(if $(DATA),data.sources=$(IMAGES)) $(ARGS)
 
@@ -245,7 +246,7 @@ bench-growth: $(READY) ## What the loaders deliver, and start-up and memory agai
 gpu-proof: $(READY) ## Run the GPU tests and all benchmarks on a GPU, with one page of results (20 minutes)
 	@$(PY) -m benchmarks gpu-proof $(ARGS)
 
-survive: $(READY) ## Kill runs of every phase 20 times, resume them, compare the results to the bit
+survive: $(READY) ## Kill runs of stages 1 and 2 and UM3 20 times, resume them, compare the results to the bit
 	@$(PY) -m tests.helpers.survive $(ARGS)
 
 # One thread a process and a process a core: many small tests wait for each other's threads otherwise.
