@@ -22,6 +22,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from um3.core.commands import positive
 from um3.core.errors import UserError, last_error
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
@@ -41,13 +42,6 @@ Results = dict[str, list[dict[str, Any]]]
 
 class OutOfMemory(UserError):
     """A measurement does not fit this machine."""
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def benchmark_parser(name: str, about: str | None, *, sides: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import benchmark_parser, now, positive, run_sides
+from benchmarks.harness import benchmark_parser, now, run_sides
+from um3.core.commands import positive
 
 SIDES = ("depth", "flat")
 GOALS = {"step": 0.65, "draw": 0.55}

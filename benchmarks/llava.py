@@ -20,7 +20,7 @@ from benchmarks import harness
 from benchmarks.um3_training import add_model_options, read_shape, write_base, write_qlip
 from train.settings.llava import LlavaInstructConfig
 from train.settings.tokenizer import Stage1Config
-from um3.core.commands import find_config
+from um3.core.commands import find_config, positive
 from um3.core.config import load_config
 from um3.core.metrics import commit, machine, versions
 
@@ -31,8 +31,8 @@ POSITIONS = 4096
 def main(arguments: Sequence[str]) -> None:
     """Write the model, take the steps, print a line and all numbers as JSON."""
     parser = harness.benchmark_parser("llava", __doc__)
-    parser.add_argument("--steps", type=harness.positive, default=3, help="measured steps (default 3)")
-    parser.add_argument("--warmup", type=harness.positive, default=1, help="steps before them (default 1)")
+    parser.add_argument("--steps", type=positive, default=3, help="measured steps (default 3)")
+    parser.add_argument("--warmup", type=positive, default=1, help="steps before them (default 1)")
     parser.add_argument("--tower", nargs="+", default=[], metavar="KEY=VALUE", help="settings of stage1.model")
     how: Any = {"shape": VICUNA, "sides": ("model", "steps")}
     add_model_options(parser, config="llava_qlip_l14_392", section="llava-instruct", **how)

@@ -24,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness import benchmark_parser, positive, run_process
+from benchmarks.harness import benchmark_parser, run_process
 from train.plan.plan import GPUS
+from um3.core.commands import positive
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, parse_json, write_text
 from um3.core.metrics import commit, machine, versions

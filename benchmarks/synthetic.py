@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import positive
+from um3.core.commands import positive
 from um3.core.errors import UserError
 
 if TYPE_CHECKING:

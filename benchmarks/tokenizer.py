@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import benchmark_parser, fastest, fastest_product, now, positive, run_sides
+from benchmarks.harness import benchmark_parser, fastest, fastest_product, now, run_sides
+from um3.core.commands import positive
 from um3.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import harness
 from train.settings.tokenizer import Stage1Config, Stage2Config
+from um3.core.commands import positive
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, write_json
@@ -46,7 +47,7 @@ def measure_steps(arguments: Sequence[str]) -> None:
     harness.add_training_options(parser)
     harness.add_step_options(parser, steps=10, warmup=3)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--processes", type=harness.positive, default=1, help="training processes (default 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="training processes (default 1)")
     options = parser.parse_intermixed_args(arguments)
     if options.stages == ["stage2"] and not options.tokenizer:
         raise UserError("stage 2 alone needs a tokenizer to start from; pass --tokenizer FOLDER, or run stage1 too")
@@ -118,7 +119,7 @@ def measure_memory(arguments: Sequence[str]) -> None:
     """Measure every point, print the table, and write memory.png and memory.json."""
     parser, sizes = harness.benchmark_parser("memory", __doc__), [8, 16, 32, 64]
     harness.add_training_options(parser)
-    parser.add_argument("--batches", type=harness.positive, nargs="+", default=sizes, help="default 8 16 32 64")
+    parser.add_argument("--batches", type=positive, nargs="+", default=sizes, help="default 8 16 32 64")
     parser.add_argument("--out", default="runs/benchmarks", help="folder for memory.png and memory.json")
     options = parser.parse_intermixed_args(arguments)
     batches = sorted(set(options.batches))

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import Results, benchmark_parser, fastest, positive, run_side, run_sides
+from benchmarks.harness import Results, benchmark_parser, fastest, run_side, run_sides
 from benchmarks.synthetic import SPECIAL_IDS, SUBTOKENS, add_model_options, synthetic_model
+from um3.core.commands import positive
 from um3.core.errors import UserError
 
 if TYPE_CHECKING:

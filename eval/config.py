@@ -151,6 +151,8 @@ class TokenizerConfig:
             raise ValueError(f"tokenizer.classification: {names}; each data set needs a path and a unique name")
         if taken := {*(self.stages or STAGES), *RESERVED_NAMES} & self.external.keys():
             raise ValueError(f"tokenizer.external: the name '{min(taken)}' is reserved; use another name")
+        if wrong := [name for name in self.stages if name in RESERVED_NAMES or "/" in name]:
+            raise ValueError(f"tokenizer.stages: the name '{wrong[0]}' is reserved or has a '/'; use another name")
 
 
 @dataclass

@@ -46,6 +46,8 @@ def evaluate(config: EvalConfig) -> None:
         raise UserError("no run to evaluate; set run=FOLDER, such as run=runs/demo, or model=FOLDER")
     if not config.run and not config.output_dir:
         raise UserError("no folder for the results; set output_dir=FOLDER, or run=FOLDER for FOLDER/eval")
+    if not config.parts:
+        raise UserError(f"no parts to measure; set parts to a list of {', '.join(PARTS)}, or leave it out for all")
     models = {part: model_folders(config, part=part) for part in PARTS if part in config.parts}
     config = with_sources(config)
 

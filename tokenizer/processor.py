@@ -56,9 +56,14 @@ class QLIPProcessor:
 
     @property
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the text tower; UserError if the folder has none."""
+        """The tokenizer of the text tower; UserError if the folder has none, or one that cannot pad."""
         if self._text_tokenizer is None:
-            raise UserError("this QLIP folder has no text tokenizer files; add CLIP's vocab.json and merges.txt to it")
+            remedy = "restore its tokenizer.json, or in a released one CLIP's vocab.json and merges.txt"
+            raise UserError(f"this QLIP folder has no text tokenizer files; {remedy}")
+        if getattr(self._text_tokenizer, "pad_token", "") is None:
+            raise UserError(
+                "the text tokenizer of this QLIP folder has no padding token; restore tokenizer_config.json"
+            )
         return self._text_tokenizer
 
     @classmethod

@@ -14,7 +14,7 @@ from train.settings.llamagen import LlamaGenTrainingConfig
 from train.settings.llava import LlavaAlignConfig, LlavaInstructConfig
 from train.settings.tokenizer import Stage1Config, Stage2Config
 from train.settings.um3 import UM3Config, UM3InitConfig, UM3InstructConfig
-from um3.core.commands import command_parser, read_config
+from um3.core.commands import command_parser, positive, read_config
 from um3.core.distributed import is_main
 from um3.core.errors import Interrupted, UserError
 from um3.core.files import folder_lock
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train the phase that `arguments` starts with; return at once if its folder is up to date."""
     phase = arguments[0]
     parser = command_parser(f"python -m train {phase}", f"Train {phase}.", config="required")
-    parser.add_argument("--processes", type=int, default=1, help="training processes on this machine (default 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="training processes on this machine (default 1)")
     config, options = read_config(CONFIGS[phase], parser, section=phase, arguments=arguments[1:])
     if not config.loop.output_dir:
         raise UserError("loop.output_dir is empty; set it to the folder of this phase, such as runs/demo/stage1")

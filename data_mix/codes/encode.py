@@ -111,6 +111,8 @@ def main(arguments: Sequence[str]) -> None:
     setup_logging()
     if not config.images:
         raise UserError(f"{options.config}: 'images' is empty; list at least one image source (make: DATA=)")
+    if not config.output_dir:
+        raise UserError("output_dir is empty; set it to the folder of the code shards, such as runs/demo/codes")
     external = _open_external(config)
     inputs_hash = _inputs_hash(config, external)
     if _is_up_to_date(Path(config.output_dir), inputs_hash=inputs_hash):

@@ -184,7 +184,8 @@ def hub_errors(where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of the hub client, requests, pyarrow or the builder: a mistake of the user
-        raise UserError(f"{where}: cannot open the Hugging Face data set: {one_line(error)}") from None
+        problem = f"no file or folder has this path, and no Hugging Face data set could be opened: {one_line(error)}"
+        raise UserError(f"{where}: {problem}") from None
 
 
 def open_hub(config: SourceConfig, *, pick: Callable[[pa.Schema], object], split: Split) -> TableSplit:

@@ -86,8 +86,11 @@ class LlamaGenConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Refuse sizes that do not fit together."""
         width, heads = self.hidden_size, self.num_attention_heads
-        if min(width, heads, self.num_hidden_layers, self.subtokens, self.max_caption_tokens, self.caption_width) < 1:
+        sizes = (width, heads, self.num_hidden_layers, self.subtokens, self.max_caption_tokens, self.caption_width)
+        if min(*sizes, self.num_patches) < 1:
             raise ValueError("the sizes of a LlamaGen must be at least 1")
+        if not (0 < self.rope_theta < math.inf and 0 < self.rms_norm_eps < math.inf):
+            raise ValueError(f"rope_theta {self.rope_theta} and rms_norm_eps {self.rms_norm_eps} must be above 0")
         if width % heads or width // heads % 4:
             raise ValueError(f"hidden_size {width} / num_attention_heads {heads} is not a multiple of 4")
         if heads % self.num_key_value_heads:

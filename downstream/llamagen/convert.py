@@ -15,8 +15,9 @@ from torch import Tensor
 
 from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.modeling import LlamaGen, load_llamagen
+from um3.core.commands import positive
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, atomic_folder
+from um3.core.files import atomic_file, atomic_folder, check_new
 from um3.core.hub import read_tensors, write_checksums
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -32,8 +33,9 @@ def import_released(
     """Write a released file (DDP's, DeepSpeed's or bare) as a folder for `LlamaGen.from_pretrained`.
 
     `num_heads` 0: heads 64 wide, as in all published sizes. UserError: a file with other than tensors, of a
-    class-conditional LlamaGen, or with tensors that are missing, unexpected or of another shape.
+    class-conditional LlamaGen, or with tensors that are missing, unexpected or of another shape; or `folder` exists.
     """
+    check_new(folder, kind="folder")
     weights = {WRAPPERS.sub("", name): tensor for name, tensor in read_tensors(file).items()}
     weights = {name: tensor for name, tensor in weights.items() if not COMPUTED.fullmatch(name)}
     config = _config_of(weights, file=file, num_patches=num_patches, num_heads=num_heads, subtokens=subtokens)
@@ -57,6 +59,7 @@ def export_released(model: LlamaGen, file: str | Path) -> None:
     """Write the weights as the released code's samplers read them: `{"model": tensors}`."""
     if model.config.subtokens > 1:
         raise UserError(f"the released code knows one id a patch, not {model.config.subtokens}; export is for those")
+    check_new(file, kind="file")
     with atomic_file(Path(file)) as temporary:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in model.state_dict().items()}}, temporary)
 
@@ -102,10 +105,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("target", help="the folder to write" if imports else "the file to write (.pt)")
     if imports:
         parser.add_argument(
-            "--patches", type=int, default=256, help="codes of an image; default 256; 1024 at 512 pixels"
+            "--patches", type=positive, default=256, help="codes of an image; default 256; 1024 at 512 pixels"
         )
         parser.add_argument("--heads", type=int, default=0, help="attention heads; 0: heads 64 wide, as published")
-        parser.add_argument("--subtokens", type=int, default=1, help="ids of a code (default 1, as published)")
+        parser.add_argument("--subtokens", type=positive, default=1, help="ids of a code (default 1, as published)")
     options = parser.parse_args(rest)
     if not imports:
         export_released(load_llamagen(options.source), options.target)

@@ -73,15 +73,30 @@ class LlamaGenPipeline(ImagePipeline):
             if visual_tokenizer.fingerprint != fingerprint:
                 raise UserError(f"{folder} was trained with {fingerprint}, not {visual_tokenizer.fingerprint}")
         elif name := external_target(fingerprint):
-            raise UserError(f"{folder} generates codes of an external tokenizer; pass external_tokenizer='{name}'")
+            raise UserError(
+                f"{folder} generates codes of an external tokenizer; use LlamaGenPipeline or `python -m eval "
+                f"generate-images` with external_tokenizer='{name}'"
+            )
         else:
             qlip, processor = load_visual_tokenizer(folder, fingerprint=fingerprint)
             visual_tokenizer = QLIPImages(qlip.to(device), processor)  # type: ignore[arg-type]
         origin = f"{folder}/config.json, 'text_encoder'"
+        if not_plain := [text for text in stored.values() if isinstance(text, str) and ("${" in text or text == "???")]:
+            raise UserError(f"{origin}: '{not_plain[0]}' is not a plain value; restore that file")
         encoder_config = build_config(TextEncoderConfig, [(origin, stored)], origin=origin)
         encoder_config.name = encoder_config.name or str(folder / QLIP_FOLDER)
         text_encoder = TextEncoder(encoder_config, dtype=model.dtype)
         text_encoder.model.to(device)
+        config, visual = model.config, visual_tokenizer
+        fits = {
+            "num_patches": (config.num_patches, visual.num_codes),
+            "subtokens x bits_per_subtoken": (config.subtokens * config.bits_per_subtoken, visual.num_bits),
+            "caption_width": (config.caption_width, text_encoder.width),
+        }
+        for key, (value, needed) in fits.items():
+            if value != needed:
+                problem = f"{key} is {value}, but its tokenizer and text encoder need {needed}"
+                raise UserError(f"{folder}/config.json: {problem}; restore the files that were saved together")
         return cls(
             model=model.to(device),  # type: ignore[arg-type]
             text_encoder=text_encoder,

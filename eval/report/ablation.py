@@ -14,7 +14,7 @@ from eval.report.evidence import verdict_lines
 from eval.report.figures import curves, points, save
 from eval.report.table import Cell, Row, Table, markdown
 from eval.scores import Score, read_scores
-from um3.core.commands import command_parser
+from um3.core.commands import command_parser, positive
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, write_json, write_text
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--table", required=True, help="YAML file of the table, such as configs/ablations/weights.yaml")
     parser.add_argument("--run", required=True, help="folder for the runs of the rows and for the table")
     parser.add_argument("--base", default="", help="run whose models and codes the rows start from")
-    parser.add_argument("--processes", type=int, default=1, help="training processes of a run (default 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="training processes of a run (default 1)")
     parser.add_argument("--seed", type=int, help="only this seed of every row, and no table: seeds can run at once")
     parser.add_argument("--alone", action="store_true", help="only the rows with a single loss, and their ratio")
     options = parser.parse_intermixed_args(arguments)
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"{options.table} has no row with a single loss; set `alone` in one, or omit --alone")
     if options.seed is not None:  # every phase locks its own folder
         if options.seed not in range(ablation.seeds):
-            raise UserError(f"{options.table} has the seeds 0 to {ablation.seeds - 1}; set --seed to one of them")
+            seeds = f"the seeds 0 to {ablation.seeds - 1}" if ablation.seeds > 1 else "one seed, 0"
+            raise UserError(f"{options.table} has {seeds}; set --seed to one of them")
         _run_rows(ablation, seeds=[options.seed], options=options)
         print(f"seed {options.seed} of every row is measured; run the command without --seed for the table")
         return

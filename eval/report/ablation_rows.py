@@ -214,6 +214,8 @@ class RowRun:
         after, base = self.places[1].folder if self.row.after else "", self.places[-1].folder
         if not base and any("{base}" in setting for setting in settings):
             raise UserError(f"row '{self.row.name}' names {{base}}; give a base run with --base (make: RUN=)")
+        if not after and any("{after}" in setting for setting in settings):
+            raise UserError(f"row '{self.row.name}' names {{after}}; set `after` to the name of an earlier row")
         filled = [setting.replace("{after}", after).replace("{base}", base) for setting in settings]
         if any("{text}" in setting for setting in filled):
             source = self._place("um3", of=self.places[1:]).folder
@@ -266,7 +268,10 @@ def start(command: list[str], *, output: Path, what: str) -> None:
         raise
     if code or not output.exists():
         reason = f"with exit code {code}" if code else f"without writing {output}"
-        raise UserError(f"{what} stopped {reason} in {output.parent.name}; run the same command to resume")
+        remedy = (
+            "correct what it says above, and run the command again" if code == 2 else "run the same command to resume"
+        )
+        raise UserError(f"{what} stopped {reason} in {output.parent.name}; {remedy}")
 
 
 def slug(name: str) -> str:

@@ -45,6 +45,8 @@ IMAGES = ["model=TMP/UM3", "prompts=TMP/a.txt", "output_dir=TMP/out"]
         (run, ["run=nowhere"], "no UM3 model in nowhere/um3/model; run make um3 first"),
         (run, ["run=nowhere", "parts=[tokenizer]"], "no visual tokenizer in nowhere/stage1 or stage2; run make stage1"),
         (run, ["run=nowhere", "parts=[tokenizer]", "tokenizer.stages={a: x}"], "visual tokenizer 'x'"),
+        (run, ["run=RUN", "parts=[]"], "no parts to measure"),
+        (run, ["run=RUN", "parts=[tokenizer]", "tokenizer.stages={original: x}"], "'original' is reserved"),
         (run, ["run=RUN", "caption.num_images=3"], "did you mean 'captions'"),
         (run, ["run=RUN", "captions.num_images=1"], r"captions\.num_images is 1"),
         (run, ["run=RUN", "fid_features=inception-2015", "inception_weights=x", "parts=[tokenizer]"], "weights at x"),

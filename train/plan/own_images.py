@@ -27,7 +27,7 @@ from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.images import ImageReader
 from train.phase import CONFIGS
 from train.settings.tokenizer import Stage1Config
-from um3.core.commands import command_parser, find_config, read_config, settings_of
+from um3.core.commands import command_parser, find_config, positive, read_config, settings_of
 from um3.core.config import load_config, to_yaml
 from um3.core.errors import UserError, last_error
 from um3.core.files import folder_lock, read_json, walk_files, write_text
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", required=True, help="the config that is written, such as runs/mine/own_images.yaml")
     parser.add_argument("--minutes", type=float, default=60, help="minutes of the whole pipeline (default 60)")
-    parser.add_argument("--processes", type=int, default=1, help="training processes (default 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="training processes (default 1)")
     options = parser.parse_intermixed_args(arguments)
     images = f"data.sources={options.sources}"
     config, _ = read_config(Stage1Config, parser, section="stage1", arguments=[*arguments, "--shared", images])

@@ -215,6 +215,11 @@ def model_config(
     }
     if shape.size:
         sizes = dict(SIZES[shape.size])
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % (4 * heads):
+        raise UserError(
+            f"model.hidden_size={width} is not a multiple of 4 x model.num_heads={heads}; change one of them"
+        )
     return LlamaGenConfig(
         **sizes,
         caption_width=caption_width,

@@ -37,7 +37,7 @@ def chat(
 
     Without questions, a terminal asks for them until Ctrl-D. By default greedy, with at most 64 tokens an answer.
     """
-    in_terminal = not questions and file is None and sys.stdin.isatty()
+    in_terminal = not questions and file is None and sys.stdin is not None and sys.stdin.isatty()
     asked: Iterable[str] = _typed() if in_terminal else read_texts(questions, file=file, kind="question")
     paths = find_images([image]) if image else []
     if len(paths) > 1:

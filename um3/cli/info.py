@@ -145,5 +145,5 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[list[int], str]]]:
                 for name in weights.keys():  # noqa: SIM118 - not a dict
                     tensor = weights.get_slice(name)
                     yield name, (list(tensor.get_shape()), str(tensor.get_dtype()))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({error}); copy or train the model again") from None

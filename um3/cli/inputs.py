@@ -34,7 +34,7 @@ def read_texts(arguments: Sequence[str] | None, *, file: Path | None, kind: str)
         raise UserError(f"{kind}s are given both as arguments and by --file; use one of them")
     if arguments:
         return [valid_text(argument) for argument in arguments]
-    if file is None and sys.stdin.isatty():
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError(f"no {kind}; give it as an argument, by --file, or on stdin")
     source = str(file or STDIN)
     texts = [line for line in text_lines(_read(source)) if line.strip()]
@@ -126,6 +126,8 @@ def _name(path: str) -> str:
 
 
 def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise UserError("stdin is closed; pass a file")
     content = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
     if len(content) > MAX_STDIN_BYTES:
         raise UserError(f"stdin has more than {MAX_STDIN_BYTES:,} bytes; pass files")

@@ -92,8 +92,8 @@ class ModelOptions:
         """Set up messages and check the folder; the device, which is tried, and the type for `from_pretrained`."""
         folder = self.folder()
         if not (folder / "config.json").is_file():
-            inner = folder / "um3" / "model"
-            remedy = f"pass --model {inner}" if inner.is_dir() else "run um3 demo, or pass a trained UM3 as --model"
+            inner = [path for path in (folder / "model", folder / "um3/model") if (path / "config.json").is_file()]
+            remedy = f"pass --model {inner[0]}" if inner else "run um3 demo, or pass a trained UM3 as --model"
             raise UserError(f"{folder} has no config.json; {remedy}")
         typer.echo(f"loading {printable(self.model)}", err=True)
         import torch

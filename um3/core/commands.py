@@ -6,7 +6,7 @@ The module of a command is imported only when the command runs, so `--help` and 
 import importlib
 import os
 import sys
-from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -61,6 +61,13 @@ def run_room(room: str, commands: Mapping[str, Command]) -> None:
     quiet_bars_in_logs()
     arguments = sys.argv[1:] if command.named else sys.argv[2:]
     run_main(lambda: importlib.import_module(command.module).main(arguments))
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def command_parser(prog: str, about: str, *, config: str = "") -> ArgumentParser:

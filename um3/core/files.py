@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from um3.core.errors import UserError, system_problem
 
@@ -125,6 +125,14 @@ def walk_files(root: str | Path, *, suffixes: Sequence[str] = ()) -> list[Path]:
 
     visit(os.fspath(root), frozenset())
     return sorted(files)
+
+
+def check_new(path: str | Path, *, kind: Literal["file", "folder"]) -> None:
+    """UserError if a command that writes a new file or folder (`kind`) would replace what is at `path`."""
+    path = Path(path)
+    is_empty = kind == "folder" and path.is_dir() and {inside.name for inside in path.iterdir()} <= {".lock"}
+    if path.exists() and not is_empty:
+        raise UserError(f"{path} already exists; choose another {kind} or delete it")
 
 
 def check_writable(folder: str | Path) -> None:

@@ -94,7 +94,12 @@ def image_defaults(folder: str | Path) -> dict[str, Any]:
     where = f"{path}, '{CONFIG_KEY}': "
     if not isinstance(values, dict):
         raise UserError(f"{where}{str(values)[:40]!r} is not a table of {', '.join(IMAGE_SAMPLING)}")
-    return IMAGE_SAMPLING | as_options(values, where=where)
+    options = IMAGE_SAMPLING | as_options(values, where=where)
+    try:
+        Sampling(**options)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+    return options
 
 
 def as_options(values: Mapping[str, Any], *, where: str = "") -> dict[str, Any]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from um3.core.errors import UserError
-from um3.core.files import atomic_folder, read_json, write_json, write_text
+from um3.core.files import atomic_folder, check_new, read_json, write_json, write_text
 from um3.core.hub import save_tokenizer
 from um3.model.extend import EMBEDDING, HEAD, assemble_model
 from um3.model.language_model import QLIP_FOLDER, load_model, render_card
@@ -25,8 +24,7 @@ def export_text_half(folder: str | Path, *, out: str | Path) -> str:
     unchanged. The head is tied again if the base's was tied and its rows still equal those of the embedding.
     """
     out = Path(out)
-    if out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - {".lock"}):
-        raise UserError(f"{out} already exists; choose another folder or delete it")
+    check_new(out, kind="folder")
     loaded = load_model(folder)
     base: dict[str, Any] = loaded.model.config.um3.get("base") or {}
     entries = int(base.get("entries", loaded.ids.text_vocab_size))

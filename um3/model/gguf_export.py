@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from um3.core.errors import UserError
-from um3.core.files import atomic_file
+from um3.core.files import atomic_file, check_new
 from um3.model.configuration import GGUFType
 from um3.model.gguf import ARCHITECTURES, DIGITS_PRE_TOKENIZER, ROPE_FACTORS, gguf_names, rope_factors
 from um3.model.language_model import LoadedModel, load_model
@@ -33,8 +33,7 @@ def export_gguf(folder: str | Path, *, out: str | Path, weights: GGUFType = "f16
     biases are always f32. UserError: `out` exists, or llama.cpp cannot express the model or its tokenizer.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} already exists; choose another file or delete it")
+    check_new(out, kind="file")
     loaded = load_model(folder)
     if loaded.ids.depth_layers:
         raise UserError(f"{folder} has a depth head, which llama.cpp lacks; write its text half with um3 export")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from um3.core.errors import UserError
-from um3.core.files import atomic_folder, write_text
+from um3.core.files import atomic_folder, read_json, write_text
 from um3.core.hub import HUB_ID, load_pretrained, save_tokenizer, write_checksums
 from um3.core.text import valid_text
 from um3.model.configuration import ModelConfig
@@ -177,11 +177,13 @@ def load_model(
     """Load a folder that `save_model` wrote, in eval mode; UserError if it is not a whole, sound UM3."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"no UM3 model in {folder}; run make demo or pass --model with the folder of a trained one")
+        raise UserError(f"no UM3 model in {folder}; give the folder of a trained one, such as that of make demo")
+    described = read_json(folder / "config.json", dict)
+    if (stored := described.get("um3")) is None:
+        model_type = valid_text(str(described.get("model_type")))
+        only = "; a LlamaGen generates images only" if model_type == "llamagen" else ""
+        raise UserError(f"{folder} is a model of type {model_type}, not a UM3 (no 'um3' in its config.json){only}")
     model = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype, kind="UM3 model", strict=True).eval()
-    stored = getattr(model.config, "um3", None)
-    if stored is None:
-        raise UserError(f"{folder} is a {model.config.model_type} model, not a UM3 (no 'um3' in its config.json)")
     ids = UnifiedVocabulary.from_dict(stored, where=folder / "config.json")
     if (rows := model.config.vocab_size) != ids.vocab_size:
         problem = f"vocab_size is {rows}, but 'um3' describes {ids.vocab_size} entries"

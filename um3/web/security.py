@@ -49,11 +49,13 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. UserError if the port is taken, or the host is another machine."""
+    if not host:
+        raise UserError("the host is empty, which means every address of this machine; pass --host 0.0.0.0 for those")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         remedy = "pass another --port, or --port 0 for a free one"
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        if (error.errno or 0) < 0 or error.errno == errno.EADDRNOTAVAIL:  # below 0: the name cannot be resolved
             remedy = "pass an address of this machine as --host"
         reason = str(error.strerror).partition(" (while")[0]
         raise UserError(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None

@@ -68,6 +68,19 @@ def test_the_commands(model, tmp_path, capsys):
     assert all(torch.equal(tensor, exported[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_stands_at_the_target_is_kept(model, tmp_path):
+    file = write(tmp_path / "t2i.pt", model.state_dict())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="folder already exists; choose another folder"):
+        import_released(file, tmp_path / "folder", **SHAPE)
+    assert (tmp_path / "folder/thesis.txt").read_text() == "years of work"
+    with pytest.raises(UserError, match=r"t2i\.pt already exists; choose another file"):
+        export_released(model, file)
+    with pytest.raises(SystemExit):
+        main(["llamagen-import", str(file), str(tmp_path / "new"), "--patches", "0"])
+
+
 def change(weights, name, tensor):
     return {key: value for key, value in weights.items() if key != name} | (
         {name: tensor} if tensor is not None else {}

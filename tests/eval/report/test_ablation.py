@@ -190,6 +190,9 @@ def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_b
     ]
     with pytest.raises(UserError, match=r"row 'q' names {base}"):
         main(arguments)
+    write(tmp_path, SHARED.replace("{base}", "{after}"))
+    with pytest.raises(UserError, match=r"row 'q' names {after}; set `after`"):
+        main(arguments)
     write(tmp_path, SHARED.replace("{base}", "x"))
     with pytest.raises(UserError, match=r"row 'b' starts from stage1, .* --base"):
         main(arguments)

@@ -62,7 +62,7 @@ def test_llamagen_generates_with_its_decoder(trained, tmp_path):
 def test_what_is_missing_is_one_line(made, codes, trained, tmp_path):
     with pytest.raises(UserError, match=f"{NAME}.*make llamagen with {EXTERNAL}"):
         train_here("um3", made, tmp_path / "um3", f"data.codes={codes}")
-    with pytest.raises(UserError, match=f"pass external_tokenizer='{NAME}'"):
+    with pytest.raises(UserError, match=f"with external_tokenizer='{NAME}'"):
         load_pipeline(trained)
     with pytest.raises(UserError, match=r"was trained with .*:coarse .*, not .*:shifted "):
         load_pipeline(trained, external_tokenizer=NAME.replace("coarse", "shifted"))

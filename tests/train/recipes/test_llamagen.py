@@ -131,6 +131,7 @@ def test_it_learns_a_few_images(made, tmp_path):
         ("visual_tokenizer={made}/stage1/model", "fingerprint"),
         ("data.image_weights={photos: 1}", "photos"),
         ("model.subtokens=5", "12 bits"),
+        ("model.num_heads=3", "model.hidden_size=32 is not a multiple of 4 x model.num_heads=3"),
         ("text_encoder={kind: t5, name: /nowhere}", "T5 text encoder"),
     ],
 )
@@ -139,12 +140,23 @@ def test_settings_that_do_not_fit_are_one_line(made, tmp_path, override, named):
         main(llamagen(made, tmp_path, override.replace("{made}", str(made))))
 
 
-def test_a_stored_text_encoder_with_another_key_is_one_line(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text_encoder": {"max_token": 8}}, "unknown key 'max_token'; did you mean"),
+        ({"text_encoder": {"name": "${oc.env:HOME}"}}, "is not a plain value"),
+        ({"num_patches": 4}, "num_patches is 4, but its tokenizer and text encoder need 16"),
+        ({"num_patches": 0}, "must be at least 1"),
+        ({"subtokens": 1, "bits_per_subtoken": 7}, "subtokens x bits_per_subtoken is 7, but .* need 12"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+    ],
+)
+def test_a_stored_config_that_fits_nothing_is_one_line(trained, tmp_path, changed, message):
     shutil.copytree(trained / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
-    config["text_encoder"]["max_token"] = 8
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json, 'text_encoder': unknown key 'max_token'; did you mean"):
+    changed = {key: config[key] | value if isinstance(value, dict) else value for key, value in changed.items()}
+    (tmp_path / "model/config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match=message):
         LlamaGenPipeline.from_pretrained(tmp_path / "model")
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.helpers.processes import locked
 from tests.tokenizer.conftest import change_json
 from um3 import cli
+from um3.cli.inputs import read_images, read_texts
 from um3.core.errors import UserError
 from um3.inference.image_io import read_metadata
 
@@ -255,6 +256,22 @@ def test_mistakes_are_one_line(arguments, message, model_folder, tmp_path, monke
     with pytest.raises(UserError) as caught:
         run(*arguments)
     assert message in str(caught.value)
+
+
+def test_a_closed_stdin_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="no prompt; give it as an argument"):
+        read_texts([], file=None, kind="prompt")
+    with pytest.raises(UserError, match="stdin is closed; pass a file"):
+        read_images(["-"], size=8)
+
+
+def test_weights_behind_a_broken_link_are_one_line(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    (tmp_path / "model/model.safetensors").symlink_to("gone")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        run("info", str(tmp_path / "model"))
 
 
 def test_the_console_script_exits_with_one_line_and_code_2(monkeypatch, capsys):

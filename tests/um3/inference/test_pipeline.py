@@ -124,7 +124,7 @@ def test_image_defaults_are_in_the_generation_config_and_change_no_stock_text(fo
     assert image_defaults(folder) == IMAGE_SAMPLING
 
 
-@pytest.mark.parametrize("options", [{"warmth": 1}, {"temperature": "hot"}, {"top_k": 0.5}, [1]])
+@pytest.mark.parametrize("options", [{"warmth": 1}, {"temperature": "hot"}, {"top_k": 0.5}, {"temperature": -1}, [1]])
 def test_invalid_image_defaults_name_the_file_and_the_key(options, tmp_path):
     write_json(tmp_path / "generation_config.json", {"image_sampling": options})
     with pytest.raises(UserError, match=r"generation_config.json.*'image_sampling'.*" + str(next(iter(options)))):
@@ -166,7 +166,7 @@ def test_another_visual_tokenizer_is_refused_with_both_fingerprints(folder):
     ("files", "message"),
     [
         ([], "no 'um3' in its config"),
-        (["config.json"], "run make demo or pass --model"),
+        (["config.json"], "give the folder of a trained one"),
         (["tokenizer.json", "tokenizer_config.json"], "no text tokenizer at|no tokenizer.json"),
         (["tokenizer.json"], "no text tokenizer at|no tokenizer.json"),
         (["qlip/config.json"], "lacks its visual tokenizer"),

@@ -283,6 +283,10 @@ def test_addresses_and_ports_are_checked_before_the_server_starts(server):
         listen("127.0.0.1", server.port)
     with pytest.raises(UserError, match="address of this machine as --host"):
         listen("203.0.113.9", 0)
+    with pytest.raises(UserError, match="address of this machine as --host"):
+        listen("nowhere.invalid", 0)
+    with pytest.raises(UserError, match="the host is empty"):
+        listen("", 0)
     with pytest.raises(UserError, match="temperature -1 is outside"):
         build_app(None, sampling={"temperature": -1}, max_waiting=1)
 
