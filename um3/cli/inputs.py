@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 MAX_STDIN_BYTES = 200_000_000
-FORMATS = "give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
 
 
 def read_texts(arguments: Sequence[str] | None, *, file: Path | None, kind: str) -> list[str]:
@@ -70,7 +69,7 @@ def find_images(paths: list[str]) -> list[str]:
         if Path(path).is_dir():
             found = list(map(str, walk_files(path, suffixes=SUFFIXES)))
         if not found:
-            raise UserError(f"{path} does not exist, or is a folder without images; {FORMATS}")
+            raise UserError(f"'{path}' is neither a file nor a folder with images; give one, or - for stdin")
         files += found
     return files
 
@@ -86,7 +85,7 @@ def read_images(paths: Sequence[str], *, size: int) -> "list[Image.Image]":
         try:
             image = read_image(_read_stdin() if path == STDIN else Path(path))
         except ImageError as error:
-            raise UserError(f"{path}: {error}; {FORMATS}") from None
+            raise UserError(f"{path}: {error}; {error.remedy}") from None
         squares.append(Image.fromarray(to_square(image, size=size)))
         squares[-1].info = image.info
     return squares

@@ -28,6 +28,16 @@ ImageReason = Literal[
 ]
 
 
+REMEDIES: dict[ImageReason, str] = {
+    "cannot be read": "check the path and its permissions",
+    "not an image": f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
+    "too large": "make it smaller",
+    "truncated": "copy or download it again",
+    "cannot be decoded": "copy or download it again",
+    "unsupported pixels": "convert it to 8-bit RGB",
+}
+
+
 class ImageError(Exception):
     """The bytes do not hold a usable image. `reason` is one of a few fixed phrases, for counting."""
 
@@ -35,6 +45,11 @@ class ImageError(Exception):
         super().__init__(f"{reason}: {message}")
         self.reason: ImageReason = reason
         self.message = message
+
+    @property
+    def remedy(self) -> str:
+        """What a person can do about it."""
+        return REMEDIES[self.reason]
 
 
 def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -57,7 +72,7 @@ def read_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     except UnidentifiedImageError:
         raise ImageError("not an image", "the content has no known image format") from None
     except Image.DecompressionBombError as error:
-        raise ImageError("too large", str(error)) from None
+        raise ImageError("too large", str(error).rstrip(".")) from None
     except Exception as error:  # on hostile bytes decoders raise almost anything: struct.error, KeyError, ...
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError("cannot be read", str(error)) from None

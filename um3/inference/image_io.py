@@ -19,7 +19,7 @@ from torch import Tensor
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
-from um3.core.images import FORMATS, ImageError, read_image
+from um3.core.images import ImageError, read_image
 
 ImageInput = Image.Image | str | Path
 Images = np.ndarray | ImageInput | Sequence[ImageInput]
@@ -55,7 +55,7 @@ def open_image(image: ImageInput, *, where: str) -> Image.Image:
     try:
         return read_image(Path(image))
     except ImageError as error:
-        raise UserError(f"{where}: {image}: {error}; give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
+        raise UserError(f"{where}: {image}: {error}; {error.remedy}") from None
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:

@@ -108,7 +108,7 @@ def test_a_model_that_never_saw_conversations_says_so(folder, photo):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chat", "absent.png", "a?"], "absent.png does not exist"),
+        (["chat", "absent.png", "a?"], "absent.png"),
         (["chat", "two", "a?"], "two holds 2 images; a conversation has one"),
         (["chat", "two/0.png"], "no question in stdin"),
         (["chat", "two/0.png", " "], "message 1 has no text; ask a question"),

@@ -236,7 +236,7 @@ def test_files_of_another_shape_are_one_line(name, value, message, folder):
         (["generate", "a disk", "--device", "abacus"], "device 'abacus'"),
         (["caption", "absent.png"], "absent.png"),
         (["caption", "broken.png"], "broken.png: not an image"),
-        (["caption", "empty"], "empty does not exist, or is a folder without images"),
+        (["caption", "empty"], "'empty' is neither a file nor a folder with images"),
         (["score", "--pairs", "pairs.jsonl"], "line 2 of pairs.jsonl: 'prompt' is null"),
         (["score", "good.png"], "no text in stdin"),
         (["score"], "--pairs"),

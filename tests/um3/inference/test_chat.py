@@ -98,7 +98,7 @@ def test_an_image_and_the_turns_before_change_the_answer(roomy, conversations):
         ([user(image("0.png"))], "message 1 has no text"),
         ([user(image("0.png"), image("0.png"), text("a"))], "conversation 1 has 2 images; give one"),
         ([user("a"), assistant("b"), user(image("0.png"), text("c"))], "message 3 has an image; .* first message"),
-        ([user(image("0.png"), text("a"))], "0.png: cannot be read: .*give a PNG"),
+        ([user(image("0.png"), text("a"))], "0.png: cannot be read: .*check the path"),
         ([user(image("http://127.0.0.1/0.png"), text("a"))], "http://127.0.0.1/0.png: cannot be read"),
         ([user(image(__file__), text("a"))], "test_chat.py: not an image"),
         ([user({"type": "image", "codes": [1, 2, 3]}, text("a"))], r"an image is 4 codes from 0 to 2\*\*28 - 1"),
