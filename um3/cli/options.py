@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -104,6 +105,8 @@ class ModelOptions:
         setup_logging()
         quiet_model_files()
         device = self.device if self.device != "auto" else str(inference_device())
+        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
+            raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda or mps")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
