@@ -269,3 +269,14 @@ def step_engine(engine: Any) -> float:
         for parameter, state in base_optimizer(engine).state.items():
             state[AVERAGE].lerp_(parameter.detach(), 1 - decay)
     return norm
+
+
+def limit_parameter(engine: Any, parameter: nn.Parameter, *, maximum: float) -> None:
+    """Clamp a trained parameter, and the float32 master that ZeRO and bf16 keep of it (a collective call)."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    with torch.no_grad():
+        if parameter.requires_grad and (engine.zero_optimization() or engine.bfloat16_enabled()):
+            # The next step copies the master.
+            safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(max=maximum))
+        parameter.clamp_(max=maximum)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tests.train.conftest import train_here
+from train.checkpoint import full_weights
 from train.config import OUR_KEYS, EngineConfig, LoopConfig, OptimizerConfig
 from train.engine import (
     _take_gpu,
@@ -18,8 +19,10 @@ from train.engine import (
     check_engine,
     fuse_adamw,
     fuse_layers,
+    limit_parameter,
     set_attention,
     start_runtime,
+    step_engine,
 )
 from train.optim import build_optimizer, set_learning_rate
 from um3.core.config import load_config
@@ -179,3 +182,19 @@ def test_fused_adamw_takes_the_same_steps():
 
 def test_without_a_stock_language_model_no_layer_is_replaced():
     assert fuse_layers(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16-true"), (3, "fp32")])
+def test_a_limited_parameter_stays_at_its_limit(zero_stage, precision):
+    """ZeRO would copy its float32 master over a parameter that alone is clamped."""
+    start_runtime(LoopConfig(num_threads=1))
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 0.9)
+    options = dict(engine=EngineConfig(zero_stage=zero_stage, precision=precision), loop=LoopConfig(batch_size=1))
+    engine = build_engine(model, optimizer=OptimizerConfig(lr=0.2, weight_decay=0.0), **options)
+    set_learning_rate(engine.optimizer, factor=1.0)
+    for _ in range(3):
+        engine.backward(-engine(torch.ones(1, 2, dtype=model.weight.dtype)).sum())
+        step_engine(engine)
+        limit_parameter(engine, model.weight, maximum=1.0)
+        assert full_weights(engine)["weight"].tolist() == [[1.0, 1.0]]

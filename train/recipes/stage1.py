@@ -32,7 +32,7 @@ from tokenizer import load
 from tokenizer.losses import info_nce
 from tokenizer.modeling import QLIPModel
 from tokenizer.quantizer import VectorQuantizer, codebook_entropy
-from train.engine import autocast, precision_of, step_engine
+from train.engine import autocast, limit_parameter, precision_of, step_engine
 from train.loop import check_finite
 from train.recipes.tokenizer_setup import new_tokenizer, open_sources, train_only
 from train.recipes.tokenizer_task import TokenizerTask, described
@@ -140,14 +140,13 @@ class Stage1Task(TokenizerTask):
             of_batch_loss = sum((part * gradient[number]).sum() for part, gradient in pairs)
             self.engine.backward(self._weighted(terms) + len(starts) * of_batch_loss)
             norm = step_engine(self.engine)
-        with torch.no_grad():
-            self.qlip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        limit_parameter(self.engine, self.qlip.logit_scale, maximum=MAX_LOGIT_SCALE)
         values = mean_over_ranks(values) | norms | {"optim/lr": learning_rate, "optim/grad_norm": norm}
         if self.codebook is not None:
             options = {"decay": config.codebook.decay, "revive_below": config.codebook.revive_below}
             generator = torch_generator(config.loop.seed, "codebook", step, rank())
             values |= self.codebook.update(_vectors(outputs), **options, generator=generator)
-        return values | self.skipped_metrics(batch.skipped)
+        return values | self.skipped_metrics(batch.skipped, step=step)
 
     def _trained_codebook(self) -> VectorQuantizer | None:
         """The codebook that this run trains, if any; UserError for settings that do not fit one."""
