@@ -160,7 +160,7 @@ class LlamaGen(PreTrainedModel):
         prefix_BTD = self.cls_embedding(features_BTC, dropped_B)
         num_caption = prefix_BTD.shape[1]
         depth, subtokens = self.config.prediction == "depth", self.config.subtokens
-        ids_BPD = self.embed_ids(ids_BP if depth else ids_BP[:, :-1]).to(prefix_BTD.dtype)
+        ids_BPD = self.embed_ids(ids_BP if depth else ids_BP[:, :-1])
         image_BLD = ids_BPD.unflatten(1, (-1, subtokens))[:, :-1].sum(2) if depth else ids_BPD
         x_BLD = self.dropout(torch.cat([prefix_BTD, image_BLD], dim=1))
         rotary_LHH = rotary_table(self.config, num_caption=num_caption, device=x_BLD.device)[: x_BLD.shape[1]]

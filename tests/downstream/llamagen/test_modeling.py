@@ -175,3 +175,13 @@ def test_a_decoder_notices_changed_weights():
     with torch.no_grad():
         model.output.weight.mul_(2)
     assert not decoder.is_current
+
+
+def test_under_autocast_the_layers_add_in_float32():
+    """As those of a stock Llama do."""
+    model, seen = tiny(), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids_BP=torch.zeros(3, model.config.image_tokens, dtype=torch.long), **captions())
+    assert seen == [torch.float32] * 2
