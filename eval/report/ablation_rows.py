@@ -220,7 +220,7 @@ class RowRun:
         if any("{text}" in setting for setting in filled):
             source = self._place("um3", of=self.places[1:]).folder
             text = Path(source, "um3-export")
-            if not text.exists():
+            if not (text / "config.json").exists():  # the folder holds the lock of an export that was stopped
                 self._start(["um3", "export", f"{source}/um3/model", "--out", str(text)], output=text / "config.json")
             filled = [setting.replace("{text}", str(text)) for setting in filled]
         return filled

@@ -164,7 +164,9 @@ def _text(score: Score, value: float, run: RunData) -> Iterator[Finding]:
 
 def _is_above(score: Score, other: Score) -> bool:
     """Whether a value lies above another one, both measured, by more than their intervals."""
-    return (score.low or score.value or 0.0) > (other.high or other.value or 0.0)
+    low = score.value if score.low is None else score.low
+    high = other.value if other.high is None else other.high
+    return low is not None and high is not None and low > high
 
 
 def _range(score: Score) -> str:

@@ -22,7 +22,7 @@ from um3.core.files import write_text
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 HOLDS, FAILS, UNCLEAR, NOT_RUN = "holds", "does not hold", "cannot show at this scale", "not run yet"
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 VALUE = re.compile(rf"({NUMBER})[^±/|(]*(?:± ?({NUMBER}))?")
 WIDTH = 100
 HEAD = """# Evidence

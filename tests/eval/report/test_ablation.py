@@ -128,7 +128,7 @@ def test_one_seed_can_be_run_apart_from_the_others(tmp_path, arguments, monkeypa
 
     def run(command: list[str], *, output: Path, what: str) -> None:
         folders.append(str(output.parent.relative_to(tmp_path)))
-        output.parent.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(DONE))
         if "eval" in command:
             for part in ("language", "captions", "generation"):
@@ -137,6 +137,9 @@ def test_one_seed_can_be_run_apart_from_the_others(tmp_path, arguments, monkeypa
     monkeypatch.setattr(ablation_rows, "start", run)
     monkeypatch.setattr(ablation_rows, "trained_on", lambda *_, **__: [])
     write(tmp_path, SEEDED)
+    stopped = tmp_path / "split/seed-1/um3-export/.lock"  # of an export that did not end
+    stopped.parent.mkdir(parents=True)
+    stopped.touch()
     main([*arguments, "--base", "BASE", "--seed", "1"])
     ours = ["split/seed-1/um3", "split/seed-1/eval", "split/seed-1/um3-export"]
     assert folders == [*ours, "from-text/seed-1/um3", "from-text/seed-1/eval"]

@@ -74,11 +74,19 @@ def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own
         assert "3.10 after 400 steps, 4.40 at the end" in said[0].text
 
 
-def test_captions_of_other_images_decide_whether_captions_are_good(own):
+@pytest.mark.parametrize(
+    ("ours", "others", "good"),
+    [
+        ((0.9, 0.1, 1.9), (0.5, 0.0, 1.2), False),
+        ((0.05, 0.0, 0.2), (0.01, 0.0, 0.03), False),  # an interval may begin at zero
+        ((0.05, 0.04, 0.2), (0.01, 0.0, 0.03), True),
+    ],
+)
+def test_captions_of_other_images_decide_whether_captions_are_good(ours, others, good, own):
     write, folder = own
     samples = {"data": [{"caption": "a", "references": ["b"]}] * 12}
-    write("captions", samples=samples, cider=(0.9, 0.1, 1.9), cider_other_image=(0.5, 0.0, 1.2))
-    assert [f.good for f in findings(load_run(folder)) if "captions of emoji" in f.text.lower()] == [False]
+    write("captions", samples=samples, cider=ours, cider_other_image=others)
+    assert [f.good for f in findings(load_run(folder)) if "captions of emoji" in f.text.lower()] == [good]
 
 
 def test_captions_that_nothing_judges_are_shown_in_order_and_not_called_successes(own):

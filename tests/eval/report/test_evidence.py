@@ -64,6 +64,7 @@ def verdict(over, under, *, by=0.0, spread=0.0):
         ("6", "5", {"spread": 2}, "cannot show at this scale"),
         ("6 ± 1.2", "5", {"spread": 0.1}, "cannot show at this scale"),  # the spread of the other value
         ("1,006 dB (paper 2)", "5 dB", {"spread": 2}, "holds"),
+        ("0.00232 ± 8.3e-05", "0.00132 ± 7e-05", {}, "holds"),
         ("–", "5", {}, "not run yet"),
         ("the same", "5", {}, "not run yet"),
     ],
