@@ -10,7 +10,7 @@ import numpy as np
 from data_mix.samples import Split
 from data_mix.sources.config import SourceConfig
 from um3.core.errors import UserError
-from um3.core.text import printable
+from um3.core.text import printable, valid_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,10 @@ def choose_samples(
     is_chosen, by_hash = np.ones(num_samples, dtype=bool), True
     if excluded := set(getattr(config, "exclude", ())):
         keys = list(keys)
-        if unknown := sorted(excluded.difference(keys)):
+        names = list(map(valid_text, keys))  # as samples have them
+        if unknown := sorted(excluded.difference(names)):
             raise UserError(f"{config.where}: exclude has '{unknown[0]}', which is the key of no sample; remove it")
-        is_chosen = np.array([key not in excluded for key in keys])
+        is_chosen = np.array([name not in excluded for name in names])
     if labels is not None:
         wanted, by_hash = split_labels(Counter(labels), split=split, where=config.where)
         is_chosen &= np.isin(np.asarray(labels), sorted(wanted))

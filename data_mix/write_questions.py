@@ -6,6 +6,7 @@ annotations.json   their answers in the format of VQAv2; `question_type` is the 
 images/            KEY.png; the paths in the other files begin in it
 """
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     config, _ = read_config(QuestionsConfig, parser, arguments=arguments)
     if not config.sources:
         raise UserError("'sources' is empty; list at least one source of kind scenes or digits")
-    with folder_lock(config.output_dir):
+    with folder_lock(config.output_dir, wait=True):  # the seeds of an ablation may start at once
         write_questions(config)
 
 
@@ -91,8 +92,10 @@ def _each(config: QuestionsConfig, *, split: Split) -> Iterator[tuple[Conversati
         source = Questions(settings, split=split, image_size=config.image_size, seed=config.seed)
         for index in track(range(len(source)), total=len(source), label=f"{split} {settings.name}", unit="images"):
             conversation = source[index]
-            path = Path(config.output_dir, "images", _file_name(conversation))
-            Image.fromarray(source.read_image(conversation)).save(path)
+            path, png = Path(config.output_dir, "images", _file_name(conversation)), io.BytesIO()
+            Image.fromarray(source.read_image(conversation)).save(png, format="PNG")
+            if not path.exists() or path.read_bytes() != png.getvalue():  # another process may be reading it
+                path.write_bytes(png.getvalue())
             yield conversation, source.questions(index)[1]
 
 

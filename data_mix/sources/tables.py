@@ -26,6 +26,7 @@ from data_mix.sources.images import CAPTION_FIELDS
 from data_mix.splits import SPLIT_WORDS, choose_samples, split_labels
 from um3.core.errors import UserError
 from um3.core.progress import Progress
+from um3.core.text import valid_text
 
 IN_MEMORY_BYTES = 512 * 2**20
 ROWS_AT_ONCE = 256  # of images: those of a row group may have more than the 2 GiB that one Arrow array holds
@@ -201,6 +202,11 @@ def open_hub(config: SourceConfig, *, pick: Callable[[pa.Schema], object], split
     pick(tables[0].schema)
     files = {f"{config.path}/{label}": table for label, table in zip(sorted(labels), tables, strict=True)}
     rows = TableSplit(config, files, split=split if by_hash else None)
+    if not by_hash and (excluded := set(getattr(config, "exclude", ()))):
+        # Keys of the other split, which is not loaded, are as good as those of this one.
+        rows.rows = rows.rows[[valid_text(key) not in excluded for key in rows.all_keys()]]
+        if not len(rows):
+            raise UserError(f"{config.where}: exclude leaves no sample of the {split} split; remove keys from it")
     rows.read_file = Path if parts[0].info.builder_name == IMAGE_FOLDER else None
     return rows
 

@@ -21,10 +21,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from data_mix.samples import BadSample, Split
-from data_mix.sources.files import CAPTION_SUFFIXES
+from data_mix.sources.files import CAPTION_SUFFIXES, source_kind
 from data_mix.sources.image_folder import FolderImages
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.images import ImageReader
+from data_mix.sources.presets import apply_preset
 from train.phase import CONFIGS
 from train.settings.tokenizer import Stage1Config
 from um3.core.commands import command_parser, find_config, positive, read_config, settings_of
@@ -47,6 +48,10 @@ LOOKED_AT = 256
 COMPARED = 20_000
 """Images and captions, from the first on, that are compared with each other."""
 FEW_VAL, MOST_VAL_FRACTION = 20, 0.2
+FEWEST_VAL = 2
+"""Validation images that the evaluation needs."""
+MOST_EXCLUDED = 2_000
+"""Copies of training images whose keys are written into the config."""
 LONG = 4.0
 """Ratio of the sides above which most of an image is cut off."""
 FEW_IMAGES = 500
@@ -101,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     with folder_lock(out.parent):
         looks = [look(source, size=config.model.image_size) for source in sources]
         print("\n".join(printable(line) for seen in looks for line in seen.lines), flush=True)
-        settings = _sized(looks, minutes=options.minutes)
+        settings = _sized(looks, minutes=options.minutes, processes=options.processes)
         rehearsals = _rehearse(settings, options=options)
         num_images = sum(seen.num_train for seen in looks)
         for phase, share in SHARES.items():
@@ -132,7 +137,8 @@ def look(source: ImageSourceConfig, *, size: int) -> Look:
             lines.append(f"  {long} of {len(sizes)} are over {LONG:.0f}:1 long; only their centre is read")
         lines += _other_files(source) if isinstance(train, FolderImages) else []
         lines += _captions(train) if source.has_captions else []
-        copies, said = _copies(readers)
+        can_exclude = not source.stream and source_kind(apply_preset(source)) != "coco"
+        copies, said = _copies(readers, can_exclude=can_exclude)
         source, lines = replace(source, exclude=[*source.exclude, *copies]), lines + said
     if len(train) < FEW_IMAGES:
         lines.append("  these are few images: expect copies of them, and little of new ones")
@@ -179,8 +185,8 @@ def _captions(reader: ImageReader) -> Iterator[str]:
         yield f"  {foreign:,} captions have letters beyond ASCII, which is fine: the vocabulary is learned from them"
 
 
-def _copies(readers: dict[Split, Any]) -> tuple[list[str], list[str]]:
-    """The keys of validation images that are training images too, if others are left; and lines to print."""
+def _copies(readers: dict[Split, Any], *, can_exclude: bool) -> tuple[list[str], list[str]]:
+    """The keys of validation images that are training images too, if they can be left out; and lines to print."""
     seen = {}
     for split, reader in readers.items():
         read = _usable(reader.__getitem__, range(min(COMPARED, len(reader))))
@@ -189,19 +195,24 @@ def _copies(readers: dict[Split, Any]) -> tuple[list[str], list[str]]:
     if repeated := len(seen["train"]) - len(train):
         lines.append(f"  {repeated:,} training images are copies of others")
     copies = [key for key, digest in val if digest in train]
-    if copies:
-        line = f"  {len(copies):,} of {len(val):,} validation images are copies of training images"
-        lines.append(line + (", which are left out" if len(copies) < len(val) else "; add images of other things"))
-    return copies if len(copies) < len(val) else [], lines
+    if not copies:
+        return [], lines
+    line = f"  {len(copies):,} of {len(val):,} validation images are copies of training images"
+    if len(val) - len(copies) < FEWEST_VAL:
+        return [], [*lines, f"{line}; add images of other things"]
+    if not can_exclude or len(copies) > MOST_EXCLUDED:
+        return [], [*lines, f"{line}; remove them from the data"]
+    return copies, [*lines, f"{line}, which are left out"]
 
 
-def _sized(looks: Sequence[Look], *, minutes: float) -> dict[str, dict[str, Any]]:
+def _sized(looks: Sequence[Look], *, minutes: float, processes: int) -> dict[str, dict[str, Any]]:
     """The settings that follow from the images alone, by section."""
     short_side = min(seen.short_side for seen in looks)
     size = 32 if short_side < SMALL_SIDE else 128 if short_side >= LARGE_SIDE and minutes >= LONG_MINUTES else 64
     images = [_non_defaults(seen.source) for seen in looks]
     least = min(seen.num_train for seen in looks)
-    batch_sizes = {phase: min(most, least) for phase, most in BATCH_SIZES.items()}
+    each = {phase: min(most, least) // processes for phase, most in BATCH_SIZES.items()}
+    batch_sizes = {phase: processes * max(1, of_process) for phase, of_process in each.items()}
     grid = size // PATCH
     return {
         "stage1": {

@@ -172,6 +172,17 @@ def test_the_written_conversations_are_those_of_the_source(tmp_path):
         assert (files.read_image(files[index]) == drawn.read_image(drawn[index])).all()
 
 
+def test_images_that_another_process_may_read_stay_as_they_are(tmp_path):
+    command = [f"output_dir={tmp_path}", "sources=[{name: scenes, kind: scenes, length: 4}]", "image_size=24"]
+    main(command)
+    images = sorted((tmp_path / "images").iterdir())
+    images[0].write_bytes(b"cut")
+    before = [path.stat().st_mtime_ns for path in images]
+    main(command)
+    after = [path.stat().st_mtime_ns for path in images]
+    assert after[1:] == before[1:] and after[0] > before[0] and Image.open(images[0]).size == (24, 24)
+
+
 @pytest.mark.parametrize(("sources", "message"), [("[]", "list at least one"), ("[{kind: llava}]", "scenes or digits")])
 def test_questions_need_a_generated_source(sources, message, tmp_path):
     with pytest.raises(UserError, match=message):

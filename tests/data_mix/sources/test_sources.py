@@ -19,7 +19,7 @@ from data_mix.sources.files import source_kind
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
 from data_mix.sources.images import ImageReader
 from data_mix.sources.text import TextSourceConfig, open_text_source
-from tests.helpers.image_files import encoded, write_folder, write_parquet, write_shards, write_tar
+from tests.helpers.image_files import encoded, write_folder, write_hub_images, write_parquet, write_shards, write_tar
 from um3.core.errors import UserError
 
 Write = Callable[[Path], None]
@@ -342,3 +342,22 @@ def test_decoded_images_are_kept_within_the_limit(tmp_path: Path, monkeypatch: p
     assert sum(a is b for a, b in zip(first, second, strict=True)) == 5
     assert not first[0].image_HWC.flags.writeable, "one reader cannot change an image of another"
     assert [sample.captions for sample in first] == [sample.captions for sample in second]
+
+
+def test_copies_are_left_out_of_a_hub_set_with_its_own_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def rows(*_: object, split: str, **__: object) -> datasets.Dataset:
+        file = tmp_path / f"{split}.parquet"
+        write_hub_images(file, range(0, 6) if split == "train" else range(4, 8))
+        return datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    excluded = ["own/images/validation#0", "own/images/validation#1"]
+    config = ImageSourceConfig(name="i", path="own/images", exclude=excluded)
+    kept = [open_image_source(config, split=split, size=12, seed=0) for split in ("train", "val")]
+    assert numbers_of(kept[0]) == list(range(6)) and numbers_of(kept[1]) == [6, 7]
+    excluded += ["own/images/validation#2", "own/images/validation#3"]
+    with pytest.raises(UserError, match="exclude leaves no sample of the val split"):
+        open_image_source(config, split="val", size=16, seed=0)

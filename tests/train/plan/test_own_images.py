@@ -1,7 +1,9 @@
 """Settings for own images: what is said of them, what is chosen, and that every phase takes it."""
 
 import dataclasses
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from train.plan import own_images
 from train.settings_check import PHASES
 from um3.core.config import load_config
 from um3.core.errors import UserError
+from um3.core.files import write_json
 
 BASE = own_images.find_config("own_images")
 
@@ -76,11 +79,47 @@ def test_what_spoils_a_run_is_said_before_it_starts(tmp_path):
     assert len(open_image_source(seen.source, split="train", size=16, seed=0)) == 9
 
 
-def test_validation_images_stay_if_all_are_copies(tmp_path):
+def write_copies(root, *, different):
+    """40 training images, and 40 of validation of which all but `different` are copies of them."""
     for split in ("train", "val"):
-        write_folder(tmp_path / "images" / split)
-    seen, text = looked(tmp_path / "images")
-    assert seen.source.exclude == [] and "40 of 40 validation images are copies of training images; add" in text
+        write_folder(root / split)
+    for number in range(different):
+        (root / "val" / ("a" if number % 2 else "b/c") / f"{number:02d}.png").write_bytes(encoded(100 + number))
+
+
+@pytest.mark.parametrize("different", [0, 1])
+def test_validation_images_stay_if_too_few_are_no_copies(different, tmp_path):
+    write_copies(tmp_path, different=different)
+    seen, text = looked(tmp_path)
+    found = f"{40 - different} of 40 validation images are copies of training images; add"
+    assert seen.source.exclude == [] and found in text
+
+
+def test_copies_that_no_config_can_list_are_to_be_removed(tmp_path, monkeypatch):
+    write_copies(tmp_path, different=2)
+    assert len(looked(tmp_path)[0].source.exclude) == 38
+    monkeypatch.setattr(own_images, "MOST_EXCLUDED", 37)
+    seen, text = looked(tmp_path)
+    assert seen.source.exclude == [] and "38 of 40 validation images are copies of training images; remove" in text
+    images = [
+        {"split": split, "filepath": f"{split}/a", "filename": f"{number:02d}.png", "sentences": [{"raw": "a cup"}]}
+        for split in ("train", "val")
+        for number in range(1, 40, 2)
+    ]
+    write_json(tmp_path / "dataset_coco.json", {"images": images})
+    monkeypatch.undo()
+    seen = own_images.look(ImageSourceConfig(name="mine", path=str(tmp_path), kind="coco"), size=32)
+    assert seen.source.exclude == [] and "19 of 20 validation images are copies" in "".join(seen.lines)
+
+
+def test_a_copy_whose_name_is_not_utf8_is_left_out(tmp_path):
+    write_copies(tmp_path, different=40)
+    for split in ("train", "val"):
+        for suffix, content in ((b".png", encoded(200)), (b".txt", b"a cup")):
+            Path(os.fsdecode(os.fsencode(tmp_path / split) + b"/caf\xe9" + suffix)).write_bytes(content)
+    seen, _ = looked(tmp_path)
+    assert seen.source.exclude == ["val/caf\ufffd.png"]
+    assert len(open_image_source(seen.source, split="val", size=16, seed=0)) == 40
 
 
 def test_images_that_cannot_be_read_are_one_line(tmp_path):
@@ -97,16 +136,18 @@ def test_images_that_cannot_be_read_are_one_line(tmp_path):
 )
 def test_the_size_follows_the_images_and_the_time(side, minutes, size):
     seen = own_images.Look(ImageSourceConfig(name="mine", path="x"), 20, side, [])
-    settings = own_images._sized([seen], minutes=minutes)
+    settings = own_images._sized([seen], minutes=minutes, processes=1)
     assert settings["stage1"]["model"]["image_size"] == size
     assert [settings[phase]["loop"]["batch_size"] for phase in own_images.SHARES] == [20, 16, 20]
+    of_three = own_images._sized([seen], minutes=minutes, processes=3)
+    assert [of_three[phase]["loop"]["batch_size"] for phase in own_images.SHARES] == [18, 15, 18]
     assert settings["codes"]["images"] == settings["eval"]["images"] == [{"name": "mine", "path": "x"}]
 
 
 @pytest.mark.parametrize("steps", [20, 123, 5000])
 def test_every_phase_takes_what_is_written(steps, tmp_path):
     seen = own_images.Look(ImageSourceConfig(name="mine", path="it's ${b}"), 3000, 64, [])
-    settings = own_images._sized([seen], minutes=60)
+    settings = own_images._sized([seen], minutes=60, processes=1)
     for phase in own_images.SHARES:
         settings[phase] = own_images._merged(settings[phase], own_images._schedule(phase, steps=steps))
     own_images._write_config(tmp_path / "own.yaml", settings, base=BASE)
