@@ -30,7 +30,7 @@ from train.config import LoopConfig
 from train.engine import precision_of
 from train.optim import other_length
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
-from um3.core.config import to_dict
+from um3.core.config import to_dict, with_defaults
 from um3.core.distributed import any_rank, device, is_main, rank, wait_for_main, world_size
 from um3.core.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from um3.core.metrics import MetricsWriter, Samples, commit, machine, versions
@@ -123,7 +123,7 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
     with stop_requests() as received:
         while done < loop.max_steps and not task.finished:
             step, done = done, done + 1
-            seed_everything(loop.seed, "step", step)
+            seed_everything(loop.seed, "step", step, *([rank()] if rank() else []))  # a rank draws its own dropout
             values = _train_step(task, step=step, folder=folder)  # data, losses, step
             values |= task.evaluate(done)
             since_save.append(values)
@@ -180,7 +180,10 @@ def _resume(task: Task, *, config: Any, run: dict[str, Any]) -> tuple[dict[str, 
     path, meta = found
     if "run" not in meta["state"]:
         raise UserError(f"{path} was written by another version of this project; use another RUN=")
-    refuse_other_run(path, meta["state"]["run"], run, folder=Path(loop.output_dir), steps=meta["step"])
+    old = meta["state"]["run"]
+    if "config" in run:
+        old["config"] = with_defaults(type(config), old["config"], origin=str(path))
+    refuse_other_run(path, old, run, folder=Path(loop.output_dir), steps=meta["step"])
     task.load_state(meta["state"]["data"])
     for label, module in task.modules().items():
         load_weights(path, label=label, module=module)
@@ -188,7 +191,7 @@ def _resume(task: Task, *, config: Any, run: dict[str, Any]) -> tuple[dict[str, 
     for label, engine in engines.items():
         load_optimizer(path, step=meta["step"], label=label, engine=engine)
     logger.info("resuming from %s", path)
-    if "config" in run and (note := other_length(config, old=meta["state"]["run"]["config"], steps=meta["step"])):
+    if "config" in run and (note := other_length(config, old=old["config"], steps=meta["step"])):
         logger.info("%s", note)
     return engines, meta["step"], meta["state"]
 

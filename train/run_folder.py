@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_mix.sources.fingerprint import source_fingerprint
-from um3.core.config import differences, load_config, save_config, to_dict
+from um3.core.config import differences, load_config, save_config, to_dict, with_defaults
 from um3.core.distributed import is_main
 from um3.core.errors import UserError
 from um3.core.files import read_json, sha256_of, short_hash, walk_files, write_json
@@ -80,6 +80,7 @@ def is_done(config: Any, *, inputs: dict[str, str]) -> bool:
             raise UserError(f"{folder}/model exists already without done.json; use another RUN=, or delete {folder}")
         return False
     record = read_record(done_file)
+    record["config"] = with_defaults(type(config), record["config"], origin=str(done_file))
     sections = ("data", "text_validation")
     if any(record["config"].get(name) != new["config"].get(name) for name in sections):
         new["data"] = data_fingerprints(config)  # only if paths differ: it lists all files

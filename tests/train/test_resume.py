@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_mix.samples import BadSample
-from tests.helpers.image_files import encoded
+from tests.helpers.image_files import encoded, write_folder
 from tests.helpers.processes import locked
 from tests.helpers.survive import long_run, outcome
 from tests.train.conftest import arguments, logged, losses, train_here
@@ -388,3 +388,17 @@ def test_sigterm_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises((Interrupted, SystemExit)):
         train_here("stage1", tmp_path, tmp_path)
     assert (tmp_path / "checkpoints/step-00000003/meta.json").exists() and not (tmp_path / "done.json").exists()
+
+
+def test_skipped_images_are_counted_over_a_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "images")
+    for number in range(0, 40, 2):
+        (tmp_path / f"images/b/c/{number:02d}.png").write_bytes(b"no image")
+    command = [*long_run("stage1", tmp_path, steps=4), f"data.sources=[{{name: mine, path: {tmp_path}/images}}]"]
+    kill_and_resume([*command, f"loop.output_dir={tmp_path}/run"], 2, monkeypatch)
+    main([*command, f"loop.output_dir={tmp_path}/whole"])
+    key = "data/skipped/mine/not_an_image"
+    counts = logged(tmp_path / "whole", key)
+    assert counts == sorted(counts) and counts[-1] > counts[1] > 0
+    assert logged(tmp_path / "run", key) == counts
+    assert read_record(tmp_path / "run/done.json")["skipped"] == {key: counts[-1]}

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.survive import long_run, outcome
-from tests.train.conftest import arguments, logged, losses, train_here
+from tests.train.conftest import arguments, copy_half, logged, losses, train_here
 from tests.train.test_resume import kill
 from train.phase import main
+from train.run_folder import read_record, write_record
 from um3.core.errors import UserError
 
 
@@ -37,6 +38,24 @@ def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(
     main(command)
     main([*command, f"loop.output_dir={tmp_path}/whole"])
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_run_from_before_a_setting_has_its_default(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, half = tmp_path / "done", copy_half(made / "stage1", tmp_path / "half")
+    shutil.copytree(made / "stage1", done)
+    for path in (done / "done.json", half / "checkpoints/step-00000002/meta.json"):
+        record = read_record(path)
+        config = record["config"] if path.parent == done else record["state"]["run"]["config"]
+        del config["optimizer"]["ema_decay"], config["data"]["sources"][0]["exclude"]
+        write_record(path, record)
+    for folder in (done, half):
+        main(arguments("stage1", made, f"loop.output_dir={folder}"))
+        assert ("up to date" in capsys.readouterr().out) is (folder == done)
+        with pytest.raises(UserError, match=r"optimizer\.ema_decay: 0\.0 -> 0\.5"):
+            main(arguments("stage1", made, f"loop.output_dir={folder}", "optimizer.ema_decay=0.5"))
+    assert losses(half) == losses(made / "stage1")[2:]
 
 
 LONGER = {

@@ -114,7 +114,7 @@ class Stage2Task(TokenizerTask):
             micro_values.append(values)
         means = {name: fmean(values[name] for values in micro_values) for name in micro_values[0]}
         values = mean_over_ranks(means | {"optim/grad_norm": micro_values[-1]["optim/grad_norm"]})
-        return values | {"optim/lr": learning_rate} | self.skipped_metrics(batch.skipped)
+        return values | {"optim/lr": learning_rate} | self.skipped_metrics(batch.skipped, step=step)
 
     def _generator_step(
         self, pixels_BCHW: torch.Tensor, *, step: int, source: str

@@ -1,6 +1,7 @@
 """What stages 1 and 2 share: the model, the batches of images, the data state, and the finished QLIP folder."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class TokenizerTask:
         )
         logger.info("%s", self.data.describe(num_steps=config.loop.max_steps))
         self.batches: Prefetch[ImageBatch] = Prefetch(self.data, num_steps=config.loop.max_steps)
-        self.skipped: dict[str, int] = {}
+        self.skipped, self._not_summed = Counter[str](), Counter[str]()
         self.validation = ImageValidation(config, processor=processor) if config.validation.every_steps else None
 
     @property
@@ -82,12 +83,21 @@ class TokenizerTask:
         set_learning_rate(engine.optimizer, factor=factor)
         return float(config.lr * factor)
 
-    def skipped_metrics(self, skipped: Mapping[tuple[str, str], int]) -> dict[str, float]:
-        """Add a batch's skipped samples to those of the run; return the run's as metrics."""
+    def skipped_metrics(self, skipped: Mapping[tuple[str, str], int], *, step: int) -> dict[str, float]:
+        """Count a batch's skipped samples; return those of the run as metrics of a logged step (a collective call)."""
         for (source, reason), count in skipped.items():
-            key = f"data/skipped/{source}/{reason}".replace(" ", "_")
-            self.skipped[key] = self.skipped.get(key, 0) + count
-        return {key: float(count) for key, count in self.skipped.items()}
+            self._not_summed[f"data/skipped/{source}/{reason}".replace(" ", "_")] += count
+        if not self.config.loop.is_logged(step + 1):
+            return {}
+        return {key: float(count) for key, count in self._all_skipped().items()}
+
+    def _all_skipped(self) -> Counter[str]:
+        """The skipped samples of the run on all ranks (a collective call)."""
+        of_ranks = [self._not_summed] * world_size()
+        if world_size() > 1:
+            torch.distributed.all_gather_object(of_ranks, self._not_summed)
+        self.skipped, self._not_summed = sum(of_ranks, self.skipped), Counter()
+        return self.skipped
 
     def evaluate(self, step: int) -> dict[str, float]:
         validation, loop = self.validation, self.config.loop
@@ -102,16 +112,17 @@ class TokenizerTask:
         return self.data.fingerprints()
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"seed": self.config.loop.seed, "step": step}
+        return {"seed": self.config.loop.seed, "step": step, "skipped": self._all_skipped()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Batches are a function of (seed, step), and the run was compared before: there is nothing to load."""
+        """Only counts: batches are a function of (seed, step), and the run was compared before."""
+        self.skipped = Counter(state.get("skipped", {}))
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
         weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.engine).items()}
         fingerprint = save_tokenizer(folder / "model", qlip=self.qlip, processor=self.processor, weights=weights)
-        return {"fingerprint": fingerprint, "skipped": self.skipped}
+        return {"fingerprint": fingerprint, "skipped": self._all_skipped()}
 
 
 def save_tokenizer(folder: Path, *, qlip: QLIPModel, processor: QLIPProcessor, weights: dict[str, torch.Tensor]) -> str:

@@ -105,6 +105,12 @@ def to_yaml(values: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(escaped))
 
 
+def with_defaults(schema: type[Any], values: dict[str, Any], *, origin: str) -> dict[str, Any]:
+    """A stored config (`to_dict`), with the defaults of the settings of `schema` that are newer than it."""
+    layer = OmegaConf.to_container(OmegaConf.create(to_yaml(values)))
+    return to_dict(build_config(schema, [(origin, layer)], origin=origin))
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs between two `to_dict` results, also in lists of equal length.
 

@@ -63,6 +63,16 @@ def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
 
 
+def test_every_process_draws_its_own_dropout(made, trained, tmp_path, monkeypatch):
+    options = ("model.dropout=0.5", "loop.max_steps=2")
+    main(llamagen(made, tmp_path / "first", *options))
+    monkeypatch.setattr("train.loop.rank", lambda: 1)
+    main(llamagen(made, tmp_path / "second", *options))
+    main(llamagen(made, tmp_path / "without", "loop.max_steps=4"))
+    assert losses(tmp_path / "first") != losses(tmp_path / "second")
+    assert losses(tmp_path / "without") == losses(trained)
+
+
 DEPTH = ("model.prediction=depth", "model.subtokens=2", "model.depth_layers=2")
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.image_files import write_folder
 from tests.helpers.processes import run_on_ranks
 from tests.tokenizer.conftest import tiny_config
 from tests.tokenizer.test_pretrained import eva_file
@@ -209,6 +210,17 @@ def test_low_precision_follows_float32(phase, precision, made, tmp_path):
     options += [f"engine.precision={precision}", "loop.micro_batch_size=4"]
     low = train_here(phase, made, tmp_path / "low", *options)
     assert low == pytest.approx(expected, rel=0.02) and low != expected
+
+
+@pytest.mark.slow
+def test_skipped_images_of_all_processes_are_counted(made, tmp_path):
+    write_folder(tmp_path / "images")
+    for number in range(0, 40, 2):
+        (tmp_path / f"images/b/c/{number:02d}.png").write_bytes(b"no image")
+    images = f"data.sources=[{{name: mine, path: {tmp_path}/images}}]"
+    train_here("stage1", made, tmp_path / "one", images)
+    train_apart(arguments("stage1", made, images, f"loop.output_dir={tmp_path}/two", "--processes=2"))
+    assert done(tmp_path / "one")["skipped"] and done(tmp_path / "one")["skipped"] == done(tmp_path / "two")["skipped"]
 
 
 @pytest.mark.slow
