@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from um3.core.hub import load_pretrained
 from um3.core.text import valid_text
 
 logger = logging.getLogger(__name__)
@@ -47,8 +45,3 @@ def train_byte_bpe(
         about = "%s is %d, but the texts give only %d entries; the others stay unused"
         logger.warning(about, setting, vocab_size, found)
     return tokenizer
-
-
-def load_caption_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the text tower's tokenizer (CLIP's, for example) from a folder or hub id; UserError if there is none."""
-    return load_pretrained(AutoTokenizer, path, kind="text tokenizer")

@@ -168,23 +168,14 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
     return {key.removesuffix(f"/{kind}"): tensor for key, tensor in _full_tensors(engine, kinds=(kind,))}
 
 
-def frozen_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Float32 weights of the frozen parameters by name, on every rank (a collective call)."""
-    return dict(_frozen_tensors(engine))
-
-
 def each_weight(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, float32 tensor) of `full_weights` and `frozen_weights`, one at a time, for a model that no process holds
-    whole (a collective call: every rank must exhaust it)."""
+    """(name, float32 tensor) of `full_weights` and of the frozen parameters, one at a time, also for a model that no
+    process holds whole (a collective call: every rank must exhaust it)."""
+    from deepspeed import zero
+
     kind = AVERAGE if AVERAGE in state_keys(engine) else "param"
     for key, tensor in _full_tensors(engine, kinds=(kind,)):
         yield key.removesuffix(f"/{kind}"), tensor
-    yield from _frozen_tensors(engine)
-
-
-def _frozen_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    from deepspeed import zero
-
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             with zero.GatheredParameters(parameter):

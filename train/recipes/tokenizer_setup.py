@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_mix.samples import BadSample, ImageSource
 from data_mix.sources.image_sources import open_image_source
@@ -15,12 +15,13 @@ from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
 from tokenizer.pretrained import load_encoder, load_text_tower
 from tokenizer.processor import QLIPProcessor
-from tokenizer.text_tokenizer import load_caption_tokenizer, train_caption_tokenizer
+from tokenizer.text_tokenizer import train_caption_tokenizer
 from train.run_folder import read_record, write_record
 from train.settings.tokenizer import ImageDataConfig, QLIPSizeConfig, TextTowerConfig
 from um3.core.distributed import is_main, make_once
 from um3.core.errors import UserError
 from um3.core.files import short_hash
+from um3.core.hub import load_pretrained
 from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def new_tokenizer(
     A trained vocabulary is kept in the folder `cache`: an image that cannot be read later must not change its ids.
     """
     if text.tokenizer:
-        text_tokenizer = load_caption_tokenizer(text.tokenizer)
+        text_tokenizer = load_pretrained(AutoTokenizer, text.tokenizer, kind="text tokenizer")
     else:
         text_tokenizer = trained_once(
             cache / f"captions-{short_hash([source.fingerprint() for source in sources], text.vocab_size)}.json",

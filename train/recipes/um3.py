@@ -27,7 +27,7 @@ from data_mix.prefetch import Prefetch
 from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
-from train.checkpoint import frozen_weights, full_weights
+from train.checkpoint import each_weight
 from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
 from train.loop import check_finite
 from train.optim import schedule_factor, set_learning_rate
@@ -318,8 +318,7 @@ class UM3Task:
 
     def _write_model(self, folder: Path, *, adapter: Path | None = None) -> None:
         """Write the model with its current weights, and the folder of its `adapter` (a collective call)."""
-        tensors = full_weights(self.engine) | frozen_weights(self.engine)
-        weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        weights = {name.removeprefix("model."): tensor for name, tensor in each_weight(self.engine)}
         if self.objective.bits is not None:
             self.objective.bits.fold(weights)
         depth = {name.removeprefix("depth."): weights.pop(name) for name in list(weights) if name.startswith("depth.")}

@@ -143,8 +143,7 @@ def describe_error(error: Exception) -> tuple[int, str]:
         case UserError():
             return 400, printable(error)
         case ImageError():
-            remedy = "give a PNG, JPEG, WEBP, GIF, BMP or TIFF file"
-            return IMAGE_STATUS.get(error.reason, 422), f"{printable(error)}; {remedy}"
+            return IMAGE_STATUS.get(error.reason, 422), f"{printable(error)}; {error.remedy}"
         case HTTPException():
             return error.status_code, error.detail
         case ClientDisconnect():

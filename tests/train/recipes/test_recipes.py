@@ -138,6 +138,7 @@ VALIDATION, NO_TEXT = "text_validation.every_steps=1", "data.mix.start=[0,1,1]; 
         ("stage1", "model.patch_size=7", "image_size 32 is not a multiple of patch_size 7"),
         ("stage1", "text.num_heads=5", "hidden_size 32 is not a multiple of num_heads 5"),
         ("stage1", "model.num_heads=16", "hidden_size / num_heads = 2 is not a multiple of 4"),
+        ("stage1", "text.tokenizer=/nowhere", "text tokenizer .*nowhere"),
         ("stage1", "data.sources=[]", "data.sources has 0 values"),
         ("stage2", "discriminator_optimizer.ema_decay=0.9", r"discriminator_optimizer\.ema_decay"),
         ("um3", f"{VALIDATION}5; loop.log_every_steps=10", r"every_steps=15 .* loop\.log_every_steps=10"),
