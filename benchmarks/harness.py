@@ -208,6 +208,8 @@ def _multiply(rank: int, precision: str, threads: int, barrier: Barrier, results
         torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)  # whose work the clock waits for
     barrier.wait(timeout=300)
     flops, what = fastest_product(precision=precision, device=device)
     name = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()}-thread CPU process"

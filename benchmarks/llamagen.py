@@ -101,6 +101,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     step()
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    if torch.cuda.is_initialized():
+        draw()
     return {"step": _timed(step), "draw": _timed(draw), "parameters": parameters}
 
 

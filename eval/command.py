@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from um3.core.commands import command_parser, read_config
+from um3.core.distributed import take_gpu, world_size
 from um3.core.errors import UserError
 from um3.core.files import sha256_of, short_hash, walk_files
 from um3.core.log import setup_logging
 
 ConfigT = TypeVar("ConfigT")
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Files of a model's folder that its outputs depend on."""
 MAX_EXAMPLES = 5  # names of skipped items that a result keeps for each reason
 
 
@@ -47,14 +50,16 @@ def run_command(
     parser = command_parser(f"python -m eval {name}", about, config="optional")
     config, _ = read_config(schema, parser, arguments=arguments)
     setup_logging()
+    if world_size() > 1:
+        take_gpu()
     run(config)
 
 
 def model_hash(folder_or_hub_id: str | Path) -> str:
-    """Names the weights in a model's folder; a hub id stands for itself. UserError for a folder without weights."""
+    """Names the content of a model's folder; a hub id stands for itself. UserError for a folder without weights."""
     if not Path(folder_or_hub_id).is_dir():
         return str(folder_or_hub_id)
-    files = walk_files(folder_or_hub_id, suffixes=(".safetensors",))
-    if not files:
+    files = walk_files(folder_or_hub_id, suffixes=MODEL_SUFFIXES)
+    if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"no weights (*.safetensors) in {folder_or_hub_id}; set it to the folder of a model")
-    return short_hash(*map(sha256_of, files))
+    return short_hash(*([file.relative_to(folder_or_hub_id).as_posix(), sha256_of(file)] for file in files))

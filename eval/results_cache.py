@@ -9,6 +9,7 @@ import glob
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from eval.command import SkipCounter
 from eval.tables import json_lines, read_records
-from um3.core.distributed import barrier, rank, world_size
+from um3.core.distributed import barrier, is_main, rank, world_size
 from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.images import ImageError, read_image
 from um3.core.progress import Progress, quiet_progress
+from um3.core.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -146,13 +148,17 @@ def measure_images(
         progress.advance(len(batch))
     barrier()
     if problem is not None:
+        if not is_main():
+            print(printable(f"process {rank()}: {problem}"), file=sys.stderr)
         raise problem
     if world_size() > 1:
         cache.reload()
+        if lost := sum(bool(item) and item not in cache for item in items.values()):
+            raise UnavailableError(f"{lost} images were not measured: another process could not open the model")
     measured = {}
     for name, item in items.items():
         if item not in cache:
-            skipped.add("not measured" if item else "missing image", name)
+            skipped.add("missing image", name)
         elif "error" in cache[item]:
             skipped.add(f"unreadable image: {cache[item]['error']}", name)
         else:

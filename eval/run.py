@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.command import MODEL_SUFFIXES
 from eval.config import PARTS, STAGES, EvalConfig, PartName
 from um3.core.commands import command_parser, read_config
 from um3.core.config import to_dict
@@ -139,12 +140,14 @@ def request_hash(config: EvalConfig, *, part: PartName, models: dict[str, Path])
     skipped = {*FREE_KEYS, *DATA_KEYS, *PARTS} - {part}
     settings = {key: value for key, value in to_dict(config).items() if key not in skipped}
     weights = {
-        name: list(map(sha256_of, walk_files(folder, suffixes=(".safetensors", ".json"))))
-        for name, folder in models.items()
+        name: list(map(sha256_of, walk_files(folder, suffixes=MODEL_SUFFIXES))) for name, folder in models.items()
     }
     sources: dict[str, list[Any]] = {"language": config.texts, "tokenizer": config.images}
     data = [source_fingerprint(source) for source in sources.get(part, config.captioned)]
-    paths = {"language": [config.language.benchmarks], "generation": [config.generation.judge]}.get(part, [])
+    paths = {
+        "language": [config.language.benchmarks],
+        "generation": [config.generation.judge, config.generation.clip],
+    }.get(part, [])
     if part == "generation" and config.run:
         paths = [*paths, f"{config.run}/codes/summary.json"]
     if part == "tokenizer":

@@ -18,7 +18,15 @@ from torch.distributed import distributed_c10d
 
 from train.config import EngineConfig, LoopConfig, OptimizerConfig
 from train.optim import build_optimizer
-from um3.core.distributed import device, mixed_precision, prepare_environment, resolve_precision, set_up_cpu, world_size
+from um3.core.distributed import (
+    device,
+    mixed_precision,
+    prepare_environment,
+    resolve_precision,
+    set_up_cpu,
+    take_gpu,
+    world_size,
+)
 from um3.core.errors import UserError
 from um3.core.log import setup_logging
 
@@ -52,7 +60,7 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
     # DeepSpeed calls collectives by names that torch has deprecated; a user cannot change that.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
-        _take_gpu()
+        take_gpu()
     else:
         # With several CPU processes DeepSpeed compiles a shared-memory collective with g++, which takes minutes and has
         # no option to switch it off; gloo's collectives are sufficient. On a GPU, reading this table would probe the
@@ -64,14 +72,6 @@ def start_runtime(loop: LoopConfig, *, timeout_s: float = EngineConfig.timeout_s
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     setup_logging()
-
-
-def _take_gpu() -> None:
-    """Make this process's GPU the current one, which NCCL, torch's memory statistics and DeepSpeed use."""
-    gpu, count = device(), torch.cuda.device_count()
-    if gpu.index >= count:
-        raise UserError(f"there is no GPU for local process {gpu.index}: this machine has {count}; set NPROC={count}")
-    torch.cuda.set_device(gpu)
 
 
 def split_batch(loop: LoopConfig) -> tuple[int, int]:

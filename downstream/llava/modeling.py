@@ -241,7 +241,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype) -> Ite
     for name, tensor in tensors:
         for pattern, saved in SAVED_NAMES.items():
             name = re.sub(pattern, saved, name)
-        kind = torch.float32 if ".freqs_" in name else dtype
+        kind = torch.float32 if ".freqs_" in name or ".quantizer." in name else dtype
         shard[name] = tensor.detach().to(device="cpu", dtype=kind, copy=True).contiguous()
         if sum(value.nbytes for value in shard.values()) >= SHARD_BYTES:
             yield shard

@@ -20,7 +20,8 @@ from eval.command import model_hash, run_command
 from eval.paper_values import DPG_LLAMAGEN_QLIP as PAPER
 from eval.results_cache import ImageModel, UnavailableError
 from eval.scores import Score
-from eval.tasks.generated_images import GRID_PLACES
+from eval.tasks.generated_images import GRID_PLACES, has_manifest
+from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.ranges import NonNegativeInt, Range
 
@@ -71,6 +72,8 @@ def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
     config: DPGConfig = benchmark.config
     if not config.questions or not (config.vqa or config.answers):
         raise UnavailableError(NEEDS_JUDGE if config.questions else NEEDS_QUESTIONS)
+    if config.num_images == 1 and not config.resolution and not has_manifest(config.images):
+        raise UserError("num_images=1: set resolution to the side of an image, which tells it from a sheet of four")
     questions = read_questions(config.questions, official=config.official)
     judge = "supplied answers" if config.answers else f"transformers {model_hash(config.vqa)}, {models.SETTINGS}"
     benchmark.add_protocol(
@@ -117,7 +120,12 @@ def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
 
 
 def crops(image: "Image.Image", *, side: int, count: int) -> "list[Image.Image]":
-    """Cut the first `count` images out of a grid of 2 x 2 images of `side` pixels (0: any); empty for another size."""
+    """Cut the first `count` images out of a grid of 2 x 2 images of `side` pixels (0: any); empty for another size.
+
+    A single image may also be a whole file of that size.
+    """
+    if count == 1 and image.size == (side, side):
+        return [image]
     side = side or image.width // 2
     if image.size != (2 * side, 2 * side):
         return []

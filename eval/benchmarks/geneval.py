@@ -83,7 +83,7 @@ def _score(benchmark: Benchmark) -> tuple[list[Score], Any]:
         raise UnavailableError(NEEDS_DETECTOR)
     objects = benchmark.results(
         {file: Path(config.images) / file for file in requirements},
-        protocol=[judge, rules.SETTINGS],
+        protocol=[judge, rules.SETTINGS, requirements],  # which colours are looked at depends on the prompt
         open_model=open_detector,
         label="detect objects",
         supplied=config.detections,

@@ -90,8 +90,8 @@ def vqa(config: VQAConfig) -> None:
     else:
         answers = _ask(questions, benchmark=benchmark)
     if is_main():
-        _write_files(answers, config=config, questions=questions)
         _write_scores(answers, benchmark=benchmark)
+        _write_files(answers, config=config, questions=questions)
 
 
 def _ask(questions: Sequence[Question], *, benchmark: Benchmark) -> list[Answer]:

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import json
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def question_lines(questions: Sequence[Question], *, images: Path) -> str:
     rows = []
     for question in questions:
         image = question.image
-        name = image.relative_to(images).as_posix() if isinstance(image, Path) else ""
+        name = Path(os.path.relpath(image, images)).as_posix() if isinstance(image, Path) else ""
         row = {"question_id": question.question_id, "image": name, "text": question.text, "category": question.category}
         rows.append({key: value for key, value in row.items() if value or key != "image"})
     return json_text(rows)

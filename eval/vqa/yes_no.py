@@ -117,7 +117,9 @@ def _read_mme(data: Path, images: Path) -> list[Question]:
             for line in read_lines(path):
                 with reading(path):
                     name, text, truth, *_ = line.strip().split("\t")
-                image = image_file(images, name, f"{category}/{name}", folders=("", "images"))
+                image = image_file(
+                    images, f"{category}/images/{name}", f"{category}/{name}", name, folders=("", "images")
+                )
                 questions.append(_mme_question(f"{category}/{name}", image, text, truth, where=path))
     if not questions:
         raise UserError(f"{data} has no folder or file of MME's categories, such as existence or existence.txt")

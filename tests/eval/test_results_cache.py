@@ -117,13 +117,14 @@ def ranks(monkeypatch):
 
 
 def test_two_ranks_share_the_work_and_read_all_results(measure, ranks):
-    asked = []
-    for rank in (1, 0):
-        ranks(rank, of=2)
-        model = Brightness()
-        results, _ = measure(model)
-        asked.append(model.asked)
-    assert asked == [["1.png", "3.png"], ["0.png", "2.png"]] and list(results.values()) == [0, 10, 20, 30]
+    first, second = Brightness(), Brightness()
+    ranks(1, of=2)
+    with pytest.raises(UnavailableError, match="2 images were not measured"):  # the other one has not run yet
+        measure(second)
+    ranks(0, of=2)
+    results, _ = measure(first)
+    assert (first.asked, second.asked) == (["0.png", "2.png"], ["1.png", "3.png"])
+    assert list(results.values()) == [0, 10, 20, 30]
     ranks(0, of=1)
     alone = Brightness()
     assert measure(alone)[0] == results and alone.asked == []
@@ -137,9 +138,9 @@ def test_a_model_is_opened_only_if_a_result_is_missing(measure, ranks):
         measure(None, open_model=missing)
     results, _ = measure(Brightness())
     assert measure(None, open_model=missing)[0] == results
-    ranks(0, of=2)  # another rank had no model for its share: its images are not missing
-    _, skipped = measure(Brightness(), protocol="another")
-    assert skipped.to_dict() == {"not measured": {"count": 2, "first": ["1.png", "3.png"]}}
+    ranks(0, of=2)  # another rank had no model for its share: a part of the images is no result
+    with pytest.raises(UnavailableError, match="2 images were not measured: another process could not"):
+        measure(Brightness(), protocol="another")
 
 
 def test_supplied_results(tmp_path):

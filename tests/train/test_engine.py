@@ -13,7 +13,6 @@ from tests.train.conftest import train_here
 from train.checkpoint import full_weights
 from train.config import OUR_KEYS, EngineConfig, LoopConfig, OptimizerConfig
 from train.engine import (
-    _take_gpu,
     autocast,
     build_engine,
     check_engine,
@@ -26,6 +25,7 @@ from train.engine import (
 )
 from train.optim import build_optimizer, set_learning_rate
 from um3.core.config import load_config
+from um3.core.distributed import take_gpu
 from um3.core.errors import UserError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
@@ -141,11 +141,11 @@ def test_every_process_uses_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for place in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", place)
-        _take_gpu()
+        take_gpu()
     assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="set NPROC=2"):
-        _take_gpu()
+        take_gpu()
 
 
 @pytest.mark.slow

@@ -31,12 +31,12 @@ class Evaluation:
         self.folder = Path(config.loop.output_dir)
         settings = load_config(EvalConfig, path=find_config(config.evaluate.config), section="eval")
         parts: list[PartName] = list(config.evaluate.parts)
-        # Another number of threads would change the last digits of the training steps that follow.
+        # Threads stay as they are: another number would change the last digits of the training steps that follow.
         settings = dataclasses.replace(
             settings,
             run=str(self.folder.parent),
             parts=parts,
-            num_threads=config.loop.num_threads,
+            num_threads=0,
             texts=settings.texts or config.data.texts,  # the run's config.yaml is not written yet
         )
         self.config = with_sources(settings)

@@ -15,7 +15,7 @@ from data_mix.samples import ImageSource
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from train.checkpoint import full_weights
-from train.engine import build_engine, split_batch
+from train.engine import build_engine, precision_of, split_batch
 from train.optim import schedule_factor, set_learning_rate
 from train.recipes.image_validation import ImageValidation
 from train.settings.tokenizer import Stage1Config, Stage2Config
@@ -73,6 +73,10 @@ class TokenizerTask:
 
     def build_engines(self) -> dict[str, Any]:
         loop, engine = self.config.loop, self.config.engine
+        frozen = {name: weight for name, weight in self.qlip.named_parameters() if not weight.requires_grad}
+        # bf16-true rounds frozen weights too, but the saved model has them as they were.
+        rounds = precision_of(engine) == "bf16-true"
+        self._frozen = {name: weight.detach().cpu().clone() for name, weight in frozen.items()} if rounds else {}
         self.micro_images, _ = split_batch(loop)
         self.engine = build_engine(self.objective, optimizer=self.config.optimizer, engine=engine, loop=loop)
         return {"model": self.engine}
@@ -120,8 +124,10 @@ class TokenizerTask:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         self.batches.close()
-        weights = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.engine).items()}
-        fingerprint = save_tokenizer(folder / "model", qlip=self.qlip, processor=self.processor, weights=weights)
+        trained = {name.removeprefix("qlip."): tensor for name, tensor in full_weights(self.engine).items()}
+        fingerprint = save_tokenizer(
+            folder / "model", qlip=self.qlip, processor=self.processor, weights=self._frozen | trained
+        )
         return {"fingerprint": fingerprint, "skipped": self._all_skipped()}
 
 

@@ -45,6 +45,19 @@ def prepare_environment() -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
+def take_gpu() -> None:
+    """Make this process's GPU, if there are any, the current one: NCCL, CUDA graphs, torch's memory statistics and
+    DeepSpeed use that. UserError if there are fewer GPUs than processes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    gpu, count = device(), torch.cuda.device_count()
+    if gpu.index >= count:
+        raise UserError(f"there is no GPU for local process {gpu.index}: this machine has {count}; set NPROC={count}")
+    torch.cuda.set_device(gpu)
+
+
 def usable_cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

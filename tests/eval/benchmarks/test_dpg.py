@@ -11,6 +11,7 @@ from eval.scores import read_scores
 from eval.tasks.generated_images import grid
 from tests.eval.benchmarks.test_dpg_rules import ROWS, write
 from tests.helpers import tiny_judges
+from um3.core.errors import UserError
 from um3.inference.image_io import save_png
 
 SAVES = [tiny_judges.save_llava, tiny_judges.save_blip]
@@ -50,6 +51,13 @@ def test_a_grid_is_cut_as_it_was_written():
     assert [np.asarray(crop)[0, 0, 0] for crop in cut] == [0, 60, 120] and cut[0].size == (32, 32)
     assert crops(Image.fromarray(grid(tiles())), side=16, count=4) == []
     assert crops(Image.new("RGB", (64, 32)), side=0, count=4) == []
+    whole, sheet = Image.new("RGB", (32, 32)), Image.fromarray(grid(tiles()))
+    assert crops(whole, side=32, count=1) == [whole] and crops(sheet, side=32, count=1)[0].size == (32, 32)
+
+
+def test_a_single_image_needs_its_size(images, questions, tmp_path):
+    with pytest.raises(UserError, match="num_images=1: set resolution"):
+        scored(images, f"questions={questions}", f"answers={tmp_path}/a.jsonl", "num_images=1")
 
 
 def test_answers_from_a_file(images, questions, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval.benchmarks.geneval import main
-from eval.benchmarks.geneval_rules import TAGS
+from eval.benchmarks.geneval_rules import TAGS, DetectedObject
 from eval.scores import read_scores
 from tests.eval.benchmarks.test_geneval_rules import group
 from tests.helpers import tiny_judges
@@ -157,3 +157,20 @@ def test_without_a_detector_the_notes_name_the_remedy(images, tmp_path):
         assert set(rows) == {*TAGS, "mean"} and all(row.value is None and note in row.note for row in rows.values())
     with pytest.raises(UserError, match="no weights"):
         scored(images, f"detector={images}")
+
+
+def test_a_corrected_prompt_is_judged_again(images, tmp_path, monkeypatch):
+    """Colours are looked at only where a prompt names one."""
+
+    def found(image, *, requirement, **_):
+        return [DetectedObject("dog", 0.99, (0, 0, 4, 4), "red" if requirement.needs_colour else "")]
+
+    monkeypatch.setattr("eval.benchmarks.detector.objects_of", found)
+    monkeypatch.setattr("eval.benchmarks.detector.Mask2Former", lambda path: None)
+    monkeypatch.setattr("eval.metrics.clipscore.load_clip", lambda path: None)
+    options = ("detector=some/detector", "clip=some/clip")
+    assert scored(images, *options)["single_object"].value == 1
+    for index in range(len(PROMPTS)):
+        row = prompt("colors", group("dog", color="red"))
+        (images / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row))
+    assert scored(images, *options)["colors"].value == pytest.approx(1)

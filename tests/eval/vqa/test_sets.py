@@ -143,6 +143,21 @@ def test_mme_reads_its_result_templates_too(tmp_path):
     (tmp_path / "existence.txt").write_text("a.jpg\tIs it? Please answer yes or no.\tYes\na.jpg\tNot?\tNo\textra\n")
     questions = SETS["mme"].read(tmp_path, tmp_path)
     assert [(q.question_id, q.truth[1]) for q in questions] == [("existence/a.jpg", "Yes"), ("existence/a.jpg", "No")]
+    templates, release = tmp_path / "templates", tmp_path / "release"
+    for place in ("existence", "artwork/images"):
+        category = place.partition("/")[0]
+        (release / place).mkdir(parents=True)
+        (release / place / "a.jpg").touch()
+        templates.mkdir(exist_ok=True)
+        (templates / f"{category}.txt").write_text("a.jpg\tIs it? Please answer yes or no.\tYes\n")
+    images = {question.image for question in SETS["mme"].read(templates, release)}
+    assert images == {release / "existence/a.jpg", release / "artwork/images/a.jpg"}
+
+
+def test_the_question_file_names_images_anywhere(tmp_path):
+    questions, _ = opened("mme", tmp_path)
+    names = [json.loads(line)["image"] for line in question_lines(questions, images=tmp_path / "else").splitlines()]
+    assert names and all((tmp_path / "else" / name).resolve().is_file() for name in names) and names[0][:3] == "../"
 
 
 def test_the_files_of_the_official_formats(name, tmp_path):

@@ -1,6 +1,7 @@
 """Evaluation during UM3's training: the numbers of `make eval`, and losses that do not change."""
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.run import main as evaluate
@@ -44,6 +45,7 @@ def test_it_gives_the_numbers_of_make_eval_and_changes_nothing(made, tmp_path):
         for score in read_json(tmp_path / f"eval/{part}.json")["scores"]:
             if score["value"] is not None:
                 assert steps[3][f"eval/{score['task']}/{score['metric']}"] == score["value"]
+    assert torch.get_num_threads() == 1  # not the two of the config: later steps would change in their last digits
     kept = {path.name for path in (tmp_path / "um3/eval/step-00000004").iterdir()}
     assert "captions.json" in kept and "model" not in kept
 

@@ -51,6 +51,12 @@ def test_stage2_trains_bottleneck_and_decoder_only(made):
     assert done(made / "stage2")["perceptual"] == "random_features"
 
 
+def test_bf16_weights_leave_what_is_frozen_as_it_was(made, tmp_path):
+    train_here("stage2", made, tmp_path, "optimizer.kind=adamw", "engine.precision=bf16-true", "engine.zero_stage=1")
+    changed = changed_tensors(made / "stage1/model", tmp_path / "model")
+    assert changed and all(name.startswith(("vision_model.quant_embed", "vision_decoder.")) for name in changed)
+
+
 def test_um3_writes_a_stock_checkpoint_that_samples(made):
     stock = AutoModelForCausalLM.from_pretrained(made / "um3/model")
     assert type(stock).__module__.startswith("transformers.")

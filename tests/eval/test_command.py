@@ -1,0 +1,40 @@
+"""What the commands of evaluation share: names of models, and the GPU of a process."""
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from eval.command import model_hash, run_command
+from um3.core.errors import UserError
+
+
+@dataclass
+class Settings:
+    """No settings."""
+
+
+def test_a_model_is_named_by_everything_that_its_outputs_depend_on(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(UserError, match="no weights"):
+        model_hash(folder)
+    hashes = []
+    for name in ("model.safetensors", "chat_template.jinja", "preprocessor_config.json", "merges.txt", "README.md"):
+        (folder / name).write_bytes(name.encode())
+        hashes.append(model_hash(folder))
+    assert len(set(hashes)) == 4 and hashes[-1] == hashes[-2]  # the README changes nothing
+    shutil.copytree(folder, tmp_path / "copy")
+    assert model_hash(tmp_path / "copy") == hashes[-1] and model_hash("org/model") == "org/model"
+
+
+def test_every_process_takes_its_gpu(monkeypatch):
+    taken = []
+    for name, value in {"is_available": True, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    run_command(Settings, taken.append, name="x", about="x", arguments=[])
+    assert taken == [torch.device("cuda", 1), Settings()]
