@@ -49,7 +49,12 @@ def kept_table(
         return table
     if not _is_writable(path.parent):
         return make(None)
-    with folder_lock(path.parent, wait=True):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(path.parent, wait=True))
+        except UserError as error:  # another user's lock, or a disk without locks: not a fault of the source
+            logger.warning("%s; set UM3_CACHE to another folder", error)
+            return make(None)
         table = load(path)
         return make(path) if table is None else table
 
@@ -142,4 +147,4 @@ def is_cut(path: Path, num_bytes: int) -> bool:
 
 
 def _has_checksum(data: pa.Buffer) -> bool:
-    return zlib.crc32(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:])
+    return len(data) > CRC_BYTES and zlib.crc32(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:])

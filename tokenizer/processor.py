@@ -117,9 +117,9 @@ class QLIPProcessor:
         PIL images are centre-cropped and resized.
         """
         if not isinstance(images, np.ndarray | Tensor):
-            from um3.core.images import to_square
+            from um3.core.images import plain_rgb, to_square
 
-            images = np.stack([to_square(image, size=self.image_size) for image in images])
+            images = np.stack([to_square(plain_rgb(image), size=self.image_size) for image in images])
         images_BHWC = torch.as_tensor(images)
         if images_BHWC.dtype != torch.uint8 or images_BHWC.shape[1:] != (self.image_size, self.image_size, 3):
             expected = f"uint8 (B, {self.image_size}, {self.image_size}, 3)"

@@ -7,6 +7,7 @@ are evenly spread over it, so every rank has its share of both.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from data_mix.sources.config import ConversationSourceConfig
 
 logger = logging.getLogger(__name__)
-
+SCENE_KEY = re.compile(r"scenes-(?:train|val)-(\d+)-\d+")
+"""Key of a scene, with its seed."""
 CHAT = "chat"
 
 
@@ -62,7 +64,7 @@ def join_codes(
     """
     is_drawn = any(config.kind != "llava" for config in configs)  # for images of one size
     shards = open_shards(codes, fingerprint=fingerprint) if is_drawn else []
-    size: dict[str, Any] = {"image_size": shards[0].image_size} if shards else {}
+    size: dict[str, Any] = {"image_size": shards[0].image_size, "seed": _scenes_seed(shards)} if shards else {}
     sources = {config.name: open_conversations(config, split=split, **size) for config in configs}
     images: dict[str, dict[int, str | None]] = {}
     problems = {name: BadFiles(name) for name in sources}
@@ -99,6 +101,12 @@ def open_shards(folder: str, *, fingerprint: str | None) -> list[CodeShards]:
     splits = [split for split in get_args(Split) if any(Path(folder).glob(f"{split}-*.arrow"))] or ["train"]
     opened = [open_code_sources(folder, split=split, expected_fingerprint=fingerprint) for split in splits]
     return [shards for sources in opened for shards in sources.values()]
+
+
+def _scenes_seed(sources: Iterable[CodeShards]) -> int:
+    """The seed of the scenes whose codes are there, 0 without any."""
+    first_keys = (next((key for _, key in shards.each_key()), "") for shards in sources)
+    return next((int(found[1]) for key in first_keys if (found := SCENE_KEY.fullmatch(key))), 0)
 
 
 def _find_codes(keys: set[str], sources: Iterable[CodeShards]) -> dict[str, tuple[CodeShards, int]]:

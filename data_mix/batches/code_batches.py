@@ -71,7 +71,8 @@ class CodeBatches:
         captions, dropped = [], []
         for position, sample in zip(self.positions, samples, strict=True):
             draw = derive_seed(self.seed, "caption", step, position)
-            captions.append(sample.captions[draw % len(sample.captions) if self.config.caption == "random" else 0])
+            of_image = sample.captions_in(self.config.codes)
+            captions.append(of_image[draw % len(of_image) if self.config.caption == "random" else 0])
             dropped.append(derive_seed(self.seed, "caption_dropout", step, position))
         return CodeBatch(
             torch.stack([sample.codes_N for sample in samples]),

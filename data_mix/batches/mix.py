@@ -236,12 +236,7 @@ class SequenceBatches:
             dropout_draw = derive_seed(self.seed, "caption_dropout", step, position)
             if task == "t2i" and dropout_draw < self.config.caption_dropout * 2**63:
                 continue
-            captions = images[position].captions
-            if not captions[0]:
-                raise UserError(
-                    f"the image {images[position].key} in {self.config.codes} has no caption, which data.mix needs; "
-                    "name the sources that have captions in data.image_weights"
-                )
+            captions = images[position].captions_in(self.config.codes)
             is_first = task == "i2t" and self.config.i2t_caption == "first"
             draw = derive_seed(self.seed, "caption", step, position)
             texts[position] = captions[0 if is_first else draw % len(captions)]

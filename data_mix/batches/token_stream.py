@@ -34,7 +34,7 @@ from um3.core.files import read_json, short_hash, write_json
 from um3.core.progress import Progress
 from um3.core.seeds import derive_seed
 from um3.model.sequences import TrainingSequence
-from um3.model.text_tokenizer import encode_texts, vocabulary_digest
+from um3.model.text_tokenizer import encode_texts, splitting_digest, vocabulary_digest
 from um3.model.vocabulary import UnifiedVocabulary
 
 if TYPE_CHECKING:
@@ -188,6 +188,8 @@ def sequences_of_sources(
     cache: str | Path,
 ) -> list[list[TrainingSequence]]:
     """`scattered_sequences` of each source: `num_sequences` in all, the same number of each to within one."""
+    if num_sequences < len(sources):
+        raise UserError(f"{num_sequences} sequences for {len(sources)} texts; raise num_sequences, or use fewer texts")
     return [
         scattered_sequences(
             open_text_source(source, split=split),
@@ -226,7 +228,8 @@ def _sequence(piece: np.ndarray, *, ids: UnifiedVocabulary) -> TrainingSequence:
 
 def _key(*values: str | int, tokenizer: "PreTrainedTokenizerBase", ids: UnifiedVocabulary) -> str:
     # The built-in prose (python_docs) differs between Python versions.
-    return short_hash(*values, platform.python_version(), vocabulary_digest(tokenizer), ids.bos_id, ids.eos_id)
+    digests = vocabulary_digest(tokenizer), splitting_digest(tokenizer)
+    return short_hash(*values, platform.python_version(), *digests, ids.bos_id, ids.eos_id)
 
 
 def _write_stream(

@@ -28,7 +28,7 @@ from um3.core.commands import command_parser, read_config
 from um3.core.distributed import device, mixed_precision, resolve_precision, set_up_cpu
 from um3.core.errors import UserError
 from um3.core.files import folder_lock, read_json, sha256_of, short_hash, write_json
-from um3.core.hub import HUB_ID
+from um3.core.hub import HUB_ID, weight_files, weights_digest
 from um3.core.log import setup_logging
 from um3.core.progress import Progress
 from um3.core.ranges import NonNegativeInt, PositiveInt
@@ -174,12 +174,12 @@ def _open_qlip(config: EncodeConfig) -> "QLIPImages":
 
 def _inputs_hash(config: EncodeConfig, external: "ExternalTokenizer | None") -> str:
     """Hash of all that decides what the shards hold; UserError if there is no tokenizer."""
-    weights = Path(config.visual_tokenizer) / "model.safetensors"
+    folder = Path(config.visual_tokenizer)
     if external is not None:
         qlip = external.fingerprint
-    elif weights.exists():
-        qlip = sha256_of(weights)
-    elif HUB_ID.fullmatch(config.visual_tokenizer) and not weights.parent.parent.exists():
+    elif files := weight_files(folder):
+        qlip = sha256_of(files[0]) if len(files) == 1 else weights_digest(folder)
+    elif HUB_ID.fullmatch(config.visual_tokenizer) and not folder.parent.exists():
         qlip = config.visual_tokenizer  # hashing the weights would need a download
     else:
         remedy = "run make stage2 first, or set visual_tokenizer to the folder or hub id of one"

@@ -84,6 +84,15 @@ class CodedSample(NamedTuple):
     codes_N: torch.Tensor
     captions: tuple[str, ...]
 
+    def captions_in(self, folder: str) -> tuple[str, ...]:
+        """The captions; UserError without one, which names the `folder` of the codes."""
+        if not self.captions[0]:
+            raise UserError(
+                f"the image {self.key} in {folder} has no caption; name the sources that have captions in "
+                "data.image_weights"
+            )
+        return self.captions
+
 
 def shard_path(folder: str | Path, *, split: str, source: str, shard: int) -> Path:
     """The path of a shard: FOLDER/SPLIT-SOURCE-00000.arrow."""

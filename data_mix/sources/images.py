@@ -148,7 +148,8 @@ class CaptionTable:
     def _read(self, file: Path, *, column: str, bad_files: BadFiles) -> pa.Table:
         """The columns "key" and "caption" of a file, in types that may hold more than 2 GiB."""
         is_parquet = file.suffix.lower() == ".parquet"
-        table = pq.ParquetFile(file) if is_parquet else _read_jsonl(file, column=column, bad_files=bad_files)
+        # Arrow opens no path that is not UTF-8.
+        table = pq.ParquetFile(file.open("rb")) if is_parquet else _read_jsonl(file, column=column, bad_files=bad_files)
         names = table.schema_arrow.names if is_parquet else table.column_names
         key = next((name for name in KEY_COLUMNS if name in names), "")
         caption = column or next((name for name in CAPTION_FIELDS if name in names), "")
@@ -156,9 +157,7 @@ class CaptionTable:
             wanted = f"{', '.join(KEY_COLUMNS)} and one of {', '.join(CAPTION_FIELDS)} (or set caption_column)"
             raise UserError(f"{self._where} need a column of {wanted}; the columns are {', '.join(names)}")
         keys, captions = (table.read([key, caption]) if is_parquet else table).select([key, caption]).columns
-        is_list = pa.types.is_list(captions.type) or pa.types.is_large_list(captions.type)
-        captions = captions.cast(pa.list_(pa.large_string()) if is_list else pa.large_string())
-        return pa.table({"key": keys.cast(pa.large_string()), "caption": captions})
+        return pa.table({"key": keys.cast(pa.large_string()), "caption": _as_lists(captions)})
 
     def _match(self, keys: pa.ChunkedArray, images: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         """The number of the name of each row and each image, the same for a pair; -1 for an image without a row."""
@@ -202,10 +201,25 @@ def _read_jsonl(file: Path, *, column: str, bad_files: BadFiles) -> pa.Table:
 
     try:
         with pa.input_stream(str(file), compression="detect") as stream:
-            return pyarrow.json.read_json(stream)
+            table = pyarrow.json.read_json(stream)
+        used = {*KEY_COLUMNS, *CAPTION_FIELDS, column}
+        types = [getattr(field.type, "value_type", field.type) for field in table.schema if field.name in used]
+        if not any(map(pa.types.is_temporal, types)):  # Arrow would write the name 2021-03-04 in another form
+            return table
     except (pa.ArrowException, UnicodeError):
-        records = read_records(file, use, reason="no name or no caption", bad_files=bad_files)
-        return pa.Table.from_pylist([record for _, record in records])
+        pass
+    records = read_records(file, use, reason="no name or no caption", bad_files=bad_files)
+    return pa.Table.from_pylist([record for _, record in records])
+
+
+def _as_lists(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Captions as lists of strings, whether a row has one or several, so that tables of both kinds go together."""
+    kind = pa.list_(pa.large_string())
+    if pa.types.is_list(captions.type) or pa.types.is_large_list(captions.type):
+        return captions.cast(kind)
+    chunks = captions.cast(pa.large_string()).chunks
+    lists = [pa.ListArray.from_arrays(np.arange(len(c) + 1, dtype=np.int32), c, mask=c.is_null()) for c in chunks]
+    return pa.chunked_array(lists, kind)
 
 
 def caption_field(record: dict[str, Any]) -> Any:

@@ -121,7 +121,7 @@ def open_parquet(config: SourceConfig, *, pick: Callable[[pa.Schema], Iterable[s
     tables = dict(bad_files.read_all(list(schemas), read))
     names = file_keys(files, config.path)
     named = {names[file]: table for file, table in tables.items()}
-    labels = _labels_of_names(named)
+    labels = _labels_of_names(config, named, names=list(names.values()))
     if SPLIT_COLUMN in columns:
         labels = [str(label) for table in tables.values() for label in table.column(SPLIT_COLUMN).to_pylist()]
     return TableSplit(config, named, split=split, labels=labels, bad_files=bad_files)
@@ -169,12 +169,20 @@ def _batches(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             yield batch.select(schema.names).cast(schema)
 
 
-def _labels_of_names(tables: Mapping[str, "pa.Table | MappedTable"]) -> list[str] | None:
-    """The split of each row, as in train-00000-of-00002.parquet or val/0.parquet; None unless all names have one."""
-    words = [[word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in tables]
-    if len(tables) == 1 or not all(words):
+def _labels_of_names(
+    config: SourceConfig, tables: Mapping[str, "pa.Table | MappedTable"], *, names: Sequence[str]
+) -> list[str] | None:
+    """The split of each row, as in train-00000-of-00002.parquet or val/0.parquet; None unless all names have one.
+
+    names: also of files that cannot be read. If none of a split can be, the other split must not be cut in two instead.
+    """
+    words = {name: [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in names}
+    if len(names) == 1 or not all(words.values()):
         return None
-    return [first for (first, *_), table in zip(words, tables.values(), strict=True) for _ in range(len(table))]
+    firsts = {name: first for name, (first, *_) in words.items()}
+    if lost := sorted(set(firsts.values()) - {firsts[name] for name in tables}):
+        raise UserError(f"{config.where}: no file of its split '{lost[0]}' can be read; repair or delete them")
+    return [firsts[name] for name, table in tables.items() for _ in range(len(table))]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.processes import locked
 from um3.core import files
 from um3.core.errors import UserError
-from um3.core.files import atomic_file, atomic_folder, check_writable, folder_lock, read_json, short_hash
+from um3.core.files import atomic_file, atomic_folder, check_new, check_writable, folder_lock, read_json, short_hash
 
 Atomic = Callable[[Path], AbstractContextManager[Path]]
 both = pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
@@ -183,3 +183,12 @@ def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
         assert not has_lock.wait(0.5)
     waiting.join(60)
     assert has_lock.is_set()
+
+
+def test_a_folder_needs_a_name_and_a_lock_its_place(tmp_path: Path) -> None:
+    for refused in (lambda: check_new(".", kind="folder"), lambda: fill(atomic_folder, Path(), "x")):
+        with pytest.raises(UserError, match=r"'\.' has no name; give the path of a new folder"):
+            refused()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot lock .*\.lock"), folder_lock(tmp_path):
+        pass

@@ -1,6 +1,7 @@
 """Files: which ones of a folder count, locks, and atomic writes (to a temporary path, synced, then renamed)."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder; on success it replaces `path`, on any failure it is removed."""
-    path = Path(path)
+    path = _named(path, kind="folder")
     partial, old = (path.with_name(path.name + suffix) for suffix in (PARTIAL_SUFFIX, ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -127,9 +128,15 @@ def walk_files(root: str | Path, *, suffixes: Sequence[str] = ()) -> list[Path]:
     return sorted(files)
 
 
+def _named(path: str | Path, *, kind: str) -> Path:
+    if not Path(path).name:  # such as "."
+        raise UserError(f"'{path}' has no name; give the path of a new {kind}")
+    return Path(path)
+
+
 def check_new(path: str | Path, *, kind: Literal["file", "folder"]) -> None:
     """UserError if a command that writes a new file or folder (`kind`) would replace what is at `path`."""
-    path = Path(path)
+    path = _named(path, kind=kind)
     is_empty = kind == "folder" and path.is_dir() and {inside.name for inside in path.iterdir()} <= {".lock"}
     if path.exists() and not is_empty:
         raise UserError(f"{path} already exists; choose another {kind} or delete it")
@@ -149,16 +156,22 @@ def check_writable(folder: str | Path) -> None:
 @contextlib.contextmanager
 def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only writer of `folder`, which is created; UserError if another process is, unless you `wait` for it, or
-    if it is not writable.
+    if it is not writable or cannot be locked.
 
     The kernel releases the lock of a dead process. Take it on rank 0 only; forked workers do not inherit it.
     """
     check_writable(folder)
-    with (Path(folder) / ".lock").open("a") as file:
+    path = Path(folder) / ".lock"
+    with contextlib.ExitStack() as stack:
         try:
+            file = stack.enter_context(path.open("a"))
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (PermissionError, BlockingIOError):
-            raise UserError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN) and error.filename is None:
+                problem = f"another process is writing to {folder}; wait for it, or choose another folder"
+                raise UserError(problem) from None
+            error.filename = path
+            raise UserError(f"cannot lock {system_problem(error)}") from None
         yield
 
 

@@ -87,15 +87,35 @@ def _decode(source: Path | bytes, *, max_pixels: int) -> Image.Image:
             raise ImageError("too large", f"{width} x {height} pixels exceed the limit of {max_pixels:,}")
         layout = image.tile[0].args if image.format == "PNG" and image.tile else ""
         image.load()
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # damaged EXIF does not affect the pixels, which are decoded by now
-            orientation = 1
+        orientation = _orientation(image)
         if layout in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the pixels only
             image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
         is_wide = layout == "RGB;16B" and "transparency" in image.info
         rgb = _clear_16_bits(source, image) if is_wide else _to_rgb(image)
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as `read_image` gives it: upright, opaque RGB. One that is so already stays itself.
+
+    ImageError: its pixels cannot be decoded, or have 32 bits.
+    """
+    try:
+        image.load()
+        rgb = image if image.mode == "RGB" and not image.has_transparency_data else _to_rgb(image)
+        orientation = _orientation(image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow decodes a file when its pixels are first needed, and raises almost anything
+        raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF does not affect the pixels
+        return 1
 
 
 def _without_metadata(data: bytes) -> bytes:

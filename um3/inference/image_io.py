@@ -19,7 +19,7 @@ from torch import Tensor
 
 from um3.core.errors import UserError
 from um3.core.files import atomic_file
-from um3.core.images import ImageError, read_image
+from um3.core.images import ImageError, plain_rgb, read_image
 
 ImageInput = Image.Image | str | Path
 Images = np.ndarray | ImageInput | Sequence[ImageInput]
@@ -39,7 +39,7 @@ def to_pil(image_HW3: np.ndarray, *, metadata: Mapping[str, Any] | None = None) 
 
 
 def open_images(images: Images) -> np.ndarray | list[Image.Image]:
-    """An array as it is; else PIL images, those of paths read. UserError names what is no image, or cannot be read."""
+    """An array as it is; else RGB images, those of paths read. UserError names what is no image, or cannot be read."""
     if isinstance(images, np.ndarray):
         return images
     several = [images] if isinstance(images, str | Path | Image.Image) else images
@@ -47,15 +47,14 @@ def open_images(images: Images) -> np.ndarray | list[Image.Image]:
 
 
 def open_image(image: ImageInput, *, where: str) -> Image.Image:
-    """A PIL image as it is, or the one in a file; `where` begins the message of a UserError."""
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, str | Path):
+    """A PIL image, or the one in a file, as plain RGB; `where` begins the message of a UserError."""
+    if not isinstance(image, str | Path | Image.Image):
         raise UserError(f"{where} is a {type(image).__name__}; give a PIL image or a path")
     try:
-        return read_image(Path(image))
+        return plain_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
     except ImageError as error:
-        raise UserError(f"{where}: {image}: {error}; {error.remedy}") from None
+        place = where if isinstance(image, Image.Image) else f"{where}: {image}"
+        raise UserError(f"{place}: {error}; {error.remedy}") from None
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:

@@ -20,7 +20,10 @@ def region_patches(region: Region, *, num_patches: int) -> Tensor:
             raise UserError(f"the region is {region.dtype} {region.shape}; it must be bool ({side}, {side})")
         free_HW = torch.from_numpy(region.copy())
     else:
-        left, top, right, bottom = region
+        box = tuple(region)
+        if len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
+            raise UserError(f"the box {region} must be four numbers: left, top, right and bottom")
+        left, top, right, bottom = box
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise UserError(f"the box {region} must be (left, top, right, bottom) as shares of the image, 0 to 1")
         free_HW = torch.zeros(side, side, dtype=torch.bool)

@@ -5,6 +5,7 @@ One convention holds in training, captioning and generation: a tokenizer adds ne
 prompt is collapsed, without a leading space.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ def make_vocabulary(
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of a tokenizer's entries and their ids."""
     return short_hash(sorted(tokenizer.get_vocab().items()))
+
+
+def splitting_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the rules by which a tokenizer cuts text into its entries."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return short_hash(state["normalizer"], state["pre_tokenizer"], state["model"].get("merges"))
 
 
 def encode_texts(texts: Sequence[str], *, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from data_mix.batches.chat_batches import ChatBatches
+from data_mix.batches.chat_batches import ChatBatches, join_codes
 from data_mix.batches.config import ChatDataConfig
 from data_mix.batches.mix import SequenceBatches
-from data_mix.codes.shards import open_code_sources
+from data_mix.codes.shards import ShardHeader, open_code_sources, shard_path, write_shard
+from data_mix.demo.scenes import ScenesSource
 from data_mix.sources.config import ConversationSourceConfig
 from tests.data_mix.batches.test_mix import CODES, I2T_AND_T2I, IDS, OPTIONS, TOKENIZER, same
 from tests.helpers.code_shards import write_codes
@@ -194,9 +196,20 @@ def test_mistakes_are_one_line(make: Make, changes: dict[str, Any], message: str
 
 def test_an_image_in_two_sources_and_one_without_caption_are_refused(make: Make, tmp_path: Path) -> None:
     write_codes(tmp_path, source="photo", num_images=17, captions=lambda row: [""], **CODES)
-    with pytest.raises(UserError, match=r"photo-0-.* in .* has no caption, .* data.image_weights"):
+    with pytest.raises(UserError, match=r"photo-0-.* in .* has no caption; .* data.image_weights"):
         make(codes=str(tmp_path), images=ABOUT_IMAGES[:17]).batch(0)
     path = write_codes(tmp_path, source="photo", split="val", num_images=17, **CODES)
     with pytest.raises(UserError, match="image photo-0-0 has codes in the sources 'photo' and 'photo'"):
         make(codes=str(tmp_path))
     path.unlink()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scenes_have_the_seed_of_their_codes(seed: int, tmp_path: Path) -> None:
+    scenes = ScenesSource(size=32, length=20, split="train", seed=seed)
+    keys = [scenes.key(index) for index in range(20)]
+    header = ShardHeader("f" * 64, bits=8, image_size=32, source="scenes")
+    path = shard_path(tmp_path, split="train", source="scenes", shard=0)
+    write_shard(path, header=header, keys=keys, codes_BN=np.zeros((20, 4), np.int64), captions=[["a"]] * 20)
+    config = ConversationSourceConfig("scenes", kind="scenes", length=20)
+    assert len(join_codes([config], codes=str(tmp_path), fingerprint="f" * 64)["scenes"]) == 20

@@ -58,3 +58,10 @@ def test_the_state_names_other_data(codes):
         batches(codes, image_weights={"photos": 1.0})
     with pytest.raises(UserError, match="fingerprint"):
         CodeBatches(CodeDataConfig(codes=str(codes)), batch_size=8, seed=1, fingerprint="other")
+
+
+def test_images_without_captions_are_refused(codes):
+    write_codes(codes, source="bare", num_images=20, captions=lambda row: [""])
+    with pytest.raises(UserError, match=r"bare-.* has no caption; name .* data\.image_weights"):
+        batches(codes).batch(0)
+    assert all(batches(codes, image_weights={"scenes": 1.0}).batch(0).captions)

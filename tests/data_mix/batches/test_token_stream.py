@@ -1,5 +1,6 @@
 """Token streams: the corpus once an epoch, made once, resumed after kills and a full disk with the same bytes."""
 
+import copy
 import errno
 import json
 import os
@@ -11,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from data_mix.batches import token_stream
-from data_mix.batches.token_stream import TokenStream, scattered_sequences
+from data_mix.batches.token_stream import TokenStream, scattered_sequences, sequences_of_sources
 from data_mix.samples import BadSample
 from data_mix.sources.text import TextSource, TextSourceConfig, open_text_source
 from tests.data_mix.batches.test_mix import IDS, PROSE, TOKENIZER
@@ -58,6 +60,18 @@ def test_a_stream_is_made_once_and_again_for_other_data(tmp_path: Path) -> None:
     assert len({first, build(origin="x"), build(PROSE[:5]), build(tokenizer=other)}) == 4
     with pytest.raises(UserError, match="'prose' holds no text"):
         build(["", ""])
+    digits = copy.deepcopy(TOKENIZER)  # the same entries, but "2024" becomes four of them
+    parts = [pre_tokenizers.Digits(individual_digits=True), digits.backend_tokenizer.pre_tokenizer]
+    digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    assert build(tokenizer=digits) != first and build() == build(tokenizer=copy.deepcopy(TOKENIZER))
+
+
+def test_every_text_gets_a_sequence(tmp_path: Path) -> None:
+    texts = [TextSourceConfig("a", kind="python_docs"), TextSourceConfig("b", kind="python_docs")]
+    options: dict[str, Any] = {"tokenizer": TOKENIZER, "ids": IDS, "seq_len": 24, "seed": 0, "cache": tmp_path}
+    assert [len(part) for part in sequences_of_sources(texts, split="train", num_sequences=3, **options)] == [2, 1]
+    with pytest.raises(UserError, match="1 sequences for 2 texts; raise num_sequences"):
+        sequences_of_sources(texts, split="train", num_sequences=1, **options)
 
 
 class Interrupted(TextSource):

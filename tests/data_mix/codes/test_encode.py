@@ -253,3 +253,14 @@ def test_a_hub_id_is_not_looked_for_on_the_disk(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="asked the hub"):
         run(config_file(tmp_path, qlip=Path("owner/qlip-tiny")))
     load.assert_called_with("owner/qlip-tiny")
+
+
+def test_a_tokenizer_may_have_its_weights_in_shards(tmp_path: Path, qlip: Path) -> None:
+    model, processor = tokenizer.load(qlip)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    processor.save_pretrained(tmp_path / "sharded")
+    assert not (tmp_path / "sharded/model.safetensors").exists()
+    run(config_file(tmp_path, qlip=qlip), "limit=8")
+    whole = [sample.codes_N.tolist() for sample in map(opened(tmp_path / "codes").__getitem__, range(8))]
+    run(config_file(tmp_path, qlip=tmp_path / "sharded"), "limit=8", f"output_dir={tmp_path}/more")
+    assert [sample.codes_N.tolist() for sample in map(opened(tmp_path / "more").__getitem__, range(8))] == whole

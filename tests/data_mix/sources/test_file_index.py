@@ -112,7 +112,7 @@ def test_a_damaged_index_is_made_again(cache: Path, shards: Path, caplog: pytest
     index = next(cache.glob("*.arrow"))
     data = index.read_bytes()
     place = data.index((512).to_bytes(8, "little"))  # of a member's content in its tar
-    for damaged in (data[: len(data) // 2], data[:place] + b"1" + data[place + 1 :]):
+    for damaged in (b"", data[: len(data) // 2], data[:place] + b"1" + data[place + 1 :]):
         caplog.clear()
         index.write_bytes(damaged)
         assert captions(images(shards)) == expected and "is damaged" in caplog.text
@@ -124,6 +124,14 @@ def test_without_a_cache_folder_the_files_are_listed(
 ) -> None:
     monkeypatch.setenv("UM3_CACHE", str(shards / "0.tar"))
     assert len(images(shards)) == 6 and caplog.text.count("set UM3_CACHE") == 1
+
+
+def test_an_index_that_cannot_be_locked_costs_no_samples(
+    cache: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache / ".lock").mkdir(parents=True)
+    source = images(shards)
+    assert len(source) == 6 and not source.bad_files.reasons and "cannot lock" in caplog.text
 
 
 def test_without_a_cache_folder_large_tables_are_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

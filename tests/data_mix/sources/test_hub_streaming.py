@@ -301,8 +301,8 @@ def test_mistakes_are_one_line(words: Path) -> None:
     write_words(words)
     for path, stream, message in (
         (str(words), 5, "stream=5 is for kind=hub, not kind=parquet"),
-        ("own/absent", 5, r"own/absent\): cannot open"),
-        ("own/absent", 0, r"own/absent\): cannot open"),
+        ("own/absent", 5, r"own/absent\): no file .* no Hugging Face data set could be opened"),
+        ("own/absent", 0, r"own/absent\): no file .* no Hugging Face data set could be opened"),
         ("own/words:german", 5, "BuilderConfig 'german' not found"),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -324,3 +324,32 @@ def test_the_fingerprint_depends_on_what_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "t.parquet")
     texts = TextSourceConfig(name="mine", path=str(tmp_path / "t.parquet"))
     assert source_fingerprint(texts) == source_fingerprint(texts) != before
+
+
+def test_captions_of_one_and_of_several_texts_go_together(tmp_path: Path) -> None:
+    write_named(tmp_path / "data", "1.png", "2.png", "3.png", "2021-03-04.png")
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_lines(folder / "1.jsonl", [{"id": "1", "text": "one"}])
+    write_lines(folder / "2.jsonl", [{"id": "2", "text": "two"}])
+    with (folder / "2.jsonl").open("a") as file:
+        file.write("not json\n")
+    write_lines(folder / "3.jsonl", [{"id": "2021-03-04", "text": "2021-03-05"}])  # no dates
+    with (folder / "4.parquet").open("wb") as file:
+        pq.write_table(pa.table({"id": ["3"], "text": [["three", "drei"]]}), file)
+    captions, source = opened(tmp_path / "data", kind="folder", captions=str(folder))
+    assert captions == {
+        "1.png": ("one",), "2.png": ("two",), "3.png": ("three", "drei"), "2021-03-04.png": ("2021-03-05",),
+    }  # fmt: skip
+    assert counts(source) == {"no name or no caption": 1}
+
+
+def test_a_split_whose_files_cannot_be_read_is_not_replaced(tmp_path: Path, short_waits: None) -> None:
+    for name in ("train", "validation-0", "validation-1"):
+        table = {"image": [encoded(number) for number in range(20)], "caption": ["a"] * 20}
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    (tmp_path / "validation-0.parquet").write_bytes(b"PAR1")
+    assert len(opened(tmp_path, val_fraction=0.25)[0]) == 20
+    (tmp_path / "validation-1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="no file of its split 'validation' can be read"):
+        opened(tmp_path, val_fraction=0.25)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AutoModelForCausalLM
 
 import tokenizer
@@ -79,6 +79,26 @@ def test_an_image_may_be_a_path(pipeline, tmp_path):
     ):
         with pytest.raises(UserError, match=names):
             pipeline.caption(wrong)
+
+
+def test_a_pil_image_of_any_mode_is_what_its_file_is(pipeline, tmp_path):
+    rgb = Image.fromarray(images(1)[0]).resize((24, 32))
+    clear = rgb.convert("RGBA")
+    clear.putalpha(rgb.convert("L"))
+    several = [rgb, clear, rgb.convert("L"), rgb.convert("P"), clear.convert("LA"), rgb.convert("1")]
+    paths = [tmp_path / f"{number}.png" for number in range(len(several))]
+    for image, path in zip(several, paths, strict=True):
+        image.save(path)
+    assert torch.equal(pipeline.encode(several), pipeline.encode(paths))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    rgb.save(tmp_path / "turned.jpg", exif=exif)
+    assert torch.equal(pipeline.encode(Image.open(tmp_path / "turned.jpg")), pipeline.encode(tmp_path / "turned.jpg"))
+    with pytest.raises(UserError, match=r"image 1: unsupported pixels: .* convert it to 8-bit RGB"):
+        pipeline.caption(rgb.convert("F"))
+    (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:200])
+    with pytest.raises(UserError, match="image 1: cannot be decoded"):
+        pipeline.caption(Image.open(tmp_path / "cut.png"))
 
 
 def test_captions_are_text_and_repeatable(pipeline):
@@ -351,6 +371,7 @@ def test_any_text_is_a_prompt(roomy):
         ("complete", [["a"]], {"max_new_tokens": 10**12}, "no room for 1,000,000,000,000 more"),
         ("complete", [["a"]], {"guidance_scale": 2.0}, "guidance_scale"),
         ("inpaint", [images(1), ["a"]], {"redraw": (0.5, 0, 0.5, 1)}, "left, top, right, bottom"),
+        ("inpaint", [images(1), ["a"]], {"redraw": (0, 0, 1)}, "must be four numbers"),
         ("inpaint", [images(1), ["a"]], {"redraw": np.zeros((2, 2), bool)}, "no patch"),
         ("inpaint", [images(1), ["a"]], {"redraw": np.ones((3, 2), bool)}, r"must be bool \(2, 2\)"),
         ("inpaint", [images(2), ["a"]], {"redraw": (0, 0, 1, 1)}, "2 images and 1 texts"),
