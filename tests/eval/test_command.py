@@ -34,7 +34,7 @@ def test_every_process_takes_its_gpu(monkeypatch):
     for name, value in {"is_available": True, "device_count": 2}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("eval.command.world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     run_command(Settings, taken.append, name="x", about="x", arguments=[])
     assert taken == [torch.device("cuda", 1), Settings()]
