@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from um3.core.images import FORMATS, ImageError, read_image, to_square
+from um3.core.images import FORMATS, ImageError, plain_rgb, read_image, to_square
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -130,6 +130,7 @@ def test_exif_orientation_is_applied_once(kind: str) -> None:
     exif[0x0112] = 6  # rotate by 90 degrees clockwise
     upright = decoded(sample_image(), kind, exif=exif)
     assert mean_difference(upright, sample_image().transpose(Image.Transpose.ROTATE_270)) < 8
+    assert plain_rgb(upright) is upright  # already upright: not turned again
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

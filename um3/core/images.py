@@ -23,6 +23,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """What undoes an EXIF orientation."""
+ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Entries of a PIL image's `info` in which Pillow finds an orientation."""
 ImageReason = Literal[
     "cannot be read", "not an image", "too large", "truncated", "cannot be decoded", "unsupported pixels"
 ]
@@ -92,7 +94,7 @@ def _decode(source: Path | bytes, *, max_pixels: int) -> Image.Image:
             image.info["transparency"] *= 255 // (2 ** int(layout[-1]) - 1)
         is_wide = layout == "RGB;16B" and "transparency" in image.info
         rgb = _clear_16_bits(source, image) if is_wide else _to_rgb(image)
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return _upright(rgb, orientation)
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
@@ -108,7 +110,7 @@ def plain_rgb(image: Image.Image) -> Image.Image:
         raise
     except Exception as error:  # Pillow decodes a file when its pixels are first needed, and raises almost anything
         raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return _upright(rgb, orientation)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,6 +118,16 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF does not affect the pixels
         return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned, without the entries that say so: it must not be turned again."""
+    if orientation not in UPRIGHT:
+        return image
+    image = image.transpose(UPRIGHT[orientation])
+    for name in ORIENTED_BY:
+        image.info.pop(name, None)
+    return image
 
 
 def _without_metadata(data: bytes) -> bytes:

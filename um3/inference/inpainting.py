@@ -1,6 +1,7 @@
 """Which patches of an image are sampled anew. Shapes: N patches of an image in reading order."""
 
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def region_patches(region: Region, *, num_patches: int) -> Tensor:
         free_HW = torch.from_numpy(region.copy())
     else:
         box = tuple(region)
-        if len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
+        if len(box) != 4 or not all(isinstance(edge, Real) for edge in box):
             raise UserError(f"the box {region} must be four numbers: left, top, right and bottom")
         left, top, right, bottom = box
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):

@@ -94,6 +94,8 @@ def test_a_pil_image_of_any_mode_is_what_its_file_is(pipeline, tmp_path):
     exif[ExifTags.Base.Orientation] = 6
     rgb.save(tmp_path / "turned.jpg", exif=exif)
     assert torch.equal(pipeline.encode(Image.open(tmp_path / "turned.jpg")), pipeline.encode(tmp_path / "turned.jpg"))
+    upright = Image.open(tmp_path / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(pipeline.encode(Image.fromarray(np.asarray(upright))), pipeline.encode(tmp_path / "turned.jpg"))
     with pytest.raises(UserError, match=r"image 1: unsupported pixels: .* convert it to 8-bit RGB"):
         pipeline.caption(rgb.convert("F"))
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:200])
@@ -372,6 +374,7 @@ def test_any_text_is_a_prompt(roomy):
         ("complete", [["a"]], {"guidance_scale": 2.0}, "guidance_scale"),
         ("inpaint", [images(1), ["a"]], {"redraw": (0.5, 0, 0.5, 1)}, "left, top, right, bottom"),
         ("inpaint", [images(1), ["a"]], {"redraw": (0, 0, 1)}, "must be four numbers"),
+        ("inpaint", [images(1), ["a"]], {"redraw": (np.float32(0), 0, np.float32(0), 1)}, "as shares"),
         ("inpaint", [images(1), ["a"]], {"redraw": np.zeros((2, 2), bool)}, "no patch"),
         ("inpaint", [images(1), ["a"]], {"redraw": np.ones((3, 2), bool)}, r"must be bool \(2, 2\)"),
         ("inpaint", [images(2), ["a"]], {"redraw": (0, 0, 1, 1)}, "2 images and 1 texts"),
