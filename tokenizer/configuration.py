@@ -56,6 +56,8 @@ class _TowerConfig(PreTrainedConfig):
         image_size, patch_size = getattr(self, "image_size", 0), getattr(self, "patch_size", 1)
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+        if not 0 <= getattr(self, "overlap", 0) <= patch_size:
+            raise ValueError(f"overlap {getattr(self, 'overlap')} is not between 0 and patch_size {patch_size}")
 
 
 @strict
@@ -111,6 +113,9 @@ class QLIPDecoderConfig(_VisualTowerConfig):
 
     model_type = "qlip_decoder"
     base_config_key = "decoder_config"
+
+    overlap: int = 0
+    """Pixels by which a patch's output reaches over each side of the patch; neighbours are blended there."""
 
 
 SUB_CONFIGS: dict[str, type[PreTrainedConfig]] = {

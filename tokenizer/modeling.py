@@ -142,24 +142,42 @@ class VisionModel(nn.Module):
 
 
 class VisionDecoder(nn.Module):
-    """Quantized patches, projected to the decoder's width -> pixels."""
+    """Quantized patches, projected to the decoder's width -> pixels.
+
+    With `overlap` O, the output of a patch of P pixels is a window of W = P + 2 O pixels, and the image is the weighted
+    mean of the windows at each pixel: without overlap, plain areas show a grid of patches.
+    """
 
     def __init__(self, config: QLIPDecoderConfig):
         super().__init__()
         self.patch_size, self.grid = config.patch_size, config.image_size // config.patch_size
+        self.overlap, self.window = config.overlap, config.patch_size + 2 * config.overlap
         width, inner = config.hidden_size, config.intermediate_size
         self.position_embeddings = nn.Parameter(torch.zeros(1, self.grid**2, width))
         self.encoder = Encoder(config)
         self.rope = build_rope(config)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.ffn = nn.Sequential(Linear(width, inner), nn.Tanh())
-        self.conv_out = Linear(inner, config.num_channels * config.patch_size**2)
+        self.conv_out = Linear(inner, config.num_channels * self.window**2)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = self.norm(self.encoder(x_BND + self.position_embeddings))
         patches_BNF = self.conv_out(self.ffn(x_BND))
+        if self.overlap:
+            return self._blend(patches_BNF)
         patches = patches_BNF.unflatten(1, (self.grid, self.grid)).unflatten(-1, (-1, self.patch_size, self.patch_size))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def _blend(self, windows_BNF: Tensor) -> Tensor:
+        """The images (B, C, H, W) of windows whose weights fall linearly to 0 over 2 O pixels at each side."""
+        place_W = torch.arange(self.window, device=windows_BNF.device, dtype=windows_BNF.dtype) + 0.5
+        ramp_W = (torch.minimum(place_W, self.window - place_W) / (2 * self.overlap)).clamp(max=1)
+        weights_K = (ramp_W[:, None] * ramp_W).flatten()
+        size = (self.grid * self.patch_size,) * 2
+        place = {"kernel_size": self.window, "stride": self.patch_size, "padding": self.overlap}
+        weighted_BNCK = windows_BNF.unflatten(-1, (-1, self.window**2)) * weights_K
+        sums_BCHW = F.fold(weighted_BNCK.flatten(2).mT, size, **place)
+        return sums_BCHW / F.fold(weights_K[None, :, None].expand(1, -1, self.grid**2), size, **place)
 
 
 class QLIPModel(PreTrainedModel):

@@ -31,7 +31,7 @@ from train.engine import precision_of
 from train.optim import other_length
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict, with_defaults
-from um3.core.distributed import any_rank, device, is_main, rank, wait_for_main, world_size
+from um3.core.distributed import any_rank, bf16_speedup, device, is_main, rank, wait_for_main, world_size
 from um3.core.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from um3.core.metrics import MetricsWriter, Samples, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
@@ -106,6 +106,11 @@ def run(task: Task, *, config: Any, inputs: dict[str, str]) -> None:
         start_folder(config)
         rows = state.get("metrics_rows", 0)
         logger.info("%s", _start_line(task, config=config, trained=trained, total=total, start=start))
+        if device().type == "cpu" and precision_of(config.engine) != "fp32" and (ratio := bf16_speedup()) < 1:
+            logger.warning(
+                "bf16 is slow here: this CPU multiplies %.2g times as fast in it as in fp32; set engine.precision=fp32",
+                ratio,
+            )
         metrics = MetricsWriter(folder, resume_step=start, num_rows=rows, views=loop.loggers, config=to_dict(config))
     done = start
     progress = Progress(loop.max_steps, label=folder.name, unit="steps", start=start)

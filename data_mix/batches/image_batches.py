@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageEnhance
 
 from data_mix.batches.config import AugmentConfig
 from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
@@ -133,4 +134,16 @@ def augmented(image_HWC: np.ndarray, augment: AugmentConfig, *, caption: str, se
         image_HWC = image_HWC[:, ::-1]
     padded_HWC = np.pad(image_HWC, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
     top, left = generator.integers(2 * shift + 1, size=2)
-    return padded_HWC[top : top + height, left : left + width]
+    image_HWC = padded_HWC[top : top + height, left : left + width]
+    if not (augment.zoom or augment.colour):
+        return image_HWC
+    image = Image.fromarray(np.ascontiguousarray(image_HWC))
+    if augment.zoom:
+        share, x, y = generator.uniform(1 - augment.zoom, 1), generator.random(), generator.random()
+        size = np.array([width, height])
+        start = (1 - share) * size * [x, y]
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=(*start, *(start + share * size)))
+    if augment.colour:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(generator.uniform(1 - augment.colour, 1 + augment.colour))
+    return np.asarray(image)

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tests.tokenizer.conftest import tiny_config
-from tokenizer.configuration import QLIPConfig
+from tests.tokenizer.conftest import change_json, tiny_config
+from tokenizer.configuration import QLIPConfig, QLIPDecoderConfig
 from tokenizer.layers import Linear
-from tokenizer.modeling import QLIPModel, load_qlip
+from tokenizer.modeling import QLIPModel, VisionDecoder, load_qlip
 from um3.core.errors import UserError
 
 
@@ -72,6 +73,36 @@ def test_activation_checkpointing_changes_no_gradient(tiny_qlip):
     tiny_qlip.gradient_checkpointing_enable()
     (checkpointed,) = torch.autograd.grad(tiny_qlip(pixels).reconstructions.square().mean(), weight)
     torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 5, 8])
+def test_overlapping_windows_are_blended_and_reload(overlap, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = QLIPDecoderConfig(**sizes, image_size=32, patch_size=8, overlap=overlap)
+    decoder, side = VisionDecoder(config), 8 + 2 * overlap
+    # Equal windows give an equal image, at its border too; a single window ends where it says.
+    nn.init.zeros_(decoder.conv_out.weight)
+    nn.init.ones_(decoder.conv_out.bias)
+    torch.testing.assert_close(decoder(torch.randn(2, 16, 32)), torch.ones(2, 3, 32, 32))
+    windows = torch.zeros(1, 16, 3 * side**2)
+    windows[:, 5] = 1
+    seen = decoder._blend(windows)[0, 0]
+    assert seen[8 - overlap : 16 + overlap, 12].all() and not seen[: 8 - overlap].any()
+    assert seen[12, 8 - overlap] < seen[12, 9 - overlap] and (seen <= 1).all()
+    model_config = tiny_config()
+    model_config.decoder_tower.overlap = overlap
+    model = QLIPModel(model_config).eval()
+    model.save_pretrained(tmp_path)
+    codes = model.encode(torch.randn(2, 3, 16, 16))
+    assert torch.equal(load_qlip(tmp_path).decode(codes), model.decode(codes))
+
+
+def test_an_overlap_of_more_than_a_patch_is_refused(tiny_qlip, tmp_path):
+    tiny_qlip.save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", decoder_config={"overlap": 9})
+    with pytest.raises(UserError, match="overlap 9 is not between 0 and patch_size 8"):
+        load_qlip(tmp_path)
 
 
 def test_qlip_b_16_has_the_released_size():

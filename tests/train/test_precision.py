@@ -15,6 +15,7 @@ from tests.train.test_resume import kill_and_resume
 from train.config import EngineConfig
 from train.engine import precision_of
 from train.run_folder import read_record
+from um3.core.distributed import bf16_speedup
 
 AUTO = "engine.precision=auto"
 
@@ -61,3 +62,18 @@ def test_auto_is_what_pays_on_the_device(amx: None, monkeypatch: pytest.MonkeyPa
     assert precision_of(auto, on=cpu) == "fp32" and precision_of(auto, on=gpu) == "bf16-mixed"
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.8
     assert precision_of(auto, on=cpu) == "fp32"
+
+
+@pytest.mark.parametrize("ratio, says", [(0.55, True), (3.9, False)])
+def test_a_run_says_that_bf16_is_slow_on_its_cpu(
+    ratio: float,
+    says: bool,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert bf16_speedup() > 0
+    monkeypatch.setattr("train.loop.bf16_speedup", lambda: ratio)
+    train_here("um3", made, tmp_path, "engine.precision=bf16-mixed", "loop.max_steps=1")
+    assert ("0.55 times as fast in it as in fp32; set engine.precision=fp32" in capfd.readouterr().err) == says

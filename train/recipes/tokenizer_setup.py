@@ -68,7 +68,7 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
     return QLIPConfig(
         text_config=text_tower | {"projection_dim": model.projection_dim} | ids,
         vision_config=tower | {"quantizer": model.quantizer, "quantizer_cfg": options},
-        decoder_config=tower,
+        decoder_config=tower | {"overlap": model.decoder_overlap},
         projection_dim=model.projection_dim,
         initializer_range=model.initializer_range,
     )

@@ -33,6 +33,8 @@ class QLIPSizeConfig:
     num_layers: Size = 12
     num_heads: Size = 12
     intermediate_size: Size = 2048
+    decoder_overlap: Annotated[int, Range(0)] = 0
+    """Pixels by which the decoder's output of a patch reaches over each neighbour, blended; 0 as in the paper."""
     quantizer: Literal["bsq", "vq"] = "bsq"
     """bsq: the signs of `bits` numbers. vq: a codebook of 2^bits vectors, the baseline (`codebook` trains it)."""
     bits: Annotated[int, Range(1, 62)] = 28

@@ -7,6 +7,7 @@ import ctypes
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """glibc, mallopt(3): free memory above which it shrinks the heap (-1: never), and how many blocks it maps alone."""
+BF16_TRIAL_SIZE, BF16_TRIALS = 512, 5
+"""Rows and columns of the matrices of `bf16_speedup`, and how often it multiplies them; the fastest time counts."""
 
 
 def rank() -> int:
@@ -115,6 +118,22 @@ def bf16_pays(on: "torch.device") -> bool:
 
     query = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that we support
     return on.type == "cuda" or bool(query and query().get("amx_bf16"))
+
+
+def bf16_speedup() -> float:
+    """How many times as fast as in float32 this CPU's threads multiply in bf16 (a product of about a millisecond)."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        factor_MM = torch.ones(BF16_TRIAL_SIZE, BF16_TRIAL_SIZE, dtype=dtype)
+        times = []
+        for _ in range(BF16_TRIALS):
+            start = time.perf_counter()
+            torch.nn.functional.linear(factor_MM, factor_MM)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def resolve_precision(precision: str, *, on: "torch.device | None" = None) -> str:

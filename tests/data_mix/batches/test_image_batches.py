@@ -91,7 +91,8 @@ def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> No
 
 
 @pytest.mark.parametrize(
-    "augment", [AugmentConfig(flip=True), AugmentConfig(shift=3), AugmentConfig(flip=True, shift=3)]
+    "augment",
+    [AugmentConfig(flip=True), AugmentConfig(shift=3), AugmentConfig(zoom=0.5), AugmentConfig(True, 3, 0.3, 0.3)],
 )
 def test_augmented_images_depend_on_seed_step_and_place_alone(augment: AugmentConfig) -> None:
     scenes, plain = ScenesSource(size=32, length=50), batches_of(ScenesSource(size=32, length=50), batch_size=8)
@@ -121,6 +122,25 @@ def test_an_image_is_moved_with_its_edge_repeated_and_mirrored_unless_its_captio
     up_and_left = np.pad(image_HWC[1:, 1:], ((0, 1), (0, 1), (0, 0)), mode="edge")
     assert up_and_left.tobytes() in moved
     assert len(seen("any", shift=1, flip=True)) == 18
+
+
+def test_zoom_shows_a_part_larger_and_colour_keeps_the_place_of_everything() -> None:
+    image_HWC = np.zeros((16, 16, 3), np.uint8)
+    image_HWC[:8, :8] = (200, 60, 60)
+
+    def seen(**settings: float) -> list[np.ndarray]:
+        changed = AugmentConfig(**settings)
+        return [augmented(image_HWC, changed, caption="", seed=seed) for seed in range(200)]
+
+    assert all(np.array_equal(image, image_HWC) for image in seen(zoom=0.0))
+    lit = [int((image[..., 0] > 100).sum()) for image in seen(zoom=0.5)]
+    assert {image.shape for image in seen(zoom=0.5)} == {(16, 16, 3)}
+    assert min(lit) >= 0 and max(lit) > 150 and 64 * 0.7 < np.mean(lit) < 64 * 1.3  # of 64; half the side shows 256
+    coloured = seen(colour=0.3)
+    assert len({image.tobytes() for image in coloured}) > 100
+    for image in coloured:
+        assert (image[:8, :8] == image[0, 0]).all() and (image[8:] == image[15, 15]).all()
+        assert image[0, 0, 0] > image[0, 0, 1] and abs(int(image[0, 0, 0]) - 200) < 150
 
 
 def test_fingerprints_name_the_samples_of_every_source() -> None:
