@@ -54,10 +54,11 @@ class _TowerConfig(PreTrainedConfig):
             heads = self.num_attention_heads
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
         image_size, patch_size = getattr(self, "image_size", 0), getattr(self, "patch_size", 1)
+        overlap = getattr(self, "overlap", 0)
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        if not 0 <= getattr(self, "overlap", 0) <= patch_size:
-            raise ValueError(f"overlap {getattr(self, 'overlap')} is not between 0 and patch_size {patch_size}")
+        if not 0 <= overlap <= patch_size:
+            raise ValueError(f"overlap {overlap} is not between 0 and patch_size {patch_size}")
 
 
 @strict

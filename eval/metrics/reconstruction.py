@@ -1,4 +1,4 @@
-"""Reconstruction quality: PSNR, SSIM and LPIPS of uint8 images.
+"""Reconstruction quality: PSNR, SSIM, LPIPS and seams of uint8 images.
 
 Shapes: B images, H height, W width, C = 3 channels.
 """
@@ -20,6 +20,7 @@ PEAK = 255.0
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 BATCH = 16
 MAX_PSNR = 100.0  # identical images have no finite PSNR; one wrong value in a 256-pixel image gives 101 dB
+MAX_SEAMS = 100.0
 # The settings that two values must share to be comparable, besides the images.
 COMMON = {"compared_as": "uint8, RGB", "mean_over": "images"}
 PSNR_PROTOCOL = COMMON | {"peak": PEAK, "most_db": MAX_PSNR}
@@ -51,6 +52,22 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
     structure = (2 * covariance + C2) / (variance_x + variance_y + C2)
     return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def seams(images_BHWC: NDArray, *, originals_BHWC: NDArray, patch_size: int) -> float:
+    """How many times as much the error jumps between neighbouring pixels of two patches as within a patch.
+
+    1 without seams; mean over images, channels and both directions, at most MAX_SEAMS. 1 for equal images.
+    """
+    images, originals = _pair(images_BHWC, originals_BHWC)
+    error = images - originals
+    between, within = [], []
+    for jumps in (error.diff(dim=1).transpose(1, 2), error.diff(dim=2)):
+        is_seam = torch.arange(1, jumps.shape[2] + 1) % patch_size == 0
+        between.append(jumps[:, :, is_seam].abs().mean())
+        within.append(jumps[:, :, ~is_seam].abs().mean())
+    ratio = float(torch.stack(between).mean() / torch.stack(within).mean())
+    return min(ratio, MAX_SEAMS) if ratio > 0 else 1.0  # not a number if the images are equal
 
 
 class Quality(NamedTuple):

@@ -15,6 +15,8 @@ FEW_ITEMS = 100
 """Below this a share has a standard error of 5 points and more."""
 GOOD_PSNR, POOR_PSNR = 22.0, 18.0
 """In dB. QLIP-B/16 has 23 on ImageNet; the mean colours of the patches alone had 14 to 17 on emoji and on photos."""
+GRID_SEEN, FINE_PSNR = 1.15, 30.0
+"""Seams above the first are seen, unless the reconstruction is as fine as the second, in dB (emoji: 1.23 at 21 dB)."""
 GOOD_SHARE = 0.75
 """Of items that are right."""
 LETTERS_BITS = 4.6
@@ -83,6 +85,7 @@ def _of_score(score: Score, *, run: RunData) -> Iterator[Finding]:
     value = score.value or 0.0
     judged = {
         "psnr": _reconstruction,
+        "seams": _seams,
         "cider": _captions,
         "exact_match": _exact_captions,
         "clipscore_qlip": _prompt_match,
@@ -97,12 +100,27 @@ def _of_score(score: Score, *, run: RunData) -> Iterator[Finding]:
 
 def _reconstruction(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     source, _, stage = score.task.partition("_reconstruction_")
-    if stage != (run.parts["tokenizer"].samples.get("stages") or [stage])[-1]:
+    if stage != _last_stage(run):
         return
     good = True if value >= GOOD_PSNR else None if value >= POOR_PSNR else False
     words = {True: "detail survives", None: "detail is lost", False: "only blurs"}[good]
     remedy = "" if good else ". No generated image can be sharper: train stages 1 and 2 longer, or use more patches"
     yield Finding(good, f"Reconstruction of {run.source_title(source)}: {score.shown()}, {words}{remedy}.")
+
+
+def _last_stage(run: RunData) -> str:
+    """The last of the tokenizers that were measured."""
+    return str((run.parts["tokenizer"].samples.get("stages") or [""])[-1])
+
+
+def _seams(score: Score, value: float, run: RunData) -> Iterator[Finding]:
+    """A grid of patches, unless the reconstruction is so fine that nobody sees it."""
+    source, _, stage = score.task.partition("_reconstruction_")
+    psnr = run.scores.get(f"{score.task}/psnr")
+    if stage == _last_stage(run) and value > GRID_SEEN and psnr is not None and (psnr.value or 0.0) < FINE_PSNR:
+        numbers = f"errors jump {value:.2f} times as much between patches as within"
+        title, remedy = run.source_title(source), "set stage1.model.decoder_overlap=2"
+        yield Finding(False, f"Reconstructions of {title} show a grid of patches, {numbers}: {remedy}.")
 
 
 def _captions(score: Score, value: float, run: RunData) -> Iterator[Finding]:

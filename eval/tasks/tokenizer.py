@@ -16,7 +16,7 @@ from data_mix.sources.files import source_kind
 from eval.config import EvalConfig
 from eval.metrics.code_statistics import MAX_IMAGES, code_scores, code_statistics
 from eval.metrics.features import FeatureNetwork, frechet_rows, open_features, weights_sha256
-from eval.metrics.reconstruction import LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, WINDOW, quality
+from eval.metrics.reconstruction import COMMON, LPIPS_PROTOCOL, PSNR_PROTOCOL, SSIM_PROTOCOL, WINDOW, quality, seams
 from eval.paper_values import QLIP_B_16, STAGE_1
 from eval.scores import SHOWN_IMAGES, Measurement, PartResult, Score
 from eval.tasks.classification_data import digits_task, open_classification
@@ -67,6 +67,8 @@ def evaluate_tokenizers(config: EvalConfig, *, stages: Mapping[str, Path]) -> Pa
             networks: dict[str, Any] = {"features": features, "distance": distance}
             result.scores.append(_size_row(measured, n=len(data.images), of=of))
             result.scores.extend(_quality_rows(rebuilt_NHWC, data=data, paper=paper, of=of, **networks))
+            if isinstance(measured, QLIPImages):
+                result.scores.append(_seams_row(rebuilt_NHWC, data=data, tokenizer=measured, of=of))
             codes[data.name] = codes_NP[:MAX_IMAGES].clone()
             # Scenes of another size are other scenes than the stored originals.
             if measured.image_size == last.image_size or not data.has_checker:
@@ -122,6 +124,14 @@ def _quality_rows(
         note = "the caption read from the reconstruction's pixels equals the original's"
         rows.append(read_back_row(rebuilt_NHWC, captions=data.full_captions, note=note, of=of))
     return rows
+
+
+def _seams_row(rebuilt_NHWC: NDArray, *, data: ValidationImages, tokenizer: QLIPImages, of: Measurement) -> Score:
+    patch_size = tokenizer.model.config.decoder_tower.patch_size
+    value = seams(rebuilt_NHWC, originals_BHWC=data.images, patch_size=patch_size)
+    note = "jumps of the error between patches / within patches: 1 without a grid"
+    of = of.with_protocol(**COMMON, patch_size=patch_size)
+    return of.score("seams", value, n=len(data.images), higher_is_better=False, skipped=data.num_skipped, note=note)
 
 
 def _add_code_statistics(

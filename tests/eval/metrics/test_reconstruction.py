@@ -1,9 +1,9 @@
-"""PSNR and SSIM by hand and against their formulas."""
+"""PSNR, SSIM and seams by hand and against their formulas."""
 
 import numpy as np
 import pytest
 
-from eval.metrics.reconstruction import MAX_PSNR, psnr, ssim
+from eval.metrics.reconstruction import MAX_PSNR, MAX_SEAMS, psnr, seams, ssim
 
 
 def image_pairs(*, count=3, height=16, width=20, noise=12, seed=0):
@@ -56,6 +56,22 @@ def test_values_are_per_image_and_symmetric():
         single = [float(measure(images[i : i + 1], originals_BHWC=originals[i : i + 1])) for i in range(4)]
         np.testing.assert_allclose(whole.numpy(), single, rtol=1e-12)
         np.testing.assert_allclose(whole.numpy(), measure(originals, originals_BHWC=images).numpy(), rtol=1e-9)
+
+
+def test_seams_compare_the_jumps_of_the_error_at_the_borders_of_patches():
+    noisy, originals = image_pairs(count=8, height=32, width=32)
+    assert seams(noisy, originals_BHWC=originals, patch_size=8) == pytest.approx(1, abs=0.05)
+    assert seams(originals, originals_BHWC=originals, patch_size=8) == 1
+    plain = np.full((1, 4, 4, 3), 100, np.uint8)
+    rebuilt = plain.copy()
+    rebuilt[:, :, 2:] += 6  # between columns: 0, 6, 0; between rows: none
+    rebuilt[:, 0, 0] += 2  # one jump of 2 in each direction within a patch
+    between, within = (6 / 1 + 0) / 2, (2 / 8 + 2 / 8) / 2
+    assert seams(rebuilt, originals_BHWC=plain, patch_size=2) == pytest.approx(between / within)
+    rebuilt[:, 0, 0] -= 2
+    assert seams(rebuilt, originals_BHWC=plain, patch_size=2) == MAX_SEAMS
+    with pytest.raises(ValueError, match="uint8"):
+        seams(noisy / 255, originals_BHWC=originals, patch_size=8)
 
 
 def test_small_float_and_unequal_images_are_refused():

@@ -62,6 +62,17 @@ def test_a_validation_without_a_number_is_no_finding(own):
     assert len(findings(load_run(own[1]))) == 4
 
 
+@pytest.mark.parametrize(("seams", "psnr", "is_said"), [(1.3, 21, True), (1.05, 21, False), (1.5, 33, False)])
+def test_a_grid_of_patches_that_is_seen_is_a_finding(seams, psnr, is_said, own):
+    images = {"data_original": np.zeros((12, 8, 8, 3), np.uint8)}
+    values = {"psnr": (psnr, psnr, psnr), "seams": (seams, None, None)}
+    own[0]("tokenizer", samples={"stages": ["stage1", "stage2"]}, arrays=images, **values)
+    said = [finding for finding in findings(load_run(own[1])) if "grid of patches" in finding.text]
+    assert [(f.good, "1.30 times" in f.text, "decoder_overlap=2" in f.text) for f in said] == [
+        (False,) + (True,) * 2
+    ] * is_said
+
+
 @pytest.mark.parametrize(("last", "is_said"), [(4.4, True), (3.6, False)])
 def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own):
     (own[1] / "stage1").mkdir()
