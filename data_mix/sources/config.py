@@ -29,6 +29,10 @@ class SourceConfig:
     stream: NonNegativeInt = 0
     skip_bad_files: bool = True
 
+    def __post_init__(self) -> None:
+        if "/" in self.name:
+            raise ValueError(f"the name of {self.where} has a '/'; use letters, digits, '.', '_' and '-'")
+
     @property
     def where(self) -> str:
         """Name and path, for messages."""
