@@ -252,7 +252,7 @@ def test_one_place_under_two_paths_is_no_difference(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("key", ["data.texts", "vocabulary.conversations"])
 def test_a_source_named_like_a_path_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match="the name of source '../a' .texts. has a '/'"):
+    with pytest.raises(UserError, match=r"the name of source '../a' .texts. has a '/'"):
         load_config(UM3Config, overrides=[f"{key}=[{{name: ../a, path: texts}}]"])
-    with pytest.raises(UserError, match="source 'a/b'.*use letters, digits"):
+    with pytest.raises(UserError, match=r"source 'a/b'.*use letters, digits"):
         load_config(Stage1Config, overrides=["data.sources=[{name: a/b, path: images}]"])
