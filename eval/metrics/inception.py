@@ -17,6 +17,7 @@ Shapes: B images, C channels, H height, W width.
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from eval.config import Preprocessing
 
 SIDE = 299
+PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
 
 
 def prepare(images_BHWC: NDArray, *, preprocessing: Preprocessing) -> Tensor:

@@ -1,15 +1,12 @@
 """Feature networks, and the resizing of images for Inception."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 
-from eval.config import Preprocessing
 from eval.metrics.features import INCEPTION_URL, inception_features, random_features
 from eval.metrics.frechet import frechet_distance
-from eval.metrics.inception import Inception2015, prepare
+from eval.metrics.inception import PREPROCESSINGS, Inception2015, prepare
 from um3.core.errors import UserError
 
 
@@ -52,7 +49,7 @@ def test_missing_or_other_weights_are_one_line_errors(tmp_path):
 
 def test_a_plain_colour_keeps_its_value_in_every_preprocessing():
     plain = np.broadcast_to(np.array([0, 128, 255], dtype=np.uint8), (1, 20, 30, 3)).copy()
-    for name in get_args(Preprocessing):
+    for name in PREPROCESSINGS:
         levels = (-1, 128 / 127.5 - 1, 1) if name == "pytorch-fid" else (-1, 0, 127 / 128)
         expected = torch.tensor(levels)[None, :, None, None].expand(1, 3, 299, 299)
         torch.testing.assert_close(prepare(plain, preprocessing=name), expected, atol=1e-5, rtol=0)
@@ -85,5 +82,5 @@ def test_clean_fid_is_antialiased():
     """A chequered image of 600 pixels is grey at 299 pixels; without antialiasing it has stripes."""
     board = np.indices((600, 600)).sum(axis=0) % 2 * 255
     images = np.repeat(board[None, ..., None], 3, axis=-1).astype(np.uint8)
-    spread = {name: float(prepare(images, preprocessing=name).std()) for name in get_args(Preprocessing)}
+    spread = {name: float(prepare(images, preprocessing=name).std()) for name in PREPROCESSINGS}
     assert spread["clean-fid"] < 0.02 < 0.1 < min(spread["pytorch-fid"], spread["torch-fidelity"])
