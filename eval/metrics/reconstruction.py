@@ -54,19 +54,23 @@ def ssim(images_BHWC: NDArray | Tensor, *, originals_BHWC: NDArray | Tensor) -> 
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-def seams(images_BHWC: NDArray, *, originals_BHWC: NDArray, patch_size: int) -> float:
+def seams(images_NHWC: NDArray, *, originals_NHWC: NDArray, patch_size: int) -> float:
     """How many times as much the error jumps between neighbouring pixels of two patches as within a patch.
 
     1 without seams; mean over images, channels and both directions, at most MAX_SEAMS. 1 for equal images.
     """
-    images, originals = _pair(images_BHWC, originals_BHWC)
-    error = images - originals
-    between, within = [], []
-    for jumps in (error.diff(dim=1).transpose(1, 2), error.diff(dim=2)):
-        is_seam = torch.arange(1, jumps.shape[2] + 1) % patch_size == 0
-        between.append(jumps[:, :, is_seam].abs().mean())
-        within.append(jumps[:, :, ~is_seam].abs().mean())
-    ratio = float(torch.stack(between).mean() / torch.stack(within).mean())
+    sums_2, counts_2 = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)  # between, within
+    for start in range(0, len(images_NHWC), BATCH):
+        part = slice(start, start + BATCH)
+        images, originals = _pair(images_NHWC[part], originals_NHWC[part])
+        error = images - originals
+        for jumps in (error.diff(dim=1).transpose(1, 2), error.diff(dim=2)):
+            is_seam = torch.arange(1, jumps.shape[2] + 1) % patch_size == 0
+            for index, chosen in enumerate((is_seam, ~is_seam)):
+                sums_2[index] += jumps[:, :, chosen].abs().sum()
+                counts_2[index] += jumps[:, :, chosen].numel()
+    between, within = sums_2 / counts_2
+    ratio = float(between / within)
     return min(ratio, MAX_SEAMS) if ratio > 0 else 1.0  # not a number if the images are equal
 
 

@@ -128,7 +128,7 @@ def _quality_rows(
 
 def _seams_row(rebuilt_NHWC: NDArray, *, data: ValidationImages, tokenizer: QLIPImages, of: Measurement) -> Score:
     patch_size = tokenizer.model.config.decoder_tower.patch_size
-    value = seams(rebuilt_NHWC, originals_BHWC=data.images, patch_size=patch_size)
+    value = seams(rebuilt_NHWC, originals_NHWC=data.images, patch_size=patch_size)
     note = "jumps of the error between patches / within patches: 1 without a grid"
     of = of.with_protocol(**COMMON, patch_size=patch_size)
     return of.score("seams", value, n=len(data.images), higher_is_better=False, skipped=data.num_skipped, note=note)

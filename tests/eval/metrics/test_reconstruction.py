@@ -60,18 +60,18 @@ def test_values_are_per_image_and_symmetric():
 
 def test_seams_compare_the_jumps_of_the_error_at_the_borders_of_patches():
     noisy, originals = image_pairs(count=8, height=32, width=32)
-    assert seams(noisy, originals_BHWC=originals, patch_size=8) == pytest.approx(1, abs=0.05)
-    assert seams(originals, originals_BHWC=originals, patch_size=8) == 1
+    assert seams(noisy, originals_NHWC=originals, patch_size=8) == pytest.approx(1, abs=0.05)
+    assert seams(originals, originals_NHWC=originals, patch_size=8) == 1
     plain = np.full((1, 4, 4, 3), 100, np.uint8)
     rebuilt = plain.copy()
     rebuilt[:, :, 2:] += 6  # between columns: 0, 6, 0; between rows: none
     rebuilt[:, 0, 0] += 2  # one jump of 2 in each direction within a patch
     between, within = (6 / 1 + 0) / 2, (2 / 8 + 2 / 8) / 2
-    assert seams(rebuilt, originals_BHWC=plain, patch_size=2) == pytest.approx(between / within)
+    assert seams(rebuilt, originals_NHWC=plain, patch_size=2) == pytest.approx(between / within)
     rebuilt[:, 0, 0] -= 2
-    assert seams(rebuilt, originals_BHWC=plain, patch_size=2) == MAX_SEAMS
+    assert seams(rebuilt, originals_NHWC=plain, patch_size=2) == MAX_SEAMS
     with pytest.raises(ValueError, match="uint8"):
-        seams(noisy / 255, originals_BHWC=originals, patch_size=8)
+        seams(noisy / 255, originals_NHWC=originals, patch_size=8)
 
 
 def test_small_float_and_unequal_images_are_refused():
