@@ -100,7 +100,7 @@ def _of_score(score: Score, *, run: RunData) -> Iterator[Finding]:
 
 def _reconstruction(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     source, _, stage = score.task.partition("_reconstruction_")
-    if stage != _last_stage(run):
+    if not _is_last(stage, run=run):
         return
     good = True if value >= GOOD_PSNR else None if value >= POOR_PSNR else False
     words = {True: "detail survives", None: "detail is lost", False: "only blurs"}[good]
@@ -108,16 +108,16 @@ def _reconstruction(score: Score, value: float, run: RunData) -> Iterator[Findin
     yield Finding(good, f"Reconstruction of {run.source_title(source)}: {score.shown()}, {words}{remedy}.")
 
 
-def _last_stage(run: RunData) -> str:
-    """The last of the tokenizers that were measured."""
-    return str((run.parts["tokenizer"].samples.get("stages") or [""])[-1])
+def _is_last(stage: str, *, run: RunData) -> bool:
+    """Whether a tokenizer is the last of those that were measured, or the only one that is known."""
+    return stage == (run.parts["tokenizer"].samples.get("stages") or [stage])[-1]
 
 
 def _seams(score: Score, value: float, run: RunData) -> Iterator[Finding]:
     """A grid of patches, unless the reconstruction is so fine that nobody sees it."""
     source, _, stage = score.task.partition("_reconstruction_")
     psnr = run.scores.get(f"{score.task}/psnr")
-    if stage == _last_stage(run) and value > GRID_SEEN and psnr is not None and (psnr.value or 0.0) < FINE_PSNR:
+    if _is_last(stage, run=run) and value > GRID_SEEN and psnr is not None and (psnr.value or 0.0) < FINE_PSNR:
         numbers = f"errors jump {value:.2f} times as much between patches as within"
         title, remedy = run.source_title(source), "set stage1.model.decoder_overlap=2"
         yield Finding(False, f"Reconstructions of {title} show a grid of patches, {numbers}: {remedy}.")

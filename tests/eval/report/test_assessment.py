@@ -62,6 +62,12 @@ def test_a_validation_without_a_number_is_no_finding(own):
     assert len(findings(load_run(own[1]))) == 4
 
 
+def test_a_result_that_names_no_stages_is_judged_too(own):
+    images = {"data_original": np.zeros((12, 8, 8, 3), np.uint8)}
+    own[0]("tokenizer", samples={}, arrays=images, psnr=(14.6, 14, 15))
+    assert any("Reconstruction of emoji: 14.60" in finding.text for finding in findings(load_run(own[1])))
+
+
 @pytest.mark.parametrize(("seams", "psnr", "is_said"), [(1.3, 21, True), (1.05, 21, False), (1.5, 33, False)])
 def test_a_grid_of_patches_that_is_seen_is_a_finding(seams, psnr, is_said, own):
     images = {"data_original": np.zeros((12, 8, 8, 3), np.uint8)}
