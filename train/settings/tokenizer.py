@@ -50,6 +50,9 @@ class QLIPSizeConfig:
 
     def __post_init__(self) -> None:
         _check_multiples(self, image_size="patch_size", hidden_size="num_heads", bits="group_size")
+        if self.decoder_overlap > self.patch_size:
+            overlap = f"decoder_overlap {self.decoder_overlap} is larger than patch_size {self.patch_size}"
+            raise ValueError(f"{overlap}; set it to an eighth or a quarter of it, or to 0")
         if self.quantizer == "vq" and self.bits > 20:
             raise ValueError(f"quantizer vq with bits={self.bits} needs 2^{self.bits} vectors; set bits to 20 or less")
         if self.quantizer == "vq" and (self.group_size, self.inv_temperature) != (1, 1.0):

@@ -142,6 +142,7 @@ VALIDATION, NO_TEXT = "text_validation.every_steps=1", "data.mix.start=[0,1,1]; 
         ("stage2", "trainable=[qlip.vision_model.encoder]", "cannot train 'qlip.vision_model.encoder'"),
         ("stage2", "discriminator.num_layers=5", "does not fit images of 32 pixels"),
         ("stage1", "model.patch_size=7", "image_size 32 is not a multiple of patch_size 7"),
+        ("stage1", "model.decoder_overlap=17", "decoder_overlap 17 is larger than patch_size"),
         ("stage1", "text.num_heads=5", "hidden_size 32 is not a multiple of num_heads 5"),
         ("stage1", "model.num_heads=16", "hidden_size / num_heads = 2 is not a multiple of 4"),
         ("stage1", "text.tokenizer=/nowhere", "text tokenizer .*nowhere"),
