@@ -9,14 +9,16 @@ import logging
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from train.checkpoint import (
     load_optimizer,
@@ -26,14 +28,14 @@ from train.checkpoint import (
     resume_point,
     save_checkpoint,
 )
-from train.config import LoopConfig
-from train.engine import precision_of
-from train.optim import other_length
+from train.config import LoopConfig, OptimizerConfig
+from train.engine import build_engine, precision_of, split_batch
+from train.optim import other_length, schedule_factor, set_learning_rate
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
 from um3.core.config import to_dict, with_defaults
 from um3.core.distributed import any_rank, bf16_speedup, device, is_main, rank, wait_for_main, world_size
 from um3.core.errors import EXIT_INTERRUPTED, Interrupted, UserError
-from um3.core.metrics import MetricsWriter, Samples, commit, machine, versions
+from um3.core.metrics import NO_SAMPLES, MetricsWriter, Samples, commit, machine, versions
 from um3.core.progress import Progress, peak_gpu_memory_gib, peak_memory_gib
 from um3.core.seeds import seed_everything
 
@@ -43,24 +45,37 @@ LOG_FILE = "train.log"
 """In the phase's folder: what its first process logs, also of earlier starts."""
 
 
-class Task(Protocol):
-    """What a recipe provides to the loop."""
+class Task(ABC):
+    """What a recipe provides to the loop, with what most recipes have in common: one objective in one engine."""
 
+    config: Any
+    objective: nn.Module
+    """The model with its losses; its engine is `engine`."""
     unit: str
     """What a batch consists of, such as "images"."""
     tokens_per_sample: int
     """Tokens (of a tokenizer: patches) of a sample, at most; for the line at the start."""
-    finished: bool
-    """Whether training ends before `loop.max_steps`: nothing is left to improve."""
-    shown: Mapping[str, Samples]
+    shown: Mapping[str, Samples] = NO_SAMPLES
     """Images of the last `evaluate`, by name, for TensorBoard and W&B."""
 
     def modules(self) -> dict[str, Any]:
         """The trained modules by name, before their engines exist."""
+        return {"model": self.objective}
 
     def build_engines(self) -> dict[str, Any]:
         """Build and return the DeepSpeed engines, by the names of `modules`."""
+        config = self.config
+        self.micro_batch_size, self.accumulation = split_batch(config.loop)
+        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
+        return {"model": self.engine}
 
+    def set_rate(self, engine: Any, config: OptimizerConfig, *, step: int) -> float:
+        """Set the learning rate of `step` in an engine's optimizer; return the rate without `module_lr`."""
+        factor = schedule_factor(step, max_steps=self.config.loop.max_steps, config=config)
+        set_learning_rate(engine.optimizer, factor=factor)
+        return config.lr * factor
+
+    @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """Take optimizer step `step` (from 0) on its batch; return flat metrics, `train/loss` among them.
 
@@ -69,16 +84,26 @@ class Task(Protocol):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the evaluations that are due after `step` steps; empty if none is due (a collective call)."""
+        return {}
 
+    @property
+    def finished(self) -> bool:
+        """Whether training ends before `loop.max_steps`: nothing is left to improve."""
+        return False
+
+    @abstractmethod
     def fingerprints(self) -> dict[str, str]:
         """Hashes of what the batches depend on besides the config: data, vocabularies."""
 
+    @abstractmethod
     def state(self, step: int) -> dict[str, Any]:
         """The data state after `step` steps, equal on every rank, for a checkpoint."""
 
+    @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
         """Load a checkpoint's data state; raise UserError if it does not belong to this config."""
 
+    @abstractmethod
     def finish(self, folder: Path) -> dict[str, Any]:
         """Write the finished model below `folder`; return its fingerprints and notes for done.json."""
 

@@ -7,7 +7,6 @@ read from the folder of `make text-features`.
 Legend: B images of this rank, N patches, S sub-tokens of a patch, P = N * S ids of an image, D width, V ids of a slot.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,11 @@ from tokenizer.bits import codes_to_subtokens
 from tokenizer.images import ExternalTokenizer, open_external_tokenizer
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
-from train.engine import autocast, build_engine, split_batch, step_engine
-from train.loop import check_finite
-from train.optim import schedule_factor, set_learning_rate
+from train.engine import autocast, step_engine
+from train.loop import Task, check_finite
 from train.settings.llamagen import LlamaGenShapeConfig, LlamaGenTrainingConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
-from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
 
@@ -82,12 +79,10 @@ class LlamaGenObjective(nn.Module):
         return torch.stack(sums)
 
 
-class LlamaGenTask:
+class LlamaGenTask(Task):
     """Images of the configured sources in exact shares; every id has the same weight."""
 
     unit = "images"
-    finished = False
-    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: LlamaGenTrainingConfig):
         self.config = config
@@ -123,25 +118,12 @@ class LlamaGenTask:
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.objective = LlamaGenObjective(self.model, chunk_tokens=config.chunk_tokens)
-
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.rows.num_patches * self.model.config.subtokens
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective}
-
-    def build_engines(self) -> dict[str, Any]:
-        config = self.config
-        self.micro_images, self.accumulation = split_batch(config.loop)
-        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
-        return {"model": self.engine}
+        self.tokens_per_sample = shape.image_tokens
 
     def train_step(self, step: int) -> dict[str, float]:
         config, shape = self.config, self.model.config
         batch = self.batches.batch(step)
-        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
-        set_learning_rate(self.engine.optimizer, factor=factor)
+        learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         subtokens_BNS = codes_to_subtokens(
             batch.codes_BN, subtokens=shape.subtokens, bits_per_subtoken=shape.bits_per_subtoken
         )
@@ -149,8 +131,8 @@ class LlamaGenTask:
         dropped_B = batch.dropped_B.to(device())
         num_ids = config.loop.batch_size * shape.num_patches  # of one sub-token
         sums_S = torch.zeros(shape.subtokens, device=device())
-        for start in range(0, len(ids_BP), self.micro_images):
-            part = slice(start, start + self.micro_images)
+        for start in range(0, len(ids_BP), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
             cleans = config.clean and not config.text_features
             captions = [clean_caption(text) if cleans else text for text in batch.captions[part]]
             features, mask = self.text_encoder(captions).to(device())
@@ -166,10 +148,7 @@ class LlamaGenTask:
         values = {"train/loss": sum(means) / len(means)}
         values |= {f"train/loss_subtoken_{slot}": mean for slot, mean in enumerate(means)}
         values["train/nats_per_image"] = sum(means) * shape.num_patches
-        return values | {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        return {}
+        return values | {"optim/lr": learning_rate, "optim/grad_norm": norm}
 
     def fingerprints(self) -> dict[str, str]:
         hashes = self.rows.fingerprints()

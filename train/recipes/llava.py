@@ -11,7 +11,6 @@ Legend: B conversations of a micro-batch, T tokens, C, H, W channels and sides o
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,13 @@ from data_mix.prefetch import Prefetch
 from downstream.llava.modeling import Llava, build_llava, load_llava, num_image_tokens, save_options, save_weights
 from downstream.llava.template import Template, chat_template
 from train.checkpoint import each_weight
-from train.engine import autocast, build_engine, precision_of, set_attention, split_batch, step_engine
-from train.loop import check_finite
-from train.optim import schedule_factor, set_learning_rate
+from train.engine import autocast, precision_of, set_attention, step_engine
+from train.loop import Task, check_finite
 from train.settings.llava import LlavaAlignConfig, LlavaInstructConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, wait_for_main, world_size
 from um3.core.errors import UserError
 from um3.core.files import atomic_folder
 from um3.core.hub import load_pretrained
-from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.seeds import seed_everything
 from um3.model.split_softmax import split_softmax_loss
 
@@ -85,15 +82,13 @@ class LlavaObjective(nn.Module):
         return torch.zeros(size, device=self.model.device)
 
 
-class LlavaTask:
+class LlavaTask(Task):
     """Batches of one modality, accumulated to the global batch; every supervised token has the same weight."""
 
     unit = "conversations"
-    finished = False
-    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: LlavaAlignConfig | LlavaInstructConfig):
-        self.config = config
+        self.config, self.tokens_per_sample = config, config.data.max_tokens
         seed_everything(config.loop.seed, "llava weights")
         self.llava, self.dtype = _start(config)
         model, processor = self.llava
@@ -150,26 +145,16 @@ class LlavaTask:
             world_size=world_size(),
         )
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.config.data.max_tokens
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective}
-
     def build_engines(self) -> dict[str, Any]:
-        config = self.config
-        _, self.accumulation = split_batch(config.loop)
         self.buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
-        self.engine = build_engine(self.objective, optimizer=config.schedule, engine=config.engine, loop=config.loop)
+        engines = super().build_engines()
         for name, buffer in self.objective.named_buffers():  # bf16 would round the tables of rotary embeddings
             buffer.data = self.buffers[name].to(buffer.device)
-        return {"model": self.engine}
+        return engines
 
     def train_step(self, step: int) -> dict[str, float]:
         config, batch = self.config, self.batches.batch(step)
-        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.schedule)
-        set_learning_rate(self.engine.optimizer, factor=factor)
+        learning_rate = self.set_rate(self.engine, config.schedule, step=step)
         own = [batch.target_mask_BT[:, 1:].sum(), batch.num_tokens, batch.input_ids_BT.numel(), batch.skipped.total()]
         count, num_tokens, positions, skipped = sum_over_ranks(torch.tensor(own, device=device()).float()).tolist()
         # DeepSpeed averages gradients over ranks and accumulation steps; the loss is the sum / the global count.
@@ -189,7 +174,7 @@ class LlavaTask:
             "data/padding": 1 - num_tokens / positions,
             "data/has_image": float(batch.pixels_BCHW is not None),
             "data/skipped": float(self.skipped),
-            "optim/lr": config.optimizer.lr * factor,
+            "optim/lr": learning_rate,
             "optim/grad_norm": norm,
         }
 
@@ -213,9 +198,6 @@ class LlavaTask:
                 f"{self.skipped:,} of {self.seen:,} conversations could not be used ({reasons}); repair them, or raise "
                 f"data.max_tokens={self.config.data.max_tokens} if their answers do not fit"
             )
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        return {}
 
     def fingerprints(self) -> dict[str, str]:
         return self.rows.fingerprints()

@@ -119,7 +119,7 @@ class Stage1Task(TokenizerTask):
         batch = self.batches.batch(step)
         learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         norms = self._gradient_norms(batch) if config.gradient_norms and config.loop.is_logged(step + 1) else {}
-        starts = range(0, len(batch.captions), self.micro_images)
+        starts = range(0, len(batch.captions), self.micro_batch_size)
         with torch.set_grad_enabled(len(starts) == 1):
             outputs = [self._forward(batch, start=start) for start in starts]
         parts = zip(*(batch_inputs for batch_inputs, _, _ in outputs), strict=True)
@@ -173,9 +173,9 @@ class Stage1Task(TokenizerTask):
         micro_batches = (
             (batch, start)
             for batch in map(self.data.batch, itertools.count())
-            for start in range(0, len(batch.captions), self.micro_images)
+            for start in range(0, len(batch.captions), self.micro_batch_size)
         )
-        count = math.ceil(needed / (world_size() * self.micro_images * num_patches))
+        count = math.ceil(needed / (world_size() * self.micro_batch_size * num_patches))
         with torch.no_grad():
             outputs = [self._forward(batch, start=start) for batch, start in itertools.islice(micro_batches, count)]
         codebook.initialise(
@@ -190,7 +190,7 @@ class Stage1Task(TokenizerTask):
 
     def _forward(self, batch: ImageBatch, *, start: int, with_engine: bool = True) -> Outputs:
         """The objective on the micro-batch whose first image is `start`."""
-        chosen = slice(start, start + self.micro_images)
+        chosen = slice(start, start + self.micro_batch_size)
         pixels_BCHW = self.processor.pixels(batch.images_BHWC[chosen].to(device()))  # bytes to floats on the GPU
         input_ids_BT = self.processor.text(batch.captions[chosen])["input_ids"].to(device())
         with autocast(self.config.engine):

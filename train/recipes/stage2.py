@@ -104,7 +104,7 @@ class Stage2Task(TokenizerTask):
         if self.discriminator is not None:
             self.set_rate(self.discriminator_engine, config.discriminator_optimizer, step=step)
         micro_values: list[dict[str, float]] = []
-        for images_BHWC in batch.images_BHWC.split(self.micro_images):
+        for images_BHWC in batch.images_BHWC.split(self.micro_batch_size):
             pixels_BCHW = self.processor.pixels(images_BHWC.to(device()))
             values, reconstructed_BCHW = self._generator_step(pixels_BCHW, step=step, source=source)
             if self.discriminator is not None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data_mix.batches.image_batches import ImageBatch, ImageBatches
 from data_mix.prefetch import Prefetch
@@ -15,26 +14,23 @@ from data_mix.samples import ImageSource
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from train.checkpoint import full_weights
-from train.engine import build_engine, precision_of, split_batch
-from train.optim import schedule_factor, set_learning_rate
+from train.engine import precision_of
+from train.loop import Task
 from train.recipes.image_validation import ImageValidation
 from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import is_main, rank, world_size
 from um3.core.files import atomic_folder
-from um3.core.metrics import NO_SAMPLES, Samples
+from um3.core.metrics import NO_SAMPLES
 
 logger = logging.getLogger(__name__)
 
 SHOWN_KEYS = 8
 
 
-class TokenizerTask:
-    """Base of `Stage1Task` and `Stage2Task` (see `train.loop.Task`), which set `objective`: QLIP and its losses."""
+class TokenizerTask(Task):
+    """Base of `Stage1Task` and `Stage2Task`, which set `objective`: QLIP and its losses."""
 
     unit = "images"
-    finished = False
-    shown: Mapping[str, Samples] = NO_SAMPLES
-    objective: nn.Module
 
     def __init__(
         self,
@@ -45,6 +41,7 @@ class TokenizerTask:
         sources: list[ImageSource],
     ):
         self.config, self.qlip, self.processor = config, qlip, processor
+        self.tokens_per_sample = qlip.num_patches
         # DeepSpeed broadcasts parameters as bytes, which it cannot do with the 0-dimensional logit scale.
         qlip.logit_scale.data = qlip.logit_scale.data.reshape(1)
         if config.engine.activation_checkpointing:
@@ -64,28 +61,12 @@ class TokenizerTask:
         self.skipped, self._not_summed = Counter[str](), Counter[str]()
         self.validation = ImageValidation(config, processor=processor) if config.validation.every_steps else None
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.qlip.num_patches
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective}
-
     def build_engines(self) -> dict[str, Any]:
-        loop, engine = self.config.loop, self.config.engine
         frozen = {name: weight for name, weight in self.qlip.named_parameters() if not weight.requires_grad}
         # bf16-true rounds frozen weights too, but the saved model has them as they were.
-        rounds = precision_of(engine) == "bf16-true"
+        rounds = precision_of(self.config.engine) == "bf16-true"
         self._frozen = {name: weight.detach().cpu().clone() for name, weight in frozen.items()} if rounds else {}
-        self.micro_images, _ = split_batch(loop)
-        self.engine = build_engine(self.objective, optimizer=self.config.optimizer, engine=engine, loop=loop)
-        return {"model": self.engine}
-
-    def set_rate(self, engine: Any, config: Any, *, step: int) -> float:
-        """Set the learning rate of `step` in an engine's optimizer; return the rate without `module_lr`."""
-        factor = schedule_factor(step, max_steps=self.config.loop.max_steps, config=config)
-        set_learning_rate(engine.optimizer, factor=factor)
-        return float(config.lr * factor)
+        return super().build_engines()
 
     def skipped_metrics(self, skipped: Mapping[tuple[str, str], int], *, step: int) -> dict[str, float]:
         """Count a batch's skipped samples; return those of the run as metrics of a logged step (a collective call)."""
@@ -108,7 +89,7 @@ class TokenizerTask:
         if validation is None or (step % self.config.validation.every_steps and step != loop.max_steps):
             self.shown = NO_SAMPLES
             return {}
-        values = validation.measure(self.engine, micro_images=self.micro_images)
+        values = validation.measure(self.engine, micro_images=self.micro_batch_size)
         self.shown = validation.shown
         return values
 

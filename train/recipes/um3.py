@@ -28,15 +28,14 @@ from data_mix.samples import BadSample
 from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import each_weight
-from train.engine import autocast, build_engine, set_attention, split_batch, step_engine
-from train.loop import check_finite
-from train.optim import schedule_factor, set_learning_rate
+from train.engine import autocast, set_attention, step_engine
+from train.loop import Task, check_finite
 from train.recipes.evaluation import Evaluation
 from train.recipes.text_validation import TextValidation
 from train.recipes.um3_start import UM3Start
 from train.settings.um3 import UM3Config, UM3LossConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
-from um3.core.metrics import NO_SAMPLES, Samples
+from um3.core.metrics import NO_SAMPLES
 from um3.core.seeds import seed_everything
 from um3.model.language_model import save_model
 from um3.model.lora import freeze_base, merge, save_adapter
@@ -148,16 +147,14 @@ class UM3Objective(nn.Module):
         return outputs.last_hidden_state.view_as(embeddings_BTD)
 
 
-class UM3Task:
+class UM3Task(Task):
     """Sequences of the scheduled mix, accumulated to the global batch; every target of a half has the same weight."""
 
     unit = "samples"
-    finished = False
-    shown: Mapping[str, Samples] = NO_SAMPLES
     batches_of: type[SequenceBatches] = SequenceBatches
 
     def __init__(self, config: UM3Config):
-        self.config = config
+        self.config, self.tokens_per_sample = config, config.data.seq_len
         qlip = load_qlip(config.visual_tokenizer)
         self.fingerprint = qlip.fingerprint()
         start = UM3Start(config, qlip=qlip, texts=self._vocabulary_texts())
@@ -211,26 +208,12 @@ class UM3Task:
             for conversation in usable(open_conversations(source, split="train"), VOCABULARY_CONVERSATIONS):
                 yield from map("".join, turn_texts(conversation.turns))
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.config.data.seq_len
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective}
-
-    def build_engines(self) -> dict[str, Any]:
-        config = self.config
-        _, self.accumulation = split_batch(config.loop)
-        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
-        return {"model": self.engine}
-
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         if self.text_validation is not None and self.text_validation.start_loss is None:
             self.text_validation.start_loss = self.text_validation.loss(self.engine)
         batch = self.batches.batch(step)
-        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
-        set_learning_rate(self.engine.optimizer, factor=factor)
+        learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         supervised_BT = batch.target_mask_BT[:, 1:]
         is_text_BT = batch.input_ids_BT[:, 1:] < self.ids.text_vocab_size
         visual = (supervised_BT & ~is_text_BT).sum() * self.ids.subtokens_per_id
@@ -254,7 +237,7 @@ class UM3Task:
             sums_4 += parts_4.detach()
         values = self._loss_metrics(batch, sums_4=sum_over_ranks(sums_4), counts_2=counts_2)
         values |= self._mix_metrics(batch, step=step)
-        return values | {"optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
+        return values | {"optim/lr": learning_rate, "optim/grad_norm": norm}
 
     def _loss_metrics(self, batch: SequenceBatch, *, sums_4: torch.Tensor, counts_2: torch.Tensor) -> dict[str, float]:
         weights = {"text": self.config.loss.text_weight, "visual": self.config.loss.visual_weight}

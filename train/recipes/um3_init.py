@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,14 @@ from data_mix.samples import Split
 from data_mix.sources.files import looks_like_hub
 from tokenizer.modeling import load_qlip
 from train.checkpoint import full_weights
-from train.engine import autocast, build_engine, split_batch, step_engine
-from train.loop import check_finite
-from train.optim import schedule_factor, set_learning_rate
+from train.engine import autocast, step_engine
+from train.loop import Task, check_finite
 from train.recipes.um3_start import calibration_length, with_qk_norm
 from train.settings.um3 import UM3InitConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError, make_command
 from um3.core.files import short_hash
 from um3.core.hub import weights_digest
-from um3.core.metrics import NO_SAMPLES, Samples
 from um3.core.progress import track
 from um3.model.extend import check_vocabulary, extend_model, load_base, load_base_tokenizer, read_base_config
 from um3.model.language_model import QLIP_FOLDER, count_parameters, save_model
@@ -71,11 +69,10 @@ class DistillationObjective(nn.Module):
         return F.kl_div(student_XV, teacher_XV, log_target=True, reduction="sum")
 
 
-class UM3InitTask:
+class UM3InitTask(Task):
     """The base with an inserted normalisation, distilled on text, then extended by the image tokens."""
 
     unit = "sequences"
-    shown: Mapping[str, Samples] = NO_SAMPLES
 
     def __init__(self, config: UM3InitConfig) -> None:
         self.config = config
@@ -84,7 +81,7 @@ class UM3InitTask:
         check_vocabulary(self.entries, rows=stored.vocab_size)
         self.ids = _vocabulary(config, text_tokenizer=self.text_tokenizer)
         self.inserts = inserts_qk_norm(stored, qk_norm=config.qk_norm)
-        self.seq_len = min(config.data.seq_len, stored.max_position_embeddings)
+        self.seq_len = self.tokens_per_sample = min(config.data.seq_len, stored.max_position_embeddings)
         self.measured = self._sequences(config.data.num_sequences, split="val")
         base = load_base(config.base_model).to(device())  # type: ignore[arg-type]
         self.base = base.requires_grad_(False)
@@ -131,27 +128,17 @@ class UM3InitTask:
         last = self.divergences[-2:]
         return not self.inserts or (len(last) == 2 and last[1] > (1 - SMALLEST_GAIN) * last[0])
 
-    @property
-    def tokens_per_sample(self) -> int:
-        return self.seq_len
-
     def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.objective} if self.inserts else {}
+        return super().modules() if self.inserts else {}
 
     def build_engines(self) -> dict[str, Any]:
-        if not self.inserts:
-            return {}
-        config = self.config
-        _, self.accumulation = split_batch(config.loop)
-        self.engine = build_engine(self.objective, optimizer=config.optimizer, engine=config.engine, loop=config.loop)
-        return {"model": self.engine}
+        return super().build_engines() if self.inserts else {}
 
     def train_step(self, step: int) -> dict[str, float]:
         config, size = self.config, self.config.loop.batch_size
         if not self.divergences:
             self.divergences.append(self._measure())
-        factor = schedule_factor(step, max_steps=config.loop.max_steps, config=config.optimizer)
-        set_learning_rate(self.engine.optimizer, factor=factor)
+        learning_rate = self.set_rate(self.engine, config.optimizer, step=step)
         batch = self.sequences[step * size : (step + 1) * size]
         own, count, total = batch[rank() :: world_size()], num_positions(batch), torch.zeros((), device=device())
         for part in range(self.accumulation):
@@ -162,7 +149,7 @@ class UM3InitTask:
             norm = step_engine(self.engine)
             total += loss.detach()
         mean = float(sum_over_ranks(total)) / count
-        return {"train/loss": mean, "optim/lr": config.optimizer.lr * factor, "optim/grad_norm": norm}
+        return {"train/loss": mean, "optim/lr": learning_rate, "optim/grad_norm": norm}
 
     def _divergence(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
         padded = lay_out(sequences, seq_len=self.seq_len, packed=False, pad_id=self.ids.pad_id)
