@@ -54,10 +54,7 @@ def stage2_flops(qlip_config: QLIPConfig, config: Stage2Config) -> dict[str, int
             distance(fake_BCHW, pixels_BCHW).backward()
         flops["perceptual"] = counter.get_total_flops()
     if config.loss.adversarial > 0:
-        shape, image_size = config.discriminator, vision.image_size
-        discriminator = build_discriminator(
-            shape.kind, channels=shape.channels, num_layers=shape.num_layers, image_size=image_size
-        ).to("meta")
+        discriminator = build_discriminator(**vars(config.discriminator), image_size=vision.image_size).to("meta")
         with FlopCounterMode(display=False) as counter:
             discriminator.requires_grad_(False)
             discriminator(fake_BCHW).sum().backward()

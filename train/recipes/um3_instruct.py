@@ -50,11 +50,9 @@ def um3_config(config: UM3InstructConfig) -> UM3Config:
     folder = model_folder(config.init_from, kind="UM3 model")
     stored = read_json(folder / "config.json")
     ids = UnifiedVocabulary.from_dict(stored.get("um3"), where=folder / "config.json")
+    shared = {name: section for name, section in vars(config).items() if name != "init_from"}
     return UM3Config(
-        loop=config.loop,
-        engine=config.engine,
-        optimizer=config.optimizer,
-        loss=config.loss,
+        **shared,
         model=ModelConfig(base_model=str(folder), qk_norm=stored.get("model_type") == "qwen3"),
         vocabulary=VocabularyConfig(
             subtokens=ids.subtokens,
@@ -62,9 +60,6 @@ def um3_config(config: UM3InstructConfig) -> UM3Config:
             prediction="depth" if ids.depth_layers else "flat",
             depth_layers=ids.depth_layers or 1,
         ),
-        data=config.data,
-        text_validation=config.text_validation,
-        evaluate=config.evaluate,
         visual_tokenizer=str(folder / QLIP_FOLDER),
     )
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from data_mix.batches.config import AugmentConfig
 from data_mix.sources.image_sources import ImageSourceConfig
+from eval.config import PerceptualConfig
 from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
@@ -195,14 +196,6 @@ class Stage2LossConfig:
 
 
 @dataclass
-class PerceptualConfig:
-    """Weight files of LPIPS-VGG; both empty: a distance in the features of a seeded random network."""
-
-    backbone: str = ""
-    heads: str = ""
-
-
-@dataclass
 class DiscriminatorConfig:
     """Shape of the discriminator: PatchGAN, or StyleGAN2's residual one."""
 
@@ -221,6 +214,7 @@ class Stage2Config:
     discriminator_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
     loss: Stage2LossConfig = field(default_factory=Stage2LossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """Without the two files: a distance in the features of a seeded random network."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     init_from: str = ""
     """QLIP folder or hub id to start from, such as runs/demo/stage1/model."""

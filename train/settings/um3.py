@@ -115,8 +115,7 @@ class UM3Config:
     def __post_init__(self) -> None:
         if self.freezes_base and not self.model.base_model:
             raise ValueError("lora.rank and trainable=new_rows freeze a trained base; set model.base_model")
-        intervals = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
-        check_intervals(self.loop, **intervals)
+        check_intervals(self.loop, text_validation=self.text_validation.every_steps, evaluate=self.evaluate.every_steps)
         Sampling(**as_options(self.image_sampling, where="image_sampling: "))
 
     def inputs(self) -> dict[str, str]:
@@ -151,8 +150,7 @@ class UM3InstructConfig:
     """UM3 folder or hub id to start from, such as runs/demo/um3/model."""
 
     def __post_init__(self) -> None:
-        intervals = {"text_validation": self.text_validation.every_steps, "evaluate": self.evaluate.every_steps}
-        check_intervals(self.loop, **intervals)
+        check_intervals(self.loop, text_validation=self.text_validation.every_steps, evaluate=self.evaluate.every_steps)
 
     def inputs(self) -> dict[str, str]:
         """Fingerprint of the model that training starts from; another model makes another run."""
