@@ -4,19 +4,25 @@ A permutation per source and epoch, exact counts of every batch by error diffusi
 """
 
 import functools
+import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from data_mix.samples import BadSample
 from data_mix.sources.hub_streaming import hub_stream
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
 
+logger = logging.getLogger(__name__)
+
 # Shares are integers in units of 2^-40, so that sums over a whole run are exact. Rounding a share to this unit
 # moves the count of its class by 0.004 samples after 8 billion samples (120,000 batches of 65,536).
 SHARE_UNIT = 2**40
+ReadT = TypeVar("ReadT")
 
 
 class SampleOrder:
@@ -26,6 +32,7 @@ class SampleOrder:
         if length < 1:
             raise UserError(f"source '{name}' is empty; check its path, or remove it from the config")
         self.length, self.seed, self.name = length, seed, name
+        self._bad: dict[int, str] = {}
         # Two epochs: a batch, or the one prepared in advance, may cross the border between them.
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
@@ -42,6 +49,24 @@ class SampleOrder:
         epoch_start = draw - draw % self.length
         for tries in range(self.length):
             yield self.index(epoch_start + (draw + tries) % self.length)
+
+    def first_usable(self, draw: int, read: Callable[[int], ReadT], *, what: str) -> tuple[ReadT, list[str]]:
+        """`read` of the first of `substitutes` for which it does not raise BadSample, and why it skipped others.
+
+        A sample that cannot be used is read once only. UserError if none can be; it calls a sample `what`.
+        """
+        reasons: list[str] = []
+        for index in self.substitutes(draw):
+            if index not in self._bad:
+                try:
+                    return read(index), reasons
+                except BadSample as error:
+                    if error.reason not in self._bad.values():
+                        logger.warning("%s: skipping %s %d and others like it: %s", self.name, what, index, error)
+                    self._bad[index] = error.reason
+            reasons.append(self._bad[index])
+        counts = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
+        raise UserError(f"none of the {self.length} {what}s of '{self.name}' can be used ({counts}); check its files")
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
         kind = np.uint32 if self.length <= 2**32 else np.uint64
@@ -128,6 +153,12 @@ def fixed_shares(weights: Sequence[float], *, of: str = "") -> tuple[int, ...]:
     # The rounding error goes to the largest.
     shares[shares.index(max(shares))] += SHARE_UNIT - sum(shares)
     return tuple(shares)
+
+
+def fixed_counts(weights: Sequence[float], *, batch_size: int, of: str = "") -> ExactCounts:
+    """`ExactCounts` of batches of one size whose shares are always `fixed_shares`; raises as that does."""
+    shares = fixed_shares(weights, of=of)
+    return ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
 
 
 def interleave(counts: Sequence[int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from data_mix.batches.config import ChatDataConfig
 from data_mix.batches.mix import NUM_SPECIAL_TOKENS, SequenceBatch, SequenceBatches
 from data_mix.codes.shards import CodeShards, open_code_sources
 from data_mix.conversations import MAX_UNUSABLE, ConversationSource, open_conversations
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, of_class, rank_positions
+from data_mix.order import SampleOrder, fixed_counts, interleave, of_class, rank_positions
 from data_mix.samples import BadSample, Split
 from data_mix.sources.bad_files import BadFiles
 from um3.core.errors import UserError
@@ -139,9 +139,8 @@ class ChatBatches(SequenceBatches):
         sources = config.conversations
         self.chats = join_codes(sources, codes=config.codes, fingerprint=options.get("fingerprint"))
         self.chat_keys = [f"{CHAT}/{source.name}" for source in sources]
-        shares = fixed_shares([source.weight for source in sources], of=f"conversations {[*self.chats]}")
-        self.counts[CHAT] = ExactCounts(lambda _: shares, batch_size=lambda _: num_chats)
-        self.chat_shares = [share / SHARE_UNIT * num_chats for share in shares]
+        weights, names = [source.weight for source in sources], f"conversations {[*self.chats]}"
+        self.counts[CHAT] = fixed_counts(weights, batch_size=num_chats, of=names)
         for key, chats in zip(self.chat_keys, self.chats.values(), strict=True):
             self.orders[key] = SampleOrder(len(chats), seed=self.seed, name=key)
         self.keys += self.chat_keys
@@ -165,7 +164,7 @@ class ChatBatches(SequenceBatches):
         )
 
     def scheduled(self, step: int) -> dict[str, float]:
-        due = [share * step for share in self.chat_shares]
+        due = self.counts[CHAT].due(step)
         return super().scheduled(step) | {CHAT: sum(due)} | dict(zip(self.chat_keys, due, strict=True))
 
     def fingerprints(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_mix.batches.config import CodeDataConfig
 from data_mix.codes.shards import CodedSample, open_code_sources
-from data_mix.order import ExactCounts, SampleOrder, check_state, fixed_shares, rank_positions
+from data_mix.order import SampleOrder, check_state, fixed_counts, rank_positions
 from data_mix.samples import BadSample
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
@@ -50,8 +50,8 @@ class CodeBatches:
         if unknown := sorted(weights.keys() - self.images.keys()):
             raise UserError(f"data.image_weights names the unknown source '{unknown[0]}'; known: {list(self.images)}")
         self.names = sorted(weights)
-        shares = fixed_shares([weights[name] for name in self.names], of=str(self.names))
-        self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
+        shares = [weights[name] for name in self.names]
+        self.counts = fixed_counts(shares, batch_size=batch_size, of=str(self.names))
         self.orders = {name: SampleOrder(len(self.images[name]), seed=seed, name=name) for name in self.names}
 
     @property

@@ -10,7 +10,6 @@ Shape legend: B = sequences of this rank, T = tokens of the longest of them, C, 
 """
 
 import functools
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data_mix.conversations import MAX_UNUSABLE, Conversation, ConversationSource
-from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
+from data_mix.order import SampleOrder, fixed_counts, rank_positions
 from data_mix.samples import BadSample
 from data_mix.sources.bad_files import BadFiles
 from downstream.llava.template import LlavaSequence, Template
@@ -32,8 +31,6 @@ from um3.core.errors import UserError
 from um3.core.files import atomic_file, short_hash
 from um3.core.progress import Progress
 from um3.core.seeds import numpy_generator
-
-logger = logging.getLogger(__name__)
 
 SIGNS = {"image": 1, "text": -1}
 """The modalities, and the sign of the words of their conversations (`count_words`)."""
@@ -68,7 +65,6 @@ class Pool:
     def __init__(self, source: ConversationSource, *, indices: np.ndarray, words: np.ndarray, order: SampleOrder):
         """indices, words: of its conversations. order: theirs."""
         self.source, self.indices, self.words, self.order = source, indices, words, order
-        self.bad: dict[int, str] = {}
 
     def length(self, draw: int) -> int:
         """Words of the conversation of a draw."""
@@ -107,9 +103,9 @@ class ConversationBatches:
                     order = SampleOrder(len(indices), seed=seed, name=f"{name}/{kind}")
                     self.pools[kind].append(Pool(source, indices=indices, words=sign * words[indices], order=order))
                     shares[kind].append(weight * len(indices) / int(np.count_nonzero(words)))
-        of_modalities = fixed_shares([sum(shares[kind]) for kind in SIGNS], of=f"conversations {[*sources]}")
-        self.batches = ExactCounts(lambda _: of_modalities, batch_size=lambda _: 1)
-        self.counts = {kind: _counts(share, batch_size=batch_size) for kind, share in shares.items() if sum(share)}
+        of_modalities = [sum(shares[kind]) for kind in SIGNS]
+        self.batches = fixed_counts(of_modalities, batch_size=1, of=f"conversations {[*sources]}")
+        self.counts = {kind: fixed_counts(share, batch_size=batch_size) for kind, share in shares.items() if sum(share)}
         self._window = functools.lru_cache(maxsize=4)(self._draw_window)
 
     def modality(self, step: int) -> tuple[str, int]:
@@ -156,26 +152,17 @@ class ConversationBatches:
         self, pool: Pool, draw: int, *, has_image: bool, skipped: Counter[str]
     ) -> tuple[LlavaSequence, Tensor | None, str]:
         """Sequence, pixels and key of a draw; an unusable conversation is replaced by the next of the epoch."""
-        for place in pool.order.substitutes(draw):
-            if place not in pool.bad:
-                try:
-                    return self._usable(pool.source, int(pool.indices[place]), has_image=has_image)
-                except BadSample as error:
-                    if error.reason not in pool.bad.values():
-                        logger.warning("%s: skipping a conversation and others like it: %s", pool.order.name, error)
-                    pool.bad[place] = error.reason
-            skipped[pool.bad[place]] += 1
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(pool.bad.values()).most_common())
-        raise UserError(f"{pool.order.name}: none of its {len(pool.indices)} conversations can be used ({reasons})")
 
-    def _usable(
-        self, source: ConversationSource, index: int, *, has_image: bool
-    ) -> tuple[LlavaSequence, Tensor | None, str]:
-        conversation = source[index]
-        sequence = self.template(conversation.turns, has_image=has_image)
-        if not sequence.target_mask_T[1:].any():
-            raise BadSample(NO_ANSWER, detail=f"{conversation.key}: {self.template.max_tokens} tokens")
-        return sequence, self._image(source, conversation) if has_image else None, conversation.key
+        def read(place: int) -> tuple[LlavaSequence, Tensor | None, str]:
+            conversation = pool.source[int(pool.indices[place])]
+            sequence = self.template(conversation.turns, has_image=has_image)
+            if not sequence.target_mask_T[1:].any():
+                raise BadSample(NO_ANSWER, detail=f"{conversation.key}: {self.template.max_tokens} tokens")
+            return sequence, self._image(pool.source, conversation) if has_image else None, conversation.key
+
+        row, reasons = pool.order.first_usable(draw, read, what="conversation")
+        skipped.update(reasons)
+        return row
 
     def _image(self, source: ConversationSource, conversation: Conversation) -> Tensor:
         image = Image.fromarray(source.read_image(conversation))
@@ -214,8 +201,3 @@ def count_words(name: str, source: ConversationSource, *, cache: Path) -> np.nda
 
     counted: Any = np.load(make_once(path, make), allow_pickle=False)
     return np.asarray(counted)
-
-
-def _counts(weights: list[float], *, batch_size: int) -> ExactCounts:
-    shares = fixed_shares(weights)
-    return ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)

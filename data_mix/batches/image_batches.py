@@ -3,7 +3,6 @@
 Shape legend: B = images of this rank, H, W = height and width in pixels, C = 3 colour channels.
 """
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,10 @@ import torch
 from PIL import Image, ImageEnhance
 
 from data_mix.batches.config import AugmentConfig
-from data_mix.order import ExactCounts, SampleOrder, fixed_shares, rank_positions
-from data_mix.samples import BadSample, CaptionChoice, ImageSource, Sample
+from data_mix.order import SampleOrder, fixed_counts, rank_positions
+from data_mix.samples import CaptionChoice, ImageSource
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
-
-logger = logging.getLogger(__name__)
 
 SIDES = re.compile(r"(?i)\b(left|right)")
 NOTHING = AugmentConfig()
@@ -36,30 +33,6 @@ class ImageBatch(NamedTuple):
     keys: list[str]
     sources: list[str]
     skipped: Mapping[tuple[str, str], int]
-
-
-class ImageReader:
-    """Reads a source in its order; an unusable sample is replaced by the next usable one of the same epoch."""
-
-    def __init__(self, source: ImageSource, *, seed: int) -> None:
-        self.source = source
-        self.order = SampleOrder(len(source), seed=seed, name=source.name)
-        self._bad: dict[int, str] = {}
-
-    def read(self, draw: int, *, skipped: Counter[tuple[str, str]]) -> Sample:
-        """The sample of the `draw`-th turn; those skipped on the way are added to `skipped`. UserError if all are."""
-        for index in self.order.substitutes(draw):
-            if index not in self._bad:
-                try:
-                    return self.source[index]
-                except BadSample as error:
-                    if error.reason not in self._bad.values():
-                        logger.warning("%s: skipping sample %d and others like it: %s", self.source.name, index, error)
-                    self._bad[index] = error.reason
-            skipped[self.source.name, self._bad[index]] += 1
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(self._bad.values()).most_common())
-        samples = f"{self.order.length} samples of image source '{self.source.name}'"
-        raise UserError(f"none of the {samples} can be used ({reasons}); check its files")
 
 
 class ImageBatches:
@@ -88,18 +61,19 @@ class ImageBatches:
             raise UserError("no image sources are given; name at least one in the config's list of images")
         if len(set(names)) < len(names):
             raise UserError(f"image sources {names}: give each its own name")
-        shares = fixed_shares(weights or [float(len(source)) for source in sources], of=f"image sources {names}")
-        self.batch_size, self.seed, self.caption, self.augment = batch_size, seed, caption, augment
+        weights = weights or [float(len(source)) for source in sources]
+        self.counts = fixed_counts(weights, batch_size=batch_size, of=f"image sources {names}")
+        self.seed, self.caption, self.augment = seed, caption, augment
         self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
-        self.readers = [ImageReader(source, seed=seed) for source in sources]
-        self.counts = ExactCounts(lambda _: shares, batch_size=lambda _: batch_size)
+        self.sources = sources
+        self.orders = [SampleOrder(len(source), seed=seed, name=source.name) for source in sources]
 
     def describe(self, *, num_steps: int) -> str:
         """How often training reads an image of each source, in one line."""
         parts = []
-        for reader, rate in zip(self.readers, self.counts.due(1), strict=True):
-            length = len(reader.source)
-            part = f"{reader.source.name}: {length:,} images, each read {rate * num_steps / length:,.1f} times"
+        for source, rate in zip(self.sources, self.counts.due(1), strict=True):
+            length = len(source)
+            part = f"{source.name}: {length:,} images, each read {rate * num_steps / length:,.1f} times"
             parts.append(part + f" and {rate / length:.1f} times a batch; a smaller batch is enough" * (rate > length))
         return "; ".join(parts)
 
@@ -108,8 +82,9 @@ class ImageBatches:
         skipped: Counter[tuple[str, str]] = Counter()
         images, samples, captions, sources = [], [], [], []
         for position, (number, draw) in zip(self.positions, self.counts.draws(step, self.positions), strict=True):
-            reader = self.readers[number]
-            sample = reader.read(draw, skipped=skipped)
+            source = self.sources[number]
+            sample, reasons = self.orders[number].first_usable(draw, source.__getitem__, what="sample")
+            skipped.update((source.name, reason) for reason in reasons)
             samples.append(sample)
             draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)
             captions.append(sample.captions[draw % len(sample.captions)])
@@ -118,13 +93,13 @@ class ImageBatches:
                 draw = derive_seed(self.seed, "augment", step, position)
                 image_HWC = augmented(image_HWC, self.augment, caption=captions[-1], seed=draw)
             images.append(image_HWC)
-            sources.append(reader.source.name)
+            sources.append(source.name)
         images_BHWC = torch.from_numpy(np.stack(images))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
 
     def fingerprints(self) -> dict[str, str]:
         """Hash of what each source's list of samples depends on, by "images/SOURCE", to verify a resumed run."""
-        return {f"images/{reader.source.name}": reader.source.fingerprint() for reader in self.readers}
+        return {f"images/{source.name}": source.fingerprint() for source in self.sources}
 
 
 def augmented(image_HWC: np.ndarray, augment: AugmentConfig, *, caption: str, seed: int) -> np.ndarray:

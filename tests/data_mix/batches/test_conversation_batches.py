@@ -130,7 +130,7 @@ def test_answers_outside_the_window_are_skipped_and_none_left_is_an_error(make, 
         skipped += batches.batch(step).skipped
     assert set(skipped) == {NO_ANSWER}
     (tmp_path / "conversations.json").write_text(json.dumps(entries[-1:] * 200))
-    with pytest.raises(UserError, match=rf"none of its 200 conversations.*{NO_ANSWER} \(200\)"):
+    with pytest.raises(UserError, match=rf"none of the 200 conversations.*{NO_ANSWER} \(200\)"):
         make().batch(0)
 
 

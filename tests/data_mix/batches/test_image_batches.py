@@ -74,7 +74,7 @@ def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> No
 
     part = opened(rank=3, world_size=4)
     part.batch(0)
-    assert 3 <= sum(reader.source.num_read for reader in part.readers) < 6, "a rank reads only its own samples"
+    assert 3 <= sum(source.num_read for source in part.sources) < 6, "a rank reads only its own samples"
     uninterrupted = opened()
     batches = [uninterrupted.batch(step) for step in range(12)]
     assert batches[0].keys != batches[3].keys
