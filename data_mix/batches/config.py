@@ -1,11 +1,12 @@
 """The configs of UM3's and LLaVA's data, without torch: a command that only reads configs starts faster."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from data_mix.batches.schedule import MixConfig
 from data_mix.samples import CaptionChoice
-from data_mix.sources.config import ConversationSourceConfig, TextSourceConfig
+from data_mix.sources.config import ConversationSourceConfig, SourceConfig, TextSourceConfig
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share
 from um3.model.configuration import Supervision
 
@@ -59,9 +60,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.text_seq_len and not 2 <= self.text_seq_len <= self.seq_len:
             raise ValueError(f"data.text_seq_len={self.text_seq_len}: 0, or from 2 to data.seq_len={self.seq_len}")
-        names = [source.name for source in self.texts]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data.texts have the names {names}; give each source its own name")
+        check_names("data.texts", self.texts)
 
 
 @dataclass
@@ -91,7 +90,7 @@ class ChatDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names(self.conversations)
+        check_names("data.conversations", self.conversations)
 
 
 @dataclass
@@ -110,11 +109,11 @@ class LlavaDataConfig:
     pad_to_square: bool = True
 
     def __post_init__(self) -> None:
-        check_names(self.conversations)
+        check_names("data.conversations", self.conversations)
 
 
-def check_names(conversations: list[ConversationSourceConfig]) -> None:
-    """ValueError if two sources have one name."""
-    names = [source.name for source in conversations]
+def check_names(key: str, sources: Sequence[SourceConfig]) -> None:
+    """ValueError, which names the `key` of the sources, if two of them have one name."""
+    names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"data.conversations have the names {names}; give each source its own name")
+        raise ValueError(f"{key} have the names {names}; give each source its own name")
