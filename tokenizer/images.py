@@ -7,7 +7,7 @@ import functools
 import hashlib
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
 from um3.core.images import to_square
-from um3.core.progress import Progress
+from um3.core.progress import batches
 from um3.core.seeds import numpy_generator
 
 Images = NDArray | Sequence[Image.Image]
@@ -170,7 +170,7 @@ def encode_images(
 ) -> Tensor:
     """All images -> codes int64 (B, N), `batch_size` at a time; a `label` shows the progress."""
     codes = [torch.empty(0, tokenizer.num_codes, dtype=torch.int64)]
-    for batch in _batches(len(images), batch_size=batch_size, label=label):
+    for batch in batches(len(images), batch_size=batch_size, label=label):
         codes.append(tokenizer.encode(images[batch]))  # type: ignore[arg-type]
     return torch.cat(codes)
 
@@ -181,7 +181,7 @@ def decode_codes(
     """All codes (B, N) -> images uint8 (B, H, W, 3), `batch_size` at a time; a `label` shows the progress."""
     size = tokenizer.image_size
     images_BHWC = np.empty((len(codes_BN), size, size, 3), dtype=np.uint8)
-    for batch in _batches(len(codes_BN), batch_size=batch_size, label=label):
+    for batch in batches(len(codes_BN), batch_size=batch_size, label=label):
         images_BHWC[batch] = tokenizer.decode(codes_BN[batch])
     return images_BHWC
 
@@ -189,20 +189,12 @@ def decode_codes(
 @torch.no_grad()
 def embed_images(images: Images, *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
     """All images, uint8 (B, H, W, 3) or PIL images -> l2-normalised embeddings (B, P), float32 on the CPU."""
-    batches = (processor.pixels(images[batch]) for batch in _batches(len(images), batch_size=EMBEDDING_BATCH))
-    return torch.cat([model.get_image_features(x.to(model.device, model.dtype)).float().cpu() for x in batches])
+    parts = (processor.pixels(images[batch]) for batch in batches(len(images), batch_size=EMBEDDING_BATCH))
+    return torch.cat([model.get_image_features(x.to(model.device, model.dtype)).float().cpu() for x in parts])
 
 
 @torch.no_grad()
 def embed_texts(texts: Sequence[str], *, model: QLIPModel, processor: QLIPProcessor) -> Tensor:
     """All texts -> l2-normalised embeddings (T, P), float32 on the CPU."""
-    batches = (processor.text(texts[batch])["input_ids"] for batch in _batches(len(texts), batch_size=EMBEDDING_BATCH))
-    return torch.cat([model.get_text_features(ids_BT.to(model.device)).float().cpu() for ids_BT in batches])
-
-
-def _batches(count: int, *, batch_size: int, label: str = "") -> Iterator[slice]:
-    progress = Progress(count, label=label) if label else None
-    for start in range(0, count, batch_size):
-        yield slice(start, start + batch_size)
-        if progress:
-            progress.advance(min(batch_size, count - start))
+    parts = (processor.text(texts[batch])["input_ids"] for batch in batches(len(texts), batch_size=EMBEDDING_BATCH))
+    return torch.cat([model.get_text_features(ids_BT.to(model.device)).float().cpu() for ids_BT in parts])

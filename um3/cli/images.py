@@ -145,22 +145,18 @@ def decode(
     pipeline = um3.load()
     import torch
 
+    from um3.inference.chat import check_codes
     from um3.inference.image_io import save_png
 
-    ids, fingerprint = pipeline.ids, pipeline.fingerprint
+    codes, fingerprint = list[torch.Tensor](), pipeline.fingerprint
     for number, row in rows.items():
         if (other := row.get("tokenizer", fingerprint)) != fingerprint:
             raise UserError(
                 f"line {number}: the codes belong to the tokenizer {str(other)[:40]}, this model's is {fingerprint}"
             )
-        is_code = [type(code) is int and 0 <= code < 1 << ids.num_bits for code in row["codes"]]
-        if len(is_code) != ids.num_patches or not all(is_code):
-            raise UserError(
-                f"line {number}: 'codes' must be a list of {ids.num_patches} integers from 0 to 2**{ids.num_bits} - 1"
-            )
+        codes.append(check_codes(row["codes"], ids=pipeline.ids, where=f"line {number}"))
     files = [row.get("file") for row in rows.values()]
     paths = [out / name for name in file_names(Path(name).stem if isinstance(name, str) else "" for name in files)]
-    codes_BN = torch.tensor([row["codes"] for row in rows.values()])
-    for image, path in zip(pipeline.decode(codes_BN, batch_size=batch_size), paths, strict=True):
+    for image, path in zip(pipeline.decode(torch.stack(codes), batch_size=batch_size), paths, strict=True):
         save_png(image, path)
     show({"file": files, "out": list(map(str, paths))}, "{out}", as_json=as_json)

@@ -100,6 +100,16 @@ class Progress:
         return printable(" · ".join(parts))
 
 
+def batches(count: int, *, batch_size: int, label: str = "") -> Iterator[slice]:
+    """0 .. count - 1 in slices of at most `batch_size`; a `label` shows the progress."""
+    progress = Progress(count, label=label) if label else None
+    for start in range(0, count, batch_size):
+        end = min(start + batch_size, count)
+        yield slice(start, end)
+        if progress:
+            progress.advance(end - start)
+
+
 def track(items: Iterable[ItemT], *, total: int, label: str, unit: str = "it") -> Iterator[ItemT]:
     """Iterate over `items` and show the progress."""
     progress = Progress(total, label=label, unit=unit)

@@ -84,11 +84,8 @@ def _read_chat(messages: Messages, *, where: str) -> Chat:
     if len(images) > 1:
         raise UserError(f"{where} has {len(images)} images; give one image at most")
     turns = list(zip(texts[::2], [*texts[1::2], ""], strict=True))
-    return Chat(turns, _open(images[0], where=where) if images else None)
-
-
-def _open(image: Any, *, where: str) -> Any:
-    return image if isinstance(image, list | Tensor) else open_image(image, where=where)
+    image = images[0] if images else None
+    return Chat(turns, open_image(image, where=where) if isinstance(image, Image.Image | str | Path) else image)
 
 
 def _read_content(content: Any, *, where: str) -> tuple[str, list[Any]]:
@@ -112,5 +109,5 @@ def check_codes(codes: Any, *, ids: UnifiedVocabulary, where: str) -> Tensor:
     codes = codes.tolist() if isinstance(codes, Tensor) else codes
     is_code = [type(code) is int and 0 <= code < 1 << ids.num_bits for code in codes]
     if len(is_code) != ids.num_patches or not all(is_code):
-        raise UserError(f"{where}: an image is {ids.num_patches} codes from 0 to 2**{ids.num_bits} - 1")
+        raise UserError(f"{where}: an image is {ids.num_patches} codes from 0 to 2**{ids.num_bits} - 1, as integers")
     return torch.tensor(codes)

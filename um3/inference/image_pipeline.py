@@ -22,11 +22,12 @@ from tokenizer.images import ExternalTokenizer, QLIPImages, decode_codes, embed_
 from tokenizer.modeling import QLIPModel
 from tokenizer.processor import QLIPProcessor
 from um3.core.errors import UserError
+from um3.core.progress import batches
 from um3.inference.generate import FREE, SampledImages, check_finite, uniforms
 from um3.inference.image_io import Images, image_metadata, open_images
 from um3.inference.inpainting import Region, region_patches
 from um3.inference.outputs import Generated, Reconstruction
-from um3.inference.requests import Watch, batches, check_counts, check_pairs, check_texts, resolve_seeds
+from um3.inference.requests import Watch, check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling
 from um3.model.language_model import QLIP_FOLDER
 
@@ -210,11 +211,11 @@ class ImagePipeline(ABC):
         codes, logprobs = [torch.empty(0, self.visual_tokenizer.num_codes, dtype=torch.int64)], []
         for batch in batches(len(seeds), batch_size=batch_size, label="" if watch else "generate images"):
             sampled = sample(
-                [prompt_of[index] for index in batch],
+                prompt_of[batch],
                 sampling=sampling,
-                uniforms_BP=uniforms([seeds[index] for index in batch], count=self.image_choices),
-                kept_BP=torch.stack([keep(prompt_of[index], seeds[index]) for index in batch]) if keep else None,
-                watch=None if watch is None else functools.partial(watch, batch),
+                uniforms_BP=uniforms(seeds[batch], count=self.image_choices),
+                kept_BP=torch.stack([*map(keep, prompt_of[batch], seeds[batch])]) if keep else None,
+                watch=None if watch is None else functools.partial(watch, range(batch.start, batch.stop)),
             )
             codes.append(self.codes_of(sampled.visual_ids).cpu())
             logprobs += sampled.logprobs.tolist()

@@ -17,7 +17,7 @@ from tokenizer.processor import QLIPProcessor
 from um3.core.distributed import inference_device
 from um3.core.errors import UserError
 from um3.core.hub import model_folder
-from um3.core.progress import track
+from um3.core.progress import batches, track
 from um3.core.seeds import torch_generator
 from um3.core.text import valid_text
 from um3.inference.chat import Messages, chat_prompts
@@ -27,7 +27,7 @@ from um3.inference.image_io import Images
 from um3.inference.image_pipeline import GenerateOptions, ImagePipeline, SampleImages, load_visual_tokenizer
 from um3.inference.interleave import Answer, Conversation, Message
 from um3.inference.outputs import Generated, PairScores, Part, Texts
-from um3.inference.requests import batches, check_counts, check_pairs, check_texts, resolve_seeds
+from um3.inference.requests import check_counts, check_pairs, check_texts, resolve_seeds
 from um3.inference.sampling_params import ImageOptions, Sampling, TextOptions
 from um3.model import sequences
 from um3.model.language_model import load_model, save_model, stored_texts
@@ -297,11 +297,8 @@ class UM3Pipeline(ImagePipeline):
         texts: list[str] = []
         logprobs: list[float] = []
         for batch in batches(len(prompts), batch_size=batch_size, label="write"):
-            sampled = self.sampler.texts(
-                prompts=[prompts[index] for index in batch],
-                sampling=sampling,
-                uniforms_BP=uniforms([seeds[index] for index in batch], count=max_new_tokens),
-            )
+            uniforms_BP = uniforms(seeds[batch], count=max_new_tokens)
+            sampled = self.sampler.texts(prompts=prompts[batch], sampling=sampling, uniforms_BP=uniforms_BP)
             texts += [decode(token_ids, tokenizer=self.text_tokenizer) for token_ids in sampled.token_ids]
             logprobs += sampled.logprobs
         return Texts(texts, seeds=seeds, logprobs=logprobs)

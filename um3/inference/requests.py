@@ -1,12 +1,11 @@
-"""Checks of the pipeline's arguments, the seed of every result of a call, and batches of them."""
+"""Checks of the pipeline's arguments, and the seed of every result of a call."""
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 from torch import Tensor
 
 from um3.core.errors import UserError
-from um3.core.progress import Progress
 from um3.core.ranges import EXACT_BELOW
 from um3.core.seeds import sample_seed
 from um3.core.text import valid_text
@@ -48,13 +47,3 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"{name} is {count}; use 1 or more", parameter=name)
-
-
-def batches(count: int, *, batch_size: int, label: str) -> Iterator[range]:
-    """0 .. count - 1 in ranges of at most `batch_size`; an empty label shows no progress."""
-    progress = Progress(count, label=label)
-    for start in range(0, count, batch_size):
-        batch = range(start, min(start + batch_size, count))
-        yield batch
-        if label:
-            progress.advance(len(batch))

@@ -67,7 +67,8 @@ def conversation_sequence(
 
     Targets are the answers and their eos.
     """
-    parts = [_sequence(_beginning(visual_ids, ids=ids), [])]
+    image = () if visual_ids is None else _image(visual_ids, ids=ids)
+    parts = [_sequence([ids.bos_id, *image], [])]
     parts += [_sequence([question], [answer, ids.eos_id]) for question, answer in turns]
     return TrainingSequence(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -112,10 +113,6 @@ def _sequence(context: Pieces, answer: Pieces, *, supervision: Supervision = "ta
     input_ids = _join(*context, *answer)
     targets = torch.arange(len(input_ids)) >= (1 if supervision == "all" else len(_join(*context)))
     return TrainingSequence(input_ids=input_ids, targets=targets)
-
-
-def _beginning(visual_ids: Tokens | None, *, ids: UnifiedVocabulary) -> Pieces:
-    return [ids.bos_id] if visual_ids is None else [ids.bos_id, *_image(visual_ids, ids=ids)]
 
 
 def _join(*pieces: int | Tokens) -> Tensor:
