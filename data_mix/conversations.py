@@ -181,13 +181,7 @@ class LlavaConversations(FileIndex):
         if not 0 <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         file, offset, length = self.entry(index, "offset", "length")
-
-        def read() -> bytes:
-            with file.open("rb") as opened:
-                opened.seek(offset)
-                return opened.read(length)
-
-        entry = parse_json(self.bad_files.read(file, read), where=f"byte {offset} of {file}")
+        entry = parse_json(self.bad_files.read_part(file, offset, length), where=f"byte {offset} of {file}")
         return Conversation(self.key(index), *parse_entry(entry))
 
     def read_image(self, conversation: Conversation) -> np.ndarray:

@@ -52,6 +52,16 @@ class BadFiles:
                 self.add(file, reason if file.name in reason else f"{file}: {reason}")
         raise BadSample(UNREADABLE, detail=self.reasons[file])
 
+    def read_part(self, file: Path, offset: int, size: int) -> bytes:
+        """The `size` bytes of `file` from `offset` on, or BadSample, as from `read`."""
+
+        def action() -> bytes:
+            with file.open("rb") as opened:
+                opened.seek(offset)
+                return opened.read(size)
+
+        return self.read(file, action)
+
     def read_all(self, files: Sequence[Path], action: Callable[[Path], ResultT]) -> Iterator[tuple[Path, ResultT]]:
         """Each file that can be read, and `action(file)`; UserError at the end if there is none."""
         for file in files:

@@ -70,13 +70,7 @@ class WebDatasetImages(ImageReader):
             raise BadSample(f"no {member}", detail=self._key(index))
         if size > limit:
             raise BadSample("too large", detail=f"{self._key(index)}: {size:,} bytes, {limit:,} allowed")
-
-        def read() -> bytes:
-            with shard.open("rb") as file:
-                file.seek(offset)
-                return file.read(size)
-
-        data = self.bad_files.read(shard, read)
+        data = self.bad_files.read_part(shard, offset, size)
         if len(data) < size:
             raise BadSample("truncated", detail=self._key(index))
         return data, is_json
