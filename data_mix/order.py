@@ -8,11 +8,11 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from data_mix.samples import BadSample
+from data_mix.samples import BadSample, ReadT
 from data_mix.sources.hub_streaming import hub_stream
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 # Shares are integers in units of 2^-40, so that sums over a whole run are exact. Rounding a share to this unit
 # moves the count of its class by 0.004 samples after 8 billion samples (120,000 batches of 65,536).
 SHARE_UNIT = 2**40
-ReadT = TypeVar("ReadT")
 
 
 class SampleOrder:

@@ -1,12 +1,14 @@
 """The samples of an image source, and the interface of all image sources."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 Split = Literal["train", "val"]
 CaptionChoice = Literal["first", "random"]
+ReadT = TypeVar("ReadT")
 
 
 class Sample(NamedTuple):
@@ -23,6 +25,13 @@ class BadSample(Exception):
     def __init__(self, reason: str, *, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+def usable(read: Callable[[int], ReadT], indices: Iterable[int]) -> Iterator[ReadT]:
+    """`read` of each of `indices`, without those for which it raises BadSample."""
+    for index in indices:
+        with contextlib.suppress(BadSample):
+            yield read(index)
 
 
 @runtime_checkable

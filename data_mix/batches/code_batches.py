@@ -5,7 +5,6 @@ The samples of a step are a function of (seed, step), planned for the global bat
 Legend: B samples of this rank, N patches of an image.
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from data_mix.batches.config import CodeDataConfig
 from data_mix.codes.shards import CodedSample, open_code_sources
 from data_mix.order import SampleOrder, check_state, fixed_counts, rank_positions
-from data_mix.samples import BadSample
+from data_mix.samples import usable
 from um3.core.errors import UserError
 from um3.core.seeds import derive_seed
 
@@ -96,7 +95,5 @@ class CodeBatches:
 
     def _read(self, name: str, draw: int) -> CodedSample:
         """The sample of a draw, or the next one of its source whose shard can be read."""
-        for index in self.orders[name].substitutes(draw):
-            with contextlib.suppress(BadSample):
-                return self.images[name][index]
-        raise AssertionError("CodeShards raises UserError if less than half of a source can be read")
+        # There is one: CodeShards raises UserError if less than half of a source can be read.
+        return next(usable(self.images[name].__getitem__, self.orders[name].substitutes(draw)))

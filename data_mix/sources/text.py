@@ -1,6 +1,5 @@
 """Text sources: documents by index, from the built-in prose, from files, or from a Hugging Face data set."""
 
-import contextlib
 import functools
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from data_mix.demo.python_docs import packed, python_documents
 from data_mix.order import each_index
-from data_mix.samples import BadSample, Split
+from data_mix.samples import BadSample, Split, usable
 from data_mix.sources.bad_files import BadFiles, DamagedFile
 from data_mix.sources.config import TextSourceConfig
 from data_mix.sources.file_index import FileIndex
@@ -63,10 +62,7 @@ def open_text_source(config: TextSourceConfig, *, split: Split) -> TextSource:
 
 def readable_texts(source: TextSource, *, seed: int, name: str) -> Iterator[str]:
     """The documents of a source in the order of `each_index`, without blank and unreadable ones."""
-    for index in each_index(source, seed=seed, name=name):
-        with contextlib.suppress(BadSample):
-            if (text := source[index]).strip():
-                yield text
+    return filter(str.strip, usable(source.__getitem__, each_index(source, seed=seed, name=name)))
 
 
 class TableDocuments(TextSource):

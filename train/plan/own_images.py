@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from omegaconf import OmegaConf
 
-from data_mix.samples import BadSample, Split
+from data_mix.samples import Split, usable
 from data_mix.sources.files import CAPTION_SUFFIXES, source_kind
 from data_mix.sources.image_folder import FolderImages
 from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
@@ -127,8 +127,8 @@ def look(source: ImageSourceConfig, *, size: int) -> Look:
     counts = ", ".join(f"{len(reader):,} {split}" for split, reader in readers.items())
     lines, train, side = [f"images of '{source.name}': {counts}"], readers["train"], size
     if isinstance(train, ImageReader):
-        numbers = np.linspace(0, len(train) - 1, min(LOOKED_AT, len(train))).astype(int)
-        sizes = list(_usable(lambda index: train.original(index).size, numbers))
+        numbers = np.linspace(0, len(train) - 1, min(LOOKED_AT, len(train))).astype(int).tolist()
+        sizes = list(usable(lambda index: train.original(index).size, numbers))
         if not sizes:
             raise UserError(f"{source.where}: none of {len(numbers)} images can be read; convert them to PNG or JPEG")
         side = int(median(min(pair) for pair in sizes))
@@ -153,14 +153,6 @@ def _with_validation(source: ImageSourceConfig, *, size: int) -> ImageSourceConf
     return replace(source, val_fraction=max(source.val_fraction, min(FEW_VAL / len(whole), MOST_VAL_FRACTION)))
 
 
-def _usable(read: Any, numbers: Iterable[int]) -> Iterator[Any]:
-    for number in numbers:
-        try:
-            yield read(int(number))
-        except BadSample:  # training skips and counts them
-            continue
-
-
 def _other_files(source: ImageSourceConfig) -> Iterator[str]:
     read = (*SUFFIXES, *CAPTION_SUFFIXES, ".txt")
     others = Counter(path.suffix for path in walk_files(source.path) if not path.name.lower().endswith(read))
@@ -170,7 +162,7 @@ def _other_files(source: ImageSourceConfig) -> Iterator[str]:
 
 
 def _captions(reader: ImageReader) -> Iterator[str]:
-    captions = [texts[0] for texts in _usable(reader.captions_of, range(min(COMPARED, len(reader))))]
+    captions = [texts[0] for texts in usable(reader.captions_of, range(min(COMPARED, len(reader))))]
     counts = Counter(captions)
     if not counts:
         return
@@ -189,7 +181,7 @@ def _copies(readers: dict[Split, Any], *, can_exclude: bool) -> tuple[list[str],
     """The keys of validation images that are training images too, if they can be left out; and lines to print."""
     seen = {}
     for split, reader in readers.items():
-        read = _usable(reader.__getitem__, range(min(COMPARED, len(reader))))
+        read = usable(reader.__getitem__, range(min(COMPARED, len(reader))))
         seen[split] = [(sample.key, hash(sample.image_HWC.tobytes())) for sample in read]
     train, val, lines = {digest for _, digest in seen["train"]}, seen.get("val", []), list[str]()
     if repeated := len(seen["train"]) - len(train):

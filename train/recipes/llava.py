@@ -94,7 +94,11 @@ class LlavaTask(Task):
         model, processor = self.llava
         processor.image_processor.do_pad = config.data.pad_to_square
         processor.chat_template = chat_template(processor.tokenizer, kind=config.data.template)
-        self._check_window()
+        window, limit = config.data.max_tokens, self.llava.language.max_position_embeddings
+        if window > limit:
+            raise UserError(
+                f"data.max_tokens={window}: the language model has {limit} positions; set it to that or less"
+            )
         if is_main():  # what cannot be saved must not fail after hours of training
             with tempfile.TemporaryDirectory() as folder:
                 save_options(Path(folder), self.llava, dtype=self.dtype)
@@ -112,13 +116,6 @@ class LlavaTask(Task):
         self.objective = LlavaObjective(model, chunk_tokens=config.chunk_tokens)
         self.objective.train()
         self.seen, self.skipped = 0, 0
-
-    def _check_window(self) -> None:
-        window, limit = self.config.data.max_tokens, self.llava.language.max_position_embeddings
-        if window > limit:
-            raise UserError(
-                f"data.max_tokens={window}: the language model has {limit} positions; set it to that or less"
-            )
 
     def _open_batches(self) -> ConversationBatches:
         config, processor = self.config, self.llava.processor

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_mix.samples import BadSample, ImageSource
+from data_mix.samples import ImageSource, usable
 from data_mix.sources.image_sources import open_image_source
 from tokenizer.configuration import QLIPConfig
 from tokenizer.modeling import QLIPModel
@@ -130,8 +130,5 @@ def _captions(sources: list[ImageSource]) -> Iterator[str]:
     share = max(1, TOKENIZER_SAMPLES // len(sources))
     for source in sources:
         stride = max(1, len(source) // share)
-        for index in range(0, len(source), stride):
-            try:
-                yield from source[index].captions
-            except BadSample:
-                continue
+        for sample in usable(source.__getitem__, range(0, len(source), stride)):
+            yield from sample.captions

@@ -24,7 +24,7 @@ from data_mix.batches.statistics import MixStatistics
 from data_mix.codes.shards import CodeShards, open_code_sources
 from data_mix.conversations import open_conversations
 from data_mix.prefetch import Prefetch
-from data_mix.samples import BadSample
+from data_mix.samples import BadSample, usable
 from data_mix.sources.text import open_text_source
 from tokenizer.modeling import load_qlip
 from train.checkpoint import each_weight
@@ -200,12 +200,12 @@ class UM3Task(Task):
     def _vocabulary_texts(self) -> Iterator[str]:
         """Documents, captions and conversations that train a text vocabulary, if the config asks for one."""
         for text in self.config.data.texts:
-            yield from usable(open_text_source(text, split="train"), VOCABULARY_DOCUMENTS)
+            yield from _first_usable(open_text_source(text, split="train"), VOCABULARY_DOCUMENTS)
         for shards in open_code_sources(self.config.data.codes, split="train").values():
-            for sample in usable(shards, VOCABULARY_CAPTIONS):
+            for sample in _first_usable(shards, VOCABULARY_CAPTIONS):
                 yield from sample.captions
         for source in self.config.vocabulary.conversations:
-            for conversation in usable(open_conversations(source, split="train"), VOCABULARY_CONVERSATIONS):
+            for conversation in _first_usable(open_conversations(source, split="train"), VOCABULARY_CONVERSATIONS):
                 yield from map("".join, turn_texts(conversation.turns))
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -320,11 +320,9 @@ class UM3Task(Task):
             )
 
 
-def usable(source: Any, count: int) -> Iterator[Any]:
+def _first_usable(source: Any, count: int) -> Iterator[Any]:
     """The first `count` items of a source, without those that cannot be used."""
-    for index in range(min(len(source), count)):
-        with contextlib.suppress(BadSample):
-            yield source[index]
+    return usable(source.__getitem__, range(min(len(source), count)))
 
 
 def example_captions(images: Mapping[str, CodeShards], *, weights: Mapping[str, float]) -> list[str]:
