@@ -130,6 +130,15 @@ class LoopConfig:
         return step % self.log_every_steps == 0 or step in (1, self.max_steps)
 
 
+@dataclass
+class PhaseConfig:
+    """The sections that every phase has; a phase's own config adds the others and sets other defaults."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
 def check_intervals(loop: LoopConfig, **every_steps: int) -> None:
     """Raise ValueError if a measurement, by its section's name, would fall between two rows of metrics.jsonl."""
     for name, steps in every_steps.items():

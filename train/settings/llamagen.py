@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from data_mix.batches.config import CodeDataConfig
 from downstream.llamagen.settings import PrefixRotation, SizeName, TextEncoderConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.config import OptimizerConfig, PhaseConfig
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
 from um3.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Share, Size
@@ -35,11 +35,9 @@ class LlamaGenShapeConfig:
 
 
 @dataclass
-class LlamaGenTrainingConfig:
+class LlamaGenTrainingConfig(PhaseConfig):
     """LlamaGen: text-to-image on code shards."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.05, schedule="constant", warmup_steps=0)
     )

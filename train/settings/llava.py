@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from data_mix.batches.config import LlavaDataConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
+from train.config import OptimizerConfig, PhaseConfig
 from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.ranges import PositiveInt, Range, Share
@@ -17,11 +17,9 @@ def _optimizer(lr: float) -> OptimizerConfig:
 
 
 @dataclass
-class LlavaConfig:
+class LlavaConfig(PhaseConfig):
     """What both stages of LLaVA-1.5 have in common."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: _optimizer(2e-5))
     warmup_share: Share = 0.03
     """Share of loop.max_steps, rounded up, over which the learning rate rises; 0: optimizer.warmup_steps."""

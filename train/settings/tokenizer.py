@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from data_mix.batches.config import AugmentConfig
 from data_mix.sources.image_sources import ImageSourceConfig
 from eval.config import PerceptualConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
+from train.config import OptimizerConfig, PhaseConfig, check_intervals
 from train.run_folder import model_digest
 from um3.core.hub import weights_digest
 from um3.core.ranges import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, Size
@@ -135,11 +135,9 @@ class ImageValidationConfig:
 
 
 @dataclass
-class Stage1Config:
+class Stage1Config(PhaseConfig):
     """Stage 1: train the visual tokenizer."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(kind="lamb", grad_clip=5.0))
     loss: Stage1LossConfig = field(default_factory=Stage1LossConfig)
     model: QLIPSizeConfig = field(default_factory=QLIPSizeConfig)
@@ -205,12 +203,9 @@ class DiscriminatorConfig:
 
 
 @dataclass
-class Stage2Config:
+class Stage2Config(PhaseConfig):
     """Stage 2: fine-tune the bottleneck and decoder."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4))
     loss: Stage2LossConfig = field(default_factory=Stage2LossConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from data_mix.batches.config import ChatDataConfig, DataConfig
 from data_mix.sources.config import ConversationSourceConfig
 from data_mix.sources.text import TextSourceConfig
-from train.config import EngineConfig, LoopConfig, OptimizerConfig, check_intervals
+from train.config import LoopConfig, OptimizerConfig, PhaseConfig, check_intervals
 from train.run_folder import model_digest
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
@@ -85,11 +85,9 @@ class EvaluateConfig:
 
 
 @dataclass
-class UM3Config:
+class UM3Config(PhaseConfig):
     """UM3: train the unified model."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, weight_decay=0.1))
     loss: UM3LossConfig = field(default_factory=UM3LossConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,11 +134,9 @@ class UM3Config:
 
 
 @dataclass
-class UM3InstructConfig:
+class UM3InstructConfig(PhaseConfig):
     """Train a UM3 on conversations; vocabulary, architecture and visual tokenizer are those of `init_from`."""
 
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-5, weight_decay=0.0))
     loss: UM3LossConfig = field(default_factory=UM3LossConfig)
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
@@ -168,14 +164,13 @@ class UM3InitDataConfig:
 
 
 @dataclass
-class UM3InitConfig:
+class UM3InitConfig(PhaseConfig):
     """The model that UM3 starts from: a language model with the image tokens of a visual tokenizer. Only an inserted
     query-key normalisation is trained (`train/recipes/um3_init.py`)."""
 
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(max_steps=40, batch_size=4, log_every_steps=1, save_every_steps=10)
     )
-    engine: EngineConfig = field(default_factory=EngineConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-4, warmup_steps=5, weight_decay=0.0)
     )
