@@ -177,29 +177,20 @@ def scattered_sequences(
 
 
 def sequences_of_sources(
-    sources: Sequence[TextSourceConfig],
-    *,
-    split: Split,
-    num_sequences: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    ids: UnifiedVocabulary,
-    seq_len: int,
-    seed: int,
-    cache: str | Path,
+    sources: Sequence[TextSourceConfig], *, split: Split, num_sequences: int, **options: Any
 ) -> list[list[TrainingSequence]]:
-    """`scattered_sequences` of each source: `num_sequences` in all, the same number of each to within one."""
+    """`scattered_sequences` of each source, with its `options`.
+
+    They are `num_sequences` in all, the same number of each source to within one.
+    """
     if num_sequences < len(sources):
         raise UserError(f"{num_sequences} sequences for {len(sources)} texts; raise num_sequences, or use fewer texts")
     return [
         scattered_sequences(
             open_text_source(source, split=split),
-            tokenizer=tokenizer,
-            ids=ids,
             num_sequences=len(range(number, num_sequences, len(sources))),
-            seq_len=seq_len,
-            seed=seed,
-            cache=cache,
             origin=source_fingerprint(source, split),
+            **options,
         )
         for number, source in enumerate(sources)
     ]

@@ -31,6 +31,7 @@ from train.settings.llamagen import LlamaGenShapeConfig, LlamaGenTrainingConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
 from um3.core.seeds import seed_everything
+from um3.model.configuration import hugging_face_options
 from um3.model.split_softmax import split_softmax_loss
 
 
@@ -186,14 +187,8 @@ def model_config(
         raise UserError(f"model.subtokens={shape.subtokens} does not divide codes of {bits} bits; change it")
     if shape.prediction == "depth" and shape.subtokens < 2:
         raise UserError("model.prediction=depth needs model.subtokens of 2 or more; set it, or use flat")
-    sizes: dict[str, Any] = {
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "intermediate_size": shape.intermediate_size,
-    }
-    if shape.size:
-        sizes = dict(SIZES[shape.size])
+    names = ("hidden_size", "num_layers", "num_heads", "intermediate_size")
+    sizes: dict[str, Any] = dict(SIZES[shape.size]) if shape.size else hugging_face_options(shape, *names)
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     if width % (4 * heads):
         raise UserError(

@@ -23,14 +23,10 @@ from um3.core.errors import UserError
 from um3.core.files import short_hash
 from um3.core.hub import load_pretrained
 from um3.core.seeds import seed_everything
+from um3.model.configuration import hugging_face_options
 
 logger = logging.getLogger(__name__)
 
-HUGGING_FACE_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "max_tokens": "max_position_embeddings",
-}
 TOKENIZER_SAMPLES = 4000
 """Number of samples whose captions train a text tokenizer."""
 
@@ -51,7 +47,7 @@ def open_sources(data: ImageDataConfig, *, size: int, seed: int) -> list[ImageSo
 def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer: Any = None) -> QLIPConfig:
     """The QLIP configuration of this size; with a text tokenizer, special token ids and vocabulary size are its own."""
     shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
-    tower = _hugging_face(model, *shape, "image_size", "patch_size", "rope_pretrained_grid")
+    tower = hugging_face_options(model, *shape, "image_size", "patch_size", "rope_pretrained_grid")
     ids = {}
     if text_tokenizer is not None:
         if text_tokenizer.eos_token_id == 2:
@@ -64,7 +60,7 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
     options = dict(embed_dim=model.bits, group_size=model.group_size, inv_temperature=model.inv_temperature)
     if model.quantizer == "vq":
         options = dict(num_bits=model.bits, embed_dim=model.code_size)
-    text_tower = _hugging_face(text, *shape, "vocab_size", "max_tokens", "hidden_act")
+    text_tower = hugging_face_options(text, *shape, "vocab_size", "max_tokens", "hidden_act")
     return QLIPConfig(
         text_config=text_tower | {"projection_dim": model.projection_dim} | ids,
         vision_config=tower | {"quantizer": model.quantizer, "quantizer_cfg": options},
@@ -72,11 +68,6 @@ def qlip_config(model: QLIPSizeConfig, text: TextTowerConfig, *, text_tokenizer:
         projection_dim=model.projection_dim,
         initializer_range=model.initializer_range,
     )
-
-
-def _hugging_face(config: QLIPSizeConfig | TextTowerConfig, *names: str) -> dict[str, Any]:
-    """These fields of a config under the names of Hugging Face's configs."""
-    return {HUGGING_FACE_NAMES.get(name, name): getattr(config, name) for name in names}
 
 
 def new_tokenizer(

@@ -22,6 +22,18 @@ them to `generation_config.json` under "image_sampling", where a model's owner c
 OLD_KEYS = {"text_vocab_size": "text_entries", "subtokens": "slots", "bits_per_subtoken": "bits_per_slot"}
 """Names of versions before 0.2 in the "um3" table of a model's config.json."""
 
+HUGGING_FACE_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_tokens": "max_position_embeddings",
+}
+
+
+def hugging_face_options(config: object, *names: str) -> dict[str, Any]:
+    """These fields of a config under the names of Hugging Face's configs."""
+    return {HUGGING_FACE_NAMES.get(name, name): getattr(config, name) for name in names}
+
 
 @dataclass
 class ModelConfig:

@@ -26,7 +26,7 @@ from um3.core.errors import UserError
 from um3.core.files import atomic_folder, read_json, write_text
 from um3.core.hub import HUB_ID, load_pretrained, save_tokenizer, write_checksums
 from um3.core.text import valid_text
-from um3.model.configuration import ModelConfig
+from um3.model.configuration import ModelConfig, hugging_face_options
 from um3.model.extend import check_logits, set_generation_defaults
 from um3.model.text_tokenizer import BEGIN_OF_IMAGE, num_entries, read_text_tokenizer
 from um3.model.visual_parts import DepthHead, load_depth_head, save_depth_head
@@ -54,11 +54,10 @@ def build_model(config: ModelConfig, *, ids: UnifiedVocabulary) -> PreTrainedMod
     Works under `torch.device("meta")` for counting parameters.
     """
     assert not config.base_model, "a base brings its own sizes"
-    same = ("hidden_size", "head_dim", "intermediate_size", "max_position_embeddings", "initializer_range")
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in (*same, "tie_word_embeddings")}
+    shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    others = ("max_position_embeddings", "initializer_range", "tie_word_embeddings")
+    sizes = hugging_face_options(config, *shape, *others)
     sizes |= {"vocab_size": ids.vocab_size, "bos_token_id": ids.bos_id, "eos_token_id": ids.eos_id}
-    sizes |= {"num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads}
-    sizes |= {"num_key_value_heads": config.num_kv_heads}
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if config.qk_norm else LlamaForCausalLM(LlamaConfig(**sizes))
     return set_generation_defaults(model, ids=ids)
