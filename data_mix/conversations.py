@@ -28,7 +28,7 @@ from data_mix.sources.image_sources import open_image_source
 from um3.core.errors import UserError
 from um3.core.files import parse_json
 from um3.core.images import ImageError, read_image
-from um3.core.progress import Progress
+from um3.core.progress import batches
 from um3.core.seeds import derive_seed
 from um3.core.text import valid_text
 
@@ -149,13 +149,11 @@ class LlavaConversations(FileIndex):
                 return error.reason
             return ""
 
-        problems, progress = dict[str, str](), Progress(len(images), label=label, unit="images")
+        problems: dict[str, str] = {}
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the interpreter's lock
-            for first in range(0, len(images), IMAGES_AT_ONCE):
-                part = images[first : first + IMAGES_AT_ONCE]
-                found = zip(part, threads.map(problem, part), strict=True)
+            for batch in batches(len(images), batch_size=IMAGES_AT_ONCE, label=label, unit="images"):
+                found = zip(images[batch], threads.map(problem, images[batch]), strict=True)
                 problems |= {image: reason for image, reason in found if reason}
-                progress.advance(len(part))
         return problems
 
     def _skip_unusable_images(self, config: ConversationSourceConfig) -> None:

@@ -69,8 +69,7 @@ class UM3Plan(Plan):
         counts = [round(share * size) for share, _ in self.samples[1:]]
         counts = [size - sum(counts), *counts]
         sequences = [sequence for (_, sequence), count in zip(self.samples, counts, strict=True) for _ in range(count)]
-        laid = lay_out(sequences, seq_len=self.config.data.seq_len, packed=self.packed, pad_id=self.ids.pad_id)
-        return laid.input_ids_BT, laid.target_mask_BT
+        return lay_out(sequences, seq_len=self.config.data.seq_len, packed=self.packed, pad_id=self.ids.pad_id)
 
 
 class TaskSample(NamedTuple):

@@ -18,6 +18,7 @@ from train.settings.tokenizer import Stage1Config, Stage2Config
 from um3.core.distributed import device
 from um3.core.errors import UserError
 from um3.core.metrics import Samples
+from um3.core.progress import batches
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,7 @@ class ImageValidation:
     def _forward(self, engine: Any, data: ValidationImages, *, micro_images: int) -> Any:
         """Reconstructions uint8 (N, H, W, 3), and in stage 1 the scaled image and the text embeddings (N, P)."""
         rebuilt, embeds = [], []
-        for start in range(0, len(data.images), micro_images):
-            part = slice(start, start + micro_images)
+        for part in batches(len(data.images), batch_size=micro_images):
             pixels_BCHW = self.processor.pixels(data.images[part]).to(device())
             with autocast(self.config.engine):
                 if isinstance(self.config, Stage1Config):

@@ -30,6 +30,7 @@ from train.loop import Task, check_finite
 from train.settings.llamagen import LlamaGenShapeConfig, LlamaGenTrainingConfig
 from um3.core.distributed import device, is_main, rank, sum_over_ranks, world_size
 from um3.core.errors import UserError
+from um3.core.progress import batches
 from um3.core.seeds import seed_everything
 from um3.model.configuration import hugging_face_options
 from um3.model.split_softmax import split_softmax_loss
@@ -132,8 +133,7 @@ class LlamaGenTask(Task):
         dropped_B = batch.dropped_B.to(device())
         num_ids = config.loop.batch_size * shape.num_patches  # of one sub-token
         sums_S = torch.zeros(shape.subtokens, device=device())
-        for start in range(0, len(ids_BP), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
+        for part in batches(len(ids_BP), batch_size=self.micro_batch_size):
             cleans = config.clean and not config.text_features
             captions = [clean_caption(text) if cleans else text for text in batch.captions[part]]
             features, mask = self.text_encoder(captions).to(device())

@@ -56,8 +56,7 @@ class TextValidation:
         padded = lay_out(sequences[rank() :: world_size()], seq_len=seq_len, packed=False, pad_id=ids.pad_id)
         micro_batch_size, _ = split_batch(config.loop)
         parts = math.ceil(math.ceil(len(sequences) / world_size()) / micro_batch_size)  # the same on every rank
-        divided = micro_batches(padded.input_ids_BT, padded.target_mask_BT, parts=parts, pad_id=ids.pad_id)
-        self.micro_batches = list(divided)
+        self.micro_batches = list(micro_batches(*padded, parts=parts, pad_id=ids.pad_id))
         self.start_loss: float | None = None
 
     def measure(self, engine: Any, *, step: int) -> dict[str, float]:

@@ -184,11 +184,10 @@ class UM3Task(Task):
         if config.engine.activation_checkpointing:
             self.model.gradient_checkpointing_enable()
         bits = BitEmbeddings(self.ids, model_config=self.model.config) if config.vocabulary.bit_embeddings else None
-        packed = config.data.packing == "documents"
         depth = start.depth_head(self.model)
         if depth is not None:
             depth.is_checkpointed = config.engine.activation_checkpointing
-        parts: dict[str, Any] = {"bits": bits, "depth": depth, "packed": packed}
+        parts: dict[str, Any] = {"bits": bits, "depth": depth, "packed": config.data.packing == "documents"}
         self.objective = UM3Objective(self.model, ids=self.ids, loss=config.loss, **parts)
         self.text_validation: TextValidation | None = None
         if config.text_validation.every_steps:

@@ -100,9 +100,9 @@ class Progress:
         return printable(" · ".join(parts))
 
 
-def batches(count: int, *, batch_size: int, label: str = "") -> Iterator[slice]:
+def batches(count: int, *, batch_size: int, label: str = "", unit: str = "it") -> Iterator[slice]:
     """0 .. count - 1 in slices of at most `batch_size`; a `label` shows the progress."""
-    progress = Progress(count, label=label) if label else None
+    progress = Progress(count, label=label, unit=unit) if label else None
     for start in range(0, count, batch_size):
         end = min(start + batch_size, count)
         yield slice(start, end)
