@@ -29,7 +29,10 @@ class CodeBatch(NamedTuple):
 
 
 class CodeBatches:
-    """The batches by step. The share of each source is exact to within one sample after every step."""
+    """The batches by step. The share of each source is exact to within one sample after every step.
+
+    num_patches: codes of an image, N. bits: of a code.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,8 @@ class CodeBatches:
         self.config, self.seed = config, seed
         self.positions = rank_positions(batch_size, rank=rank, world_size=world_size)
         self.images = open_code_sources(config.codes, split="train", expected_fingerprint=fingerprint)
+        first = next(iter(self.images.values()))
+        self.num_patches, self.bits = first.num_patches, first.bits
         weights = config.image_weights or {name: float(len(source)) for name, source in self.images.items()}
         if unknown := sorted(weights.keys() - self.images.keys()):
             raise UserError(f"data.image_weights names the unknown source '{unknown[0]}'; known: {list(self.images)}")
@@ -52,16 +57,6 @@ class CodeBatches:
         shares = [weights[name] for name in self.names]
         self.counts = fixed_counts(shares, batch_size=batch_size, of=str(self.names))
         self.orders = {name: SampleOrder(len(self.images[name]), seed=seed, name=name) for name in self.names}
-
-    @property
-    def num_patches(self) -> int:
-        """Codes of an image, N."""
-        return next(iter(self.images.values())).num_patches
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return next(iter(self.images.values())).bits
 
     def batch(self, step: int) -> CodeBatch:
         """This rank's part of the batch of `step`."""
