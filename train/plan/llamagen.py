@@ -51,6 +51,8 @@ class LlamaGenPlan(Plan):
             self.num_caption, width = min(text.max_tokens, tower.max_position_embeddings), tower.hidden_size
             layers, attention_width = tower.num_hidden_layers, tower.hidden_size
         keep_layers(self.encoder, text.num_layers)
+        # The text encoder's weights, in bf16 on a GPU.
+        self.beside_bytes = (4.0 if self.on_cpu else 2.0) * sum(map(torch.numel, self.encoder.parameters()))
         self.encoder_width = attention_width * (layers if text.num_layers < 0 else text.num_layers)
         self.shape = model_config(
             self.config.model,
@@ -67,11 +69,6 @@ class LlamaGenPlan(Plan):
         with torch.device("meta"):
             objective = LlamaGenObjective(LlamaGen(self.shape), chunk_tokens=self.config.chunk_tokens)
         return objective, objective.model.norm
-
-    @property
-    def beside_bytes(self) -> float:
-        """The text encoder's weights, in bf16 on a GPU."""
-        return (4.0 if self.on_cpu else 2.0) * sum(map(torch.numel, self.encoder.parameters()))
 
     def micro_batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(features, their mask, ids, dropped) of `size` images."""

@@ -89,6 +89,8 @@ class Plan(ABC):
     """On the meta device; its `model` has the method gradient_checkpointing_enable."""
     head: int
     """Elements of the output head."""
+    beside_bytes = 0.0
+    """Weights on every device that are no part of the objective."""
 
     def __init__(self, config: Any, *, devices: int, gpu: str):
         self.share, rest = divmod(config.loop.batch_size, devices)
@@ -122,11 +124,6 @@ class Plan(ABC):
     @abstractmethod
     def step_flops(self, *, checkpointing: bool) -> tuple[float, float]:
         """Model FLOPs of a step, and FLOPs of what is computed twice."""
-
-    @property
-    def beside_bytes(self) -> float:
-        """Weights on every device that are no part of the objective."""
-        return 0.0
 
     def lines(self) -> Iterator[tuple[Setting, "Usage", bool]]:
         """(setting, memory, fits) of every ZeRO stage that supports the optimizer, with and without checkpointing:
