@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from train.checkpoint import (
     resume_point,
     save_checkpoint,
 )
-from train.config import LoopConfig, OptimizerConfig
+from train.config import LoopConfig, OptimizerConfig, PhaseConfig
 from train.engine import build_engine, precision_of, split_batch
 from train.optim import other_length, schedule_factor, set_learning_rate
 from train.run_folder import data_fingerprints, refuse_other_run, result_files, start_folder, write_record
@@ -41,14 +41,15 @@ from um3.core.seeds import seed_everything
 
 logger = logging.getLogger(__name__)
 
+ConfigT = TypeVar("ConfigT", bound=PhaseConfig)
 LOG_FILE = "train.log"
 """In the phase's folder: what its first process logs, also of earlier starts."""
 
 
-class Task(ABC):
+class Task(ABC, Generic[ConfigT]):
     """What a recipe provides to the loop, with what most recipes have in common: one objective in one engine."""
 
-    config: Any
+    config: ConfigT
     objective: nn.Module
     """The model with its losses; its engine is `engine`."""
     unit: str

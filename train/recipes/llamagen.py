@@ -81,7 +81,7 @@ class LlamaGenObjective(nn.Module):
         return torch.stack(sums)
 
 
-class LlamaGenTask(Task):
+class LlamaGenTask(Task[LlamaGenTrainingConfig]):
     """Images of the configured sources in exact shares; every id has the same weight."""
 
     unit = "images"

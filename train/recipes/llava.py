@@ -82,7 +82,7 @@ class LlavaObjective(nn.Module):
         return torch.zeros(size, device=self.model.device)
 
 
-class LlavaTask(Task):
+class LlavaTask(Task[LlavaAlignConfig | LlavaInstructConfig]):
     """Batches of one modality, accumulated to the global batch; every supervised token has the same weight."""
 
     unit = "conversations"

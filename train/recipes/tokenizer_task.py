@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SHOWN_KEYS = 8
 
 
-class TokenizerTask(Task):
+class TokenizerTask(Task[Stage1Config | Stage2Config]):
     """Base of `Stage1Task` and `Stage2Task`, which set `objective`: QLIP and its losses."""
 
     unit = "images"

@@ -147,7 +147,7 @@ class UM3Objective(nn.Module):
         return outputs.last_hidden_state.view_as(embeddings_BTD)
 
 
-class UM3Task(Task):
+class UM3Task(Task[UM3Config]):
     """Sequences of the scheduled mix, accumulated to the global batch; every target of a half has the same weight."""
 
     unit = "samples"

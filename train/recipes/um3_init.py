@@ -69,7 +69,7 @@ class DistillationObjective(nn.Module):
         return F.kl_div(student_XV, teacher_XV, log_target=True, reduction="sum")
 
 
-class UM3InitTask(Task):
+class UM3InitTask(Task[UM3InitConfig]):
     """The base with an inserted normalisation, distilled on text, then extended by the image tokens."""
 
     unit = "sequences"
