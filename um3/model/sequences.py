@@ -67,7 +67,7 @@ def conversation_sequence(
 
     Targets are the answers and their eos.
     """
-    image = () if visual_ids is None else _image(visual_ids, ids=ids)
+    image: Pieces = () if visual_ids is None else _image(visual_ids, ids=ids)
     parts = [_sequence([ids.bos_id, *image], [])]
     parts += [_sequence([question], [answer, ids.eos_id]) for question, answer in turns]
     return TrainingSequence(*map(torch.cat, zip(*parts, strict=True)))
