@@ -5,7 +5,7 @@ tasks, not prompts, cannot leave out bos where a template has it, does not resum
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import tokenizer  # noqa: F401 (registers QLIP's tower for LLaVA folders)
 from um3.core.distributed import device
@@ -20,16 +20,7 @@ MAX_NEW_TOKENS = 8
 SETTINGS = f"'{SUFFIX}' after the question to a chat model, its template with bos, greedy, yes = begins with yes"
 
 
-class AnswerModel(Protocol):
-    """What the benchmarks ask."""
-
-    def answer(
-        self, images: "Sequence[Image.Image | None]", prompts: Sequence[str], *, max_new_tokens: int
-    ) -> list[str]:
-        """The greedy answer to each prompt about its image, stripped."""
-
-
-def open_model(path: str) -> AnswerModel:
+def open_model(path: str) -> "UM3Model | VisionLanguageModel":
     """Load a UM3 or a vision-language model from a folder or the hub."""
     from transformers import AutoConfig
 
