@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from eval.report.ablation_rows import PHASES, Ablation, AblationRow, Place, RowRun, costs, start
+from eval.report.ablation_rows import PHASES, Ablation, Place, RowRun, costs, start
 from eval.report.evidence import verdict_lines
 from eval.report.figures import curves, points, save
 from eval.report.table import Cell, Row, Table, markdown
@@ -67,10 +67,11 @@ def _run_rows(
         for seed in seeds:
             run, seeded = runs[row.name][seed], f", seed {seed}" if ablation.seeds > 1 else ""
             print(printable(f"row {number} of {len(ablation.rows)}: {row.name}{seeded}"), flush=True)
+            places = [Place(str(runs[other.name][seed]), ablation.phases(other)) for other in ablation.lineage(row)]
             RowRun(
                 row=row,
                 phases=ablation.phases(row),
-                places=_places(ablation, row=row, runs=runs, seed=seed, base=options.base),
+                places=[*places, Place(options.base, PHASES)],
                 config=options.config,
                 processes=options.processes,
                 overrides=options.overrides,
@@ -108,12 +109,6 @@ def _make_table(ablation: Ablation, *, options: argparse.Namespace) -> None:
             for key, title in ablation.curves.items()
         }
         print(save(curves(panels), path.with_name("curves.png")))
-
-
-def _places(ablation: Ablation, *, row: AblationRow, runs: dict[str, list[Path]], seed: int, base: str) -> list[Place]:
-    """The row's own folder, those of the rows that it comes after, and the base run's."""
-    own = [Place(str(runs[other.name][seed]), ablation.phases(other)) for other in ablation.lineage(row)]
-    return [*own, Place(base, PHASES)]
 
 
 def result_table(ablation: Ablation, *, scores: dict[str, list[dict[str, Score]]]) -> Table:

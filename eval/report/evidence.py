@@ -97,7 +97,8 @@ def main(arguments: Sequence[str]) -> None:
     if not results.is_file():
         raise UserError(f"{results} does not exist; give the page with the tables as --results")
     tables, claims = read_tables(results.read_text(encoding="utf-8")), read_claims()
-    seeds = {name: load_config(Ablation, path=Path(options.tables, f"{name}.yaml")).seeds for name in _names(claims)}
+    names = sorted({claim.table for claim in claims})
+    seeds = {name: load_config(Ablation, path=Path(options.tables, f"{name}.yaml")).seeds for name in names}
     judged = [judge(claim, tables.get(claim.table)) for claim in claims]
     write_text(options.out, page(claims, judged, seeds=seeds))
     counts = {verdict: [one.verdict for one in judged].count(verdict) for verdict in (HOLDS, FAILS, UNCLEAR, NOT_RUN)}
@@ -107,10 +108,6 @@ def main(arguments: Sequence[str]) -> None:
 def read_claims() -> list[Claim]:
     """The claims of the paper, in the order of the page."""
     return load_config(Claims, path=CLAIMS).claims
-
-
-def _names(claims: Sequence[Claim]) -> list[str]:
-    return sorted({claim.table for claim in claims})
 
 
 def read_tables(markdown: str) -> dict[str, dict[str, dict[str, str]]]:
