@@ -162,17 +162,15 @@ def _score_mme(answers: Sequence[Answer], of: Measurement) -> list[Score]:
         by_image[question.category][question.question_id].append(is_right)
     rows, categories = list[Score](), list[Score]()
     for total, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        groups = [_mme_counts(by_image[name].values()) for name in names if name in by_image]
-        if missing := [name for name in names if name not in by_image]:
+        groups = {name: _mme_counts(by_image[name].values()) for name in names if name in by_image}
+        if missing := [name for name in names if name not in groups]:
             rows.append(of.missing(total, note=f"no answers of {', '.join(missing)}"))
         else:
-            ends = bootstrap_groups(groups, lambda means: sum(map(_mme_score, means)))
-            value, n = (
-                sum(_mme_score(group.mean(0)) for group in groups),
-                sum(int(group[:, 1].sum()) for group in groups),
-            )
+            ends = bootstrap_groups([*groups.values()], lambda means: sum(map(_mme_score, means)))
+            value = sum(_mme_score(group.mean(0)) for group in groups.values())
+            n = sum(int(group[:, 1].sum()) for group in groups.values())
             rows.append(of.score(total, value, n=n, **ends._asdict()))
-        for name, group in zip([name for name in names if name in by_image], groups, strict=True):
+        for name, group in groups.items():
             ends = bootstrap_groups([group], lambda means: _mme_score(means[0]))
             n = int(group[:, 1].sum())
             categories.append(of.score(name.lower(), _mme_score(group.mean(0)), n=n, **ends._asdict()))
