@@ -122,8 +122,6 @@ def write_manifest(folder: Path, generated: GeneratedFolder, **origin: Any) -> N
 def read_manifest(folder: str | Path) -> GeneratedFolder:
     """Read a folder's manifest; UserError if it is missing or damaged."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise UserError(f"no {MANIFEST} in {folder}; generate the images with python -m eval generate-images")
     content = read_json(path)
     try:
         prompts = [GeneratedPrompt(**prompt) for prompt in content["prompts"]]
