@@ -8,16 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.scores import PartResult, Score, write_scores
+from eval.scores import PartResult, Score, scores_of, write_scores
 from um3.core.config import to_dict
 from um3.core.errors import UserError
 from um3.core.files import atomic_file, read_json, sha256_of
 from um3.core.metrics import commit, machine, versions
 from um3.core.text import valid_text
 
-KINDS: dict[str, Any] = {"n": int, "seed": int, "skipped": int, "protocol": dict, "value": float | int | None}
-KINDS |= dict.fromkeys(("task", "metric", "unit", "note", "version", "commit"), str)
-KINDS |= dict.fromkeys(("paper", "low", "high"), KINDS["value"])
 NUMBERS = ("seconds", "peak_memory_gib", "steps", "processes")
 
 
@@ -99,24 +96,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if odd := [name for name in NUMBERS if not isinstance(record.get(name, 0), int | float)]:
         raise UserError(f"{path}: {odd[0]} is {record[odd[0]]}, not a number; run the phase that writes it")
     return record
-
-
-def scores_of(record: dict[str, Any], path: Path) -> list[Score]:
-    """The rows of a file of `write_scores`, from its content.
-
-    Raises:
-        UserError: a row or one of its fields has another form, or its protocol is not the one of its hash.
-    """
-    try:
-        rows = [(row, Score.from_dict(row)) for row in record["scores"]]
-        for row, score in rows:
-            if odd := [name for name, kind in KINDS.items() if not isinstance(getattr(score, name), kind)]:
-                raise TypeError(f"{odd[0]} of {score.key} is {row[odd[0]]!r}")
-            if row["protocol_hash"] != score.protocol_hash:
-                raise ValueError(f"the protocol of {score.key} was changed")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a file of scores ({error}); delete it and run make eval again") from None
-    return [score for _, score in rows]
 
 
 def write_arrays(path: Path, arrays: dict[str, NDArray]) -> None:

@@ -22,6 +22,10 @@ from um3.core.files import read_json, short_hash, write_json
 Unit = Literal["%", "x100", "dB", ""]
 RESAMPLES = 1000
 LEVEL = 0.95
+KINDS: dict[str, Any] = {"n": int, "seed": int, "skipped": int, "protocol": dict, "value": float | int | None}
+KINDS |= dict.fromkeys(("task", "metric", "unit", "note", "version", "commit"), str)
+KINDS |= dict.fromkeys(("paper", "low", "high"), KINDS["value"])
+"""The types of a score's fields."""
 SHOWN_IMAGES = 64
 """Images of each kind that a part keeps for the report."""
 
@@ -200,8 +204,22 @@ def write_scores(path: str | Path, scores: Iterable[Score], *, samples: Any = No
 
 def read_scores(path: str | Path) -> list[Score]:
     """Read the rows of a file written by `write_scores`; UserError if it is missing, or is not such a file."""
-    content = read_json(path)
+    return scores_of(read_json(path), path)
+
+
+def scores_of(record: dict[str, Any], path: str | Path) -> list[Score]:
+    """The rows of a file of `write_scores`, from its content.
+
+    Raises:
+        UserError: a row or one of its fields has another form, or its protocol is not the one of its hash.
+    """
     try:
-        return [Score.from_dict(row) for row in content["scores"]]
-    except (KeyError, TypeError, ValueError) as error:
+        rows = [(row, Score.from_dict(row)) for row in record["scores"]]
+        for row, score in rows:
+            if odd := [name for name, kind in KINDS.items() if not isinstance(getattr(score, name), kind)]:
+                raise TypeError(f"{odd[0]} of {score.key} is {row[odd[0]]!r}")
+            if row["protocol_hash"] != score.protocol_hash:
+                raise ValueError(f"the protocol of {score.key} was changed")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a file of scores ({error}); delete it and run make eval again") from None
+    return [score for _, score in rows]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.config import PARTS
-from eval.part_files import Part, read_images, read_record, scores_of
+from eval.part_files import Part, read_images, read_record
 from eval.report.samples import MAKERS, TileGroup
-from eval.scores import Score
+from eval.scores import Score, scores_of
 from eval.vqa.sets import SETS
 from um3.core.errors import UserError
 from um3.core.metrics import read_metrics
