@@ -48,11 +48,9 @@ def main(arguments: Sequence[str]) -> None:
             harness.run_process(inputs, label="llava: a model with random weights")
             numbers = harness.run_side("llava", command, side="steps", label=f"{options.steps} steps")
         seconds, gpu_gib = fmean(numbers["step_s"]), numbers["peak_gpu_gib"]
-        memory = (
-            ""
-            if gpu_gib is None
-            else f"peak GPU memory (torch) {gpu_gib:.2f} GiB, pinned {numbers['pinned_gib']:.2f}, "
-        )
+        memory = ""
+        if gpu_gib is not None:
+            memory = f"peak GPU memory (torch) {gpu_gib:.2f} GiB, pinned {numbers['pinned_gib']:.2f}, "
         print(
             f"LLaVA of {numbers['parameters']:,} parameters: {seconds:.3g} s a step of {numbers['batch_size']} "
             f"conversations, {numbers['samples_per_s']:.3g} a second; {memory}peak resident memory "
