@@ -160,17 +160,9 @@ def read_by_steps(options: argparse.Namespace, folder: Path) -> dict[str, float]
     settings = [tokenizer, f"data.codes={codes}", "text_validation.every_steps=0"]
     um3 = harness.train_phase("um3", settings=settings, **how)
     images = fmean(row["perf/images_per_s"] / row["perf/steps_per_s"] for row in stage1.rows)
-    seen = ("data/text_tokens/", "data/visual_tokens/")
-    before, after = (
-        sum(value for key, value in row.items() if key.startswith(seen))
-        for row in (um3.rows[options.warmup - 1], um3.rows[-1])
-    )
-    tokens = (after - before) / options.steps
-    return {"images": images / _step_cpu_s(stage1, options), "tokens": tokens / _step_cpu_s(um3, options)}
-
-
-def _step_cpu_s(run: harness.TrainingRun, options: argparse.Namespace) -> float:
-    return fmean(run.step_seconds(warmup=options.warmup, cpu=True))
+    tokens = um3.step_tokens(warmup=options.warmup)
+    stage1_s, um3_s = (fmean(run.step_seconds(warmup=options.warmup, cpu=True)) for run in (stage1, um3))
+    return {"images": images / stage1_s, "tokens": tokens / um3_s}
 
 
 def delivered_of_runs(folder: Path) -> dict[str, float]:

@@ -132,6 +132,14 @@ class TrainingRun(NamedTuple):
         clock = [row["perf/cpu_s"] if cpu else row["step"] / row["perf/steps_per_s"] for row in self.rows]
         return [later - earlier for earlier, later in itertools.pairwise(clock)][warmup - 1 :]
 
+    def step_tokens(self, *, warmup: int) -> float:
+        """Tokens without padding that UM3 read in a step, the mean of the steps after `warmup` steps."""
+        before, after = (
+            sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))
+            for row in (self.rows[warmup - 1], self.rows[-1])
+        )
+        return (after - before) / (len(self.rows) - warmup)
+
     @property
     def provenance(self) -> dict[str, Any]:
         """Commit, machine and package versions of the run, and the kind of its peak memory."""

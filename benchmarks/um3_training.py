@@ -222,12 +222,7 @@ def _report(ours: harness.TrainingRun, *, stock: dict[str, Any], options: argpar
     flops, repeated_flops = plan.step_flops(checkpointing=setting.checkpointing)
     threads = config.loop.num_threads
     peak = harness.machine_peak(precision=precision, threads=threads, tflops=options.peak_tflops)
-    # Tokens that the run had seen before and after the measured steps, without padding.
-    before, after = (
-        sum(value for key, value in row.items() if key.startswith(("data/text_tokens/", "data/visual_tokens/")))
-        for row in (ours.rows[options.warmup - 1], ours.rows[-1])
-    )
-    per_step = (after - before) / options.steps
+    per_step = ours.step_tokens(warmup=options.warmup)
     utilisation = flops / seconds / peak.flops
     planned_s, planned_gib = (flops + repeated_flops) / (MFU * peak.flops), plan.usage(setting).total / GIB
     ratios = {"time": planned_s / seconds, "memory": planned_gib / ours.peak_gib}
