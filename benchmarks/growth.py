@@ -225,14 +225,10 @@ def rate(batches: Any, *, steps: int = 0) -> float:
 
 def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of `function` in a forked process with one torch thread."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), _use_one_thread) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _use_one_thread() -> None:
     import torch
 
-    torch.set_num_threads(1)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measure(name: str, size: int, folder: Path) -> Point:

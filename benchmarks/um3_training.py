@@ -173,9 +173,7 @@ def measure_stock(options: argparse.Namespace) -> dict[str, Any]:
         times: list[tuple[float, float]] = []  # noqa: RUF012 - one instance
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            if gpu:
-                torch.cuda.synchronize()
-            self.times.append((time.perf_counter(), time.process_time()))
+            self.times.append((harness.now(), time.process_time()))
 
     settings = TrainingArguments(
         output_dir=str(Path(options.folder) / "stock"),
