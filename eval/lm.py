@@ -6,7 +6,6 @@ LM_EVAL_DATA=data/bench python -m eval lm --model um3 --model_args pretrained=ru
 import argparse
 import copy
 import itertools
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,21 +69,6 @@ class UM3LM(HFLM):
             self.custom_prefix_token_id = int(self.ids["bos_id"])
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.add_bos_token = True  # where lm-eval encodes by itself: contexts of generations
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        max_tokens: int = 0,
-        cache: ResultsCache | None = None,
-    ) -> "UM3LM":
-        """Wrap a loaded model; contexts are cut to `max_tokens`, 0 for the model's own."""
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # progress is shown here
-        max_length = max_tokens or None
-        return cls(model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, cache=cache)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any

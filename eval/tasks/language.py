@@ -5,6 +5,7 @@ ids alone, so visual ids take no probability from a word. Every item's log-likel
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,10 +48,11 @@ def evaluate_language(config: EvalConfig, *, model: Path, request: str) -> PartR
             )
         from eval.lm import UM3LM, load_language_model
 
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # progress is shown here
         loaded, tokenizer = load_language_model(str(model))
         cache = ResultsCache(config.results_dir / "language.cache", protocol=request)
-        options: dict[str, Any] = {"batch_size": part.batch_size, "max_tokens": part.max_tokens, "cache": cache}
-        lm = UM3LM.of(loaded, tokenizer=tokenizer, **options)
+        max_length = part.max_tokens or None
+        lm = UM3LM(loaded, tokenizer=tokenizer, batch_size=part.batch_size, max_length=max_length, cache=cache)
         data: dict[str, Any] = {"documents": documents, "benchmarks": benchmarks}
         result = language_scores(lm, **data, config=part, folder=config.results_dir, seed=config.seed)
     cache.remove()

@@ -113,7 +113,7 @@ def evaluate(run_folder, tmp_path):
 def um3_lm(pipeline):
     from eval.lm import UM3LM
 
-    return UM3LM.of(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=2)
+    return UM3LM(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=2)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from um3.model.text_tokenizer import encode_texts, make_vocabulary
 
 
 def of(pipeline, **options):
-    return UM3LM.of(pipeline.model, tokenizer=pipeline.text_tokenizer, **{"batch_size": 2} | options)
+    return UM3LM(pipeline.model, tokenizer=pipeline.text_tokenizer, **{"batch_size": 2} | options)
 
 
 def stock(folder, **options):
@@ -53,7 +53,7 @@ def test_a_um3_gets_what_lm_evals_hf_gives_its_export(um3_lm, exported, pairs):
 def test_any_other_model_gets_what_hf_gives_it(llama, pairs):
     model, tokenizer = load_language_model(str(llama))
     expected = stock(llama).loglikelihood(requests(pairs), disable_tqdm=True)
-    loaded = UM3LM.of(model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests(pairs))
+    loaded = UM3LM(model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests(pairs))
     assert largest_difference(loaded, expected) < 1e-5
     by_name = UM3LM(str(llama), device="cpu", batch_size=2).loglikelihood(requests(pairs))
     assert largest_difference(by_name, expected) < 1e-5
@@ -111,7 +111,7 @@ def test_rolling_likelihood_counts_every_token_once(pipeline, um3_lm):
 
 
 def test_a_continuation_longer_than_the_window_is_scored_in_pieces(pipeline):
-    short, text = of(pipeline, max_tokens=16), " ".join(["Anna had never seen the upper room."] * 6)
+    short, text = of(pipeline, max_length=16), " ".join(["Anna had never seen the upper room."] * 6)
     tokens = encode_texts([text], tokenizer=pipeline.text_tokenizer)[0]
     assert len(tokens) > 2 * short.max_length
     ((scored, _),) = short.loglikelihood(requests([("", text)]))

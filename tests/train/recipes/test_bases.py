@@ -180,7 +180,7 @@ def test_without_a_bos_token_sequences_begin_as_the_bases_config_says(made: Path
     stream = TokenFile(cache)[:].tolist()
     assert stream.count(END) == 60
     assert all(stream[index + 1] == END_OF_TEXT for index, token in enumerate(stream[:-1]) if token == END)
-    scorer = UM3LM.of(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=1)
+    scorer = UM3LM(pipeline.model, tokenizer=pipeline.text_tokenizer, batch_size=1)
     assert scorer.prefix_token_id == END_OF_TEXT and scorer._encode_pair("a", " b")[0][0] == END_OF_TEXT
     export_text_half(folder, out=tmp_path / "plain")
     stock = HFLM(str(tmp_path / "plain"), device="cpu", batch_size=1, add_bos_token=True)
