@@ -60,20 +60,15 @@ class ResultsCache:
         self._results.update(results)
         if self._stem is None:
             return
-        rows = [
-            {
-                "protocol": self.protocol,
-                "item": item,
-                "result": result,
-                "digest": short_hash(self.protocol, item, result),
-            }
-            for item, result in results.items()
-        ]
+        lines = []
+        for item, result in results.items():
+            row = {"protocol": self.protocol, "item": item, "result": result}
+            lines.append(json.dumps(row | {"digest": short_hash(*row.values())}, ensure_ascii=False))
         path = self._stem.with_name(self._stem.name + (f".rank{rank()}" if world_size() > 1 else "") + ".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             # Each line begins with its line break, which also ends a line that a kill has cut short.
-            file.write("".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows).encode())
+            file.write("".join("\n" + line for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
 
