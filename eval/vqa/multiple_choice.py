@@ -68,15 +68,9 @@ def _read_seed(data: Path, images: Path) -> list[Question]:
             name = f"{row['question_type_id']}_{question_id}.png" if is_video else row["data_id"]
             folder = "SEED-Bench-video-image" if is_video else "SEED-Bench-image"
             lines = [row["question"], options([row[f"choice_{letter}"] for letter in "abcd"]), LETTER]
-            questions.append(
-                Question(
-                    question_id,
-                    image_file(images, name, folders=(folder, "")),
-                    "\n".join(lines),
-                    truth=row["answer"],
-                    groups=(kind, names[row["question_type_id"]]),
-                )
-            )
+            image = image_file(images, name, folders=(folder, ""))
+            groups = (kind, names[row["question_type_id"]])
+            questions.append(Question(question_id, image, "\n".join(lines), truth=row["answer"], groups=groups))
     return questions
 
 

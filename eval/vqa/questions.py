@@ -167,19 +167,18 @@ def question_lines(questions: Sequence[Question], *, images: Path) -> str:
 
 def answer_lines(answers: Sequence[Answer], *, model_id: str) -> str:
     """LLaVA's answer file."""
-    return json_text(
-        [
-            {
-                "question_id": question.question_id,
-                "prompt": question.text,
-                "text": text,
-                "answer_id": short_hash(model_id, question.name, text),
-                "model_id": model_id,
-                "metadata": {},
-            }
-            for question, text in answers
-        ]
-    )
+    rows = [
+        {
+            "question_id": question.question_id,
+            "prompt": question.text,
+            "text": text,
+            "answer_id": short_hash(model_id, question.name, text),
+            "model_id": model_id,
+            "metadata": {},
+        }
+        for question, text in answers
+    ]
+    return json_text(rows)
 
 
 def json_text(rows: Sequence[Any]) -> str:

@@ -46,10 +46,9 @@ def _read_pope(data: Path, images: Path) -> list[Question]:
                 if row["label"] not in ("yes", "no"):
                     raise UserError(f"{path}:{number} has the label {row['label']!r}; use the published file")
                 image = image_file(images, row["image"], folders=("", "val2014", "images"))
+                question_id = first_id + int(row["question_id"])
                 text = f"{row['text']}\n{ONE_WORD}"
-                questions.append(
-                    Question(first_id + int(row["question_id"]), image, text, split, row["label"] == "yes")
-                )
+                questions.append(Question(question_id, image, text, split, row["label"] == "yes"))
     return questions
 
 
@@ -93,16 +92,10 @@ def _f1(counts: NDArray) -> float:
 
 def _upload_pope(answers: Sequence[Answer], data: Path) -> dict[str, str]:
     """POPE's own answer files, a line for each question in the order of the labels."""
-    return {
-        f"coco_pope_{split}_answers.json": json_text(
-            [
-                {"question": question.text.removesuffix(f"\n{ONE_WORD}"), "answer": text}
-                for question, text in answers
-                if question.category == split
-            ]
-        )
-        for split in POPE_SPLITS
-    }
+    rows: dict[str, list[dict[str, str]]] = {split: [] for split in POPE_SPLITS}
+    for question, text in answers:
+        rows[question.category].append({"question": question.text.removesuffix(f"\n{ONE_WORD}"), "answer": text})
+    return {f"coco_pope_{split}_answers.json": json_text(of_split) for split, of_split in rows.items()}
 
 
 def _read_mme(data: Path, images: Path) -> list[Question]:
