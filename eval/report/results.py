@@ -18,8 +18,7 @@ from um3.core.progress import format_seconds
 from um3.core.text import valid_text
 
 TITLES = {"tokenizer": "Tokenizer", "captions": "Captions", "generation": "Generated images", "language": "Language"}
-VQA = "Questions about images"
-TITLES["vqa"] = VQA
+TITLES["vqa"] = "Questions about images"
 ACRONYMS = ("psnr", "ssim", "lpips", "fid", "meteor", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 METRIC_NAMES = {
     "rfid": "rFID",
@@ -66,7 +65,7 @@ def result_tables(runs: Sequence[RunData]) -> list[Table]:
         for table in tables:
             table.rows[:] = [row._replace(cells=[*row.cells[:place], *row.cells[place + 1 :]]) for row in table.rows]
     # Nobody expects images of a language model, and make eval asks no questions about images.
-    unexpected = TITLES.values() if all(run.is_language_only for run in runs) else [VQA]
+    unexpected = TITLES.values() if all(run.is_language_only for run in runs) else [TITLES["vqa"]]
     kept = [table for table in tables if table.rows or table.missing or table.title not in unexpected]
     return [replace(table, columns=columns) for table in kept]
 
