@@ -300,9 +300,7 @@ def loader_table(rates: dict[str, float], reads: dict[str, float]) -> list[str]:
 
 def duration(seconds: float) -> str:
     """Three digits, in us, ms or s."""
-    scale, unit = next(
-        pair for pair in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * pair[0] >= 1 or pair[1] == "us"
-    )
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if 1e3 * seconds >= 1 else (1e6, "us")
     return f"{seconds * scale:.3g} {unit}"
 
 
