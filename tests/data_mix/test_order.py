@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave, rank_positions
+from data_mix.order import SHARE_UNIT, ExactCounts, SampleOrder, fixed_shares, interleave
 from um3.core.errors import UserError
 
 
@@ -50,9 +50,7 @@ def check_counts(shares: list[tuple[int, ...]], sizes: list[int]) -> None:
         at = counts.at(step)
         assert sum(at) == size and min(at) >= 0
         drawn = counts.draws(step)
-        assert [
-            draw for part in (range(size // 3), range(size // 3, size)) for draw in counts.draws(step, part)
-        ] == drawn
+        assert counts.draws(step, range(size // 3)) + counts.draws(step, range(size // 3, size)) == drawn
         for i, share in enumerate(shares[step]):
             assert [number for j, number in drawn if j == i] == list(range(given[i], given[i] + at[i])), "in sequence"
             given[i] += at[i]
@@ -88,20 +86,3 @@ def test_invalid_weights_are_refused(weights: list[float]) -> None:
 def test_interleave_sorts_by_place_then_class(counts: tuple[int, ...]) -> None:
     places = [(Fraction(2 * j + 1, count), i) for i, count in enumerate(counts) for j in range(count)]
     assert interleave(counts).tolist() == [i for _, i in sorted(places)]
-
-
-def test_interleave_keeps_the_counts_and_spreads_them() -> None:
-    counts = (48, 4, 12)
-    classes = interleave(counts).tolist()
-    assert [classes.count(i) for i in range(3)] == list(counts)
-    for world_size in (2, 4):
-        for rank in range(world_size):
-            positions = rank_positions(64, rank=rank, world_size=world_size)
-            for i, count in enumerate(counts):
-                assert abs([classes[position] for position in positions].count(i) - count / world_size) <= 1
-
-
-def test_ranks_partition_the_batch_or_it_is_refused() -> None:
-    assert [i for rank in range(3) for i in rank_positions(12, rank=rank, world_size=3)] == list(range(12))
-    with pytest.raises(UserError, match="batch_size=10 does not divide among 4"):
-        rank_positions(10, rank=0, world_size=4)

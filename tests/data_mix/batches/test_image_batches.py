@@ -1,7 +1,6 @@
 """Image batches: exact shares, the same global batch for any number of ranks, unusable samples counted."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ from data_mix.batches.config import AugmentConfig
 from data_mix.batches.image_batches import ImageBatches, augmented
 from data_mix.demo.scenes import ScenesSource
 from data_mix.samples import BadSample, Sample
-from data_mix.sources.image_sources import ImageSourceConfig, open_image_source
-from tests.helpers.image_files import encoded
 from um3.core.errors import UserError
 
 
@@ -145,21 +142,6 @@ def test_zoom_shows_a_part_larger_and_colour_keeps_the_place_of_everything() -> 
 
 def test_fingerprints_name_the_samples_of_every_source() -> None:
     assert batches_of(PlainImages("a"), PlainImages("b")).fingerprints() == {"images/a": "a 20", "images/b": "b 20"}
-
-
-def test_the_fingerprint_of_files_follows_them_and_notices_new_ones(tmp_path: Path) -> None:
-    def fingerprint(folder: Path) -> str:
-        config = ImageSourceConfig("mine", path=str(folder), val_fraction=0, has_captions=False)
-        return open_image_source(config, split="train", size=8, seed=0).fingerprint()
-
-    (tmp_path / "a").mkdir()
-    for number in range(3):
-        (tmp_path / f"a/{number}.png").write_bytes(encoded(number))
-    before = fingerprint(tmp_path / "a")
-    moved = (tmp_path / "a").rename(tmp_path / "b")
-    assert fingerprint(moved) == before
-    (moved / "3.png").write_bytes(encoded(3))
-    assert fingerprint(moved) != before
 
 
 def test_unusable_samples_are_replaced_and_counted_each_time() -> None:

@@ -151,14 +151,6 @@ def test_other_codes_or_texts_of_the_same_size_are_refused(make: Make) -> None:
             batches.check_state(state | {"fingerprints": state["fingerprints"] | {name: "another"}})
 
 
-def test_a_part_of_a_plan_is_planned_alone(make: Make) -> None:
-    batches = make()
-    for step in (0, 7, 30):
-        plan = batches.plan(step)
-        assert batches.plan(step, range(5)) + batches.plan(step, range(5, 16)) == plan
-        assert batches.batch(step).counts == Counter(planned.key for planned in plan)
-
-
 def test_each_epoch_shows_every_image_once_to_each_task(make: Make) -> None:
     plan = make(mix=I2T_AND_T2I, batch_size=50).plan(0)
     shown = Counter((planned.task, planned.source, planned.sample) for planned in plan)

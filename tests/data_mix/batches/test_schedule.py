@@ -25,13 +25,11 @@ def test_both_readings_of_equation_7() -> None:
 @pytest.mark.parametrize("end", [[12, 1, 3], [0, 2, 1], [1, 1, 1]])
 def test_counts_are_within_one_sample_after_every_step(mode: Any, batch_size: int, end: list[float]) -> None:
     config = MixConfig(end=end, calm_down_steps=150, mode=mode)
-    schedule, resumed = Schedule(config), Schedule(config)
+    schedule = Schedule(config)
     given, expected = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0.0)
-    resumed_counts = {step: resumed.counts(step, batch_size=batch_size) for step in (200, 3, 151)}
     for step in range(250):
         counts = schedule.counts(step, batch_size=batch_size)
         assert sum(counts.values()) == batch_size and min(counts.values()) >= 0
-        assert counts == resumed_counts.get(step, counts)
         for task in TASKS:
             given[task] += counts[task]
             expected[task] += schedule.proportions(step)[task] * batch_size

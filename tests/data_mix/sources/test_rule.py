@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_mix.sources.config import ImageSourceConfig, SourceConfig, TextSourceConfig
+from data_mix.sources.config import ImageSourceConfig, TextSourceConfig
 from data_mix.sources.fingerprint import source_fingerprint
 from data_mix.sources.image_sources import open_image_source
 from data_mix.sources.text import open_text_source, readable_texts
@@ -303,20 +304,21 @@ def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
 def test_the_fingerprint_depends_on_what_is_read(tmp_path: Path) -> None:
     write_named(tmp_path / "a", "1.png", "2.png")
     (tmp_path / "a/1.txt").write_text("one")
-    configs: list[SourceConfig] = [
-        ImageSourceConfig(name="mine", path=str(tmp_path / "a"), weight=weight) for weight in (1.0, 3.0)
-    ]
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    places = (("a", 1.0), ("a", 3.0), ("moved", 1.0))
+    configs = [ImageSourceConfig("mine", path=str(tmp_path / folder), weight=weight) for folder, weight in places]
     before = source_fingerprint(configs[0])
     for name in (".DS_Store", "README.txt", "1.txt~", "._1.png"):
         (tmp_path / "a" / name).write_bytes(b"x")
     os.utime(tmp_path / "a/1.png", (1, 1))
-    assert [source_fingerprint(config) for config in configs] == [before] * 2
+    assert [source_fingerprint(config) for config in configs] == [before] * 3
     other = ImageSourceConfig(name="mine", path=str(tmp_path / "a"), has_captions=False)
     assert source_fingerprint(other) != before
     for change in (
         lambda: (tmp_path / "a/1.txt").write_text("two"),
         lambda: (tmp_path / "a/1.png").rename(tmp_path / "a/3.png"),
         lambda: (tmp_path / "a/2.txt").write_text("two"),
+        lambda: write_named(tmp_path / "a", "4.png"),
     ):
         change()
         assert source_fingerprint(configs[0]) != before
