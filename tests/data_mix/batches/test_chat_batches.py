@@ -17,21 +17,13 @@ from data_mix.demo.scenes import ScenesSource
 from data_mix.sources.config import ConversationSourceConfig
 from tests.data_mix.batches.test_mix import CODES, I2T_AND_T2I, IDS, OPTIONS, TOKENIZER, same
 from tests.helpers.code_shards import write_codes
+from tests.helpers.llava_files import entry
 from um3.core.errors import UserError
 from um3.model.sequences import conversation_sequence
 from um3.model.text_tokenizer import encode_turns
 
 Make = Callable[..., ChatBatches]
 SEQ_LEN = 90
-
-
-def entry(index: int, image: str | None, *answers: str) -> dict[str, Any]:
-    """One conversation in LLaVA's form."""
-    turns = []
-    for number, answer in enumerate(answers):
-        mark = "<image>\n" if image is not None and number == 0 else ""
-        turns += [{"from": "human", "value": f"{mark}question {number}?"}, {"from": "gpt", "value": answer}]
-    return {"id": f"c{index}", "conversations": turns} | ({} if image is None else {"image": image})
 
 
 IMAGES = [*(f"photo-0-{row}" for row in range(17)), *(f"other-0-{row}" for row in range(3))]
@@ -57,23 +49,14 @@ def make(folder: Path) -> Make:
         for name, rows, weight in (("pictures", images, 3.0), ("talk", texts, 1.0)):
             path = folder / f"{name}.json"
             path.write_text(json.dumps(rows))
-            sources.append(
-                ConversationSourceConfig(
-                    name, kind="llava", path=str(path), images=str(folder), weight=weight, val_fraction=0
-                )
-            )
+            where = {"path": str(path), "images": str(folder)}
+            sources.append(ConversationSourceConfig(name, weight=weight, val_fraction=0, **where))
         options = {name: changes.pop(name) for name in [*OPTIONS, "rank", "world_size"] if name in changes}
         values: dict[str, Any] = {"codes": str(folder / "codes"), "mix": I2T_AND_T2I, "seq_len": SEQ_LEN}
         values |= {"conversations": sources, "chat_share": 1 / 3} | changes
         return ChatBatches(ChatDataConfig(**values), cache=folder, **(OPTIONS | {"batch_size": 12} | options))
 
     return _make
-
-
-def chats_of(batches: ChatBatches, step: int) -> torch.Tensor:
-    """The conversations in the batch of `step`: the last rows of a batch that is not packed."""
-    batch = batches.batch(step)
-    return batch.input_ids_BT[len(batches.positions) :]
 
 
 def test_a_third_are_conversations_and_the_rest_is_the_mix(make: Make, folder: Path) -> None:
@@ -124,15 +107,12 @@ def test_ranks_share_the_batch(make: Make, world_size: int, packing: str) -> Non
     parts = [make(packing=packing, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in (0, 5):
         batch, pieces = whole.batch(step), [part.batch(step) for part in parts]
-        assert sum(len(piece.sources) for piece in pieces) == 12 and {len(p.sources) for p in pieces} == {
-            12 // world_size
-        }
+        assert [len(piece.sources) for piece in pieces] == [12 // world_size] * world_size
         assert torch.equal(sum(piece.seen_KC for piece in pieces), batch.seen_KC)
         assert all(piece.counts == batch.counts for piece in pieces)
         rows = [ids_T[ids_T != IDS.pad_id].tolist() for piece in pieces for ids_T in piece.input_ids_BT]
-        documents = sorted("".join(map(chr, row)) for row in rows)
         if packing == "none":
-            assert documents == sorted("".join(map(chr, r[r != IDS.pad_id].tolist())) for r in batch.input_ids_BT)
+            assert sorted(rows) == sorted(ids_T[ids_T != IDS.pad_id].tolist() for ids_T in batch.input_ids_BT)
         assert sum(map(len, rows)) == int((batch.input_ids_BT != IDS.pad_id).sum())
 
 
@@ -198,10 +178,9 @@ def test_an_image_in_two_sources_and_one_without_caption_are_refused(make: Make,
     write_codes(tmp_path, source="photo", num_images=17, captions=lambda row: [""], **CODES)
     with pytest.raises(UserError, match=r"photo-0-.* in .* has no caption; .* data.image_weights"):
         make(codes=str(tmp_path), images=ABOUT_IMAGES[:17]).batch(0)
-    path = write_codes(tmp_path, source="photo", split="val", num_images=17, **CODES)
+    write_codes(tmp_path, source="photo", split="val", num_images=17, **CODES)
     with pytest.raises(UserError, match="image photo-0-0 has codes in the sources 'photo' and 'photo'"):
         make(codes=str(tmp_path))
-    path.unlink()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
