@@ -32,8 +32,10 @@ def entry(number, image=None):
     return turns | ({"image": image} if image else {})
 
 
-def opened(path, content, *, split="train", check_images=False, **options):
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+def opened(path, content=None, *, split="train", check_images=False, **options):
+    """The conversations of a file, which is written first if there is `content`: bytes, or what to write as JSON."""
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     options = {"val_fraction": 0.0, "images": str(path.parent)} | options
     config = ConversationSourceConfig("talk", kind="llava", path=str(path), **options)
     return open_conversations(config, split=split, check_images=check_images)
@@ -41,10 +43,6 @@ def opened(path, content, *, split="train", check_images=False, **options):
 
 def lines(entries):
     return "\r\n".join(json.dumps(item, ensure_ascii=False) for item in entries).encode()
-
-
-def conversations(source):
-    return [source[index] for index in range(len(source))]
 
 
 FORMS = {
@@ -57,16 +55,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_entries_become_turns_without_the_mark_of_the_image(form, tmp_path):
     entries = [
-        {"id": "1", "image": "./coco/a.jpg", "conversations": says("<image>\nWhat é is it? ", " A dog.")},
-        {
-            "id": 2,
-            "image": "coco\\b.jpg",
-            "conversations": says("Where?\n<image>", "There", "Why? </s>", "So", "", "x"),
-        },
+        {"id": 1, "image": "./coco/a.jpg", "conversations": says("<image>\nWhat é is it? ", " A dog.")},
+        {"image": "coco\\b.jpg", "conversations": says("Where?\n<image>", "There", "Why? </s>", "So", "", "x")},
         {"id": "3", "model": "", "conversations": says("hello", "How?", "By <b>.", begins="gpt")},
     ]
-    content = FORMS[form](entries)
-    found = conversations(opened(tmp_path / "talk.json", content))
+    found = list(opened(tmp_path / "talk.json", FORMS[form](entries)))
     assert [conversation[1:] for conversation in found] == [
         ("coco/a.jpg", (Turn("What é is it?", "A dog."),)),
         ("coco/b.jpg", (Turn("Where?", "There"), Turn("Why? </s>", "So"), Turn("", "x"))),
@@ -113,7 +106,7 @@ def test_an_entry_that_breaks_a_rule_has_its_reason(item, reason):
 def test_entries_that_cannot_be_used_are_skipped_counted_and_named(tmp_path, caplog):
     entries = [entry(0), None, {"conversations": []}, {"conversations": []}, entry(1)]
     source = opened(tmp_path / "talk.json", entries)
-    assert [turns[0].answer for *_, turns in conversations(source)] == ["so ☃0.", "so ☃1."]
+    assert [turns[0].answer for *_, turns in source] == ["so ☃0.", "so ☃1."]
     assert "talk': 2 samples; not a conversation: 1 (such as byte" in caplog.text
     assert "no human turn: 2 (such as byte" in caplog.text
     with pytest.raises(UserError, match=r"not a conversation; repair it, or set skip_bad_files=true"):
@@ -146,7 +139,7 @@ def test_one_broken_entry_costs_that_entry(kind, form, window, tmp_path, monkeyp
     text = json.dumps(entries) if form == "list" else "\n".join(map(json.dumps, entries))
     assert text.count(before) == 1
     source = opened(tmp_path / "talk.json", text.replace(before, after).encode("latin-1"))
-    found = [int(turns[0].question[5:-1]) for *_, turns in conversations(source)]
+    found = [int(turns[0].question[5:-1]) for *_, turns in source]
     expected = [number for number in range(40) if number != 3]
     assert found == expected or (kind == "word" and found == list(range(40)))
     assert caplog.text.count("broken JSON: 1 (such as byte") == 1
@@ -190,12 +183,8 @@ def test_places_are_those_of_the_file_for_any_window(window, tmp_path, monkeypat
     ],
 )
 def test_a_file_without_conversations_is_one_line(content, message, tmp_path):
-    if content is not None:
-        (tmp_path / "talk.json").write_bytes(content)
-    config = ConversationSourceConfig("talk", kind="llava", path=str(tmp_path / "talk.json"))
-    with pytest.raises(UserError, match=message) as caught:
-        open_conversations(config, split="train")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path / "talk.json", content)
 
 
 def save_image(path, value=7):
@@ -206,9 +195,9 @@ def save_image(path, value=7):
 def test_all_turns_of_an_image_are_in_one_split(tmp_path):
     entries = [entry(number, f"{number % 40}.png") for number in range(200)] + [entry(number) for number in range(50)]
     train, val = (opened(tmp_path / "talk.json", entries, split=split, val_fraction=0.3) for split in ("train", "val"))
-    images = [{image for _, image, _ in conversations(source) if image} for source in (train, val)]
+    images = [{image for _, image, _ in source if image} for source in (train, val)]
     assert not images[0] & images[1] and len(images[0] | images[1]) == 40 and len(train) + len(val) == 250
-    assert any(image is None for _, image, _ in conversations(val))
+    assert any(image is None for _, image, _ in val)
 
 
 def test_missing_and_broken_images_are_found_before_the_start(tmp_path, monkeypatch, caplog):
@@ -221,21 +210,17 @@ def test_missing_and_broken_images_are_found_before_the_start(tmp_path, monkeypa
     entries = [entry(number, f"{number % 6}.png") for number in range(12)] + [entry(12)]
     options = {"images": str(folder), "check_images": True}
     source = opened(tmp_path / "talk.json", entries, **options)
-    assert [image for _, image, _ in conversations(source)] == ["0.png", "4.png", "5.png"] * 2 + [None]
-    for count in (
-        "missing image: 2 (such as 1.png)",
-        "not an image: 2 (such as 3.png)",
-        "truncated: 2 (such as 2.png)",
-    ):
-        assert "talk': 7 samples" in caplog.text and count in caplog.text
+    assert [image for _, image, _ in source] == ["0.png", "4.png", "5.png"] * 2 + [None]
+    assert "talk': 7 samples" in caplog.text
+    for number, reason in enumerate(("missing image", "truncated", "not an image"), start=1):
+        assert f"{reason}: 2 (such as {number}.png)" in caplog.text
     assert source.read_image(source[1]).tolist() == [[[4] * 3] * 50] * 30
 
     # The images that could be read are not read again, the others are.
     save_image(folder / "1.png", 1)
     read, read_image = [], data_mix.conversations.read_image
     monkeypatch.setattr(data_mix.conversations, "read_image", lambda path: read.append(path.name) or read_image(path))
-    config = ConversationSourceConfig("talk", path=str(tmp_path / "talk.json"), images=str(folder), val_fraction=0.0)
-    again = open_conversations(config, split="train", check_images=True)
+    again = opened(tmp_path / "talk.json", **options)
     assert sorted(read) == ["1.png", "2.png", "3.png"] and len(again) == 9
     assert source.fingerprint() != again.fingerprint()
     (folder / "0.png").unlink()
@@ -258,10 +243,9 @@ def test_the_parsed_entries_are_not_kept_in_memory(tmp_path, monkeypatch):
     path.write_bytes(json.dumps(entries).encode())
     size = path.stat().st_size
     del entries
-    config = ConversationSourceConfig("talk", path=str(path), val_fraction=0.0)
     tracemalloc.start()
     try:
-        source = open_conversations(config, split="train")
+        source = opened(path)
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -272,12 +256,11 @@ def test_the_parsed_entries_are_not_kept_in_memory(tmp_path, monkeypatch):
 def test_a_folder_of_files_and_the_fingerprint(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([entry(0)]))
     (tmp_path / "b.jsonl").write_bytes(lines([entry(1), entry(2)]))
-    config = ConversationSourceConfig("talk", path=str(tmp_path), val_fraction=0.0)
-    source = open_conversations(config, split="train")
-    assert [key.partition("#")[0] for key, *_ in conversations(source)] == ["a.json", "b.jsonl", "b.jsonl"]
+    source = opened(tmp_path)
+    assert [key.partition("#")[0] for key, *_ in source] == ["a.json", "b.jsonl", "b.jsonl"]
     before = source.fingerprint()
     (tmp_path / "a.json").write_text(json.dumps([entry(3)]))
-    assert open_conversations(config, split="train").fingerprint() != before
+    assert opened(tmp_path).fingerprint() != before
 
 
 @pytest.mark.parametrize(
