@@ -3,13 +3,14 @@
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_mix.conversations import open_conversations
-from data_mix.demo.digits import CLASS_NAMES, DigitsSource
+from data_mix.demo.digits import CLASS_NAMES
 from data_mix.demo.questions import EXTREMES
 from data_mix.demo.scenes import SceneObject, ScenesSource, captions
 from data_mix.sources.config import ConversationSourceConfig
@@ -34,7 +35,7 @@ def singular(word):
     return {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}.get(word, word)
 
 
-def answer(question, objects, *, size=32):
+def answer(question, objects, *, size):
     """The answer of a reader who knows the objects and the English words; size: of the image, in pixels."""
     shapes = [o.shape for o in objects]
     if question == "How many shapes are there?":
@@ -50,9 +51,8 @@ def answer(question, objects, *, size=32):
         return "yes" if any((o.colour, o.shape) == match.groups() for o in objects) else "no"
     if match := re.fullmatch(r"Are there (more|fewer|as many) (\w+) (?:than|as) (\w+)\?", question):
         first, second = (shapes.count(singular(word)) for word in match.groups()[1:])
-        return (
-            "yes" if {"more": first > second, "fewer": first < second, "as many": first == second}[match[1]] else "no"
-        )
+        holds = {"more": first > second, "fewer": first < second, "as many": first == second}[match[1]]
+        return "yes" if holds else "no"
     by_shape = {o.shape: o for o in objects}
     if match := re.fullmatch(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", question):
         if stands(by_shape[match[1]], by_shape[match[3]], match[2]):
@@ -121,7 +121,7 @@ def test_every_answer_about_a_digit_follows_from_its_value():
 
 def test_a_question_does_not_give_its_answer_away():
     answers = defaultdict(Counter)
-    source = open_conversations(ConversationSourceConfig("scenes", kind="scenes", length=4000), split="train")
+    source = open_conversations(replace(SCENES, length=4000), split="train")
     for index in range(len(source)):
         _, questions = source.questions(index)
         for question in questions:
@@ -137,26 +137,25 @@ def test_a_question_does_not_give_its_answer_away():
     assert len(common) > 50 and all(len(counts) > 1 for counts in common.values())
 
 
-def test_the_written_files_are_answered_perfectly(tmp_path, capsys):
+def test_the_written_files_have_the_questions_of_the_sources(tmp_path, capsys):
     sources = "[{name: scenes, kind: scenes, length: 300, val_fraction: 0.5}, {name: digits, kind: digits}]"
     main([f"output_dir={tmp_path}", f"sources={sources}"])
     asked = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     annotations = json.loads((tmp_path / "annotations.json").read_text())["annotations"]
-    assert len({row["question_id"] for row in annotations}) == len(asked) == len(annotations) > 1500
-
-    scenes, digits = ScenesSource(size=32, length=150, split="val"), DigitsSource(size=32, split="val")
-    labels = {f"{digits.key(index)}.png": label for index, label in enumerate(digits.labels)}
-    objects = {f"{scenes.key(index)}.png": scenes.objects(index) for index in range(len(scenes))}
-    right, kinds = [], Counter(row["category"] for row in asked)
-    for row, truth in zip(asked, annotations, strict=True):
-        image = row["image"]
-        mine = answer(row["text"], objects[image]) if image in objects else digit_answer(row["text"], labels[image])
-        assert (row["question_id"], row["category"]) == (truth["question_id"], truth["question_type"])
-        assert [given["answer"] for given in truth["answers"]] == [truth["multiple_choice_answer"]] * 10
-        right.append(mine == truth["multiple_choice_answer"])
-    printed = capsys.readouterr().out
-    assert all(right) and len(kinds) == 16 and all(f"{kind} {count:,}" in printed for kind, count in kinds.items())
-    assert (np.asarray(Image.open(tmp_path / "images/scenes-val-0-00000003.png")) == scenes[3].image_HWC).all()
+    assert len({row["question_id"] for row in asked}) == len(asked) > 1500
+    configs = (replace(SCENES, length=300, val_fraction=0.5), DIGITS)
+    scenes, digits = (open_conversations(config, split="val") for config in configs)
+    of_images = [source.questions(index) for source in (scenes, digits) for index in range(len(source))]
+    expected = [(f"{key}.png", question) for key, questions in of_images for question in questions]
+    for row, truth, (image, question) in zip(asked, annotations, expected, strict=True):
+        assert (row["image"], row["text"], row["category"]) == (image, question.text, question.kind)
+        assert (truth["question_id"], truth["question_type"]) == (row["question_id"], question.kind)
+        answers = [truth["multiple_choice_answer"], *(given["answer"] for given in truth["answers"])]
+        assert answers == [question.answer] * 11
+    kinds, printed = Counter(row["category"] for row in asked), capsys.readouterr().out
+    assert len(kinds) == 16 and all(f"{kind} {count:,}" in printed for kind, count in kinds.items())
+    image = np.asarray(Image.open(tmp_path / "images/scenes-val-0-00000003.png"))
+    assert (image == scenes.images[3].image_HWC).all()
 
 
 def test_the_written_conversations_are_those_of_the_source(tmp_path):
@@ -164,12 +163,10 @@ def test_the_written_conversations_are_those_of_the_source(tmp_path):
     options = {"images": str(tmp_path / "images"), "val_fraction": 0.0}
     config = ConversationSourceConfig("files", path=str(tmp_path / "train.json"), **options)
     files = open_conversations(config, split="train", check_images=True)
-    config = ConversationSourceConfig("scenes", kind="scenes", length=40)
-    drawn = open_conversations(config, split="train", image_size=64, seed=3)
-    assert len(files) == len(drawn) == 40
-    for index in range(40):
-        assert files[index].turns == drawn[index].turns and files[index].image == f"{drawn[index].image}.png"
-        assert (files.read_image(files[index]) == drawn.read_image(drawn[index])).all()
+    drawn = open_conversations(replace(SCENES, length=40), split="train", image_size=64, seed=3)
+    for written, conversation in zip(files, map(drawn.__getitem__, range(40)), strict=True):
+        assert written.turns == conversation.turns and written.image == f"{conversation.image}.png"
+        assert (files.read_image(written) == drawn.read_image(conversation)).all()
 
 
 def test_images_that_another_process_may_read_stay_as_they_are(tmp_path):

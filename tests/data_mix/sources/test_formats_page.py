@@ -60,10 +60,10 @@ def test_every_example_is_read_whole(examples, caplog):
         config = build_config(LISTS[kind], [("the page", entry)], origin="the page")
         if kind == "images":
             source = open_image_source(config, split="train", size=8, seed=0)
-            assert all(sample.captions for sample in map(source.__getitem__, range(len(source))))
+            assert all(sample.captions for sample in source)
         elif kind == "texts":
             source = open_text_source(config, split="train")
-            assert all(map(source.__getitem__, range(len(source))))
+            assert all(source)
         else:
             source = open_conversations(config, split="train", check_images=True)
             assert source[0].turns[0].answer == "A cat."

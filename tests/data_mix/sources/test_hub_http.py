@@ -11,9 +11,10 @@ import pytest
 
 from data_mix.codes.encode import main
 from data_mix.codes.shards import open_code_sources
-from tests.data_mix.codes.test_encode import make_qlip, shard_bytes
-from tests.helpers.hub import LocalHub, local_hub
+from tests.data_mix.codes.test_encode import shard_bytes
+from tests.helpers.hub import LocalHub
 from tests.helpers.image_files import write_hub_images
+from tests.helpers.tiny_qlip import make_qlip
 from um3.core.files import read_json
 
 
@@ -43,7 +44,7 @@ def test_only_the_needed_files_are_fetched(tmp_path: Path) -> None:
     for number in range(3):
         with gzip.open(folder / f"{number}.jsonl.gz", "wt") as file:
             file.writelines(json.dumps({"text": f"{number}-{row} {row**9 % 9973}"}) + "\n" for row in range(40_000))
-    with local_hub(tmp_path / "hub") as hub:
+    with LocalHub(tmp_path / "hub") as hub:
         for stream, length in ((50_000, "50000"), (0, "120000")):
             hub.fetched.clear()
             lines = client(hub, tmp_path, "-c", READ.replace("STREAM", str(stream))).stdout.splitlines()
@@ -64,7 +65,7 @@ def test_codes_of_a_streamed_set_resume_after_a_network_failure(
         f"codes: {{visual_tokenizer: {qlip}, output_dir: {codes}, samples_per_shard: 4, batch_size: 2, "
         "images: [{name: i, path: own/images, stream: 25, val_fraction: 0.1}]}\n"
     )
-    with local_hub(tmp_path / "hub") as hub:
+    with LocalHub(tmp_path / "hub") as hub:
         encode = ("-m", "data_mix", "encode", "--config", str(config))
         hub.ends_at = "train-00001-of-00003.parquet"
         stopped = client(hub, tmp_path, *encode)

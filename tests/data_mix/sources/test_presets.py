@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_mix.samples import BadSample, ImageSource, Sample, Split
+from data_mix.samples import BadSample, ImageSource, Split
 from data_mix.sources.presets import IMAGE_PRESETS, TEXT_PRESETS
 from data_mix.sources.text import TextSourceConfig, open_text_source
 from tests.data_mix.sources.test_sources import opened
@@ -43,17 +43,13 @@ def images(preset: str, path: Path, split: Split = "train", **options: Any) -> I
     return opened(path, split, preset=preset, val_fraction=0.0, **options)
 
 
-def samples(source: ImageSource) -> list[Sample]:
-    return [source[index] for index in range(len(source))]
-
-
 @pytest.mark.parametrize("preset", ["cc12m", "laion-coco-aesthetic", "datacomp-1b"])
 def test_shards_of_img2dataset(preset: str, tmp_path: Path) -> None:
     write_img2dataset(tmp_path, uid="f" * 32, recaption="a long caption", aesthetic_score=6.1)
-    alt_texts = samples(images(preset, tmp_path))
+    alt_texts = list(images(preset, tmp_path))
     assert [sample.captions for sample in alt_texts] == [(f"alt text {number}",) for number in range(6)]
     assert alt_texts[3].key == "00001.tar#000010000"
-    recaptions = samples(images(preset, tmp_path, caption_column="recaption"))
+    recaptions = images(preset, tmp_path, caption_column="recaption")
     assert {sample.captions for sample in recaptions} == {("a long caption",)}
 
 
@@ -102,11 +98,11 @@ def test_coco_in_karpathys_split(tmp_path: Path) -> None:
         sentences = [{"raw": text, "tokens": text.lower().split(), "imgid": number, "sentid": 5} for text in raw]
         entries.append({"filepath": folder, "filename": name, "split": split, "cocoid": number, "sentences": sentences})
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    train = samples(images("coco", tmp_path))
+    train = list(images("coco", tmp_path))
     keys = ["train2014/COCO_train2014_000000000000.jpg", "val2014/COCO_val2014_000000000001.jpg"]
     assert [sample.key for sample in train] == keys
     assert train[1].captions == ("A photo, number 1.", "Again 1")
-    assert [sample.captions[1] for sample in samples(images("coco", tmp_path, "val"))] == ["Again 2"]
+    assert [sample.captions[1] for sample in images("coco", tmp_path, "val")] == ["Again 2"]
     (tmp_path / "val2014/COCO_val2014_000000000002.jpg").unlink()
     with pytest.raises(BadSample):
         images("coco", tmp_path, "val")[0]
