@@ -16,11 +16,6 @@ from data_mix.sources.config import ConversationSourceConfig
 from um3.core.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch, short_waits):
-    monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
-
-
 def says(*values, begins="human"):
     roles = ["human", "gpt"] if begins == "human" else ["gpt", "human"]
     return [{"from": roles[index % 2], "value": value} for index, value in enumerate(values)]

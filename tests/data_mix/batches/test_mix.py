@@ -247,9 +247,7 @@ def test_counts_and_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(ma
     assert values["data/samples/text"] == drawn["text/prose"] + drawn["text/notes"]
 
 
-def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(
-    make: Make, tmp_path: Path, short_waits: None
-) -> None:
+def test_samples_of_a_shard_that_vanishes_are_replaced_and_counted(make: Make, tmp_path: Path) -> None:
     """Batches depend on (seed, step) and on which shards can be read: on every rank, and after a resume."""
     common = CODES | {"source": "photo", "num_shards": 4, "num_images": 10}
     paths = [write_codes(tmp_path, shard=shard, **common) for shard in range(4)]

@@ -144,7 +144,7 @@ def test_a_damaged_stream_is_made_again_or_refused(tmp_path: Path, caplog: pytes
 
 
 def test_documents_of_a_file_that_vanishes_are_skipped_and_named(
-    tmp_path: Path, short_waits: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(3):
         lines = [json.dumps({"text": f"document {number} {row}"}) + "\n" for row in range(4)]

@@ -122,9 +122,7 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         refused(tmp_path, f"differ in {next(iter(change))}")
 
 
-def test_a_shard_that_cannot_be_read_is_skipped_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None
-) -> None:
+def test_a_shard_that_cannot_be_read_is_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     paths = write_all(tmp_path, num_shards=7)
     data = paths[1].read_bytes()
@@ -149,7 +147,7 @@ def content(folder: Path) -> list[Any]:
     return [(sample.key, sample.codes_N.tolist(), sample.captions) for sample in opened(folder)]
 
 
-def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path, short_waits: None) -> None:
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
     path = write_codes(tmp_path)
     data, expected, refused = path.read_bytes(), content(tmp_path), 0
     draw = random.Random(1)

@@ -26,7 +26,6 @@ from um3.core.errors import UserError
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the indexes; any data counts as large."""
     monkeypatch.setattr(data_mix.sources.file_index, "CACHED_FROM_BYTES", 0)
-    monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/index"
 
 
@@ -100,7 +99,7 @@ def test_lines_are_found_once_and_bad_ones_reported_every_time(
         open_text_source(TextSourceConfig(path=str(tmp_path / "a.jsonl"), skip_bad_files=False), split="train")
 
 
-def test_no_index_is_kept_of_damaged_files(cache: Path, shards: Path, short_waits: None) -> None:
+def test_no_index_is_kept_of_damaged_files(cache: Path, shards: Path) -> None:
     os.truncate(shards / "1.tar", (shards / "1.tar").stat().st_size - 1024 * 9)
     assert 3 <= len(images(shards)) < 6 and len(list(cache.glob("*.arrow"))) == 1
     (shards / "1.tar").write_bytes(b"no tar at all" * 100)
@@ -140,8 +139,7 @@ def test_without_a_cache_folder_large_tables_are_refused(copied: Path, monkeypat
         texts(copied)
 
 
-def test_small_data_has_no_index(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
+def test_small_data_has_no_index(shards: Path, tmp_path: Path) -> None:
     assert len(images(shards)) == 6 and not (tmp_path / "cache").exists()
 
 
@@ -193,6 +191,5 @@ def count_listed_tars() -> list[int]:
 @pytest.mark.slow
 def test_one_rank_lists_for_all(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDS", str(shards))
-    monkeypatch.setenv("UM3_CACHE", str(tmp_path / "cache"))
     (first, first_listed, *samples), (second, second_listed, *others) = run_on_ranks(count_listed_tars, folder=tmp_path)
     assert (first, second, first_listed + second_listed) == (0, 1, 2) and samples == others == [6]

@@ -140,9 +140,7 @@ def test_rows_past_the_end_are_counted_and_reported_once(words: Path, caplog: py
     assert read(source, [29, 0, 16, 17]) == ["past the end", *numbered(3, 4), *numbered(19, 20), "past the end"]
 
 
-def test_a_damaged_file_is_skipped_and_stays_skipped(
-    words: Path, short_waits: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_is_skipped_and_stays_skipped(words: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The rows before the damage are used; the rows of the next files keep their numbers in a resumed process."""
     for number in range(3):
         texts = [f"{number}-{row} " + "words " * 50 for row in range(20)]
@@ -168,9 +166,7 @@ def test_a_damaged_file_is_skipped_and_stays_skipped(
     assert again[:40] == [f"{number}-{row}" for number in (0, 2) for row in range(20)]
 
 
-def test_rows_that_a_file_no_longer_gives_keep_their_numbers(
-    words: Path, short_waits: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_a_file_no_longer_gives_keep_their_numbers(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_words(words)
     source, later = documents(30), documents(30)
     read(source)
@@ -180,14 +176,14 @@ def test_rows_that_a_file_no_longer_gives_keep_their_numbers(
     assert len(opened) < 20, "the file is not read again for each of its rows"
 
 
-def test_a_short_failure_loses_nothing(words: Path, short_waits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_failure_loses_nothing(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_words(words)
     source = documents(30)
     let_fail(monkeypatch, fails_at=0, num_failures=4)
     assert read(source) == numbered(0, 30) and not source.bad_files.reasons
 
 
-def test_damaged_and_empty_files_side_by_side(words: Path, short_waits: None) -> None:
+def test_damaged_and_empty_files_side_by_side(words: Path) -> None:
     write_words(words, files=5)
     for number in (1, 2):
         (words / f"train-{number:05d}-of-00005.parquet").write_bytes(b"PAR1 nothing PAR1")
@@ -234,7 +230,7 @@ def test_tokens_end_with_the_set(words: Path) -> None:
     assert {file.suffix for file in cache.iterdir()} <= {".bin", ".json"}
 
 
-def test_without_any_readable_file_the_error_is_one_line(words: Path, short_waits: None) -> None:
+def test_without_any_readable_file_the_error_is_one_line(words: Path) -> None:
     write_words(words, files=2)
     source = documents(20)
     assert source[0] == "train document 0"

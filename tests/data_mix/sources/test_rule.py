@@ -140,7 +140,7 @@ def write_documents(reader: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hub", "hub stream"])
-def test_documents(reader: str, linked: Path, caplog: pytest.LogCaptureFixture, short_waits: None) -> None:
+def test_documents(reader: str, linked: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_documents(reader, linked)
     config = TextSourceConfig(name="mine", val_fraction=0.0, **path_for(reader, linked))
     source = open_text_source(config, split="train")
@@ -346,7 +346,7 @@ def test_captions_of_one_and_of_several_texts_go_together(tmp_path: Path) -> Non
     assert counts(source) == {"no name or no caption": 1}
 
 
-def test_a_split_whose_files_cannot_be_read_is_not_replaced(tmp_path: Path, short_waits: None) -> None:
+def test_a_split_whose_files_cannot_be_read_is_not_replaced(tmp_path: Path) -> None:
     for name in ("train", "validation-0", "validation-1"):
         table = {"image": [encoded(number) for number in range(20)], "caption": ["a"] * 20}
         pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")

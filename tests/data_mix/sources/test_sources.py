@@ -178,9 +178,7 @@ def test_tar_with_odd_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(tmp_path.parent.rglob("*")) == before, "nothing is written"
 
 
-def test_a_cut_tar_keeps_the_samples_before_the_damage(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None
-) -> None:
+def test_a_cut_tar_keeps_the_samples_before_the_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shards(tmp_path)
     shard = tmp_path / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:10_400])
@@ -193,7 +191,7 @@ def test_a_cut_tar_keeps_the_samples_before_the_damage(
         opened(shard)
 
 
-def test_an_unreadable_tar_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture, short_waits: None) -> None:
+def test_an_unreadable_tar_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shards(tmp_path)
     (tmp_path / "shard-000000.tar").write_bytes(b"no tar at all")
     source = opened(tmp_path, val_fraction=0.0)
@@ -205,9 +203,7 @@ def test_an_unreadable_tar_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("damage", ["footer", "pages"])
-def test_a_damaged_parquet_file_is_skipped(
-    tmp_path: Path, short_waits: None, parquet_in_memory: bool, damage: str
-) -> None:
+def test_a_damaged_parquet_file_is_skipped(tmp_path: Path, parquet_in_memory: bool, damage: str) -> None:
     write_parquet(tmp_path)
     data = (tmp_path / "1.parquet").read_bytes()
     (tmp_path / "1.parquet").write_bytes(data[:-40] if damage == "footer" else data[:4] + bytes(1500) + data[1504:])
@@ -228,7 +224,7 @@ def test_a_damaged_parquet_file_is_skipped(
     ],
 )
 def test_a_file_that_vanishes_is_counted_or_an_error(
-    write: Write, name: str, reasons: dict[str, int], tmp_path: Path, short_waits: None
+    write: Write, name: str, reasons: dict[str, int], tmp_path: Path
 ) -> None:
     write(tmp_path)
     skips, stops = (opened(tmp_path, val_fraction=0.0, skip_bad_files=skip) for skip in (True, False))

@@ -89,7 +89,7 @@ def test_jsonl(tmp_path: Path) -> None:
         texts_of(config(tmp_path, field="body", val_fraction=0.0), "val")
 
 
-def test_a_file_that_vanishes_is_an_error_unless_it_may_be_skipped(tmp_path: Path, short_waits: None) -> None:
+def test_a_file_that_vanishes_is_an_error_unless_it_may_be_skipped(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number}.jsonl").write_text('{"text": "fine"}\n' * 3)
     source = open_text_source(config(tmp_path, val_fraction=0.0, skip_bad_files=False), split="train")
