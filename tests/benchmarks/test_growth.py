@@ -4,22 +4,16 @@ import json
 
 import pytest
 
-from benchmarks import growth, synthetic
+from benchmarks import growth
 from benchmarks.growth import LINES, Point
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Little made data, and one run of each call."""
-    for module, name, value in (
-        (synthetic, "JPEGS", 8),
-        (growth, "IMAGE_BATCH", 4),
-        (synthetic, "DOCUMENTS", 4),
-        (synthetic, "SHARDS", 1),
-        (growth, "MEASURED_S", 0.01),
-        (growth, "STEADY_S", 0.0),
-    ):
-        monkeypatch.setattr(module, name, value)
+    settings = {"synthetic.JPEGS": 8, "growth.IMAGE_BATCH": 4, "synthetic.DOCUMENTS": 4, "synthetic.SHARDS": 1}
+    for name, value in (settings | {"growth.MEASURED_S": 0.01, "growth.STEADY_S": 0.0}).items():
+        monkeypatch.setattr(f"benchmarks.{name}", value)
 
 
 @pytest.mark.usefixtures("few")
@@ -55,10 +49,6 @@ def test_growth_is_named_by_the_exponent_of_the_largest_sizes():
     costs = [Point(1, 1.0, 0.0), Point(10, 1.1, 0.1), Point(100, 11.0, 0.2)]
     row = growth.growth_table({"shards": costs})[-1]
     assert "| 1 | 100 shards | 1 s to 11 s | linear (1.00) | 0.0 to 0.2 MiB | constant (0.00) |" in row
-    assert [growth.verdict(power).rpartition(" ")[0] for power in (0.1, 0.5, 1.1, 2.0)] == [
-        "constant",
-        "less than linear",
-        "linear",
-        "worse than linear",
-    ]
+    verdicts = {0.1: "constant", 0.5: "less than linear", 1.1: "linear", 2.0: "worse than linear"}
+    assert {power: growth.verdict(power).rpartition(" ")[0] for power in verdicts} == verdicts
     assert [growth.duration(seconds) for seconds in (2e-6, 0.0034, 12.345)] == ["2 us", "3.4 ms", "12.3 s"]

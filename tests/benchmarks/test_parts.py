@@ -61,9 +61,8 @@ def test_um3_and_trainer_run_on_the_same_sequences(proof):
     (ours, stock, plan), measured = numbers(proof, "UM3 step")
     assert "0.1 TFLOP/s (given, fp32)" in ours and "x as fast (" in stock and "at 35% of the peak" in plan
     for side in ("ours", "stock"):
-        assert (
-            len(measured[side]["step_s"]) == len(measured[side]["step_cpu_s"]) == 1 and measured[side]["peak_gib"] > 0
-        )
+        run = measured[side]
+        assert len(run["step_s"]) == len(run["step_cpu_s"]) == 1 and run["peak_gib"] > 0
     # Two text sequences, an image to its caption, and a caption to its image.
     assert measured["tokens_per_step"] == 2 * 600 + 2 * (512 + 64 + 4)
     (seconds,) = measured["ours"]["step_s"]

@@ -222,7 +222,6 @@ def test_counts_and_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(ma
         assert of_tasks == list(schedule.counts(step, batch_size=16).values())
         assert sorted(batch.sources) == sorted(key.partition("/")[2] for key in Counter(batch.counts).elements())
         drawn.update(batch.counts)
-        assert abs(drawn["text/prose"] - (drawn["text/prose"] + drawn["text/notes"]) * 2 / 3) < 1
         statistics.add(sum(part.batch(step).seen_KC for part in parts).numpy())
         if step == 20:
             state, statistics = statistics.state(), MixStatistics(whole.keys)
@@ -235,15 +234,10 @@ def test_counts_and_statistics_of_two_ranks_and_a_resume_keep_to_the_schedule(ma
         values = statistics.metrics(scheduled=whole.scheduled(step + 1))
         for key in [*TASKS, *whole.keys]:
             assert abs(values[f"data/samples/{key}"] - values[f"data/scheduled/{key}"]) < 1
-    for task in ("i2t", "t2i"):
-        photos, drawings = drawn[f"{task}/photo"], drawn[f"{task}/drawing"]
-        assert abs(photos - (photos + drawings) * 17 / 25) < 1
     state = whole.state(40)
     assert sum(drawn.values()) == 40 * 16 and make(rank=3, world_size=4).state(40) == state
     assert state["draws"] == dict(drawn) == {key: values[f"data/samples/{key}"] for key in whole.keys}
-    assert (state["seed"], state["step"]) == (0, 40)
     assert {key: count for key, count in values.items() if "_tokens/" in key} == tokens
-    assert values["data/visual_tokens/i2t/photo"] == IDS.image_tokens * drawn["i2t/photo"]
     assert values["data/samples/text"] == drawn["text/prose"] + drawn["text/notes"]
 
 
