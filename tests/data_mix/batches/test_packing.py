@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from data_mix.batches.config import DataConfig
 from data_mix.batches.mix import SequenceBatches
@@ -15,14 +14,12 @@ from data_mix.batches.schedule import MixConfig
 from data_mix.sources.text import TextSourceConfig
 from tests.data_mix.batches.test_mix import CODES, IDS, OPTIONS, PROSE
 from tests.helpers.code_shards import write_codes
+from tests.helpers.tiny_um3 import make_base
 from train.recipes.um3 import UM3Objective
 from train.settings.um3 import UM3LossConfig
 
 SEQ_LEN = 40
-SIZES: dict[str, Any] = dict(
-    vocab_size=IDS.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, intermediate_size=48,
-)  # fmt: skip
+MODEL = {"vocab_size": IDS.vocab_size, "initializer_range": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +37,6 @@ def batches_of(folder: Path, *, packing: Any, text: float = 1, **ranks: int) -> 
     texts = [TextSourceConfig("prose", path=str(folder / "prose.txt"), val_fraction=0)]
     config = DataConfig(str(folder), texts, mix=mix, seq_len=SEQ_LEN, packing=packing, caption_dropout=0.2)
     return SequenceBatches(config, cache=folder, **(OPTIONS | {"batch_size": 24} | ranks))
-
-
-def model_of(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 def test_first_fit_keeps_the_order_and_the_room() -> None:
@@ -84,7 +76,7 @@ def test_a_packed_batch_holds_the_same_samples_in_fewer_sequences(folder: Path, 
 @torch.no_grad()
 def test_a_changed_neighbour_changes_no_logit(kind: str, attention: str, folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling flex attention takes minutes on a CPU
-    model = model_of(kind)
+    model = make_base(kind, **MODEL)
     model.set_attn_implementation("sdpa" if attention == "joined" else attention)
     objective = UM3Objective(model, ids=IDS, loss=UM3LossConfig(), packed=True)
     objective.joins_rows = attention == "joined"  # the layout for flash attention
@@ -110,7 +102,7 @@ def test_losses_and_gradients_of_packed_and_unpacked_batches_agree(parts: int, f
     """Without text, whose samples may hold several documents: those attend to each other unless they are packed."""
     sums, gradients = [], []
     for packing in ("none", "documents"):
-        model = model_of("qwen3")
+        model = make_base("qwen3", **MODEL)
         objective = UM3Objective(model, ids=IDS, loss=UM3LossConfig(), packed=packing == "documents")
         ids_BT, mask_BT = batches_of(folder, packing=packing, text=0).batch(1)[:2]
         total = torch.zeros(2)

@@ -234,18 +234,13 @@ def test_a_file_that_vanishes_is_counted_or_an_error(
         read_all(stops)
 
 
-def test_auto_kind(tmp_path: Path) -> None:
-    def kind(path: Path | str) -> str:
-        return source_kind(ImageSourceConfig(name="mine", path=str(path)))
-
-    assert kind("owner/name") == kind("owner/name:config") == "hub"
-    assert kind(tmp_path) == "folder"
-    assert kind(tmp_path / "x-*.tar") == "webdataset" and kind("a/b.parquet") == "parquet"
+def test_an_absent_owner_and_name_are_of_the_hub_and_two_kinds_of_files_are_refused(tmp_path: Path) -> None:
+    for path in ("owner/name", "owner/name:config"):
+        assert source_kind(ImageSourceConfig(name="mine", path=path)) == "hub"
     write_parquet(tmp_path)
-    assert kind(tmp_path) == "parquet"
     write_shards(tmp_path)
     with pytest.raises(UserError, match=r"both \.parquet and \.tar"):
-        kind(tmp_path)
+        opened(tmp_path)
 
 
 IMAGE_MISTAKES: list[tuple[dict[str, Any], str]] = [
