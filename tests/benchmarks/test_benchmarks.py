@@ -1,6 +1,7 @@
 """Every benchmark runs at a small size, compares like with like, and notices a wrong result."""
 
 import argparse
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -29,6 +30,7 @@ LOSS = [*MODEL, "--patches", "8", "--seq-len", "32", "--threads", "1"]
 SAMPLING = [*MODEL, "--patches", "4", "--batch", "3", "--threads", "1"]
 TOWER = ("hidden_size=32", "num_layers=1", "num_heads=2", "intermediate_size=48")
 STAGE1 = [*(f"model.{key}" for key in TOWER), *(f"text.{key}" for key in (*TOWER, "vocab_size=300"))]
+READ_SHAPE = functools.partial(um3_training.read_shape, default=um3_training.SHAPE)
 SCENES = "data.sources=[{name: scenes, kind: scenes, length: 200}]"
 
 
@@ -260,10 +262,6 @@ def test_a_curve_ends_where_memory_did(tmp_path):
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
-def read_shape(settings):
-    return um3_training.read_shape(settings, default=um3_training.SHAPE)
-
-
 @pytest.mark.slow
 def test_every_safety_net_is_timed(capsys):
     safety.main(["--sizes", "demo", "--steps", "4", "loop.batch_size=8", "text_validation.num_sequences=2"])
@@ -309,7 +307,7 @@ def build_loss(arguments):
         (build_loss, ["--text-vocab-size", "3"], "is not a text entry"),
         (training.main, ["training", "--stages", "stage2"], "--tokenizer FOLDER"),
         (llava.main, ["engine.zero_stage=0", "--side", "model", "--folder", "x"], "set engine.zero_stage"),
-        *((read_shape, [setting], "--shape") for setting in ("depth=3", "layers=0", "hidden_size=30")),
+        *((READ_SHAPE, [setting], "--shape") for setting in ("depth=3", "layers=0", "hidden_size=30")),
     ],
 )
 def test_mistakes_are_one_line(command, arguments, message):

@@ -30,19 +30,18 @@ def tokenizer():
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Opens batches of the conversations in `tmp_path`; keywords change them, the ranks or the window."""
+    """Opens batches of the conversations in `tmp_path`; keywords change the seed or the ranks."""
     write_conversations(tmp_path)
 
-    def _make(*, max_tokens=400, check_images=True, seed=0, **options):
+    def _make(**options):
         path, images = str(tmp_path / "conversations.json"), str(tmp_path)
-        config = ConversationSourceConfig("talk", kind="llava", path=path, images=images, val_fraction=0)
-        options = {"batch_size": BATCH, "cache": tmp_path / "cache", "seed": seed} | options
+        config = ConversationSourceConfig("talk", path=path, images=images, val_fraction=0)
         return ConversationBatches(
-            {"talk": open_conversations(config, split="train", check_images=check_images)},
+            {"talk": open_conversations(config, split="train", check_images=True)},
             weights=[1.0],
-            template=Template(tokenizer, kind="v1", num_image_tokens=4, max_tokens=max_tokens),
+            template=Template(tokenizer, kind="v1", num_image_tokens=4, max_tokens=400),
             pixels=lambda image: torch.from_numpy(np.array(image.resize((2, 2)))).permute(2, 0, 1).float(),
-            **options,
+            **{"batch_size": BATCH, "cache": tmp_path / "cache", "seed": 0} | options,
         )
 
     return _make
@@ -50,12 +49,11 @@ def make(tmp_path, tokenizer):
 
 def numbers(batches, batch) -> list[int]:
     """Places in the file of a batch's conversations."""
-    source = batches.sources["talk"]
-    keys = [source[index].key for index in range(len(source))]
+    keys = [conversation.key for conversation in batches.sources["talk"]]
     return [keys.index(key) for key in batch.keys]
 
 
-def test_every_batch_has_one_modality_and_the_counts_are_exact(make, tokenizer):
+def test_every_batch_has_one_modality_and_its_own_pixels_and_the_counts_are_exact(make, tokenizer):
     batches = make()
     kinds: Counter[str] = Counter()
     keys: Counter[str] = Counter()
@@ -67,20 +65,14 @@ def test_every_batch_has_one_modality_and_the_counts_are_exact(make, tokenizer):
         assert (is_image_BT.sum(1) == (4 if kind == "image" else 0)).all()
         assert (batch.pixels_BCHW is not None) == (kind == "image") and len(batch.keys) == BATCH
         assert not (batch.target_mask_BT & is_image_BT).any() and batch.target_mask_BT.any(1).all()
+        if kind == "image":
+            for number, pixels_CHW in zip(numbers(batches, batch), batch.pixels_BCHW, strict=True):
+                assert int(pixels_CHW.mean((1, 2)).argmax()) == number % 3
         kinds[kind] += 1
         keys.update(batch.keys)
         assert abs(kinds["image"] - 0.75 * (step + 1)) < 1
     assert kinds == {"image": 24, "text": 8}
     assert len(keys) == 32 and set(keys.values()) == {4}
-
-
-def test_pixels_belong_to_their_conversation(make):
-    batches = make()
-    for step in range(6):
-        batch = batches.batch(step)
-        if batch.pixels_BCHW is not None:
-            for number, pixels_CHW in zip(numbers(batches, batch), batch.pixels_BCHW, strict=True):
-                assert int(pixels_CHW.mean((1, 2)).argmax()) == number % 3
 
 
 def test_lengths_are_alike_within_a_batch_and_the_order_is_random(make):
