@@ -61,12 +61,11 @@ def test_a_failing_process_gives_one_line():
         harness.run_process(["timeit", "-n1", "-r1", "import os; os.kill(os.getpid(), 9)"], label="a run")
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "um3-loss", "sampling"])
+@pytest.mark.parametrize("benchmark", [tokenizer, um3_loss, sampling])
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--repeats", "-1"], ["--threads", "x"]])
-def test_numbers_below_1_are_usage_errors(name, arguments, capsys):
-    main = {"tokenizer": tokenizer.main, "um3-loss": um3_loss.main, "sampling": sampling.main}[name]
+def test_numbers_below_1_are_usage_errors(benchmark, arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        benchmark.main(arguments)
     assert stopped.value.code == 2 and f"argument {arguments[0]}: {arguments[1]}" in capsys.readouterr().err
 
 

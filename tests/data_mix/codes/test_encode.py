@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -18,6 +17,7 @@ import tokenizer
 from data_mix.codes.encode import main
 from data_mix.codes.shards import CodeShards, open_code_sources, read_header
 from data_mix.demo.scenes import ScenesSource
+from tests.helpers.image_files import write_folder
 from tests.helpers.processes import locked
 from tests.helpers.tiny_qlip import make_qlip
 from um3.core.errors import UserError
@@ -39,18 +39,12 @@ def qlip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qlip(tmp_path_factory.mktemp("qlip"))
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """A folder of twelve images; two of them cannot be read."""
-    for number in range(12):
-        path = tmp_path / f"images/{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels_HWC = np.random.default_rng(number).integers(0, 256, size=(SIZE, SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels_HWC).save(path)
-        path.with_suffix(".txt").write_text(f"noise number {number}")
-        if number in (3, 8):
-            path.write_bytes(b"\x89PNG\r\n\x1a\n not an image")
-    return tmp_path / "images"
+def write_images(folder: Path, *, captions: bool = True) -> Path:
+    """Forty images; numbers 3 and 8 cannot be read."""
+    write_folder(folder, captions=captions)
+    for name in ("a/03.png", "b/c/08.png"):
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n not an image")
+    return folder
 
 
 def config_file(tmp_path: Path, *, qlip: Path, images: str = "[{name: scenes, length: 50}]") -> Path:
@@ -135,21 +129,22 @@ def test_only_missing_and_damaged_shards_are_made_again(tmp_path: Path, qlip: Pa
     assert (codes / "train-scenes-00000.arrow").stat().st_mtime_ns == written
 
 
-def test_unusable_images_are_counted_and_new_ones_encoded(tmp_path: Path, qlip: Path, images: Path) -> None:
-    path = config_file(tmp_path, qlip=qlip, images=f"[{{name: noise, path: {images}, val_fraction: 0}}]")
+def test_unusable_images_are_counted_and_new_ones_encoded(tmp_path: Path, qlip: Path) -> None:
+    images = write_images(tmp_path / "images")
+    path = config_file(tmp_path, qlip=qlip, images=f"[{{name: plain, path: {images}, val_fraction: 0}}]")
     counts = run(path, "samples_per_shard=5")
     assert set(counts) == {"train"}
-    noise = counts["train"]["noise"]
-    assert (noise["samples"], noise["images"], noise["skipped"]) == (12, 10, {"not an image": 2})
-    shards = opened(tmp_path / "codes", source="noise")
-    assert {shards[i].captions[0] for i in range(10)} == {f"noise number {i}" for i in range(12) if i not in (3, 8)}
-    for image in images.glob("*.png"):
+    plain = counts["train"]["plain"]
+    assert (plain["samples"], plain["images"], plain["skipped"]) == (40, 38, {"not an image": 2})
+    shards = opened(tmp_path / "codes", source="plain")
+    assert {sample.captions[0] for sample in shards} == {f"number {number}" for number in {*range(40)} - {3, 8}}
+    for image in images.rglob("*.png"):
         Image.new("RGB", (30, 30), "red").save(image)
-    assert run(path)["train"]["noise"]["images"] == 12
-    assert not torch.equal(opened(tmp_path / "codes", source="noise")[0].codes_N, shards[0].codes_N)
-    for image in images.glob("*.png"):
+    assert run(path)["train"]["plain"]["images"] == 40
+    assert not torch.equal(opened(tmp_path / "codes", source="plain")[0].codes_N, shards[0].codes_N)
+    for image in images.rglob("*.png"):
         image.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"no train image of source 'noise' can be used .*check its files"):
+    with pytest.raises(UserError, match=r"no train image of source 'plain' can be used .*check its files"):
         run(path)
 
 
@@ -189,15 +184,14 @@ def test_limit_takes_the_first_samples_of_each_source(tmp_path: Path, qlip: Path
     assert opened(tmp_path / "codes")[8].key == ScenesSource(size=SIZE, length=50)[8].key
 
 
-def test_images_without_captions_are_encoded_for_conversations(tmp_path: Path, qlip: Path, images: Path) -> None:
-    for caption in images.glob("*.txt"):
-        caption.unlink()
+def test_images_without_captions_are_encoded_for_conversations(tmp_path: Path, qlip: Path) -> None:
+    images = write_images(tmp_path / "images", captions=False)
     source = f"[{{name: pictures, path: {images}, has_captions: false, val_fraction: 0}}]"
     splits = run(config_file(tmp_path, qlip=qlip, images=source))
-    assert splits["train"]["pictures"]["images"] == 10 and splits["train"]["pictures"]["skipped"]
+    assert splits["train"]["pictures"]["images"] == 38 and splits["train"]["pictures"]["skipped"]
     coded = open_code_sources(tmp_path / "codes", split="train")["pictures"]
-    assert list(coded.each_key()) == [(index, coded[index].key) for index in range(10)]
-    assert {key for _, key in coded.each_key()} == {f"{number:02d}.png" for number in {*range(12)} - {3, 8}}
+    assert list(coded.each_key()) == [(index, coded[index].key) for index in range(38)]
+    assert {Path(sample.key).name for sample in coded} == {f"{number:02d}.png" for number in {*range(40)} - {3, 8}}
     assert coded[0].captions == ("",)
 
 
