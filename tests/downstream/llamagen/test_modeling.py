@@ -123,11 +123,6 @@ def test_a_depth_model_is_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_llamagen(tmp_path)
     assert loaded.config.prediction == "depth" and len(loaded.depth) == 2
-    greedy = [
-        Decoder(each).images(**captions(), sampling=Sampling(temperature=0), uniforms_BP=uniforms(each)).visual_ids
-        for each in (model, loaded)
-    ]
-    assert torch.equal(*greedy)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
 

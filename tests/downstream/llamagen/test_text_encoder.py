@@ -49,13 +49,6 @@ def test_captions_end_at_the_last_position_and_do_not_depend_on_each_other(encod
         torch.testing.assert_close(features[index][mask[index]], alone[0], atol=1e-5, rtol=0)
 
 
-def test_t5_features_are_the_last_hidden_state(t5):
-    encoder = TextEncoder(TextEncoderConfig(name=str(t5)))
-    ids = [3 + WORDS.index(word) for word in CAPTIONS[0].split()] + [1]
-    expected = T5EncoderModel.from_pretrained(t5)(torch.tensor([ids])).last_hidden_state
-    torch.testing.assert_close(encoder(CAPTIONS[:1]).features, expected)
-
-
 def test_qlip_features_lead_to_its_text_embedding(qlip):
     encoder, model = TextEncoder(TextEncoderConfig(kind="qlip", name=str(qlip))), load_qlip(qlip)
     ids = encoder.tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]
@@ -63,11 +56,16 @@ def test_qlip_features_lead_to_its_text_embedding(qlip):
     torch.testing.assert_close(pooled, model.get_text_features(ids))
 
 
-def test_fewer_layers_are_run_before_the_final_norm(t5, qlip):
+def test_t5_features_are_a_hidden_state_after_the_final_norm(t5):
     ids = [3 + WORDS.index(word) for word in CAPTIONS[0].split()] + [1]
-    states = T5EncoderModel.from_pretrained(t5)(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    encoder = TextEncoder(TextEncoderConfig(name=str(t5), num_layers=1))
-    torch.testing.assert_close(encoder(CAPTIONS[:1]).features, encoder.model.encoder.final_layer_norm(states[1]))
+    output = T5EncoderModel.from_pretrained(t5)(torch.tensor([ids]), output_hidden_states=True)
+    whole, one = (TextEncoder(TextEncoderConfig(name=str(t5), num_layers=number)) for number in (-1, 1))
+    torch.testing.assert_close(whole(CAPTIONS[:1]).features, output.last_hidden_state)
+    expected = one.model.encoder.final_layer_norm(output.hidden_states[1])
+    torch.testing.assert_close(one(CAPTIONS[:1]).features, expected)
+
+
+def test_fewer_layers_of_qlip_are_run_before_the_final_norm(qlip):
     encoder, tower = TextEncoder(TextEncoderConfig("qlip", str(qlip), num_layers=0)), load_qlip(qlip).text_model
     embedded = tower.embeddings(encoder.tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"])
     torch.testing.assert_close(encoder(CAPTIONS[:1]).features, tower.final_layer_norm(embedded))

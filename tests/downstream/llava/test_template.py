@@ -9,24 +9,8 @@ from downstream.llava.template import IMAGE, SYSTEM, Template, chat_template
 from um3.core.errors import UserError
 from um3.core.seeds import numpy_generator
 
-WORDS = [
-    "what",
-    "colour",
-    "is",
-    "the",
-    "left",
-    "shape",
-    "red",
-    "blue",
-    "yes",
-    "no",
-    ",",
-    "it's",
-    "3",
-    "é",
-    "漢字",
-    "\n",
-]
+WORDS = ["what", "colour", "is", "the", "left", "shape", "red", "blue", "no", ",", "it's", "3", "é", "漢字", "\n"]
+TURNS = [("what colour is it?", "red"), ("and the left shape?", "it's blue")]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +20,11 @@ def llama_2():
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     bytes_256 = [f"<0x{number:02X}>" for number in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_256], show_progress=False
-    )
+    special_tokens = ["<unk>", "<s>", "</s>", *bytes_256]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special_tokens, show_progress=False)
     bpe.train_from_iterator([SYSTEM, "USER: ASSISTANT: </s>", " ".join(WORDS[:-3])] * 4, trainer)
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     return tokenizer
@@ -83,26 +64,24 @@ def test_ids_and_mask_are_those_of_the_original_code(llama_2):
 
 
 def test_golden_string_and_supervised_text(llama_2):
-    turns = [("what colour is it?", "red"), ("and the left shape?", "it's blue")]
     v1 = template(llama_2)
-    text, _ = v1.text(turns, has_image=True)
+    text, _ = v1.text(TURNS, has_image=True)
     assert text == (
         f"{SYSTEM} USER: <image>\nwhat colour is it? ASSISTANT: red</s>"
         "USER: and the left shape? ASSISTANT: it's blue</s>"
     )
-    sequence = v1(turns, has_image=True)
+    sequence = v1(TURNS, has_image=True)
     is_image = sequence.input_ids_T == llama_2.convert_tokens_to_ids(IMAGE)
     assert is_image.sum() == 4 and not (is_image & sequence.target_mask_T).any()
     supervised = llama_2.decode(sequence.input_ids_T[sequence.target_mask_T])
     assert supervised.split() == ["red</s>", "it's", "blue</s>"]
-    plain = template(llama_2, "plain")(turns[:1], has_image=True)
+    plain = template(llama_2, "plain")(TURNS[:1], has_image=True)
     assert llama_2.decode(plain.input_ids_T).replace(" ", "") == "<s><image><image><image><image>red\n"
     assert llama_2.decode(plain.input_ids_T[plain.target_mask_T]).strip(" ") == "red\n"
 
 
 def test_short_marks(llama_2):
-    turns = [("what colour is it?", "red"), ("and the left shape?", "it's blue")]
-    text, spans = template(llama_2, "qa").text(turns, has_image=True)
+    text, spans = template(llama_2, "qa").text(TURNS, has_image=True)
     assert text == "Q: <image>\nwhat colour is it? A: red</s>Q: and the left shape? A: it's blue</s>"
     assert [text[first:last] for first, last in spans] == [" red</s>", " it's blue</s>"]
 
@@ -134,13 +113,9 @@ def test_the_chat_template_for_a_prompt(llama_2):
         options = {"tokenize": False, "add_generation_prompt": True, "chat_template": chat_template(llama_2)}
         return llama_2.apply_chat_template(list(messages), **options)
 
-    for content in (
-        "look: <image> what is it?",
-        [{"type": "image"}, {"type": "text", "text": "look: <image> what is it?"}],
-    ):
-        assert prompt({"role": "user", "content": content}) == (
-            f"{SYSTEM} USER: <image>\nlook:  what is it? ASSISTANT:"
-        )
+    typed, expected = "look: <image> what is it?", f"{SYSTEM} USER: <image>\nlook:  what is it? ASSISTANT:"
+    for content in (typed, [{"type": "image"}, {"type": "text", "text": typed}]):
+        assert prompt({"role": "user", "content": content}) == expected
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hi "}]
     assert prompt(*messages) == "Be brief. USER: hi ASSISTANT:"
 
