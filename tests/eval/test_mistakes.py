@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from eval.benchmarks import coco_captions, coco_generation, dpg, geneval
+from eval.benchmarks import coco_captions, coco_generation, dpg, geneval, vqa
 from eval.run import main as run
 from eval.tasks.generate_images import main as generate
+from tests.eval.vqa.files import write_pope
 from um3.core.errors import UserError
 from um3.inference.image_io import save_png
 
 CAPTIONS, DISTANCE = ["references=TMP/refs.json"], ["images=TMP/two"]
+QUESTIONS = ["data=TMP/pope", "output=TMP/o.json"]
 IMAGES = ["model=TMP/UM3", "prompts=TMP/a.txt", "output_dir=TMP/out"]
 
 
@@ -34,6 +36,13 @@ IMAGES = ["model=TMP/UM3", "prompts=TMP/a.txt", "output_dir=TMP/out"]
         (dpg.main, [*DISTANCE, "vqa=a", "answers=b"], "set one of them"),
         (dpg.main, ["images=nowhere"], "nowhere does not exist"),
         (dpg.main, [*DISTANCE, "num_images=5"], "num_images is 5"),
+        (dpg.main, [*DISTANCE, "questions=q", "answers=a", "num_images=1"], "num_images=1: set resolution"),
+        (vqa.main, ["model=m"], "set data=FOLDER"),
+        (vqa.main, ["data=none", "model=m", "output=TMP/o.json"], "none is not a folder"),
+        (vqa.main, [*QUESTIONS, "model=m", "answers=a"], "either model=FOLDER or answers=FILE"),
+        (vqa.main, [*QUESTIONS, "answers=none.jsonl"], "none.jsonl does not exist"),
+        (vqa.main, [*QUESTIONS, "model=/none"], "vision-language model '/none'"),
+        (vqa.main, [*QUESTIONS, "set=vqa", "model=m"], "pope"),
         (generate, [*IMAGES, "prompts=''"], "set prompts=PATH"),
         (generate, [*IMAGES, "num_images=5", "layout=grid"], "allows 1 to 4"),
         (generate, [*IMAGES, "layout=geneval"], "layout=geneval needs GenEval's metadata"),
@@ -56,6 +65,7 @@ def test_a_mistake_is_one_line(main, arguments, message, run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "refs.json").write_text('{"a.png": "a dog"}')
     (tmp_path / "a.txt").write_text("a dog")
+    write_pope(tmp_path / "pope")
     for file in ("one/a.png", "two/a.png", "two/b.png"):
         save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / file)
     places = {"TMP/UM3": f"{run_folder}/um3/model", "TMP": str(tmp_path), "RUN": str(run_folder)}

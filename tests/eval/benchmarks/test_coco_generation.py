@@ -74,15 +74,8 @@ def test_equal_sets_have_distance_zero_in_any_order(generated, tmp_path):
     assert result(generated, "pins")["images_sha256"] == row.protocol["reference_sha256"]
 
 
-def distance_of_pairs(first_2D, second_2D):
-    """The Frechet distance of two sets of two vectors, in closed form: their covariances have rank one."""
-    a, b = ((pair[0] - pair[1]).double() / 2**0.5 for pair in (first_2D, second_2D))
-    offset = first_2D.double().mean(0) - second_2D.double().mean(0)
-    return float(offset @ offset + a @ a + b @ b - 2 * (a @ b).abs())
-
-
 @pytest.mark.slow
-def test_fid_by_hand_against_statistics_of_pytorch_fid(inception, tmp_path):
+def test_fid_against_statistics_of_pytorch_fid(inception, tmp_path):
     weights, sha256 = inception
     network = inception_features(weights, sha256=sha256)
     first, second = noise(count=2, seed=0), noise(count=2, seed=1)
@@ -91,7 +84,7 @@ def test_fid_by_hand_against_statistics_of_pytorch_fid(inception, tmp_path):
     generated = folder(tmp_path / "generated", first)
     options = [f"reference={tmp_path / 'stats.npz'}", f"inception_weights={weights}"]
     rows = scored(generated, *options, f"inception_sha256={sha256}")
-    expected = distance_of_pairs(network.extract(first), network.extract(second))
+    expected = frechet_distance(network.moments(first), network.moments(second))
     assert rows["fid"].value == pytest.approx(expected, rel=1e-4) and rows["fid"].paper == 44.1
     assert rows["fid"].protocol["features"] == "inception-2015 pytorch-fid"
     assert "2 images for 2048 dimensions" in rows["fid"].note

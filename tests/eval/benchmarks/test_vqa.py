@@ -6,7 +6,6 @@ import pytest
 
 from eval.benchmarks.vqa import main
 from eval.scores import read_scores
-from eval.vqa.questions import Answer, answer_lines
 from eval.vqa.sets import SETS
 from tests.eval.vqa.files import WRITERS
 from tests.eval.vqa.test_models import save_chat
@@ -45,22 +44,9 @@ def test_a_model_answers_every_set_once(name, model, tmp_path, capfd):
     first = next(iter(rows.values()))
     assert (first.value is None) == (SETS[name].score is None or name == "mme")
     assert first.protocol["rule"] == SETS[name].rule and first.paper == SETS[name].paper.get(first.metric)
+    assert name != "mm_vet" or "GPT-4" in first.note
     if first.value is not None:
         assert first.protocol_hash != next(iter(supplied.values())).protocol_hash
-
-
-def test_the_papers_values_stand_beside(tmp_path):
-    papers = {"gqa": 0.618, "textvqa_ocr": 0.552, "pope": 0.861, "mme": 1498.3, "vqav2_test_dev": 0.783}
-    papers["mm_vet"] = 0.333
-    for name, value in papers.items():
-        perfect = WRITERS[name](tmp_path / name / "data")
-        questions = SETS[name].read(tmp_path / name / "data", tmp_path / name / "data")
-        answers = [Answer(*pair) for pair in zip(questions, perfect, strict=True)]
-        (tmp_path / "a.jsonl").write_text(answer_lines(answers, model_id="m"))
-        rows = scored(name, tmp_path / name, f"answers={tmp_path / 'a.jsonl'}")
-        assert [row.paper for row in rows.values() if row.paper] == [value]
-        assert not next(iter(rows.values())).skipped
-    assert "GPT-4" in scored("mm_vet", tmp_path / "mm_vet", f"answers={tmp_path / 'a.jsonl'}")["accuracy"].note
 
 
 def test_missing_images_are_named_and_a_limit_is_another_protocol(model, tmp_path):
@@ -85,20 +71,3 @@ def test_answers_with_ocr_are_scored_without_the_tokens(model, tmp_path):
     assert (row.value, row.n, row.skipped) == (1, 1, 2)
     with pytest.raises(UserError, match="Rosetta"):
         scored("textvqa_ocr", tmp_path, f"model={model}")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["data=''", "model=m"], "set data=FOLDER"),
-        (["data=none", "model=m"], "none is not a folder"),
-        (["answers=a", "model=m"], "either model=FOLDER or answers=FILE"),
-        (["answers=none.jsonl"], "none.jsonl does not exist"),
-        (["model=/none"], "vision-language model '/none'"),
-        (["set=vqa", "model=m"], "pope"),
-    ],
-)
-def test_mistakes_are_one_line(options, message, tmp_path):
-    WRITERS["pope"](tmp_path)
-    with pytest.raises(UserError, match=message):
-        main([f"data={tmp_path}", f"output={tmp_path / 'o.json'}", *options])
