@@ -4,7 +4,6 @@ import shutil
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from eval.command import model_hash, run_command
 from um3.core.errors import UserError
@@ -30,11 +29,8 @@ def test_a_model_is_named_by_everything_that_its_outputs_depend_on(tmp_path):
 
 
 def test_every_process_takes_its_gpu(monkeypatch):
-    taken = []
-    for name, value in {"is_available": True, "device_count": 2}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    calls = []
     monkeypatch.setattr("eval.command.world_size", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    run_command(Settings, taken.append, name="x", about="x", arguments=[])
-    assert taken == [torch.device("cuda", 1), Settings()]
+    monkeypatch.setattr("eval.command.take_gpu", lambda: calls.append("its GPU"))
+    run_command(Settings, calls.append, name="x", about="x", arguments=[])
+    assert calls == ["its GPU", Settings()]

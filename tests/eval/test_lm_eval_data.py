@@ -12,9 +12,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.config import LanguageConfig
 from eval.lm_eval_data import TASKS, find_benchmarks, open_benchmarks, write_task_yamls
-from eval.tasks.language import language_scores, run_tasks
+from eval.tasks.language import run_tasks
 from um3.core.errors import UserError
 
 BENCH = Path(__file__).parents[3] / "shared/data/bench"
@@ -120,18 +119,6 @@ def test_a_label_counts_by_its_value_not_by_its_type(name, field, labels, um3_lm
         sample = run_tasks(um3_lm, open_benchmarks(folder, folder=folder / "tasks")[name])["samples"][name][0]
         results.append([sample["target"], sample["acc"], sample["filtered_resps"]])
     assert all(result == results[0] for result in results)
-
-
-def test_one_tasks_error_does_not_stop_the_others(um3_lm, bench, tmp_path):
-    shutil.copytree(bench, tmp_path / "data")
-    (tmp_path / "data" / FILES["piqa"]).write_text(changed("piqa", label="x"))
-    tasks = open_benchmarks(tmp_path / "data", folder=tmp_path / "tasks")
-    options = {"config": LanguageConfig(), "folder": tmp_path, "seed": 0}
-    result = language_scores(um3_lm, documents=[], benchmarks=tasks, **options)
-    values = {row.key: row.value for row in result.scores}
-    assert values["piqa/acc"] is None and values["winogrande/acc"] is not None and values["hellaswag/acc"] is not None
-    (error,) = result.errors
-    assert FILES["piqa"] in error and "'x'" in error
 
 
 def test_folders_with_problems_are_one_line_errors(tmp_path):

@@ -151,8 +151,6 @@ def test_supplied_results(tmp_path):
     assert supplied_results(path, field="objects", ids=ids, skipped=skipped) == {"a": [1]}
     assert skipped.to_dict()["entry without file and objects"]["count"] == 3
     assert skipped.to_dict()["no objects supplied"] == {"count": 1, "first": ["b"]}
-    (tmp_path / "list.json").write_text(json.dumps([{"image_id": 2, "objects": []}]))
-    assert supplied_results(tmp_path / "list.json", field="objects", ids=ids, skipped=skipped) == {"b": []}
 
 
 def test_a_newer_result_replaces_an_older_one(tmp_path):

@@ -72,16 +72,6 @@ def test_another_file_is_a_one_line_error(tmp_path):
         read_scores(tmp_path / "a.json")
 
 
-def test_the_interval_of_a_share_is_the_binomial_one():
-    """Against the normal approximation, which holds for 2,000 items."""
-    for share in (0.1, 0.5, 0.8):
-        values = [float(index < 2000 * share) for index in range(2000)]
-        half = 1.96 * math.sqrt(share * (1 - share) / 2000)
-        low, high = bootstrap(values)
-        assert (low, high) == pytest.approx((share - half, share + half), abs=0.15 * half)
-        assert bootstrap(values) == (low, high), "equal items give an equal interval"
-
-
 def test_weights_give_the_mean_per_byte():
     bits, lengths = [10.0, 400.0, 30.0, 260.0], [10, 100, 20, 80]
     low, high = bootstrap(bits, weights=lengths)

@@ -58,7 +58,7 @@ DONE = {"seconds": 90.0, "peak_memory_gib": 1.5, "steps": 2, "machine": "here", 
 SEEDED = """
 title: Before and after
 seeds: 2
-columns: {x/a: A}
+columns: {language/a: A}
 curves: {train/loss: loss}
 rows:
   - {name: split, um3: [], paper: [0.5]}
@@ -89,29 +89,34 @@ def write(folder, text):
     return str(folder / "table.yaml")
 
 
-def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, arguments, monkeypatch):
-    commands: list[str] = []
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Every command that a table starts, by its output; the commands do not run, but leave small results."""
+    commands: dict[str, str] = {}
 
-    def run(command: list[str], *, output: Path, what: str) -> None:
-        commands.append(" ".join(command).replace(str(tmp_path), "RUN"))
+    def start(command: list[str], *, output: Path, what: str) -> None:
+        commands[str(output.relative_to(tmp_path))] = " ".join(command).replace(str(tmp_path), "RUN")
+        output.parent.mkdir(parents=True, exist_ok=True)
         if "train" in command:
-            output.parent.mkdir(parents=True)
             (output.parent / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2}\n')
             output.write_text(json.dumps(DONE))
         elif "eval" in command:
             value = 0.2 if "seed-0" in str(output) else 0.4
-            for part in ("language", "captions", "generation"):
-                score = [Measurement("x", 0).score("a", value, n=9, unit="%")] if part == "language" else []
-                write_scores(output.with_name(f"{part}.json"), score)
+            for part in ("tokenizer", "language", "captions", "generation", "vqa_scenes"):
+                write_scores(output.with_name(f"{part}.json"), [Measurement(part, 0).score("a", value, n=9, unit="%")])
 
-    monkeypatch.setattr(ablation_rows, "start", run)
+    for module in (ablation, ablation_rows):
+        monkeypatch.setattr(module, "start", start)
     monkeypatch.setattr(ablation_rows, "trained_on", lambda *_, **__: [])
+    return commands
+
+
+def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, arguments, started):
     write(tmp_path, SEEDED)
     main([*arguments, "--base", "BASE", "loop.max_steps=5"])
-    train = (
-        "train um3 --processes 1 --config RUN/tiny.yaml loop.output_dir=RUN/{}/um3 visual_tokenizer=BASE/stage2/model"
-    )
-    train += " data.codes=BASE/codes loop.max_steps=5"
+    train = "train um3 --processes 1 --config RUN/tiny.yaml loop.output_dir=RUN/{}/um3"
+    train += " visual_tokenizer=BASE/stage2/model data.codes=BASE/codes loop.max_steps=5"
+    commands = [*started.values()]
     assert commands[0] == f"{train.format('split/seed-0')} loop.seed=0"
     assert commands[1].startswith("eval run --config RUN/tiny.yaml run=RUN/split/seed-0 images=[] parts=[language,")
     assert commands[-3] == "um3 export RUN/split/seed-1/um3/model --out RUN/split/seed-1/um3-export"
@@ -119,55 +124,29 @@ def test_every_row_runs_its_phases_with_its_settings_and_seed(tmp_path, argument
     assert commands[-2] == f"{train.format('from-text/seed-1')} {text} loop.seed=1"
     assert (tmp_path / "table.md").read_text().splitlines()[4] == "| split | 30.0 % ± 14.1 % (paper 50.0 %) |"
     values = json.loads((tmp_path / "table.json").read_text())["from text"][1]
-    assert (values["x/a"]["value"], values["um3/minutes"]["value"]) == (0.4, 1.5)
+    assert (values["language/a"]["value"], values["um3/minutes"]["value"]) == (0.4, 1.5)
     assert read_image(tmp_path / "curves.png").width > 1000
 
 
-def test_one_seed_can_be_run_apart_from_the_others(tmp_path, arguments, monkeypatch):
-    folders: list[str] = []
-
-    def run(command: list[str], *, output: Path, what: str) -> None:
-        folders.append(str(output.parent.relative_to(tmp_path)))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(DONE))
-        if "eval" in command:
-            for part in ("language", "captions", "generation"):
-                write_scores(output.with_name(f"{part}.json"), [])
-
-    monkeypatch.setattr(ablation_rows, "start", run)
-    monkeypatch.setattr(ablation_rows, "trained_on", lambda *_, **__: [])
+def test_one_seed_can_be_run_apart_from_the_others(tmp_path, arguments, started):
     write(tmp_path, SEEDED)
     stopped = tmp_path / "split/seed-1/um3-export/.lock"  # of an export that did not end
     stopped.parent.mkdir(parents=True)
     stopped.touch()
     main([*arguments, "--base", "BASE", "--seed", "1"])
     ours = ["split/seed-1/um3", "split/seed-1/eval", "split/seed-1/um3-export"]
-    assert folders == [*ours, "from-text/seed-1/um3", "from-text/seed-1/eval"]
+    assert [str(Path(output).parent) for output in started] == [*ours, "from-text/seed-1/um3", "from-text/seed-1/eval"]
     assert not (tmp_path / "table.md").exists()
     with pytest.raises(UserError, match="the seeds 0 to 1; set --seed"):
         main([*arguments, "--base", "BASE", "--seed", "2"])
 
 
-def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_base(tmp_path, arguments, monkeypatch):
-    commands: list[str] = []
-
-    def run(command: list[str], *, output: Path, what: str) -> None:
-        commands.append(" ".join(command).replace(str(tmp_path), "RUN"))
-        if "train" in command:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            (output.parent / "metrics.jsonl").touch()
-            output.write_text(json.dumps(DONE))
-        elif "eval" in command:
-            output.parent.mkdir(exist_ok=True)
-            for name in ("tokenizer", "generation", "vqa_scenes"):
-                write_scores(output.with_name(f"{name}.json"), [Measurement(name, 0).score("a", 1.0, n=1)])
-
-    monkeypatch.setattr(ablation_rows, "start", run)
-    monkeypatch.setattr(ablation, "start", run)
-    monkeypatch.setattr(ablation_rows, "trained_on", lambda run, **_: [])
+def test_a_phase_starts_from_the_row_then_from_the_one_before_it_then_from_the_base(tmp_path, arguments, started):
     write(tmp_path, SHARED)
     main([*arguments, "--base", "BASE", "loop.max_steps=5"])
-    found = [re.sub(r" --processes 1 --config RUN/tiny.yaml loop.output_dir=\S+", "", line) for line in commands]
+    found = [
+        re.sub(r" --processes 1 --config RUN/tiny.yaml loop.output_dir=\S+", "", line) for line in started.values()
+    ]
     tokens = "visual_tokenizer=RUN/q/stage2/model"
     assert found == [
         "data_mix questions output_dir=RUN/questions image_size=16",
@@ -297,38 +276,30 @@ def test_every_table_of_the_project_loads(path):
     assert load_config(Ablation, path=path).title
 
 
-def test_the_papers_values_are_those_of_its_tables():
-    def values(name, row, keys):
-        table = load_config(Ablation, path=ROOT / f"configs/ablations/{name}.yaml")
-        (found,) = [r for r in table.rows if r.name == row]
-        return [found.paper[[*table.columns].index(key)] for key in keys]
+DRAWN = {"scenes_generation/frechet_distance[random-features]": "fid"}
+LLAMAGEN = DRAWN | {"scenes_generation/clipscore_judge": "clipscore", "skills/mean": "mean"}
+LLAMAGEN |= {f"skills/{skill}": skill for skill in SKILLS}
+UM3 = DRAWN | {"scenes_generation/clipscore_qlip": "clipscore"}
+GQA = {"scenes/accuracy": "gqa"}
 
-    drawn = {
-        "scenes_generation/frechet_distance[random-features]": "fid",
-        "scenes_generation/clipscore_judge": "clipscore",
-    }
-    drawn |= {f"skills/{skill}": skill for skill in (*SKILLS, "mean")}
-    rows = {"QLIP": "QLIP-B/16", "BSQViT (no text)": "BSQViT-B/16", "VQ (no text)": "VQGAN (LlamaGen's own)"}
-    for row, system in rows.items():
-        assert values("llamagen_tokens", row, drawn) == [LLAMAGEN_TOKENIZERS[system][key] for key in drawn.values()]
-    pair = {
-        "scenes_generation/frechet_distance[random-features]": "fid",
-        "scenes_generation/clipscore_qlip": "clipscore",
-    }
-    for row, system in {"UM3": "UM3 1.5B", "LlamaGen": "LlamaGen 0.8B"}.items():
-        assert values("um3_llamagen", row, pair) == [SYSTEMS[system][key] for key in pair.values()]
-    asked = {
-        "llava_layers": {
-            "layer -2": "QLIP-B, layer -2",
-            "layer -1": "QLIP-B, layer -1",
-            "layer -1 after the quantizer": "QLIP-B, layer -1, quantized",
-        },
-        "llava_encoders": {
-            "QLIP": "QLIP-B, layer -2",
-            "CLIP (no pixels)": "contrastive alone, layer -2",
-            "BSQViT (no text)": "reconstruction alone, layer -2",
-        },
-    }
-    for name, systems in asked.items():
-        for row, system in systems.items():
-            assert values(name, row, ["scenes/accuracy"]) == [VQA_LAYERS[system]["gqa"]]
+
+@pytest.mark.parametrize(
+    ("table", "row", "keys", "system"),
+    [
+        ("llamagen_tokens", "QLIP", LLAMAGEN, LLAMAGEN_TOKENIZERS["QLIP-B/16"]),
+        ("llamagen_tokens", "BSQViT (no text)", LLAMAGEN, LLAMAGEN_TOKENIZERS["BSQViT-B/16"]),
+        ("llamagen_tokens", "VQ (no text)", LLAMAGEN, LLAMAGEN_TOKENIZERS["VQGAN (LlamaGen's own)"]),
+        ("um3_llamagen", "UM3", UM3, SYSTEMS["UM3 1.5B"]),
+        ("um3_llamagen", "LlamaGen", UM3, SYSTEMS["LlamaGen 0.8B"]),
+        ("llava_layers", "layer -2", GQA, VQA_LAYERS["QLIP-B, layer -2"]),
+        ("llava_layers", "layer -1", GQA, VQA_LAYERS["QLIP-B, layer -1"]),
+        ("llava_layers", "layer -1 after the quantizer", GQA, VQA_LAYERS["QLIP-B, layer -1, quantized"]),
+        ("llava_encoders", "QLIP", GQA, VQA_LAYERS["QLIP-B, layer -2"]),
+        ("llava_encoders", "CLIP (no pixels)", GQA, VQA_LAYERS["contrastive alone, layer -2"]),
+        ("llava_encoders", "BSQViT (no text)", GQA, VQA_LAYERS["reconstruction alone, layer -2"]),
+    ],
+)
+def test_the_papers_values_are_those_of_its_tables(table, row, keys, system):
+    loaded = load_config(Ablation, path=ROOT / f"configs/ablations/{table}.yaml")
+    (paper,) = (dict(zip(loaded.columns, found.paper, strict=True)) for found in loaded.rows if found.name == row)
+    assert {column: paper[column] for column in keys} == {column: system[key] for column, key in keys.items()}

@@ -9,13 +9,7 @@ from data_mix.demo.scenes import ScenesSource
 from eval.metrics.clipscore import clip_cosines, load_clip
 from eval.metrics.features import random_features
 from eval.scores import Measurement
-from eval.tasks.generation import (
-    check_scenes,
-    distribution_scores,
-    judge_row,
-    read_back_row,
-    skill_scores,
-)
+from eval.tasks.generation import check_scenes, distribution_scores, judge_row, read_back_row, skill_scores
 from tests.helpers import tiny_judges
 from um3.core.errors import UserError
 from um3.core.files import short_hash

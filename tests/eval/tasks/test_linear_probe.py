@@ -1,7 +1,6 @@
 """The linear probe: the paper's recipe and logistic regression, on data whose answer is known."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,17 +8,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import tokenizer
-from eval.config import EvalConfig, ProbeConfig
+from eval.config import ProbeConfig
 from eval.scores import Measurement
 from eval.tasks.classification_data import ClassificationData, ClassificationTask
-from eval.tasks.linear_probe import (
-    fit_adamw,
-    fit_logistic,
-    lr_share,
-    probe_data,
-    probe_scores,
-)
-from um3.core.config import load_config
+from eval.tasks.linear_probe import fit_adamw, fit_logistic, lr_share, probe_data, probe_scores
 
 T = Measurement("t", 0)
 
@@ -138,16 +130,6 @@ def test_a_diverged_probe_is_a_row_without_a_value(towers, dark, kind):
     broken.vision_model.embeddings.class_embedding.data.fill_(torch.inf)
     rows = probe_scores(dark, config=ProbeConfig(kind=kind), of=T, model=broken, processor=towers["processor"])
     assert all(row.value is None and "tokenizer.probe.lr" in row.note for row in rows)
-
-
-def test_the_papers_config_has_its_recipe_and_the_demos_logistic_regression():
-    configs = Path(__file__).parents[3] / "configs"
-    paper, demo = (
-        load_config(EvalConfig, path=configs / f"{name}.yaml", section="eval").tokenizer
-        for name in ("um3_llama3_1b", "demo")
-    )
-    assert paper.probe == ProbeConfig() and (paper.probe.lr, paper.probe.batch_size) == (0.2, 1024)
-    assert demo.probe.kind == "logistic"
 
 
 def test_a_warmup_without_end_is_refused():

@@ -72,21 +72,6 @@ def test_a_um3_made_from_a_llama_gets_what_hf_gives_that_llama(llama, qlip_folde
         assert largest_difference(scored, stock(folder).loglikelihood(requests(pairs), disable_tqdm=True)) < 2e-5
 
 
-def test_log_likelihood_by_hand_over_text_ids_only(pipeline, um3_lm):
-    context, continuation = PAIRS[0]
-    ids, model = pipeline.ids, pipeline.model
-    whole = [ids.bos_id, *encode_texts([context + continuation], tokenizer=pipeline.text_tokenizer)[0]]
-    start = 1 + len(encode_texts([context], tokenizer=pipeline.text_tokenizer)[0])
-    with torch.no_grad():
-        logits = model(torch.tensor([whole])).logits[0]
-    targets = torch.tensor(whole[start:])[:, None]
-    halves = logits[start - 1 : -1, : ids.text_vocab_size].log_softmax(-1).gather(1, targets).sum()
-    joint = logits[start - 1 : -1].log_softmax(-1).gather(1, targets).sum()
-    ((scored, _),) = um3_lm.loglikelihood(requests([PAIRS[0]]))
-    assert scored == pytest.approx(float(halves), abs=1e-4)
-    assert abs(float(joint - halves)) > 0.1, "the test needs a model that gives visual ids weight"
-
-
 def test_visual_ids_influence_neither_scores_nor_generations(pipeline, um3_lm, exported):
     contexts = [(context, {"max_gen_toks": 12, "until": ["\n\n"]}) for context, _ in PAIRS if context]
     expected = stock(exported).generate_until(requests(contexts, "generate_until"), disable_tqdm=True)

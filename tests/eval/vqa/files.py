@@ -6,6 +6,8 @@ from io import BytesIO
 
 from PIL import Image
 
+from eval.vqa.sets import SETS
+
 ONE_WORD = "Answer the question using a single word or phrase."
 
 
@@ -96,9 +98,8 @@ def write_pope(folder):
 def write_mme(folder):
     release = folder / "MME_Benchmark_release_version"
     write(release / "existence" / "01.jpg", png())
-    write(
-        release / "existence" / "01.txt", "Is it?  Please answer yes or no.\tYes\nNot? Please answer yes or no.\tNo\n"
-    )
+    lines = "Is it?  Please answer yes or no.\tYes\nNot? Please answer yes or no.\tNo\n"
+    write(release / "existence" / "01.txt", lines)
     write(release / "artwork" / "images" / "7.jpg", png())
     lines = "Is it old? Please answer yes or no.\tNo\nIs it new? Please answer yes or no.\tYes\n"
     write(release / "artwork" / "questions_answers_YN" / "7.txt", lines)
@@ -114,14 +115,12 @@ def write_mm_vet(folder):
 
 def write_scienceqa(folder):
     write(folder / "test" / "5" / "image.png", png())
-    write(
-        folder / "problems.json",
-        {
-            "5": {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "A map.", "image": "image.png"},
-            "6": {"question": "Who?", "choices": ["a", "b", "c"], "answer": 2, "hint": "", "image": None},
-            "7": {"question": "Train?", "choices": ["a"], "answer": 0, "hint": "", "image": None},
-        },
-    )
+    problems = {
+        "5": {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "A map.", "image": "image.png"},
+        "6": {"question": "Who?", "choices": ["a", "b", "c"], "answer": 2, "hint": "", "image": None},
+        "7": {"question": "Train?", "choices": ["a"], "answer": 0, "hint": "", "image": None},
+    }
+    write(folder / "problems.json", problems)
     write(folder / "pid_splits.json", {"test": ["5", "6"], "train": ["7"]})
     return ["B", "The answer is C."]
 
@@ -161,26 +160,11 @@ def write_scenes(folder):
         {"question_id": "s-3", "text": "What is 1 plus 1?", "category": "count"},
     ]
     write(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    answers = ["3", "Red", "2"]
-    truth = [
-        {"question_id": row["question_id"], "multiple_choice_answer": answer}
-        for row, answer in zip(rows, answers, strict=True)
-    ]
+    pairs = zip(rows, ["3", "Red", "2"], strict=True)
+    truth = [{"question_id": row["question_id"], "multiple_choice_answer": answer} for row, answer in pairs]
     write(folder / "annotations.json", {"annotations": truth})
     return ["3", "red.", "2"]
 
 
-WRITERS = {
-    "vqav2": write_vqav2,
-    "vqav2_test_dev": write_vqav2_test_dev,
-    "gqa": write_gqa,
-    "textvqa": write_textvqa,
-    "textvqa_ocr": write_textvqa,
-    "pope": write_pope,
-    "mme": write_mme,
-    "mm_vet": write_mm_vet,
-    "scienceqa": write_scienceqa,
-    "seed_bench": write_seed_bench,
-    "mmbench": write_mmbench,
-    "scenes": write_scenes,
-}
+write_textvqa_ocr = write_textvqa
+WRITERS = {name: globals()[f"write_{name}"] for name in SETS}

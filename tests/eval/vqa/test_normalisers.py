@@ -29,7 +29,6 @@ VQA = {
     "1,000 black/white": "1000 blackwhite",
     "1,,000": "1000",
     "3:30": "3:30",  # a colon is not among the marks
-    "50%": "50%",
     "3.5": "3.5",
     "mr. smith.": "mr smith",
     ".5": ".5",
@@ -42,7 +41,6 @@ VQA = {
     "Im": "im",  # I'm is in the official table with a capital
     "oclock": "o'clock",
     "what's that?": "what's that",
-    "yes?": "yes",
     "": "",
     "the": "",
     "zero.": "0",
@@ -103,58 +101,19 @@ def test_gqa_compares_strings(text, score):
 
 
 @pytest.mark.parametrize(
-    ("text", "is_yes"),
+    ("read", "result", "texts"),
     [
-        ("Yes", True),
-        ("No", False),
-        ("no", False),
-        ("NO", True),
-        ("Not really", True),
-        ("There is not", False),
-        ("Yes. No dog", True),
-        ("No, there is none", False),
-        ("none", True),
-        ("no\nthere", True),  # split at spaces only
-        ("", True),
+        (pope_says_yes, True, ["Yes", "NO", "Not really", "Yes. No dog", "none", ""]),
+        (pope_says_yes, True, ["no\nthere"]),  # split at spaces only
+        (pope_says_yes, False, ["No", "no", "There is not", "No, there is none"]),
+        (mme_label, "yes", ["Yes", "yes, it is", " yes", "eyes"]),
+        (mme_label, "no", ["No", "noon"]),
+        (mme_label, "other", ["  yes", "the no", "maybe", ""]),
+        (scienceqa_letter, "B", ["B", "B. red"]),
+        (scienceqa_letter, "C", ["So. The answer is C."]),
+        (scienceqa_letter, "", ["B.", "b", "F", "B) red", "The answer is A. The answer is B.", ""]),
+        (scienceqa_letter, "", ["The answer is C"]),  # the script wants a character after the letter
     ],
 )
-def test_pope_reads_the_first_sentence(text, is_yes):
-    assert pope_says_yes(text) is is_yes
-
-
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("Yes", "yes"),
-        ("yes, it is", "yes"),
-        ("No", "no"),
-        ("noon", "no"),
-        (" yes", "yes"),
-        ("  yes", "other"),
-        ("eyes", "yes"),
-        ("the no", "other"),
-        ("maybe", "other"),
-        ("", "other"),
-    ],
-)
-def test_mme_reads_four_letters(text, label):
-    assert mme_label(text) == label
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"),
-        ("B. red", "B"),
-        ("B.", ""),
-        ("b", ""),
-        ("F", ""),
-        ("B) red", ""),
-        ("So. The answer is C.", "C"),
-        ("The answer is C", ""),  # the script wants a character after the letter
-        ("The answer is A. The answer is B.", ""),
-        ("", ""),
-    ],
-)
-def test_scienceqa_reads_a_letter(text, letter):
-    assert scienceqa_letter(text) == letter
+def test_pope_reads_a_sentence_mme_four_letters_and_scienceqa_a_letter(read, result, texts):
+    assert {text: read(text) for text in texts} == dict.fromkeys(texts, result)

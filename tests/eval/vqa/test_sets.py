@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 from io import BytesIO
 from typing import get_args
 
@@ -44,7 +43,7 @@ def values(name, answers):
 
 
 def test_every_set_has_a_name_for_the_command():
-    assert set(get_args(SetName)) == set(SETS) == set(WRITERS)
+    assert set(get_args(SetName)) == set(SETS)
 
 
 def test_the_images_of_a_set_are_found(name, tmp_path):
@@ -68,15 +67,13 @@ def test_the_prompts(tmp_path):
     assert texts("pope")[0] == f"Is there a dog in the imange?\n{ONE_WORD}"
     assert texts("mme")[:2] == [f"Is it?\n{ONE_WORD}", f"Not?\n{ONE_WORD}"]
     assert texts("mm_vet") == ["Why 0?", "Why 1?"]
-    assert texts("scienceqa") == [
-        f"Context: A map.\nWhich?\nA. a\nB. b\n{LETTER}",
-        f"Who?\nA. a\nB. b\nC. c\n{LETTER}",
-    ]
+    first, second = texts("scienceqa")
+    assert first == f"Context: A map.\nWhich?\nA. a\nB. b\n{LETTER}"
+    assert second == f"Who?\nA. a\nB. b\nC. c\n{LETTER}"
     assert texts("seed_bench")[0] == f"Which?\nA. a\nB. b\nC. c\nD. d\n{LETTER}"
-    assert texts("mmbench") == [
-        f"A hint\nWhich?\nA. x\nB. y\n{LETTER}",
-        f'Why "so"?\nA. x\nB. y\nC. z\nD. w\n{LETTER}',
-    ]
+    first, second = texts("mmbench")
+    assert first == f"A hint\nWhich?\nA. x\nB. y\n{LETTER}"
+    assert second == f'Why "so"?\nA. x\nB. y\nC. z\nD. w\n{LETTER}'
 
 
 def test_the_ids_are_those_of_llava(tmp_path):
@@ -96,9 +93,7 @@ def test_perfect_answers_score_100_and_wrong_ones_0(name, tmp_path):
     assert next(iter(scores)) == first and scores[first].n == len(answers)
     shares = {metric: row.value for metric, row in scores.items() if not metric.startswith("yes_")}
     assert set(shares.values()) == {1.0}
-    wrong = [
-        answer._replace(text="No" if name == "pope" and answer.question.truth else "yes, zzz") for answer in answers
-    ]
+    wrong = [answer._replace(text="No" if name == "pope" and answer.question.truth else "yes, x") for answer in answers]
     assert {value for metric, value in values(name, wrong).items() if not metric.startswith("yes_")} == {0.0}
 
 
@@ -312,6 +307,4 @@ def test_perfect_answers_to_the_shared_questions(tmp_path):
     questions = SETS["pope"].read(VQA / "pope", tmp_path)
     assert [sum(q.category == split for q in questions) for split in ("random", "popular")] == [2910, 3000]
     assert rows("pope", [Answer(q, "Yes" if q.truth else "No") for q in questions])["f1"].value == 1
-    photos = SETS["vqav2"].read(VQA / "photos", VQA / "photos")
-    assert len(photos) == 10
-    shutil.rmtree(tmp_path)
+    assert len(SETS["vqav2"].read(VQA / "photos", VQA / "photos")) == 10
