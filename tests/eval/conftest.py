@@ -1,4 +1,3 @@
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -7,9 +6,11 @@ import numpy as np
 import pytest
 
 from data_mix.demo.scenes import ScenesSource
+from tests.helpers.tiny_judges import save_inception, write_lines
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import make_base, save_um3
 from tokenizer.text_tokenizer import train_byte_bpe
+from um3.core.files import sha256_of, write_json
 from um3.inference.pipeline import UM3Pipeline
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # imported by name, as from a user's PYTHONPATH
@@ -59,12 +60,11 @@ def pipeline(um3_folder):
 def run_folder(tmp_path_factory, qlip_folder, um3_folder):
     """The run folder after training: models, done.json and metrics.jsonl of every phase."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    generator = np.random.default_rng(0)
     for phase, model in (("stage1", qlip_folder), ("stage2", qlip_folder), ("um3", um3_folder)):
         shutil.copytree(model, run / phase / "model")
         rows = []
         for step in range(1, 60, 2):
-            loss = 3 / step + 0.1 * generator.random()
+            loss = 3 / step
             row = {"step": step, "train/loss": loss}
             if phase == "um3":
                 row |= {"train/loss_text": loss, "train/loss_visual": loss + 1}
@@ -76,11 +76,11 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
                 row |= {"train/mse": loss / 9, "train/contrastive": loss}
                 if phase == "stage1" and step % 20 == 19:
                     row |= {"validation/contrastive/scenes": 2 * loss, "validation/psnr/scenes": 20 + step / 10}
-            rows.append(json.dumps(row) + "\n")
-        (run / phase / "metrics.jsonl").write_text("".join(rows))
+            rows.append(row)
+        write_lines(run / phase / "metrics.jsonl", rows)
         done = {"steps": 60, "seconds": 12.5, "peak_memory_gib": 0.8, "commit": "abc", "processes": 1}
         done |= {"versions": {"torch": "2.13.0"}, "machine": {"platform": "Linux", "cpu_cores": 2}}
-        (run / phase / "done.json").write_text(json.dumps(done | {"config": {"loop": {"max_steps": 60}}}))
+        write_json(run / phase / "done.json", done | {"config": {"loop": {"max_steps": 60}}})
     sources = "data:\n  sources:\n  - {name: scenes, kind: scenes, length: 2400}\n  - {name: digits, kind: digits}\n"
     (run / "stage1" / "config.yaml").write_text(sources)
     return run
@@ -89,9 +89,6 @@ def run_folder(tmp_path_factory, qlip_folder, um3_folder):
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
     """Seeded Inception weights in a file of the published layout, and the first digits of its sha256."""
-    from tests.helpers.tiny_judges import save_inception
-    from um3.core.files import sha256_of
-
     file = save_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
     return str(file), sha256_of(file)[:8]
 

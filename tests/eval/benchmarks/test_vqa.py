@@ -62,11 +62,12 @@ def test_missing_images_are_named_and_a_limit_is_another_protocol(model, tmp_pat
     assert row.value is None and "2 skipped" in row.note
 
 
-def test_answers_with_ocr_are_scored_without_the_tokens(model, tmp_path):
+@pytest.mark.parametrize("prompt", ["How much?\n{}\nAnswer.", "{}\nHow much?\nAnswer."])
+def test_answers_with_ocr_are_scored_without_the_tokens(prompt, model, tmp_path):
     WRITERS["textvqa_ocr"](tmp_path / "data")
     (tmp_path / "data" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
-    rows = [{"question_id": "ab", "prompt": "How much?\nReference OCR token: $5\nAnswer.", "text": "$5"}]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"question_id": "ab", "prompt": prompt.format("Reference OCR token: $5"), "text": "$5"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
     row = scored("textvqa_ocr", tmp_path, f"answers={tmp_path / 'a.jsonl'}")["accuracy"]
     assert (row.value, row.n, row.skipped) == (1, 1, 2)
     with pytest.raises(UserError, match="Rosetta"):

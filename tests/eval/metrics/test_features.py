@@ -5,23 +5,15 @@ import pytest
 import torch
 
 from eval.metrics.features import INCEPTION_URL, inception_features, random_features
-from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception import PREPROCESSINGS, Inception2015, prepare
 from um3.core.errors import UserError
 
 
-def noise(*, count=12, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
-
-
-def test_random_features_are_reproducible_and_separate_images():
+def test_random_features_are_reproducible():
     first, second = random_features(), random_features()
-    images = noise()
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3)).astype(np.uint8)
     assert first.extract(images).shape == (12, first.num_features)
     assert torch.equal(first.extract(images), second.extract(images))
-    same = frechet_distance(first.moments(images), second.moments(images[::-1].copy()))
-    other = frechet_distance(first.moments(images), first.moments(images // 2))
-    assert same == pytest.approx(0, abs=1e-6) and other > 1e-3
 
 
 def test_inception_has_the_published_layout():

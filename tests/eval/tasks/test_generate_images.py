@@ -1,7 +1,6 @@
 """Image generation to disk: the same pixels for every batch size, point of a kill and number of processes."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -101,15 +100,6 @@ def test_an_open_pipeline_generates_a_folder_and_replaces_other_images(um3_folde
     assert run(1) != first and run(0) == first
     monkeypatch.setenv("WORLD_SIZE", "2")  # within a training on several ranks the first one evaluates alone
     assert run(0, load=lambda: pytest.fail("everything is there")) == first and len(run(1)) == 2
-
-
-def test_genevals_layout(um3_folder, tmp_path):
-    lines = ['{"tag": "colors", "include": [], "prompt": "a red circle"}', '{"tag": "position", "prompt": "two dogs"}']
-    (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    settings = [f"prompts={tmp_path / 'list.jsonl'}", f"output_dir={tmp_path / 'out'}", "layout=geneval"]
-    main([f"model={um3_folder}", *settings, "num_images=3"])
-    assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == json.loads(lines[1])
-    assert sorted(pixels(tmp_path / "out")) == [f"0000{i}/samples/000{copy}.png" for i in range(2) for copy in range(3)]
 
 
 def test_dpgs_layout_is_the_same_images_in_a_grid(generate):

@@ -74,17 +74,6 @@ def test_a_protocol_changes_with_images_networks_and_weights(measure, tmp_path, 
         assert {metric for metric in metrics if second.get(metric) != first[metric]} == expected
 
 
-def test_a_protocol_identifies_images_by_their_pixels():
-    def protocol(*, num_images=6, size=32, seed=0, length=120):
-        source = ImageSourceConfig(length=length)
-        return validation_images(source, num_images=num_images, size=size, seed=seed).protocol
-
-    first = protocol()
-    assert first == protocol() and first["images"] == 6 and first["image_size"] == 32
-    for other in (protocol(num_images=5), protocol(size=48), protocol(seed=1)):
-        assert other["images_sha256"] != first["images_sha256"]
-
-
 def test_the_protocol_of_photos_names_their_preparation(tmp_path):
     def protocol(**changes):
         for number in range(40):

@@ -7,7 +7,6 @@ from typing import get_args
 
 import openpyxl
 import pytest
-from PIL import Image
 
 from eval.command import SkipCounter
 from eval.scores import Measurement
@@ -44,15 +43,6 @@ def values(name, answers):
 
 def test_every_set_has_a_name_for_the_command():
     assert set(get_args(SetName)) == set(SETS)
-
-
-def test_the_images_of_a_set_are_found(name, tmp_path):
-    questions, _ = opened(name, tmp_path)
-    for question in questions:
-        if isinstance(question.image, bytes):
-            Image.open(BytesIO(question.image)).verify()
-        else:
-            assert question.image is None or question.image.is_file()
 
 
 def test_the_prompts(tmp_path):
@@ -219,15 +209,6 @@ def test_result_files_are_read_too(tmp_path):
         path = folder / "results" if name == "mme" else next((folder / "results").iterdir())
         again = read_answers(path, questions, of=SETS[name], skipped=SkipCounter())
         assert values(name, again) == values(name, answers)
-
-
-def test_answers_of_llava_with_the_tokens_first_are_matched(tmp_path):
-    questions, _ = opened("textvqa_ocr", tmp_path)
-    prompt = f"Reference OCR token: DAKOTA, $5\nHow much?\n{ONE_WORD}"
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question_id": "ab", "prompt": prompt, "text": "$5"}) + "\n")
-    skipped = SkipCounter()
-    (answer,) = read_answers(tmp_path / "a.jsonl", questions, of=SETS["textvqa_ocr"], skipped=skipped)
-    assert answer.question.truth["question_id"] == 2 and skipped.to_dict()["question without answer"]["count"] == 2
 
 
 @pytest.mark.parametrize(
