@@ -127,18 +127,14 @@ def test_any_model_folder_is_evaluated_without_a_run(um3_folder, exported, llama
 
 
 def test_a_killed_evaluation_resumes_to_the_same_bits(um3_folder, bench, tmp_path, monkeypatch, capfd):
-    class Killed(BaseException):
-        pass
-
-    calls = []
+    original, calls = lm.UM3LM._loglikelihood_tokens, []
 
     def scoring(self, requests, disable_tqdm=True, **options):
         calls.append(len(requests))
         if len(calls) == stop_at:
-            raise Killed
+            raise KeyboardInterrupt
         return original(self, requests, disable_tqdm, **options)
 
-    original = lm.UM3LM._loglikelihood_tokens
     monkeypatch.setattr(lm, "CHUNK", 16)
     monkeypatch.setattr(lm.UM3LM, "_loglikelihood_tokens", scoring)
     stop_at = 0
@@ -147,7 +143,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bits(um3_folder, bench, tmp_pat
     calls.clear()
     stop_at = total // 2
     out = tmp_path / "killed"
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         evaluate(um3_folder, out, bench=bench)
     with (out / "language.cache.jsonl").open("a") as file:
         file.write('\n{"protocol": "cut short by the ki')

@@ -29,20 +29,19 @@ def write(path, content):
 
 
 def write_vqav2(folder):
-    names = ("COCO_val2014_000000000042.jpg", "b.png")
-    for name in names:
+    for name in ("COCO_val2014_000000000042.jpg", "b.png"):
         write(folder / "val2014" / name, png())
     questions = [
         {"question_id": 420, "image_id": 42, "question": "What is it?"},
         {"question_id": 421, "image_id": 42, "question": "How many?"},
         {"question_id": 430, "image_id": 43, "image": "b.png", "question": "Is it red?"},
     ]
-    kinds = [("what is", "other"), ("how many", "number"), ("is it", "yes/no")]
-    answers = [ten("pagoda", "a pagoda"), ten("2", "two"), ten("yes")]
     write(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
+    pagoda = ten("pagoda", "a pagoda")
     rows = [
-        {"question_id": q["question_id"], "question_type": kind, "answer_type": type_, "answers": given}
-        for q, (kind, type_), given in zip(questions, kinds, answers, strict=True)
+        {"question_id": 420, "question_type": "what is", "answer_type": "other", "answers": pagoda},
+        {"question_id": 421, "question_type": "how many", "answer_type": "number", "answers": ten("2", "two")},
+        {"question_id": 430, "question_type": "is it", "answer_type": "yes/no", "answers": ten("yes")},
     ]
     write(folder / "v2_mscoco_val2014_annotations.json", {"annotations": rows})
     return ["pagoda", "two", "yes"]
