@@ -1,7 +1,5 @@
 """The first lines of a report: what is good and what is not, on a run with images of one's own."""
 
-import json
-
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,38 +11,40 @@ from eval.report.report import main, title_of
 from eval.report.run_folder import load_run
 from eval.report.samples import Tile, TileGroup, selection_note
 from eval.scores import Measurement, PartResult
+from tests.helpers.tiny_judges import write_lines
 from um3.core.files import write_json
 
+STAGES = {"stages": ["stage1", "stage2"]}
 LONG = "a very long caption of a picture with unbelievablylongwordswithoutanyspaceinthemwhichgoonandon " * 20
 
 
 @pytest.fixture
 def own(tmp_path):
-    """A run on a folder of emoji, named `data` as make names it, with captions in free words."""
-    images = {"data": np.zeros((12, 8, 8, 3), np.uint8)}
+    """A run on a folder of emoji, named `data` as make names it, with captions in free words; writes further parts."""
     about = {"config": {"images": [{"name": "data", "path": "/somewhere/emoji"}]}}
 
-    def write(part, *, samples, arrays=images, **values):
-        of = Measurement(f"data_{part}" if part != "tokenizer" else "data_reconstruction_stage2", 0)
+    def write(part, *, samples, **values):
+        own = {"captions": ("data_captions", "data"), "tokenizer": ("data_reconstruction_stage2", "data_original")}
+        of, images = Measurement(own[part][0], 0), {own[part][1]: np.zeros((12, 8, 8, 3), np.uint8)}
         rows = [of.score(name, value, n=34, low=low, high=high) for name, (value, low, high) in values.items()]
-        write_part(tmp_path / "eval" / f"{part}.json", PartResult(rows, samples, arrays), **about)
+        write_part(tmp_path / "eval" / f"{part}.json", PartResult(rows, samples, images), **about)
 
     samples = {"data": [{"caption": LONG, "references": [f"reference {n}"]} for n in range(12)]}
     write("captions", samples=samples, cider=(0.9, 0.8, 1.0), cider_other_image=(0.1, 0.0, 0.2))
-    stages = {"stages": ["stage1", "stage2"]}
-    write("tokenizer", samples=stages, arrays={"data_original": images["data"]}, psnr=(14.6, 14, 15))
+    write("tokenizer", samples=STAGES, psnr=(14.6, 14, 15))
     counts = {"train": {"data": {"images": 166, "skipped": {"not an image": 4}}}}
     counts["val"] = {"data": {"images": 34, "skipped": {"no caption": 2}}}
     unused = {"data": {"no caption": 2, "names no image": 3}}
     write_json(tmp_path / "codes" / "summary.json", {"splits": counts, "unused": unused})
-    (tmp_path / "um3").mkdir()
+    for phase in ("stage1", "um3"):
+        (tmp_path / phase).mkdir()
     row = {"step": 9, "data/truncated_captions": 30, "data/samples/i2t": 40, "data/samples/t2i": 60}
-    (tmp_path / "um3" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    return write, tmp_path
+    write_lines(tmp_path / "um3" / "metrics.jsonl", [row])
+    return write
 
 
-def test_it_says_what_works_what_does_not_and_what_was_skipped(own):
-    run = load_run(own[1])
+def test_it_says_what_works_what_does_not_and_what_was_skipped(own, tmp_path):
+    run = load_run(tmp_path)
     good, facts, cut, blurred = findings(run)
     assert good.good and good.text.startswith("Captions of emoji tell images apart: CIDEr 0.900 [0.800, 1.000], 0.1")
     assert facts.good is None and facts.text.startswith("emoji: 166 training and 34 validation images. Skipped: ")
@@ -55,40 +55,34 @@ def test_it_says_what_works_what_does_not_and_what_was_skipped(own):
     assert title_of(run) == "UM3 on emoji"
 
 
-def test_a_validation_without_a_number_is_no_finding(own):
-    (own[1] / "stage1").mkdir()
-    row = {"step": 9, "validation/contrastive/data": None}
-    (own[1] / "stage1/metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert len(findings(load_run(own[1]))) == 4
+def test_a_validation_without_a_number_is_no_finding(own, tmp_path):
+    write_lines(tmp_path / "stage1/metrics.jsonl", [{"step": 9, "validation/contrastive/data": None}])
+    assert len(findings(load_run(tmp_path))) == 4
 
 
-def test_a_result_that_names_no_stages_is_judged_too(own):
-    images = {"data_original": np.zeros((12, 8, 8, 3), np.uint8)}
-    own[0]("tokenizer", samples={}, arrays=images, psnr=(14.6, 14, 15))
-    assert any("Reconstruction of emoji: 14.60" in finding.text for finding in findings(load_run(own[1])))
+def test_a_result_that_names_no_stages_is_judged_too(own, tmp_path):
+    own("tokenizer", samples={}, psnr=(14.6, 14, 15))
+    assert any("Reconstruction of emoji: 14.60" in finding.text for finding in findings(load_run(tmp_path)))
 
 
 @pytest.mark.parametrize(("seams", "psnr", "is_said"), [(1.3, 21, True), (1.05, 21, False), (1.5, 33, False)])
-def test_a_grid_of_patches_that_is_seen_is_a_finding(seams, psnr, is_said, own):
-    images = {"data_original": np.zeros((12, 8, 8, 3), np.uint8)}
-    values = {"psnr": (psnr, psnr, psnr), "seams": (seams, None, None)}
-    own[0]("tokenizer", samples={"stages": ["stage1", "stage2"]}, arrays=images, **values)
-    said = [finding for finding in findings(load_run(own[1])) if "grid of patches" in finding.text]
-    assert [(f.good, "1.30 times" in f.text, "decoder_overlap=2" in f.text) for f in said] == [
-        (False,) + (True,) * 2
-    ] * is_said
+def test_a_grid_of_patches_that_is_seen_is_a_finding(seams, psnr, is_said, own, tmp_path):
+    own("tokenizer", samples=STAGES, psnr=(psnr, psnr, psnr), seams=(seams, None, None))
+    said = [found for found in findings(load_run(tmp_path)) if "grid of patches" in found.text]
+    assert len(said) == is_said
+    for found in said:
+        assert found.good is False and "1.30 times" in found.text and "decoder_overlap=2" in found.text
 
 
 @pytest.mark.parametrize(("last", "is_said"), [(4.4, True), (3.6, False)])
-def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own):
-    (own[1] / "stage1").mkdir()
+def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own, tmp_path):
     rows = [{"step": step, "validation/contrastive/data": loss} for step, loss in ((200, 3.9), (400, 3.1), (600, last))]
-    (own[1] / "stage1/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = [found for found in findings(load_run(own[1])) if "by heart" in found.text]
+    write_lines(tmp_path / "stage1/metrics.jsonl", rows)
+    said = [found for found in findings(load_run(tmp_path)) if "by heart" in found.text]
     assert len(said) == is_said
-    if is_said:
-        assert said[0].good is False and "captions of emoji by heart" in said[0].text
-        assert "3.10 after 400 steps, 4.40 at the end" in said[0].text
+    for found in said:
+        assert found.good is False and "captions of emoji by heart" in found.text
+        assert "3.10 after 400 steps, 4.40 at the end" in found.text
 
 
 @pytest.mark.parametrize(
@@ -99,15 +93,14 @@ def test_captions_that_stage_1_learned_by_heart_are_a_finding(last, is_said, own
         ((0.05, 0.04, 0.2), (0.01, 0.0, 0.03), True),
     ],
 )
-def test_captions_of_other_images_decide_whether_captions_are_good(ours, others, good, own):
-    write, folder = own
+def test_captions_of_other_images_decide_whether_captions_are_good(ours, others, good, own, tmp_path):
     samples = {"data": [{"caption": "a", "references": ["b"]}] * 12}
-    write("captions", samples=samples, cider=ours, cider_other_image=others)
-    assert [f.good for f in findings(load_run(folder)) if "captions of emoji" in f.text.lower()] == [good]
+    own("captions", samples=samples, cider=ours, cider_other_image=others)
+    assert [f.good for f in findings(load_run(tmp_path)) if "captions of emoji" in f.text.lower()] == [good]
 
 
-def test_captions_that_nothing_judges_are_shown_in_order_and_not_called_successes(own):
-    run = load_run(own[1])
+def test_captions_that_nothing_judges_are_shown_in_order_and_not_called_successes(own, tmp_path):
+    run = load_run(tmp_path)
     (group,) = run.shown["captions"]
     assert group.title == "emoji" and {tile.right for tile in group.tiles} == {None}
     assert "not selected" in selection_note(run.shown)
@@ -117,18 +110,18 @@ def test_captions_that_nothing_judges_are_shown_in_order_and_not_called_successe
         assert words in selection_note({"skills": [], "generated": [], "captions": [captions]}), rights
 
 
-def test_the_first_lines_are_in_every_form_of_the_report(own, capsys):
-    main(["--run", str(own[1])])
-    texts = [(own[1] / f"report.{kind}").read_text() for kind in ("md", "html", "json")]
+def test_the_first_lines_are_in_every_form_of_the_report(own, tmp_path, capsys):
+    main(["--run", str(tmp_path)])
+    texts = [(tmp_path / f"report.{kind}").read_text() for kind in ("md", "html", "json")]
     for text in (capsys.readouterr().out, *texts):
         assert "UM3 read were cut" in text and "no caption" in text
     assert "✓" not in texts[1].partition('class="hero"')[2].partition("<h2>Reconstructions")[0], "nothing judges them"
 
 
-def test_long_captions_stay_in_their_place(own):
+def test_long_captions_stay_in_their_place(own, tmp_path):
     """Nothing is drawn below or beside a tile's own place, and an ellipsis says that words are left out."""
     tile = Tile(np.zeros((8, 8, 3), np.uint8), LONG, False, LONG)
-    figures = [tile_figure([TileGroup("x", [tile] * 20)], rows=2), hero(load_run(own[1]))]
+    figures = [tile_figure([TileGroup("x", [tile] * 20)], rows=2), hero(load_run(tmp_path))]
     for figure in figures:
         renderer = FigureCanvasAgg(figure).get_renderer()
         boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts if text.get_text().strip()]
