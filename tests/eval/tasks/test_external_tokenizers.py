@@ -8,7 +8,6 @@ import torch
 from mean_colour import MeanColour
 from PIL import Image
 
-from eval.config import TokenizerConfig
 from eval.metrics.reconstruction import psnr
 from eval.report.report import main as report
 from eval.run import main
@@ -57,12 +56,6 @@ def test_fingerprints_tell_tokenizers_apart():
     prints = [open_external_tokenizer(f"mean_colour:{name}", setting="mine").fingerprint for name in names]
     assert prints[0] == open_external_tokenizer("mean_colour:coarse", setting="mine").fingerprint
     assert prints[2] == "mean_colour:named v2" and len({part.split(" ")[1] for part in prints}) == 4
-
-
-def test_reserved_names_are_refused():
-    for name in ("stage2", "original", "flipped"):
-        with pytest.raises(ValueError, match=f"'{name}'"):
-            TokenizerConfig(external={name: "mean_colour:coarse"})
 
 
 SETTINGS = ["parts=[tokenizer]", "tokenizer.num_images=12", "tokenizer.digits=false", "num_threads=1"]

@@ -130,8 +130,3 @@ def test_a_diverged_probe_is_a_row_without_a_value(towers, dark, kind):
     broken.vision_model.embeddings.class_embedding.data.fill_(torch.inf)
     rows = probe_scores(dark, config=ProbeConfig(kind=kind), of=T, model=broken, processor=towers["processor"])
     assert all(row.value is None and "tokenizer.probe.lr" in row.note for row in rows)
-
-
-def test_a_warmup_without_end_is_refused():
-    with pytest.raises(ValueError, match="warmup_epochs=1"):
-        ProbeConfig(epochs=1)
