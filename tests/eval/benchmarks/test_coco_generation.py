@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from eval.benchmarks import feature_statistics
+from eval.benchmarks.benchmark import Benchmark, ScoredImagesConfig
 from eval.benchmarks.coco_generation import main
 from eval.metrics.clipscore import clip_cosines, load_clip
 from eval.metrics.features import inception_features, random_features
@@ -73,8 +74,15 @@ def test_equal_sets_have_distance_zero_in_any_order(generated, tmp_path):
     assert result(generated, "pins")["images_sha256"] == row.protocol["reference_sha256"]
 
 
+def distance_of_pairs(first_2D, second_2D):
+    """The Frechet distance of two sets of two vectors, in closed form: their covariances have rank one."""
+    a, b = ((pair[0] - pair[1]).double() / 2**0.5 for pair in (first_2D, second_2D))
+    offset = first_2D.double().mean(0) - second_2D.double().mean(0)
+    return float(offset @ offset + a @ a + b @ b - 2 * (a @ b).abs())
+
+
 @pytest.mark.slow
-def test_fid_against_statistics_of_pytorch_fid(inception, tmp_path):
+def test_fid_by_hand_against_statistics_of_pytorch_fid(inception, tmp_path):
     weights, sha256 = inception
     network = inception_features(weights, sha256=sha256)
     first, second = noise(count=2, seed=0), noise(count=2, seed=1)
@@ -83,7 +91,7 @@ def test_fid_against_statistics_of_pytorch_fid(inception, tmp_path):
     generated = folder(tmp_path / "generated", first)
     options = [f"reference={tmp_path / 'stats.npz'}", f"inception_weights={weights}"]
     rows = scored(generated, *options, f"inception_sha256={sha256}")
-    expected = frechet_distance(network.moments(first), network.moments(second))
+    expected = distance_of_pairs(network.extract(first), network.extract(second))
     assert rows["fid"].value == pytest.approx(expected, rel=1e-4) and rows["fid"].paper == 44.1
     assert rows["fid"].protocol["features"] == "inception-2015 pytorch-fid"
     assert "2 images for 2048 dimensions" in rows["fid"].note
@@ -93,16 +101,24 @@ def test_fid_against_statistics_of_pytorch_fid(inception, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_preprocessing_has_its_distance(inception, tmp_path):
+def test_a_folder_is_measured_once_for_every_preprocessing(inception, generated):
     weights, sha256 = inception
-    first, second = noise(count=2, seed=0), noise(count=2, seed=1)
-    options = [f"inception_weights={weights}", f"inception_sha256={sha256}", f"preprocessing={[*PREPROCESSINGS]}"]
-    options.append(f"reference={folder(tmp_path / 'real', second)}")
-    rows = scored(folder(tmp_path / "generated", first), *options)
-    values = [rows[name].value for name in ("fid", "fid_clean", "fid_tf1")]
     networks = [inception_features(weights, sha256=sha256, preprocessing=name) for name in PREPROCESSINGS]
-    expected = [frechet_distance(network.moments(first), network.moments(second)) for network in networks]
-    assert values == pytest.approx(expected, rel=1e-4) and len({f"{value:.3g}" for value in values}) == 3
+    statistics = feature_statistics.measure_features(
+        Benchmark.of_images("test", ScoredImagesConfig(str(generated))),
+        {file.name: file for file in sorted(generated.iterdir())[:2]},
+        networks=networks,
+        preparation=("unchanged", np.asarray),
+        label="measure",
+        skipped=None,
+    )
+    assert list(statistics.moments) == [f"inception-2015 {name}" for name in PREPROCESSINGS]
+    for network, moments in zip(networks, statistics.moments.values(), strict=True):
+        expected = network.moments(noise(count=12, seed=0)[:2])
+        torch.testing.assert_close(moments.mean, expected.mean)
+        torch.testing.assert_close(moments.covariance, expected.covariance)
+    means = [moments.mean for moments in statistics.moments.values()]
+    assert not torch.allclose(means[0], means[1], rtol=1e-3) and not torch.allclose(means[0], means[2], rtol=1e-3)
 
 
 def test_unusable_images_are_skipped_by_name_and_number(generated, real):
