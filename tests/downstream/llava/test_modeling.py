@@ -149,31 +149,17 @@ def test_training_ids_are_those_of_the_processor(llava):
 
 
 FRESH = """
-import json, torch
-from PIL import Image
 import tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor
-KINDS, folder = ("missing", "unexpected", "mismatched"), FOLDER
-model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-processor = AutoProcessor.from_pretrained(folder)
-inputs = processor(text="<image>\\nwhat colour?", images=Image.new("RGB", (40, 20), (200, 10, 10)), return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits
-torch.save(logits, f"{folder}/logits.pt")
-print(json.dumps([type(model).__name__, *(len(report[f"{kind}_keys"]) for kind in KINDS)]))
+model, report = AutoModelForImageTextToText.from_pretrained(FOLDER, output_loading_info=True)
+AutoProcessor.from_pretrained(FOLDER)
+print(type(model).__name__, *(len(report[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")))
 """
 
 
-def test_a_fresh_process_loads_the_folder_with_the_auto_classes(parts, tmp_path):
-    llava = build(parts)
-    folder = save(tmp_path, llava)
-    fresh = run_python(f"FOLDER = {str(folder)!r}\n{FRESH}", HF_HUB_OFFLINE="1")
-    assert fresh.returncode == 0, fresh.stderr
-    assert json.loads(fresh.stdout.splitlines()[-1]) == ["LlavaForConditionalGeneration", 0, 0, 0]
-    image = Image.new("RGB", (40, 20), (200, 10, 10))
-    inputs = llava.processor(text="<image>\nwhat colour?", images=image, return_tensors="pt")
-    with torch.no_grad():
-        assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), llava.model(**inputs).logits)
+def test_a_fresh_process_loads_the_folder_with_the_auto_classes(llava_folder):
+    fresh = run_python(f"FOLDER = {str(llava_folder)!r}\n{FRESH}", HF_HUB_OFFLINE="1")
+    assert fresh.stdout.split()[-4:] == ["LlavaForConditionalGeneration", "0", "0", "0"], fresh.stderr
 
 
 def test_saved_names_are_those_of_transformers(llava, llava_folder, tmp_path):

@@ -4,17 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from eval.benchmarks.references import read_references
 from eval.command import SkipCounter
 from um3.core.errors import UserError
+from um3.inference.image_io import png_bytes, save_png
 
-
-def save_image(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(path)
-    return path
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 def karpathy(path, *, folder="val2014"):
@@ -33,7 +29,7 @@ def read(path, **options):
 
 
 def test_karpathys_file(tmp_path):
-    save_image(tmp_path / "val2014" / "test0.png")
+    save_png(IMAGE, tmp_path / "val2014" / "test0.png")
     images, skipped = read(karpathy(tmp_path / "dataset_coco.json"))
     assert [(image.name, image.references, image.image_id) for image in images] == [
         ("val2014/test0.png", ["a dog", "a pet"], "0"),
@@ -103,18 +99,18 @@ def test_tables_of_names_and_lines(tmp_path):
 
 def test_a_folder_with_texts_beside_its_images(tmp_path):
     for name in ("a", "b"):
-        save_image(tmp_path / f"{name}.png")
+        save_png(IMAGE, tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a dog\na pet\n")
     images, skipped = read(tmp_path)
     assert [(image.name, image.references) for image in images] == [("a.png", ["a dog", "a pet"])]
     assert skipped.to_dict()["image without captions"]["first"] == ["b.png"]
-    save_image(tmp_path / "a.jpg")
+    save_png(IMAGE, tmp_path / "a.jpg")
     with pytest.raises(UserError, match=f"'{tmp_path}/a'"):
         read(tmp_path)
 
 
 def test_parquet_of_the_hubs_forms(tmp_path):
-    data = save_image(tmp_path / "x.png").read_bytes()
+    data = png_bytes(IMAGE)
     names = {"filepath": ["val2014"] * 3, "filename": ["a.jpg", "b.jpg", "c.jpg"], "split": ["test", "val", "test"]}
     by_name = {**names, "sentences": [["a dog", "a pet"], ["x"], ["a cat"]], "cocoid": [1, 2, 3]}
     pq.write_table(pa.table(by_name), tmp_path / "by_name.parquet")

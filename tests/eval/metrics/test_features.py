@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from eval.metrics.features import INCEPTION_URL, inception_features, random_features
 from eval.metrics.inception import PREPROCESSINGS, Inception2015, prepare
@@ -47,27 +48,16 @@ def test_a_plain_colour_keeps_its_value_in_every_preprocessing():
         torch.testing.assert_close(prepare(plain, preprocessing=name), expected, atol=1e-5, rtol=0)
 
 
-def by_hand(image_HW, x, y, *, corners):
-    """One bilinear value: between the corners of pixels (TensorFlow 1) or between their centres (torch)."""
-    places = []
-    for place, length in zip((y, x), image_HW.shape, strict=True):
-        exact = max(place * length / 299 if corners else (place + 0.5) * length / 299 - 0.5, 0)
-        lower = int(exact)
-        places.append((min(lower, length - 1), min(lower + 1, length - 1), exact - lower))
-    (top, bottom, down), (left, right, along) = places
-    upper, lower = (image_HW[row, left] * (1 - along) + image_HW[row, right] * along for row in (top, bottom))
-    return upper * (1 - down) + lower * down
-
-
-@pytest.mark.parametrize(("name", "corners"), [("pytorch-fid", False), ("torch-fidelity", True)])
+@pytest.mark.parametrize(("name", "offset"), [("pytorch-fid", 0.5), ("torch-fidelity", 0)])
 @pytest.mark.parametrize("size", [(7, 11), (299, 299), (512, 400)])
-def test_bilinear_preprocessings_by_hand(name, corners, size):
+def test_bilinear_preprocessings_are_scipys(name, offset, size):
+    """Between the centres of pixels (torch) or between their corners (TensorFlow 1)."""
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype(np.uint8)
-    prepared = prepare(image, preprocessing=name)
-    middle, scale = (127.5, 127.5) if name == "pytorch-fid" else (128, 128)
-    for x, y in ((0, 0), (298, 298), (150, 3), (17, 222)):
-        values = np.array([by_hand(image[0, ..., c].astype(np.float64), x, y, corners=corners) for c in range(3)])
-        np.testing.assert_allclose(prepared[0, :, y, x], (values - middle) / scale, atol=2e-4)
+    places = np.meshgrid(*((np.arange(299) + offset) * length / 299 - offset for length in size), indexing="ij")
+    channels = [image[0, ..., channel].astype(np.float64) for channel in range(3)]
+    values = np.stack([ndimage.map_coordinates(channel, places, order=1, mode="nearest") for channel in channels])
+    middle = 127.5 if name == "pytorch-fid" else 128
+    np.testing.assert_allclose(prepare(image, preprocessing=name)[0], (values - middle) / middle, atol=2e-4)
 
 
 def test_clean_fid_is_antialiased():
