@@ -61,9 +61,7 @@ def test_answers_from_a_file(images, questions, tmp_path):
     assert rows["entity"].value == rows["attribute"].value == rows["other"].value == 0.5 and rows["global"].value == 1
     assert rows["overall"].paper == 0.7817 and rows["overall"].shown() == "62.5"
     official = scored(images, f"questions={questions}", f"answers={path}", "num_images=2", "official=true")
-    assert official["overall"].value == 0.75 and official["other"].value == 0, (
-        "without the first question and what depends on it"
-    )
+    assert official["overall"].value == 0.75 and official["other"].value == 0, "without a's first question, and a"
     assert "no answer to a question, or to one it depends on (1, such as a)" in official["overall"].note
     assert official["overall"].protocol_hash != rows["overall"].protocol_hash
 

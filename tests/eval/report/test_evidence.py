@@ -95,12 +95,8 @@ def test_there_are_thirteen_claims_whose_rows_and_columns_exist():
 
 
 def test_the_table_of_an_ablation_has_its_verdicts():
-    rows = [
-        ("layer -2", "60.0 ± 1.0"),
-        ("layer -1", "50.0 ± 1.0 (paper 50.7)"),
-        ("layer -1 after the quantizer", "55.0 ± 1.0"),
-    ]
-    table = Table("t", ["all questions"], [Row(name, [Cell(*text.split(" (", 1))]) for name, text in rows])
+    rows = {"layer -2": "60.0 ± 1.0", "layer -1": "50.0 ± 1.0 (paper 5)", "layer -1 after the quantizer": "55.0 ± 1.0"}
+    table = Table("t", ["all questions"], [Row(name, [Cell(*text.split(" (", 1))]) for name, text in rows.items()])
     assert cells_of(table)["layer -2"] == {"all questions": "60.0 ± 1.0"}
     (line,) = verdict_lines("llava_layers", table)
     assert line.endswith("does not hold.") and "second-last" in line

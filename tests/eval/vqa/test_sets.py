@@ -167,26 +167,22 @@ def test_the_files_of_the_official_formats(name, tmp_path):
         assert [json.loads(line) for line in content.splitlines()] == EXPECTED_LINES[name]
 
 
+def answered(*pairs):
+    return [{"question_id": question_id, "answer": text} for question_id, text in pairs]
+
+
 EXPECTED = {
-    "vqav2": [
-        {"question_id": 420, "answer": "pagoda"},
-        {"question_id": 421, "answer": "two"},
-        {"question_id": 430, "answer": "yes"},
-    ],
-    "vqav2_test_dev": [
-        {"question_id": 10, "answer": "red round ball"},
-        {"question_id": 11, "answer": "2"},
-        {"question_id": 12, "answer": ""},
-    ],
+    "vqav2": answered((420, "pagoda"), (421, "two"), (430, "yes")),
+    "vqav2_test_dev": answered((10, "red round ball"), (11, "2"), (12, "")),
     "gqa": [{"questionId": "201", "prediction": "red"}, {"questionId": "202", "prediction": "yes"}],
-    "textvqa": [{"question_id": n, "answer": text} for n, text in ((1, "Dakota."), (2, "$5"), (3, "none"))],
+    "textvqa": answered((1, "Dakota."), (2, "$5"), (3, "none")),
     "mm_vet": {"v1_0": "Because.", "v1_1": "It is."},
     "scienceqa": {"results": {"5": 1, "6": 2}, "outputs": {"5": "B", "6": "The answer is C."}},
 }
 EXPECTED["textvqa_ocr"] = EXPECTED["textvqa"]
 EXPECTED_LINES = {
     "seed_bench": [{"question_id": "101", "prediction": "A"}, {"question_id": "v1", "prediction": "D"}],
-    "scenes": [{"question_id": f"s-{n}", "answer": text} for n, text in ((1, "3"), (2, "red."), (3, "2"))],
+    "scenes": answered(("s-1", "3"), ("s-2", "red."), ("s-3", "2")),
 }
 
 
