@@ -50,18 +50,13 @@ def images(tmp_path):
     return folder
 
 
-def line(file, objects):
-    boxes = [{"class": name, "score": 0.95, "box": [x, 0, x + 10, 10], "color": color} for name, x, color in objects]
-    return {"file": file, "objects": boxes}
-
-
 def detections(path, *, wrong=(), colours=True):
     """Right objects for every image but those in `wrong`, which show nothing."""
-    rows = [
-        line(file, [] if file in wrong else [(name, x, color * colours) for name, x, color in RIGHT[index]])
-        for index, files in enumerate(FILES)
-        for file in files
-    ]
+    rows = []
+    for files, right in zip(FILES, RIGHT, strict=True):
+        boxes = [{"class": name, "box": [x, 0, x + 10, 10], "color": color * colours} for name, x, color in right]
+        objects = [box | {"score": 0.95} for box in boxes]
+        rows += [{"file": file, "objects": [] if file in wrong else objects} for file in files]
     return tiny_judges.write_lines(path, rows)
 
 
