@@ -9,9 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.processes import ROOT
@@ -21,23 +19,16 @@ from um3.core.errors import UserError
 from um3.model.extend import load_base, load_base_tokenizer, read_base_config
 from um3.model.gguf import LLAMA_3_SCALING, rope_factors
 from um3.model.language_model import load_model
-from um3.model.text_tokenizer import encode_texts, read_text_tokenizer, train_text_tokenizer
+from um3.model.text_tokenizer import encode_texts, train_text_tokenizer
 
 SMOLLM2 = ROOT / "models" / "smollm2"
 TEXTS = ["the quick  brown fox", "x =  12, 3456\n\n  7 don't", "é ü 日本 <|end_of_text|>", " a\tb \r\n"]
 LLAMA_3 = LLAMA_3_ROPE | LLAMA_3_SCALING | {"rope_theta": 500_000.0, "factor": 32.0}
 
 
-def make_tokenizer(*, split: Any = None) -> PreTrainedTokenizerFast:
-    """Trained on numbers and blanks, so that another rule of splitting gives other tokens."""
-    tokenizer = train_text_tokenizer(["the quick brown fox  12 345  6789 don't"] * 40, vocab_size=300)
-    tokenizer.backend_tokenizer.pre_tokenizer = split or ByteLevel(add_prefix_space=False)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    return train_text_tokenizer(["the quick brown fox  12 345  6789 don't"] * 40, vocab_size=300)
 
 
 def base_of(kind: str, **options: Any) -> PreTrainedModel:
@@ -95,21 +86,6 @@ def test_quantized_tensors_are_dequantized(weights: str, tokenizer: PreTrainedTo
         assert torch.equal(loaded.get_parameter(name), expected), name
 
 
-@pytest.mark.parametrize("name", ["smollm", "llama-bpe", "qwen2"])
-def test_the_rule_of_splitting_text_is_the_files(name: str, tmp_path: Path) -> None:
-    digits = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer = make_tokenizer(split=digits)
-    if name != "smollm":
-        import tokenizers
-
-        rule = Split(tokenizers.Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), behavior="isolated")
-        tokenizer = make_tokenizer(split=Sequence([rule, ByteLevel(add_prefix_space=False, use_regex=False)]))
-    values = {"tokenizer.ggml.pre": name}
-    path = write_gguf(tmp_path / "a.gguf", base=base_of("llama"), tokenizer=tokenizer, values=values)
-    ids = encode_texts(TEXTS, tokenizer=read_text_tokenizer(path))
-    assert ids == encode_texts(TEXTS, tokenizer=tokenizer) != encode_texts(TEXTS, tokenizer=make_tokenizer())
-
-
 def test_um3_init_starts_from_a_file(
     tokenizer: PreTrainedTokenizerFast, qlip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,50 +103,40 @@ def test_um3_init_starts_from_a_file(
     assert loaded.model.config.um3["base"]["name"] == str(path)
 
 
-ODD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "another architecture": ({"values": {"general.architecture": "gemma2"}}, ["'gemma2'", "llama, qwen2, qwen3"]),
-    "a split file": ({"values": {"split.count": 3}}, ["split", "llama-gguf-split"]),
-    "a rotary scaling": ({"values": {"llama.rope.scaling.type": "yarn"}}, ["'yarn'"]),
-    "other rotary factors": ({"tensors": {"rope_freqs.weight": torch.tensor([1.0, 2, 3, 9])}}, ["rope_freqs.weight"]),
-    "a bias": ({"tensors": {"blk.0.attn_q.bias": torch.zeros(32)}}, ["blk.0.attn_q.bias"]),
-    "no head": ({"tensors": {"blk.1.ffn_up.weight": None}}, ["blk.1.ffn_up.weight", "missing"]),
-    "another shape": ({"tensors": {"output_norm.weight": torch.ones(31)}}, ["output_norm.weight", "31"]),
-    "NaN": ({"tensors": {"output_norm.weight": torch.full((32,), torch.nan)}}, ["NaN"]),
-    "too many layers": ({"values": {"llama.block_count": 4_000_000_000}}, ["4,000,000,000 layers"]),
-    "an absurd width": ({"values": {"llama.embedding_length": 4_000_000_000}}, ["4000000000"]),
-    "no heads": ({"values": {"llama.attention.head_count": 0}}, ["modulo by zero"]),
-    "no width": ({"values": {"llama.embedding_length": None}}, ["4096"]),
-}
-
-
-@pytest.mark.parametrize("case", ODD)
-def test_a_model_that_cannot_be_read_as_it_is_is_one_line(
-    case: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    changes, names = ODD[case]
-    path = write_gguf(tmp_path / "odd.gguf", base=base_of("llama"), tokenizer=tokenizer, **changes)
-    with pytest.raises(UserError) as caught:
-        load_base(str(path))
-    assert "\n" not in str(caught.value) and all(name in str(caught.value) for name in [str(path), *names])
+ODD_MODELS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"values": {"general.architecture": "gemma2"}}, ["'gemma2'", "llama, qwen2, qwen3"]),
+    ({"values": {"split.count": 3}}, ["split", "llama-gguf-split"]),
+    ({"values": {"llama.rope.scaling.type": "yarn"}}, ["'yarn'"]),
+    ({"tensors": {"rope_freqs.weight": torch.tensor([1.0, 2, 3, 9])}}, ["rope_freqs.weight"]),
+    ({"tensors": {"blk.0.attn_q.bias": torch.zeros(32)}}, ["blk.0.attn_q.bias"]),
+    ({"tensors": {"blk.1.ffn_up.weight": None}}, ["blk.1.ffn_up.weight", "missing"]),
+    ({"tensors": {"output_norm.weight": torch.ones(31)}}, ["output_norm.weight", "31"]),
+    ({"tensors": {"output_norm.weight": torch.full((32,), torch.nan)}}, ["NaN"]),
+    ({"values": {"llama.block_count": 4_000_000_000}}, ["4,000,000,000 layers"]),
+    ({"values": {"llama.embedding_length": 4_000_000_000}}, ["4000000000"]),
+    ({"values": {"llama.attention.head_count": 0}}, ["modulo by zero"]),
+    ({"values": {"llama.embedding_length": None}}, ["4096"]),
+]
+ODD_TOKENIZERS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"values": {"tokenizer.ggml.pre": "poro-chat"}}, ["'poro-chat'"]),
+    ({"values": {"tokenizer.ggml.tokens": None}}, ["tokenizer"]),
+    ({"values": {"tokenizer.ggml.merges": ["a"]}}, ["tokenizer"]),
+    ({"values": {"tokenizer.ggml.model": "rwkv"}}, ["rwkv"]),
+    ({"values": {"tokenizer.ggml.bos_token_id": 9999}}, ["tokenizer"]),
+]
 
 
 @pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        ({"tokenizer.ggml.pre": "poro-chat"}, ["'poro-chat'"]),
-        ({"tokenizer.ggml.tokens": None}, ["tokenizer"]),
-        ({"tokenizer.ggml.merges": ["a"]}, ["tokenizer"]),
-        ({"tokenizer.ggml.model": "rwkv"}, ["rwkv"]),
-        ({"tokenizer.ggml.bos_token_id": 9999}, ["tokenizer"]),
-    ],
+    ("load", "changes", "names"),
+    [*((load_base, *case) for case in ODD_MODELS), *((load_base_tokenizer, *case) for case in ODD_TOKENIZERS)],
 )
-def test_a_tokenizer_that_cannot_be_read_is_one_line(
-    values: dict[str, Any], names: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_a_file_that_cannot_be_read_as_it_is_is_one_line(
+    load: Any, changes: dict[str, Any], names: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    path = write_gguf(tmp_path / "odd.gguf", base=base_of("llama"), tokenizer=tokenizer, values=values)
+    path = write_gguf(tmp_path / "odd.gguf", base=base_of("llama"), tokenizer=tokenizer, **changes)
     with pytest.raises(UserError) as caught:
-        load_base_tokenizer(str(path))
-    assert "\n" not in str(caught.value) and all(name in str(caught.value) for name in [str(path), *names])
+        load(str(path))
+    assert all(name in str(caught.value) for name in [str(path), *names])
 
 
 def test_damaged_files_are_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

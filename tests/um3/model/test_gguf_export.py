@@ -30,7 +30,7 @@ from um3.model.text_tokenizer import (
     train_text_tokenizer,
 )
 
-TEXTS = ["the quick  brown fox", "x =  12, 3456\n\n  7 don't", "é ü 日本 <|end_of_text|>"]
+TEXTS = ["the quick  brown fox", "x =  12, 3456\n\n  7 don't", "é ü 日本 <|end_of_text|>", " a\tb \r\n"]
 MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "llama": ("llama", {}, False),
     "llama 3": ("llama", {"rope_parameters": LLAMA_3_ROPE}, False),
@@ -89,13 +89,16 @@ def test_the_tokenizer_and_the_vocabulary_are_in_the_file(split: str, qlip_folde
     folder = save_um3(tmp_path / "model", model="llama", qlip_folder=qlip_folder, split=split)
     export_gguf(folder, out=tmp_path / "um3.gguf")
     loaded, tokenizer = load_model(folder), read_text_tokenizer(tmp_path / "um3.gguf")
-    assert encode_texts(TEXTS, tokenizer=tokenizer) == encode_texts(TEXTS, tokenizer=loaded.text_tokenizer)
+    tokens = encode_texts(TEXTS, tokenizer=loaded.text_tokenizer)
+    assert encode_texts(TEXTS, tokenizer=tokenizer) == tokens
+    tokenizer.backend_tokenizer.pre_tokenizer = SPLITS["gpt-2"]
+    assert (encode_texts(TEXTS, tokenizer=tokenizer) == tokens) == (split == "gpt-2")
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "um3.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == split
     assert {name: fields[f"um3.{name}"] for name in loaded.ids.to_dict()} == loaded.ids.to_dict()
     assert fields["um3.tokenizer_fingerprint"] == loaded.fingerprint
-    tokens, first = fields["tokenizer.ggml.tokens"], loaded.ids.subtoken_range(2)[0]
-    assert len(set(tokens)) == loaded.ids.vocab_size and tokens[first + 5] == "<|visual_2_5|>"
+    stored, first = fields["tokenizer.ggml.tokens"], loaded.ids.subtoken_range(2)[0]
+    assert len(set(stored)) == loaded.ids.vocab_size and stored[first + 5] == "<|visual_2_5|>"
     special = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")]
     assert special == [loaded.ids.bos_id, loaded.ids.eos_id, loaded.ids.pad_id]
     assert tokenizer(TEXTS[0])["input_ids"][0] == loaded.ids.bos_id  # sequences begin with it
