@@ -1,7 +1,9 @@
 """A real `um3 serve` over a small model whose images take long enough to be cancelled."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_um3
@@ -54,6 +57,11 @@ class Server(NamedTuple):
         connection.close()
         is_json = "json" in (response.getheader("content-type") or "")
         return Answer(response.status, dict(response.getheaders()), [json.loads(line) for line in lines if is_json])
+
+
+def opened(content: str) -> Image.Image:
+    """The image in base64, or in the URL of one."""
+    return Image.open(io.BytesIO(base64.b64decode(content.rpartition(",")[2])))
 
 
 def half_open(port: int, count: int, content: bytes) -> list[socket.socket]:

@@ -101,7 +101,3 @@ def test_a_server_for_other_machines_prints_its_token(web_model, tmp_path):
         assert server.request("GET", "/api/model", headers=own | {"Host": "evil.example"}).status == 403
         assert server.request("GET", f"/?token={server.token}").status == 303
         assert server.token not in server.log.read_text()
-
-
-def test_a_server_for_this_machine_needs_no_token(server):
-    assert server.token == "" and server.request("GET", "/api/model").status == 200

@@ -1,13 +1,10 @@
 """POST /v1/images/generations: the requests and answers of OpenAI's images API."""
 
-import base64
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 from starlette.testclient import TestClient
 
+from tests.um3.web.conftest import opened
 from um3.web.model_calls import MAX_IMAGES
 from um3.web.server import build_app
 
@@ -16,15 +13,9 @@ PATH = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def client(web_pipeline):
-    with TestClient(
-        build_app(web_pipeline, sampling={"temperature": 0.5}, max_waiting=1), base_url="http://127.0.0.1"
-    ) as client:
+    app = build_app(web_pipeline, sampling={"temperature": 0.5}, max_waiting=1)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
-
-
-def opened(image):
-    assert list(image) == ["b64_json"]
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))))
 
 
 def test_images_are_those_of_the_pipeline(client, web_pipeline):
@@ -32,7 +23,9 @@ def test_images_are_those_of_the_pipeline(client, web_pipeline):
     answer = client.post(PATH, json=request | {"response_format": "b64_json", "seed": 7, "guidance_scale": 2})
     expected = web_pipeline.generate(["a red disk"], num_images=2, seeds=[7, 8], temperature=0.5, guidance_scale=2)
     assert answer.status_code == 200 and isinstance(answer.json()["created"], int)
-    assert np.array_equal([opened(image) for image in answer.json()["data"]], expected.arrays)
+    assert [list(image) for image in answer.json()["data"]] == [["b64_json"]] * 2
+    images = [np.asarray(opened(image["b64_json"])) for image in answer.json()["data"]]
+    assert np.array_equal(images, expected.arrays)
 
 
 def test_the_seed_is_random_without_one(client):

@@ -1,6 +1,5 @@
 """The page in a real Chromium; skipped without one. The page contacts nothing but its server."""
 
-import base64
 import io
 import re
 import shutil
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.um3.web.conftest import SIDE, serving
+from tests.um3.web.conftest import SIDE, opened, serving
 from um3.inference.image_io import image_metadata, read_metadata
 from um3.web.model_calls import EXAMPLES
 
@@ -251,16 +250,17 @@ def test_a_dragged_region_is_repainted_and_the_rest_kept(page):
     repainted = page.locator("#runs article[aria-busy=false]").first
     expect(repainted).to_contain_text("repainted · seed")
     expect(repainted.locator("figcaption")).to_have_count(4)
-    metadata = [metadata_of(url) for url in repainted.locator("img").evaluate_all("(all) => all.map((one) => one.src)")]
+    metadata = metadata_of(repainted)
     places = [row * SIDE + 2 for row in (1, 2)]
     assert all(values["redrawn_patches"] == places for values in metadata)
     kept = [place for place in range(SIDE**2) if place not in places]
     assert all(values["codes"][place] == request["codes"][place] for values in metadata for place in kept)
 
 
-def metadata_of(url):
-    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return image_metadata(image)
+def metadata_of(run):
+    """The metadata of each image of a finished run."""
+    urls = run.locator("img").evaluate_all("(all) => all.map((one) => one.src)")
+    return [image_metadata(opened(url)) for url in urls]
 
 
 def test_one_click_generates_variations(page):
@@ -268,9 +268,9 @@ def test_one_click_generates_variations(page):
     run.get_by_role("button", name="Vary").click()
     variations = page.locator("#runs article[aria-busy=false]").first
     expect(variations).to_contain_text("variations of seed 5")
-    urls = variations.locator("img").evaluate_all("(all) => all.map((one) => one.src)")
-    assert len({metadata_of(url)["seed"] for url in urls}) == 4
-    assert {(metadata_of(url)["prompt"], metadata_of(url)["strength"]) for url in urls} == {("a red disk", 0.5)}
+    metadata = metadata_of(variations)
+    assert len({values["seed"] for values in metadata}) == 4
+    assert {(values["prompt"], values["strength"]) for values in metadata} == {("a red disk", 0.5)}
     expect(page.locator("#history li")).to_have_count(1)
 
 

@@ -1,14 +1,12 @@
 """The server over real sockets: its results, the requests that it refuses, and that no client can end it."""
 
 import asyncio
-import base64
 import functools
 import http.client
 import io
 import json
 import struct
 import time
-import zlib
 
 import numpy as np
 import pytest
@@ -16,15 +14,11 @@ import torch
 from PIL import Image
 from starlette.datastructures import Headers
 
-from tests.um3.web.conftest import MAX_WAITING, SIDE, half_open
+from tests.um3.web.conftest import MAX_WAITING, SIDE, half_open, opened
 from um3.core.errors import UserError
 from um3.inference.image_io import METADATA, code_image
 from um3.web.security import RequestGuard, is_loopback, listen
 from um3.web.server import MAX_UPLOAD_BYTES, build_app
-
-
-def opened(url):
-    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
 
 def image_bytes(*, format="PNG", size=(60, 40)):
@@ -34,15 +28,10 @@ def image_bytes(*, format="PNG", size=(60, 40)):
     return buffer.getvalue()
 
 
-def huge_png(side):
-    """A valid header of a black image that would fill gigabytes."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(1_000_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+def huge_bmp():
+    """A small file whose header says 7,500 x 7,500 pixels."""
+    content = image_bytes(format="BMP")
+    return content[:18] + struct.pack("<ii", 7_500, 7_500) + content[26:]
 
 
 def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server, web_pipeline):
@@ -67,7 +56,7 @@ def test_generated_images_stream_row_by_row_and_equal_the_pipelines(server, web_
 
 def test_an_image_is_repainted_and_varied_from_its_codes(server, web_pipeline):
     codes, request = [*range(SIDE**2)], {"prompt": "a disk", "num_images": 2, "seed": 7, "temperature": 0.8}
-    options = {"num_images": 2, "seeds": [7, 8], **web_pipeline_defaults(temperature=0.8)}
+    options = {"num_images": 2, "seeds": [7, 8], "temperature": 0.8, "top_p": 0.9, "guidance_scale": 2.0}
     codes_BN = torch.tensor([codes])
     for change, method in (
         ({"redraw": [0.5, 0, 1, 0.5]}, web_pipeline.inpaint_codes),
@@ -76,15 +65,6 @@ def test_an_image_is_repainted_and_varied_from_its_codes(server, web_pipeline):
         answer = server.request("POST", "/api/generate", request | {"codes": codes} | change)
         expected = method(codes_BN, ["a disk"], **options, **change)
         assert [image["codes"] for image in answer.events[-1]["images"]] == expected.codes.tolist(), answer
-    kept = [
-        row * SIDE + column for row in range(SIDE) for column in range(SIDE) if row >= SIDE // 2 or column < SIDE // 2
-    ]
-    repainted = web_pipeline.inpaint_codes(codes_BN, ["a disk"], redraw=(0.5, 0, 1, 0.5), **options)
-    assert (repainted.codes[:, kept] == codes_BN[:, kept]).all() and not (repainted.codes == codes_BN).all()
-
-
-def web_pipeline_defaults(**options):
-    return {"temperature": 0.5, "top_p": 0.9, "guidance_scale": 2.0} | options
 
 
 def test_the_answer_says_whether_the_prompt_is_outside_the_training_data(server, web_pipeline):
@@ -107,65 +87,46 @@ def test_an_image_gets_its_caption_codes_and_reconstruction(server, web_pipeline
 
 
 @pytest.mark.parametrize(
-    ("request_body", "message"),
+    ("request_body", "message", "parameter"),
     [
-        ({"prompt": " \n"}, "prompt 1 is empty"),
-        ({"prompt": "red " * 10_000}, "tokens"),
-        ({}, "'prompt'"),
-        ([1], "JSON list"),
-        ({"prompt": None}, "prompt 1"),
-        ({"prompt": "a", "\ud800": 1}, "unknown option"),
-        ({"prompt": "a", "colour": 1}, "'colour'"),
-        ({"prompt": "a", "temperature": float("nan")}, "temperature nan"),
-        ({"prompt": "a", "temperature": 10**400}, "temperature"),
-        ({"prompt": "a", "temperature": "warm"}, "'warm'"),
-        ({"prompt": "a", "temperature": True}, "temperature"),
-        ({"prompt": "a", "top_k": 2.5}, "top_k is '2.5'"),
-        ({"prompt": "a", "guidance_scale": [1, None]}, "guidance_scale"),
-        ({"prompt": "a", "num_images": 10**9}, "num_images is 1000000000; use 1 to 16"),
-        ({"prompt": "a", "seed": -1}, "seed is -1"),
-        ({"prompt": "a", "seed": None}, "seed"),
-        ({"prompt": "a", "best_of": 4}, "text tokenizer"),
-        ({"prompt": "a", "codes": [0] * SIDE**2}, "either 'redraw' or 'strength'"),
-        ({"prompt": "a", "redraw": [0, 0, 1, 1]}, "needs its 'codes'"),
-        ({"prompt": "a", "codes": "/etc/passwd", "strength": 0.5}, "'codes', a list"),
-        ({"prompt": "a", "codes": [1], "strength": 0.5}, "an image is 16 codes"),
-        ({"prompt": "a", "codes": [-1] * SIDE**2, "strength": 0.5}, "an image is 16 codes"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": "half"}, "strength is 'half'"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": "all"}, "redraw is 'all'"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1]}, "[left, top, right, bottom]"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1, "b"]}, "redraw is 'b'"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0.5, 0, 0.5, 1]}, "must be (left, top, right, bottom)"),
-        (b"{", "not valid JSON"),
+        ({"prompt": " \n"}, "prompt 1 is empty", "prompt"),
+        ({"prompt": "red " * 10_000}, "tokens", "prompt"),
+        ({}, "'prompt'", None),
+        ([1], "JSON list", None),
+        ({"prompt": None}, "prompt 1", "prompt"),
+        ({"prompt": "a", "\ud800": 1}, "unknown option", None),
+        ({"prompt": "a", "colour": 1}, "'colour'", None),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature nan", "temperature"),
+        ({"prompt": "a", "temperature": 10**400}, "temperature", "temperature"),
+        ({"prompt": "a", "temperature": "warm"}, "'warm'", "temperature"),
+        ({"prompt": "a", "temperature": True}, "temperature", "temperature"),
+        ({"prompt": "a", "top_p": 2}, "top-p 2", "top_p"),
+        ({"prompt": "a", "top_k": 2.5}, "top_k is '2.5'", "top_k"),
+        ({"prompt": "a", "top_k": -1}, "top-k -1", "top_k"),
+        ({"prompt": "a", "min_p": 2}, "min-p 2", "min_p"),
+        ({"prompt": "a", "guidance_scale": -1}, "guidance scale -1", "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": [1, None]}, "guidance_scale", "guidance_scale"),
+        ({"prompt": "a", "num_images": 10**9}, "num_images is 1000000000; use 1 to 16", "num_images"),
+        ({"prompt": "a", "seed": -1}, "seed is -1", "seed"),
+        ({"prompt": "a", "seed": None}, "seed", "seed"),
+        ({"prompt": "a", "best_of": 4}, "text tokenizer", None),
+        ({"prompt": "a", "num_images": 4, "best_of": 2}, "best_of=2", "best_of"),
+        ({"prompt": "a", "codes": [0] * SIDE**2}, "either 'redraw' or 'strength'", None),
+        ({"prompt": "a", "redraw": [0, 0, 1, 1]}, "needs its 'codes'", None),
+        ({"prompt": "a", "codes": "/etc/passwd", "strength": 0.5}, "'codes', a list", None),
+        ({"prompt": "a", "codes": [-1] * SIDE**2, "strength": 0.5}, "an image is 16 codes", None),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": "half"}, "strength is 'half'", "strength"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": 2}, "strength 2", "strength"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1]}, "[left, top, right, bottom]", None),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [0, 0, 1, "b"]}, "redraw is 'b'", "redraw"),
+        ({"prompt": "a", "codes": [0] * SIDE**2, "redraw": [1, 0, 1, 1]}, "must be (left, top, right, bottom)", None),
+        (b"{", "not valid JSON", None),
     ],
 )
-def test_an_invalid_request_gets_status_400_and_one_sentence(server, request_body, message):
+def test_an_invalid_request_gets_status_400_one_sentence_and_its_parameter(server, request_body, message, parameter):
     answer = server.request("POST", "/api/generate", request_body)
     (error,) = answer.events
     assert answer.status == 400 and message in error["error"] and "\n" not in error["error"]
-
-
-@pytest.mark.parametrize(
-    ("request_body", "parameter"),
-    [
-        ({"prompt": " "}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": "red " * 10_000}, "prompt"),
-        ({"prompt": "a", "temperature": -1}, "temperature"),
-        ({"prompt": "a", "temperature": "warm"}, "temperature"),
-        ({"prompt": "a", "top_p": 2}, "top_p"),
-        ({"prompt": "a", "top_k": -1}, "top_k"),
-        ({"prompt": "a", "min_p": 2}, "min_p"),
-        ({"prompt": "a", "guidance_scale": -1}, "guidance_scale"),
-        ({"prompt": "a", "num_images": 0}, "num_images"),
-        ({"prompt": "a", "seed": 0.5}, "seed"),
-        ({"prompt": "a", "num_images": 4, "best_of": 2}, "best_of"),
-        ({"prompt": "a", "codes": [0] * SIDE**2, "strength": 2}, "strength"),
-        ({"prompt": "a", "colour": 1}, None),
-    ],
-)
-def test_an_error_names_its_parameter(server, request_body, parameter):
-    (error,) = server.request("POST", "/api/generate", request_body).events
     assert error.get("parameter") == parameter
 
 
@@ -188,13 +149,9 @@ def test_a_conversation_gets_the_answer_of_the_pipeline(server, web_pipeline):
     [
         ({}, "'messages'"),
         ({"messages": "a"}, "'messages' must be a list"),
-        ({"messages": []}, "ends without a question"),
         ({"messages": ["a", "b"]}, "ends without a question"),
-        ({"messages": [" "]}, "has no text; ask a question"),
-        ({"messages": [3]}, "is neither a text nor"),
         ({"messages": [{"type": "image", "image": "/etc/passwd"}]}, "is neither a text nor"),
         ({"messages": ["a"], "codes": "/etc/passwd"}, "'codes' a list"),
-        ({"messages": ["a"], "codes": [1]}, "an image is 16 codes"),
         ({"messages": ["a"], "codes": [10**30] * 16}, "an image is 16 codes"),
         ({"messages": ["a " * 500]}, "leaves no room"),
         ({"messages": ["a"], "image": "/etc/passwd"}, "unknown option 'image'"),
@@ -211,14 +168,11 @@ def test_an_invalid_conversation_gets_status_400_and_one_sentence(server, reques
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"", 415, "not an image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not an image"),
-        (huge_png(20_000), 413, "too large"),
-        (huge_png(7_500), 413, "50,000,000"),
+        (huge_bmp(), 413, "50,000,000"),
         (image_bytes(format="JPEG", size=(400, 300))[:9_000], 422, "truncated"),
-        (image_bytes()[:200] + b"\xff" * 200 + image_bytes()[400:], 422, "cannot be decoded"),
     ],
-    ids=["empty", "svg", "20000 pixels square", "7500 pixels square", "cut jpeg", "broken png"],
+    ids=["svg", "7500 pixels square", "cut jpeg"],
 )
 def test_a_bad_upload_gets_a_status_and_one_sentence(server, content, status, message):
     answer = server.request("POST", "/api/caption", content)
@@ -281,12 +235,10 @@ def test_addresses_and_ports_are_checked_before_the_server_starts(server):
     assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
     with pytest.raises(UserError, match=r"cannot listen on 127.0.0.1 port \d+ .*in use.*--port"):
         listen("127.0.0.1", server.port)
-    with pytest.raises(UserError, match="address of this machine as --host"):
-        listen("203.0.113.9", 0)
-    with pytest.raises(UserError, match="address of this machine as --host"):
-        listen("nowhere.invalid", 0)
-    with pytest.raises(UserError, match="the host is empty"):
-        listen("", 0)
+    remedy = "address of this machine as --host"
+    for host, message in (("203.0.113.9", remedy), ("nowhere.invalid", remedy), ("", "the host is empty")):
+        with pytest.raises(UserError, match=message):
+            listen(host, 0)
     with pytest.raises(UserError, match="temperature -1 is outside"):
         build_app(None, sampling={"temperature": -1}, max_waiting=1)
 
