@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_um3
@@ -34,6 +36,14 @@ def qlip_folder(model_folder: Path) -> Path:
 def pipeline(model_folder: Path) -> UM3Pipeline:
     """The pipeline over `model_folder`."""
     return UM3Pipeline.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """An image file of 40 x 30 pixels."""
+    path = tmp_path / "Holiday photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    return path
 
 
 @pytest.fixture

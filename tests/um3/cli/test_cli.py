@@ -38,13 +38,6 @@ def model(model_folder):
     return ["--model", str(model_folder)]
 
 
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "Holiday photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
-    return path
-
-
 def test_generate_writes_images_sheet_and_samples(model, pipeline, tmp_path):
     options = [*model, "--device", "cpu", "-n", "2", "--seed", "5", "--guidance-scale", "4,1"]
     run("generate", "a red square", "a Disk!", "--out", tmp_path, *options)
@@ -241,6 +234,11 @@ def test_files_of_another_shape_are_one_line(name, value, message, folder):
         (["score", "good.png"], "no text in stdin"),
         (["score"], "--pairs"),
         (["info", "empty"], "empty is not a UM3 model"),
+        (["chat", ".", "a?"], ". holds 2 images; a conversation has one"),
+        (["chat", "good.png"], "no question in stdin"),
+        (["chat", "good.png", " "], "message 1 has no text; ask a question"),
+        (["chat", "good.png", "b " * 300], "leaves no room"),
+        (["chat", "good.png", "a", "--temperature", "-1"], "temperature -1"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, model_folder, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import io
 import re
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -106,17 +105,15 @@ def test_the_history_survives_a_reload_and_restores_settings(page):
     expect(page.locator("#history button")).to_have_count(0)
 
 
-def test_an_image_is_captioned_and_reconstructed(page, tmp_path):
-    path = tmp_path / "holiday.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+def test_an_image_is_captioned_and_reconstructed(page, photo):
     page.locator("#tab-generate").press("ArrowRight")
     expect(page.locator("#caption")).to_be_visible()
-    result = upload(page, path)
+    result = upload(page, photo)
     expect(result.locator("figure img")).to_have_count(3)
     result.get_by_role("button", name="Reconstruction").click()
     expect(page.locator("#repaint")).to_be_visible()
     page.locator("#viewer-close").click()
-    assert "holiday.png · 40 x 30 pixels" in result.inner_text()
+    assert f"{photo.name} · 40 x 30 pixels" in result.inner_text()
     caption = result.locator(".title").inner_text()
     assert (result.locator("pre").text_content() or "").count(" ") == SIDE**2 - 1
     result.get_by_role("button", name="Generate from this caption").click()
@@ -289,16 +286,14 @@ def ask(page, question):
     page.locator("[name=question]").press("Enter")
 
 
-def test_questions_about_an_image_and_the_history(page, tmp_path, web_pipeline):
-    path = tmp_path / "holiday.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+def test_questions_about_an_image_and_the_history(page, photo, web_pipeline):
     page.locator("#tab-caption").press("ArrowRight")
     expect(page.locator("#chat-note")).to_contain_text("not trained on conversations")
-    page.locator("#chat-file").set_input_files(path)
+    page.locator("#chat-file").set_input_files(photo)
     expect(page.locator("#chat-image img")).to_have_count(1)
     messages, said = [], []
     for question in ("What is it?", "Why?"):
-        image = [] if messages else [{"type": "image", "image": Image.open(path)}]
+        image = [] if messages else [{"type": "image", "image": Image.open(photo)}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         answer = web_pipeline.chat(messages, seeds=[0])[0]
         messages.append({"role": "assistant", "content": answer})
