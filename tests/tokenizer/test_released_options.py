@@ -67,6 +67,7 @@ def test_options_of_the_released_quantizers_change_no_output(options, gammas, fo
         ({"text_config": {"attention_window": 7}}, ["text_config", "attention_window=7"]),
         ({"decoder_config": {"post_norm": True}}, ["decoder_config", "post_norm=True"]),
         ({"decoder_config": {"patch_size": 7}}, ["image_size 32", "patch_size 7"]),
+        ({"decoder_config": {"overlap": 9}}, ["overlap 9", "patch_size 8"]),
         ({"vision_config": {"image_size": 36}}, ["image_size 36", "patch_size 8"]),
         ({"text_config": {"num_attention_heads": 5}}, ["hidden_size 48", "num_attention_heads 5"]),
         ({"text_config": {"hidden_size": "wide"}}, ["hidden_size"]),
