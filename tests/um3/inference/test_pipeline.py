@@ -65,18 +65,14 @@ def test_the_decoder_is_built_once_and_again_after_the_weights_changed(model_fol
 
 
 def test_an_image_may_be_a_path(pipeline, tmp_path):
-    (first, *_), path = images(), tmp_path / "a.png"
-    first = first if isinstance(first, Image.Image) else Image.fromarray(first)
+    first, path = Image.fromarray(images()[0]), tmp_path / "a.png"
     first.save(path)
     for one in (path, str(path), [path], first):
         assert torch.equal(pipeline.encode(one), pipeline.encode([first]))
     assert pipeline.reconstruct(path).arrays.shape == pipeline.reconstruct([first]).arrays.shape
     path.write_text("text")
-    for wrong, names in (
-        (path, "a.png.*no known image format"),
-        ([first, 3], "image 2 is a int"),
-        ("/no.png", "/no.png"),
-    ):
+    wrong_images = {"a.png.*no known image format": path, "image 2 is a int": [first, 3], "/no.png": "/no.png"}
+    for names, wrong in wrong_images.items():
         with pytest.raises(UserError, match=names):
             pipeline.caption(wrong)
 
@@ -162,17 +158,13 @@ def test_the_package_exports_the_pipeline_without_importing_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_saving_keeps_trained_values(model_folder, qlip_folder, tmp_path):
+def test_given_tensors_are_saved_in_place_of_the_models(model_folder, qlip_folder, tmp_path):
     loaded = load_model(model_folder)
-    for parameter in loaded.model.parameters():
-        parameter.data.add_(0.125)
     state = {name: tensor + 1 for name, tensor in loaded.model.state_dict().items()}
     shared = {"text_tokenizer": loaded.text_tokenizer, "ids": loaded.ids, "visual_tokenizer": qlip_folder}
-    save_model(tmp_path / "own", model=loaded.model, **shared)
     save_model(tmp_path / "given", model=loaded.model, state_dict=state, **shared)
-    for folder, offset in (("own", 0.0), ("given", 1.0)):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
-        assert all(torch.equal(again[name], tensor + offset) for name, tensor in loaded.model.state_dict().items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "given").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 def test_another_visual_tokenizer_is_refused_with_both_fingerprints(folder):
@@ -356,12 +348,7 @@ def test_any_text_is_a_prompt(roomy):
     ("method", "arguments", "options", "message"),
     [
         ("generate", [["a disk", "  "]], {}, "prompt 2 is empty"),
-        (
-            "generate",
-            [["a disk", "word " * 10_000]],
-            {},
-            r"prompt 2 of \S+ tokens .* 16 more .* of 64; shorten",
-        ),
+        ("generate", [["a disk", "word " * 10_000]], {}, r"prompt 2 of \S+ tokens .* 16 more .* of 64; shorten"),
         ("generate", [[3]], {}, "prompt 1 is of type int"),
         ("generate", [["a disk"]], {"num_images": 0}, "num_images is 0"),
         ("generate", [["a disk"]], {"num_images": 10**12}, "images in one call"),

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 
-from downstream.llamagen.pipeline import LlamaGenPipeline
 from um3.core.errors import UserError
 from um3.inference.generate import choose
 from um3.inference.pipeline import UM3Pipeline
@@ -64,18 +63,14 @@ def test_what_is_uploaded_is_what_is_saved(
     pipeline: UM3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads: list[tuple[str, set[str]]] = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: made(repo_id))
-
-    def made(repo_id: str) -> Any:
-        from huggingface_hub import RepoUrl
-
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
+    address = RepoUrl("https://huggingface.co/somebody/um3")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: address)
 
     def upload(self: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         uploads.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert pipeline.push_to_hub("somebody/um3") == "https://huggingface.co/somebody/um3"
+    assert pipeline.push_to_hub("somebody/um3") == str(address)
     pipeline.save_pretrained(tmp_path / "saved")
     assert uploads == [("somebody/um3", {path.name for path in (tmp_path / "saved").iterdir()})]
 
@@ -98,8 +93,3 @@ def test_the_metadata_of_a_card(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     card = ModelCard(render_card(TEMPLATE, base=base | {"name": str(tmp_path / "base")}, qlip_license="nc", **options))
     assert (card.data.license, card.data.base_model) == ("other", None) and "trained with: nc" in card.text
-
-
-def test_llamagen_has_the_same_habits() -> None:
-    for name in ("__call__", "to", "push_to_hub"):
-        assert getattr(LlamaGenPipeline, name) is getattr(UM3Pipeline, name)

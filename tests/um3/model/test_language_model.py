@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 from tests.helpers.tiny_um3 import LLAMA_3_ROPE, make_base, make_ids, make_model
 from um3.core.errors import UserError
 from um3.model.configuration import IMAGE_SAMPLING, ModelConfig
-from um3.model.extend import extend_model, load_base
+from um3.model.extend import extend_model
 from um3.model.language_model import count_parameters
-from um3.model.qk_norm import insert_qk_norm
 
 TEXT_BT = torch.randint(5, 48, (4, 20), generator=torch.Generator().manual_seed(0))
 
@@ -66,15 +65,6 @@ def test_a_tied_head_counts_once() -> None:
     counts = count_parameters(model, ids=ids)
     assert counts["text head"] == counts["visual head"] == 0
     assert counts["total"] == sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_an_extended_base_survives_saving(tmp_path):
-    make_base("llama").save_pretrained(tmp_path / "llama")
-    base = load_base(str(tmp_path / "llama"))
-    model = extend_model(insert_qk_norm(base), ids=make_ids())
-    assert model.config.um3["base"]["name"] == str(tmp_path / "llama")
-    model.save_pretrained(tmp_path / "extended")
-    assert torch.equal(text_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "extended")), text_logits(model))
 
 
 def test_mistakes_are_one_line() -> None:
