@@ -22,8 +22,7 @@ QUESTIONS = ["a red disk?", "Why?"]
 @pytest.fixture
 def roomy_folder(folder):
     """The tiny model with room for several turns, as `make um3-instruct` marks it."""
-    config = UM3Pipeline.from_pretrained(folder).model.config.um3
-    change_json(folder / "config.json", max_position_embeddings=512, um3=config | {"conversations": ["scenes"]})
+    change_json(folder / "config.json", max_position_embeddings=512, um3={"conversations": ["scenes"]})
     return folder
 
 

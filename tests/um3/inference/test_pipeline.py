@@ -1,8 +1,6 @@
 """The pipeline on a tiny saved model: its results, seeds, regions and errors, and the folders that it loads."""
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from PIL import ExifTags, Image
 from transformers import AutoModelForCausalLM
 
 import tokenizer
-import um3
+from tests.tokenizer.conftest import change_json
 from um3.core.errors import UserError
 from um3.core.files import read_json, write_json
 from um3.inference.decoder import FastDecoder
@@ -103,7 +101,6 @@ def test_captions_are_text_and_repeatable(pipeline):
     captions = pipeline.caption(images(), max_new_tokens=8)
     assert len(captions) == 3 and not any("<|" in caption for caption in captions)
     assert captions == pipeline.caption(images(), max_new_tokens=8, batch_size=1)
-    assert captions == pipeline.caption_codes(pipeline.encode(images()), max_new_tokens=8)
     hot = [pipeline.caption(images(), max_new_tokens=8, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
     assert hot[0] == hot[1] != hot[2]
 
@@ -152,12 +149,6 @@ def test_invalid_image_defaults_name_the_file_and_the_key(options, tmp_path):
         image_defaults(tmp_path)
 
 
-def test_the_package_exports_the_pipeline_without_importing_torch():
-    assert um3.UM3Pipeline is UM3Pipeline
-    script = "import sys, um3; assert um3.__version__ and 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
 def test_given_tensors_are_saved_in_place_of_the_models(model_folder, qlip_folder, tmp_path):
     loaded = load_model(model_folder)
     state = {name: tensor + 1 for name, tensor in loaded.model.state_dict().items()}
@@ -184,7 +175,6 @@ def test_another_visual_tokenizer_is_refused_with_both_fingerprints(folder):
         (["tokenizer.json", "tokenizer_config.json"], "no text tokenizer at|no tokenizer.json"),
         (["tokenizer.json"], "no text tokenizer at|no tokenizer.json"),
         (["qlip/config.json"], "lacks its visual tokenizer"),
-        (["qlip/model.safetensors"], "QLIP tokenizer .* no model.safetensors"),
         (["model.safetensors"], r"cannot load .*model\.safetensors"),
     ],
 )
@@ -192,8 +182,7 @@ def test_an_incomplete_folder_and_a_plain_model_are_one_line_errors(files, messa
     for name in files:
         (folder / name).unlink()
     if not files:
-        config = read_json(folder / "config.json")
-        write_json(folder / "config.json", {name: config[name] for name in config.keys() - {"um3"}})
+        change_json(folder / "config.json", um3=None)
     with pytest.raises(UserError, match=message):
         UM3Pipeline.from_pretrained(folder)
 

@@ -19,25 +19,21 @@ def remote(web_pipeline):
     return TestClient(app, base_url="http://gpu.example.org:8000", follow_redirects=False)
 
 
+PATHS = ("/", "/page.js", "/api/model", "/absent", "/?token=", "/?token=wrong", f"/api/model?token={TOKEN}")
+AUTHORIZATIONS = ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer é", f"Bearer {TOKEN}x")
+COOKIES = ("um3=1", '=;=;"', "x" * 9000, f"token={TOKEN}", f"other={TOKEN}")
+
+
 @pytest.mark.parametrize(
-    "path", ["/", "/page.js", "/api/model", "/absent", "/?token=", "/?token=wrong", "/api/model?token=" + TOKEN]
+    ("path", "header", "value"),
+    [(path, "Accept", "*/*") for path in PATHS]
+    + [("/api/model", "Authorization", value) for value in AUTHORIZATIONS]
+    + [("/api/model", "Cookie", value) for value in COOKIES],
 )
-def test_a_request_without_the_token_is_refused(remote, path):
-    answer = remote.get(path)
+def test_a_request_without_the_token_is_refused(remote, path, header, value):
+    answer = remote.get(path, headers={header: value.encode()})
     assert answer.status_code == 401 and "lacks the server's token" in answer.json()["error"]
     assert "set-cookie" not in answer.headers and TOKEN not in answer.text
-
-
-@pytest.mark.parametrize(
-    "value", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer é", f"Bearer {TOKEN}x"]
-)
-def test_a_wrong_authorization_is_refused(remote, value):
-    assert remote.get("/api/model", headers={"Authorization": value.encode()}).status_code == 401
-
-
-@pytest.mark.parametrize("cookie", ["um3=1", '=;=;"', "x" * 9000, f"token={TOKEN}", f"other={TOKEN}"])
-def test_a_wrong_cookie_is_refused(remote, cookie):
-    assert remote.get("/api/model", headers={"Cookie": cookie}).status_code == 401
 
 
 def test_the_printed_address_sets_a_cookie_and_leads_to_the_page_without_the_token(remote):

@@ -37,11 +37,8 @@ def test_the_seed_is_random_without_one(client):
     ("request_body", "message", "parameter"),
     [
         ({}, "'prompt'", None),
-        ({"prompt": " "}, "prompt 1 is empty", "prompt"),
         ({"prompt": "a", "n": MAX_IMAGES + 1}, "use 1 to 16", "num_images"),
-        ({"prompt": "a", "n": "two"}, "'two'", "num_images"),
         ({"prompt": "a", "size": "1024x1024"}, "size is '1024x1024'; use auto or 32x32", "size"),
-        ({"prompt": "a", "size": 32}, "size is '32'", "size"),
         ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; use b64_json", "response_format"),
         ({"prompt": "a", "quality": "hd"}, "unknown option 'quality'", None),
     ],

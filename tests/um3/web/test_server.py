@@ -1,6 +1,5 @@
 """The server over real sockets: its results, the requests that it refuses, and that no client can end it."""
 
-import asyncio
 import functools
 import http.client
 import io
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from starlette.datastructures import Headers
+from starlette.testclient import TestClient
 
 from tests.um3.web.conftest import MAX_WAITING, SIDE, half_open, opened
 from um3.core.errors import UserError
@@ -283,15 +283,6 @@ def test_a_full_queue_is_503_and_disconnected_clients_make_room(server):
 
 def test_a_bug_is_answered_without_its_traceback():
     app = build_app(None, sampling={}, max_waiting=1)
-    messages = []
-
-    async def receive():
-        return {"type": "http.request", "body": image_bytes()}
-
-    async def send(message):
-        messages.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/api/caption", "headers": [(b"host", b"127.0.0.1")]}
-    with pytest.raises(AttributeError):  # which the server logs
-        asyncio.run(app(scope | {"query_string": b""}, receive, send))
-    assert messages[0]["status"] == 500 and list(json.loads(messages[1]["body"])) == ["error"]
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        answer = client.post("/api/caption", content=image_bytes())
+    assert answer.status_code == 500 and list(answer.json()) == ["error"]
