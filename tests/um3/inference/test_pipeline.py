@@ -205,9 +205,8 @@ def ranking(pipeline, monkeypatch):
     """The pipeline with a text tokenizer for QLIP's text tower, which has 40 entries."""
 
     def tokenize(captions, **options):
-        ids_BT = torch.full((len(captions), 9), 39)  # the last entry ends the text, as CLIP's does
-        for index, caption in enumerate(captions):
-            ids_BT[index, : len(caption[:8])] = torch.tensor([ord(letter) % 39 for letter in caption[-8:]])
+        letters = [caption.rjust(8)[-8:] for caption in captions]  # the last entry ends the text, as CLIP's does
+        ids_BT = torch.tensor([[*(ord(letter) % 39 for letter in text), 39] for text in letters])
         return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
 
     monkeypatch.setattr(pipeline.processor, "_text_tokenizer", tokenize)

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3ForCausalLM
 
+from data_mix.demo.python_docs import python_documents
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_um3 import make_base
 from tests.helpers.trained_llama import periodic_ids, trained_llama
 from um3.core.errors import UserError
 from um3.model import qk_norm
+from um3.model.extend import load_base
 from um3.model.qk_norm import fit_qk_norm, insert_qk_norm, inserts_qk_norm
 
 CALIBRATION = [periodic_ids(32, seed=1000), periodic_ids(32, seed=1001)]
 IDS_BT = periodic_ids(64, seed=1002)
+SMOLLM2 = ROOT / "models/smollm2"
 
 
 @torch.no_grad()
@@ -87,3 +91,23 @@ def test_a_base_that_qwen3_cannot_express_is_one_line(kind, options, remedy):
         insert_qk_norm(make_base(kind, **options))
     with pytest.raises(UserError, match="set qk_norm=true"):
         inserts_qk_norm(make_base("qwen3").config, qk_norm=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="make smollm2 writes it")
+@torch.no_grad()
+def test_inserted_normalisation_costs_a_real_model_little():
+    """In the language model that `make smollm2` writes, less than 0.05 nats a token."""
+    base, tokenizer = load_base(str(SMOLLM2)), AutoTokenizer.from_pretrained(SMOLLM2)
+    prose = "\n".join(text for _, text in python_documents()[::20])
+    ids_XT = torch.tensor(tokenizer(prose)["input_ids"][: 14 * 512]).view(14, 512)
+
+    def loss(model):
+        logits_XV = torch.cat([model(ids_T[None]).logits[0, :-1] for ids_T in ids_XT[10:]])
+        return torch.nn.functional.cross_entropy(logits_XV, ids_XT[10:, 1:].flatten())
+
+    before = loss(base)
+    assert 2 < before < 4
+    model = insert_qk_norm(base, fit_qk_norm(base, calibration=ids_XT[:10, None]))
+    assert loss(model) - before < 0.05
+    assert loss(insert_qk_norm(base)) - before > 1  # gains of 1

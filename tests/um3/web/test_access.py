@@ -47,17 +47,11 @@ def test_the_printed_address_sets_a_cookie_and_leads_to_the_page_without_the_tok
     assert remote.get("/api/model").status_code == 401
 
 
-def test_scripts_send_the_token_as_bearer(remote):
-    headers = {"Authorization": f"bearer {TOKEN}"}
-    assert remote.get("/api/model", headers=headers).status_code == 200
-    assert remote.post("/api/generate", json={"prompt": " "}, headers=headers).status_code == 400
-
-
 @pytest.mark.parametrize(
     "host", ["gpu.example.org", "GPU.EXAMPLE.ORG:443", "192.168.0.7:8000", "localhost", "[::1]:8000"]
 )
 def test_allowed_names_and_addresses_are_answered(remote, host):
-    assert remote.get("/api/model", headers={"Host": host, "Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert remote.get("/api/model", headers={"Host": host, "Authorization": f"bearer {TOKEN}"}).status_code == 200
 
 
 @pytest.mark.parametrize(
