@@ -30,14 +30,6 @@ def model():
     return QLIPModel(config).eval()
 
 
-@pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qlip")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def random_images(count):
     return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
 
@@ -80,8 +72,10 @@ def test_batches_give_the_codes_images_and_embeddings_of_single_calls(model, pro
     torch.testing.assert_close(text_embeds[-3:], alone.text_embeds)
 
 
-def test_the_auto_classes_load_a_saved_folder(model, processor, folder):
-    auto, again = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+def test_the_auto_classes_load_a_saved_folder(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    auto, again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert type(auto) is QLIPModel and type(again) is QLIPProcessor and type(auto.config) is QLIPConfig
     contents = {"images": [Image.new("RGB", (20, 16), "red")] * 2, "text": CAPTIONS[:2]}
     inputs, expected = again(**contents), processor(**contents)

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from tests.helpers.processes import ROOT
 from tests.tokenizer.conftest import change_json
 from tests.um3.cli.test_cli import rows_of, run
+from um3 import cli
 from um3.cli.inputs import printable_lines
 from um3.inference.pipeline import UM3Pipeline
 
@@ -86,9 +88,6 @@ def test_a_terminal_asks_until_its_end(roomy_folder, photo):
     assert problem.endswith("/new starts a new conversation")
 
 
-def test_a_model_that_never_saw_conversations_says_so(folder, photo):
-    result = subprocess.run(
-        [sys.executable, "-m", "um3", "chat", "", "a", "--model", str(folder), "--max-new-tokens", "2"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert result.returncode == 0 and "was not trained on conversations (make um3-instruct does)" in result.stderr
+def test_a_model_that_never_saw_conversations_says_so(folder):
+    result = CliRunner().invoke(cli.app, ["chat", "", "a", "--model", str(folder), "--max-new-tokens", "2"])
+    assert result.exit_code == 0 and "was not trained on conversations (make um3-instruct does)" in result.stderr

@@ -40,10 +40,6 @@ class Setup:
         shared = {"unconditional_prompt": self.unconditional, "uniforms_BP": self.uniforms[list(which)]}
         return self.sampler.images(prompts=prompts, sampling=sampling, **shared, **options)
 
-    def entries(self, visual_ids):
-        """The entry of every sub-token."""
-        return self.ids.ids_to_rows(visual_ids).flatten(-2)
-
     @torch.no_grad()
     def logits(self, prompt, visual_ids):
         """Plain forward without a cache: logits of every sub-token, -inf outside its range."""
@@ -139,7 +135,8 @@ def test_every_image_is_legal_and_logprobs_are_the_models(setup):
     setup.ids.ids_to_codes(images.visual_ids)
     for prompt, visual_ids, logprob in zip(setup.prompts, images.visual_ids, images.logprobs, strict=True):
         logprobs_PV = setup.logits(prompt, visual_ids).log_softmax(-1)
-        total = logprobs_PV.gather(-1, setup.entries(visual_ids)[:, None]).sum()
+        entries_P = setup.ids.ids_to_rows(visual_ids).flatten()
+        total = logprobs_PV.gather(-1, entries_P[:, None]).sum()
         torch.testing.assert_close(logprob, total, rtol=1e-4, atol=1e-3)
 
 
@@ -153,7 +150,7 @@ def test_guidance_extrapolates_from_the_unconditional_logits(setup, scale):
         conditional, unconditional = (setup.logits(each, visual_ids) for each in (prompt, setup.unconditional))
         guided = unconditional + scales_P1 * (conditional - unconditional)
         guided = torch.where(conditional.isinf(), conditional, guided)
-        assert torch.equal(guided.argmax(-1), setup.entries(visual_ids))
+        assert torch.equal(guided.argmax(-1), setup.ids.ids_to_rows(visual_ids).flatten())
 
 
 def test_a_guidance_schedule_runs_from_the_first_position_to_the_last():
