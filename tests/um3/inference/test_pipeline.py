@@ -88,8 +88,6 @@ def test_a_pil_image_of_any_mode_is_what_its_file_is(pipeline, tmp_path):
     exif[ExifTags.Base.Orientation] = 6
     rgb.save(tmp_path / "turned.jpg", exif=exif)
     assert torch.equal(pipeline.encode(Image.open(tmp_path / "turned.jpg")), pipeline.encode(tmp_path / "turned.jpg"))
-    upright = Image.open(tmp_path / "turned.jpg").transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(pipeline.encode(Image.fromarray(np.asarray(upright))), pipeline.encode(tmp_path / "turned.jpg"))
     with pytest.raises(UserError, match=r"image 1: unsupported pixels: .* convert it to 8-bit RGB"):
         pipeline.caption(rgb.convert("F"))
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:200])

@@ -47,19 +47,15 @@ def test_the_printed_address_sets_a_cookie_and_leads_to_the_page_without_the_tok
     assert remote.get("/api/model").status_code == 401
 
 
-@pytest.mark.parametrize(
-    "host", ["gpu.example.org", "GPU.EXAMPLE.ORG:443", "192.168.0.7:8000", "localhost", "[::1]:8000"]
-)
-def test_allowed_names_and_addresses_are_answered(remote, host):
-    assert remote.get("/api/model", headers={"Host": host, "Authorization": f"bearer {TOKEN}"}).status_code == 200
+OWN_HOSTS = ("gpu.example.org", "GPU.EXAMPLE.ORG:443", "192.168.0.7:8000", "localhost", "[::1]:8000")
+OTHER_HOSTS = ("evil.example", "gpu.example.org.evil.example", "example.org", "evil.gpu.example.org", "")
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "gpu.example.org.evil.example", "example.org", "evil.gpu.example.org", ""]
-)
-def test_other_names_are_refused_even_with_the_token(remote, host):
-    answer = remote.get("/api/model", headers={"Host": host, "Authorization": f"Bearer {TOKEN}"})
-    assert answer.status_code == 403 and "does not answer to the host name" in answer.json()["error"]
+@pytest.mark.parametrize("host", [*OWN_HOSTS, *OTHER_HOSTS])
+def test_only_allowed_names_and_addresses_are_answered(remote, host):
+    answer = remote.get("/api/model", headers={"Host": host, "Authorization": f"bearer {TOKEN}"})
+    assert answer.status_code == (200 if host in OWN_HOSTS else 403)
+    assert host in OWN_HOSTS or "does not answer to the host name" in answer.json()["error"]
 
 
 def test_a_page_of_another_site_is_refused_even_with_the_token(remote):
