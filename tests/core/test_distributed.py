@@ -4,7 +4,6 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from um3.core.files import write_text
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def collectives() -> dict[str, Any]:
+def collectives():
     """The results of every collective on this rank."""
     values = torch.tensor([1.0, 10.0]) * (rank() + 1)
     total = distributed.sum_over_ranks(values.requires_grad_())
@@ -36,7 +35,7 @@ def collectives() -> dict[str, Any]:
     return sums | others | {"mean": distributed.mean_over_ranks({"a": float(rank()), "b": 1.0})}
 
 
-def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
     expected = {"total": [1.0, 10.0], "values": [1.0, 10.0], "has_gradient": False, "gathered": [[0.0, 0.0]]}
     expected |= {"gradient": [[1.0, 5.0]], "mean": {"a": 0.0, "b": 1.0}, "rank": [0, 1, True]}
@@ -45,7 +44,7 @@ def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_once(tmp_path / "absent", lambda: None)
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
     first, second = run_on_ranks(collectives, folder=tmp_path)
     assert first.pop("rank") == [0, 2, True] and second.pop("rank") == [1, 2, False]
@@ -55,7 +54,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == second == expected | {"flags": [False, True, True], "mean": {"a": 0.5, "b": 1.0}, "once": "by 0"}
 
 
-def a_slow_first_rank() -> list[str]:
+def a_slow_first_rank():
     """The waits that time out while rank 0 is busy for longer than the group's timeout."""
     timed_out = []
     for wait in (wait_for_main, barrier):
@@ -74,24 +73,24 @@ def a_slow_first_rank() -> list[str]:
 
 
 @pytest.mark.slow
-def test_other_ranks_wait_for_long_work_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_wait_for_long_work_of_rank_0(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
     _, second = run_on_ranks(a_slow_first_rank, folder=tmp_path)
     assert second == ["barrier"]
 
 
-def fresh(program: str, **environment: str) -> str:
+def fresh(program, **environment):
     """Output of a program in a new interpreter."""
     return run_python(f"import os, sys; from um3.core.distributed import *; {program}", **environment).stdout.strip()
 
 
-def test_the_rank_is_known_without_torch() -> None:
+def test_the_rank_is_known_without_torch():
     program = "print(rank(), world_size(), is_main(), 'torch' in sys.modules)"
     assert fresh(program) == "0 1 True False"
     assert fresh(program, RANK="3", WORLD_SIZE="4") == "3 4 False False"
 
 
-def test_a_single_process_gets_the_launchers_variables() -> None:
+def test_a_single_process_gets_the_launchers_variables():
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     program = f"prepare_environment(); print(*(os.environ[name] for name in {names}))"
     first, port = fresh(program).rsplit(" ", 1)
@@ -100,9 +99,7 @@ def test_a_single_process_gets_the_launchers_variables() -> None:
 
 
 @pytest.mark.parametrize(("processes", "asked", "threads"), [("1", 1, 1), ("1", 1000, CORES), (str(CORES), 2, 1)])
-def test_threads_never_outnumber_the_cores(
-    monkeypatch: pytest.MonkeyPatch, processes: str, asked: int, threads: int
-) -> None:
+def test_threads_never_outnumber_the_cores(monkeypatch, processes, asked, threads):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     before = torch.get_num_threads()
     try:

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +11,18 @@ from PIL import Image
 from um3.core.metrics import MetricsWriter, Samples, read_metrics
 
 
-def write(folder: Path, *steps: int, resume_step: int = 0) -> None:
+def write(folder, *steps, resume_step=0):
     metrics = MetricsWriter(folder, resume_step=resume_step)
     for step in steps:
         metrics.log(step, {"train/loss": step / 10})
     metrics.close()
 
 
-def steps_in(folder: Path) -> list[int]:
+def steps_in(folder):
     return [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_every_row_is_on_disk_at_once(tmp_path):
     assert steps_in(tmp_path / "stage1") == []
     metrics = MetricsWriter(tmp_path / "stage1")
     metrics.log(1, {"train/loss": 0.5, "data/samples": 3})
@@ -31,7 +30,7 @@ def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
     metrics.close()
 
 
-def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
     write(tmp_path, 1, 10, 20, 30)
     write(tmp_path, 30, 40, resume_step=20)
     assert steps_in(tmp_path) == [1, 10, 20, 30, 40]
@@ -39,9 +38,7 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> No
     assert steps_in(tmp_path) == [1]
 
 
-def test_a_line_cut_by_a_kill_is_skipped_and_gone_after_a_resume(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_cut_by_a_kill_is_skipped_and_gone_after_a_resume(tmp_path, caplog):
     write(tmp_path, 10, 20)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
@@ -54,9 +51,7 @@ def test_a_line_cut_by_a_kill_is_skipped_and_gone_after_a_resume(
 
 
 @pytest.mark.parametrize("has", [0, 1, 3])
-def test_rows_that_vanished_before_a_resume_are_told(
-    has: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_that_vanished_before_a_resume_are_told(has, tmp_path, caplog):
     write(tmp_path, 10, 20, 30)
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:has]))
@@ -70,7 +65,7 @@ def test_rows_that_vanished_before_a_resume_are_told(
 
 
 @pytest.mark.parametrize("line", [b'{"train/loss": 1}', b'{"step": "x"}', b"3", b"[]", b"\xff\0", b"[" * 99999])
-def test_a_line_without_a_step_does_not_stop_a_resume(line: bytes, tmp_path: Path) -> None:
+def test_a_line_without_a_step_does_not_stop_a_resume(line, tmp_path):
     write(tmp_path, 10, 20)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(line + b"\n")
@@ -78,7 +73,7 @@ def test_a_line_without_a_step_does_not_stop_a_resume(line: bytes, tmp_path: Pat
     assert steps_in(tmp_path) == [10, 20, 30]
 
 
-def test_a_non_finite_value_is_its_name_and_the_file_stays_json(tmp_path: Path) -> None:
+def test_a_non_finite_value_is_its_name_and_the_file_stays_json(tmp_path):
     metrics = MetricsWriter(tmp_path)
     metrics.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.0})
     metrics.close()
@@ -88,7 +83,7 @@ def test_a_non_finite_value_is_its_name_and_the_file_stays_json(tmp_path: Path) 
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == row
 
 
-def test_tensorboard_shows_the_same_values(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_same_values(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -101,7 +96,7 @@ def test_tensorboard_shows_the_same_values(tmp_path: Path) -> None:
     assert len(events.Scalars("optim/grad_norm")) == 2
 
 
-def test_tensorboard_shows_images_with_their_texts(tmp_path: Path) -> None:
+def test_tensorboard_shows_images_with_their_texts(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

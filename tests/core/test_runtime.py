@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -33,12 +32,12 @@ for name in ("train.loop", "um3.core.metrics", "somebody.else"):
         ("1", "rank 1 train.loop warning, rank 1 um3.core.metrics warning, rank 1 somebody.else"),
     ],
 )
-def test_log_levels_by_rank(rank: str, expected: str) -> None:
+def test_log_levels_by_rank(rank, expected):
     lines = run_python(LOG_PROGRAM, RANK=rank).stderr.splitlines()
     assert ", ".join(line.partition(" ")[2] for line in lines) == f"{expected} warning"
 
 
-def test_names_from_outside_cannot_forge_a_line_of_the_log() -> None:
+def test_names_from_outside_cannot_forge_a_line_of_the_log():
     program = f"""{LOG_PROGRAM}
 import warnings
 logging.getLogger("train").warning("skipped %s", "a\\n08:00:00 all is well\\x1b[31m")
@@ -47,8 +46,8 @@ warnings.warn("b\\nc")"""
     assert logged.endswith(r"skipped a\n08:00:00 all is well\x1b[31m") and warned == r"UserWarning: b\nc"
 
 
-def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path) -> None:
-    def commit() -> str:
+def test_the_commit_says_whether_the_tree_has_changes(tmp_path):
+    def commit():
         program = "from um3.core.metrics import commit; print(commit())"
         return run_python(program, cwd=tmp_path, PYTHONPATH=str(tmp_path)).stdout.strip()
 
@@ -64,31 +63,31 @@ def test_the_commit_says_whether_the_tree_has_changes(tmp_path: Path) -> None:
     assert commit() == f"{clean}+changes"
 
 
-def test_versions_and_machine_are_named() -> None:
+def test_versions_and_machine_are_named():
     installed, cores = versions(), machine()["cpu_cores"]
     assert installed["torch"] == torch.__version__ and installed["python"].startswith("3.")
     assert "absent" not in installed.values() and isinstance(cores, int) and cores >= 1
 
 
-def test_seeds_never_change() -> None:
+def test_seeds_never_change():
     """Other values here would change the random numbers of every run."""
     assert derive_seed(0) == 3456079177858693020
     assert derive_seed(17, "step", 3) == 4789921028265567934
 
 
-def test_seeds_differ_by_seed_name_and_order() -> None:
-    names: list[tuple[str | int, ...]] = [(), ("a",), ("a", 0), ("a", 1), (1, "a"), ("b",)]
+def test_seeds_differ_by_seed_name_and_order():
+    names = [(), ("a",), ("a", 0), ("a", 1), (1, "a"), ("b",)]
     seeds = [derive_seed(seed, *name) for seed in (0, 1, -1) for name in names]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_seeds_that_users_see_survive_a_reader_of_json_that_knows_floats_only() -> None:
+def test_seeds_that_users_see_survive_a_reader_of_json_that_knows_floats_only():
     seeds = [sample_seed(0, "image", index) for index in range(1000)]
     assert len(set(seeds)) == 1000 and max(seeds) > EXACT_BELOW // 2
     assert [int(float(seed)) for seed in seeds] == seeds
 
 
-def test_generators_depend_on_seed_and_name_alone() -> None:
+def test_generators_depend_on_seed_and_name_alone():
     draws = []
     for global_seed, name in ((5, "noise"), (6, "noise"), (6, "other")):
         torch.manual_seed(global_seed)
@@ -101,7 +100,7 @@ def test_generators_depend_on_seed_and_name_alone() -> None:
     assert numpy_generator(1, "noise").random() != numpy_generator(2, "noise").random()
 
 
-def test_a_model_is_a_local_folder_or_a_cached_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_a_local_folder_or_a_cached_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)

@@ -3,8 +3,6 @@
 Only torch's query of the processor is replaced. The bf16 products are real ones of this CPU, which may be slow.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,13 +23,13 @@ PHASES = ["um3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stag
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_cpu_with_amx_trains_in_bf16_and_resumes_to_the_bit(
-    phase: str,
-    made: Path,
-    tmp_path: Path,
-    amx: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    phase,
+    made,
+    tmp_path,
+    amx,
+    monkeypatch,
+    capfd,
+):
     mixed = train_here(phase, made, tmp_path / "whole", AUTO)
     assert "precision: bf16-mixed (engine.precision=auto)" in capfd.readouterr().err
     kill_and_resume(arguments(phase, made, f"loop.output_dir={tmp_path}/killed", AUTO), 2, monkeypatch)
@@ -44,7 +42,7 @@ def test_a_cpu_with_amx_trains_in_bf16_and_resumes_to_the_bit(
     assert read_record(made / phase / "done.json")["precision"] == "fp32"
 
 
-def test_a_run_moves_between_precisions(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: None) -> None:
+def test_a_run_moves_between_precisions(made, tmp_path, monkeypatch, amx):
     """As between a machine with AMX and one without: the same run, in the other precision."""
     command = arguments("um3", made, f"loop.output_dir={tmp_path}", "engine.precision=fp32")
     kill_and_resume(command, 2, monkeypatch, AUTO)
@@ -53,7 +51,7 @@ def test_a_run_moves_between_precisions(made: Path, tmp_path: Path, monkeypatch:
     assert read_record(tmp_path / "done.json")["precision"] == "bf16-mixed"
 
 
-def test_auto_is_what_pays_on_the_device(amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_what_pays_on_the_device(amx, monkeypatch):
     auto, cpu, gpu = EngineConfig(), torch.device("cpu"), torch.device("cuda", 0)
     assert precision_of(auto, on=cpu) == precision_of(auto, on=gpu) == "bf16-mixed"
     assert precision_of(EngineConfig(precision="fp32"), on=cpu) == "fp32"
@@ -66,13 +64,13 @@ def test_auto_is_what_pays_on_the_device(amx: None, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("ratio, says", [(0.55, True), (3.9, False)])
 def test_a_run_says_that_bf16_is_slow_on_its_cpu(
-    ratio: float,
-    says: bool,
-    made: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    ratio,
+    says,
+    made,
+    tmp_path,
+    monkeypatch,
+    capfd,
+):
     assert bf16_speedup() > 0
     monkeypatch.setattr("train.loop.bf16_speedup", lambda: ratio)
     train_here("um3", made, tmp_path, "engine.precision=bf16-mixed", "loop.max_steps=1")

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from train.run_folder import read_record, write_record
 from um3.core.errors import UserError
 
 
-def test_other_settings_and_other_inputs_are_refused(made: Path, tmp_path: Path) -> None:
+def test_other_settings_and_other_inputs_are_refused(made, tmp_path):
     changes = ["optimizer.lr=0.1", "data.sources=[{name: scenes, kind: scenes, length: 9}]"]
     with pytest.raises(UserError) as caught:
         main(arguments("stage1", made, *changes))
@@ -27,9 +26,7 @@ def test_other_settings_and_other_inputs_are_refused(made: Path, tmp_path: Path)
         main(arguments("stage2", copied))
 
 
-def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(tmp_path, monkeypatch):
     command = [*long_run("stage1", tmp_path, steps=2), f"loop.output_dir={tmp_path}/run"]
     with pytest.raises(UserError, match="/nope"):
         main([*command, "data.sources=[{name: data, path: /nope}]"])
@@ -40,9 +37,7 @@ def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_a_run_from_before_a_setting_has_its_default(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_from_before_a_setting_has_its_default(made, tmp_path, capsys):
     done, half = tmp_path / "done", copy_half(made / "stage1", tmp_path / "half")
     shutil.copytree(made / "stage1", done)
     for path in (done / "done.json", half / "checkpoints/step-00000002/meta.json"):
@@ -65,9 +60,7 @@ LONGER = {
 
 
 @pytest.mark.parametrize("schedule", LONGER)
-def test_more_steps_resume_a_finished_run(
-    schedule: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_steps_resume_a_finished_run(schedule, made, tmp_path, capsys):
     options = [f"optimizer.schedule={schedule}", "optimizer.final_lr_ratio=0", "optimizer.warmup_steps=0"]
     train_here("stage1", made, tmp_path / "run", *options, "loop.max_steps=4")
     capsys.readouterr()

@@ -1,12 +1,14 @@
 """`python -m train settings`: what `make demo` refuses before it trains."""
 
+import re
+
 import pytest
 
 from train.settings_check import main
 from um3.core.errors import UserError
 
 
-def test_it_says_which_phases_a_setting_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_which_phases_a_setting_is_for(capsys):
     main(["--config", "demo", "loop.max_steps=60", "model.bits=8", "um3.loop.max_steps=90", "num_threads=1"])
     assert capsys.readouterr().out.splitlines() == [
         "setting loop.max_steps, for stage1, stage2, um3",
@@ -28,7 +30,6 @@ def test_it_says_which_phases_a_setting_is_for(capsys: pytest.CaptureFixture[str
         ("images=[{name: data, path: /nope}]", "/nope"),
     ],
 )
-def test_a_mistake_in_any_phase_is_refused(setting: str, names: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_a_mistake_in_any_phase_is_refused(setting, names):
+    with pytest.raises(UserError, match=re.escape(names)):
         main(["--config", "demo", setting])
-    assert names in str(caught.value) and "\n" not in str(caught.value)

@@ -3,10 +3,8 @@
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,30 +34,27 @@ KILLS = 7
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_killed_at_random_moments_computes_the_same_bits(phase: str, made: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_computes_the_same_bits(phase, made, tmp_path):
     command = long_run(phase, made, steps=STEPS_PER_KILL * KILLS)
     survive(command, tmp_path, kills=KILLS, seed=PHASES.index(phase))
 
 
-Whole = tuple[list[str], Path, float]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def undisturbed(made, tmp_path_factory):
     """A run of two processes: command line, run folder, seconds to its first step."""
     folder = tmp_path_factory.mktemp("two") / "whole"
     command = [*long_run("um3", made, steps=40), "engine.zero_stage=2"]
     return command, folder, whole_run(command, folder=folder, processes=2)
 
 
-def test_two_killed_processes_compute_the_same_bits(undisturbed: Whole, tmp_path: Path) -> None:
+def test_two_killed_processes_compute_the_same_bits(undisturbed, tmp_path):
     command, whole, start_s = undisturbed
     moments = random_moments(3, seed=0)
     killed_run(command, folder=tmp_path / "killed", moments=moments, start_s=start_s, processes=2)
     compare(whole, tmp_path / "killed")
 
 
-def test_a_run_moves_from_two_processes_to_one_and_back(undisturbed: Whole, tmp_path: Path) -> None:
+def test_a_run_moves_from_two_processes_to_one_and_back(undisturbed, tmp_path):
     """SIGTERM ends each part within a step, with exit code 0."""
     (command, whole, _), moved = undisturbed, tmp_path / "moved"
     for processes, steps in ((2, 8), (1, 20)):
@@ -74,14 +69,14 @@ def test_a_run_moves_from_two_processes_to_one_and_back(undisturbed: Whole, tmp_
     assert [row["train/loss"] for row in after] == pytest.approx([row["train/loss"] for row in before], rel=1e-5)
 
 
-def test_ctrl_c_saves_within_a_step(tmp_path: Path) -> None:
+def test_ctrl_c_saves_within_a_step(tmp_path):
     folder = tmp_path / "run"
     run = start(long_run("stage1", tmp_path, steps=100_000), folder=folder)
     run.wait_until(lambda: logged_steps(folder) >= 3)
     end_within_a_step(run, folder, number=signal.SIGINT, code=130)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     command = [*long_run("stage1", tmp_path, steps=8), 'loop.keep_best_by=""']
     whole = tmp_path / "whole"
     whole_run(command, folder=whole, processes=1)
@@ -102,7 +97,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 @contextmanager
-def small_disk(size: int) -> Iterator[Path]:
+def small_disk(size):
     """A file system of `size` bytes, mounted in a namespace of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare(1)")
@@ -110,7 +105,6 @@ def small_disk(size: int) -> Iterator[Path]:
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as holder:
         try:
-            assert holder.stdout is not None
             if holder.stdout.readline() != b"mounted\n":
                 pytest.skip("may not mount a file system")
             yield Path("/proc", str(holder.pid), "root", "mnt")
@@ -118,7 +112,7 @@ def small_disk(size: int) -> Iterator[Path]:
             holder.kill()
 
 
-def end_within_a_step(run: Run, folder: Path, *, number: signal.Signals, code: int) -> None:
+def end_within_a_step(run, folder, *, number, code):
     """Send a signal in the middle of a step: the run saves that step or the next one, and ends."""
     run.pause()
     before = logged_steps(folder)
@@ -130,10 +124,10 @@ def end_within_a_step(run: Run, folder: Path, *, number: signal.Signals, code: i
     assert f"stopped by {number.name} after step {after};" in run.text() and "Traceback" not in run.text()
 
 
-def logged_steps(folder: Path) -> int:
+def logged_steps(folder):
     return len(read_metrics(folder / "metrics.jsonl"))
 
 
-def counts(row: dict[str, Any]) -> dict[str, float]:
+def counts(row):
     """Data metrics without the share of padding, which depends on the micro-batches."""
     return {name: value for name, value in row.items() if name.startswith("data/") and name != "data/padding"}

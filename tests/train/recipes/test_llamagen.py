@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from train.recipes.llamagen import LlamaGenObjective
 from um3.core.errors import UserError
 
 
-def llamagen(made: Path, folder: Path, *overrides: str) -> list[str]:
+def llamagen(made, folder, *overrides):
     """Command line of a tiny llamagen in `folder`, from the tokenizer and the codes of `made`."""
     return arguments("llamagen", made, f"loop.output_dir={folder}", *overrides)
 

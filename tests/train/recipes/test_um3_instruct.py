@@ -1,7 +1,6 @@
 """`make um3-instruct` at a tiny size: what it learns and writes, and that a resumed run computes the same bits."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from um3.inference.sampling_params import image_defaults
 from um3.model.configuration import IMAGE_SAMPLING
 
 
-def instruct(made: Path, folder: Path, *overrides: str) -> list[str]:
+def instruct(made, folder, *overrides):
     """Command line of a tiny um3-instruct in `folder`, from the UM3 and the codes of `made`."""
     return arguments("um3-instruct", made, f"loop.output_dir={folder}", *overrides)
 

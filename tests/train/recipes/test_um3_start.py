@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ STILL = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "loop.max_steps=1"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory):
     """A tiny Llama whose text tokenizer already has the image tokens."""
     folder = tmp_path_factory.mktemp("base")
     text_tokenizer = train_text_tokenizer(["a module of the standard library"] * 3, vocab_size=280)
@@ -34,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder):
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
@@ -134,7 +132,7 @@ def test_streamed_text_is_read_once_a_run(made, tmp_path, monkeypatch):
     options += ["text_validation.every_steps=2", "text_validation.num_sequences=2"]
     folder = tmp_path / "run"
 
-    def values() -> list[Any]:
+    def values():
         return [train_here("um3", made, folder, *options), logged(folder, "text_validation/text_loss")]
 
     first = values()
