@@ -22,14 +22,7 @@ PHASES = ["um3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stag
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_cpu_with_amx_trains_in_bf16_and_resumes_to_the_bit(
-    phase,
-    made,
-    tmp_path,
-    amx,
-    monkeypatch,
-    capfd,
-):
+def test_a_cpu_with_amx_trains_in_bf16_and_resumes_to_the_bit(phase, made, tmp_path, amx, monkeypatch, capfd):
     mixed = train_here(phase, made, tmp_path / "whole", AUTO)
     assert "precision: bf16-mixed (engine.precision=auto)" in capfd.readouterr().err
     kill_and_resume(arguments(phase, made, f"loop.output_dir={tmp_path}/killed", AUTO), 2, monkeypatch)
@@ -63,14 +56,7 @@ def test_auto_is_what_pays_on_the_device(amx, monkeypatch):
 
 
 @pytest.mark.parametrize("ratio, says", [(0.55, True), (3.9, False)])
-def test_a_run_says_that_bf16_is_slow_on_its_cpu(
-    ratio,
-    says,
-    made,
-    tmp_path,
-    monkeypatch,
-    capfd,
-):
+def test_a_run_says_that_bf16_is_slow_on_its_cpu(ratio, says, made, tmp_path, monkeypatch, capfd):
     assert bf16_speedup() > 0
     monkeypatch.setattr("train.loop.bf16_speedup", lambda: ratio)
     train_here("um3", made, tmp_path, "engine.precision=bf16-mixed", "loop.max_steps=1")

@@ -95,12 +95,7 @@ def test_memory_is_within_a_tenth_of_a_real_run(name, measured):
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_memory_with_a_frozen_base_is_within_a_tenth_of_a_real_run(
-    zero_stage,
-    measured,
-    runs,
-    made,
-    tmp_path,
-    monkeypatch,
+    zero_stage, measured, runs, made, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as in `measured`
     options = [f"model.base_model={runs}/zero0/model", "lora.rank=8", f"engine.zero_stage={zero_stage}"]

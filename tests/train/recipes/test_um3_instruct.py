@@ -100,10 +100,7 @@ def test_it_learns_the_answers_about_a_few_scenes(made, tmp_path, packing):
         (["data.chat_share=1"], "chat_share is 1"),
         (["data.conversations=[{name: scenes, kind: scenes, length: 100}]"], "only 64 of 100 .* run make codes"),
         (["data.seq_len=19"], "data.seq_len=19"),
-        (
-            ["text_validation.every_steps=3", "loop.log_every_steps=2"],
-            "text_validation.every_steps=3 must be",
-        ),
+        (["text_validation.every_steps=3", "loop.log_every_steps=2"], "text_validation.every_steps=3 must be"),
     ],
 )
 def test_mistakes_are_one_line(overrides, message, made, tmp_path):

@@ -156,11 +156,6 @@ def test_examples_are_short_captions_of_every_source_in_turn(tmp_path):
         made_of = lambda row, texts=texts: [texts[row]] if texts[row] else []  # noqa: E731
         write_codes(tmp_path, num_images=len(texts), source=source, captions=made_of)
     images = open_code_sources(tmp_path, split="train")
-    assert example_captions(images, weights={"a": 1.0, "b": 1.0}) == [
-        "one",
-        "four",
-        "two",
-        "three",
-    ]
+    assert example_captions(images, weights={"a": 1.0, "b": 1.0}) == ["one", "four", "two", "three"]
     assert example_captions(images, weights={"c": 1.0}) == ["five"]
     assert example_captions({}, weights={}) == []  # a mix of text alone reads no code shards
