@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.processes import ROOT
 from train.phase import main
+from train.run_folder import result_files
 from um3.core.metrics import read_metrics
 
 COMMON = [
@@ -72,6 +73,23 @@ def copy_half(finished: Path, folder: Path) -> Path:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
+
+
+def check_resumed(
+    command: Sequence[str], finished: Path, folder: Path, *, processes: int = 1, within: float = 1e-5
+) -> None:
+    """`command` resumes a copy of its `finished` run of four steps to the bit; several processes have its losses."""
+    half = copy_half(finished, folder / "half")
+    main([*command, f"loop.output_dir={half}"])
+    assert losses(half) == losses(finished)[2:] and saved_weights(half) == saved_weights(finished)
+    if processes > 1:
+        train_apart([*command, f"loop.output_dir={folder}/apart"], processes=processes)
+        assert losses(folder / "apart") == pytest.approx(losses(finished), abs=within)
+
+
+def saved_weights(folder: Path) -> dict[str, str]:
+    """A digest of every file of weights of a finished run's model."""
+    return {name: digest for name, digest in result_files(folder).items() if name.endswith(".safetensors")}
 
 
 def environment() -> dict[str, str]:

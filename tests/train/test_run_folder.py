@@ -8,9 +8,10 @@ import pytest
 from tests.helpers.survive import long_run, outcome
 from tests.train.conftest import arguments, copy_half, logged, losses, train_here
 from tests.train.test_resume import kill
-from train.phase import main
+from train.phase import CONFIGS, main
 from train.run_folder import read_record, write_record
 from um3.core.errors import UserError
+from um3.core.hub import weights_digest
 
 
 def test_other_settings_and_other_inputs_are_refused(made, tmp_path):
@@ -24,6 +25,12 @@ def test_other_settings_and_other_inputs_are_refused(made, tmp_path):
     shutil.copy(copied / "stage2/model/model.safetensors", copied / "stage1/model/model.safetensors")
     with pytest.raises(UserError, match=r"inputs\.init_from"):
         main(arguments("stage2", copied))
+
+
+@pytest.mark.parametrize("phase", ["um3-instruct", "llava-instruct"])
+def test_the_start_of_a_phase_is_one_of_its_inputs(phase, made):
+    config = CONFIGS[phase](init_from=str(made / "um3/model"))
+    assert config.inputs() == {"init_from": weights_digest(config.init_from)} != {"init_from": ""}
 
 
 def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(tmp_path, monkeypatch):

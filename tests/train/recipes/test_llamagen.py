@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.modeling import LlamaGen
 from downstream.llamagen.pipeline import LlamaGenPipeline
-from tests.train.conftest import arguments, copy_half, logged, losses, train_apart
+from tests.train.conftest import arguments, check_resumed, logged, losses
 from train.phase import main
 from train.recipes.llamagen import LlamaGenObjective
 from um3.core.errors import UserError
@@ -53,13 +53,7 @@ def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained, tmp_
 
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
-    whole = losses(trained)
-    main(llamagen(made, copy_half(trained, tmp_path / "half")))
-    assert losses(tmp_path / "half") == whole[2:]
-    weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    train_apart(llamagen(made, tmp_path / "two"), processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+    check_resumed(llamagen(made, tmp_path), trained, tmp_path, processes=2)
 
 
 def test_every_process_draws_its_own_dropout(made, trained, tmp_path, monkeypatch):
@@ -80,13 +74,8 @@ def test_one_position_a_patch_trains_resumes_and_generates(made, tmp_path):
     whole = losses(tmp_path / "whole")
     assert whole[0] == pytest.approx(6 * np.log(2), abs=1e-5)
     assert logged(tmp_path / "whole", "train/nats_per_image") == pytest.approx(2 * 16 * np.array(whole), rel=1e-6)
-    main(llamagen(made, copy_half(tmp_path / "whole", tmp_path / "half"), *DEPTH))
-    assert losses(tmp_path / "half") == whole[2:]
-    weights = [load_file(tmp_path / part / "model/model.safetensors") for part in ("whole", "half")]
-    assert any(name.startswith("depth.1.") for name in weights[0])
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    train_apart(llamagen(made, tmp_path / "two", *DEPTH), processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+    assert any(name.startswith("depth.1.") for name in load_file(tmp_path / "whole/model/model.safetensors"))
+    check_resumed(llamagen(made, tmp_path, *DEPTH), tmp_path / "whole", tmp_path, processes=2)
     pipeline = LlamaGenPipeline.from_pretrained(tmp_path / "whole/model")
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)

@@ -1,31 +1,20 @@
 """`make llava-align` and `make llava-instruct` at a tiny size: what trains and is written, resume, ranks, mistakes."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from downstream.llava.modeling import build_llava, load_llava
+from downstream.llava.modeling import load_llava
 from tests.helpers.llava_files import entry, write_conversations
-from tests.helpers.processes import ROOT, run_on_ranks
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_language_model
-from tests.train.conftest import COMMON, environment, losses, train_apart
-from train.checkpoint import each_weight
-from train.config import EngineConfig, LoopConfig, OptimizerConfig
-from train.engine import build_engine, start_runtime, step_engine
+from tests.train.conftest import COMMON, check_resumed, losses, train_apart
 from train.phase import main
 from train.recipes import llava as recipe
 from train.recipes.llava import LlavaObjective
-from um3.core.distributed import rank, world_size
 from um3.core.errors import UserError
 from um3.core.hub import read_weights
 from um3.core.metrics import read_metrics
@@ -112,25 +101,12 @@ def test_the_loss_is_transformers_own(parts, aligned):
 
 
 def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit(parts, trained, tmp_path):
-    """Stopped by SIGTERM after a step, then resumed."""
-    settings = ["loop.max_steps=30", "loop.save_every_steps=30"]
-    whole = command("llava-instruct", parts, tmp_path / "whole", *settings)
-    train_apart(whole)
-    stopped = command("llava-instruct", parts, tmp_path / "stopped", *settings)
-    process = subprocess.Popen([sys.executable, "-m", "train", *stopped], cwd=ROOT, env=environment())
-    metrics = tmp_path / "stopped/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0 and not (tmp_path / "stopped/model").exists()
-    train_apart(stopped)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert not changed(read_weights(tmp_path / "whole/model"), read_weights(tmp_path / "stopped/model"))
+    check_resumed(command("llava-instruct", parts, tmp_path), trained, tmp_path)
 
 
 def test_two_processes_and_micro_batches_agree_with_one(parts, trained, tmp_path):
     whole = losses(trained)
-    train_apart(command("llava-instruct", parts, tmp_path / "two", "engine.zero_stage=2"), processes=2)
+    train_apart(command("llava-instruct", parts, tmp_path / "two", "engine.zero_stage=3"), processes=2)
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
     options = ["loop.micro_batch_size=2", "engine.activation_checkpointing=true"]
     main(command("llava-instruct", parts, tmp_path / "micro", *options))
@@ -138,7 +114,7 @@ def test_two_processes_and_micro_batches_agree_with_one(parts, trained, tmp_path
 
 
 @pytest.mark.parametrize("phase", ["llava-align", "llava-instruct"])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_every_zero_stage_gives_the_same_losses(phase, stage, parts, aligned, trained, tmp_path):
     main(command(phase, parts, tmp_path / "run", f"engine.zero_stage={stage}"))
     assert losses(tmp_path / "run") == pytest.approx(losses(aligned if "align" in phase else trained), abs=1e-5)
@@ -156,48 +132,6 @@ def test_pure_bf16_is_saved_as_config_json_says(parts, aligned, tmp_path):
     assert load_llava(tmp_path / "run/model").model.dtype == torch.bfloat16
 
 
-def mixed_ranks(stages=(1, 2, 3)):
-    """Projector and head after a step on one conversation with and one without an image, for each ZeRO stage."""
-    parts, loop = Path(os.environ["LLAVA_PARTS"]), LoopConfig(batch_size=2, micro_batch_size=1)
-    os.environ["LOCAL_RANK"] = str(rank())
-    start_runtime(loop)
-    ids_BT = torch.tensor([[0, 9, 280, 280, 280, 280, 7, 8], [0, 9, 3, 4, 5, 6, 7, 8]])
-    mask_BT = torch.tensor([[False] * 6 + [True] * 2]).expand(2, -1)
-    pixels_BCHW = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    results = []
-    for stage in stages:
-        torch.manual_seed(0)
-        model = build_llava(
-            language_model=parts / "language", visual_tokenizer=parts / "qlip", dtype=torch.float32
-        ).model
-        assert model.config.image_token_id == 280
-        model.model.vision_tower.requires_grad_(False)
-        options = {"optimizer": OptimizerConfig(lr=1e-2, eps=1e-3, grad_clip=0.0, weight_decay=0.0)}
-        engine = build_engine(
-            LlavaObjective(model.train(), chunk_tokens=64), engine=EngineConfig(zero_stage=stage), loop=loop, **options
-        )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = 1e-2
-        rows = [rank()] if world_size() == 2 else [0, 1]
-        for row in rows:
-            loss = engine(ids_BT[row : row + 1], mask_BT[row : row + 1], None if row else pixels_BCHW)
-            engine.backward(loss)
-            step_engine(engine)
-        weights = {name: float(tensor.double().sum()) for name, tensor in each_weight(engine)}
-        results.append([weights[name] for name in sorted(weights) if "projector" in name or "lm_head" in name])
-    return results
-
-
-def test_a_rank_without_an_image_beside_one_with(parts, tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAVA_PARTS", str(parts))
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    (expected,) = mixed_ranks((0,))
-    first, second = run_on_ranks(mixed_ranks, folder=tmp_path)
-    assert first == second and len(expected) == 5
-    for values in first:
-        assert values == pytest.approx(expected, abs=1e-4)
-
-
 def test_unusable_conversations_stop_the_run_above_one_percent(parts, aligned, tmp_path, monkeypatch):
     entries = [entry(index, None, "yes") for index in range(40)]
     entries[0]["conversations"][0]["value"] = "long " * 400
@@ -207,16 +141,6 @@ def test_unusable_conversations_stop_the_run_above_one_percent(parts, aligned, t
     monkeypatch.setattr(recipe, "MIN_COUNTED", 40)
     with pytest.raises(UserError, match=r"1 of 4\d conversations could not be used.*no answer within the window"):
         main(command("llava-instruct", tmp_path, tmp_path / "run", "loop.max_steps=20"))
-
-
-def test_a_finished_run_is_up_to_date_and_another_start_refused(parts, trained, tmp_path, capsys):
-    main(command("llava-instruct", parts, trained))
-    assert "up to date" in capsys.readouterr().out
-    shutil.copytree(parts / "llava-align/model", tmp_path / "other")
-    file = tmp_path / "other/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(UserError, match="init_from"):
-        main(command("llava-instruct", parts, trained, f"init_from={tmp_path}/other"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from data_mix.batches.chat_batches import join_codes
 from data_mix.codes.shards import open_code_sources
 from data_mix.sources.config import ConversationSourceConfig
 from tests.tokenizer.conftest import change_json
-from tests.train.conftest import arguments, copy_half, losses, train_apart
+from tests.train.conftest import arguments, check_resumed
 from train.phase import main
 from um3.core.errors import UserError
 from um3.core.files import read_json
@@ -53,24 +53,8 @@ def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, traine
     assert all(row["train/loss_visual"] > 0 for row in rows)
 
 
-def test_a_finished_run_is_up_to_date_and_another_start_refused(made, trained, tmp_path, capsys):
-    main(instruct(made, trained))
-    assert "up to date" in capsys.readouterr().out
-    shutil.copytree(made / "um3/model", tmp_path / "other")
-    for path in tmp_path.glob("other/*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(UserError, match="init_from"):
-        main(instruct(made, trained, f"init_from={tmp_path}/other"))
-
-
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
-    whole = losses(trained)
-    main(instruct(made, copy_half(trained, tmp_path / "half")))
-    assert losses(tmp_path / "half") == whole[2:]
-    weights = [load_file(folder / "model/model.safetensors") for folder in (trained, tmp_path / "half")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    train_apart(instruct(made, tmp_path / "two"), processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
+    check_resumed(instruct(made, tmp_path), trained, tmp_path, processes=2)
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
