@@ -1,22 +1,36 @@
-"""An ablation whose rows train a LlamaGen and a LLaVA: what they start from, their scores, and a resumed row."""
+"""Ablations whose rows train a LlamaGen and a LLaVA, or a UM3 on the codes of another run: what they start from, their
+scores, and resumed rows."""
 
 import os
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from eval.report.ablation import main
-from tests.train.conftest import COMMON, ROOT, TINY, copy_half, environment
+from tests.train.conftest import COMMON, ROOT, TINY, copy_half, environment, losses, saved_weights
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.hub import read_weights
+from um3.core.images import read_image
+from um3.model.language_model import load_model
 
 EVAL = """
 eval:
   num_threads: 1
+  language: {num_items: 2, num_documents: 2, max_tokens: 28}
+  captions: {num_images: 4, max_new_tokens: 4}
   generation: {num_images: 4, per_skill: 2}
   tokenizer: {num_images: 4, digits: false}
+"""
+UM3_TABLE = """
+title: Before and after
+columns: {scenes_captions/exact_match: captions, um3_prose/bits_per_byte: bits per byte}
+curves: {train/loss_visual: visual loss}
+rows:
+  - {name: split, um3: []}
+  - {name: from text, after: split, um3: ["model.base_model={text}", optimizer.lr=1e-9, loop.max_steps=1]}
 """
 SMALL = [
     *COMMON,
@@ -47,17 +61,39 @@ TABLE = {
         {"name": "asked", "after": "drawn", "llava_align": ["language_model={text}", *SMALL], "llava_instruct": SMALL},
     ],
 }
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_rows_draw_and_answer_with_the_tokenizer_of_the_first_and_resume(made, tmp_path, capfd, monkeypatch):
-    for name in os.environ.keys() - environment().keys():  # the phases before ran in this process, as a rank
+@pytest.fixture
+def command(made, tmp_path, monkeypatch):
+    """The options of an ablation over the rows of `tmp_path`/table.yaml, in `tmp_path`/run."""
+    for name in os.environ.keys() - environment().keys():  # the phases of `made` ran in this process, as a rank
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "small.yaml").write_text(f"base: {ROOT}/configs/demo.yaml\n{EVAL}")
+    options = {"table": "table.yaml", "config": "small.yaml", "run": "run"}
+    return [word for name, file in options.items() for word in (f"--{name}", str(tmp_path / file))]
+
+
+def test_a_um3_learns_the_codes_of_the_base_run(made, command, tmp_path, capfd):
+    (tmp_path / "table.yaml").write_text(UM3_TABLE)
+    main([*command, "--base", str(made), *TINY["um3"]])
+    assert len(losses(tmp_path / "run/split/um3")) == 4
+    before, after = (load_model(tmp_path / f"run/{name}/um3/model") for name in ("split", "from-text"))
+    text_rows, rows = (loaded.model.model.embed_tokens.weight for loaded in (before, after))
+    num_text = before.ids.text_vocab_size
+    torch.testing.assert_close(rows[:num_text], text_rows[:num_text])
+    assert after.ids == before.ids and not torch.allclose(rows[num_text:], text_rows[num_text:], atol=1e-3)
+    assert (tmp_path / "run/table.md").read_text().splitlines()[4].startswith("| split | ")
+    assert read_image(tmp_path / "run/curves.png").width > 1000
+    with pytest.raises(UserError, match="row 'split' stopped with exit code 2 in um3"):
+        main([*command, "--base", str(tmp_path / "nowhere"), *TINY["um3"], "loop.max_steps=5"])
+    assert "nowhere" in capfd.readouterr().err
+
+
+def test_rows_draw_and_answer_with_the_tokenizer_of_the_first_and_resume(made, command, tmp_path, capfd):
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(TABLE, sort_keys=False))
     run, base = tmp_path / "run", tmp_path / "base"
     shutil.copytree(made, base)
-    command = ["--table", str(tmp_path / "table.yaml"), "--config", str(tmp_path / "small.yaml"), "--run", str(run)]
     with pytest.raises(UserError, match=r"row 'drawn' names {base}.* --base"):
         main(command)
     main([*command, "--base", str(base)])
@@ -71,19 +107,14 @@ def test_rows_draw_and_answer_with_the_tokenizer_of_the_first_and_resume(made, t
     assert values["drawn"]["scenes_generation/clipscore_judge"]["protocol"]["towers"] == "judge"
     assert values["asked"]["scenes/accuracy"]["n"] > 4 and "scenes/count" in values["asked"]
     assert "skills/mean" not in values["asked"] and "dB (paper 24.12 dB)" in (run / "table.md").read_text()
-    kept = {phase: read_weights(path / phase / "model") for path, phase in _ends(run)}
-    for path, phase in _ends(run):
-        shutil.move(path / phase, tmp_path / phase)
-        copy_half(tmp_path / phase, path / phase)
+    ends = [("drawn", "llamagen"), ("asked", "llava-instruct")]
+    for row, phase in ends:
+        shutil.move(run / row / phase, tmp_path / phase)
+        copy_half(tmp_path / phase, run / row / phase)
     capfd.readouterr()
     main([*command, "--base", str(base)])
     again = [line for line in capfd.readouterr().out.splitlines() if line.endswith("up to date")]
     assert len(again) == 6, again  # the other three phases, the codes, and two parts
-    for path, phase in _ends(run):
-        weights = read_weights(path / phase / "model")
-        assert all((weights[name] == tensor).all() for name, tensor in kept[phase].items())
+    for row, phase in ends:
+        assert saved_weights(run / row / phase) == saved_weights(tmp_path / phase)
     assert {name: seeds[0] for name, seeds in read_json(run / "table.json").items()}.keys() == values.keys()
-
-
-def _ends(run):
-    return [(run / "drawn", "llamagen"), (run / "asked", "llava-instruct")]
