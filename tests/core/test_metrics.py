@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from um3.core.metrics import MetricsWriter, Samples, read_metrics
 
@@ -83,28 +84,16 @@ def test_a_non_finite_value_is_its_name_and_the_file_stays_json(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[0] == row
 
 
-def test_tensorboard_shows_the_same_values(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_tensorboard_shows_the_same_values_and_images_with_their_texts(tmp_path):
+    images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
     metrics = MetricsWriter(tmp_path, views=("tensorboard",))
     for step in (1, 2):
         metrics.log(step, {"train/loss": step / 2, "optim/grad_norm": math.nan})
+    metrics.show(7, {"eval/captions/scenes": Samples(images, ["a red circle", "two <squares>"])})
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 1.0)]
     assert len(events.Scalars("optim/grad_norm")) == 2
-
-
-def test_tensorboard_shows_images_with_their_texts(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
-    metrics = MetricsWriter(tmp_path, views=("tensorboard",))
-    metrics.show(7, {"eval/captions/scenes": Samples(images, ["a red circle", "two <squares>"])})
-    metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (image,) = events.Images("eval/captions/scenes")
     shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
     assert image.step == 7 and (shown[:8, :8] == images[0]).all()
