@@ -22,6 +22,7 @@ from tests.helpers.processes import ROOT
 from tests.helpers.schemas import SCHEMAS, SECTIONS
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_language_model, save_um3
+from tests.test_configs import config_classes
 from um3.core.commands import find_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -149,15 +150,6 @@ def test_python_runs(page, demo_run, tmp_path, monkeypatch):
         for hub_id in ("nvidia/QLIP-B-16-256", "path/or/hub-id"):
             block = block.replace(f'"{hub_id}"', repr(str(demo_run / "runs/demo/um3/model/qlip")))
         exec(compile(block, str(page), "exec"), names)
-
-
-def config_classes(hint):
-    """The config dataclasses within a type."""
-    if dataclasses.is_dataclass(hint):
-        yield hint
-    inner = typing.get_type_hints(hint).values() if dataclasses.is_dataclass(hint) else typing.get_args(hint)
-    for part in inner:
-        yield from config_classes(part)
 
 
 def test_the_settings_page_has_every_section_and_class():

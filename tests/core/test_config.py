@@ -5,11 +5,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from data_mix.codes.encode import EncodeConfig
-from eval.config import EvalConfig
 from train.settings.tokenizer import Stage1Config, Stage2Config
-from train.settings.um3 import UM3Config, UM3InitConfig
-from um3.core.config import RENAMED_KEYS, differences, load_config, save_config, to_dict
+from train.settings.um3 import UM3Config
+from um3.core.config import differences, load_config, save_config, to_dict
 from um3.core.errors import UserError
 from um3.core.ranges import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
@@ -155,26 +153,6 @@ def test_mistakes_in_a_file_are_one_line_with_the_file_in_it(text, hint, tmp_pat
 )
 def test_mistakes_in_an_override_are_one_line_with_the_override_in_it(override, hint):
     assert hint in refusal(overrides=[override])
-
-
-OLD_KEYS = {
-    Stage1Config: "loop.total_steps loop.folder loop.track optimizer.average_decay model.start model.width "
-    "text.mlp_width",
-    Stage2Config: "tokenizer trained discriminator_optimizer.average_decay",
-    UM3Config: "model.base model.new_rows qlip vocabulary.text_entries vocabulary.slots vocabulary.bits_per_slot "
-    "vocabulary.shared_bits data.row_tokens data.text_row_tokens guard",
-    EvalConfig: "features",
-    EncodeConfig: "qlip out rows_per_shard",
-    UM3InitConfig: "base qlip slots bits_per_slot new_rows data.row_tokens",
-}
-
-
-@pytest.mark.parametrize("schema", OLD_KEYS)
-def test_an_old_key_is_answered_with_its_new_name(schema):
-    for old in OLD_KEYS[schema].split():
-        assert f"its new name is '{RENAMED_KEYS[old.rpartition('.')[2]]}'" in refusal(schema, overrides=[f"{old}=1"])
-    assert "its new name is 'preset'" in refusal(UM3Config, overrides=["data.texts=[{name: a, adapter: x}]"])
-    assert load_config(EvalConfig, overrides=["tokenizer.num_images=9"]).tokenizer.num_images == 9  # still a name
 
 
 @pytest.mark.parametrize(
