@@ -18,7 +18,7 @@ from tests.helpers.tiny_um3 import LLAMA_3_ROPE, make_base
 from tests.tokenizer.conftest import change_json
 from tests.train.conftest import train_here
 from tests.um3.model.test_model_folders import shard
-from tests.um3.model.test_um3_init import byte_tokenizer
+from tests.um3.model.test_um3_init import byte_tokenizer, command
 from train.phase import main as init
 from um3.core.errors import UserError
 from um3.inference.pipeline import UM3Pipeline
@@ -51,10 +51,8 @@ def texts(tmp_path):
 
 def start(base, *, made, texts, out, qk_norm=False, options=""):
     """The model that `um3-init` writes."""
-    inputs = [f"base_model={base}", f"visual_tokenizer={made}/stage2/model", f"loop.output_dir={out}"]
-    inputs += [f"data.texts=[{{name: prose, path: {texts}}}]", "data.num_sequences=2", "data.seq_len=64"]
-    inputs += ["loop.max_steps=1", "loop.batch_size=2", "engine.precision=fp32", f"qk_norm={str(qk_norm).lower()}"]
-    init(["um3-init", "--config", "demo", *inputs, *options.split()])
+    settings = ["loop.max_steps=1", f"qk_norm={str(qk_norm).lower()}", *options.split()]
+    init(command(base, made / "stage2/model", texts, out, *settings))
     return out / "model"
 
 

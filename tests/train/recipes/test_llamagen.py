@@ -12,22 +12,16 @@ from safetensors.torch import load_file
 from downstream.llamagen.configuration import LlamaGenConfig
 from downstream.llamagen.modeling import LlamaGen
 from downstream.llamagen.pipeline import LlamaGenPipeline
-from tests.train.conftest import arguments, check_resumed, logged, losses
-from train.phase import main
+from tests.train.conftest import arguments, check_resumed, logged, losses, train_here
 from train.recipes.llamagen import LlamaGenObjective
 from um3.core.errors import UserError
-
-
-def llamagen(made, folder, *overrides):
-    """Command line of a tiny llamagen in `folder`, from the tokenizer and the codes of `made`."""
-    return arguments("llamagen", made, f"loop.output_dir={folder}", *overrides)
 
 
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
     """A finished run of four steps."""
     folder = tmp_path_factory.mktemp("llamagen") / "llamagen"
-    main(llamagen(made, folder))
+    train_here("llamagen", made, folder)
     return folder
 
 
@@ -53,35 +47,32 @@ def test_the_first_loss_is_that_of_chance_and_the_folder_generates(trained, tmp_
 
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
-    check_resumed(llamagen(made, tmp_path), trained, tmp_path, processes=2)
+    check_resumed(arguments("llamagen", made), trained, tmp_path, processes=2)
 
 
 def test_every_process_draws_its_own_dropout(made, trained, tmp_path, monkeypatch):
     options = ("model.dropout=0.5", "loop.max_steps=2")
-    main(llamagen(made, tmp_path / "first", *options))
+    first = train_here("llamagen", made, tmp_path / "first", *options)
     monkeypatch.setattr("train.loop.rank", lambda: 1)
-    main(llamagen(made, tmp_path / "second", *options))
-    main(llamagen(made, tmp_path / "without", "loop.max_steps=4"))
-    assert losses(tmp_path / "first") != losses(tmp_path / "second")
-    assert losses(tmp_path / "without") == losses(trained)
+    assert train_here("llamagen", made, tmp_path / "second", *options) != first
+    assert train_here("llamagen", made, tmp_path / "without", "loop.max_steps=4") == losses(trained)
 
 
 DEPTH = ("model.prediction=depth", "model.subtokens=2", "model.depth_layers=2")
 
 
 def test_one_position_a_patch_trains_resumes_and_generates(made, tmp_path):
-    main(llamagen(made, tmp_path / "whole", *DEPTH))
-    whole = losses(tmp_path / "whole")
+    whole = train_here("llamagen", made, tmp_path / "whole", *DEPTH)
     assert whole[0] == pytest.approx(6 * np.log(2), abs=1e-5)
     assert logged(tmp_path / "whole", "train/nats_per_image") == pytest.approx(2 * 16 * np.array(whole), rel=1e-6)
     assert any(name.startswith("depth.1.") for name in load_file(tmp_path / "whole/model/model.safetensors"))
-    check_resumed(llamagen(made, tmp_path, *DEPTH), tmp_path / "whole", tmp_path, processes=2)
+    check_resumed(arguments("llamagen", made, *DEPTH), tmp_path / "whole", tmp_path, processes=2)
     pipeline = LlamaGenPipeline.from_pretrained(tmp_path / "whole/model")
     generated = pipeline.generate(["a circle", "two squares"], num_images=2, seed=3, guidance_scale=2.0)
     again = pipeline.generate(["two squares"], seeds=generated.seeds[3:], guidance_scale=2.0)
     assert np.array_equal(generated.arrays[3], again.arrays[0])
     with pytest.raises(UserError, match=r"model\.subtokens"):
-        main(llamagen(made, tmp_path / "one", *DEPTH, "model.subtokens=1"))
+        train_here("llamagen", made, tmp_path / "one", *DEPTH, "model.subtokens=1")
 
 
 @pytest.mark.parametrize("prediction", ["flat", "depth"])
@@ -110,32 +101,16 @@ def test_the_loss_by_chunks_has_the_gradient_of_the_whole(prediction):
     ],
 )
 def test_engines_agree(made, trained, tmp_path, overrides):
+    expected = losses(trained)
     if "optimizer.kind=adamw" in overrides:
-        main(llamagen(made, tmp_path / "reference", "optimizer.kind=adamw"))
-    expected = losses(tmp_path / "reference") if (tmp_path / "reference").exists() else losses(trained)
-    main(llamagen(made, tmp_path / "run", *overrides))
-    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+        expected = train_here("llamagen", made, tmp_path / "reference", "optimizer.kind=adamw")
+    assert train_here("llamagen", made, tmp_path / "run", *overrides) == pytest.approx(expected, abs=1e-5)
 
 
 def test_it_learns_a_few_images(made, tmp_path):
     options = ("loop.max_steps=60", "loop.batch_size=16", "data.caption_dropout=0", "optimizer.lr=1e-2")
-    main(llamagen(made, tmp_path, *options, "loop.save_every_steps=60"))
-    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("visual_tokenizer={made}/stage1/model", "fingerprint"),
-        ("data.image_weights={photos: 1}", "photos"),
-        ("model.subtokens=5", "12 bits"),
-        ("model.num_heads=3", "model.hidden_size=32 is not a multiple of 4 x model.num_heads=3"),
-        ("text_encoder={kind: t5, name: /nowhere}", "T5 text encoder"),
-    ],
-)
-def test_settings_that_do_not_fit_are_one_line(made, tmp_path, override, named):
-    with pytest.raises(UserError, match=named):
-        main(llamagen(made, tmp_path, override.replace("{made}", str(made))))
+    learnt = train_here("llamagen", made, tmp_path, *options, "loop.save_every_steps=60")
+    assert learnt[-1] < 0.7 * learnt[0]
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,3 @@ def test_a_damaged_head_is_one_line(trained, tmp_path):
     shutil.rmtree(head)
     with pytest.raises(UserError, match="depth"):
         load_model(tmp_path / "model")
-
-
-def test_one_sub_token_has_no_depth(made, tmp_path):
-    with pytest.raises(UserError, match="prediction=depth"):
-        train_here("um3", made, tmp_path, *DEPTH, "vocabulary.subtokens=1", "vocabulary.bits_per_subtoken=12")

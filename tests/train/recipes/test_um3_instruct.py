@@ -10,8 +10,7 @@ from data_mix.batches.chat_batches import join_codes
 from data_mix.codes.shards import open_code_sources
 from data_mix.sources.config import ConversationSourceConfig
 from tests.tokenizer.conftest import change_json
-from tests.train.conftest import arguments, check_resumed
-from train.phase import main
+from tests.train.conftest import arguments, check_resumed, train_here
 from um3.core.errors import UserError
 from um3.core.files import read_json
 from um3.core.metrics import read_metrics
@@ -20,16 +19,11 @@ from um3.inference.sampling_params import image_defaults
 from um3.model.configuration import IMAGE_SAMPLING
 
 
-def instruct(made, folder, *overrides):
-    """Command line of a tiny um3-instruct in `folder`, from the UM3 and the codes of `made`."""
-    return arguments("um3-instruct", made, f"loop.output_dir={folder}", *overrides)
-
-
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
     """A finished run of four steps."""
     folder = tmp_path_factory.mktemp("instruct") / "um3-instruct"
-    main(instruct(made, folder))
+    train_here("um3-instruct", made, folder)
     return folder
 
 
@@ -54,7 +48,7 @@ def test_the_result_is_a_um3_that_names_its_conversations_and_chats(made, traine
 
 
 def test_a_run_in_two_parts_and_two_processes_agree_with_one(made, trained, tmp_path):
-    check_resumed(instruct(made, tmp_path), trained, tmp_path, processes=2)
+    check_resumed(arguments("um3-instruct", made), trained, tmp_path, processes=2)
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
@@ -63,7 +57,7 @@ def test_it_learns_the_answers_about_a_few_scenes(made, tmp_path, packing):
     few = ConversationSourceConfig("scenes", kind="scenes", length=8)
     setting = "data.conversations=[{name: scenes, kind: scenes, length: 8}]"
     steps = ("loop.max_steps=150", "loop.save_every_steps=150", "data.chat_share=0.75", f"data.packing={packing}")
-    main(instruct(made, tmp_path / "few", setting, *steps))
+    train_here("um3-instruct", made, tmp_path / "few", setting, *steps)
     chats = join_codes([few], codes=str(made / "codes"), fingerprint=None)["scenes"]
     asked, answers = [], []
     for turns, codes_N in (chats[index] for index in range(len(chats))):
@@ -89,7 +83,7 @@ def test_it_learns_the_answers_about_a_few_scenes(made, tmp_path, packing):
 )
 def test_mistakes_are_one_line(overrides, message, made, tmp_path):
     with pytest.raises(UserError, match=message):
-        main(instruct(made, tmp_path / "run", *overrides))
+        train_here("um3-instruct", made, tmp_path / "run", *overrides)
 
 
 def test_a_model_without_bos_is_not_packed(made, tmp_path):
@@ -99,5 +93,5 @@ def test_a_model_without_bos_is_not_packed(made, tmp_path):
     change_json(tmp_path / "model/config.json", um3=stored | {"bos_id": stored["eos_id"]})
     start = f"init_from={tmp_path}/model"
     with pytest.raises(UserError, match=r"begins documents with the token that ends its answers.*data.packing=none"):
-        main(instruct(made, tmp_path / "run", start, "data.packing=documents"))
-    main(instruct(made, tmp_path / "run", start, "data.packing=none", "loop.max_steps=2"))
+        train_here("um3-instruct", made, tmp_path / "run", start, "data.packing=documents")
+    train_here("um3-instruct", made, tmp_path / "run", start, "data.packing=none", "loop.max_steps=2")

@@ -6,18 +6,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from tests.train.conftest import arguments, losses, train_apart, train_here
+from tests.train.recipes.test_bases import ENTRIES, save_base
 from tests.train.test_resume import kill_and_resume
-from tokenizer.text_tokenizer import train_byte_bpe
 from train.phase import main
 from train.run_folder import result_files
 from um3.core.errors import UserError
 from um3.model.language_model import load_model
-from um3.model.text_tokenizer import BOS, EOS, PAD
 
-ENTRIES = 278
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 LORA = ["lora.rank=2", "lora.dropout=0.2", "optimizer.lr=1e-2"]
 
@@ -26,14 +24,7 @@ LORA = ["lora.rank=2", "lora.dropout=0.2", "optimizer.lr=1e-2"]
 def base(tmp_path_factory):
     """A tiny Llama with a tied head and a tokenizer without image tokens."""
     folder = tmp_path_factory.mktemp("base")
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    texts = ["a module of the standard library"] * 3
-    bpe = train_byte_bpe(texts, vocab_size=ENTRIES, special_tokens=list(special.values()), setting="")
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=ENTRIES, initializer_range=0.2, tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_base(folder, tie_word_embeddings=True)
     return folder
 
 

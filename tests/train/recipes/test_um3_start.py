@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from data_mix.codes.shards import open_code_sources
 from tests.helpers.code_shards import write_codes
+from tests.helpers.tiny_um3 import save_language_model
 from tests.train.conftest import logged, train_here
+from tests.train.recipes.test_um3_lora import weights
 from train.recipes.um3 import MAX_EXAMPLE_CHARACTERS, example_captions
 from um3.core.errors import UserError
-from um3.model.text_tokenizer import encode_turns, train_text_tokenizer
+from um3.model.text_tokenizer import encode_turns
 
 GAINS = "cache/qk_norm-*.safetensors"
 NO_BITS = "vocabulary.bit_embeddings=false"
@@ -23,17 +25,7 @@ STILL = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "loop.max_steps=1"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama whose text tokenizer already has the image tokens."""
-    folder = tmp_path_factory.mktemp("base")
-    text_tokenizer = train_text_tokenizer(["a module of the standard library"] * 3, vocab_size=280)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    LlamaForCausalLM(LlamaConfig(vocab_size=280, initializer_range=0.5, **sizes)).save_pretrained(folder)
-    text_tokenizer.save_pretrained(folder)
-    return folder
-
-
-def weights(folder):
-    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    return save_language_model(tmp_path_factory.mktemp("base"), initializer_range=0.5)
 
 
 def test_training_starts_from_the_weights_of_a_um3_folder(start, made, tmp_path):
