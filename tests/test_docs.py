@@ -1,7 +1,11 @@
-"""The commands and code of README.md and docs/ are true: Python runs, targets, commands and settings exist."""
+"""The commands and code of README.md and docs/ are true: Python runs, targets, commands and settings exist.
+
+The notebook docs/own_images.ipynb runs from top to bottom, and is stored without outputs.
+"""
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -26,6 +30,8 @@ from tests.test_configs import config_classes
 from um3.core.commands import find_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOK = ROOT / "docs/own_images.ipynb"
+CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
 VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE)) | {"OUT"}
@@ -133,7 +139,7 @@ def test_the_docker_image_has_every_file_of_the_repository():
     assert [path for path in listed if any(fnmatch(part, rule) for part in path.split("/") for rule in ignored)] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids)
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=ids)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)|(?:src|srcset)=\"([^\":]+)\"", page.read_text()):
         path = next(filter(None, target))
@@ -160,6 +166,21 @@ def test_the_settings_page_has_every_section_and_class():
     assert {name for name in names if not {name, name.rpartition(".")[0]} & shown} == set()
     for section, schema in SECTIONS.items():
         assert f"| `{section}` | [{schema.__qualname__}][{schema.__module__}.{schema.__qualname__}] |" in page
+
+
+def test_the_notebook_is_stored_without_outputs():
+    assert CELLS and [cell for cell in CELLS if cell["outputs"] or cell["execution_count"]] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"__name__": "notebook"}
+    for number, cell in enumerate(CELLS):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert len(names["captions"]) == len(names["drawn"]) == 4 and all(names["captions"])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ f-string `{...}` stands for a value. Config keys are the fields of the classes n
 """
 
 import ast
+import importlib
 import re
 from functools import cache
 from pathlib import Path
@@ -133,13 +134,6 @@ def flags(room):
     return options
 
 
-@cache
-def commands(room):
-    tree = sources().get(ROOT / room / "__main__.py", ast.Module([], []))
-    keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
-    return {key.value for key in keys if isinstance(key, ast.Constant)}
-
-
 def is_module(dotted):
     path = ROOT.joinpath(*dotted.split(".")[:2])
     return path.is_dir() or path.with_suffix(".py").exists()
@@ -153,7 +147,8 @@ def unknown(message):
     named += [(name, name in MAKE_VARIABLES) for name in re.findall(r"(?<![\w.$-])([A-Z][A-Z0-9_]+)=", text)]
     named += [(name, name in flags(room)) for name in re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]*)", text)]
     for module, command in re.findall(r"python -m ([a-z_]+) ([a-z0-9-]+)", text):
-        named.append((f"python -m {module} {command}", module not in ROOMS or command in commands(module)))
+        exists = module not in ROOMS or command in importlib.import_module(f"{module}.__main__").COMMANDS
+        named.append((f"python -m {module} {command}", exists))
     for dotted in re.findall(r"(?<![\w./{}-])([a-z_]\w*(?:\.[a-z_]\w*)+)(?![\w./({])", text):
         is_setting = dotted.split(".")[0] in key_names() and not FILE_SUFFIXES.search(dotted)
         named.append((dotted, is_key(dotted) or is_module(dotted) or not is_setting))

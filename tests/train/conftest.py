@@ -60,6 +60,14 @@ def arguments(phase: str, folder: Path, *overrides: str) -> list[str]:
     return [phase, *config, f"loop.output_dir={folder}/{phase}", *TINY[phase], *inputs, *overrides]
 
 
+def encode_scenes(folder: Path, *settings: str) -> None:
+    """Write the codes of 64 scenes to `folder`/codes."""
+    from data_mix.codes.encode import main as encode
+
+    images = "images=[{name: scenes, kind: scenes, length: 64}]"
+    encode(["--config", "demo", f"output_dir={folder}/codes", images, "num_threads=1", *settings])
+
+
 def train_here(phase: str, inputs: Path, folder: Path, *overrides: str) -> list[float]:
     """Train a tiny `phase` in `folder` inside this process, from the phases in `inputs`; returns its losses."""
     main(arguments(phase, inputs, f"loop.output_dir={folder}", *overrides))
@@ -123,12 +131,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for phase in ("stage1", "stage2"):
         main(arguments(phase, folder))
-    from data_mix.codes.encode import main as encode
-
-    encode([
-        "--config", str(ROOT / "configs/demo.yaml"), f"visual_tokenizer={folder}/stage2/model",
-        f"output_dir={folder}/codes", "images=[{name: scenes, kind: scenes, length: 64}]", "num_threads=1",
-    ])  # fmt: skip
+    encode_scenes(folder, f"visual_tokenizer={folder}/stage2/model")
     main(arguments("um3", folder))
     return folder
 

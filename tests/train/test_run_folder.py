@@ -10,6 +10,7 @@ from tests.train.conftest import arguments, copy_half, logged, losses, train_her
 from tests.train.test_resume import kill
 from train.phase import CONFIGS, main
 from train.run_folder import read_record, write_record
+from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
 
@@ -27,10 +28,19 @@ def test_other_settings_and_other_inputs_are_refused(made, tmp_path):
         main(arguments("stage2", copied))
 
 
-@pytest.mark.parametrize("phase", ["um3-instruct", "llava-instruct"])
+STARTS = {
+    "stage1": "model.init_from=@",
+    "um3": "model.base_model=@ visual_tokenizer=@",
+    "um3-instruct": "init_from=@",
+    "llava-instruct": "init_from=@",
+}
+
+
+@pytest.mark.parametrize("phase", STARTS)
 def test_the_start_of_a_phase_is_one_of_its_inputs(phase, made):
-    config = CONFIGS[phase](init_from=str(made / "um3/model"))
-    assert config.inputs() == {"init_from": weights_digest(config.init_from)} != {"init_from": ""}
+    model = made / "um3/model"
+    config = load_config(CONFIGS[phase], overrides=STARTS[phase].replace("@", str(model)).split())
+    assert config.inputs()["init_from"] == weights_digest(model) != ""
 
 
 def test_a_folder_without_a_checkpoint_is_not_locked_to_its_settings(tmp_path, monkeypatch):

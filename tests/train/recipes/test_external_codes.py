@@ -10,8 +10,7 @@ from downstream.llamagen.pipeline import LlamaGenPipeline
 from downstream.pipelines import load_pipeline
 from eval.tasks.generate_images import main as generate_images
 from tests.helpers.mean_colour import MeanColour
-from tests.helpers.processes import ROOT
-from tests.train.conftest import arguments, losses, train_here
+from tests.train.conftest import arguments, encode_scenes, losses, train_here
 from train.phase import main
 from um3.core.errors import UserError
 
@@ -21,11 +20,10 @@ EXTERNAL = f"external_tokenizer={NAME}"
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("external") / "codes"
-    images = "images=[{name: scenes, kind: scenes, length: 64}]"
-    encode(["--config", str(ROOT / "configs/demo.yaml"), EXTERNAL, f"output_dir={folder}", images])
-    encode(["--config", str(ROOT / "configs/demo.yaml"), EXTERNAL, f"output_dir={folder}", images])
-    return folder
+    folder = tmp_path_factory.mktemp("external")
+    for _ in range(2):  # the second time they are up to date
+        encode_scenes(folder, EXTERNAL)
+    return folder / "codes"
 
 
 @pytest.fixture(scope="module")

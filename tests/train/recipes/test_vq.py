@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from data_mix.codes.encode import main as encode
 from downstream.llamagen.pipeline import LlamaGenPipeline
-from tests.helpers.processes import ROOT
-from tests.train.conftest import arguments, check_resumed, logged, losses, train_apart, train_here
+from tests.train.conftest import arguments, check_resumed, encode_scenes, logged, losses, train_apart, train_here
 from tokenizer import load
 from train.phase import main
 from um3.core.errors import UserError
@@ -25,10 +23,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vq")
     main(arguments("stage1", folder, *VQ))
     main(arguments("stage2", folder, *FIXED))
-    encode([
-        "--config", str(ROOT / "configs/demo.yaml"), f"visual_tokenizer={folder}/stage2/model",
-        f"output_dir={folder}/codes", "images=[{name: scenes, kind: scenes, length: 64}]", "num_threads=1",
-    ])  # fmt: skip
+    encode_scenes(folder, f"visual_tokenizer={folder}/stage2/model")
     return folder
 
 
