@@ -10,6 +10,7 @@ from tests.train.conftest import arguments, copy_half, logged, losses, train_her
 from tests.train.test_resume import kill
 from train.phase import CONFIGS, main
 from train.run_folder import read_record, write_record
+from um3.core.commands import find_config
 from um3.core.config import load_config
 from um3.core.errors import UserError
 from um3.core.hub import weights_digest
@@ -39,7 +40,8 @@ STARTS = {
 @pytest.mark.parametrize("phase", STARTS)
 def test_the_start_of_a_phase_is_one_of_its_inputs(phase, made):
     model = made / "um3/model"
-    config = load_config(CONFIGS[phase], overrides=STARTS[phase].replace("@", str(model)).split())
+    overrides = STARTS[phase].replace("@", str(model)).split()
+    config = load_config(CONFIGS[phase], path=find_config("demo"), section=phase, overrides=overrides)
     assert config.inputs()["init_from"] == weights_digest(model) != ""
 
 
