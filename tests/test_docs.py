@@ -27,14 +27,12 @@ from tests.helpers.schemas import SCHEMAS, SECTIONS
 from tests.helpers.tiny_qlip import make_qlip
 from tests.helpers.tiny_um3 import save_language_model, save_um3
 from tests.test_configs import config_classes
+from tests.test_messages import MAKE_VARIABLES, TARGETS
 from um3.core.commands import find_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOK = ROOT / "docs/own_images.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
-VARIABLES = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE)) | {"OUT"}
 ROOMS = {"train": train, "data_mix": data_mix, "eval": eval, "benchmarks": benchmarks}
 ENVIRONMENT = re.compile(r"^[A-Z_]+=\S+ ")
 
@@ -101,7 +99,7 @@ def test_targets_commands_and_settings_exist(page):
         if words[:1] == ["make"]:
             names = [word for word in words[1:] if "=" not in word]
             variables = {word.split("=")[0] for word in words[1:] if "=" in word}
-            assert set(names) <= TARGETS and variables <= VARIABLES, words
+            assert set(names) <= TARGETS and variables <= MAKE_VARIABLES, words
         module = next((n for n, word in enumerate(words, 1) if word in ("-m", "--module")), len(words) - 1)
         if words[module] in ROOMS:
             room, command = words[module : module + 2]

@@ -60,12 +60,11 @@ def test_what_spoils_a_run_is_said_before_it_starts(tmp_path):
         for number in range(6):
             (folder / split / f"{number}.png").write_bytes(encoded(number + (split == "val") * 4))
             (folder / split / f"{number}.txt").write_text("ein Bär")
+    for number in (6, 7, 8):
+        (folder / f"train/{number}.txt").write_text("ein Bär")
     shutil.copy(folder / "train/5.png", folder / "train/6.png")
-    (folder / "train/6.txt").write_text("ein Bär")
     Image.fromarray(np.zeros((1, 400, 3), np.uint8)).save(folder / "train/7.png")
-    (folder / "train/7.txt").write_text("ein Bär")
     (folder / "train/8.png").write_bytes(b"no image")
-    (folder / "train/8.txt").write_text("ein Bär")
     (folder / "film.mp4").write_bytes(b"")
     seen, text = looked(folder)
     assert seen.num_train == 9

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from data_mix.codes.shards import open_code_sources
 from downstream.llamagen.text_encoder import TextEncoder
 from downstream.llamagen.text_features import CachedFeatures, write_features
 from tests.helpers.processes import ROOT
@@ -45,14 +46,10 @@ def trained(made, features, tmp_path_factory):
 
 
 def test_cached_features_are_those_of_the_encoder(config, features):
-    from data_mix.codes.shards import open_code_sources
-
     images = next(iter(open_code_sources(config.data.codes, split="train").values()))
     captions = [images[index].captions[0] for index in range(12)]
-    cached, online = (
-        CachedFeatures(features, header=features_header(config))(captions),
-        open_text_encoder(config)(captions),
-    )
+    cached = CachedFeatures(features, header=features_header(config))(captions)
+    online = open_text_encoder(config)(captions)
     assert torch.equal(cached.mask, online.mask) and cached.features.dtype == online.features.dtype
     torch.testing.assert_close(cached.features, online.features, rtol=0, atol=1e-5)
     assert not cached.features[~cached.mask].any()
