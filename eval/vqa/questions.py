@@ -167,7 +167,7 @@ def question_lines(questions: Sequence[Question], *, images: Path) -> str:
 
 def answer_lines(answers: Sequence[Answer], *, model_id: str) -> str:
     """LLaVA's answer file."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "question_id": question.question_id,
             "prompt": question.text,

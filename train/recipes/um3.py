@@ -150,6 +150,7 @@ class UM3Objective(nn.Module):
 class UM3Task(Task[UM3Config]):
     """Sequences of the scheduled mix, accumulated to the global batch; every target of a half has the same weight."""
 
+    objective: UM3Objective
     unit = "samples"
     batches_of: type[SequenceBatches] = SequenceBatches
 
