@@ -13,18 +13,20 @@ from um3.model.configuration import Supervision
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training images; none by default.
+    """Random changes of training images and their captions; none by default.
 
     flip: mirror half of the images, except where the caption names a side (left, right).
     shift: move every image by up to so many pixels in each direction; its edge is repeated.
     zoom: enlarge a random square of every image to its size; the square's side is 1 - zoom to 1 of the image's.
     colour: multiply brightness, contrast and saturation by a factor of 1 - colour to 1 + colour each.
+    drop_words: leave out each word of a caption with this probability; the caption stays whole if none would be left.
     """
 
     flip: bool = False
     shift: NonNegativeInt = 0
     zoom: Annotated[float, Range(0, below=1)] = 0.0
     colour: Annotated[float, Range(0, below=1)] = 0.0
+    drop_words: Annotated[float, Range(0, below=1)] = 0.0
 
 
 @dataclass

@@ -87,12 +87,13 @@ class ImageBatches:
             skipped.update((source.name, reason) for reason in reasons)
             samples.append(sample)
             draw = 0 if self.caption == "first" else derive_seed(self.seed, "caption", step, position)
-            captions.append(sample.captions[draw % len(sample.captions)])
-            image_HWC = sample.image_HWC
+            image_HWC, caption = sample.image_HWC, sample.captions[draw % len(sample.captions)]
             if self.augment != NOTHING:
                 draw = derive_seed(self.seed, "augment", step, position)
-                image_HWC = augmented(image_HWC, self.augment, caption=captions[-1], seed=draw)
+                image_HWC = augmented(image_HWC, self.augment, caption=caption, seed=draw)
+                caption = drop_words(caption, share=self.augment.drop_words, seed=derive_seed(draw, "words"))
             images.append(image_HWC)
+            captions.append(caption)
             sources.append(source.name)
         images_BHWC = torch.from_numpy(np.stack(images))
         return ImageBatch(images_BHWC, captions, [sample.key for sample in samples], sources, dict(skipped))
@@ -122,3 +123,10 @@ def augmented(image_HWC: np.ndarray, augment: AugmentConfig, *, caption: str, se
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(generator.uniform(1 - augment.colour, 1 + augment.colour))
     return np.asarray(image)
+
+
+def drop_words(caption: str, *, share: float, seed: int) -> str:
+    """The caption without this share of its words, chosen by random numbers of `seed`; whole if none would be left."""
+    words = caption.split()
+    draws = np.random.default_rng(seed).random(len(words))
+    return " ".join(word for word, draw in zip(words, draws, strict=True) if draw >= share) or caption

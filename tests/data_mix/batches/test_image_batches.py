@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_mix.batches.config import AugmentConfig
-from data_mix.batches.image_batches import ImageBatches, augmented
+from data_mix.batches.image_batches import ImageBatches, augmented, drop_words
 from data_mix.demo.scenes import ScenesSource
 from data_mix.samples import BadSample, Sample
 from um3.core.errors import UserError
@@ -89,7 +89,7 @@ def test_any_number_of_ranks_and_a_resumed_run_see_the_same_global_batch() -> No
 
 @pytest.mark.parametrize(
     "augment",
-    [AugmentConfig(flip=True), AugmentConfig(shift=3), AugmentConfig(zoom=0.5), AugmentConfig(True, 3, 0.3, 0.3)],
+    [AugmentConfig(flip=True), AugmentConfig(shift=3), AugmentConfig(zoom=0.5), AugmentConfig(True, 3, 0.3, 0.3, 0.3)],
 )
 def test_augmented_images_depend_on_seed_step_and_place_alone(augment: AugmentConfig) -> None:
     scenes, plain = ScenesSource(size=32, length=50), batches_of(ScenesSource(size=32, length=50), batch_size=8)
@@ -98,6 +98,9 @@ def test_augmented_images_depend_on_seed_step_and_place_alone(augment: AugmentCo
     parts = torch.cat([batches.batch(3).images_BHWC for batches in ranks])
     changed = whole.batch(3).images_BHWC
     assert torch.equal(parts, changed) and torch.equal(whole.batch(3).images_BHWC, changed)
+    captions = [caption for batches in ranks for caption in batches.batch(3).captions]
+    assert captions == whole.batch(3).captions
+    assert (captions == plain.batch(3).captions) is not bool(augment.drop_words)
     assert whole.batch(3).keys == plain.batch(3).keys and not torch.equal(changed, plain.batch(3).images_BHWC)
     assert not torch.equal(other.batch(3).images_BHWC, changed)
 
@@ -163,3 +166,15 @@ def test_unusable_samples_are_replaced_and_counted_each_time() -> None:
 def test_mistakes_are_one_line(sources: list[PlainImages], message: str) -> None:
     with pytest.raises(UserError, match=message):
         batches_of(*sources).batch(0)
+
+
+def test_words_of_a_caption_are_dropped_at_their_rate_in_order_and_never_all() -> None:
+    caption, length = "a red circle left of two small blue squares", 9
+    seen = [drop_words(caption, share=0.3, seed=seed).split() for seed in range(1000)]
+    for words in seen:
+        left = iter(caption.split())
+        assert words and all(word in left for word in words)  # in the order of the caption
+    assert sum(map(len, seen)) / 1000 == pytest.approx(0.7 * length, abs=0.2)
+    assert {drop_words(caption, share=0.0, seed=seed) for seed in range(9)} == {caption}
+    assert {drop_words("circle", share=0.9, seed=seed) for seed in range(99)} == {"circle"}
+    assert drop_words("", share=0.5, seed=0) == ""
