@@ -204,7 +204,7 @@ questions: $(READY) ## Write questions about scenes and digits into RUN/question
 	@$(PY) -m data_mix questions 'output_dir=$(IN_RUN)/questions' $(ARGS)
 
 check: $(READY) ## Verify the code shards, text caches and checkpoints in RUN against their checksums
-	@$(PY) -m train check '$(RUN)' $(ARGS)
+	@$(PY) -m train check "$$RUN" $(ARGS)
 
 plan: $(READY) ## What fits which GPUs, and how long training takes (PHASE=um3, BASE=, GPUS=64 GPU=h200)
 	@$(PY) -m train plan --config "$$CONFIG" --phase "$$PHASE" --gpus "$$GPUS" --gpu "$$GPU" \

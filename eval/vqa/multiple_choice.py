@@ -33,7 +33,7 @@ LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 def _read_scienceqa(data: Path, images: Path) -> list[Question]:
     """The test split, prompted as in LLaVA's CQM-A; questions without an image are about their text alone."""
     path, splits = find_file(data, "problems.json"), find_file(data, "pid_splits.json")
-    problems, ids = read_data(path, keys=[]), read_data(splits, keys=["test"])["test"]
+    problems, ids = read_data(path), read_data(splits, keys=["test"])["test"]
     questions = []
     with reading(path):
         for question_id in ids:

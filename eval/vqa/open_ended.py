@@ -91,7 +91,7 @@ def _read_gqa(data: Path, images: Path) -> list[Question]:
                 truth=row["answer"],
                 groups=("open" if row["types"]["structural"] == "query" else "binary",),
             )
-            for question_id, row in read_data(path, keys=[]).items()
+            for question_id, row in read_data(path).items()
             if row["isBalanced"]
         ]
 
@@ -147,7 +147,7 @@ def _read_mm_vet(data: Path, images: Path) -> list[Question]:
             Question(
                 int(name.removeprefix("v1_")), image_file(images, row["imagename"], folders=GQA_IMAGES), row["question"]
             )
-            for name, row in read_data(path, keys=[]).items()
+            for name, row in read_data(path).items()
         ]
 
 
