@@ -91,7 +91,8 @@ class ImageBatches:
             if self.augment != NOTHING:
                 draw = derive_seed(self.seed, "augment", step, position)
                 image_HWC = augmented(image_HWC, self.augment, caption=caption, seed=draw)
-                caption = drop_words(caption, share=self.augment.drop_words, seed=derive_seed(draw, "words"))
+                if share := self.augment.drop_words:
+                    caption = drop_words(caption, share=share, seed=derive_seed(draw, "words"))
             images.append(image_HWC)
             captions.append(caption)
             sources.append(source.name)
