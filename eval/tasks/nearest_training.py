@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_mix.codes.shards import open_code_sources
-from data_mix.samples import BadSample
+from data_mix.samples import usable
 from eval.scores import Measurement, Score
 from tokenizer.images import ExternalTokenizer, QLIPImages, decode_codes, encode_images
 from um3.core.errors import UserError
@@ -47,12 +47,9 @@ def training_codes(run: str | Path, *, source: str, tokenizer: QLIPImages | Exte
         return None
     if source not in sources:
         return None
-    codes, shards = [], sources[source]
-    for index in range(0, len(shards), -(-len(shards) // MAX_TRAINING)):
-        try:
-            codes.append(shards[index].codes_N.numpy())
-        except BadSample:
-            continue
+    shards = sources[source]
+    indices = range(0, len(shards), -(-len(shards) // MAX_TRAINING))
+    codes = [sample.codes_N.numpy() for sample in usable(shards.__getitem__, indices)]
     return TrainingCodes(np.stack(codes), tokenizer) if codes else None
 
 
