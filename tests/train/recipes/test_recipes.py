@@ -212,13 +212,14 @@ def test_um3_losses_do_not_depend_on_the_engine(overrides, made, tmp_path):
     assert train_here("um3", made, tmp_path, *overrides.split()) == pytest.approx(losses(made / "um3"), rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "phase", ["um3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stage1", "stage2"))]
 )
-def test_bf16_weights_follow_float32(phase, made, tmp_path):
+def test_low_precision_follows_float32(phase, precision, made, tmp_path):
     options = ["optimizer.kind=adamw", "engine.zero_stage=1"] + ["loss.r1=0.1"] * (phase == "stage2")
     expected = losses(made / "um3") if phase == "um3" else train_here(phase, made, tmp_path / "plain", *options)
-    options += ["engine.precision=bf16-true", "loop.micro_batch_size=4"]
+    options += [f"engine.precision={precision}", "loop.micro_batch_size=4"]
     low = train_here(phase, made, tmp_path / "low", *options)
     assert low == pytest.approx(expected, rel=0.02) and low != expected
 
